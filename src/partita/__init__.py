@@ -1,0 +1,37 @@
+"""Partita: one model, many parts, played as one. This module loads neither torch nor mlx."""
+
+from partita.core.layout import LayerType, Layout, PipelineParallelLayerLayout
+from partita.core.mesh import Mesh
+from partita.core.model_spec import ModelSpec, TensorSpec
+from partita.core.plan import Plan
+from partita.core.rules import Rule, Rules
+from partita.core.split import Split
+from partita.errors import (
+    CheckpointError,
+    DistributedError,
+    LayoutError,
+    ModelError,
+    PartitaError,
+    PlanError,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CheckpointError",
+    "DistributedError",
+    "LayerType",
+    "Layout",
+    "LayoutError",
+    "Mesh",
+    "ModelError",
+    "ModelSpec",
+    "PartitaError",
+    "PipelineParallelLayerLayout",
+    "Plan",
+    "PlanError",
+    "Rule",
+    "Rules",
+    "Split",
+    "TensorSpec",
+]

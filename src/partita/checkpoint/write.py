@@ -1,0 +1,227 @@
+"""Writing a checkpoint together: one rank creates the files, then every rank writes its own pieces into them."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType, TracebackType
+
+from partita.checkpoint.header import DTYPE_BITS, TensorInfo, brief, encode_header, reason, tensor_bytes
+from partita.checkpoint.index import INDEX_NAME, WEIGHTS_NAME
+from partita.checkpoint.read import Range, byte_runs, flat_bytes
+from partita.errors import CheckpointError
+
+_METADATA = {"format": "pt"}  # transformers refuses files without it
+
+
+@dataclass(frozen=True)
+class FilePlan:
+    """One file to be: its first bytes, and where each tensor's data goes. `file` of each tensor is just `name`."""
+
+    name: str
+    header: bytes
+    tensors: Mapping[str, TensorInfo]
+    size_bytes: int
+
+
+def plan_files(tensors: Iterable[tuple[str, str, Sequence[int]]], max_shard_bytes: int) -> tuple[FilePlan, ...]:
+    """Deal tensors, each a (name, dtype, shape), out to files in the order given, so every rank plans the same.
+
+    A file takes tensors while their data comes to at most `max_shard_bytes`; a larger tensor has a file of its own.
+    One file is `model.safetensors`, more are `model-00001-of-0000N.safetensors`. Within a file the widest dtypes come
+    first, as the safetensors library does it, so all data is aligned. Raises CheckpointError if a tensor cannot be.
+    """
+    if max_shard_bytes <= 0:
+        raise CheckpointError(f"max_shard_bytes must be above 0, but is {max_shard_bytes}")
+    shards: list[list[tuple[str, str, Sequence[int]]]] = [[]]
+    shard_bytes = 0
+    names: set[str] = set()
+    for name, dtype, shape in tensors:
+        size_bytes = tensor_bytes(f"tensor {brief(name)}", dtype, shape)
+        if name in names:
+            raise CheckpointError(f"tensor {brief(name)} is there twice; names must differ")
+        names.add(name)
+        if shards[-1] and shard_bytes + size_bytes > max_shard_bytes:
+            shards.append([])
+            shard_bytes = 0
+        shards[-1].append((name, dtype, shape))
+        shard_bytes += size_bytes
+    return tuple(_plan_file(_file_name(n, len(shards)), shard) for n, shard in enumerate(shards, 1))
+
+
+def index_json(plan: Sequence[FilePlan]) -> str:
+    """The text of `model.safetensors.index.json`, as Hugging Face writes it."""
+    total = sum(info.nbytes for file in plan for info in file.tensors.values())
+    weight_map = {name: file.name for file in plan for name in file.tensors}
+    return json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2, sort_keys=True) + "\n"
+
+
+def create_files(folder: str | os.PathLike[str], plan: Sequence[FilePlan]) -> None:
+    """Write the headers of all files, and reserve room for their data. One rank does this, before any writes.
+
+    Raises CheckpointError if the folder holds weights already, which a reader would mix with these, or if the files
+    cannot be made, such as on a full disk; then none is left behind.
+    """
+    place = Path(folder)
+    created: list[Path] = []
+    file = place
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        old = sorted(name for name in os.listdir(place) if name.endswith((".safetensors", INDEX_NAME)))
+        if old:
+            raise CheckpointError(
+                f"{place}: must hold no weights before a save, but holds {brief(old)}: remove them or save elsewhere"
+            )
+        for one in plan:
+            file = place / one.name
+            fd = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            created.append(file)
+            try:
+                _write_all(fd, memoryview(one.header), 0)
+                _reserve(fd, one.size_bytes)
+            finally:
+                os.close(fd)
+    except OSError as error:
+        for made in created:
+            made.unlink(missing_ok=True)
+        raise CheckpointError(f"{file}: cannot be created: {reason(error)}") from error
+
+
+def write_index(folder: str | os.PathLike[str], plan: Sequence[FilePlan]) -> None:
+    """Write the index of a plan of several files; one file needs none. Raises CheckpointError if that fails."""
+    if len(plan) < 2:
+        return
+    file = Path(folder) / INDEX_NAME
+    try:
+        with open(file, "wb") as opened:
+            opened.write(index_json(plan).encode())
+            opened.flush()
+            os.fsync(opened.fileno())
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be written: {reason(error)}") from error
+
+
+class Writer:
+    """Writes pieces of tensors into files that `create_files` made, from any number of threads.
+
+    A context manager: leaving it without an error finishes, which is when the data is safe on disk.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], plan: Sequence[FilePlan]) -> None:
+        self.folder = Path(folder)
+        self.bytes_written = 0
+        self._tensors = {name: info for file in plan for name, info in file.tensors.items()}
+        self._sizes_bytes = {file.name: file.size_bytes for file in plan}
+        self._fds: dict[str, int] = {}
+        self._lock = threading.Lock()
+
+    def write(self, name: str, ranges_by_dim: Sequence[Sequence[Range]], data: memoryview) -> None:
+        """Write a piece of tensor `name` from `data`, in C order; the ranges are as for `Reader.read`.
+
+        Raises CheckpointError if there is no such tensor, if the ranges or `data` do not fit it, or if the system
+        cannot write.
+        """
+        info = self._tensors.get(name)
+        if info is None:
+            raise CheckpointError(
+                f"{self.folder}: tensor {brief(name)} is not in this plan, which has {len(self._tensors)} tensors: "
+                f"{brief(list(self._tensors)[:4])} and so on"
+            )
+        runs = byte_runs(info, ranges_by_dim)
+        data = flat_bytes(info, data, runs.size_bytes, "data")
+        fd = self._open(info.file.name)
+        done = 0
+        try:
+            for start, run_bytes in runs:
+                _write_all(fd, data[done : done + run_bytes], start)
+                done += run_bytes
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.folder / info.file}: tensor {brief(name)}: cannot be written: {reason(error)}"
+            ) from error
+        with self._lock:
+            self.bytes_written += runs.size_bytes
+
+    def finish(self) -> None:
+        """Return when all that was written is on disk. Raises CheckpointError if the system failed to put it there."""
+        with self._lock:
+            for name, fd in self._fds.items():
+                try:
+                    os.fsync(fd)
+                except OSError as error:
+                    raise CheckpointError(f"{self.folder / name}: cannot be flushed: {reason(error)}") from error
+
+    def close(self) -> None:
+        """Close the files, finished or not."""
+        with self._lock:
+            while self._fds:
+                os.close(self._fds.popitem()[1])
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self.finish()
+        finally:
+            self.close()
+
+    def _open(self, name: str) -> int:
+        with self._lock:
+            if name in self._fds:
+                return self._fds[name]
+            file = self.folder / name
+            try:
+                fd = os.open(file, os.O_WRONLY | os.O_CLOEXEC)
+            except OSError as error:
+                raise CheckpointError(
+                    f"{file}: cannot be opened to write: {reason(error)}: one rank must call create_files first"
+                ) from error
+            file_bytes = os.fstat(fd).st_size
+            if file_bytes != self._sizes_bytes[name]:
+                os.close(fd)
+                raise CheckpointError(
+                    f"{file}: must have the plan's {self._sizes_bytes[name]} bytes, but has {file_bytes}: "
+                    "every rank must use the plan that create_files had"
+                )
+            self._fds[name] = fd
+            return fd
+
+
+def _plan_file(name: str, tensors: Sequence[tuple[str, str, Sequence[int]]]) -> FilePlan:
+    ordered = sorted(tensors, key=lambda one: -DTYPE_BITS[one[1]])
+    header, offsets = encode_header(ordered, _METADATA)
+    infos = {one: TensorInfo(Path(name), one, dtype, tuple(shape), *offsets[one]) for one, dtype, shape in ordered}
+    size_bytes = max((end for _, end in offsets.values()), default=len(header))
+    return FilePlan(name, header, MappingProxyType(infos), size_bytes)
+
+
+def _file_name(number: int, count: int) -> str:
+    return WEIGHTS_NAME if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+
+
+def _reserve(fd: int, size_bytes: int) -> None:
+    """Give the file its size, and its room on disk where the system can: so a full disk shows now."""
+    try:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(fd, 0, size_bytes)
+            return
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+    os.ftruncate(fd, size_bytes)
+
+
+def _write_all(fd: int, data: memoryview, start_bytes: int) -> None:
+    while data:
+        done = os.pwrite(fd, data, start_bytes)
+        data = data[done:]
+        start_bytes += done

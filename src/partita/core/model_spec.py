@@ -1,0 +1,210 @@
+"""ModelSpec: a model as facts. Names and shapes of its tensors, its layers, its heads; no weights and no framework."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from partita.errors import ModelError
+
+DTYPE_BYTES = MappingProxyType(
+    {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1,
+     "int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1, "bool": 1}
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One tensor of the unsplit model.
+
+    Attributes:
+        name: Its path in the model, e.g. `model.layers.0.self_attn.q_proj.weight`.
+        shape: Its unsplit shape.
+        tied_to: The tensor whose memory it shares (a head tied to the embedding), or None.
+        is_buffer: Whether it is saved with the model but not a parameter (a router's correction bias).
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    tied_to: str | None = None
+    is_buffer: bool = False
+
+    @property
+    def numel(self) -> int:
+        """Elements."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A model as facts.
+
+    Attributes:
+        family: `model_type` of its config, e.g. `llama`.
+        architecture: The class that runs it, e.g. `LlamaForCausalLM`.
+        tensors: Every parameter and saved buffer of the unsplit model by name, in the model's own order.
+        layers: Path of the list of layers, e.g. `model.layers`; empty where none was found.
+        num_layers: Layers in that list.
+        num_heads: Query heads of a layer's attention; 0 where unknown.
+        num_kv_heads: Key and value heads; `num_heads` where all heads have their own.
+        vocab_size: Rows of the embedding; 0 where unknown.
+        dtype: The dtype that the checkpoint or config names.
+        config: The model's config as plain JSON data.
+        linears: Paths of the modules that are linear layers, where a model was at hand to tell; else None.
+    """
+
+    family: str
+    architecture: str
+    tensors: Mapping[str, TensorSpec] = field(hash=False)
+    layers: str
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    vocab_size: int
+    dtype: str
+    config: Mapping[str, Any] = field(repr=False, hash=False)
+    linears: frozenset[str] | None = field(default=None, repr=False, hash=False)
+
+    @cached_property
+    def parameters(self) -> int:
+        """Parameters of the unsplit model; tied ones count once, buffers do not count."""
+        return sum(t.numel for t in self.tensors.values() if t.tied_to is None and not t.is_buffer)
+
+    @property
+    def dtype_bytes(self) -> int:
+        """Bytes of one element."""
+        return DTYPE_BYTES[self.dtype]
+
+    @cached_property
+    def prefix(self) -> str:
+        """What stands before the base model's paths: `model.` where the layers are at `model.layers`."""
+        head, _, _ = self.layers.rpartition(".")
+        return f"{head}." if head else ""
+
+    def layer_of(self, name: str) -> int | None:
+        """The layer that tensor or module `name` belongs to, or None."""
+        if not self.layers or not name.startswith(self.layers + "."):
+            return None
+        return int(name[len(self.layers) + 1 :].split(".", 1)[0])
+
+    def module_tensors(self, path: str) -> list[TensorSpec]:
+        """The tensors that module `path` holds itself."""
+        return [self.tensors[name] for name in self._by_module.get(path, ())]
+
+    @cached_property
+    def modules(self) -> tuple[str, ...]:
+        """Paths of the modules that hold tensors, in order."""
+        return tuple(self._by_module)
+
+    @cached_property
+    def _by_module(self) -> dict[str, list[str]]:
+        modules: dict[str, list[str]] = {}
+        for name in self.tensors:
+            modules.setdefault(name.rpartition(".")[0], []).append(name)
+        return modules
+
+
+def read_config(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
+    """A model's config as plain data, from a mapping, a `config.json` or a folder that holds one."""
+    if isinstance(source, Mapping):
+        return dict(source)
+    path = Path(source)
+    file = path / "config.json" if path.is_dir() else path
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ModelError(
+            f"{file} does not exist. Give a folder with a config.json, a config file or a hub id."
+        ) from error
+    except OSError as error:
+        raise ModelError(f"{file} cannot be read: {error.strerror}.") from error
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{file} is not JSON: {error}.") from error
+    if not isinstance(data, dict) or not isinstance(data.get("model_type"), str):
+        raise ModelError(f"{file} is not a model's config: it has no `model_type`.")
+    return data
+
+
+def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part of a config that describes the decoder: a multimodal config nests it."""
+    for key in ("text_config", "llm_config", "language_config"):
+        nested = config.get(key)
+        if isinstance(nested, Mapping) and "hidden_size" in nested:
+            return nested
+    return config
+
+
+def config_number(config: Mapping[str, Any], *keys: str) -> int:
+    """The first of `keys` that the config gives as a whole number, or 0."""
+    for key in keys:
+        value = config.get(key)
+        if type(value) is int:
+            return value
+    return 0
+
+
+def config_heads(config: Mapping[str, Any]) -> tuple[int, int]:
+    """Query heads and KV heads that a config names under any family's keys; (0, 0) where it names none."""
+    text = text_config(config)
+    heads = config_number(text, "num_attention_heads", "n_head", "num_heads", "n_heads", "encoder_attention_heads")
+    kv_heads = config_number(text, "num_key_value_heads", "num_kv_heads", "n_head_kv")
+    if text.get("multi_query") is True and text.get("new_decoder_architecture") is not True:
+        kv_heads = 1
+    return heads, kv_heads or heads
+
+
+def config_dtype(config: Mapping[str, Any]) -> str:
+    """The dtype that a config names, float32 where none."""
+    name = str(config.get("dtype") or config.get("torch_dtype") or text_config(config).get("dtype") or "float32")
+    name = name.removeprefix("torch.")
+    return name if name in DTYPE_BYTES else "float32"
+
+
+def find_layers(names: Mapping[str, Any] | list[str]) -> tuple[str, int]:
+    """The list of layers among tensor `names`: the numbered path that holds most of them. ('', 0) where there is none."""
+    found: dict[str, set[int]] = {}
+    weight: dict[str, int] = {}
+    for name in names:
+        match = re.match(r"(.*?)\.(\d+)\.", name)
+        if match:
+            found.setdefault(match[1], set()).add(int(match[2]))
+            weight[match[1]] = weight.get(match[1], 0) + 1
+    if not found:
+        return "", 0
+    path = max(weight, key=lambda candidate: weight[candidate])
+    count = len(found[path])
+    return (path, count) if found[path] == set(range(count)) else ("", 0)
+
+
+def spec_from_tensors(
+    tensors: Mapping[str, TensorSpec], config: Mapping[str, Any] | None = None, **facts: Any
+) -> ModelSpec:
+    """A ModelSpec of named tensors, as a checkpoint's headers or a model on the meta device give them.
+
+    Without a config the head counts are unknown, and what would split attention by heads says so.
+    `facts` overrides any attribute of the result.
+    """
+    config = dict(config or {})
+    layers, num_layers = find_layers([name for name, tensor in tensors.items()])
+    heads, kv_heads = config_heads(config)
+    architectures = config.get("architectures")
+    given: dict[str, Any] = {
+        "family": str(config.get("model_type", "unknown")),
+        "architecture": str(architectures[0]) if isinstance(architectures, list) and architectures else "",
+        "tensors": MappingProxyType(dict(tensors)),
+        "layers": layers,
+        "num_layers": num_layers,
+        "num_heads": heads,
+        "num_kv_heads": kv_heads,
+        "vocab_size": config_number(text_config(config), "vocab_size"),
+        "dtype": config_dtype(config),
+        "config": MappingProxyType(config),
+    }
+    return ModelSpec(**{**given, **facts})

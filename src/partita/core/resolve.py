@@ -1,0 +1,322 @@
+"""From rules to cuts: which dimension of each tensor of a model is split over the tensor axis, and where."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from types import MappingProxyType
+from typing import Any
+
+from partita.core.model_spec import ModelSpec, TensorSpec, config_number, text_config
+from partita.core.rules import Rule, Rules, Style, isolate
+from partita.core.split import Split, kv_positions
+from partita.errors import PlanError
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """How one tensor is cut over the tensor axis.
+
+    Attributes:
+        name: Its name in the unsplit model.
+        shape: Its unsplit shape.
+        dim: The dimension that is cut, or None where every rank holds the whole.
+        split: Who holds what of that dimension.
+        partial_grad: Whether ranks that hold the same elements each see a part of their gradient, to be summed.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dim: int | None = None
+    split: Split | None = None
+    partial_grad: bool = False
+
+    def local_shape(self, tp_rank: int) -> tuple[int, ...]:
+        """The shape of a tensor rank's part."""
+        if self.split is None or self.dim is None:
+            return self.shape
+        return (*self.shape[: self.dim], self.split.local_size(tp_rank), *self.shape[self.dim + 1 :])
+
+    def local_numel(self, tp_rank: int) -> int:
+        """Elements of a tensor rank's part."""
+        return math.prod(self.local_shape(tp_rank))
+
+    def ranges(self, tp_rank: int) -> tuple[tuple[tuple[int, int], ...], ...]:
+        """For each dimension the ranges of the unsplit tensor that a tensor rank holds, in local order."""
+        ranges = [((0, size),) for size in self.shape]
+        if self.split is not None and self.dim is not None:
+            return (*ranges[: self.dim], self.split.ranges(tp_rank), *ranges[self.dim + 1 :])
+        return tuple(ranges)
+
+    def owned_ranges(self, tp_rank: int) -> tuple[tuple[tuple[int, int], ...], ...]:
+        """Like `ranges`, but of what the rank owns: over all tensor ranks every element once."""
+        if self.split is None or self.dim is None:
+            return self.ranges(tp_rank) if tp_rank == 0 else ((),) * len(self.shape)
+        return (
+            *self.ranges(tp_rank)[: self.dim],
+            self.split.owned_ranges(tp_rank),
+            *self.ranges(tp_rank)[self.dim + 1 :],
+        )
+
+
+@dataclass(frozen=True)
+class ModulePlan:
+    """How one module is split.
+
+    Attributes:
+        path: Its path in the model.
+        style: See `Rule`.
+        split: Who holds what of its cut dimension: a column layer's outputs, a row layer's inputs, the vocabulary.
+        gather_output: Whether its parts are put together again after it.
+        split_input: Whether it gets its whole input and takes its part of it.
+        transposed: Whether its weight lies [in, out].
+        copy_output: How many of its last outputs go straight into a split region.
+        expand: For each tensor rank, the blocks of `expand_width` local outputs in the order (and as often) as the
+            attention needs them: KV heads repeated for query heads whose number is not the same for all. None: as is.
+        expand_width: Outputs of one block.
+    """
+
+    path: str
+    style: Style
+    split: Split | None = None
+    gather_output: bool = False
+    split_input: bool = False
+    transposed: bool = False
+    copy_output: int = 0
+    expand: tuple[tuple[int, ...] | None, ...] = ()
+    expand_width: int = 0
+
+    def to_data(self) -> dict[str, Any]:
+        """Plain data for JSON, the split left as it is."""
+        data = asdict(replace(self, split=None))
+        del data["path"]
+        return {**data, "expand": [None if e is None else list(e) for e in self.expand] if any(self.expand) else []}
+
+    @classmethod
+    def from_data(cls, path: str, data: Mapping[str, Any]) -> ModulePlan:
+        """The inverse of `to_data`."""
+        expand = tuple(None if e is None else tuple(e) for e in data.get("expand", ()))
+        return cls(path, **{**data, "expand": expand})
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """The heads of one attention module over the tensor ranks.
+
+    Attributes:
+        path: The module that holds the projections.
+        num_heads: Query heads of the unsplit module.
+        num_kv_heads: Its KV heads.
+        heads: Which query heads each rank has.
+        kv_heads: Which KV heads each rank has; copies where there are fewer than ranks.
+    """
+
+    path: str
+    num_heads: int
+    num_kv_heads: int
+    heads: Split
+    kv_heads: Split
+
+    def local_heads(self, tp_rank: int) -> int:
+        """Query heads of a tensor rank."""
+        return self.heads.local_size(tp_rank)
+
+    def local_kv_heads(self, tp_rank: int) -> int:
+        """KV heads that a tensor rank's attention sees: as many as query heads where they had to be expanded."""
+        expanded = _expansion(self.num_heads, self.num_kv_heads, self.heads.parts)[tp_rank]
+        return self.kv_heads.local_size(tp_rank) if expanded is None else self.local_heads(tp_rank)
+
+
+Resolved = tuple[Mapping[str, ModulePlan], Mapping[str, AttentionPlan], Mapping[str, TensorPlan]]
+
+
+def resolve(spec: ModelSpec, tp: int, rules: Rules) -> Resolved:
+    """Every module and tensor of `spec` over `tp` ranks, as `rules` say.
+
+    A dimension with fewer units than ranks is not cut; where it is the heads, each projection of the attention is split by
+    itself instead, so that the memory is still shared.
+    """
+    resolver = _Resolver(spec, tp)
+    for path in spec.modules:
+        rule = rules.find(path)
+        if tp > 1 and rule is not None:
+            resolver.add(path, rule)
+    resolver.follow_ties()
+    cuts = {name: resolver.cuts.get(name, TensorPlan(name, t.shape)) for name, t in spec.tensors.items()}
+    return MappingProxyType(resolver.modules), MappingProxyType(resolver.attention), MappingProxyType(cuts)
+
+
+class _Resolver:
+    def __init__(self, spec: ModelSpec, tp: int) -> None:
+        self.spec = spec
+        self.tp = tp
+        self.modules: dict[str, ModulePlan] = {}
+        self.attention: dict[str, AttentionPlan] = {}
+        self.cuts: dict[str, TensorPlan] = {}
+
+    def add(self, path: str, rule: Rule) -> None:
+        tensors = {t.name.rpartition(".")[2]: t for t in self.spec.module_tensors(path)}
+        if rule.over in ("heads", "kv_heads", "qkv", "qkv_by_head") and rule.style in ("column", "row"):
+            if not self.spec.num_heads:
+                raise PlanError(
+                    f"{path}: the config does not say how many attention heads there are, so they cannot be split."
+                )
+            if self._too_few_heads(rule):
+                rule = isolate(rule)
+        if rule.style == "replicate":
+            self._replicate(path, rule, tensors)
+        elif rule.style == "experts":
+            self._experts(path, tensors)
+        elif rule.style == "head":
+            self._head(tensors)
+        elif "weight" in tensors and len(tensors["weight"].shape) == 2:
+            self._linear(path, rule, tensors)
+        else:
+            shapes = ", ".join(f"{name} {t.shape}" for name, t in tensors.items())
+            raise PlanError(f"{path}: the style {rule.style} needs a weight of two dimensions, but it holds {shapes}.")
+
+    def _too_few_heads(self, rule: Rule) -> bool:
+        if rule.over == "qkv_by_head" and self.spec.num_kv_heads != self.spec.num_heads:
+            raise PlanError(
+                f"rule {rule.pattern!r}: qkv_by_head needs as many KV heads as heads, but there are "
+                f"{self.spec.num_kv_heads} and {self.spec.num_heads}."
+            )
+        return self.spec.num_heads < self.tp
+
+    def _replicate(self, path: str, rule: Rule, tensors: Mapping[str, TensorSpec]) -> None:
+        copies = config_number(text_config(self.spec.config), rule.copy_output) if rule.copy_output else 0
+        if copies and self.spec.num_heads >= self.tp:
+            self.modules[path] = ModulePlan(path, "replicate", copy_output=copies)
+        if rule.partial_grad and self.spec.num_heads >= self.tp:
+            for tensor in tensors.values():
+                self.cuts[tensor.name] = TensorPlan(tensor.name, tensor.shape, partial_grad=True)
+
+    def _linear(self, path: str, rule: Rule, tensors: Mapping[str, TensorSpec]) -> None:
+        weight = tensors["weight"]
+        out_dim = 1 if rule.transposed else 0
+        dim = {"row": 1 - out_dim, "embedding": 1}.get(rule.style, out_dim)
+        split = self._split(path, rule, weight.shape[dim])
+        if split is None:
+            return
+        expand, width = _expand(rule, self.spec, self.tp, split.size)
+        self.modules[path] = ModulePlan(
+            path,
+            rule.style,
+            split,
+            rule.gather_output,
+            rule.split_input,
+            rule.transposed,
+            expand=expand,
+            expand_width=width,
+        )
+        copies = not split.is_partition
+        self.cuts[weight.name] = TensorPlan(weight.name, weight.shape, dim, split, partial_grad=copies)
+        bias = tensors.get("bias")
+        if bias is not None and rule.style in ("column", "vocab"):
+            self.cuts[bias.name] = TensorPlan(bias.name, bias.shape, 0, split, partial_grad=copies)
+        if rule.style == "column" and rule.over in ("heads", "qkv", "qkv_by_head"):
+            parent = path.rpartition(".")[0]
+            self.attention[parent] = _attention(parent, self.spec.num_heads, self.spec.num_kv_heads, self.tp)
+
+    def _split(self, path: str, rule: Rule, size: int) -> Split | None:
+        heads, kv_heads, tp = self.spec.num_heads, self.spec.num_kv_heads, self.tp
+        units = {"heads": heads, "kv_heads": kv_heads, "qkv": heads + 2 * kv_heads, "qkv_by_head": heads, "gate_up": 2}
+        unit = units.get(rule.over, 1)
+        if unit and size % unit:
+            raise PlanError(
+                f"{path}: its {size} {'inputs' if rule.style == 'row' else 'outputs'} are not a multiple of {unit}, as "
+                f"`{rule.over}` with {heads} heads and {kv_heads} KV heads needs. Its rule is not right for this model."
+            )
+        if rule.over == "features":
+            return _even(size, tp) if size >= tp else None
+        if rule.over == "gate_up":
+            return Split.concat([_even(size // 2, tp)] * 2) if size // 2 >= tp else None
+        width = size // unit
+        queries, keys = _heads(heads, kv_heads, tp, width), _kv_heads(heads, kv_heads, tp, width)
+        return {"heads": queries, "qkv_by_head": queries, "kv_heads": keys}.get(rule.over) or Split.concat(
+            [queries, keys, keys]
+        )
+
+    def _head(self, tensors: Mapping[str, TensorSpec]) -> None:
+        for tensor in tensors.values():
+            heads = self.spec.num_heads
+            if tensor.shape and heads >= self.tp and tensor.shape[0] % heads == 0:
+                split = _heads(heads, self.spec.num_kv_heads, self.tp, tensor.shape[0] // heads)
+                self.cuts[tensor.name] = TensorPlan(tensor.name, tensor.shape, 0, split)
+
+    def _experts(self, path: str, tensors: Mapping[str, TensorSpec]) -> None:
+        """Fused experts `[E, 2I, H]` and `[E, H, I]`: the inner width I is cut. Others stay whole."""
+        up, down = tensors.get("gate_up_proj"), tensors.get("down_proj")
+        if up is None or down is None or set(tensors) != {"gate_up_proj", "down_proj"} or len(up.shape) != 3:
+            return
+        inner = down.shape[2]
+        if up.shape[1:] != (2 * inner, down.shape[1]) or inner < self.tp:
+            return
+        split = _even(inner, self.tp)
+        self.modules[path] = ModulePlan(path, "experts", split)
+        self.cuts[up.name] = TensorPlan(up.name, up.shape, 1, Split.concat([split, split]))
+        self.cuts[down.name] = TensorPlan(down.name, down.shape, 2, split)
+
+    def follow_ties(self) -> None:
+        """A tied tensor is cut as what it shares memory with."""
+        for name, tensor in self.spec.tensors.items():
+            if tensor.tied_to is None:
+                continue
+            mine, other = self.cuts.get(name), self.cuts.get(tensor.tied_to)
+            if mine is not None and other is None:
+                self.cuts[tensor.tied_to] = replace(mine, name=tensor.tied_to)
+            elif (mine and (mine.dim, mine.split)) != (other and (other.dim, other.split)):
+                raise PlanError(
+                    f"{name} shares its memory with {tensor.tied_to}, but the rules cut the two in different ways."
+                )
+
+
+def _attention(path: str, heads: int, kv_heads: int, tp: int) -> AttentionPlan:
+    return AttentionPlan(path, heads, kv_heads, _heads(heads, kv_heads, tp, 1), _kv_heads(heads, kv_heads, tp, 1))
+
+
+def _expand(rule: Rule, spec: ModelSpec, tp: int, size: int) -> tuple[tuple[tuple[int, ...] | None, ...], int]:
+    """Which local output blocks a projection of keys and values must repeat on each rank, and their width."""
+    if rule.style != "column" or rule.over not in ("kv_heads", "qkv"):
+        return (), 0
+    expansion = _expansion(spec.num_heads, spec.num_kv_heads, tp)
+    if not any(expansion):
+        return (), 0
+    if rule.over == "kv_heads":
+        return expansion, size // spec.num_kv_heads
+    attention = _attention("", spec.num_heads, spec.num_kv_heads, tp)
+    fused: list[tuple[int, ...] | None] = []
+    for rank, positions in enumerate(expansion):
+        if positions is None:
+            fused.append(None)
+            continue
+        queries, keys = attention.heads.local_size(rank), attention.kv_heads.local_size(rank)
+        starts = (queries, queries + keys)
+        fused.append((*range(queries), *(start + position for start in starts for position in positions)))
+    return tuple(fused), size // (spec.num_heads + 2 * spec.num_kv_heads)
+
+
+@cache
+def _expansion(heads: int, kv_heads: int, tp: int) -> tuple[tuple[int, ...] | None, ...]:
+    """For each rank the positions of the KV heads of its query heads where repeating them evenly would not do."""
+    expansion: list[tuple[int, ...] | None] = []
+    for rank in range(tp):
+        positions = kv_positions(heads, kv_heads, tp, rank)
+        counts = {positions.count(position) for position in positions}
+        expansion.append(None if len(counts) == 1 else positions)
+    return tuple(expansion)
+
+
+_even = cache(Split.even)
+
+
+@cache
+def _heads(heads: int, kv_heads: int, tp: int, width: int) -> Split:
+    return Split.heads(heads, kv_heads, tp, width=width)
+
+
+@cache
+def _kv_heads(heads: int, kv_heads: int, tp: int, width: int) -> Split:
+    return Split.kv_heads(heads, kv_heads, tp, width=width)

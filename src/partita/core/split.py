@@ -1,0 +1,304 @@
+"""Split: which ranges of one dimension each rank of an axis holds. The arithmetic of every sharded tensor, in integers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate, groupby, pairwise
+from typing import Any
+
+from partita.errors import PlanError
+
+Range = tuple[int, int]
+"""Start and stop, half open."""
+
+
+def deal(count: int, parts: int, weights: Sequence[float] | None = None, *, allow_empty: bool = False) -> list[int]:
+    """How many of `count` indivisible units each of `parts` ranks gets, in rank order.
+
+    Without weights the counts differ by at most one and the first ranks have the more. With weights (relative speeds or
+    memories) they follow the largest remainders (Hamilton's method), ties to the first rank; unless `allow_empty`, a
+    rank that would get nothing takes one unit from the rank that has most.
+    """
+    if parts < 1:
+        raise PlanError(f"parts must be at least 1, but is {parts}.")
+    if count < parts and not allow_empty:
+        raise PlanError(
+            f"{count} unit{'s' if count != 1 else ''} cannot be dealt to {parts} ranks: every rank must hold one. "
+            f"Use at most {count} rank{'s' if count != 1 else ''}, or allow_empty=True."
+        )
+    if weights is None:
+        return [count // parts + (rank < count % parts) for rank in range(parts)]
+    if len(weights) != parts or not all(0 < weight < float("inf") for weight in weights):
+        raise PlanError(f"weights must be {parts} positive finite numbers, one a rank, but are {tuple(weights)}.")
+    total = sum(weights)
+    shares = [count * weight / total for weight in weights]
+    counts = [int(share) for share in shares]
+    by_remainder = sorted(range(parts), key=lambda rank: (counts[rank] - shares[rank], rank))
+    for rank in by_remainder[: count - sum(counts)]:
+        counts[rank] += 1
+    while not allow_empty and 0 in counts:
+        counts[counts.index(max(counts))] -= 1
+        counts[counts.index(0)] += 1
+    return counts
+
+
+def merge(ranges: Iterable[Range]) -> tuple[Range, ...]:
+    """The same elements in the same order with adjoining ranges joined and empty ones dropped."""
+    merged: list[Range] = []
+    for start, stop in ranges:
+        if start == stop:
+            continue
+        if merged and merged[-1][1] == start:
+            merged[-1] = (merged[-1][0], stop)
+        else:
+            merged.append((start, stop))
+    return tuple(merged)
+
+
+@dataclass(frozen=True)
+class Split:
+    """One dimension of `size` elements over the ranks of an axis.
+
+    Attributes:
+        size: Elements of the unsplit dimension.
+        by_rank: For each rank, the ranges that it holds, in the order in which they lie in its local tensor. Ranges of
+            different ranks may overlap (replicated heads): then the lowest rank that holds an element owns it.
+
+    Build one with `even`, `heads`, `kv_heads`, `concat` or `replicated`; they raise `PlanError` for what cannot be.
+    """
+
+    size: int
+    by_rank: tuple[tuple[Range, ...], ...]
+
+    def __post_init__(self) -> None:
+        for rank, ranges in enumerate(self.by_rank):
+            for start, stop in ranges:
+                if not 0 <= start < stop <= self.size:
+                    raise PlanError(
+                        f"rank {rank} holds the range [{start}, {stop}), which is not inside [0, {self.size})."
+                    )
+        held = sorted({r for ranges in self.by_rank for r in ranges})
+        reach = 0
+        for start, stop in held:
+            if start > reach:
+                break
+            reach = max(reach, stop)
+        if reach < self.size:
+            raise PlanError(f"element {reach} of {self.size} is held by no rank.")
+
+    # --- making one ---------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def even(
+        cls,
+        size: int,
+        parts: int,
+        *,
+        unit: int = 1,
+        weights: Sequence[float] | None = None,
+        segments: Sequence[int] | None = None,
+        allow_empty: bool = False,
+    ) -> Split:
+        """`size` elements dealt out in whole units of `unit`, first ranks first.
+
+        Args:
+            size: Elements of the dimension.
+            parts: Ranks of the axis.
+            unit: What may not be cut: a head's width, a quantization group, their least common multiple.
+            weights: Relative shares of unequal devices, one a rank.
+            segments: Lengths of dimensions that lie fused in this one, in order (gate and up; query, key and value). Each
+                is split by itself and a rank holds its part of each.
+            allow_empty: Whether a rank may hold nothing.
+        """
+        if segments is not None:
+            if sum(segments) != size or any(length < 1 for length in segments):
+                raise PlanError(f"segments must be positive and add up to {size}, but are {tuple(segments)}.")
+            return cls.concat(
+                [cls.even(n, parts, unit=unit, weights=weights, allow_empty=allow_empty) for n in segments]
+            )
+        if size < 0:
+            raise PlanError(f"size must not be negative, but is {size}.")
+        if unit < 1 or size % unit:
+            raise PlanError(f"size {size} must be a whole number of units of {unit}. Choose a unit that divides it.")
+        bounds = [0, *accumulate(n * unit for n in deal(size // unit, parts, weights, allow_empty=allow_empty))]
+        return cls(size, tuple(merge([(bounds[rank], bounds[rank + 1])]) for rank in range(parts)))
+
+    @classmethod
+    def heads(cls, num_heads: int, num_kv_heads: int, parts: int, *, width: int = 1) -> Split:
+        """Query heads of `width` elements, so that `kv_heads` of the same numbers holds what they attend to.
+
+        With at least as many KV heads as ranks, heads are dealt in whole groups of those that share a KV head, and no KV
+        head is copied. With fewer, every KV head's group is dealt over the ranks that hold it where the ranks are a
+        multiple of the KV heads, and the query heads are dealt one by one where they are not.
+        """
+        group = _group_size(num_heads, num_kv_heads)
+        if num_kv_heads >= parts:
+            return cls.even(num_heads * width, parts, unit=group * width)
+        if num_heads < parts:
+            raise PlanError(
+                f"{num_heads} attention heads cannot be dealt to {parts} ranks: every rank must hold one. "
+                f"Use tp={num_heads} or less."
+            )
+        if parts % num_kv_heads == 0:
+            counts = deal(group, parts // num_kv_heads) * num_kv_heads
+        else:
+            counts = deal(num_heads, parts)
+        bounds = [0, *accumulate(n * width for n in counts)]
+        return cls(num_heads * width, tuple(((bounds[r], bounds[r + 1]),) for r in range(parts)))
+
+    @classmethod
+    def kv_heads(cls, num_heads: int, num_kv_heads: int, parts: int, *, width: int = 1) -> Split:
+        """The KV heads that each rank's query heads attend to; ranks overlap where there are fewer than ranks."""
+        group = _group_size(num_heads, num_kv_heads)
+        queries = cls.heads(num_heads, num_kv_heads, parts)
+        ranges = [ranges[0] for ranges in queries.by_rank]
+        return cls(
+            num_kv_heads * width,
+            tuple(((start // group * width, ((stop - 1) // group + 1) * width),) for start, stop in ranges),
+        )
+
+    @classmethod
+    def concat(cls, splits: Sequence[Split]) -> Split:
+        """Dimensions that lie one behind the other in one tensor, each with its own split."""
+        if not splits or len({split.parts for split in splits}) != 1:
+            raise PlanError("concat takes at least one split, all over the same number of ranks.")
+        offsets = [0, *accumulate(split.size for split in splits)]
+        return cls(
+            offsets[-1],
+            tuple(
+                merge(
+                    (start + offset, stop + offset)
+                    for split, offset in zip(splits, offsets, strict=False)
+                    for start, stop in split.by_rank[rank]
+                )
+                for rank in range(splits[0].parts)
+            ),
+        )
+
+    @classmethod
+    def replicated(cls, size: int, parts: int) -> Split:
+        """Every rank holds the whole dimension; rank 0 owns it."""
+        return cls(size, (merge([(0, size)]),) * parts)
+
+    def scaled(self, width: int) -> Split:
+        """The same split of a dimension in which every element here is `width` elements wide."""
+        return Split(
+            self.size * width, tuple(tuple((a * width, b * width) for a, b in ranges) for ranges in self.by_rank)
+        )
+
+    # --- asking it ----------------------------------------------------------------------------------------------------
+
+    @property
+    def parts(self) -> int:
+        """Ranks of the axis."""
+        return len(self.by_rank)
+
+    def ranges(self, rank: int) -> tuple[Range, ...]:
+        """What `rank` holds, in local order."""
+        return self.by_rank[rank]
+
+    @cached_property
+    def local_sizes(self) -> tuple[int, ...]:
+        """Elements that each rank holds."""
+        return tuple(sum(stop - start for start, stop in ranges) for ranges in self.by_rank)
+
+    def local_size(self, rank: int) -> int:
+        """Elements that `rank` holds."""
+        return self.local_sizes[rank]
+
+    def owner(self, index: int) -> int:
+        """The rank that owns element `index`: the lowest of those that hold it."""
+        return self.holders(index)[0]
+
+    def holders(self, index: int) -> tuple[int, ...]:
+        """Every rank that holds element `index`."""
+        if not 0 <= index < self.size:
+            raise PlanError(f"index must be in [0, {self.size}), but is {index}.")
+        return tuple(r for r, ranges in enumerate(self.by_rank) if any(a <= index < b for a, b in ranges))
+
+    def to_global(self, rank: int, local_index: int) -> int:
+        """The unsplit position of element `local_index` of `rank`'s local tensor."""
+        left = local_index
+        for start, stop in self.by_rank[rank]:
+            if 0 <= left < stop - start:
+                return start + left
+            left -= stop - start
+        raise PlanError(f"local_index must be in [0, {self.local_size(rank)}), but is {local_index}.")
+
+    def to_local(self, rank: int, index: int) -> int | None:
+        """Where element `index` lies in `rank`'s local tensor, or None where `rank` does not hold it."""
+        offset = 0
+        for start, stop in self.by_rank[rank]:
+            if start <= index < stop:
+                return offset + index - start
+            offset += stop - start
+        return None
+
+    def owned_ranges(self, rank: int) -> tuple[Range, ...]:
+        """The ranges that `rank` owns: over all ranks every element once. What a rank writes, and counts in a norm."""
+        lower = sorted(r for ranges in self.by_rank[:rank] for r in ranges)
+        owned: list[Range] = []
+        for start, stop in self.by_rank[rank]:
+            for a, b in lower:
+                if a < stop and b > start:
+                    owned.append((start, max(start, a)))
+                    start = min(stop, b)
+            owned.append((start, stop))
+        return merge(owned)
+
+    @cached_property
+    def shared_ranges(self) -> tuple[Range, ...]:
+        """The ranges that more than one rank holds, in ascending order: those whose gradients are summed."""
+        cuts = sorted({edge for ranges in self.by_rank for r in ranges for edge in r})
+        pieces = pairwise(cuts)
+        return merge((a, b) for a, b in pieces if len(self.holders(a)) > 1)
+
+    @property
+    def is_partition(self) -> bool:
+        """Whether every element is held by one rank only."""
+        return not self.shared_ranges
+
+    # --- as data ------------------------------------------------------------------------------------------------------
+
+    def __str__(self) -> str:
+        runs = groupby(enumerate(self.by_rank), key=lambda item: item[1])
+        cells = []
+        for ranges, group in runs:
+            ranks = [rank for rank, _ in group]
+            label = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}-{ranks[-1]}"
+            cells.append(f"{label}: {'+'.join(f'{a}:{b}' for a, b in ranges) or '-'}")
+        return f"{self.size} = [{', '.join(cells)}]"
+
+    def to_data(self) -> dict[str, Any]:
+        """Plain lists and integers for JSON."""
+        return {"size": self.size, "by_rank": [[list(r) for r in ranges] for ranges in self.by_rank]}
+
+    @classmethod
+    def from_data(cls, data: Any) -> Split:
+        """The inverse of `to_data`; raises `PlanError` for anything else."""
+        try:
+            size, by_rank = data["size"], data["by_rank"]
+            split = tuple(tuple((a, b) for a, b in ranges) for ranges in by_rank)
+            numbers = [size, *(edge for ranges in split for r in ranges for edge in r)]
+        except (TypeError, KeyError, ValueError) as error:
+            raise PlanError(
+                f"a split needs `size` and `by_rank` (a list of [start, stop] a rank), but is {data!r:.200}."
+            ) from error
+        if not split or any(type(number) is not int for number in numbers):
+            raise PlanError(f"a split holds whole numbers and at least one rank, but is {data!r:.200}.")
+        return cls(size, split)
+
+
+def kv_positions(num_heads: int, num_kv_heads: int, parts: int, rank: int) -> tuple[int, ...]:
+    """For each query head of `rank`, the position among the rank's own KV heads of the one that it attends to."""
+    group = _group_size(num_heads, num_kv_heads)
+    (start, stop), *_ = Split.heads(num_heads, num_kv_heads, parts).ranges(rank)
+    return tuple(head // group - start // group for head in range(start, stop))
+
+
+def _group_size(num_heads: int, num_kv_heads: int) -> int:
+    if num_kv_heads < 1 or num_heads < 1 or num_heads % num_kv_heads:
+        raise PlanError(f"num_heads ({num_heads}) must be a multiple of num_kv_heads ({num_kv_heads}).")
+    return num_heads // num_kv_heads

@@ -1,0 +1,27 @@
+"""The errors that Partita raises for what a user can mend."""
+
+from __future__ import annotations
+
+
+class PartitaError(Exception):
+    """Base of every error that Partita raises on purpose. Its text says what is wrong and what to do instead."""
+
+
+class LayoutError(PartitaError, ValueError):
+    """A pipeline layout that cannot be read, or that does not fit its model."""
+
+
+class PlanError(PartitaError, ValueError):
+    """A mesh, split, rule or plan that cannot be."""
+
+
+class ModelError(PartitaError, ValueError):
+    """A model that is not understood, or that cannot be split as asked."""
+
+
+class CheckpointError(PartitaError, ValueError):
+    """Files of a checkpoint that are missing, malformed or not the model's."""
+
+
+class DistributedError(PartitaError, RuntimeError):
+    """Ranks that are missing, disagree, or were asked for what their group cannot do."""

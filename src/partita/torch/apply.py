@@ -1,0 +1,233 @@
+"""Splitting a model: each module that a plan names is replaced by, or dressed as, its split form."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from partita.core.plan import Plan
+from partita.core.resolve import AttentionPlan, ModulePlan
+from partita.errors import DistributedError, ModelError
+from partita.torch.comm import Communicator
+from partita.torch.embedding import VocabParallelEmbedding
+from partita.torch.grads import sum_gradient, sum_shared_gradient
+from partita.torch.inner import slice_parameter
+from partita.torch.linear import ColumnParallelLinear, RegionInput, RowParallelLinear
+from partita.torch.mappings import copy_to, reduce_from
+
+WRAPPERS = ("linear", "embedding", "base_layer")
+"""Names that split layers and adapters put into a parameter's path; without them it is the unsplit model's."""
+
+
+def apply_plan(model: nn.Module, plan: Plan, comm: Communicator) -> nn.Module:
+    """Split `model` in place over the tensor ranks of `comm` as `plan` says; what is cut may be on any device, meta too.
+
+    Raises:
+        DistributedError: `comm` is not of the plan's tensor axis.
+        ModelError: The model is not the plan's, or holds a layer that cannot be cut.
+    """
+    if comm.size != plan.mesh.tp:
+        raise DistributedError(f"the plan has tp={plan.mesh.tp}, but the tensor group has {comm.size} ranks.")
+    check_model(model, plan)
+    if comm.size == 1:
+        return model
+    entries = _shared_entries(model, plan, comm)
+    for path, module_plan in plan.modules.items():
+        _split_module(model, path, module_plan, comm, entries)
+    for path, attention in plan.attention.items():
+        _localize_heads(model.get_submodule(path), attention, comm.rank)
+    _cut_bare_parameters(parameter_homes(model), plan, comm)
+    return model
+
+
+def check_model(model: nn.Module, plan: Plan) -> None:
+    """Raise `ModelError` unless `model` has the tensors of the plan's model, in its shapes."""
+    mine = {name: tuple(t.shape) for name, t in model.state_dict(keep_vars=True).items()}
+    theirs = {name: t.shape for name, t in plan.spec.tensors.items()}
+    if mine != theirs:
+        name = next(n for n in sorted({*mine, *theirs}) if mine.get(n) != theirs.get(n))
+        raise ModelError(
+            f"the model is not the plan's ({plan.spec.family}): {name} has the shape {mine.get(name, 'none')} in the model "
+            f"and {theirs.get(name, 'none')} in the plan. Make the plan of this model."
+        )
+
+
+def unsplit_name(name: str) -> str:
+    """The name in the unsplit model of a split model's parameter: without what the split layers put into its path."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
+
+def parameter_homes(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    """Where each tensor of the unsplit model lives in the split one: by unsplit name the module and its attribute."""
+    homes = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        for attribute in (
+            *module._parameters,
+            *(b for b in module._buffers if b not in module._non_persistent_buffers_set),
+        ):
+            if getattr(module, attribute) is not None:
+                homes[unsplit_name(f"{path}.{attribute}" if path else attribute)] = (module, attribute)
+    return homes
+
+
+def local_tensors(model: nn.Module, plan: Plan) -> dict[str, Tensor]:
+    """This rank's part of every tensor of the plan's model, by its name in the unsplit model; tied ones under both names."""
+    homes = parameter_homes(model)
+    return {name: getattr(*homes[name]) for name in plan.spec.tensors if name in homes}
+
+
+def _shared_entries(model: nn.Module, plan: Plan, comm: Communicator) -> dict[str, RegionInput]:
+    """One entry for the column layers of one parent that have inputs of the same width."""
+    siblings: dict[tuple[str, int], list[str]] = {}
+    for path, module in plan.modules.items():
+        if module.style == "column":
+            weight = plan.tensor(f"{path}.weight").shape
+            siblings.setdefault((path.rpartition(".")[0], weight[0 if module.transposed else 1]), []).append(path)
+    return {path: entry for paths in siblings.values() for entry in [RegionInput(comm, len(paths))] for path in paths}
+
+
+def _split_module(
+    model: nn.Module, path: str, plan: ModulePlan, comm: Communicator, entries: Mapping[str, RegionInput]
+) -> None:
+    module = model.get_submodule(path)
+    split: nn.Module
+    if plan.style == "replicate":
+        module.register_forward_hook(_copy_outputs(comm, plan.copy_output))
+        return
+    if plan.style == "experts":
+        _split_experts(module, comm)
+        return
+    try:
+        if plan.style == "vocab" and isinstance(module, nn.Embedding):
+            split = VocabParallelEmbedding(module, comm, plan.split)
+        elif plan.style in ("column", "vocab"):
+            index = plan.expand[comm.rank] if plan.expand else None
+            split = ColumnParallelLinear.from_linear(
+                module,
+                comm,
+                plan.split,
+                gather_output=plan.gather_output or plan.style == "vocab",
+                entry=entries.get(path),
+                expand=None if index is None else _feature_index(index, plan.expand_width),
+            )
+        elif plan.style == "row":
+            split = RowParallelLinear.from_linear(module, comm, plan.split, input_is_parallel=not plan.split_input)
+        else:
+            raise ModelError(f"the style {plan.style!r} is not one that a torch model can be split with.")
+    except ModelError as error:
+        raise ModelError(f"{path}: {error}") from error
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, split)
+
+
+def _feature_index(blocks: tuple[int, ...], width: int) -> Tensor:
+    return torch.cat([torch.arange(block * width, (block + 1) * width, device="cpu") for block in blocks])
+
+
+def _copy_outputs(comm: Communicator, count: int) -> Any:
+    def hook(module: nn.Module, args: object, output: Tensor) -> Tensor:
+        rest = output.shape[-1] - count
+        return torch.cat([output[..., :rest], copy_to(output[..., rest:], comm)], -1)
+
+    return hook
+
+
+def _split_experts(module: nn.Module, comm: Communicator) -> None:
+    """Fused experts of which each rank has some of the inner width: enter with everything that has a gradient, then sum."""
+
+    def enter(
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        floats = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.is_floating_point()]
+        # Routing weights may be float32 in a float64 model; their parts are summed in the wider of the two.
+        widest = max((v.dtype for v in floats), key=lambda dtype: dtype.itemsize)
+
+        def entered(value: Any) -> Any:
+            return copy_to(value.to(widest), comm) if any(value is v for v in floats) else value
+
+        return tuple(entered(a) for a in args), {key: entered(value) for key, value in kwargs.items()}
+
+    def leave(module: nn.Module, args: object, output: Tensor) -> Tensor:
+        return reduce_from(output, comm)
+
+    module.register_forward_pre_hook(enter, with_kwargs=True)
+    module.register_forward_hook(leave)
+
+
+_HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "nhead")
+_KV_HEAD_COUNTS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_head_kv")
+_GROUP_COUNTS = ("num_key_value_groups", "n_rep", "num_kv_groups")
+_HEAD_WIDTHS = ("split_size", "all_head_size")
+
+
+class LocalConfig:
+    """A model's config in which the head counts are those of one tensor rank; all else is the config's own."""
+
+    def __init__(self, config: Any, counts: Mapping[str, int]) -> None:
+        """Show `counts` in place of the config's."""
+        object.__setattr__(self, "_config", config)
+        object.__setattr__(self, "_counts", dict(counts))
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("_config", "_counts"):
+            raise AttributeError(name)
+        return self._counts[name] if name in self._counts else getattr(self._config, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._config, name, value)
+
+
+def _localize_heads(module: nn.Module, plan: AttentionPlan, rank: int) -> None:
+    """Let an attention module count its own rank's heads wherever it counts heads."""
+    heads, kv_heads = plan.local_heads(rank), plan.local_kv_heads(rank)
+    for names, whole, local in (
+        (_HEAD_COUNTS, plan.num_heads, heads),
+        (_KV_HEAD_COUNTS, plan.num_kv_heads, kv_heads),
+        (_GROUP_COUNTS, plan.num_heads // plan.num_kv_heads, heads // kv_heads),
+    ):
+        for name in names:
+            if getattr(module, name, None) == whole:
+                setattr(module, name, local)
+    for name in _HEAD_WIDTHS:
+        width = getattr(module, name, None)
+        if isinstance(width, int) and width % plan.num_heads == 0:
+            setattr(module, name, width // plan.num_heads * heads)
+    config = getattr(module, "config", None)
+    if config is not None and not isinstance(config, LocalConfig):
+        counts = {name: heads for name in _HEAD_COUNTS if getattr(config, name, None) == plan.num_heads}
+        counts |= {name: kv_heads for name in _KV_HEAD_COUNTS if getattr(config, name, None) == plan.num_kv_heads}
+        module.config = LocalConfig(config, counts)  # type: ignore[assignment]
+
+
+def _cut_bare_parameters(homes: Mapping[str, tuple[nn.Module, str]], plan: Plan, comm: Communicator) -> None:
+    """Cut the tensors of modules that are not replaced: fused experts, and one row a head."""
+    for name, cut in plan.cuts.items():
+        if cut.split is None or cut.dim is None or name not in homes:
+            continue
+        module, attribute = homes[name]
+        tensor: Tensor = getattr(module, attribute)
+        if tuple(tensor.shape) != cut.local_shape(comm.rank):
+            module._parameters[attribute] = slice_parameter(tensor, cut.dim, cut.split.ranges(comm.rank))
+
+
+def tie(homes: Mapping[str, tuple[nn.Module, str]], plan: Plan) -> None:
+    """Let tensors that share memory in the unsplit model share it here."""
+    for name, tensor in plan.spec.tensors.items():
+        if tensor.tied_to is not None and name in homes and tensor.tied_to in homes:
+            module, attribute = homes[name]
+            module._parameters[attribute] = getattr(*homes[tensor.tied_to])
+
+
+def sum_partial_gradients(homes: Mapping[str, tuple[nn.Module, str]], plan: Plan, comm: Communicator) -> None:
+    """Let parameters of which each rank sees a part of the gradient have the sum."""
+    for name, cut in plan.cuts.items():
+        if not cut.partial_grad or name not in homes or plan.spec.tensors[name].tied_to is not None:
+            continue
+        parameter = getattr(*homes[name])
+        if cut.split is None or cut.dim is None:
+            sum_gradient(parameter, comm)
+        else:
+            sum_shared_gradient(parameter, comm, cut.dim, cut.split)

@@ -1,0 +1,189 @@
+"""Communicator: the only object through which layers talk to other ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from partita.core.split import Split
+from partita.errors import DistributedError
+
+
+class Work(Protocol):
+    """A collective under way."""
+
+    def wait(self) -> object:
+        """Return when the result is there."""
+
+
+class _Done:
+    def wait(self) -> None:
+        return None
+
+
+_DONE = _Done()
+
+
+class Communicator:
+    """A group of ranks of torch.distributed (gloo, NCCL, MPI), or one rank alone.
+
+    Every rank of the group calls the same methods in the same order with tensors of the same dtype. Shapes may differ only
+    where a method takes `sizes`.
+
+    Attributes:
+        rank: Place of this process in the group.
+        size: Ranks of the group.
+        global_ranks: Their ranks in the whole run.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        """The communicator of `group`, by default of all ranks."""
+        if not dist.is_initialized():
+            raise DistributedError(
+                "torch.distributed is not initialized. Call partita.torch.init_parallelism() or "
+                "torch.distributed.init_process_group() first, or use Communicator.single()."
+            )
+        self.group = group if group is not None else dist.group.WORLD
+        assert self.group is not None
+        self.rank: int = dist.get_rank(self.group)
+        if self.rank < 0:
+            raise DistributedError(f"rank {dist.get_rank()} is not in this group.")
+        self.size: int = dist.get_world_size(self.group)
+        self.global_ranks: tuple[int, ...] = tuple(dist.get_process_group_ranks(self.group))
+
+    @classmethod
+    def single(cls) -> Communicator:
+        """One rank alone: every collective returns at once."""
+        alone = cls.__new__(cls)
+        alone.group = None
+        alone.rank, alone.size, alone.global_ranks = 0, 1, (0,)
+        return alone
+
+    def all_reduce_(self, tensor: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
+        """Reduce over the ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor, op=op, group=self.group)
+        return tensor
+
+    def start_all_reduce_(self, tensor: Tensor) -> Work:
+        """Begin to sum over the ranks in place; `tensor` holds the sum after `wait()`."""
+        if self.size == 1:
+            return _DONE
+        work = dist.all_reduce(tensor, group=self.group, async_op=True)
+        assert work is not None
+        return work  # type: ignore[no-any-return]
+
+    def all_gather(self, tensor: Tensor, dim: int = -1, sizes: Sequence[int] | None = None) -> Tensor:
+        """The tensors of all ranks one behind the other along `dim`.
+
+        Args:
+            tensor: `[..., n_r, ...]`.
+            dim: The dimension along which they are put together.
+            sizes: `n_r` of each rank where they differ.
+
+        Returns:
+            `[..., sum(n_r), ...]`.
+        """
+        if self.size == 1:
+            return tensor
+        if sizes is None or len(set(sizes)) == 1:
+            parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(self.size)]
+            dist.all_gather(parts, tensor.contiguous(), group=self.group)
+            return torch.cat(parts, dim)
+        # gloo gathers equal sizes only: pad along a leading dim, then cut the padding off.
+        rows = tensor.movedim(dim, 0)
+        padded = rows.new_empty((max(sizes), *rows.shape[1:]))
+        padded[: rows.shape[0]] = rows
+        parts = [torch.empty_like(padded) for _ in range(self.size)]
+        dist.all_gather(parts, padded, group=self.group)
+        return torch.cat([part[:n] for part, n in zip(parts, sizes, strict=True)]).movedim(0, dim)
+
+    def reduce_scatter(self, tensor: Tensor, dim: int = 0, sizes: Sequence[int] | None = None) -> Tensor:
+        """The sum over the ranks, of which each gets its part along `dim`.
+
+        Args:
+            tensor: `[..., n, ...]`, the same shape on every rank.
+            dim: The dimension that is dealt out.
+            sizes: How much of it each rank gets; by default equal parts.
+
+        Returns:
+            `[..., sizes[rank], ...]`.
+        """
+        if self.size == 1:
+            return tensor
+        sizes = sizes if sizes is not None else self.even_sizes(tensor.shape[dim])
+        rows = tensor.movedim(dim, 0).contiguous()
+        if len(set(sizes)) == 1:
+            mine = rows.new_empty((sizes[self.rank], *rows.shape[1:]))
+            dist.reduce_scatter_tensor(mine, rows, group=self.group)
+        else:
+            parts = list(rows.split(list(sizes)))
+            mine = torch.empty_like(parts[self.rank])
+            dist.reduce_scatter(mine, parts, group=self.group)
+        return mine.movedim(0, dim)
+
+    def gather_split(self, tensor: Tensor, dim: int, split: Split) -> Tensor:
+        """The unsplit tensor of which each rank holds `split.ranges(rank)` of `dim`."""
+        if self.size == 1:
+            return tensor
+        gathered = self.all_gather(tensor, dim, split.local_sizes)
+        if split.is_partition and all(len(ranges) <= 1 for ranges in split.by_rank):
+            return gathered
+        whole = gathered.new_empty(
+            (*gathered.shape[: dim % gathered.dim()], split.size, *gathered.shape[dim % gathered.dim() + 1 :])
+        )
+        offset = 0
+        for ranges in split.by_rank:
+            for start, stop in ranges:
+                whole.narrow(dim, start, stop - start).copy_(gathered.narrow(dim, offset, stop - start))
+                offset += stop - start
+        return whole
+
+    def broadcast_(self, tensor: Tensor, source: int = 0) -> Tensor:
+        """Give every rank the tensor of rank `source` of the group, in place."""
+        if self.size > 1:
+            dist.broadcast(tensor, group=self.group, group_src=source)
+        return tensor
+
+    def broadcast_object(self, value: object, source: int = 0) -> object:
+        """Give every rank the Python object of rank `source` of the group. For small things between our own ranks."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, group=self.group, group_src=source)
+        return box[0]
+
+    def all_gather_object(self, value: object) -> list[object]:
+        """The Python objects of all ranks, in order. For small things between our own ranks."""
+        if self.size == 1:
+            return [value]
+        values: list[object] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def send(self, tensor: Tensor, to: int) -> None:
+        """Send to rank `to` of the group; returns when `tensor` may be changed."""
+        dist.send(tensor.contiguous(), group=self.group, group_dst=to)
+
+    def recv_(self, tensor: Tensor, source: int) -> Tensor:
+        """Receive from rank `source` of the group into `tensor`."""
+        dist.recv(tensor, group=self.group, group_src=source)
+        return tensor
+
+    def barrier(self) -> None:
+        """Return when every rank of the group has come here."""
+        if self.size > 1:
+            dist.barrier(group=self.group)
+
+    def even_sizes(self, size: int) -> tuple[int, ...]:
+        """`size` dealt over the ranks, which must divide it."""
+        if size % self.size:
+            raise DistributedError(f"{size} cannot be dealt evenly to {self.size} ranks. Pass `sizes`, one a rank.")
+        return (size // self.size,) * self.size
+
+    def __repr__(self) -> str:
+        return f"Communicator(rank {self.rank} of {self.size}, global ranks {list(self.global_ranks)})"

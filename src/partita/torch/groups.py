@@ -1,0 +1,198 @@
+"""The process groups of a run along the axes of its mesh, and the defaults that the seed API's layers take from them."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from partita.core.layout import set_default_pipeline_rank
+from partita.core.mesh import Mesh
+from partita.errors import DistributedError
+from partita.torch.comm import Communicator, Work
+from partita.torch.mappings import gather_from, scatter_to
+
+
+@dataclass(frozen=True)
+class GroupInfo:
+    """This rank's group along one axis.
+
+    Attributes:
+        comm: Its communicator.
+    """
+
+    comm: Communicator
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """The group of torch.distributed, None for one rank alone."""
+        return self.comm.group
+
+    @property
+    def global_ranks(self) -> list[int]:
+        """The ranks of the group in the whole run."""
+        return list(self.comm.global_ranks)
+
+    @property
+    def rank(self) -> int:
+        """This rank's place in the group."""
+        return self.comm.rank
+
+    @property
+    def world_size(self) -> int:
+        """Ranks of the group."""
+        return self.comm.size
+
+    def reduce(self, tensor: Tensor, op: Any = dist.ReduceOp.SUM, *, async_op: bool = False) -> Tensor | Work:
+        """Reduce `tensor` over the group in place: the tensor, or with `async_op` (sums only) a handle to wait for."""
+        return self.comm.start_all_reduce_(tensor) if async_op else self.comm.all_reduce_(tensor, op)
+
+    def split(self, tensor: Tensor, dim: int = 0) -> Tensor:
+        """This rank's part of `tensor` `[..., N, ...]` along `dim`: `[..., N / world_size, ...]`."""
+        return scatter_to(tensor, self.comm, dim)
+
+    def gather(self, tensor: Tensor, dim: int = -1) -> Tensor:
+        """The parts of all ranks along `dim`: `[..., N, ...]` to `[..., N * world_size, ...]`."""
+        return gather_from(tensor, self.comm, dim)
+
+
+@dataclass(frozen=True)
+class ParallelGroups:
+    """This rank's groups along every axis.
+
+    Attributes:
+        mesh: The mesh of the run.
+        mp: The model (tensor) parallel group.
+        pp: The pipeline group.
+        dp: The data parallel group.
+    """
+
+    mesh: Mesh
+    mp: GroupInfo
+    pp: GroupInfo
+    dp: GroupInfo
+
+    @property
+    def tp(self) -> GroupInfo:
+        """Another name of `mp`."""
+        return self.mp
+
+
+_groups: ParallelGroups | None = None
+_made: dict[Mesh, ParallelGroups] = {}
+
+
+def init_process_group(*, backend: str | None = None, timeout_s: float = 1800.0) -> None:
+    """Join the ranks that the launcher's environment names (torchrun's RANK, WORLD_SIZE, ...), or be one rank alone.
+
+    Does nothing where a process group is there already. `backend` is gloo on CPU and NCCL on CUDA unless given.
+    """
+    if dist.is_initialized():
+        return
+    if "RANK" not in os.environ:
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    backend = backend or ("cuda:nccl,cpu:gloo" if torch.cuda.is_available() else "gloo")
+    store = dist.HashStore() if os.environ["WORLD_SIZE"] == "1" else None  # type: ignore[attr-defined]
+    dist.init_process_group(
+        backend,
+        timeout=timedelta(seconds=timeout_s),
+        store=store,
+        rank=0 if store else -1,
+        world_size=1 if store else -1,
+    )
+
+
+def make_groups(mesh: Mesh) -> ParallelGroups:
+    """The groups of `mesh` over the ranks of the initialized process group; every rank calls it. Made once a mesh.
+
+    Raises:
+        DistributedError: The mesh does not have as many ranks as the run.
+    """
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    if mesh.size != world:
+        raise DistributedError(
+            f"the mesh {mesh} has {mesh.size} rank{'s' if mesh.size > 1 else ''}, but the run has {world}. "
+            f"Start {mesh.size}, or change dp, pp or tp so that their product is {world}."
+        )
+    if mesh not in _made:
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        infos = {}
+        for axis in ("tp", "pp", "dp"):
+            infos[axis] = GroupInfo(Communicator.single())
+            for ranks in mesh.groups(axis):
+                if len(ranks) == 1:
+                    continue
+                group = dist.group.WORLD if len(ranks) == world else dist.new_group(list(ranks))
+                if rank in ranks:
+                    infos[axis] = GroupInfo(Communicator(group))
+        _made[mesh] = ParallelGroups(mesh, infos["tp"], infos["pp"], infos["dp"])
+    return _made[mesh]
+
+
+def init_parallelism(
+    model_parallelism: int = 1,
+    pipeline_parallelism: int = 1,
+    *,
+    backend: str | None = None,
+    timeout_s: float = 1800.0,
+) -> ParallelGroups:
+    """Join the run and make its groups; what is left over after model and pipeline parallelism is data parallelism.
+
+    Args:
+        model_parallelism: Ranks of a tensor parallel group (tp).
+        pipeline_parallelism: Ranks of a pipeline group (pp).
+        backend: Of torch.distributed; gloo on CPU and NCCL on CUDA by default.
+        timeout_s: After how many seconds a collective that waits for a lost rank fails.
+
+    Raises:
+        DistributedError: It was called already, or the run's ranks are not a multiple of the product.
+
+    Source: `ml.utils.parallel.init_parallelism`.
+    """
+    global _groups
+    if _groups is not None:
+        raise DistributedError("parallelism is initialized already. Call reset_parallelism() first to change it.")
+    init_process_group(backend=backend, timeout_s=timeout_s)
+    world = dist.get_world_size()
+    per_replica = Mesh(1, pipeline_parallelism, model_parallelism).size
+    if world % per_replica:
+        raise DistributedError(
+            f"the run has {world} ranks, which is not a multiple of model_parallelism ({model_parallelism}) x "
+            f"pipeline_parallelism ({pipeline_parallelism}) = {per_replica}."
+        )
+    _groups = make_groups(Mesh(world // per_replica, pipeline_parallelism, model_parallelism))
+    set_default_pipeline_rank(lambda: _groups.pp.rank if _groups is not None else None)
+    return _groups
+
+
+initialize_parallelism = init_parallelism
+
+
+def reset_parallelism() -> None:
+    """Forget the default groups, so that `init_parallelism` may be called again. The process group stays."""
+    global _groups
+    _groups = None
+    set_default_pipeline_rank(None)
+
+
+def parallelism_is_initialized() -> bool:
+    """Whether `init_parallelism` was called."""
+    return _groups is not None
+
+
+def parallel_group_info() -> ParallelGroups:
+    """This rank's default groups: `.mp`, `.pp` and `.dp`, each with `.group`, `.global_ranks`, `.rank`, `.world_size`.
+
+    Raises:
+        DistributedError: `init_parallelism` was not called.
+    """
+    if _groups is None:
+        raise DistributedError("parallelism is not initialized. Call partita.torch.init_parallelism() first.")
+    return _groups

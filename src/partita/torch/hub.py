@@ -1,0 +1,184 @@
+"""Models as transformers knows them: found on disk or on the hub, and built on the meta device without any weight."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import nn
+
+from partita.core.model_spec import ModelSpec, TensorSpec, config_number, find_layers, spec_from_tensors, text_config
+from partita.core.rules import Rules, isolated_rules, rules_for
+from partita.errors import ModelError
+
+_WANTED = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
+
+
+def find_model(model: str | os.PathLike[str], *, revision: str | None = None, weights: bool = True) -> Path:
+    """The local folder (or config file) of `model`: a folder, a config file, or a hub id, which is fetched if need be.
+
+    Raises:
+        ModelError: It is none of these, or the hub cannot be reached.
+    """
+    path = Path(model)
+    if path.exists():
+        return path
+    text = str(model)
+    if text.count("/") > 1 or text.startswith((".", "/", "~")) or text.endswith(".json"):
+        raise ModelError(
+            f"{text} does not exist. Give a folder with a config.json, a config file or a hub id (owner/name)."
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(text, revision=revision, allow_patterns=list(_WANTED) if weights else ["*.json"]))
+    except Exception as error:
+        raise ModelError(
+            f"{text} is no local folder, and it cannot be fetched from the hub: {_first_line(error)} "
+            "Give a folder, or a hub id (owner/name) with the network at hand."
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    line = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+    return f"{line[:200]}."
+
+
+def read_hf_config(source: str | os.PathLike[str] | Mapping[str, Any] | Any, *, trust_remote_code: bool = False) -> Any:
+    """transformers' config of a local folder, a config file, plain data, or a config already.
+
+    Raises:
+        ModelError: It is not one that the installed transformers can read.
+    """
+    from transformers import AutoConfig, PretrainedConfig
+
+    if isinstance(source, PretrainedConfig):
+        return copy.deepcopy(source)
+    try:
+        if isinstance(source, Mapping):
+            return AutoConfig.for_model(**dict(source))
+        return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise ModelError(f"{source}: transformers cannot read this config: {_first_line(error)}") from error
+
+
+def model_class(config: Any) -> Any:
+    """The transformers class that runs a config: the one it names, else its causal language model, else its base model."""
+    import transformers
+
+    for name in getattr(config, "architectures", None) or ():
+        found = getattr(transformers, name, None)
+        if found is not None:
+            return found
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
+
+    for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING):
+        if type(config) in mapping:
+            return mapping[type(config)]
+    raise ModelError(
+        f"transformers has no model for the config of {getattr(config, 'model_type', '?')} "
+        f"({', '.join(getattr(config, 'architectures', None) or ['no architecture named'])})."
+    )
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Let transformers say nothing while a model is built on the meta device."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def build_on_meta(config: Any, dtype: torch.dtype | None = None, cls: Any = None) -> nn.Module:
+    """The unsplit model of a config without any weight, in eval mode.
+
+    float64 takes the plain implementation of experts, since the grouped ones have no float64.
+    """
+    cls = cls if cls is not None else model_class(config)
+    if dtype == torch.float64:
+        config._experts_implementation = "eager"
+    try:
+        with quiet(), torch.device("meta"):
+            model: nn.Module = cls._from_config(config, dtype=dtype or getattr(config, "dtype", None) or torch.float32)
+    except Exception as error:
+        raise ModelError(
+            f"{cls.__name__} cannot be built from its config: {type(error).__name__}: {_first_line(error)}"
+        ) from error
+    return model.eval()
+
+
+def spec_of(model: nn.Module) -> ModelSpec:
+    """The facts of an unsplit model, on any device. Tied tensors are those that are one parameter."""
+    first: dict[int, str] = {}
+    tensors = {}
+    buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        tied_to = first.setdefault(id(tensor), name)
+        tensors[name] = TensorSpec(name, tuple(tensor.shape), tied_to if tied_to != name else None, name in buffers)
+    config: Any = getattr(model, "config", None)
+    data = config.to_dict() if hasattr(config, "to_dict") else {}
+    linears = frozenset(p for p, m in model.named_modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D")
+    layers, num_layers = _find_layer_list(model)
+    dtype = str(next((t.dtype for t in model.parameters()), torch.float32)).removeprefix("torch.")
+    heads = _heads(config)
+    return spec_from_tensors(
+        MappingProxyType(tensors),
+        data,
+        family=str(getattr(config, "model_type", None) or type(model).__name__),
+        architecture=type(model).__name__,
+        layers=layers,
+        num_layers=num_layers,
+        num_heads=heads[0],
+        num_kv_heads=heads[1],
+        vocab_size=config_number(text_config(data), "vocab_size"),
+        dtype=dtype,
+        linears=linears,
+    )
+
+
+def _heads(config: Any) -> tuple[int, int]:
+    """Head counts by transformers' own common names, (0, 0) where they differ by layer or are not known."""
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    heads = getattr(config, "num_attention_heads", None)
+    kv_heads = getattr(config, "num_key_value_heads", None)
+    if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):
+        kv_heads = 1
+    if type(heads) is not int:
+        return 0, 0
+    return heads, kv_heads if type(kv_heads) is int else heads
+
+
+def _find_layer_list(model: nn.Module) -> tuple[str, int]:
+    """The longest list of modules of one class that holds the most parameters: the model's layers."""
+    best, weight = ("", 0), 0
+    for path, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) > 0 and not any(p.isdigit() for p in path.split(".")):
+            parameters = sum(p.numel() for p in module.parameters())
+            if parameters > weight:
+                best, weight = (path, len(module)), parameters
+    return best if best[0] else find_layers(list(model.state_dict()))
+
+
+def rules_of(model: nn.Module, spec: ModelSpec) -> Rules:
+    """The rules of a model: our table of its family, else its config's `base_model_tp_plan`, else the usual names.
+
+    Where none of these names a module of the model, every linear layer is split by itself.
+    """
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    rules = rules_for(spec, getattr(text, "base_model_tp_plan", None))
+    if any(rules.find(path) is not None for path in spec.modules if spec.layer_of(path) is not None):
+        return rules
+    return isolated_rules(spec)

@@ -1,0 +1,78 @@
+"""The inner layers that sharded layers wrap: what they are, and how a part of one is cut out."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from partita.core.split import Range
+from partita.errors import ModelError
+
+
+def linear_shape(linear: nn.Module) -> tuple[int, int, bool]:
+    """Outputs and inputs of a linear layer, and whether its weight lies [in, out].
+
+    Raises:
+        ModelError: It is not a layer that can be cut.
+    """
+    if isinstance(linear, nn.Linear):
+        return linear.out_features, linear.in_features, False
+    if type(linear).__name__ == "Conv1D" and hasattr(linear, "nf"):
+        weight: Tensor = linear.weight  # type: ignore[assignment]
+        return weight.shape[1], weight.shape[0], True
+    raise ModelError(
+        f"{type(linear).__module__}.{type(linear).__name__} cannot be split: only nn.Linear and transformers' Conv1D can. "
+        "Split the model before its layers are replaced, or leave this one whole with the rule `replicate`."
+    )
+
+
+def slice_linear(linear: nn.Module, dim: int, ranges: Sequence[Range], *, bias: bool) -> nn.Module:
+    """A layer of the same class that holds `ranges` of the weight's `dim`, and of the bias where that is the outputs."""
+    _, _, transposed = linear_shape(linear)
+    inner = copy.copy(linear)
+    inner._parameters, inner._buffers = dict(linear._parameters), dict(linear._buffers)
+    local = slice_parameter(linear.weight, dim, ranges)  # type: ignore[arg-type]
+    inner._parameters["weight"] = local
+    outputs = dim == (1 if transposed else 0)
+    whole_bias = linear._parameters.get("bias")
+    if whole_bias is not None:
+        inner._parameters["bias"] = slice_parameter(whole_bias, 0, ranges) if bias and outputs else None
+    if transposed:
+        inner.nf = local.shape[1]  # type: ignore[assignment]
+        inner.nx = local.shape[0]  # type: ignore[assignment]
+        if whole_bias is not None and not bias:
+            # Conv1D's forward always adds a bias; the row layer adds the true one after the sum.
+            del inner._parameters["bias"]
+            zeros = torch.zeros(local.shape[1], dtype=local.dtype, device=local.device)
+            inner.register_buffer("bias", zeros, persistent=False)
+    else:
+        inner.out_features, inner.in_features = local.shape  # type: ignore[assignment]
+    return inner
+
+
+def slice_parameter(parameter: Tensor, dim: int, ranges: Sequence[Range]) -> nn.Parameter:
+    """A parameter of its own memory with `ranges` of `dim` of another."""
+    with torch.no_grad():
+        pieces = [parameter.narrow(dim, start, stop - start) for start, stop in ranges]
+        local = torch.cat(pieces, dim) if len(pieces) > 1 else pieces[0].clone(memory_format=torch.contiguous_format)
+    return nn.Parameter(local.contiguous(), requires_grad=parameter.requires_grad)
+
+
+def base_layer(linear: nn.Module) -> nn.Module:
+    """The innermost layer of adapters that wrap one another (peft's and ours call it `base_layer`)."""
+    while isinstance(getattr(linear, "base_layer", None), nn.Module):
+        linear = linear.base_layer  # type: ignore[assignment]
+    return linear
+
+
+def inner_weight(linear: nn.Module) -> nn.Parameter:
+    """The weight of an inner layer, under any adapters."""
+    return base_layer(linear).weight  # type: ignore[return-value]
+
+
+def inner_bias(linear: nn.Module) -> nn.Parameter | None:
+    """The bias of an inner layer, under any adapters, or None."""
+    return base_layer(linear)._parameters.get("bias")

@@ -1,0 +1,339 @@
+"""Loading: the model is built without weights, split as its plan says, and each rank reads its own bytes of the checkpoint."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from partita.checkpoint.header import TensorInfo
+from partita.checkpoint.index import open_checkpoint
+from partita.checkpoint.read import Reader
+from partita.core.mesh import Mesh
+from partita.core.plan import Plan
+from partita.core.resolve import TensorPlan
+from partita.errors import CheckpointError, DistributedError, ModelError, PartitaError, PlanError
+from partita.torch.apply import apply_plan, local_tensors, parameter_homes, sum_partial_gradients, tie
+from partita.torch.groups import ParallelGroups, init_process_group, make_groups
+from partita.torch.hub import build_on_meta, find_model, quiet, read_hf_config, rules_of, spec_of
+from partita.torch.names import Source, convert_whole, sources_for_reading
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+"""torch's dtypes by their safetensors names."""
+
+CHUNK_BYTES = 8 << 20
+"""How much is read at once before it is converted and put in place."""
+
+Progress = Callable[[int, int], None]
+"""Called with the bytes of this rank that are in place and those of all."""
+
+
+def load(
+    model: str | os.PathLike[str],
+    plan: Plan | None = None,
+    *,
+    tp: int = 1,
+    pp: int = 1,
+    dp: int = 1,
+    layout: str | list[Any] | None = None,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> nn.Module:
+    """This rank's part of a model, called like the unsplit one, with the same results on every rank.
+
+    Every rank of the run calls it; without a launcher the process is one rank alone. Only the own part is ever in memory.
+
+    Args:
+        model: A folder in Hugging Face's form, or a hub id.
+        plan: How to split; by default made from `tp`, `pp`, `dp` and `layout`.
+        tp: Tensor parallel ranks.
+        pp: Pipeline stages' ranks.
+        dp: Replicas.
+        layout: Which layers each stage runs.
+        dtype: Of the weights; by default the checkpoint's.
+        device: Where they go; by default this rank's CUDA device, or the CPU.
+        trust_remote_code: Whether to run code that comes with the model.
+        progress: Told of every chunk that is read.
+
+    Raises:
+        PartitaError: The model cannot be split so, or is not whole on disk; on every rank.
+    """
+    init_process_group()
+    mesh = plan.mesh if plan is not None else Mesh(dp, pp, tp)
+    groups = make_groups(mesh)
+    with _together(groups):
+        folder = find_model(model)
+        config = read_hf_config(folder, trust_remote_code=trust_remote_code)
+        built = build_on_meta(config, as_dtype(dtype))
+        if plan is None:
+            spec = spec_of(built)
+            plan = Plan.make(spec, mesh, layout, rules_of(built, spec))
+        checkpoint = open_checkpoint(folder)
+        sources, _ = sources_for_reading(built, {name: info.shape for name, info in checkpoint.tensors.items()})
+        unsplit = build_on_meta(read_hf_config(folder, trust_remote_code=trust_remote_code), as_dtype(dtype))
+    split = split_empty(built, plan, groups)
+    with _together(groups), Reader(checkpoint) as reader:
+        fill = _CheckpointFill(reader, checkpoint.tensors, sources, unsplit, progress)
+        materialize(split, plan, groups, fill, as_device(device))
+    return finish(split, plan, groups)
+
+
+def shard(
+    model: nn.Module, plan: Plan | None = None, *, tp: int = 1, groups: ParallelGroups | None = None
+) -> nn.Module:
+    """Split a model in memory, in place; every rank calls it with an equal model. Returns the model.
+
+    Args:
+        model: An unsplit model of transformers, or any module whose paths the plan's rules name.
+        plan: How to split; by default made for `tp` ranks from the model itself.
+        tp: Tensor parallel ranks, where no plan is given.
+        groups: The groups of the plan's mesh; by default made from the initialized process group.
+
+    Raises:
+        PartitaError: The model cannot be split so; on every rank.
+    """
+    if plan is None:
+        spec = spec_of(model)
+        plan = Plan.make(spec, Mesh(tp=tp), None, rules_of(model, spec))
+    groups = groups if groups is not None else make_groups(plan.mesh)
+    return finish(split_empty(model, plan, groups), plan, groups)
+
+
+def split_empty(model: nn.Module, plan: Plan, groups: ParallelGroups) -> nn.Module:
+    """Replace the modules of `model`, with or without weights, by their split forms. `finish` follows."""
+    if plan.mesh.pp > 1:
+        raise PlanError(
+            f"the torch engine runs one stage only for now, but the plan has pp={plan.mesh.pp}. Use tp instead."
+        )
+    with _together(groups):
+        return apply_plan(model, plan, groups.mp.comm)
+
+
+def finish(model: nn.Module, plan: Plan, groups: ParallelGroups) -> nn.Module:
+    """Tie what is tied, and let parameters that several ranks hold have whole gradients."""
+    homes = parameter_homes(model)
+    tie(homes, plan)
+    sum_partial_gradients(homes, plan, groups.mp.comm)
+    model.partita_plan = plan  # type: ignore[assignment]
+    model.partita_groups = groups  # type: ignore[assignment]
+    return model
+
+
+def plan_of(model: nn.Module) -> tuple[Plan, ParallelGroups]:
+    """The plan and groups of a model that `load` or `shard` made.
+
+    Raises:
+        ModelError: It was not made by them.
+    """
+    plan, groups = getattr(model, "partita_plan", None), getattr(model, "partita_groups", None)
+    if not isinstance(plan, Plan) or not isinstance(groups, ParallelGroups):
+        raise ModelError(
+            "this model was not split by Partita. Make it with partita.torch.load() or partita.torch.shard()."
+        )
+    return plan, groups
+
+
+def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """A torch dtype of its name.
+
+    Raises:
+        ModelError: It is not a floating dtype that models are made of.
+    """
+    names = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+    if dtype is None or dtype == "auto":
+        return None
+    found = names.get(dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
+    if found not in names.values():
+        raise ModelError(f"dtype must be one of {', '.join(names)}, but is {dtype}.")
+    return found
+
+
+def as_device(device: torch.device | str | None) -> torch.device:
+    """The device that is meant: this rank's CUDA device where there is one and none is named, else the CPU."""
+    if device is not None:
+        return torch.device(device)
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+Fill = Callable[[str, TensorPlan, int, Tensor], None]
+"""Given a tensor's name, its cut, the tensor rank and an empty local tensor: fill it."""
+
+
+def materialize(model: nn.Module, plan: Plan, groups: ParallelGroups, fill: Fill, device: torch.device) -> None:
+    """Give a split model on the meta device its weights: each local tensor is made and filled, one at a time."""
+    rank = groups.mp.rank
+    homes = parameter_homes(model)
+    for name, (module, attribute) in homes.items():
+        tensor: Tensor = getattr(module, attribute)
+        spec = plan.spec.tensors[name]
+        if tensor.device.type != "meta" or (spec.tied_to is not None and spec.tied_to in homes):
+            continue
+        local = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+        fill(name, plan.tensor(name), rank, local)
+        local._is_hf_initialized = True  # type: ignore[attr-defined]
+        if attribute in module._parameters:
+            parameter = nn.Parameter(local, requires_grad=tensor.requires_grad)
+            parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+            module._parameters[attribute] = parameter
+        else:
+            module._buffers[attribute] = local
+    tie(homes, plan)
+    _make_unsaved_buffers(model, device)
+
+
+def _make_unsaved_buffers(model: nn.Module, device: torch.device) -> None:
+    """Compute what is not saved with a model (rotary frequencies), as transformers does after loading."""
+    left = []
+    for path, module in model.named_modules():
+        for name, buffer in module._buffers.items():
+            if buffer is None:
+                continue
+            if buffer.device.type == "meta":
+                module._buffers[name] = torch.empty_like(buffer, device=device)
+                left.append(f"{path}.{name}")
+            elif buffer.device != device:
+                module._buffers[name] = buffer.to(device)
+    if left and hasattr(model, "initialize_weights"):
+        with quiet(), torch.no_grad():
+            model.initialize_weights()  # type: ignore[operator]
+    elif left:
+        raise ModelError(f"{left[0]} is on the meta device and is not saved, so nobody knows its values.")
+
+
+class _CheckpointFill:
+    """Fills local tensors from the byte ranges of a checkpoint."""
+
+    def __init__(
+        self,
+        reader: Reader,
+        infos: Mapping[str, TensorInfo],
+        sources: Mapping[str, Source],
+        unsplit: nn.Module,
+        progress: Progress | None,
+    ) -> None:
+        self.reader, self.infos, self.sources, self.unsplit, self.progress = reader, infos, sources, unsplit, progress
+        self.done_bytes = 0
+
+    def __call__(self, name: str, cut: TensorPlan, rank: int, local: Tensor) -> None:
+        source = self.sources.get(name)
+        if source is None:
+            folder = self.reader.checkpoint.folder
+            raise CheckpointError(
+                f"tensor {name} of the model is not in {folder}. The checkpoint is of another model, or not whole."
+            )
+        if source.converter is not None:
+            whole = convert_whole(source, name, {n: self._read_whole(n) for n, _ in source.inputs}, self.unsplit)
+            for dim, ranges in enumerate(cut.ranges(rank)):
+                whole = torch.cat([whole.narrow(dim, a, b - a) for a, b in ranges], dim)
+            local.copy_(whole)
+            return
+        for piece in source.pieces:
+            overlap = piece.overlap(cut.ranges(rank))
+            if overlap is not None:
+                take, put = overlap
+                there = local
+                for dim, (a, b) in enumerate(put):
+                    there = there.narrow(dim, a, b - a)
+                self._read(piece.name, take, there.squeeze(0) if piece.stacked else there)
+
+    def _read_whole(self, name: str) -> Tensor:
+        info = self.infos[name]
+        whole = torch.empty(info.shape, dtype=_dtype(info))
+        self._read(name, [[(0, size)] for size in info.shape], whole)
+        return whole
+
+    def _read(self, name: str, take: list[list[tuple[int, int]]], there: Tensor) -> None:
+        """Read ranges of a tensor on disk into a view of a local one, a chunk of its first dim at a time."""
+        info = self.infos[name]
+        dtype = _dtype(info)
+        direct = dtype == there.dtype and there.is_contiguous() and there.device.type == "cpu"
+        if direct or there.dim() == 0:
+            into = there if direct else torch.empty(there.shape, dtype=dtype)
+            self.reader.read(name, take, memory_of(into))
+            if not direct:
+                there.copy_(into)
+        else:
+            row_bytes = max(1, math.prod(there.shape[1:]) * dtype.itemsize)
+            rows = max(1, CHUNK_BYTES // row_bytes)
+            buffer = torch.empty((min(rows, there.shape[0]), *there.shape[1:]), dtype=dtype)
+            done = 0
+            for piece in _in_steps(take[0], rows):
+                count = sum(b - a for a, b in piece)
+                into = buffer[:count]
+                self.reader.read(name, [piece, *take[1:]], memory_of(into))
+                there[done : done + count].copy_(into)
+                done += count
+        if self.progress is not None:
+            self.done_bytes += there.numel() * dtype.itemsize
+            self.progress(self.done_bytes, 0)
+
+
+def _dtype(info: TensorInfo) -> torch.dtype:
+    try:
+        return DTYPES[info.dtype]
+    except KeyError:
+        raise CheckpointError(f"{info.file}: tensor {info.name}: torch has no dtype for {info.dtype}.") from None
+
+
+def _in_steps(ranges: list[tuple[int, int]], rows: int) -> list[list[tuple[int, int]]]:
+    """Ranges cut so that each step has at most `rows` elements."""
+    steps: list[list[tuple[int, int]]] = []
+    room = 0
+    for start, stop in ranges:
+        while start < stop:
+            if room == 0:
+                steps.append([])
+                room = rows
+            end = min(stop, start + room)
+            steps[-1].append((start, end))
+            room -= end - start
+            start = end
+    return steps
+
+
+def memory_of(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor as writable memory; the tensor must outlive it."""
+    assert tensor.is_contiguous()
+    assert tensor.device.type == "cpu"
+    size = tensor.numel() * tensor.itemsize
+    if size == 0:
+        return memoryview(bytearray())
+    return memoryview((ctypes.c_char * size).from_address(tensor.data_ptr())).cast("B")
+
+
+class _Together(AbstractContextManager[None]):
+    """What goes wrong on one rank of the run goes wrong on all: none is left waiting in the next collective."""
+
+    def __init__(self, groups: ParallelGroups) -> None:
+        self.size = groups.mesh.size
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if error is not None and not isinstance(error, Exception):
+            return
+        if not torch.distributed.is_initialized():
+            return
+        reports: list[object] = [None] * self.size
+        torch.distributed.all_gather_object(reports, None if error is None else f"{type(error).__name__}: {error}")
+        if error is None:
+            for rank, report in enumerate(reports):
+                if report is not None:
+                    raise DistributedError(f"rank {rank} failed: {report}")
+
+
+def _together(groups: ParallelGroups) -> AbstractContextManager[None]:
+    return _Together(groups) if groups.mesh.size > 1 else nullcontext()
+
+
+__all__ = ["PartitaError", "load", "local_tensors", "plan_of", "shard"]

@@ -1,0 +1,81 @@
+"""The functions of `ml.models.parallel`: the mappings on the default model parallel group."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from partita.torch import mappings
+from partita.torch.comm import Communicator
+from partita.torch.groups import parallel_group_info
+
+
+def mp_copy(x: Tensor, op: Any = dist.ReduceOp.SUM, *, group: Communicator | None = None) -> Tensor:
+    """Copy into the model parallel region: forward as it is, backward reduces the gradient over the ranks.
+
+    Args:
+        x: `(*)`, the same on every rank.
+        op: How gradients are reduced: SUM, AVG, MAX or MIN.
+        group: The ranks; by default `parallel_group_info().mp`.
+
+    Returns:
+        `(*)`.
+    """
+    return mappings.copy_to(x, _group(group), op)
+
+
+def mp_reduce(x: Tensor, op: Any = dist.ReduceOp.SUM, *, group: Communicator | None = None) -> Tensor:
+    """Reduce from the model parallel region: forward reduces over the ranks, backward is the gradient as it is.
+
+    With AVG the gradient is divided by the ranks; with MAX and MIN it goes to the ranks that hold the extremum.
+
+    Args:
+        x: `(*)`, each rank's own; it is not changed.
+        op: SUM, AVG, MAX or MIN.
+        group: The ranks; by default `parallel_group_info().mp`.
+
+    Returns:
+        `(*)`, the same on every rank.
+    """
+    return mappings.reduce_from(x, _group(group), op)
+
+
+def mp_scatter(
+    x: Tensor, dim: int = -1, *, sizes: Sequence[int] | None = None, group: Communicator | None = None
+) -> Tensor:
+    """Scatter over the model parallel ranks: forward takes the own part, backward gathers.
+
+    Args:
+        x: `(..., N, ...)`, the same on every rank.
+        dim: The dimension that is dealt out.
+        sizes: Each rank's part; by default `N / world_size`, which must be whole.
+        group: The ranks; by default `parallel_group_info().mp`.
+
+    Returns:
+        `(..., N / world_size, ...)`, or `(..., sizes[rank], ...)`.
+    """
+    return mappings.scatter_to(x, _group(group), dim, sizes)
+
+
+def mp_gather(
+    x: Tensor, dim: int = -1, *, sizes: Sequence[int] | None = None, group: Communicator | None = None
+) -> Tensor:
+    """Gather from the model parallel ranks: forward puts the parts together, backward takes the own part.
+
+    Args:
+        x: `(..., N, ...)`, each rank's own.
+        dim: The dimension along which the parts are put together.
+        sizes: Each rank's `N` where they differ.
+        group: The ranks; by default `parallel_group_info().mp`.
+
+    Returns:
+        `(..., N * world_size, ...)`, or `(..., sum(sizes), ...)`.
+    """
+    return mappings.gather_from(x, _group(group), dim, sizes)
+
+
+def _group(group: Communicator | None) -> Communicator:
+    return group if group is not None else parallel_group_info().mp.comm

@@ -1,0 +1,139 @@
+"""Real ranks for tests: one pool of long-lived processes a world size, each with a gloo group, shared by all tests.
+
+A test hands the pool a function of a module; every rank calls it and its results come back in rank order. What one rank
+raises is raised in the test. A pool that a test has broken (a rank died, or hung past the limit) is replaced.
+"""
+
+from __future__ import annotations
+
+import atexit
+import importlib
+import os
+import pickle
+import socket
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Client, Listener
+from pathlib import Path
+from typing import Any
+
+LIMIT_S = 100.0
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class RankError(Exception):
+    """What a rank raised, with its traceback."""
+
+
+class Ranks:
+    """A pool of `size` ranks."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.folder = tempfile.TemporaryDirectory()
+        listener = Listener(str(Path(self.folder.name) / "socket"), "AF_UNIX")
+        port = _free_port()
+        self.processes = []
+        for rank in range(size):
+            env = {
+                **os.environ,
+                "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size),
+                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
+                "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+                "PYTHONWARNINGS": "ignore",
+            }  # fmt: skip
+            command = [sys.executable, "-m", "tests.support.ranks", str(listener.address), str(rank)]
+            self.processes.append(subprocess.Popen(command, env=env, cwd=ROOT))
+        connections = {}
+        for _ in range(size):
+            connection = listener.accept()
+            connections[connection.recv()] = connection
+        self.connections = [connections[rank] for rank in range(size)]
+        listener.close()
+
+    def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """Call `function(*args)` on every rank; the results in rank order."""
+        job = pickle.dumps((function.__module__, function.__qualname__, args))
+        for connection in self.connections:
+            connection.send_bytes(job)
+        results, errors = [], []
+        for rank, connection in enumerate(self.connections):
+            if not connection.poll(LIMIT_S):
+                self.close()
+                raise RankError(f"rank {rank} of {self.size} did not answer in {LIMIT_S} s; first error: {errors[:1]}")
+            try:
+                ok, value = pickle.loads(connection.recv_bytes())
+            except EOFError:
+                self.close()
+                raise RankError(f"rank {rank} of {self.size} died") from None
+            (results if ok else errors).append(value)
+        if errors:
+            raise RankError("\n".join(errors))
+        return results
+
+    @property
+    def alive(self) -> bool:
+        return all(process.poll() is None for process in self.processes)
+
+    def close(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.wait()
+        for connection in self.connections:
+            connection.close()
+        self.folder.cleanup()
+
+
+_pools: dict[int, Ranks] = {}
+
+
+def ranks(size: int) -> Ranks:
+    """The shared pool of `size` ranks, started when it is first asked for."""
+    pool = _pools.get(size)
+    if pool is None or not pool.alive:
+        pool = _pools[size] = Ranks(size)
+    return pool
+
+
+def close_all() -> None:
+    while _pools:
+        _pools.popitem()[1].close()
+
+
+atexit.register(close_all)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _serve(address: str, rank: int) -> None:
+    import torch
+
+    from partita.torch.groups import init_process_group
+
+    torch.set_num_threads(1)
+    init_process_group(timeout_s=60.0)
+    with Client(address, "AF_UNIX") as connection:
+        connection.send(rank)
+        while True:
+            try:
+                module, name, args = pickle.loads(connection.recv_bytes())
+            except EOFError:
+                os._exit(0)
+            try:
+                function = getattr(importlib.import_module(module), name)
+                torch.manual_seed(0)
+                reply = (True, function(*args))
+            except Exception:
+                reply = (False, f"rank {rank}: {traceback.format_exc()}")
+            connection.send_bytes(pickle.dumps(reply))
+
+
+if __name__ == "__main__":
+    _serve(sys.argv[1], int(sys.argv[2]))
