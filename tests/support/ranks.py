@@ -71,6 +71,8 @@ class Ranks:
                 raise RankError(f"rank {rank} of {self.size} died") from None
             (results if ok else errors).append(value)
         if errors:
+            if any("Connection closed" in error or "timeout" in error for error in errors):
+                self.close()  # the ranks are no longer in step
             raise RankError("\n".join(errors))
         return results
 
@@ -96,6 +98,16 @@ def ranks(size: int) -> Ranks:
     if pool is None or not pool.alive:
         pool = _pools[size] = Ranks(size)
     return pool
+
+
+def on(size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+    """What `function(*args)` returns on each of `size` ranks; one rank is this process, without a process group."""
+    if size > 1:
+        return ranks(size).run(function, *args)
+    import torch
+
+    torch.manual_seed(0)
+    return [function(*args)]
 
 
 def close_all() -> None:

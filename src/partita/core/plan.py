@@ -12,9 +12,9 @@ from typing import Any
 
 from partita.core.layout import LayerType, PipelineParallelLayerLayout
 from partita.core.mesh import Mesh
-from partita.core.model_spec import ModelSpec, TensorSpec
+from partita.core.model_spec import DTYPE_BYTES, ModelSpec, TensorSpec
 from partita.core.resolve import AttentionPlan, ModulePlan, TensorPlan, resolve
-from partita.core.rules import Rules, rules_for
+from partita.core.rules import STYLES, Rule, Rules, rules_for
 from partita.core.split import Split, deal
 from partita.errors import PlanError
 
@@ -39,10 +39,10 @@ class Plan:
     spec: ModelSpec
     mesh: Mesh
     layout: PipelineParallelLayerLayout
+    rules: Rules = field(repr=False)
     modules: Mapping[str, ModulePlan] = field(repr=False)
     attention: Mapping[str, AttentionPlan] = field(repr=False)
     cuts: Mapping[str, TensorPlan] = field(repr=False)
-    proven: bool = False
 
     @classmethod
     def make(
@@ -74,10 +74,9 @@ class Plan:
                 f"layout was made for pp={layout.pipeline_model_parallel_size}, but the mesh has pp={mesh.pp}. "
                 f"Make it with pipeline_model_parallel_size={mesh.pp}."
             )
-        num_mtp = sum(kind is LayerType.mtp for kind in layout.flatten_layout)
-        layout.validate_layer_layout(spec.num_layers, num_mtp)
+        _check_layout(layout, spec)
         modules, attention, cuts = resolve(spec, mesh.tp, rules)
-        return cls(spec, mesh, layout, modules, attention, cuts, rules.proven)
+        return cls(spec, mesh, layout, rules, modules, attention, cuts)
 
     # --- asking it ----------------------------------------------------------------------------------------------------
 
@@ -186,11 +185,13 @@ class Plan:
             "partita_plan": 1,
             "mesh": asdict(self.mesh),
             "layout": str(self.layout),
-            "proven": self.proven,
+            "proven": self.rules.proven,
+            "rules": [asdict(rule) for rule in self.rules],
             "model": {
                 "family": spec.family, "architecture": spec.architecture, "dtype": spec.dtype, "layers": spec.layers,
                 "num_layers": spec.num_layers, "num_heads": spec.num_heads, "num_kv_heads": spec.num_kv_heads,
                 "vocab_size": spec.vocab_size, "config": dict(spec.config),
+                "linears": None if spec.linears is None else sorted(spec.linears),
                 "tensors": {
                     t.name: {"shape": list(t.shape), **({"tied_to": t.tied_to} if t.tied_to else {}),
                              **({"is_buffer": True} if t.is_buffer else {})}
@@ -229,39 +230,38 @@ class Plan:
         splits = [Split.from_data(item) for item in data["splits"]]
 
         def split(index: int | None) -> Split | None:
-            return None if index is None else splits[index]
+            return None if index is None else splits[_whole("an index of `splits`", index)]
 
-        model = dict(data["model"])
-        tensors = {
-            name: TensorSpec(name, _shape(t["shape"]), t.get("tied_to"), bool(t.get("is_buffer")))
-            for name, t in model.pop("tensors").items()
-        }
-        config = MappingProxyType(dict(model.pop("config")))
-        spec = ModelSpec(**model, tensors=MappingProxyType(tensors), config=config)
         mesh = Mesh(**data["mesh"])
+        spec = _spec_from_data(data["model"])
+        strange = [name for name in data["tensors"] if name not in spec.tensors]
+        if strange:
+            raise PlanError(f"the plan cuts {strange[0]}, which is no tensor of its model. Make it anew.")
         cuts = {}
-        for name, tensor in tensors.items():
+        for name, tensor in spec.tensors.items():
             cut = data["tensors"].get(name, {})
-            plan = TensorPlan(
-                name, tensor.shape, cut.get("dim"), split(cut.get("split")), bool(cut.get("partial_grad"))
+            cuts[name] = TensorPlan(
+                name, tensor.shape, cut.get("dim"), split(cut.get("split")), cut.get("partial_grad", False)
             )
-            if plan.split is not None and (
-                plan.split.parts != mesh.tp or plan.split.size != tensor.shape[plan.dim or 0]
-            ):
-                raise PlanError(
-                    f"tensor {name}: its split ({plan.split}) does not fit its shape {tensor.shape} and {mesh}."
-                )
-            cuts[name] = plan
+            _check_cut(cuts[name], mesh.tp)
         modules = {p: ModulePlan.from_data(p, {**m, "split": split(m["split"])}) for p, m in data["modules"].items()}
         attention = {
             p: AttentionPlan(p, a["num_heads"], a["num_kv_heads"], split(a["heads"]), split(a["kv_heads"]))  # type: ignore[arg-type]
             for p, a in data["attention"].items()
         }
+        _check_parts(modules, attention, mesh.tp)
         layout = PipelineParallelLayerLayout(data["layout"], mesh.pp)
+        _check_layout(layout, spec)
         return cls(
-            spec, mesh, layout, MappingProxyType(modules), MappingProxyType(attention), MappingProxyType(cuts),
-            bool(data["proven"]),
+            spec, mesh, layout, Rules(tuple(Rule(**rule) for rule in data["rules"]), _is(bool, "proven", data["proven"])),
+            MappingProxyType(modules), MappingProxyType(attention), MappingProxyType(cuts),
         )  # fmt: skip
+
+    def __deepcopy__(self, memo: object) -> Plan:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Plan.from_json, (self.to_json(),)
 
     def __hash__(self) -> int:
         return hash((self.spec.family, self.mesh, self.layout, len(self.cuts)))
@@ -279,7 +279,7 @@ def default_layout(spec: ModelSpec, pp: int) -> PipelineParallelLayerLayout:
         raise PlanError(
             f"{spec.family}: no list of layers was found in the model, so it cannot be cut into {pp} stages. Use pp=1."
         )
-    if spec.num_layers < pp:
+    if 1 < pp > spec.num_layers:
         raise PlanError(
             f"pp={pp} needs at least {pp} layers, but the model has {spec.num_layers}. Use pp={spec.num_layers} or less."
         )
@@ -289,10 +289,94 @@ def default_layout(spec: ModelSpec, pp: int) -> PipelineParallelLayerLayout:
     return PipelineParallelLayerLayout(stages, pp)
 
 
+def _check_layout(layout: PipelineParallelLayerLayout, spec: ModelSpec) -> None:
+    """Raise `LayoutError` unless `layout` runs every layer of the model once. Of MTP layers it may have any number."""
+    layout.validate_layer_layout(spec.num_layers, sum(kind is LayerType.mtp for kind in layout.flatten_layout))
+
+
+# --- reading what may have been changed by hand ---------------------------------------------------------------------------
+
+
+def _spec_from_data(model: Mapping[str, Any]) -> ModelSpec:
+    tensors = {
+        name: TensorSpec(name, _shape(t["shape"]), t.get("tied_to"), _is(bool, "is_buffer", t.get("is_buffer", False)))
+        for name, t in model["tensors"].items()
+    }
+    for name, tensor in tensors.items():
+        if tensor.tied_to is not None and tensors[tensor.tied_to].shape != tensor.shape:
+            raise PlanError(f"tensor {name} cannot share the memory of {tensor.tied_to}, which has another shape.")
+    texts: dict[str, Any] = {k: _is(str, k, model[k]) for k in ("family", "architecture", "layers", "dtype")}
+    numbers: dict[str, Any] = {
+        k: _whole(k, model[k]) for k in ("num_layers", "num_heads", "num_kv_heads", "vocab_size")
+    }
+    linears = model["linears"]
+    spec = ModelSpec(
+        **texts,
+        **numbers,
+        tensors=MappingProxyType(tensors),
+        config=MappingProxyType(dict(model["config"])),
+        linears=None if linears is None else frozenset(_is(str, "linears", path) for path in linears),
+    )
+    if spec.dtype not in DTYPE_BYTES:
+        raise PlanError(f"the model's dtype must be one of {', '.join(DTYPE_BYTES)}, but is {spec.dtype!r:.40}.")
+    for name in tensors:
+        spec.layer_of(name)
+    return spec
+
+
+def _check_cut(cut: TensorPlan, tp: int) -> None:
+    _is(bool, "partial_grad", cut.partial_grad)
+    if (cut.dim is None) != (cut.split is None):
+        raise PlanError(f"tensor {cut.name}: `dim` and `split` go together, but one is missing.")
+    if cut.dim is None or cut.split is None:
+        return
+    if _whole("dim", cut.dim) >= len(cut.shape) or (cut.split.parts, cut.split.size) != (tp, cut.shape[cut.dim]):
+        raise PlanError(
+            f"tensor {cut.name}: its split ({cut.split}) along dim {cut.dim} does not fit its shape {cut.shape} and tp={tp}."
+        )
+
+
+def _check_parts(modules: Mapping[str, ModulePlan], attention: Mapping[str, AttentionPlan], tp: int) -> None:
+    for module in modules.values():
+        flags = (module.gather_output, module.split_input, module.transposed)
+        blocks = [block for blocks in module.expand if blocks is not None for block in blocks]
+        if (
+            module.style not in STYLES
+            or any(type(flag) is not bool for flag in flags)
+            or any(
+                type(number) is not int or number < 0 for number in (module.copy_output, module.expand_width, *blocks)
+            )
+            or len(module.expand) not in (0, tp)
+            or (module.split is None) != (module.style == "replicate")
+            or (module.split is not None and module.split.parts != tp)
+        ):
+            raise PlanError(f"module {module.path}: {module} is not how a module can be split over {tp} ranks.")
+    for heads in attention.values():
+        sizes = (_whole("num_heads", heads.num_heads), _whole("num_kv_heads", heads.num_kv_heads))
+        if (
+            not all(isinstance(split, Split) for split in (heads.heads, heads.kv_heads))
+            or sizes != (heads.heads.size, heads.kv_heads.size)
+            or {heads.heads.parts, heads.kv_heads.parts} != {tp}
+        ):
+            raise PlanError(f"attention {heads.path}: {heads} is not how heads can be split over {tp} ranks.")
+
+
+def _is(kind: type[Any], name: str, value: Any) -> Any:
+    if type(value) is not kind:
+        raise PlanError(f"{name} must be a {kind.__name__}, but is {value!r:.100}.")
+    return value
+
+
+def _whole(name: str, value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise PlanError(f"{name} must be a whole number of at least 0, but is {value!r:.100}.")
+    return value
+
+
 @lru_cache(maxsize=4096)
 def _shape_of(values: tuple[Any, ...]) -> tuple[int, ...]:
-    if any(type(value) is not int or value < 0 for value in values):
-        raise PlanError(f"a shape must be whole numbers, but is {values}.")
+    for value in values:
+        _whole("a size", value)
     return values
 
 

@@ -140,12 +140,21 @@ def resolve(spec: ModelSpec, tp: int, rules: Rules) -> Resolved:
     """
     resolver = _Resolver(spec, tp)
     for path in spec.modules:
-        rule = rules.find(path)
+        rule = rules.find(path) or _rule_of_tied_head(spec, path, rules)
         if tp > 1 and rule is not None:
             resolver.add(path, rule)
     resolver.follow_ties()
     cuts = {name: resolver.cuts.get(name, TensorPlan(name, t.shape)) for name, t in spec.tensors.items()}
     return MappingProxyType(resolver.modules), MappingProxyType(resolver.attention), MappingProxyType(cuts)
+
+
+def _rule_of_tied_head(spec: ModelSpec, path: str, rules: Rules) -> Rule | None:
+    """The rule of a linear layer that none names but whose weight is a split vocabulary's embedding (`vocab_projector`)."""
+    weight = spec.tensors.get(f"{path}.weight")
+    if weight is None or weight.tied_to is None or path not in (spec.linears or ()):
+        return None
+    rule = rules.find(weight.tied_to.rpartition(".")[0])
+    return rule if rule is not None and rule.style == "vocab" else None
 
 
 class _Resolver:
@@ -254,7 +263,9 @@ class _Resolver:
         inner = down.shape[2]
         if up.shape[1:] != (2 * inner, down.shape[1]) or inner < self.tp:
             return
-        split = _even(inner, self.tp)
+        # Grouped kernels want rows of whole 16 bytes: eight elements of the narrowest dtype.
+        unit = 8 if inner % 8 == 0 and inner // 8 >= self.tp else 1
+        split = _even(inner, self.tp, unit=unit)
         self.modules[path] = ModulePlan(path, "experts", split)
         self.cuts[up.name] = TensorPlan(up.name, up.shape, 1, Split.concat([split, split]))
         self.cuts[down.name] = TensorPlan(down.name, down.shape, 2, split)
@@ -265,12 +276,25 @@ class _Resolver:
             if tensor.tied_to is None:
                 continue
             mine, other = self.cuts.get(name), self.cuts.get(tensor.tied_to)
-            if mine is not None and other is None:
+            if mine is not None and other is None and len(tensor.shape) == 1:
+                # A bias that its module holds for another (BERT's `cls.predictions.bias`) and does not use itself.
                 self.cuts[tensor.tied_to] = replace(mine, name=tensor.tied_to)
-            elif (mine and (mine.dim, mine.split)) != (other and (other.dim, other.split)):
+            elif mine is None or other is None:
+                # Where one of the two cannot be cut, neither is.
+                self._leave_whole(name)
+                self._leave_whole(tensor.tied_to)
+            elif (mine.dim, mine.split) != (other.dim, other.split):
                 raise PlanError(
-                    f"{name} shares its memory with {tensor.tied_to}, but the rules cut the two in different ways."
+                    f"{name} shares its memory with {tensor.tied_to}, but the rules cut the two in different ways. "
+                    "Give both the same style, e.g. vocab."
                 )
+
+
+    def _leave_whole(self, name: str) -> None:
+        path = name.rpartition(".")[0]
+        self.modules.pop(path, None)
+        for tensor in self.spec.module_tensors(path):
+            self.cuts.pop(tensor.name, None)
 
 
 def _attention(path: str, heads: int, kv_heads: int, tp: int) -> AttentionPlan:

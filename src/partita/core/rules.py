@@ -110,6 +110,8 @@ def isolate(rule: Rule) -> Rule:
 @lru_cache(maxsize=4096)
 def _compile(pattern: str) -> re.Pattern[str]:
     parts = re.split(r"(\{[^{}]*\}|\*)", pattern)
+    if any("{" in part or "}" in part for part in parts[::2]):
+        raise PlanError(f"the pattern {pattern!r} has a brace without its partner; write {{a,b}} for one of several.")
     text = ""
     for part in parts:
         if part == "*":
@@ -125,7 +127,7 @@ def _compile(pattern: str) -> re.Pattern[str]:
 # Names are those of transformers' and mlx-lm's modules.
 
 VOCABULARY = (
-    Rule("{embed_tokens,wte,embed_in,word_embeddings}", "vocab"),
+    Rule("{embed_tokens,wte,embed_in,word_embeddings,embeddings,tok_embeddings}", "vocab"),
     Rule("{lm_head,embed_out}", "vocab"),
 )
 ATTENTION = (
@@ -209,8 +211,9 @@ _HF_STYLES: Mapping[str, tuple[Style, dict[str, Any]]] = {
     "replicated_with_grad_allreduce": ("replicate", {"partial_grad": True}),
 }
 _HF_OVER: Mapping[str, Over] = {
-    "q_proj": "heads", "q_b_proj": "heads", "kv_b_proj": "heads", "query": "heads", "o_proj": "heads",
-    "k_proj": "kv_heads", "v_proj": "kv_heads", "qkv_proj": "qkv", "out_proj": "heads", "gate_up_proj": "gate_up",
+    **dict.fromkeys(("q_proj", "q_b_proj", "kv_b_proj", "query", "o_proj", "out_proj", "dense", "wo"), "heads"),
+    **dict.fromkeys(("k_proj", "v_proj", "key", "value"), "kv_heads"),
+    "qkv_proj": "qkv", "gate_up_proj": "gate_up",
 }  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cached_property
 from itertools import accumulate, groupby, pairwise
 from typing import Any
@@ -32,8 +33,8 @@ def deal(count: int, parts: int, weights: Sequence[float] | None = None, *, allo
         return [count // parts + (rank < count % parts) for rank in range(parts)]
     if len(weights) != parts or not all(0 < weight < float("inf") for weight in weights):
         raise PlanError(f"weights must be {parts} positive finite numbers, one a rank, but are {tuple(weights)}.")
-    total = sum(weights)
-    shares = [count * weight / total for weight in weights]
+    exact = [Fraction(weight) for weight in weights]
+    shares = [count * weight / sum(exact) for weight in exact]
     counts = [int(share) for share in shares]
     by_remainder = sorted(range(parts), key=lambda rank: (counts[rank] - shares[rank], rank))
     for rank in by_remainder[: count - sum(counts)]:
@@ -73,12 +74,18 @@ class Split:
     by_rank: tuple[tuple[Range, ...], ...]
 
     def __post_init__(self) -> None:
+        if self.size < 0 or not self.by_rank:
+            raise PlanError(
+                f"a split needs a size of at least 0 and a rank, but has {self.size} and {self.parts} ranks."
+            )
         for rank, ranges in enumerate(self.by_rank):
             for start, stop in ranges:
                 if not 0 <= start < stop <= self.size:
                     raise PlanError(
                         f"rank {rank} holds the range [{start}, {stop}), which is not inside [0, {self.size})."
                     )
+            if any(stop > start for (_, stop), (start, _) in pairwise(sorted(ranges))):
+                raise PlanError(f"rank {rank} holds elements twice: its ranges {ranges} overlap.")
         held = sorted({r for ranges in self.by_rank for r in ranges})
         reach = 0
         for start, stop in held:
@@ -259,6 +266,11 @@ class Split:
     def is_partition(self) -> bool:
         """Whether every element is held by one rank only."""
         return not self.shared_ranges
+
+    @cached_property
+    def is_in_order(self) -> bool:
+        """Whether the ranks' parts, one behind the other, are the unsplit dimension as it is."""
+        return merge(r for ranges in self.by_rank for r in ranges) == merge([(0, self.size)])
 
     # --- as data ------------------------------------------------------------------------------------------------------
 

@@ -1,7 +1,11 @@
 """The PyTorch engine: it executes plans on torch.distributed."""
 
+from partita.torch.adapt import add_lora, merge_lora
 from partita.torch.comm import Communicator
+from partita.torch.data import load_tokens
 from partita.torch.embedding import ParallelEmbedding, VocabParallelEmbedding
+from partita.torch.fresh import fresh
+from partita.torch.generate import Generation, Sampling, generate
 from partita.torch.groups import (
     GroupInfo,
     ParallelGroups,
@@ -17,23 +21,38 @@ from partita.torch.linear import ColumnParallelLinear, RowParallelLinear
 from partita.torch.load import load, shard
 from partita.torch.lora import LoraLinear
 from partita.torch.loss import vocab_parallel_cross_entropy
+from partita.torch.save import save
 from partita.torch.seed import mp_copy, mp_gather, mp_reduce, mp_scatter
+from partita.torch.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer
+from partita.torch.train import StepReport, TrainSettings, train
 
 __all__ = [
     "ColumnParallelLinear",
     "Communicator",
+    "Generation",
     "GroupInfo",
     "InitType",
     "LoraLinear",
     "ParallelEmbedding",
     "ParallelGroups",
     "RowParallelLinear",
+    "Sampling",
+    "StepReport",
+    "Tokenizer",
+    "TrainSettings",
     "VocabParallelEmbedding",
+    "add_lora",
+    "byte_tokenizer",
+    "fresh",
+    "generate",
     "init_parallelism",
     "initialize_model_parallel_affine_weight_",
     "initialize_parallelism",
     "load",
+    "load_tokenizer",
+    "load_tokens",
     "make_groups",
+    "merge_lora",
     "mp_copy",
     "mp_gather",
     "mp_reduce",
@@ -41,6 +60,8 @@ __all__ = [
     "parallel_group_info",
     "parallelism_is_initialized",
     "reset_parallelism",
+    "save",
     "shard",
+    "train",
     "vocab_parallel_cross_entropy",
 ]

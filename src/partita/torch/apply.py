@@ -10,13 +10,16 @@ from torch import Tensor, nn
 
 from partita.core.plan import Plan
 from partita.core.resolve import AttentionPlan, ModulePlan
+from partita.core.split import Split
 from partita.errors import DistributedError, ModelError
 from partita.torch.comm import Communicator
 from partita.torch.embedding import VocabParallelEmbedding
 from partita.torch.grads import sum_gradient, sum_shared_gradient
+from partita.torch.groups import ParallelGroups
 from partita.torch.inner import slice_parameter
 from partita.torch.linear import ColumnParallelLinear, RegionInput, RowParallelLinear
 from partita.torch.mappings import copy_to, reduce_from
+from partita.torch.random import RegionRandomness, has_dropout
 
 WRAPPERS = ("linear", "embedding", "base_layer")
 """Names that split layers and adapters put into a parameter's path; without them it is the unsplit model's."""
@@ -34,13 +37,38 @@ def apply_plan(model: nn.Module, plan: Plan, comm: Communicator) -> nn.Module:
     check_model(model, plan)
     if comm.size == 1:
         return model
-    entries = _shared_entries(model, plan, comm)
+    randomness = RegionRandomness(comm) if has_dropout(getattr(model, "config", None)) else None
+    entries = _shared_entries(plan, comm, randomness)
     for path, module_plan in plan.modules.items():
-        _split_module(model, path, module_plan, comm, entries)
+        _split_module(model, path, module_plan, comm, entries, randomness)
     for path, attention in plan.attention.items():
         _localize_heads(model.get_submodule(path), attention, comm.rank)
     _cut_bare_parameters(parameter_homes(model), plan, comm)
     return model
+
+
+def finish(model: nn.Module, plan: Plan, groups: ParallelGroups) -> nn.Module:
+    """Tie what is tied, and let parameters that several ranks hold have whole gradients."""
+    homes = parameter_homes(model)
+    tie(homes, plan)
+    sum_partial_gradients(homes, plan, groups.mp.comm)
+    model.partita_plan = plan  # type: ignore[assignment]
+    model.partita_groups = groups  # type: ignore[assignment]
+    return model
+
+
+def plan_of(model: nn.Module) -> tuple[Plan, ParallelGroups]:
+    """The plan and groups of a model that `load` or `shard` made.
+
+    Raises:
+        ModelError: It was not made by them.
+    """
+    plan, groups = getattr(model, "partita_plan", None), getattr(model, "partita_groups", None)
+    if not isinstance(plan, Plan) or not isinstance(groups, ParallelGroups):
+        raise ModelError(
+            "this model was not split by Partita. Make it with partita.torch.load() or partita.torch.shard()."
+        )
+    return plan, groups
 
 
 def check_model(model: nn.Module, plan: Plan) -> None:
@@ -79,18 +107,26 @@ def local_tensors(model: nn.Module, plan: Plan) -> dict[str, Tensor]:
     return {name: getattr(*homes[name]) for name in plan.spec.tensors if name in homes}
 
 
-def _shared_entries(model: nn.Module, plan: Plan, comm: Communicator) -> dict[str, RegionInput]:
+def _shared_entries(plan: Plan, comm: Communicator, randomness: RegionRandomness | None) -> dict[str, RegionInput]:
     """One entry for the column layers of one parent that have inputs of the same width."""
     siblings: dict[tuple[str, int], list[str]] = {}
     for path, module in plan.modules.items():
-        if module.style == "column":
+        if module.style == "column" and not module.gather_output:
             weight = plan.tensor(f"{path}.weight").shape
             siblings.setdefault((path.rpartition(".")[0], weight[0 if module.transposed else 1]), []).append(path)
-    return {path: entry for paths in siblings.values() for entry in [RegionInput(comm, len(paths))] for path in paths}
+    entries: dict[str, RegionInput] = {}
+    for paths in siblings.values():
+        entries.update(dict.fromkeys(paths, RegionInput(comm, len(paths), randomness)))
+    return entries
 
 
 def _split_module(
-    model: nn.Module, path: str, plan: ModulePlan, comm: Communicator, entries: Mapping[str, RegionInput]
+    model: nn.Module,
+    path: str,
+    plan: ModulePlan,
+    comm: Communicator,
+    entries: Mapping[str, RegionInput],
+    randomness: RegionRandomness | None,
 ) -> None:
     module = model.get_submodule(path)
     split: nn.Module
@@ -98,7 +134,8 @@ def _split_module(
         module.register_forward_hook(_copy_outputs(comm, plan.copy_output))
         return
     if plan.style == "experts":
-        _split_experts(module, comm)
+        assert plan.split is not None
+        _split_experts(module, comm, plan.split)
         return
     try:
         if plan.style == "vocab" and isinstance(module, nn.Embedding):
@@ -115,6 +152,7 @@ def _split_module(
             )
         elif plan.style == "row":
             split = RowParallelLinear.from_linear(module, comm, plan.split, input_is_parallel=not plan.split_input)
+            split.randomness = None if plan.split_input else randomness
         else:
             raise ModelError(f"the style {plan.style!r} is not one that a torch model can be split with.")
     except ModelError as error:
@@ -135,8 +173,12 @@ def _copy_outputs(comm: Communicator, count: int) -> Any:
     return hook
 
 
-def _split_experts(module: nn.Module, comm: Communicator) -> None:
+def _split_experts(module: nn.Module, comm: Communicator, split: Split) -> None:
     """Fused experts of which each rank has some of the inner width: enter with everything that has a gradient, then sum."""
+
+    if split.local_size(comm.rank) % 8 and hasattr(module, "config"):
+        # The grouped kernels refuse rows that are not whole 16 bytes.
+        module.config = LocalConfig(module.config, {"_experts_implementation": "eager"})  # type: ignore[assignment]
 
     def enter(
         module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -166,7 +208,7 @@ _HEAD_WIDTHS = ("split_size", "all_head_size")
 class LocalConfig:
     """A model's config in which the head counts are those of one tensor rank; all else is the config's own."""
 
-    def __init__(self, config: Any, counts: Mapping[str, int]) -> None:
+    def __init__(self, config: Any, counts: Mapping[str, Any]) -> None:
         """Show `counts` in place of the config's."""
         object.__setattr__(self, "_config", config)
         object.__setattr__(self, "_counts", dict(counts))

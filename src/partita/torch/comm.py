@@ -131,7 +131,7 @@ class Communicator:
         if self.size == 1:
             return tensor
         gathered = self.all_gather(tensor, dim, split.local_sizes)
-        if split.is_partition and all(len(ranges) <= 1 for ranges in split.by_rank):
+        if split.is_in_order:
             return gathered
         whole = gathered.new_empty(
             (*gathered.shape[: dim % gathered.dim()], split.size, *gathered.shape[dim % gathered.dim() + 1 :])
@@ -184,6 +184,10 @@ class Communicator:
         if size % self.size:
             raise DistributedError(f"{size} cannot be dealt evenly to {self.size} ranks. Pass `sizes`, one a rank.")
         return (size // self.size,) * self.size
+
+    def __deepcopy__(self, memo: object) -> Communicator:
+        """A copy of a model talks to the same ranks."""
+        return self
 
     def __repr__(self) -> str:
         return f"Communicator(rank {self.rank} of {self.size}, global ranks {list(self.global_ranks)})"

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,8 @@ from partita.errors import ModelError, PlanError
 from partita.torch.comm import Communicator
 from partita.torch.groups import parallel_group_info
 from partita.torch.init import InitType, init_affine_
-from partita.torch.inner import slice_parameter
+from partita.torch.inner import base_layer, copy_module, inner_weight, slice_parameter
+from partita.torch.lora import adopt
 from partita.torch.mappings import gather_from, reduce_from
 
 
@@ -131,6 +132,7 @@ class VocabParallelEmbedding(nn.Module):
 
         Raises:
             ModelError: It is not an embedding, or one with `max_norm` or sparse gradients.
+            PlanError: `split` does not give each rank one range of rows of its own.
         """
         super().__init__()
         if not isinstance(embedding, nn.Embedding):
@@ -144,13 +146,12 @@ class VocabParallelEmbedding(nn.Module):
             )
         self.comm = group if group is not None else parallel_group_info().mp.comm
         self.split = split if split is not None else Split.even(embedding.num_embeddings, self.comm.size)
+        if not self.split.is_partition or any(len(ranges) != 1 for ranges in self.split.by_rank):
+            raise PlanError(f"each rank must hold rows of its own in one range, but the split is {self.split}.")
         ((self.start, self.stop),) = self.split.ranges(self.comm.rank)
         self.num_embeddings, self.embedding_dim = embedding.num_embeddings, embedding.embedding_dim
-        inner = copy.copy(embedding)
-        inner._parameters = {
-            **embedding._parameters,
-            "weight": slice_parameter(embedding.weight, 0, [(self.start, self.stop)]),
-        }
+        inner = copy_module(embedding)
+        inner.weight = slice_parameter(embedding.weight, 0, [(self.start, self.stop)])
         inner.num_embeddings = self.stop - self.start
         padding_idx = embedding.padding_idx
         here = padding_idx is not None and self.start <= padding_idx < self.stop
@@ -158,10 +159,17 @@ class VocabParallelEmbedding(nn.Module):
         self.padding_idx = padding_idx
         self.embedding = inner
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "embedding":
+            # As of a linear layer: an adapter that is put on must fit the split.
+            adopt(value, self.comm, self.split, "vocab")
+            self._is_adapted = base_layer(value) is not value
+        super().__setattr__(name, value)
+
     @property
     def weight(self) -> nn.Parameter:
         """This rank's rows."""
-        return self.embedding.weight  # type: ignore[return-value]
+        return inner_weight(self.embedding)
 
     @property
     def master_weight(self) -> Tensor:
@@ -172,8 +180,11 @@ class VocabParallelEmbedding(nn.Module):
         """Ids `[...]` to `[..., dim]`."""
         if self.comm.size == 1:
             return self.embedding(ids)  # type: ignore[no-any-return]
+        if self._is_adapted:
+            adopt(self.embedding, self.comm, self.split, "vocab")
         local = ids - self.start
-        elsewhere = (local < 0) | (local >= self.stop - self.start)
+        # An id outside the whole vocabulary is left as it is: the lookup raises on every rank, as it does unsplit.
+        elsewhere = ((local < 0) | (local >= self.stop - self.start)) & (ids >= 0) & (ids < self.num_embeddings)
         rows: Tensor = self.embedding(local.masked_fill(elsewhere, 0)).masked_fill(elsewhere.unsqueeze(-1), 0)
         if torch.is_grad_enabled() and rows.requires_grad:
             return reduce_from(rows, self.comm)

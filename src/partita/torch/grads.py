@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -13,8 +15,8 @@ from partita.torch.mappings import reduce_from
 def sum_gradient(parameter: nn.Parameter, comm: Communicator) -> None:
     """Let every gradient of `parameter`, which all ranks hold whole, be the sum of what the ranks see of it."""
     if comm.size > 1:
-        parameter.register_hook(lambda grad: reduce_from(grad, comm))
-        parameter._partita_summed = True  # type: ignore[attr-defined]
+        _register(parameter, lambda grad: reduce_from(grad, comm))
+        parameter._partita_owned = () if comm.rank else None  # type: ignore[attr-defined]
 
 
 def sum_shared_gradient(parameter: nn.Parameter, comm: Communicator, dim: int, split: Split) -> None:
@@ -36,8 +38,38 @@ def sum_shared_gradient(parameter: nn.Parameter, comm: Communicator, dim: int, s
         total = reduce_from(buffer, comm)
         return grad.index_copy(dim, mine, total.index_select(dim, there))
 
-    parameter.register_hook(hook)
-    parameter._partita_summed = True  # type: ignore[attr-defined]
+    _register(parameter, hook)
+    parameter._partita_owned = owned_places(split, comm.rank, dim)  # type: ignore[attr-defined]
+
+
+def owned_places(split: Split, rank: int, dim: int) -> tuple[tuple[int, int, int], ...]:
+    """What `rank` owns of its local tensor, as arguments of `narrow`: dim, start, length."""
+    spans = split.owned_ranges(rank)
+    return tuple((dim, split.to_local(rank, start) or 0, stop - start) for start, stop in spans)
+
+
+def owned_square(parameter: Tensor, gradient: Tensor) -> Tensor | float:
+    """The sum of squares of a gradient, of which only what this rank owns counts."""
+    owned = getattr(parameter, "_partita_owned", None)
+    if owned is None:
+        return gradient.double().square().sum()
+    return sum((gradient.narrow(*place).double().square().sum() for place in owned), 0.0)
+
+
+def _register(parameter: nn.Parameter, hook: Callable[[Tensor], Tensor]) -> None:
+    """Register `hook` on a parameter, a frozen one too, as it may be trained later; a deep copy of it has it too."""
+    trained = parameter.requires_grad
+    parameter.requires_grad_(True).register_hook(hook)
+    parameter.requires_grad_(trained)
+
+    def copy(memo: dict[int, object]) -> nn.Parameter:
+        twin = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+        memo[id(parameter)] = twin
+        _register(twin, hook)
+        twin._partita_owned = getattr(parameter, "_partita_owned", None)  # type: ignore[attr-defined]
+        return twin
+
+    parameter.__deepcopy__ = copy  # type: ignore[method-assign]
 
 
 def _shared_places(split: Split, rank: int) -> tuple[Tensor, Tensor]:

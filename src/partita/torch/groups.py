@@ -30,7 +30,7 @@ class GroupInfo:
 
     @property
     def group(self) -> dist.ProcessGroup | None:
-        """The group of torch.distributed, None for one rank alone."""
+        """The group of torch.distributed; None where no process group is initialized."""
         return self.comm.group
 
     @property
@@ -50,7 +50,11 @@ class GroupInfo:
 
     def reduce(self, tensor: Tensor, op: Any = dist.ReduceOp.SUM, *, async_op: bool = False) -> Tensor | Work:
         """Reduce `tensor` over the group in place: the tensor, or with `async_op` (sums only) a handle to wait for."""
-        return self.comm.start_all_reduce_(tensor) if async_op else self.comm.all_reduce_(tensor, op)
+        if not async_op:
+            return self.comm.all_reduce_(tensor, op)
+        if op != dist.ReduceOp.SUM:
+            raise DistributedError(f"async_op=True needs op SUM, but op is {op}. Leave async_op out.")
+        return self.comm.start_all_reduce_(tensor)
 
     def split(self, tensor: Tensor, dim: int = 0) -> Tensor:
         """This rank's part of `tensor` `[..., N, ...]` along `dim`: `[..., N / world_size, ...]`."""
@@ -85,6 +89,9 @@ class ParallelGroups:
 
 _groups: ParallelGroups | None = None
 _made: dict[Mesh, ParallelGroups] = {}
+_made_of: dist.ProcessGroup | None = None
+"""The process group whose ranks `_made` is of: another run in this process has groups of its own."""
+_timeout: timedelta | None = None
 
 
 def init_process_group(*, backend: str | None = None, timeout_s: float = 1800.0) -> None:
@@ -92,17 +99,19 @@ def init_process_group(*, backend: str | None = None, timeout_s: float = 1800.0)
 
     Does nothing where a process group is there already. `backend` is gloo on CPU and NCCL on CUDA unless given.
     """
+    global _timeout
     if dist.is_initialized():
         return
+    _timeout = timedelta(seconds=timeout_s)
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     backend = backend or ("cuda:nccl,cpu:gloo" if torch.cuda.is_available() else "gloo")
-    store = dist.HashStore() if os.environ["WORLD_SIZE"] == "1" else None  # type: ignore[attr-defined]
+    store = dist.HashStore() if os.environ.get("WORLD_SIZE") == "1" else None  # type: ignore[attr-defined]
     dist.init_process_group(
         backend,
-        timeout=timedelta(seconds=timeout_s),
+        timeout=_timeout,
         store=store,
         rank=0 if store else -1,
         world_size=1 if store else -1,
@@ -121,19 +130,37 @@ def make_groups(mesh: Mesh) -> ParallelGroups:
             f"the mesh {mesh} has {mesh.size} rank{'s' if mesh.size > 1 else ''}, but the run has {world}. "
             f"Start {mesh.size}, or change dp, pp or tp so that their product is {world}."
         )
+    global _made_of
+    run = dist.group.WORLD if dist.is_initialized() else None
+    if run is not _made_of:
+        _made.clear()
+        _made_of = run
     if mesh not in _made:
-        rank = dist.get_rank() if dist.is_initialized() else 0
+        rank = dist.get_rank() if run is not None else 0
         infos = {}
         for axis in ("tp", "pp", "dp"):
-            infos[axis] = GroupInfo(Communicator.single())
+            infos[axis] = _alone(rank, run)
             for ranks in mesh.groups(axis):
                 if len(ranks) == 1:
                     continue
-                group = dist.group.WORLD if len(ranks) == world else dist.new_group(list(ranks))
+                group = run if len(ranks) == world else dist.new_group(list(ranks), timeout=_timeout)
                 if rank in ranks:
                     infos[axis] = GroupInfo(Communicator(group))
         _made[mesh] = ParallelGroups(mesh, infos["tp"], infos["pp"], infos["dp"])
     return _made[mesh]
+
+
+def _alone(rank: int, run: dist.ProcessGroup | None) -> GroupInfo:
+    """This rank by itself. In a run of several it has a group of its own, since torch takes None for all of them."""
+    if run is None or run.size() == 1:
+        return GroupInfo(Communicator(run) if run is not None else Communicator.single())
+    return GroupInfo(Communicator(dist.new_group([rank], timeout=_timeout, use_local_synchronization=True)))
+
+
+def single_groups(*, mesh: Mesh | None = None, tp: Communicator | None = None) -> ParallelGroups:
+    """The groups of one rank alone, or of ranks that have a tensor group only."""
+    alone = GroupInfo(Communicator.single())
+    return ParallelGroups(mesh or Mesh(), GroupInfo(tp) if tp is not None else alone, alone, alone)
 
 
 def init_parallelism(

@@ -94,10 +94,12 @@ def init_affine_(
     whole_kinds = ("orthogonal", "dirac")
     rows, columns = shape
     block_rows = rows if init_type in whole_kinds else max(1, BLOCK_ELEMENTS // max(1, columns))
+    # torch orthogonalizes no half precision.
+    dtype = torch.float32 if init_type == "orthogonal" and weight.dtype.itemsize < 4 else weight.dtype
     done = 0
     for start in range(0, rows, block_rows):
         stop = min(rows, start + block_rows)
-        block = torch.empty(stop - start, columns, dtype=weight.dtype, device=weight.device)
+        block = torch.empty(stop - start, columns, dtype=dtype, device=weight.device)
         _fill_(block, shape, init_type)
         if dim == 1:
             weight[start:stop] = torch.cat([block[:, a:b] for a, b in ranges], 1)

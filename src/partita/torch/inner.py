@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from partita.core.split import Range
 from partita.errors import ModelError
+
+M = TypeVar("M", bound=nn.Module)
 
 
 def linear_shape(linear: nn.Module) -> tuple[int, int, bool]:
@@ -18,13 +21,15 @@ def linear_shape(linear: nn.Module) -> tuple[int, int, bool]:
     Raises:
         ModelError: It is not a layer that can be cut.
     """
-    if isinstance(linear, nn.Linear):
-        return linear.out_features, linear.in_features, False
-    if type(linear).__name__ == "Conv1D" and hasattr(linear, "nf"):
-        weight: Tensor = linear.weight  # type: ignore[assignment]
+    weight = linear._parameters.get("weight")
+    if isinstance(linear, nn.Linear) and weight is not None:
+        if tuple(weight.shape) == (linear.out_features, linear.in_features):
+            return linear.out_features, linear.in_features, False
+    elif type(linear).__name__ == "Conv1D" and hasattr(linear, "nf") and weight is not None:
         return weight.shape[1], weight.shape[0], True
     raise ModelError(
-        f"{type(linear).__module__}.{type(linear).__name__} cannot be split: only nn.Linear and transformers' Conv1D can. "
+        f"{type(linear).__module__}.{type(linear).__name__} cannot be split: only nn.Linear and transformers' Conv1D "
+        "with a plain weight can. "
         "Split the model before its layers are replaced, or leave this one whole with the rule `replicate`."
     )
 
@@ -32,8 +37,7 @@ def linear_shape(linear: nn.Module) -> tuple[int, int, bool]:
 def slice_linear(linear: nn.Module, dim: int, ranges: Sequence[Range], *, bias: bool) -> nn.Module:
     """A layer of the same class that holds `ranges` of the weight's `dim`, and of the bias where that is the outputs."""
     _, _, transposed = linear_shape(linear)
-    inner = copy.copy(linear)
-    inner._parameters, inner._buffers = dict(linear._parameters), dict(linear._buffers)
+    inner: nn.Module = copy_module(linear)
     local = slice_parameter(linear.weight, dim, ranges)  # type: ignore[arg-type]
     inner._parameters["weight"] = local
     outputs = dim == (1 if transposed else 0)
@@ -53,11 +57,28 @@ def slice_linear(linear: nn.Module, dim: int, ranges: Sequence[Range], *, bias: 
     return inner
 
 
+def copy_module(module: M) -> M:
+    """A module of the same class and state, to which hooks and parameters can be given without giving them to `module`."""
+    twin = copy.copy(module)
+    twin.__dict__.update(
+        {name: copy.copy(value) for name, value in vars(module).items() if isinstance(value, dict | set)}
+    )
+    return twin
+
+
+def empty_linear(
+    in_features: int, out_features: int, *, bias: bool, device: torch.device | str | None, dtype: torch.dtype | None
+) -> nn.Linear:
+    """An `nn.Linear` whose weight nobody has drawn."""
+    linear = nn.Linear(in_features, out_features, bias, device="meta", dtype=dtype)
+    return linear if str(device) == "meta" else linear.to_empty(device=device or torch.get_default_device())
+
+
 def slice_parameter(parameter: Tensor, dim: int, ranges: Sequence[Range]) -> nn.Parameter:
     """A parameter of its own memory with `ranges` of `dim` of another."""
     with torch.no_grad():
         pieces = [parameter.narrow(dim, start, stop - start) for start, stop in ranges]
-        local = torch.cat(pieces, dim) if len(pieces) > 1 else pieces[0].clone(memory_format=torch.contiguous_format)
+        local = torch.cat(pieces or [parameter.narrow(dim, 0, 0)], dim)
     return nn.Parameter(local.contiguous(), requires_grad=parameter.requires_grad)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +12,10 @@ from partita.errors import PlanError
 from partita.torch.comm import Communicator
 from partita.torch.groups import parallel_group_info
 from partita.torch.init import InitType, init_affine_, init_bias_, strided_split
-from partita.torch.inner import inner_bias, inner_weight, linear_shape, slice_linear
+from partita.torch.inner import base_layer, empty_linear, inner_bias, inner_weight, linear_shape, slice_linear
 from partita.torch.lora import LoraLinear, adopt
 from partita.torch.mappings import all_gather, copy_to, gather_from, reduce_from, reduce_scatter, scatter_to
+from partita.torch.random import RegionRandomness
 
 
 class RegionInput:
@@ -24,17 +25,20 @@ class RegionInput:
     three.
     """
 
-    def __init__(self, comm: Communicator, users: int = 1) -> None:
+    def __init__(self, comm: Communicator, users: int = 1, randomness: RegionRandomness | None = None) -> None:
         """The entry of `users` layers that are called one after the other with the same tensor."""
         self.comm = comm
+        self.randomness = randomness
         self.users = users
         self._input: Tensor | None = None
         self._entered: Tensor | None = None
         self._version = -1
         self._left = 0
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, *, training: bool = False) -> Tensor:
         """`x`, whose gradient is summed over the ranks once for all users that pass this very tensor in a row."""
+        if training and self.randomness is not None:
+            self.randomness.enter(x)
         if self.comm.size == 1 or not (torch.is_grad_enabled() and x.requires_grad):
             return x
         if self._left and self._input is x and self._version == x._version:
@@ -59,7 +63,8 @@ class _ShardedLinear(nn.Module):
     comm: Communicator
     split: Split
     transposed: bool
-    _splits_outputs: bool
+    _style: Literal["column", "row"]
+    _is_adapted = False
 
     @property
     def weight(self) -> Tensor:
@@ -68,7 +73,10 @@ class _ShardedLinear(nn.Module):
 
     @property
     def master_weight(self) -> Tensor:
-        """The unsplit weight `[out_features, in_features]`, the same on every rank; every rank must ask."""
+        """The unsplit weight `[out_features, in_features]` (of a Conv1D the other way round), the same on every rank.
+
+        Every rank must ask.
+        """
         return self.comm.gather_split(self.weight.detach(), self._weight_dim, self.split)
 
     @property
@@ -76,10 +84,17 @@ class _ShardedLinear(nn.Module):
         raise NotImplementedError
 
     def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value)
         if name == "linear":
             # LoRA and the like replace the inner layer; what they bring must fit the split.
-            adopt(value, self.comm, self.split, column=self._splits_outputs)
+            adopt(value, self.comm, self.split, self._style)
+            self._is_adapted = base_layer(value) is not value
+        super().__setattr__(name, value)
+
+    def _compute(self, x: Tensor) -> Tensor:
+        if self._is_adapted:
+            # peft adds a second adapter to the first's layer without replacing it.
+            adopt(self.linear, self.comm, self.split, self._style)
+        return self.linear(x)  # type: ignore[no-any-return]
 
 
 class ColumnParallelLinear(_ShardedLinear):
@@ -95,7 +110,7 @@ class ColumnParallelLinear(_ShardedLinear):
     """
 
     expand: Tensor | None
-    _splits_outputs = True
+    _style = "column"
 
     def __init__(
         self,
@@ -136,7 +151,7 @@ class ColumnParallelLinear(_ShardedLinear):
         comm = _default_comm(group)
         split = strided_split(out_features, comm.size, stride)
         mine = split.ranges(comm.rank)
-        inner = _empty_linear(in_features, split.local_size(comm.rank), bias, device, dtype)
+        inner = empty_linear(in_features, split.local_size(comm.rank), bias=bias, device=device, dtype=dtype)
         if inner.weight.device.type != "meta":
             init_affine_(inner.weight, (out_features, in_features), 0, mine, init_type)
             if bias:
@@ -223,8 +238,12 @@ class ColumnParallelLinear(_ShardedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in]` to `[..., out_r]`, or to `[..., out]` with `gather_output`."""
-        x = all_gather(x, self.comm, self.sequence_dim) if self.sequence_parallel else self.entry(x)
-        y: Tensor = self.linear(x)
+        x = (
+            all_gather(x, self.comm, self.sequence_dim)
+            if self.sequence_parallel
+            else self.entry(x, training=self.training)
+        )
+        y = self._compute(x)
         if self.expand is not None:
             y = y.index_select(-1, self.expand)
         if self.gather_output and self.comm.size > 1:
@@ -233,7 +252,7 @@ class ColumnParallelLinear(_ShardedLinear):
 
     def _gather(self, y: Tensor) -> Tensor:
         y = gather_from(y, self.comm, -1, self.split.local_sizes)
-        if all(len(ranges) == 1 for ranges in self.split.by_rank):
+        if self.split.is_in_order:
             return y
         return y.index_select(-1, _unsplit_order(self.split).to(y.device))
 
@@ -255,7 +274,7 @@ class RowParallelLinear(_ShardedLinear):
     """
 
     bias: nn.Parameter | None
-    _splits_outputs = False
+    _style = "row"
 
     def __init__(
         self,
@@ -295,7 +314,7 @@ class RowParallelLinear(_ShardedLinear):
         super().__init__()
         comm = _default_comm(group)
         split = strided_split(in_features, comm.size, stride)
-        inner = _empty_linear(split.local_size(comm.rank), out_features, False, device, dtype)
+        inner = empty_linear(split.local_size(comm.rank), out_features, bias=False, device=device, dtype=dtype)
         whole_bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
         if inner.weight.device.type != "meta":
             init_affine_(inner.weight, (out_features, in_features), 1, split.ranges(comm.rank), init_type)
@@ -304,7 +323,7 @@ class RowParallelLinear(_ShardedLinear):
         self._set(inner, whole_bias, comm, split, not input_is_parallel, False, sequence_parallel, sequence_dim)
         self.in_features, self.out_features = in_features, out_features
         if lora_rank is not None:
-            self.linear = LoraLinear(inner, lora_rank)
+            self.linear = LoraLinear(inner, lora_rank, inputs=split, tp_rank=comm.rank)
 
     @classmethod
     def from_linear(
@@ -356,6 +375,7 @@ class RowParallelLinear(_ShardedLinear):
             raise PlanError(f"the inputs of a row layer must be split without copies, but are {split}.")
         self.comm, self.split, self.transposed = comm, split, transposed
         self.split_input = split_input
+        self.randomness: RegionRandomness | None = None
         self.sequence_parallel, self.sequence_dim = sequence_parallel, sequence_dim
         self.linear = inner
         self.register_parameter("bias", bias)
@@ -378,7 +398,9 @@ class RowParallelLinear(_ShardedLinear):
         """`[..., in_r]`, or `[..., in]` unless `input_is_parallel`, to `[..., out]`."""
         if self.split_input and self.comm.size > 1:
             x = self._take(x)
-        y: Tensor = self.linear(x)
+        y = self._compute(x)
+        if self.training and self.randomness is not None:
+            self.randomness.leave()
         bias: Tensor | None = self.bias
         if self.sequence_parallel:
             y = reduce_scatter(y, self.comm, self.sequence_dim)
@@ -391,21 +413,13 @@ class RowParallelLinear(_ShardedLinear):
         return y if bias is None else y + bias.to(y.dtype)
 
     def _take(self, x: Tensor) -> Tensor:
-        if any(len(ranges) > 1 for ranges in self.split.by_rank):
+        if not self.split.is_in_order:
             x = x.index_select(-1, _split_order(self.split).to(x.device))
         return scatter_to(x, self.comm, -1, self.split.local_sizes)
 
     def extra_repr(self) -> str:
         """Shown when printed."""
         return f"in={self.split}, out={self.out_features}, rank {self.comm.rank}, bias={self.bias is not None}"
-
-
-def _empty_linear(
-    in_features: int, out_features: int, bias: bool, device: torch.device | str | None, dtype: torch.dtype | None
-) -> nn.Linear:
-    """An `nn.Linear` whose weight nobody has drawn."""
-    linear = nn.Linear(in_features, out_features, bias, device="meta", dtype=dtype)
-    return linear if str(device) == "meta" else linear.to_empty(device=device or torch.get_default_device())
 
 
 def _default_comm(group: Communicator | None) -> Communicator:

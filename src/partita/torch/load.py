@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import math
 import os
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -18,11 +18,14 @@ from partita.checkpoint.read import Reader
 from partita.core.mesh import Mesh
 from partita.core.plan import Plan
 from partita.core.resolve import TensorPlan
-from partita.errors import CheckpointError, DistributedError, ModelError, PartitaError, PlanError
-from partita.torch.apply import apply_plan, local_tensors, parameter_homes, sum_partial_gradients, tie
+from partita.errors import CheckpointError, ModelError, PlanError
+from partita.torch.apply import apply_plan, finish
 from partita.torch.groups import ParallelGroups, init_process_group, make_groups
-from partita.torch.hub import build_on_meta, find_model, quiet, read_hf_config, rules_of, spec_of
+from partita.torch.hub import build_on_meta, find_model, read_hf_config
+from partita.torch.materialize import materialize
 from partita.torch.names import Source, convert_whole, sources_for_reading
+from partita.torch.probe import plan_of_model, prove_unless_proven
+from partita.torch.together import together
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -50,6 +53,7 @@ def load(
     device: torch.device | str | None = None,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
+    groups: ParallelGroups | None = None,
 ) -> nn.Module:
     """This rank's part of a model, called like the unsplit one, with the same results on every rank.
 
@@ -66,26 +70,28 @@ def load(
         device: Where they go; by default this rank's CUDA device, or the CPU.
         trust_remote_code: Whether to run code that comes with the model.
         progress: Told of every chunk that is read.
+        groups: The groups of the mesh; by default made from the initialized process group.
 
     Raises:
         PartitaError: The model cannot be split so, or is not whole on disk; on every rank.
     """
     init_process_group()
     mesh = plan.mesh if plan is not None else Mesh(dp, pp, tp)
-    groups = make_groups(mesh)
-    with _together(groups):
+    check_stages(mesh)
+    groups = groups if groups is not None else make_groups(mesh)
+    with together(groups):
         folder = find_model(model)
+        checkpoint = open_checkpoint(folder)
         config = read_hf_config(folder, trust_remote_code=trust_remote_code)
         built = build_on_meta(config, as_dtype(dtype))
-        if plan is None:
-            spec = spec_of(built)
-            plan = Plan.make(spec, mesh, layout, rules_of(built, spec))
-        checkpoint = open_checkpoint(folder)
-        sources, _ = sources_for_reading(built, {name: info.shape for name, info in checkpoint.tensors.items()})
-        unsplit = build_on_meta(read_hf_config(folder, trust_remote_code=trust_remote_code), as_dtype(dtype))
-    split = split_empty(built, plan, groups)
-    with _together(groups), Reader(checkpoint) as reader:
-        fill = _CheckpointFill(reader, checkpoint.tensors, sources, unsplit, progress)
+        plan = plan_of_model(built, mesh, layout) if plan is None else prove_unless_proven(built, plan)
+        shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
+        sources, _ = sources_for_reading(built, shapes)
+        unsplit = _for_conversion(built, sources)
+    with together(groups), Reader(checkpoint) as reader:
+        split = apply_plan(built, plan, groups.mp.comm)
+        total = sum(t.numel() * t.itemsize for t in split.state_dict(keep_vars=True).values())
+        fill = _CheckpointFill(reader, checkpoint.tensors, sources, unsplit, progress, total)
         materialize(split, plan, groups, fill, as_device(device))
     return finish(split, plan, groups)
 
@@ -104,45 +110,25 @@ def shard(
     Raises:
         PartitaError: The model cannot be split so; on every rank.
     """
-    if plan is None:
-        spec = spec_of(model)
-        plan = Plan.make(spec, Mesh(tp=tp), None, rules_of(model, spec))
-    groups = groups if groups is not None else make_groups(plan.mesh)
-    return finish(split_empty(model, plan, groups), plan, groups)
+    mesh = plan.mesh if plan is not None else Mesh(tp=tp)
+    check_stages(mesh)
+    groups = groups if groups is not None else make_groups(mesh)
+    with together(groups):
+        plan = plan_of_model(model, mesh) if plan is None else prove_unless_proven(model, plan)
+    with together(groups):
+        split = apply_plan(model, plan, groups.mp.comm)
+    return finish(split, plan, groups)
 
 
-def split_empty(model: nn.Module, plan: Plan, groups: ParallelGroups) -> nn.Module:
-    """Replace the modules of `model`, with or without weights, by their split forms. `finish` follows."""
-    if plan.mesh.pp > 1:
-        raise PlanError(
-            f"the torch engine runs one stage only for now, but the plan has pp={plan.mesh.pp}. Use tp instead."
-        )
-    with _together(groups):
-        return apply_plan(model, plan, groups.mp.comm)
+def check_stages(mesh: Mesh) -> None:
+    """Raise `PlanError` for what this engine does not run."""
+    if mesh.pp > 1:
+        raise PlanError(f"the torch engine runs one stage only for now, but the plan has pp={mesh.pp}. Use tp instead.")
 
 
-def finish(model: nn.Module, plan: Plan, groups: ParallelGroups) -> nn.Module:
-    """Tie what is tied, and let parameters that several ranks hold have whole gradients."""
-    homes = parameter_homes(model)
-    tie(homes, plan)
-    sum_partial_gradients(homes, plan, groups.mp.comm)
-    model.partita_plan = plan  # type: ignore[assignment]
-    model.partita_groups = groups  # type: ignore[assignment]
-    return model
-
-
-def plan_of(model: nn.Module) -> tuple[Plan, ParallelGroups]:
-    """The plan and groups of a model that `load` or `shard` made.
-
-    Raises:
-        ModelError: It was not made by them.
-    """
-    plan, groups = getattr(model, "partita_plan", None), getattr(model, "partita_groups", None)
-    if not isinstance(plan, Plan) or not isinstance(groups, ParallelGroups):
-        raise ModelError(
-            "this model was not split by Partita. Make it with partita.torch.load() or partita.torch.shard()."
-        )
-    return plan, groups
+def _for_conversion(built: nn.Module, sources: Mapping[str, Source]) -> nn.Module:
+    """The unsplit model that transformers' converters ask, where one is needed: `built` is about to be split."""
+    return copy.deepcopy(built) if any(source.converter is not None for source in sources.values()) else built
 
 
 def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
@@ -167,51 +153,6 @@ def as_device(device: torch.device | str | None) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
-Fill = Callable[[str, TensorPlan, int, Tensor], None]
-"""Given a tensor's name, its cut, the tensor rank and an empty local tensor: fill it."""
-
-
-def materialize(model: nn.Module, plan: Plan, groups: ParallelGroups, fill: Fill, device: torch.device) -> None:
-    """Give a split model on the meta device its weights: each local tensor is made and filled, one at a time."""
-    rank = groups.mp.rank
-    homes = parameter_homes(model)
-    for name, (module, attribute) in homes.items():
-        tensor: Tensor = getattr(module, attribute)
-        spec = plan.spec.tensors[name]
-        if tensor.device.type != "meta" or (spec.tied_to is not None and spec.tied_to in homes):
-            continue
-        local = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
-        fill(name, plan.tensor(name), rank, local)
-        local._is_hf_initialized = True  # type: ignore[attr-defined]
-        if attribute in module._parameters:
-            parameter = nn.Parameter(local, requires_grad=tensor.requires_grad)
-            parameter._is_hf_initialized = True  # type: ignore[attr-defined]
-            module._parameters[attribute] = parameter
-        else:
-            module._buffers[attribute] = local
-    tie(homes, plan)
-    _make_unsaved_buffers(model, device)
-
-
-def _make_unsaved_buffers(model: nn.Module, device: torch.device) -> None:
-    """Compute what is not saved with a model (rotary frequencies), as transformers does after loading."""
-    left = []
-    for path, module in model.named_modules():
-        for name, buffer in module._buffers.items():
-            if buffer is None:
-                continue
-            if buffer.device.type == "meta":
-                module._buffers[name] = torch.empty_like(buffer, device=device)
-                left.append(f"{path}.{name}")
-            elif buffer.device != device:
-                module._buffers[name] = buffer.to(device)
-    if left and hasattr(model, "initialize_weights"):
-        with quiet(), torch.no_grad():
-            model.initialize_weights()  # type: ignore[operator]
-    elif left:
-        raise ModelError(f"{left[0]} is on the meta device and is not saved, so nobody knows its values.")
-
-
 class _CheckpointFill:
     """Fills local tensors from the byte ranges of a checkpoint."""
 
@@ -222,8 +163,10 @@ class _CheckpointFill:
         sources: Mapping[str, Source],
         unsplit: nn.Module,
         progress: Progress | None,
+        total_bytes: int,
     ) -> None:
-        self.reader, self.infos, self.sources, self.unsplit, self.progress = reader, infos, sources, unsplit, progress
+        self.reader, self.infos, self.sources, self.unsplit = reader, infos, sources, unsplit
+        self.progress, self.total_bytes = progress, total_bytes
         self.done_bytes = 0
 
     def __call__(self, name: str, cut: TensorPlan, rank: int, local: Tensor) -> None:
@@ -276,8 +219,8 @@ class _CheckpointFill:
                 there[done : done + count].copy_(into)
                 done += count
         if self.progress is not None:
-            self.done_bytes += there.numel() * dtype.itemsize
-            self.progress(self.done_bytes, 0)
+            self.done_bytes += there.numel() * there.itemsize
+            self.progress(self.done_bytes, self.total_bytes)
 
 
 def _dtype(info: TensorInfo) -> torch.dtype:
@@ -311,29 +254,3 @@ def memory_of(tensor: Tensor) -> memoryview:
     if size == 0:
         return memoryview(bytearray())
     return memoryview((ctypes.c_char * size).from_address(tensor.data_ptr())).cast("B")
-
-
-class _Together(AbstractContextManager[None]):
-    """What goes wrong on one rank of the run goes wrong on all: none is left waiting in the next collective."""
-
-    def __init__(self, groups: ParallelGroups) -> None:
-        self.size = groups.mesh.size
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if error is not None and not isinstance(error, Exception):
-            return
-        if not torch.distributed.is_initialized():
-            return
-        reports: list[object] = [None] * self.size
-        torch.distributed.all_gather_object(reports, None if error is None else f"{type(error).__name__}: {error}")
-        if error is None:
-            for rank, report in enumerate(reports):
-                if report is not None:
-                    raise DistributedError(f"rank {rank} failed: {report}")
-
-
-def _together(groups: ParallelGroups) -> AbstractContextManager[None]:
-    return _Together(groups) if groups.mesh.size > 1 else nullcontext()
-
-
-__all__ = ["PartitaError", "load", "local_tensors", "plan_of", "shard"]

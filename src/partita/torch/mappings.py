@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from partita.errors import DistributedError
 from partita.torch.comm import Communicator
@@ -33,13 +34,27 @@ Sizes = Sequence[int] | None
 
 class _Copy(Function):
     @staticmethod
+    def forward(ctx: Any, x: Tensor, comm: Communicator) -> Tensor:
+        ctx.comm = comm
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _Reduce.apply(grad, ctx.comm, dist.ReduceOp.SUM), None
+
+
+class _CopyOnce(Function):
+    """Gradients are averaged, or their maximum taken: no sum's gradient, so that its own gradient raises."""
+
+    @staticmethod
     def forward(ctx: Any, x: Tensor, comm: Communicator, op: Any) -> Tensor:
         ctx.comm, ctx.op = comm, op
         return x.view_as(x)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _Reduce.apply(grad, ctx.comm, ctx.op), None, None
+        return ctx.comm.all_reduce_(grad.clone(memory_format=torch.contiguous_format), ctx.op), None, None
 
 
 class _Reduce(Function):
@@ -54,13 +69,13 @@ class _Reduce(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.op == dist.ReduceOp.SUM:
-            return _Copy.apply(grad, ctx.comm, ctx.op), None, None
+            return _Copy.apply(grad, ctx.comm), None, None
         if ctx.op == dist.ReduceOp.AVG:
-            return _Copy.apply(grad, ctx.comm, dist.ReduceOp.SUM) / ctx.comm.size, None, None
+            return _Copy.apply(grad, ctx.comm) / ctx.comm.size, None, None
         # As torch.amax does, ranks that tie for the extremum share its gradient.
         (mine,) = ctx.saved_tensors
         ties = ctx.comm.all_reduce_(mine.to(grad.dtype))
-        return _Copy.apply(grad, ctx.comm, dist.ReduceOp.SUM) * mine / ties, None, None
+        return _Copy.apply(grad, ctx.comm) * mine / ties, None, None
 
 
 class _Scatter(Function):
@@ -108,8 +123,14 @@ class _ReduceScatter(Function):
 
 
 def copy_to(x: Tensor, comm: Communicator, op: Any = dist.ReduceOp.SUM) -> Tensor:
-    """Enter a split region: forward as it is, backward reduces the gradient over the ranks. Shape `(*)` to `(*)`."""
-    return x if comm.size == 1 else _Copy.apply(x, comm, _checked(op))
+    """Enter a split region: forward as it is, backward reduces the gradient over the ranks. Shape `(*)` to `(*)`.
+
+    Second-order gradients are right for SUM and raise for the other reductions.
+    """
+    if comm.size == 1:
+        return x
+    entered: Tensor = _Copy.apply(x, comm) if _checked(op) == dist.ReduceOp.SUM else _CopyOnce.apply(x, comm, op)
+    return entered
 
 
 def reduce_from(x: Tensor, comm: Communicator, op: Any = dist.ReduceOp.SUM) -> Tensor:
@@ -145,7 +166,7 @@ def _checked(op: Any) -> Any:
 
 def _whole_sizes(x: Tensor, comm: Communicator, dim: int, sizes: Sizes) -> tuple[int, ...]:
     sizes = tuple(sizes) if sizes is not None else comm.even_sizes(x.shape[dim])
-    if len(sizes) != comm.size or sum(sizes) != x.shape[dim]:
+    if len(sizes) != comm.size or sum(sizes) != x.shape[dim] or min(sizes) < 0:
         raise DistributedError(
             f"sizes must be {comm.size} numbers that add up to {x.shape[dim]} (dim {dim}), but are {sizes}."
         )

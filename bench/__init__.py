@@ -1,0 +1,1 @@
+"""The bench: Partita beside its peers, in one interleaved run. `python -m bench`."""

@@ -1,0 +1,127 @@
+"""Fresh rank processes: started for one comparison, told what to call, ended with it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Client, Connection, Listener, wait
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+LIMIT_S = 240.0
+"""How long one call may take before the ranks are given up."""
+
+
+class RankError(Exception):
+    """What a rank raised, with its traceback."""
+
+
+class Ranks:
+    """`size` ranks over gloo, one thread each, with torchrun's environment. A context manager that ends them."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._connections: list[Connection] = []
+
+    def __enter__(self) -> Ranks:
+        try:
+            self._start()
+        except BaseException:
+            self._end()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._end()
+
+    def call(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """Call `function(*args)` on every rank; the results in rank order. The first error ends all of them."""
+        for connection in self._connections:
+            connection.send((function, args))
+        results: dict[int, Any] = {}
+        deadline = time.monotonic() + LIMIT_S
+        while len(results) < self.size:
+            waiting = [c for rank, c in enumerate(self._connections) if rank not in results]
+            ready = wait(waiting, max(0.0, deadline - time.monotonic()))
+            if not ready:
+                raise RankError(f"{function.__name__}: no answer in {LIMIT_S:.0f} s from {len(waiting)} ranks")
+            for connection in ready:
+                rank = self._connections.index(connection)  # type: ignore[arg-type]
+                try:
+                    ok, value = connection.recv()  # type: ignore[union-attr]
+                except EOFError:
+                    raise RankError(f"{function.__name__}: rank {rank} died") from None
+                if not ok:
+                    raise RankError(f"{function.__name__} on rank {rank}:\n{value}")
+                results[rank] = value
+        return [results[rank] for rank in range(self.size)]
+
+    def _start(self) -> None:
+        with tempfile.TemporaryDirectory() as folder, Listener(f"{folder}/socket", "AF_UNIX") as listener:
+            listener._listener._socket.settimeout(LIMIT_S)  # type: ignore[attr-defined]
+            port = _free_port()
+            for rank in range(self.size):
+                names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": self.size, "MASTER_PORT": port}
+                env = os.environ | {name: str(value) for name, value in names.items()}
+                env |= {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+                env |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1"}
+                command = [sys.executable, "-m", "bench.ranks", str(listener.address)]
+                self._processes.append(subprocess.Popen(command, env=env, cwd=ROOT, stdin=subprocess.DEVNULL))
+            by_rank = {}
+            for _ in range(self.size):
+                connection = listener.accept()
+                by_rank[connection.recv()] = connection
+            self._connections = [by_rank[rank] for rank in range(self.size)]
+
+    def _end(self) -> None:
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            process.wait()
+        for connection in self._connections:
+            connection.close()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _serve(address: str) -> None:
+    """A rank: call what it is told until the other end closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the bench, which ends its ranks.
+    import torch
+
+    from partita.torch.groups import init_process_group
+
+    torch.set_num_threads(1)
+    init_process_group(timeout_s=LIMIT_S)
+    with Client(address, "AF_UNIX") as connection:
+        connection.send(int(os.environ["RANK"]))
+        while True:
+            try:
+                function, args = connection.recv()
+            except EOFError:
+                os._exit(0)
+            try:
+                reply = (True, function(*args))
+            except Exception:
+                reply = (False, traceback.format_exc())
+            connection.send(reply)
+
+
+if __name__ == "__main__":
+    _serve(sys.argv[1])

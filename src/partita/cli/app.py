@@ -1,0 +1,114 @@
+"""The `partita` command: its sub-commands, and what becomes of errors."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from partita import __version__
+from partita.cli import rank
+from partita.cli.console import examples
+from partita.cli.demo import demo
+from partita.cli.failure import fail
+from partita.cli.generate import generate
+from partita.cli.layout import layout
+from partita.cli.plan import plan
+from partita.cli.reference import reference
+from partita.cli.train import train
+from partita.cli.verify import verify
+
+
+class _Commands(TyperGroup):
+    """Ends a command that raised: one message and an exit code, and a traceback only with `--debug`."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BaseException as error:
+            code = fail(error, debug=bool(ctx.params.get("debug")))
+            if code is None:
+                raise
+            raise typer.Exit(code) from None
+
+
+app = typer.Typer(
+    name="partita",
+    cls=_Commands,
+    help="Split any model over any devices, and prove that the split model equals the unsplit one.",
+    epilog=examples(
+        "partita demo",
+        "partita plan meta-llama/Llama-3.1-8B --tp 4 --pp 2",
+        'partita generate ./my-model "Once upon a time" --tp 2',
+        "partita train --config config.json --data stdlib --tp 2 --out runs/first",
+    ),
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"partita {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Options of every command."""
+
+
+for _command, _examples in (
+    (layout, ('partita layout "Et*3|(tt|)*29,m|L" --pp 16', 'partita layout "E|t*8|t*8|L" --pp 2 --json')),
+    (
+        plan,
+        (
+            "partita plan meta-llama/Llama-3.1-8B --tp 4",
+            'partita plan config.json --tp 8 --pp 4 --layout "E(t*7|)*6t*7|t*10L"',
+            "partita plan ./my-model --tp 3 --tensors",
+            "partita plan ./my-model --tp 2 --save plan.json",
+        ),
+    ),
+    (
+        generate,
+        (
+            'partita generate ./my-model "Once upon a time" --tp 2',
+            'partita generate ./my-model "One" "Two" --tp 2 --temperature 0.8 --top-p 0.95 --seed 1 --json',
+            'torchrun --nproc-per-node 4 -m partita generate ./my-model "Hello" --tp 4',
+        ),
+    ),
+    (
+        train,
+        (
+            "partita train --config config.json --data stdlib --tp 2 --steps 200 --out runs/first",
+            "partita train --model ./my-model --data texts/ --tp 2 --dp 2 --lora-rank 8 --out runs/tuned",
+        ),
+    ),
+    (
+        verify,
+        (
+            "partita verify ./my-model --tp 2",
+            "partita verify deepseek-ai/DeepSeek-V3 --tp 4",
+            "partita verify config.json --tp 3 --dtype float32 --json",
+        ),
+    ),
+    (demo, ("partita demo", "partita demo --steps 400 --out runs/demo")),
+):
+    app.command(epilog=examples(*_examples))(_command)
+app.command("reference", hidden=True)(reference)
+
+
+def main() -> None:
+    """Run the command line of this process."""
+    rank.attach()
+    app(prog_name="partita")
+    sys.exit(0)

@@ -1,0 +1,107 @@
+"""What commands print with: consoles, units, and short forms of long lists."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from functools import cache
+from itertools import groupby, pairwise
+from typing import IO, TYPE_CHECKING, Any
+
+from partita.core.mesh import AXES, Mesh
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+PIPE_WIDTH = 140
+"""Columns of what goes to a file or pipe."""
+
+
+@cache
+def _console(*, stderr: bool) -> Console:
+    from rich.console import Console
+
+    stream: IO[str] = sys.stderr if stderr else sys.stdout
+    width = None if stream.isatty() or "COLUMNS" in os.environ else PIPE_WIDTH
+    return Console(stderr=stderr, markup=False, highlight=False, emoji=False, width=width)
+
+
+def out() -> Console:
+    """Where results go."""
+    return _console(stderr=False)
+
+
+def err() -> Console:
+    """Where progress and errors go."""
+    return _console(stderr=True)
+
+
+def print_json(data: Any) -> None:
+    """Print `data` as one JSON document; a list of numbers takes one line."""
+    text = json.dumps(data, indent=2, ensure_ascii=False)
+    text = re.sub(r"\[\n\s+([-+\d.eE,\s]+?)\n\s*\]", lambda match: f"[{' '.join(match[1].split())}]", text)
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def examples(*commands: str) -> str:
+    """The foot of a command's help."""
+    shown = (command.replace("[", r"\[") for command in commands)
+    return "\n".join(["[bold]Examples[/bold]", *(f"[dim]$[/dim] {command}" for command in shown)])
+
+
+def count(number: int) -> str:
+    """A large number for people: 671.03 B."""
+    for size, unit in ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if number >= size:
+            return f"{number / size:.2f} {unit}"
+    return str(number)
+
+
+def size(number_bytes: float) -> str:
+    """Bytes for people: 14.96 GiB."""
+    for exponent, unit in ((4, "TiB"), (3, "GiB"), (2, "MiB"), (1, "KiB")):
+        if number_bytes >= 1024**exponent:
+            return f"{number_bytes / 1024**exponent:.2f} {unit}"
+    return f"{number_bytes:.0f} B"
+
+
+def plural(number: int, noun: str) -> str:
+    """`1 rank`, `2 ranks`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def runs(ids: Iterable[int]) -> str:
+    """Whole numbers with consecutive ones joined: `0-2, 5`."""
+    groups = groupby(enumerate(ids), key=lambda item: item[1] - item[0])
+    spans = [[number for _, number in group] for _, group in groups]
+    return ", ".join(f"{span[0]}-{span[-1]}" if len(span) > 1 else str(span[0]) for span in spans)
+
+
+def mesh_name(mesh: Mesh) -> str:
+    """The axes of a mesh that have more than one rank: `dp 2 x tp 2`."""
+    sizes = [f"{axis} {mesh.axis_size(axis)}" for axis in AXES if mesh.axis_size(axis) > 1]
+    return " x ".join(sizes) or "one rank"
+
+
+def layer_ids(ids: Sequence[int], noun: str = "layer") -> str:
+    """`layers 0-7`, `layer 3`, or nothing."""
+    if not ids:
+        return ""
+    return f"{noun}{'' if len(ids) == 1 else 's'} {runs(ids)}"
+
+
+def sparkline(values: Sequence[float], width: int = 40) -> str:
+    """Values as a line of bars, the mean of equally many in each; a value that is not finite is a `!`."""
+    bars = "▁▂▃▄▅▆▇█"
+    columns = min(width, len(values))
+    edges = [i * len(values) // columns for i in range(columns + 1)]
+    means = [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]
+    finite = [mean for mean in means if abs(mean) != float("inf") and mean == mean]
+    if not finite:
+        return "!" * columns
+    low, span = min(finite), (max(finite) - min(finite)) or 1.0
+    return "".join(bars[round((mean - low) / span * 7)] if mean in finite else "!" for mean in means)

@@ -1,0 +1,166 @@
+"""`partita demo`: the whole story in two minutes. Plan, train split, save, load split and whole, compare, prove."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from partita.cli import launch
+from partita.cli.console import out, plural
+from partita.cli.failure import Failure
+from partita.cli.model import make_plan
+from partita.core.mesh import Mesh
+from partita.errors import CheckpointError
+
+CONFIG: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 384,
+    "hidden_size": 256,
+    "intermediate_size": 640,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 1024,
+    "tie_word_embeddings": False,
+    "bos_token_id": None,
+    "eos_token_id": 256,
+    "dtype": "float32",
+}
+"""A small Llama that reads bytes."""
+
+PROMPT = "def __init__(self, "
+NEW_TOKENS = 96
+TRAINING = ("--batch-size", "16", "--sequence-length", "128", "--learning-rate", "3e-3", "--warmup-steps", "20")
+
+
+def demo(
+    steps: Annotated[int, typer.Option(min=1, help="Of training.")] = 150,
+    out_folder: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", metavar="DIR", help="Where the model goes; by default a new folder in runs/.", show_default=False
+        ),
+    ] = None,
+) -> None:
+    """Train a small Llama over two ranks, save it, load it split and whole, and prove that both are the same.
+
+    It takes about two minutes on two cores and needs no network.
+    """
+    folder = out_folder if out_folder is not None else _new_folder()
+    story = _Story(folder)
+    story.plan()
+    story.train(steps)
+    story.generate()
+    story.verify()
+    story.end()
+
+
+def _new_folder() -> Path:
+    number = 1
+    while (folder := Path("runs") / f"demo-{number}").exists():
+        number += 1
+    return folder
+
+
+@dataclass
+class _Story:
+    folder: Path
+    start_s: float = field(default_factory=time.monotonic)
+    chapters: int = 0
+
+    @property
+    def model(self) -> Path:
+        return self.folder / "model"
+
+    def plan(self) -> None:
+        from partita.cli.plan_picture import show
+
+        config = self.folder / "config.json"
+        if self.model.exists():
+            raise CheckpointError(f"--out {self.folder} holds a demo already. Name another folder, or remove that one.")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        config.write_text(json.dumps(CONFIG, indent=2) + "\n", encoding="utf-8")
+        self._chapter("A plan: which of two ranks holds what of a small Llama")
+        _command("plan", str(config), "--tp", "2")
+        show(make_plan(str(config), Mesh(tp=2)), all_tensors=False)
+
+    def train(self, steps: int) -> None:
+        self._chapter("Train it over two ranks on the sources of Python's standard library, and save it unsplit")
+        self._run(
+            2, "train", "--config", str(self.folder / "config.json"), "--data", "stdlib", "--tp", "2",
+            "--steps", str(steps), *TRAINING, "--out", str(self.model),
+        )  # fmt: skip
+
+    def generate(self) -> None:
+        self._chapter("Write with it: over two ranks, on one rank, and with transformers alone")
+        options = ("--max-new-tokens", str(NEW_TOKENS))
+        written = {}
+        for name, ranks, arguments in (
+            ("two ranks", 2, ("generate", str(self.model), PROMPT, "--tp", "2", *options)),
+            ("one rank", 1, ("generate", str(self.model), PROMPT, *options)),
+        ):
+            answer = json.loads(self._run(ranks, *arguments, "--json"))["generations"][0]
+            written[name] = answer["tokens"]
+            if ranks == 2:
+                self._quote(answer["prompt"], answer["text"])
+        _say('$ python -c "... AutoModelForCausalLM.from_pretrained(...).generate(...)"', "dim")
+        answer = json.loads(self._run(1, "reference", str(self.model), PROMPT, *options, silent=True))
+        written[f"transformers' own {answer['class']}, unsplit"] = answer["tokens"]
+        tokens = written["two ranks"]
+        for name, others in written.items():
+            same = sum(1 for a, b in zip(tokens, others, strict=False) if a == b)
+            verdict = "the same" if others == tokens else f"DIFFERENT after {same}"
+            _say(f"  {name:<48} {plural(len(others), 'token')}, {verdict}", "green" if others == tokens else "bold red")
+        if any(others != tokens for others in written.values()):
+            self._fail("The tokens differ.")
+
+    def verify(self) -> None:
+        self._chapter("Prove it: every module's output and every gradient, split against unsplit")
+        self._run(2, "verify", str(self.model), "--tp", "2", "--dtype", "float64")
+
+    def end(self) -> None:
+        seconds = time.monotonic() - self.start_s
+        _say(
+            f"\nAll of it holds. {seconds:.0f} s. The model is in {self.model}: an ordinary Hugging Face checkpoint.",
+            "bold green",
+        )
+        _say(f'Go on: partita generate {self.model} "import " --tp 2 --temperature 0.8', "dim")
+
+    def _chapter(self, title: str) -> None:
+        self.chapters += 1
+        _say(f"\n{self.chapters}. {title}", "bold cyan")
+
+    def _run(self, ranks: int, *arguments: str, silent: bool = False) -> str:
+        """Run a command on so many ranks; its output where that is JSON, else it is shown."""
+        capture = "--json" in arguments or silent
+        if not silent:
+            _command(*(argument for argument in arguments if argument != "--json"))
+        outcome = launch.start(arguments, ranks, capture=capture)
+        if outcome.code > 128:
+            raise typer.Exit(outcome.code)
+        if outcome.code:
+            self._fail(f"`partita {arguments[0]}` failed.")
+        return outcome.output.decode()
+
+    def _quote(self, prompt: str, text: str) -> None:
+        for line in (prompt + text).splitlines():
+            _say(f"  | {line}", "italic")
+
+    def _fail(self, why: str) -> None:
+        _say(f"\nThe demo FAILED: {why}", "bold red")
+        raise typer.Exit(Failure.FAILED)
+
+
+def _command(*arguments: str) -> None:
+    _say(f"$ partita {shlex.join(arguments)}", "dim")
+
+
+def _say(text: str, style: str) -> None:
+    out().print(text, style=style, soft_wrap=True)

@@ -1,0 +1,104 @@
+"""Failure: what went wrong in a command, for the person who typed it."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import asdict, dataclass
+from typing import ClassVar
+
+import typer
+
+from partita.cli import rank
+from partita.cli.console import err
+from partita.errors import PartitaError
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What went wrong.
+
+    Attributes:
+        code: What the process exits with.
+        message: One message for the user.
+        echo: Whether it only tells that another rank is gone.
+    """
+
+    code: int
+    message: str
+    echo: bool = False
+
+    DIFFERS: ClassVar[int] = 1
+    FAILED: ClassVar[int] = 1
+    MISUSED: ClassVar[int] = 2
+    INTERRUPTED: ClassVar[int] = 130
+
+
+_LOST_PEER = re.compile(
+    r"connection (was )?(closed|reset)|broken pipe|socket closed|rank \d+ failed|recvvalue failed|failed to recv|"
+    r"connection refused|peer .*(closed|gone)",
+    re.IGNORECASE,
+)
+_MISSING_EXTRA = ("torch", "transformers", "numpy", "safetensors", "tokenizers", "huggingface_hub", "peft")
+
+
+def explain(error: BaseException) -> Failure | None:
+    """The failure that `error` is, or None for what the command line itself deals with (a usage error, an exit)."""
+    if isinstance(error, PartitaError):
+        text = str(error)
+        return Failure(Failure.MISUSED, text, re.match(r"rank \d+ failed", text) is not None)
+    if isinstance(error, KeyboardInterrupt):
+        return Failure(Failure.INTERRUPTED, "interrupted")
+    if not isinstance(error, Exception) or isinstance(error, typer.Exit | typer.Abort) or hasattr(error, "exit_code"):
+        return None
+    if isinstance(error, BrokenPipeError):
+        return None
+    if isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] in _MISSING_EXTRA:
+        return Failure(
+            Failure.MISUSED, f"{error.name} is not installed, and this command needs it: pip install 'partita[torch]'"
+        )
+    if isinstance(error, OSError) and error.filename is not None:
+        return Failure(Failure.MISUSED, f"{os.fsdecode(error.filename)}: {error.strerror}")
+    message = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    return Failure(Failure.FAILED, message, _LOST_PEER.search(message) is not None)
+
+
+def fail(error: BaseException, *, debug: bool = False) -> int | None:
+    """Show what went wrong, or tell the launcher. Returns the exit code, or None where `explain` leaves it alone.
+
+    A rank of several does not return: it ends here.
+    """
+    failure = explain(error)
+    if failure is None:
+        return None
+    if debug and failure.code != Failure.INTERRUPTED:
+        import traceback
+
+        traceback.print_exception(type(error), error, error.__traceback__)
+    if not rank.report(asdict(failure)) and rank.speaks():
+        show(failure, debug=debug, who=rank.name())
+    rank.leave(failure.code)
+    return failure.code
+
+
+def show(failure: Failure, *, debug: bool = False, who: str = "", detail: str = "") -> None:
+    """Print a failure on stderr.
+
+    Args:
+        failure: What went wrong.
+        debug: Whether a traceback was shown already.
+        who: Whom it happened to, where it is one rank's.
+        detail: The end of what that one wrote to its stderr.
+    """
+    from rich.text import Text
+
+    if detail:
+        err().print(Text(detail.rstrip("\n"), style="dim"), soft_wrap=True)
+    label = "interrupted" if failure.code == Failure.INTERRUPTED else "error"
+    text = Text(f"{label}", style="bold red")
+    if label == "error":
+        text.append(": ", style="bold red")
+        text.append(f"{who}: {failure.message}" if who else failure.message, style="not bold default")
+    err().print(text, soft_wrap=True)
+    if failure.code == Failure.FAILED and not debug and not failure.echo:
+        err().print(Text("`partita --debug ...` shows where it was raised.", style="dim"), soft_wrap=True)

@@ -1,0 +1,181 @@
+"""`partita generate`: continue texts with a model that is split over ranks."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from partita.cli import launch, rank
+from partita.cli.console import err, mesh_name, out, plural, print_json
+from partita.cli.model import check_early
+from partita.cli.options import AsJson, Device, Dtype, ModelArgument, Replicas, TensorRanks, WeightsDtype
+from partita.cli.progress import loading
+from partita.core.mesh import Mesh
+from partita.errors import ModelError
+
+if TYPE_CHECKING:
+    from partita.torch.generate import Generation, Sampling
+
+SAMPLING = "Sampling"
+
+
+def generate(
+    model: ModelArgument,
+    prompts: Annotated[
+        list[str] | None, typer.Argument(metavar="PROMPT...", help="Texts to continue.", show_default=False)
+    ] = None,
+    tp: TensorRanks = 1,
+    dp: Replicas = 1,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of one text at most.")] = 64,
+    prompt_file: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--prompt-file",
+            metavar="FILE",
+            help="A file whose whole text is a prompt. Repeatable.",
+            exists=True,
+            dir_okay=False,
+            readable=True,
+            show_default=False,
+        ),
+    ] = None,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.", rich_help_panel=SAMPLING)] = 0.0,
+    top_k: Annotated[
+        int, typer.Option(min=0, help="Only the likeliest so many; 0: all.", rich_help_panel=SAMPLING)
+    ] = 0,
+    top_p: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Only the likeliest with this total.", rich_help_panel=SAMPLING)
+    ] = 1.0,
+    min_p: Annotated[
+        float,
+        typer.Option(
+            min=0.0, max=1.0, help="Only those this likely, relative to the likeliest.", rich_help_panel=SAMPLING
+        ),
+    ] = 0.0,
+    repetition_penalty: Annotated[
+        float, typer.Option(min=0.0, help="Above 1: tokens that were there are less likely.", rich_help_panel=SAMPLING)
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the draws.", rich_help_panel=SAMPLING)] = 0,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option("--stop", metavar="TEXT", help="End where this text appears. Repeatable.", show_default=False),
+    ] = None,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Do not end at the model's end token.")] = False,
+    dtype: WeightsDtype = None,
+    device: Device = None,
+    no_stream: Annotated[bool, typer.Option("--no-stream", help="Print a text when it is complete.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Continue one or several texts with a model split over ranks. Every layout writes the same tokens."""
+    texts = [*(prompts or []), *(file.read_text(encoding="utf-8") for file in prompt_file or [])]
+    if not texts:
+        raise ModelError('there is no prompt. Give one behind the model ("Once upon a time") or with --prompt-file.')
+    mesh = Mesh(dp=dp, tp=tp)
+    check_early(model, mesh)
+    options: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
+        "repetition_penalty": repetition_penalty, "seed": seed, "stop": tuple(stop or ()), "ignore_eos": ignore_eos,
+    }  # fmt: skip
+    stream = not no_stream and not as_json and len(texts) == 1
+
+    def work() -> int:
+        from partita.torch.generate import Sampling
+
+        run = _generate(model, mesh, texts, Sampling(**options), dtype, device, stream)
+        if rank.is_first():
+            (_print_json if as_json else _print_texts)(run, stream)
+        return 0
+
+    launch.run(mesh, work)
+
+
+@dataclass(frozen=True)
+class _Run:
+    model: str
+    mesh: Mesh
+    texts: list[str]
+    prompts: list[list[int]]
+    generations: list[Generation]
+    load_s: float
+    generate_s: float
+
+    @property
+    def new_tokens(self) -> int:
+        return sum(len(generation.tokens) for generation in self.generations)
+
+
+def _generate(
+    model: str, mesh: Mesh, texts: list[str], sampling: Sampling, dtype: Dtype | None, device: str | None, stream: bool
+) -> _Run:
+    from partita.torch.generate import generate as engine
+    from partita.torch.hub import find_model
+    from partita.torch.load import load
+    from partita.torch.tokenizer import load_tokenizer
+
+    start_s = time.perf_counter()
+    folder = find_model(model)
+    tokenizer = load_tokenizer(folder)
+    prompts = [tokenizer.encode(text) for text in texts]
+    with loading(f"loading, {mesh_name(mesh)}") as progress:
+        split = load(folder, tp=mesh.tp, dp=mesh.dp, dtype=dtype and dtype.value, device=device, progress=progress)
+    loaded_s = time.perf_counter()
+    on_text: Callable[[int, str], None] | None = None
+    if stream:
+        if rank.is_first():
+            out().print(texts[0], style="dim", end="", soft_wrap=True)
+        on_text = _write
+    generations = engine(split, prompts, sampling, tokenizer=tokenizer, on_text=on_text)
+    return _Run(model, mesh, texts, prompts, generations, loaded_s - start_s, time.perf_counter() - loaded_s)
+
+
+def _write(sequence: int, text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _print_texts(run: _Run, stream: bool) -> None:
+    if stream:
+        sys.stdout.write("\n")
+        sys.stdout.flush()
+    else:
+        for index, (text, generation) in enumerate(zip(run.texts, run.generations, strict=True)):
+            if len(run.texts) > 1:
+                out().print(
+                    f"{'' if index == 0 else chr(10)}--- {index + 1} ({generation.finish_reason})", style="bold"
+                )
+            out().print(text, style="dim", end="", soft_wrap=True)
+            _write(index, generation.text + "\n")
+    rate = run.new_tokens / run.generate_s
+    err().print(
+        f"{plural(run.new_tokens, 'token')} in {run.generate_s:.1f} s, {rate:.1f} tokens/s on {mesh_name(run.mesh)}; "
+        f"loaded in {run.load_s:.1f} s",
+        style="dim", soft_wrap=True,
+    )  # fmt: skip
+
+
+def _print_json(run: _Run, stream: bool) -> None:
+    print_json(
+        {
+            "model": run.model,
+            "mesh": asdict(run.mesh),
+            "generations": [
+                {
+                    "prompt": text,
+                    "prompt_tokens": prompt,
+                    "tokens": list(generation.tokens),
+                    "text": generation.text,
+                    "finish_reason": generation.finish_reason,
+                }
+                for text, prompt, generation in zip(run.texts, run.prompts, run.generations, strict=True)
+            ],
+            "load_s": run.load_s,
+            "generate_s": run.generate_s,
+            "tokens_per_s": run.new_tokens / run.generate_s,
+        }
+    )

@@ -1,0 +1,334 @@
+"""Launch: the ranks of a command as processes of this machine, ended together whatever happens.
+
+Without a launcher's environment a command that needs several ranks starts itself once for each, as torchrun would, and waits
+here without torch. Rank 0 speaks: its stdout and stderr are the command's own. Of the others only the end of stderr is
+kept, for the one that fails first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any
+
+import typer
+
+from partita.cli import rank
+from partita.cli.console import plural
+from partita.cli.failure import Failure, show
+from partita.core.mesh import Mesh
+from partita.errors import DistributedError
+
+GRACE_S = 3.0
+"""How long a rank that is told to end may take before it is killed."""
+
+ECHO_S = 1.0
+"""How long to wait for a failure's cause where only its echo is known."""
+
+KEPT_BYTES = 64 << 10
+"""How much of a silent rank's stderr is kept."""
+
+_POLL_S = 0.2
+
+
+def run(mesh: Mesh, work: Callable[[], int]) -> None:
+    """Do `work` on every rank of `mesh` and end the process with the code that it returns.
+
+    One rank works here. More are started, unless this process is one of theirs already.
+
+    Raises:
+        DistributedError: A launcher started another number of ranks than the mesh has.
+    """
+    world = rank.world()
+    if world is None and mesh.size > 1:
+        raise typer.Exit(start(sys.argv[1:], mesh.size).code)
+    if world is not None and world != mesh.size:
+        raise DistributedError(
+            f"the mesh {mesh} has {plural(mesh.size, 'rank')}, but the launcher started {world}. Start {mesh.size}, "
+            f"or change --tp and --dp so that their product is {world}."
+        )
+    raise typer.Exit(rank.work_together(work))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended.
+
+    Attributes:
+        code: What to exit with.
+        output: What rank 0 wrote to stdout, where it was captured.
+    """
+
+    code: int
+    output: bytes = b""
+
+
+def start(
+    arguments: Sequence[str], ranks: int, *, capture: bool = False, program: Sequence[str] = ("-m", "partita")
+) -> Outcome:
+    """Run `python *program *arguments` as that many ranks of this machine and wait for all of them.
+
+    A rank that fails ends the others, and its message is shown once. SIGINT, SIGTERM and SIGHUP end them too. No process
+    is left in any case: a rank whose launcher is killed ends itself.
+
+    Args:
+        arguments: Of the command.
+        ranks: How many.
+        capture: Whether rank 0's stdout is returned instead of shown.
+        program: What python runs.
+    """
+    crew = _Crew([sys.executable, *program, *arguments], ranks, capture)
+    with _signals_as_exceptions():
+        try:
+            try:
+                crew.start()
+                crew.wait()
+            finally:
+                crew.end()
+        except _Signalled as signalled:
+            _show_cursor()
+            show(Failure(Failure.INTERRUPTED, "interrupted"))
+            return Outcome(128 + signalled.number)
+    _show_cursor()
+    first = crew.first_failed()
+    if first is None:
+        return Outcome(0, bytes(crew.output))
+    return Outcome(_show_failed(first, arguments), bytes(crew.output))
+
+
+def environment(number: int, ranks: int, port: int) -> dict[str, str]:
+    """What rank `number` finds in its environment; the names are torchrun's."""
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    loopback = "lo" if sys.platform == "linux" else "lo0"
+    environment = {
+        "OMP_NUM_THREADS": str(max(1, cores // ranks)),
+        "GLOO_SOCKET_IFNAME": loopback,
+        **os.environ,
+        "RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+    }  # fmt: skip
+    if sys.path and sys.path[0] not in ("", os.getcwd()):
+        environment["PYTHONSAFEPATH"] = "1"  # a file json.py in the user's folder is no module of ours
+    return environment
+
+
+@dataclass
+class _Rank:
+    number: int
+    process: subprocess.Popen[bytes]
+    line: socket.socket
+    said: bytearray = field(default_factory=bytearray)
+    stderr: bytearray = field(default_factory=bytearray)
+    ended_s: float | None = None
+    sent: set[int] = field(default_factory=set)
+
+    @property
+    def failure(self) -> Failure | None:
+        """What it said was wrong with it."""
+        report = self._report()
+        return Failure(report["code"], report["message"], report["echo"]) if report else None
+
+    @property
+    def failed_s(self) -> float | None:
+        """When it failed, None if it did not (yet)."""
+        report = self._report()
+        if report:
+            return float(report["time_s"])
+        return self.ended_s if self.process.returncode else None
+
+    def _report(self) -> Any:
+        line, newline, _ = self.said.partition(b"\n")
+        return json.loads(line) if newline else None
+
+    @property
+    def was_told_to_end(self) -> bool:
+        """Whether it ended because it was sent a signal from here."""
+        return self.failure is None and -(self.process.returncode or 0) in self.sent
+
+    @property
+    def is_echo(self) -> bool:
+        """Whether it failed because another rank was gone."""
+        return self.failure is not None and self.failure.echo
+
+    def send(self, number: int) -> None:
+        """Send a signal to it and to what it started, unless it has ended."""
+        if self.process.poll() is None:
+            self.sent.add(number)
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.process.pid, number)
+
+
+class _Crew:
+    """The ranks of one run."""
+
+    def __init__(self, command: list[str], size: int, capture: bool) -> None:
+        self.command, self.size, self.capture = command, size, capture
+        self.ranks: list[_Rank] = []
+        self.output = bytearray()
+        self.selector = selectors.DefaultSelector()
+
+    def start(self) -> None:
+        port = _free_port()
+        for number in range(self.size):
+            ours, theirs = socket.socketpair()
+            with theirs:
+                process = subprocess.Popen(
+                    self.command,
+                    env={**environment(number, self.size, port), rank.LINE: str(theirs.fileno())},
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE
+                    if number == 0 and self.capture
+                    else None
+                    if number == 0
+                    else subprocess.DEVNULL,
+                    stderr=None if number == 0 else subprocess.PIPE,
+                    pass_fds=[theirs.fileno()],
+                    start_new_session=True,
+                )
+            member = _Rank(number, process, ours)
+            self.ranks.append(member)
+            self._listen(ours, member.said, None)
+            if process.stdout is not None:
+                self._listen(process.stdout, self.output, None)
+            if process.stderr is not None:
+                self._listen(process.stderr, member.stderr, KEPT_BYTES)
+
+    def _listen(self, stream: Any, into: bytearray, kept_bytes: int | None) -> None:
+        os.set_blocking(stream.fileno(), False)
+        self.selector.register(stream, selectors.EVENT_READ, (into, kept_bytes))
+
+    def wait(self) -> None:
+        """Until every rank has ended, or one has failed and its cause has had time to be told."""
+        while self._alive():
+            self._hear(_POLL_S)
+            failed = [member for member in self.ranks if member.failed_s is not None]
+            if failed:
+                if all(member.is_echo for member in failed):
+                    self._hear_until(lambda: self._cause_is_known() or not self._alive(), ECHO_S)
+                return
+
+    def _cause_is_known(self) -> bool:
+        return any(member.failed_s is not None and not member.is_echo for member in self.ranks)
+
+    def end(self) -> None:
+        """No rank is left when this returns, nor when it is interrupted."""
+        try:
+            for number, grace_s in ((signal.SIGTERM, GRACE_S), (signal.SIGKILL, 60.0)):
+                if self._alive():
+                    for member in self.ranks:
+                        member.send(number)
+                    self._hear_until(lambda: not self._alive(), grace_s)
+            while self._hear(0):
+                pass
+        finally:
+            for member in self.ranks:
+                member.send(signal.SIGKILL)
+            for member in self.ranks:
+                member.process.wait()
+                member.line.close()
+                for stream in (member.process.stdout, member.process.stderr):
+                    if stream is not None:
+                        stream.close()
+            self.selector.close()
+
+    def first_failed(self) -> _Rank | None:
+        """The rank that failed first by itself, rather than because another was gone or it was told to end."""
+        failed = [member for member in self.ranks if member.failed_s is not None and not member.was_told_to_end]
+        return min(failed, key=lambda member: (member.is_echo, member.failed_s), default=None)
+
+    def _alive(self) -> bool:
+        for member in self.ranks:
+            if member.ended_s is None and member.process.poll() is not None:
+                member.ended_s = time.monotonic()
+        return any(member.ended_s is None for member in self.ranks)
+
+    def _hear_until(self, done: Callable[[], bool], limit_s: float) -> None:
+        deadline = time.monotonic() + limit_s
+        while not done() and time.monotonic() < deadline:
+            self._hear(min(_POLL_S, limit_s))
+
+    def _hear(self, timeout_s: float) -> bool:
+        """Read what the ranks have said since, waiting for it a while. Returns whether there was anything."""
+        heard = False
+        for key, _ in self.selector.select(timeout_s):
+            into, kept_bytes = key.data
+            data = b""
+            with contextlib.suppress(ConnectionError):
+                data = os.read(key.fd, 1 << 16)
+            if not data:
+                self.selector.unregister(key.fileobj)
+            heard |= bool(data)
+            into += data
+            if kept_bytes is not None:
+                del into[:-kept_bytes]
+        return heard
+
+
+def _show_failed(member: _Rank, arguments: Sequence[str]) -> int:
+    """Show why a rank failed. Returns what to exit with."""
+    failure, code = member.failure, member.process.returncode
+    debug = "--debug" in arguments
+    stderr = member.stderr.decode(errors="replace")
+    if failure is not None and failure.code == Failure.MISUSED:
+        show(failure, debug=debug, detail=stderr if debug else "")
+        return failure.code
+    if failure is None:
+        if member.number == 0 and code > 0:
+            return code  # it said so itself: a verdict, or a usage error
+        failure = Failure(Failure.FAILED, f"it {_how_it_ended(code)}")
+    show(failure, debug=debug, who=f"rank {member.number}", detail=stderr)
+    return Failure.FAILED
+
+
+def _how_it_ended(code: int) -> str:
+    if code >= 0:
+        return f"ended with exit code {code}"
+    try:
+        name = signal.Signals(-code).name
+    except ValueError:
+        name = f"signal {-code}"
+    return f"was ended by {name}" + (" (is the machine out of memory?)" if -code == signal.SIGKILL else "")
+
+
+class _Signalled(BaseException):
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
+@contextlib.contextmanager
+def _signals_as_exceptions() -> Iterator[None]:
+    def raise_it(number: int, frame: FrameType | None) -> None:
+        raise _Signalled(number)
+
+    before = {}
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            before[number] = signal.signal(number, raise_it)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _show_cursor() -> None:
+    """A rank that was ended in the middle of its progress bar has left the cursor hidden."""
+    if sys.stderr.isatty():
+        sys.stderr.write("\x1b[?25h")
+        sys.stderr.flush()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,108 @@
+"""MODEL of a command line as a ModelSpec and a Plan, without torch wherever the family is known without it."""
+
+from __future__ import annotations
+
+import os
+import socket
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
+
+from partita.core.mesh import Mesh
+from partita.core.model_spec import ModelSpec, read_config
+from partita.core.plan import Plan
+from partita.core.rules import Rules
+from partita.errors import ModelError
+
+
+def make_plan(model: str, mesh: Mesh, layout: str | None = None) -> Plan:
+    """The plan of MODEL, from its config alone.
+
+    Raises:
+        PartitaError: There is no such model, or it cannot be split so.
+    """
+    spec, rules = read_spec(model)
+    return Plan.make(spec, mesh, layout, rules)
+
+
+def read_spec(model: str) -> tuple[ModelSpec, Rules | None]:
+    """The facts of MODEL, and its rules where transformers had to be asked."""
+    from partita.core.families import known_families, spec_from_config
+
+    config = read_config(find_config(model))
+    if config["model_type"] in known_families():
+        try:
+            return spec_from_config(config), None
+        except ModelError as error:
+            if "needs transformers" not in str(error):
+                raise
+    return _ask_transformers(config)
+
+
+def _ask_transformers(config: dict[str, Any]) -> tuple[ModelSpec, Rules]:
+    if find_spec("torch") is None or find_spec("transformers") is None:
+        raise ModelError(
+            f"{config['model_type']!r} is not a family that Partita knows itself, and transformers is not installed to be "
+            "asked: pip install 'partita[torch]'"
+        )
+    from partita.torch.hub import build_on_meta, read_hf_config, rules_of, spec_of
+
+    built = build_on_meta(read_hf_config(config))
+    spec = spec_of(built)
+    return spec, rules_of(built, spec)
+
+
+def find_config(model: str) -> Path:
+    """The config file of MODEL, or a folder that has one; of a hub id only this one file is fetched.
+
+    Raises:
+        ModelError: It is no folder and no file, and the hub has no such model or cannot be reached.
+    """
+    path = Path(model)
+    if path.exists():
+        return path
+    if not looks_like_hub_id(model):
+        raise ModelError(
+            f"{model} does not exist. Give a folder with a config.json, a config file or a hub id (owner/name)."
+        )
+    if find_spec("huggingface_hub") is None:
+        raise ModelError(
+            f"{model} is no local folder, and huggingface_hub is not installed to look further: pip install 'partita[torch]'"
+        )
+    offline = not _hub_is_near()
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(model, "config.json", local_files_only=offline))
+    except Exception as error:
+        line = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise ModelError(
+            f"{model} is no local folder, and it cannot be fetched from the hub: {line[:200]}. "
+            "Give a folder, or a hub id (owner/name) with the network at hand."
+        ) from error
+
+
+def _hub_is_near() -> bool:
+    """Whether the hub's name can be looked up. Where not, huggingface_hub is told (in the ranks too): it tries for long."""
+    if "HF_HUB_OFFLINE" not in os.environ and not getproxies():
+        host = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co")).hostname
+        try:
+            socket.getaddrinfo(host, None)
+        except OSError:
+            os.environ["HF_HUB_OFFLINE"] = "1"
+    return os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("", "0", "false", "no", "off")
+
+
+def looks_like_hub_id(model: str) -> bool:
+    """Whether MODEL, which is not there as a file, can be a model of the hub."""
+    return model.count("/") <= 1 and not model.startswith((".", "/", "~")) and not model.endswith((".json", os.sep))
+
+
+def check_early(model: str, mesh: Mesh) -> None:
+    """Refuse what cannot be before any rank is started, where that can be told quickly: the ranks would refuse it too."""
+    from partita.core.families import known_families
+
+    if read_config(find_config(model))["model_type"] in known_families():
+        make_plan(model, mesh)

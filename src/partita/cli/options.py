@@ -1,0 +1,43 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Annotated
+
+import typer
+
+ModelArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A folder in Hugging Face's form, a config file, or a hub id (owner/name).",
+        show_default=False,
+    ),
+]
+TensorRanks = Annotated[int, typer.Option("--tp", min=1, help="Tensor parallel ranks: each layer is cut over them.")]
+PipelineRanks = Annotated[int, typer.Option("--pp", min=1, help="Pipeline ranks: the layers are dealt out over them.")]
+Replicas = Annotated[int, typer.Option("--dp", min=1, help="Data parallel replicas.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+class Dtype(str, Enum):
+    """The dtypes that a model can be run in."""
+
+    float64 = "float64"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+WeightsDtype = Annotated[
+    Dtype | None, typer.Option("--dtype", help="Of the weights; by default the model's own.", show_default=False)
+]
+Device = Annotated[
+    str | None,
+    typer.Option(
+        "--device",
+        help="cpu, cuda, ...; by default each rank's GPU, or the CPU where there is none.",
+        show_default=False,
+    ),
+]

@@ -1,0 +1,97 @@
+"""Progress on stderr: a live bar on a terminal, a line now and then elsewhere. Only the first rank shows any."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+from partita.cli import rank
+from partita.cli.console import err, size
+
+if TYPE_CHECKING:
+    from partita.torch.train import StepReport
+
+LINE_EVERY_S = 5.0
+"""How often a line is written where there is no terminal."""
+
+
+@contextlib.contextmanager
+def loading(what: str) -> Iterator[Callable[[int, int], None] | None]:
+    """Show how many bytes of a model are in place; the engine calls what this yields."""
+    if not rank.is_first() or not err().is_terminal:
+        yield None
+        return
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn())
+    with Progress(*columns, console=err(), transient=True) as bar:
+        task = bar.add_task(what, total=None)
+
+        def show(done_bytes: int, total_bytes: int) -> None:
+            bar.update(task, completed=done_bytes, total=total_bytes or None)
+
+        yield show
+
+
+@contextlib.contextmanager
+def training(steps: int) -> Iterator[Callable[[StepReport], None] | None]:
+    """Show the steps of a training run: loss, learning rate, gradient norm, tokens a second and the time left."""
+    if not rank.is_first():
+        yield None
+    elif err().is_terminal:
+        with _training_bar(steps) as show:
+            yield show
+    else:
+        yield _TrainingLines(steps)
+
+
+@contextlib.contextmanager
+def _training_bar(steps: int) -> Iterator[Callable[[StepReport], None]]:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[numbers]}"),
+        TextColumn("left"), TimeRemainingColumn(compact=True),
+    )  # fmt: skip
+    with Progress(*columns, console=err()) as bar:
+        task = bar.add_task("", total=steps, numbers="")
+
+        def show(report: StepReport) -> None:
+            bar.update(task, completed=report.step, numbers=describe(report))
+
+        yield show
+
+
+class _TrainingLines:
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+        self.start_s = self.last_s = time.monotonic()
+
+    def __call__(self, report: StepReport) -> None:
+        now_s = time.monotonic()
+        if report.step in (1, self.steps) or now_s - self.last_s >= LINE_EVERY_S:
+            self.last_s = now_s
+            left_s = (now_s - self.start_s) / report.step * (self.steps - report.step)
+            err().print(f"step {report.step}/{self.steps}  {describe(report)}  {left_s:.0f} s left", soft_wrap=True)
+
+
+def describe(report: StepReport) -> str:
+    """A step's numbers in a line."""
+    rate = report.tokens / report.seconds
+    return (
+        f"loss {report.loss:.4f}  lr {report.learning_rate:.2e}  grad norm {report.grad_norm:.2f}  {rate:,.0f} tokens/s"
+    )
+
+
+@contextlib.contextmanager
+def saving(folder: str) -> Iterator[Callable[[int, int], None] | None]:
+    """Show how many bytes of a model are written."""
+    if not rank.is_first() or not err().is_terminal:
+        yield None
+        return
+    with err().status(f"saving to {folder}") as status:
+        yield lambda done_bytes, total_bytes: status.update(
+            f"saving to {folder}: {size(done_bytes)} of {size(total_bytes)}"
+        )

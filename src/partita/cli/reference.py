@@ -1,0 +1,32 @@
+"""`partita reference`, hidden: transformers alone writes greedily, with none of our code. `demo` compares with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from partita.cli.console import print_json
+from partita.cli.options import Dtype
+
+
+def reference(
+    folder: Path,
+    prompt: str,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    dtype: Annotated[Dtype, typer.Option("--dtype")] = Dtype.float32,
+) -> None:
+    """Print as JSON what transformers writes by itself, greedily."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype.value)).eval()
+    inputs = tokenizer(prompt, return_tensors="pt")
+    with torch.no_grad():
+        written = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    start = inputs["input_ids"].shape[1]
+    print_json({"class": type(model).__name__, "tokens": written[0, start:].tolist()})

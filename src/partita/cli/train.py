@@ -1,0 +1,216 @@
+"""`partita train`: train a model split over ranks, from its checkpoint or from nothing but its config."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from partita.cli import launch, rank
+from partita.cli.console import count, err, mesh_name, out, plural, print_json, sparkline
+from partita.cli.model import check_early
+from partita.cli.options import AsJson, Device, Dtype, Replicas, TensorRanks, WeightsDtype
+from partita.cli.progress import loading, saving, training
+from partita.core.mesh import Mesh
+from partita.errors import CheckpointError, ModelError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from partita.torch.tokenizer import Tokenizer
+    from partita.torch.train import StepReport
+
+
+class Autocast(str, Enum):
+    """What autocast computes in."""
+
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+OPTIMIZER, MEMORY = "Optimizer", "Memory and precision"
+
+
+def train(
+    data: Annotated[
+        str,
+        typer.Option(
+            "--data",
+            metavar="SOURCE",
+            show_default=False,
+            help="A text file, a folder of them, or `stdlib`: the sources of Python's standard library.",
+        ),
+    ],
+    config: Annotated[
+        str | None,
+        typer.Option("--config", metavar="FILE", help="Begin with new weights for this config.", show_default=False),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", metavar="MODEL", help="Begin with this checkpoint.", show_default=False)
+    ] = None,
+    tp: TensorRanks = 1,
+    dp: Replicas = 1,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 100,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences of one step, over all replicas.")] = 8,
+    sequence_length: Annotated[int, typer.Option(min=1, help="Tokens of a sequence.")] = 128,
+    accumulate: Annotated[int, typer.Option(min=1, help="Pieces of a step that are computed one after the other.")] = 1,
+    seed: Annotated[int, typer.Option(help="Of new weights and of the order of the data.")] = 0,
+    out_folder: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="DIR", help="Where the trained checkpoint goes.", show_default=False),
+    ] = None,
+    learning_rate: Annotated[float, typer.Option(min=0.0, help="At its peak.", rich_help_panel=OPTIMIZER)] = 3e-4,
+    warmup_steps: Annotated[
+        int, typer.Option(min=0, help="Until the peak; a cosine down to a tenth follows.", rich_help_panel=OPTIMIZER)
+    ] = 10,
+    weight_decay: Annotated[float, typer.Option(min=0.0, help="AdamW's.", rich_help_panel=OPTIMIZER)] = 0.1,
+    clip_norm: Annotated[float, typer.Option(min=0.0, help="Largest gradient norm.", rich_help_panel=OPTIMIZER)] = 1.0,
+    lora_rank: Annotated[
+        int | None,
+        typer.Option(
+            "--lora-rank", min=1, help="Train adapters of this rank only.", rich_help_panel=MEMORY, show_default=False
+        ),
+    ] = None,
+    autocast: Annotated[
+        Autocast | None,
+        typer.Option("--autocast", help="Compute in this dtype.", rich_help_panel=MEMORY, show_default=False),
+    ] = None,
+    checkpointing: Annotated[
+        bool,
+        typer.Option(
+            "--checkpointing", help="Compute activations again instead of keeping them.", rich_help_panel=MEMORY
+        ),
+    ] = False,
+    dtype: WeightsDtype = None,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train a model split over ranks and save it unsplit, as Hugging Face does."""
+    if (config is None) == (model is None):
+        raise ModelError("give either --config (new weights) or --model (a checkpoint).")
+    source = config if config is not None else model
+    assert source is not None
+    mesh = Mesh(dp=dp, tp=tp)
+    check_early(source, mesh)
+    if data != "stdlib" and not Path(data).exists():
+        raise ModelError(f"--data {data}: there is no such file or folder. Give one, or `stdlib`.")
+    if out_folder is not None:
+        _check_folder(out_folder)
+    options: dict[str, Any] = {
+        "steps": steps, "batch_size": batch_size, "sequence_length": sequence_length, "learning_rate": learning_rate,
+        "warmup_steps": warmup_steps, "weight_decay": weight_decay, "clip_norm": clip_norm, "accumulate": accumulate,
+        "seed": seed, "autocast": autocast and autocast.value, "checkpointing": checkpointing,
+    }  # fmt: skip
+
+    def work() -> int:
+        from partita.torch.train import TrainSettings
+        from partita.torch.train import train as engine
+
+        split, tokenizer = _begin(source, mesh, dtype, device, seed, new=config is not None)
+        if lora_rank is not None:
+            from partita.torch.adapt import add_lora
+
+            add_lora(split, lora_rank)
+        tokens = _tokens(data, tokenizer, split)
+        if rank.is_first() and not as_json:
+            _print_start(split, mesh, len(tokens))
+        with training(steps) as on_step:
+            reports = engine(split, tokens, TrainSettings(**options), on_step=on_step)
+        if out_folder is not None:
+            from partita.torch.adapt import merge_lora
+            from partita.torch.save import save
+
+            merge_lora(split)
+            with saving(str(out_folder)) as progress:
+                save(split, out_folder, tokenizer=tokenizer, progress=progress)
+        if rank.is_first():
+            (_print_json if as_json else _print_end)(reports, mesh, out_folder)
+        return 0
+
+    launch.run(mesh, work)
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuse before training where saving would be refused after it."""
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"--out {folder} is a file. Name a folder, which is made if it is not there.")
+    weights = sorted(folder.glob("*.safetensors*")) if folder.exists() else []
+    if weights:
+        raise CheckpointError(
+            f"--out {folder} holds a model already ({weights[0].name}). Name another folder, or remove that one."
+        )
+
+
+def _begin(
+    source: str, mesh: Mesh, dtype: Dtype | None, device: str | None, seed: int, *, new: bool
+) -> tuple[nn.Module, Tokenizer]:
+    from partita.torch.hub import find_model
+    from partita.torch.tokenizer import load_tokenizer
+
+    found = find_model(source, weights=not new)
+    tokenizer = load_tokenizer(found if found.is_dir() else found.parent)
+    name = dtype and dtype.value
+    if new:
+        from partita.torch.fresh import fresh
+
+        return fresh(found, tp=mesh.tp, dp=mesh.dp, dtype=name, device=device, seed=seed), tokenizer
+    from partita.torch.load import load
+
+    with loading("loading") as progress:
+        return load(found, tp=mesh.tp, dp=mesh.dp, dtype=name, device=device, progress=progress), tokenizer
+
+
+def _tokens(data: str, tokenizer: Tokenizer, split: nn.Module) -> Any:
+    from partita.torch.apply import plan_of
+    from partita.torch.data import load_tokens
+
+    plan, _ = plan_of(split)
+    tokens = load_tokens(data, tokenizer)
+    if plan.spec.vocab_size and (largest := int(tokens.max())) >= plan.spec.vocab_size:
+        raise ModelError(
+            f"the model's vocabulary has {plan.spec.vocab_size} ids, but the text has id {largest}: the tokenizer "
+            f"({tokenizer.vocab_size} ids) is not the model's. The byte-level one needs a vocab_size of at least 257."
+        )
+    return tokens
+
+
+def _print_start(split: nn.Module, mesh: Mesh, tokens: int) -> None:
+    from partita.torch.apply import plan_of
+
+    plan, _ = plan_of(split)
+    trained = sum(p.numel() for p in split.parameters() if p.requires_grad)
+    held = sum(p.numel() for p in split.parameters())
+    only = f", of which {count(trained)} are trained" if trained < held else ""
+    err().print(
+        f"{plan.spec.architecture}: {count(plan.spec.parameters)} parameters on {mesh_name(mesh)}, "
+        f"{count(held)} on rank 0{only}; {count(tokens)} tokens of text",
+        style="dim", soft_wrap=True,
+    )  # fmt: skip
+
+
+def _print_end(reports: list[StepReport], mesh: Mesh, folder: Path | None) -> None:
+    losses = [report.loss for report in reports]
+    seconds = sum(report.seconds for report in reports)
+    tokens = sum(report.tokens for report in reports)
+    console = out()
+    console.print(f"loss {losses[0]:.4f} {sparkline(losses)} {losses[-1]:.4f}", soft_wrap=True)
+    rate = f"{tokens:,} tokens in {seconds:.1f} s: {tokens / seconds:,.0f} tokens/s"
+    console.print(f"{plural(len(reports), 'step')}, {rate} on {mesh_name(mesh)}", soft_wrap=True)
+    if folder is not None:
+        console.print(f"saved to {folder}", soft_wrap=True)
+    else:
+        console.print("not saved: --out was not given", soft_wrap=True)
+
+
+def _print_json(reports: list[StepReport], mesh: Mesh, folder: Path | None) -> None:
+    print_json(
+        {
+            "mesh": asdict(mesh),
+            "out": str(folder) if folder is not None else None,
+            "loss": reports[-1].loss,
+            "steps": [asdict(report) for report in reports],
+        }
+    )

@@ -1,0 +1,127 @@
+"""`partita verify`: prove that a model split over ranks equals the unsplit one, or name the first module that does not."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from partita.cli import launch, rank
+from partita.cli.console import out, plural, print_json, runs
+from partita.cli.failure import Failure
+from partita.cli.model import check_early
+from partita.cli.options import AsJson, Dtype, ModelArgument, Replicas, TensorRanks
+from partita.core.mesh import Mesh
+
+if TYPE_CHECKING:
+    from partita.verify import Report
+
+
+def verify(
+    model: ModelArgument,
+    tp: TensorRanks = 2,
+    dp: Replicas = 1,
+    dtype: Annotated[Dtype, typer.Option("--dtype", help="float64 leaves the least room for doubt.")] = Dtype.float64,
+    all_rows: Annotated[
+        bool, typer.Option("--all", help="A row for every layer, not for layers that are alike.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Compare a split model with the unsplit one: what every module returns, every gradient, the tokens it writes.
+
+    Exits with 1 where they differ, and names the first module that does.
+    """
+    mesh = Mesh(dp=dp, tp=tp)
+    check_early(model, mesh)
+
+    def work() -> int:
+        from partita.verify import verify as engine
+
+        report = engine(model, tp=mesh.tp, dp=mesh.dp, dtype=dtype.value)
+        if rank.is_first():
+            if as_json:
+                print_json(_as_data(model, mesh, dtype, report))
+            else:
+                _show(report, all_rows=all_rows)
+        return 0 if report.equal else Failure.DIFFERS
+
+    launch.run(mesh, work)
+
+
+def _as_data(model: str, mesh: Mesh, dtype: Dtype, report: Report) -> dict[str, Any]:
+    return {
+        "model": model,
+        "mesh": asdict(mesh),
+        "dtype": dtype.value,
+        "equal": report.equal,
+        "first_wrong": report.first_wrong,
+        "shrunk": report.shrunk,
+        "what": report.what,
+        "rows": [
+            {"kind": row.kind, "name": row.name, "error": row.error, "tolerance": row.tolerance, "ok": row.ok}
+            for row in report.rows
+        ],
+    }
+
+
+def _show(report: Report, *, all_rows: bool) -> None:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for head in ("compared", "name", "layers"):
+        table.add_column(head, overflow="fold")
+    for head in ("largest error", "allowed", ""):
+        table.add_column(head, justify="right", no_wrap=True)
+    shown = ""
+    for kind, name, ids, rows in _groups(report.rows, all_rows=all_rows):
+        ok = all(row.ok for row in rows)
+        verdict = Text("equal", "green") if ok else Text("DIFFERS", "bold red")
+        worst = max(rows, key=_badness)
+        table.add_row(
+            kind if kind != shown else "", name, ids, f"{worst.error:.1e}" if worst.error else "0",
+            f"{worst.tolerance:.0e}" if worst.tolerance else "0", verdict,
+        )  # fmt: skip
+        shown = kind
+    console = out()
+    console.print(report.what, style="dim", soft_wrap=True)
+    console.print(table)
+    if report.shrunk:
+        console.print(
+            "The whole does not fit: this was a small model of the same family, with random weights.", style="yellow"
+        )
+    compared = plural(len(report.rows), "comparison")
+    if report.equal:
+        text = f"Split equals unsplit in {compared}; the largest error is {report.worst.error:.1e}."
+        console.print(text, style="bold green", soft_wrap=True)
+    else:
+        wrong = sum(not row.ok for row in report.rows)
+        text = f"Split DIFFERS from unsplit in {wrong} of {compared}. The first is {report.first_wrong}."
+        console.print(text, style="bold red", soft_wrap=True)
+
+
+def _badness(row: Any) -> tuple[bool, float]:
+    error = float(row.error)
+    return (not row.ok, error if error == error else float("inf"))
+
+
+def _groups(rows: Any, *, all_rows: bool) -> list[tuple[str, str, str, list[Any]]]:
+    """Rows of one kind whose names differ in the layer's number only, in the order of the first: kind, name, layers, rows."""
+    order = {kind: index for index, kind in enumerate(dict.fromkeys(row.kind for row in rows))}
+    groups: dict[tuple[str, str], list[Any]] = {}
+    for row in rows:
+        name = row.name if all_rows else _LAYER.sub(r"\1*\3", row.name, count=1)
+        groups.setdefault((row.kind, name), []).append(row)
+    sorted_groups = sorted(groups.items(), key=lambda item: order[item[0][0]])
+    return [(kind, name, _ids(rows), rows) for (kind, name), rows in sorted_groups]
+
+
+def _ids(rows: list[Any]) -> str:
+    found = sorted({int(match[2]) for row in rows if (match := _LAYER.match(row.name))})
+    return runs(found) if len(found) > 1 or len(rows) > 1 else ""
+
+
+_LAYER = re.compile(r"((?:^|.*?\.))(\d+)((?:\.|$))")

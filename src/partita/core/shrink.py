@@ -1,0 +1,94 @@
+"""A model's config made small: the same family, heads and kinds of layers, in a size that is computed in a moment."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+_LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+_HIDDEN = ("hidden_size", "n_embd", "d_model", "word_embed_proj_dim", "hidden_dim")
+_WIDTH = 48
+_INNER = (
+    "intermediate_size",
+    "ffn_dim",
+    "n_inner",
+    "ffn_hidden_size",
+    "moe_intermediate_size",
+    "shared_expert_intermediate_size",
+)
+_VOCABULARY = ("vocab_size",)
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+_RANKS = ("q_lora_rank", "kv_lora_rank")
+_PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers", "sliding_window_pattern_list", "attention_types")
+
+
+def shrunk_configs(config: Mapping[str, Any], num_heads: int) -> Iterator[dict[str, Any]]:
+    """Smaller and smaller changes of `config`, to be tried in turn until one can be built.
+
+    Head counts, kinds of layers and every switch stay, since they are what a split may get wrong.
+    """
+    layers = _few_layers(config)
+    narrow = {**layers, **_narrow(layers, num_heads)}
+    inner = {**layers, **{k: min(v, _WIDTH) for k, v in _numbers(layers, _INNER)}, **_small_vocabulary(layers)}
+    yield narrow
+    yield inner
+    yield layers
+
+
+def _few_layers(config: Mapping[str, Any]) -> dict[str, Any]:
+    """As many layers as hold one of each kind, at least two."""
+    small = dict(config)
+    kinds = next((config[key] for key in ("layer_types", "mlp_layer_types") if isinstance(config.get(key), list)), None)
+    count = 2
+    if kinds:
+        count = max(2, 1 + max(kinds.index(kind) for kind in set(kinds)))
+    dense = config.get("first_k_dense_replace")
+    if type(dense) is int and dense > 0:
+        small["first_k_dense_replace"] = 1
+    for key, value in _numbers(config, _LAYERS):
+        small[key] = min(value, count)
+    for key in _PER_LAYER:
+        if isinstance(config.get(key), list):
+            small[key] = config[key][:count]
+    return small
+
+
+def _narrow(config: Mapping[str, Any], num_heads: int) -> dict[str, Any]:
+    width = 8
+    changes: dict[str, Any] = dict(_small_vocabulary(config))
+    hidden = [value for _, value in _numbers(config, _HIDDEN)]
+    head_dim = config.get("head_dim")
+    if hidden and num_heads and hidden[0] % num_heads == 0:
+        own = hidden[0] // num_heads
+        for key, value in _numbers(config, _HIDDEN):
+            if value == hidden[0]:
+                changes[key] = num_heads * min(width, own)
+        if type(head_dim) is int:
+            changes["head_dim"] = min(width, head_dim)
+    changes |= {key: min(value, _WIDTH) for key, value in _numbers(config, _INNER)}
+    changes |= {key: min(value, 16) for key, value in _numbers(config, _RANKS)}
+    groups = config.get("n_group")
+    experts = max(16, 2 * groups) if type(groups) is int else 16
+    changes |= {key: min(value, experts) for key, value in _numbers(config, _EXPERTS)}
+    return changes
+
+
+def _small_vocabulary(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A vocabulary of a size that no number of ranks divides, with the special ids inside it."""
+    changes: dict[str, Any] = {key: min(value, 127) for key, value in _numbers(config, _VOCABULARY)}
+    for key in (
+        "pad_token_id",
+        "bos_token_id",
+        "eos_token_id",
+        "decoder_start_token_id",
+        "sep_token_id",
+        "cls_token_id",
+    ):
+        value = config.get(key)
+        if (type(value) is int and value >= 127) or isinstance(value, list):
+            changes[key] = 1
+    return changes
+
+
+def _numbers(config: Mapping[str, Any], keys: tuple[str, ...]) -> list[tuple[str, int]]:
+    return [(key, config[key]) for key in keys if type(config.get(key)) is int and config[key] > 0]

@@ -1,0 +1,79 @@
+"""LoRA on a whole split model: put on, trained, and merged into the weights again."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from partita.errors import ModelError
+from partita.torch.apply import plan_of
+from partita.torch.inner import base_layer
+from partita.torch.linear import ColumnParallelLinear, RowParallelLinear
+from partita.torch.lora import LoraLinear
+
+
+def add_lora(model: nn.Module, rank: int, *, alpha: float | None = None) -> list[str]:
+    """Put a LoRA adapter on every linear layer inside the layers of a split model and freeze all else.
+
+    Every rank calls it; the unsplit adapters do not depend on how the model is split, given the same seed.
+
+    Args:
+        model: What `load`, `shard` or `fresh` made.
+        rank: Of the adapters.
+        alpha: The scale is `alpha / rank`; by default 1.
+
+    Returns:
+        The paths of the layers that were adapted.
+
+    Raises:
+        ModelError: There is no linear layer to adapt.
+    """
+    plan, groups = plan_of(model)
+    model.requires_grad_(False)
+    adapted = []
+    for path, module in list(model.named_modules()):
+        if plan.spec.layer_of(path) is None:
+            continue
+        if isinstance(module, (ColumnParallelLinear, RowParallelLinear)):
+            row = isinstance(module, RowParallelLinear)
+            inputs, part = (module.split, groups.mp.rank) if row else (None, 0)
+            module.linear = LoraLinear(module.linear, rank, alpha, inputs=inputs, tp_rank=part)
+            adapted.append(path)
+        elif type(module) is nn.Linear and plan.spec.linears and path in plan.spec.linears:
+            parent, _, name = path.rpartition(".")
+            setattr(model.get_submodule(parent), name, LoraLinear(module, rank, alpha))
+            adapted.append(path)
+    if not adapted:
+        raise ModelError(
+            f"{plan.spec.family}: no linear layer was found inside {plan.spec.layers or 'the model'} to adapt."
+        )
+    return adapted
+
+
+def adapters(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
+    """Every adapter of a model: the module that holds it, its name there, and the adapter."""
+    return [
+        (parent, name, child)
+        for parent in list(model.modules())
+        for name, child in parent.named_children()
+        if base_layer(child) is not child and not isinstance(parent, LoraLinear)
+    ]
+
+
+@torch.no_grad()
+def merge_lora(model: nn.Module) -> None:
+    """Add every LoRA adapter into the weight it sits on, and take it off; no rank needs another for it.
+
+    Raises:
+        ModelError: An adapter is not one of ours; peft merges its own (`merge_and_unload`).
+    """
+    for parent, name, adapter in adapters(model):
+        if not isinstance(adapter, LoraLinear):
+            raise ModelError(
+                f"{type(adapter).__name__} was put on by another library. Merge it there, e.g. merge_and_unload()."
+            )
+        base = adapter.base_layer
+        update = adapter.lora_B.weight @ adapter.lora_A.weight * adapter.scaling
+        weight: torch.Tensor = base.weight  # type: ignore[assignment]
+        weight += update.T if hasattr(base, "nf") else update
+        setattr(parent, name, base)

@@ -1,0 +1,193 @@
+"""Comparing a split model with the unsplit one: outputs of every module, and every gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from partita.core.plan import Plan
+from partita.core.resolve import ModulePlan
+from partita.torch.apply import local_tensors
+from partita.torch.comm import Communicator
+from partita.torch.groups import ParallelGroups
+
+FLOOR = 1e-6
+"""Gradients this much smaller than the model's largest are rounding (a key's bias has none in exact arithmetic), so errors
+are taken relative to no less than this fraction of the largest."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far one thing of the split model is from the unsplit one's, relative to its largest magnitude.
+
+    Attributes:
+        kind: `output`, `module` or `gradient`.
+        name: The module's or parameter's path in the unsplit model.
+        error: The largest over all ranks; infinite where it is missing or not a number on one side only.
+    """
+
+    kind: str
+    name: str
+    error: float
+
+
+class Float64Everywhere(TorchFunctionMode):
+    """Lets what a model narrows to float32 for speed stay in float64, so that equality can be told to its last digits."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if args and isinstance(args[0], Tensor) and args[0].dtype == torch.float64:
+            if func is Tensor.float:
+                return args[0]
+            args = (args[0], *(torch.float64 if a is torch.float32 else a for a in args[1:]))
+            if kwargs.get("dtype") is torch.float32:
+                kwargs = {**kwargs, "dtype": torch.float64}
+        return func(*args, **kwargs)
+
+
+def compare(
+    unsplit: nn.Module, split: nn.Module, plan: Plan, groups: ParallelGroups, inputs: dict[str, Tensor]
+) -> list[Difference]:
+    """Run both models on the same inputs, forward and backward, and compare what comes; every rank calls it.
+
+    Both are in eval mode and hold the same weights. Their gradients are left behind.
+
+    Args:
+        unsplit: The whole model, on this rank too.
+        split: This rank's part of it.
+        plan: How it was split.
+        groups: The groups of the plan's mesh.
+        inputs: What both are called with.
+
+    Returns:
+        Differences in the order of execution: modules, the output, then gradients in the model's order. The same on every
+        rank.
+    """
+    comm = groups.mp.comm
+    for model in (unsplit, split):
+        model.zero_grad(set_to_none=True)
+    expected: dict[str, Tensor] = {}
+    found: dict[str, float] = {}
+    with _watch(unsplit, plan, lambda path, out: expected.setdefault(path, out.clone())):
+        reference = _main_output(unsplit(**inputs))
+    with _watch(split, plan, lambda path, out: _note(path, out, expected, found, plan, comm)):
+        output = _main_output(split(**inputs))
+    differences = [Difference("module", path, error) for path, error in found.items()]
+    differences.append(Difference("output", "the model", _error(reference, output)))
+    if output.requires_grad and reference.shape == output.shape:
+        generator = torch.Generator().manual_seed(0)
+        weight = torch.randn(reference.shape, generator=generator, dtype=reference.dtype).to(reference.device)
+        (reference * weight).sum().backward()
+        (output * weight).sum().backward()
+        differences += _gradients(unsplit, split, plan, comm)
+    errors = torch.tensor([d.error for d in differences], dtype=torch.float64)
+    comm.all_reduce_(errors, torch.distributed.ReduceOp.MAX)
+    return [Difference(d.kind, d.name, float(e)) for d, e in zip(differences, errors, strict=True)]
+
+
+def _gradients(unsplit: nn.Module, split: nn.Module, plan: Plan, comm: Communicator) -> Iterator[Difference]:
+    whole = dict(unsplit.named_parameters(remove_duplicate=False))
+    mine = local_tensors(split, plan)
+    largest = max((float(p.grad.abs().max()) for p in whole.values() if p.grad is not None), default=0.0)
+    for name, parameter in whole.items():
+        if plan.spec.tensors[name].tied_to is not None:
+            continue
+        grad, local = parameter.grad, mine[name].grad
+        if grad is None or local is None:
+            none = grad is local or all(g is None or not bool(g.any()) for g in (grad, local))
+            yield Difference("gradient", name, 0.0 if none else float("inf"))
+            continue
+        part = grad
+        for dim, ranges in enumerate(plan.tensor(name).ranges(comm.rank)):
+            part = torch.cat([part.narrow(dim, a, b - a) for a, b in ranges], dim)
+        scale = max(float(grad.abs().max()), FLOOR * largest)
+        yield Difference("gradient", name, _error(part, local, scale))
+
+
+@contextmanager
+def _watch(model: nn.Module, plan: Plan, see: Callable[[str, Tensor], object]) -> Iterator[None]:
+    """Show `see` the first output of every module of the unsplit model's, by its path."""
+    paths = {path for name in plan.spec.modules for path in _with_parents(name)}
+    handles = []
+    for path in sorted(paths):
+        try:
+            module = model.get_submodule(path)
+        except AttributeError:
+            continue
+
+        def hook(module: nn.Module, args: object, output: Any, path: str = path) -> None:
+            tensor = output[0] if isinstance(output, tuple) and output else output
+            if isinstance(tensor, Tensor) and tensor.is_floating_point():
+                see(path, tensor.detach())
+
+        if path:
+            handles.append(module.register_forward_hook(hook))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _with_parents(path: str) -> list[str]:
+    parts = path.split(".")
+    return [".".join(parts[:n]) for n in range(1, len(parts) + 1)]
+
+
+def _note(
+    path: str, output: Tensor, expected: dict[str, Tensor], found: dict[str, float], plan: Plan, comm: Communicator
+) -> None:
+    whole = expected.get(path)
+    if whole is None or path in found:
+        return
+    module = plan.modules.get(path)
+    if module is not None and _is_local(module):
+        whole = _local_part(whole, module, comm.rank)
+    if whole.shape == output.shape:
+        found[path] = _error(whole, output)
+
+
+def _is_local(module: ModulePlan) -> bool:
+    return module.style == "column" and not module.gather_output and module.split is not None
+
+
+def _local_part(whole: Tensor, module: ModulePlan, rank: int) -> Tensor:
+    assert module.split is not None
+    part = torch.cat([whole[..., a:b] for a, b in module.split.ranges(rank)], -1)
+    blocks = module.expand[rank] if module.expand else None
+    if blocks is not None:
+        width = module.expand_width
+        part = torch.cat([part[..., b * width : (b + 1) * width] for b in blocks], -1)
+    return part
+
+
+def _error(whole: Tensor, mine: Tensor, scale: float | None = None) -> float:
+    if whole.shape != mine.shape:
+        return float("inf")
+    if whole.numel() == 0:
+        return 0.0
+    finite = torch.isfinite(whole)
+    if not bool((finite == torch.isfinite(mine)).all()):
+        return float("inf")
+    whole, mine = whole[finite].double(), mine[finite].double()
+    if whole.numel() == 0:
+        return 0.0
+    scale = float(whole.abs().max()) if scale is None else scale
+    difference = float((whole - mine).abs().max())
+    return 0.0 if difference == 0.0 else difference / scale if scale > 0.0 else float("inf")
+
+
+def _main_output(output: Any) -> Tensor:
+    for name in ("logits", "prediction_logits", "last_hidden_state"):
+        value = getattr(output, name, None)
+        if isinstance(value, Tensor):
+            return value
+    value = output[0] if isinstance(output, (tuple, list)) or hasattr(output, "keys") else output
+    assert isinstance(value, Tensor)
+    return value

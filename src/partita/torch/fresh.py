@@ -1,0 +1,64 @@
+"""A new model with initial weights, split."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from partita.core.mesh import Mesh
+from partita.core.plan import Plan
+from partita.torch.apply import apply_plan, finish
+from partita.torch.groups import ParallelGroups, init_process_group, make_groups
+from partita.torch.hub import build_on_meta, find_model, read_hf_config
+from partita.torch.initial import FreshFill, record_initialization
+from partita.torch.load import as_device, as_dtype, check_stages
+from partita.torch.materialize import materialize
+from partita.torch.probe import plan_of_model, prove_unless_proven
+from partita.torch.together import together
+
+
+def fresh(
+    config: str | os.PathLike[str] | Mapping[str, Any] | Any,
+    *,
+    tp: int = 1,
+    pp: int = 1,
+    dp: int = 1,
+    plan: Plan | None = None,
+    seed: int = 0,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    groups: ParallelGroups | None = None,
+) -> nn.Module:
+    """This rank's part of a new model: the same seed gives the same unsplit weights for every mesh.
+
+    Args:
+        config: A config file, a folder with one, a hub id, plain data, or transformers' config.
+        tp: Tensor parallel ranks.
+        pp: Pipeline stages' ranks.
+        dp: Replicas.
+        plan: How to split, instead of `tp`, `pp` and `dp`.
+        seed: Of the weights.
+        dtype: Of the weights; by default the config's.
+        device: Where they go; by default this rank's CUDA device, or the CPU.
+        groups: The groups of the mesh; by default made from the initialized process group.
+
+    Raises:
+        PartitaError: The model cannot be split so, or does not say how a tensor of it begins.
+    """
+    init_process_group()
+    mesh = plan.mesh if plan is not None else Mesh(dp, pp, tp)
+    check_stages(mesh)
+    groups = groups if groups is not None else make_groups(mesh)
+    with together(groups):
+        source = find_model(config, weights=False) if isinstance(config, (str, os.PathLike)) else config
+        built = build_on_meta(read_hf_config(source), as_dtype(dtype))
+        plan = plan_of_model(built, mesh) if plan is None else prove_unless_proven(built, plan)
+        recipes = record_initialization(built)
+    with together(groups):
+        split = apply_plan(built, plan, groups.mp.comm)
+        materialize(split, plan, groups, FreshFill(recipes, seed), as_device(device))
+    return finish(split, plan, groups)

@@ -1,0 +1,174 @@
+"""Proof before use: a split whose rules nobody has measured for a family is tried on a small model of it first."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from partita.core.mesh import Mesh
+from partita.core.plan import Plan
+from partita.core.rules import Rules, isolated_rules
+from partita.core.shrink import shrunk_configs
+from partita.errors import ModelError, PartitaError
+from partita.torch.apply import apply_plan, finish
+from partita.torch.compare import Difference, Float64Everywhere, compare
+from partita.torch.groups import single_groups
+from partita.torch.hub import build_on_meta, read_hf_config, rules_of, spec_of
+from partita.torch.initial import FreshFill, record_initialization
+from partita.torch.materialize import materialize
+from partita.torch.threads import run_as_threads
+
+TOLERANCE = 1e-9
+"""Largest relative error of a split that counts as right in float64: far above rounding, far below any mistake."""
+
+LARGEST_PARAMETERS = 50_000_000
+"""A small model of more parameters than this is not small."""
+
+
+def plan_of_model(model: nn.Module, mesh: Mesh, layout: Any = None, rules: Rules | None = None) -> Plan:
+    """The plan of an unsplit model (on any device): of its family's rules where these were measured, else of those that pass.
+
+    Raises:
+        PlanError: The model cannot be dealt out so.
+        ModelError: No way of splitting it gives what the unsplit model gives; the text says where each goes wrong.
+    """
+    spec = spec_of(model)
+    first = rules if rules is not None else rules_of(model, spec)
+    if mesh.tp == 1 or first.proven:
+        return Plan.make(spec, mesh, layout, first)
+    reasons = []
+    for candidate in dict.fromkeys([first] if rules is not None else [first, isolated_rules(spec)]):
+        try:
+            plan = Plan.make(spec, mesh, layout, candidate)
+            prove(model, plan)
+        except PartitaError as error:
+            reasons.append(str(error))
+        else:
+            return plan
+    raise ModelError(f"{spec.family} cannot be split over tp={mesh.tp}. " + " Split by itself: ".join(reasons))
+
+
+def prove_unless_proven(model: nn.Module, plan: Plan) -> Plan:
+    """`plan`, whose rules were measured for its family or pass now.
+
+    Raises:
+        ModelError: They do not.
+    """
+    if plan.mesh.tp > 1 and not plan.rules.proven:
+        prove(model, plan)
+    return plan
+
+
+def prove(model: nn.Module, plan: Plan) -> None:
+    """Measure the rules of `plan` on a small random model of the family of `model`, its ranks threads of this process.
+
+    Raises:
+        ModelError: It is not equal to its unsplit self, or cannot be built small.
+    """
+    key = (
+        type(model).__name__,
+        plan.spec.family,
+        plan.mesh.tp,
+        plan.spec.num_heads,
+        plan.spec.num_kv_heads,
+        plan.rules,
+    )
+    if key not in _proven:
+        _proven[key] = _measure(model, plan)
+    if _proven[key]:
+        raise ModelError(_proven[key])
+
+
+_proven: dict[Any, str] = {}
+
+
+def _measure(model: nn.Module, plan: Plan) -> str:
+    try:
+        unsplit = small_model(model, plan.spec.num_heads)
+    except PartitaError as error:
+        return f"its family ({plan.spec.family}) was not measured, and it cannot be: {error}"
+    try:
+        spec = spec_of(unsplit)
+        small = Plan.make(spec, Mesh(tp=plan.mesh.tp), None, plan.rules)
+        differences = compare_on_threads(unsplit, small)
+    except PartitaError as error:
+        return str(error)
+    except Exception as error:
+        text = str(error).splitlines()[0][:200] if str(error) else ""
+        return f"with these rules its forward fails: {type(error).__name__}: {text}."
+    wrong = first_wrong(differences, TOLERANCE)
+    if wrong is None:
+        return ""
+    return f"with these rules the {wrong.kind} {wrong.name} differs from the unsplit model's by {wrong.error:.1e}."
+
+
+def first_wrong(differences: list[Difference], tolerance: float) -> Difference | None:
+    """The first difference above `tolerance`, in order of execution."""
+    return next((d for d in differences if not d.error <= tolerance), None)
+
+
+def small_model(model: nn.Module, num_heads: int) -> nn.Module:
+    """A small float64 model of the same class on the CPU, with random weights of which none is zero for all.
+
+    Raises:
+        ModelError: The class has no config to make small, or none of the small ones can be built and run.
+    """
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(config, "to_dict"):
+        raise ModelError(f"{type(model).__name__} has no config of transformers.")
+    last = "no smaller config was found"
+    for data in shrunk_configs(config.to_dict(), num_heads):
+        try:
+            small = read_hf_config(data)
+            small.architectures = [type(model).__name__]
+            built = build_on_meta(small, torch.float64, type(model))
+            if sum(p.numel() for p in built.parameters()) > LARGEST_PARAMETERS:
+                last = "it is too large even when made small"
+                continue
+            filled = fill_unsplit(built)
+            with torch.no_grad(), Float64Everywhere():
+                filled(**sample_inputs(filled))
+            return filled
+        except PartitaError as error:
+            last = str(error)
+        except Exception as error:
+            last = f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
+    raise ModelError(f"no small model of {type(model).__name__} can be built and run ({last}).")
+
+
+def fill_unsplit(built: nn.Module, seed: int = 0) -> nn.Module:
+    """Give an unsplit model on the meta device random weights, biases and norms too, so that no mistake hides in zeros."""
+    groups = single_groups()
+    plan = Plan.make(spec_of(built), Mesh())
+    fill = FreshFill(record_initialization(built), seed, perturb=0.1)
+    materialize(built, plan, groups, fill, torch.device("cpu"))
+    return finish(built, plan, groups)
+
+
+def compare_on_threads(unsplit: nn.Module, plan: Plan) -> list[Difference]:
+    """Split copies of `unsplit` by `plan` over threads, and compare them with it."""
+    inputs = sample_inputs(unsplit)
+
+    def one(comm: Any) -> list[Difference]:
+        groups = single_groups(mesh=plan.mesh, tp=comm)
+        split = finish(apply_plan(copy.deepcopy(unsplit), plan, comm), plan, groups)
+        with Float64Everywhere():
+            return compare(copy.deepcopy(unsplit), split, plan, groups, inputs)
+
+    return run_as_threads(plan.mesh.tp, one)[0]
+
+
+def sample_inputs(model: nn.Module, *, batch: int = 2, length: int = 9) -> dict[str, Tensor]:
+    """Random ids with some padding at the end, as every text model of transformers takes them."""
+    config: Any = model.config
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    vocabulary = int(getattr(text, "vocab_size", 0) or 0)
+    if vocabulary < 2:
+        raise ModelError(f"{type(model).__name__} has no vocabulary, so nobody knows what to feed it.")
+    ids = torch.randint(0, vocabulary, (batch, length), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0, -3:] = 0
+    return {"input_ids": ids, "attention_mask": mask}

@@ -1,0 +1,34 @@
+"""What goes wrong on one rank goes wrong on all, so that none is left waiting in the next collective."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+
+from partita.errors import DistributedError
+from partita.torch.groups import ParallelGroups
+
+
+class _Together(AbstractContextManager[None]):
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if error is not None and not isinstance(error, Exception):
+            return
+        reports: list[object] = [None] * self.size
+        torch.distributed.all_gather_object(reports, None if error is None else f"{type(error).__name__}: {error}")
+        if error is None:
+            for rank, report in enumerate(reports):
+                if report is not None:
+                    raise DistributedError(f"rank {rank} failed: {report}")
+
+
+def together(groups: ParallelGroups) -> AbstractContextManager[None]:
+    """A block at whose end every rank hears whether it went well everywhere; it holds no collective of its own.
+
+    A rank that raised raises its own error; the others raise `DistributedError` with the first failing rank's.
+    """
+    return _Together(groups.mesh.size) if groups.mesh.size > 1 else nullcontext()

@@ -1,0 +1,83 @@
+"""Text to ids and back: the checkpoint's own tokenizer, or bytes where it has none."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from partita.errors import CheckpointError
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+class Tokenizer:
+    """A tokenizer of transformers.
+
+    Attributes:
+        inner: transformers' tokenizer.
+        eos_ids: Ids that end a text.
+        vocab_size: Ids there are.
+    """
+
+    def __init__(self, inner: Any, eos_ids: frozenset[int] | None = None) -> None:
+        """Wrap a tokenizer; `eos_ids` is by default its one end token."""
+        self.inner = inner
+        own = frozenset() if inner.eos_token_id is None else frozenset([int(inner.eos_token_id)])
+        self.eos_ids: frozenset[int] = own if eos_ids is None else eos_ids
+        self.vocab_size = len(inner)
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text, with what the tokenizer puts before one."""
+        return [int(i) for i in self.inner.encode(text)]
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of ids, without special tokens."""
+        return str(self.inner.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write it as transformers does, so that `AutoTokenizer` reads it."""
+        self.inner.save_pretrained(folder)
+
+
+def byte_tokenizer() -> Tokenizer:
+    """Ids 0 to 255 are the bytes of UTF-8 text, 256 ends a text."""
+    from tokenizers import AddedToken, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer as Fast
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {character: byte for byte, character in enumerate(_byte_characters())}
+    fast = Fast(models.BPE(vocab=vocabulary, merges=[]))
+    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    fast.decoder = decoders.ByteLevel()
+    fast.add_special_tokens([AddedToken(END_OF_TEXT, special=True, normalized=False)])
+    return Tokenizer(PreTrainedTokenizerFast(tokenizer_object=fast, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT))
+
+
+def _byte_characters() -> list[str]:
+    """The character that byte-level tokenizers write for each byte: itself where it prints, else one from U+0100 on.
+
+    Source: GPT-2's `bytes_to_unicode`.
+    """
+    prints = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(0x100, 0x200))
+    return [chr(byte) if byte in prints else chr(next(others)) for byte in range(256)]
+
+
+def load_tokenizer(folder: str | os.PathLike[str], *, trust_remote_code: bool = False) -> Tokenizer:
+    """The tokenizer that lies with a checkpoint, or the byte-level one where none does.
+
+    Raises:
+        CheckpointError: There is one, but it cannot be read.
+    """
+    path = Path(folder)
+    names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+    if not path.is_dir() or not any((path / name).exists() for name in names):
+        return byte_tokenizer()
+    from transformers import AutoTokenizer
+
+    try:
+        inner = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise CheckpointError(f"the tokenizer in {path} cannot be read: {error}") from error
+    return Tokenizer(inner)

@@ -1,0 +1,57 @@
+"""What a verification found, as data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Row:
+    """One thing that was compared.
+
+    Attributes:
+        kind: `module` and `output` (of a forward pass), `gradient`, or `tokens` (generated, greedily).
+        name: Its path in the unsplit model.
+        error: The largest difference over all ranks, relative to the unsplit value's largest magnitude; for tokens 0 or 1.
+        tolerance: The largest error that counts as equal.
+    """
+
+    kind: str
+    name: str
+    error: float
+    tolerance: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether it is equal within its tolerance."""
+        return self.error <= self.tolerance
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that was compared, in order of execution.
+
+    Attributes:
+        rows: Modules, the output, gradients, tokens.
+        what: The model, its size and the mesh, in a line.
+        shrunk: Whether a small model of the same family stood for one that does not fit whole.
+    """
+
+    rows: tuple[Row, ...]
+    what: str
+    shrunk: bool
+
+    @property
+    def equal(self) -> bool:
+        """Whether all of it is equal."""
+        return all(row.ok for row in self.rows)
+
+    @property
+    def first_wrong(self) -> str | None:
+        """The name of the first thing that differs, or None."""
+        return next((row.name for row in self.rows if not row.ok), None)
+
+    @property
+    def worst(self) -> Row:
+        """The row that is nearest to its tolerance, or farthest beyond it."""
+        return max(self.rows, key=lambda row: row.error / row.tolerance if row.tolerance else row.error)

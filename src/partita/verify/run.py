@@ -1,0 +1,141 @@
+"""Verifying: a user's model, split over the ranks of the run, against itself unsplit."""
+
+from __future__ import annotations
+
+import copy
+import os
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from partita.core.mesh import Mesh
+from partita.core.plan import Plan
+from partita.errors import CheckpointError, ModelError
+from partita.torch.apply import apply_plan, finish
+from partita.torch.compare import Float64Everywhere, compare
+from partita.torch.generate import Sampling, generate
+from partita.torch.groups import ParallelGroups, init_process_group, make_groups, single_groups
+from partita.torch.hub import build_on_meta, find_model, read_hf_config, spec_of
+from partita.torch.load import as_dtype, check_stages, load
+from partita.torch.probe import fill_unsplit, plan_of_model, sample_inputs, small_model
+from partita.torch.together import together
+from partita.verify.report import Report, Row
+
+TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.05, torch.float16: 0.01}
+"""Of outputs and gradients by dtype, relative to the largest magnitude."""
+
+MEMORY_SHARE = 0.5
+"""The part of the free memory that whole models on all ranks may take."""
+
+NEW_TOKENS = 12
+
+
+def verify(
+    model: str | os.PathLike[str],
+    *,
+    tp: int = 1,
+    pp: int = 1,
+    dp: int = 1,
+    dtype: str = "float64",
+    trust_remote_code: bool = False,
+) -> Report:
+    """Compare the split model with the unsplit one: every module's output, every gradient, and generated tokens.
+
+    Every rank of the run calls it. Where the whole model, once a rank, does not fit into half the free memory, a small one
+    of the same family with the same heads stands for it. A config without weights gets random ones.
+
+    Args:
+        model: A folder, a config file or a hub id.
+        tp: Tensor parallel ranks.
+        pp: Pipeline stages' ranks.
+        dp: Replicas.
+        dtype: In which it is computed; in float64 nothing is narrowed to float32, so that equality can be told to 1e-12.
+        trust_remote_code: Whether to run code that comes with the model.
+
+    Returns:
+        The report, the same on every rank.
+
+    Raises:
+        PartitaError: The model cannot be split so.
+    """
+    init_process_group()
+    mesh = Mesh(dp, pp, tp)
+    check_stages(mesh)
+    groups = make_groups(mesh)
+    with together(groups):
+        wanted = as_dtype(dtype) or torch.float64
+        folder = find_model(model)
+        built = build_on_meta(read_hf_config(folder, trust_remote_code=trust_remote_code), wanted)
+        parameters = sum(p.numel() for p in built.parameters())
+        shrunk = parameters * wanted.itemsize * 3 * mesh.size > _free_bytes() * MEMORY_SHARE
+    if shrunk:
+        with together(groups):
+            unsplit = small_model(built, spec_of(built).num_heads).to(wanted)
+    else:
+        unsplit = _whole(folder, built, wanted)
+    for parameter in unsplit.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
+    with together(groups):
+        plan = plan_of_model(unsplit, mesh)
+        split = _split_copy(unsplit, plan, groups)
+        inputs = sample_inputs(unsplit)
+    tolerance = TOLERANCES[wanted]
+    with Float64Everywhere() if wanted == torch.float64 else nullcontext():
+        differences = compare(unsplit, split, plan, groups, inputs)
+        rows = [Row(d.kind, d.name, d.error, tolerance) for d in differences]
+        rows += _tokens(unsplit, split, groups)
+    size = sum(p.numel() for p in unsplit.parameters())
+    what = f"{type(unsplit).__name__} ({plan.spec.family}), {size:,} parameters, {dtype}, {mesh}"
+    return Report(tuple(rows), what, shrunk)
+
+
+def _whole(folder: Path, built: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The unsplit model with its own weights, or with random ones where there are none."""
+    try:
+        if folder.is_dir():
+            return load(folder, dtype=dtype, groups=single_groups())
+    except CheckpointError:
+        if any(folder.glob("*.safetensors*")) or any(folder.glob("*.bin")):
+            raise
+    return fill_unsplit(built)
+
+
+def _split_copy(unsplit: nn.Module, plan: Plan, groups: ParallelGroups) -> nn.Module:
+    """The split form of an equal model, so that the unsplit one stays as it is."""
+    with torch.no_grad():
+        twin = copy.deepcopy(unsplit)
+    return finish(apply_plan(twin, plan, groups.mp.comm), plan, groups)
+
+
+def _tokens(unsplit: nn.Module, split: nn.Module, groups: ParallelGroups) -> list[Row]:
+    """Whether both continue two prompts of different lengths with the same tokens."""
+    vocabulary = sample_inputs(unsplit)["input_ids"]
+    prompts = [vocabulary[0, :6].tolist(), vocabulary[1].tolist()]
+    sampling = Sampling(max_new_tokens=NEW_TOKENS, ignore_eos=True)
+    try:
+        alone = single_groups()
+        finish(unsplit, Plan.make(spec_of(unsplit), Mesh()), alone)
+        expected = generate(unsplit, prompts, sampling)
+    except ModelError:
+        return []
+    found = generate(split, prompts, sampling)
+    return [
+        Row("tokens", f"{len(prompt)} tokens continued by {NEW_TOKENS}", float(one.tokens != other.tokens), 0.5)
+        for prompt, one, other in zip(prompts, expected, found, strict=True)
+    ]
+
+
+def _free_bytes() -> int:
+    """Memory that is free on this machine; without an answer, 4 GiB."""
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    except (ValueError, OSError):
+        return 4 << 30

@@ -1,0 +1,13 @@
+"""`python -m tests.cli.launcher PROGRAM RANKS`: a launcher process that tests can signal."""
+
+from __future__ import annotations
+
+import sys
+
+from partita.cli import launch
+
+PROGRAM = ("-m", "tests.cli.programs")
+
+if __name__ == "__main__":
+    assert "torch" not in sys.modules
+    sys.exit(launch.start([sys.argv[1]], int(sys.argv[2]), program=PROGRAM).code)

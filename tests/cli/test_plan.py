@@ -1,0 +1,172 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from partita import Plan
+from partita.core.families import known_families
+from tests.cli.conftest import Run
+from tests.cli.models import DEEPSEEK_V3, LLAMA_8B, QWEN2_HALF_B, TINY, write
+from tests.support.ranks import ROOT
+
+
+def test_json_of_a_published_model(partita: Run, tmp_path: Path) -> None:
+    said = partita("plan", write(tmp_path, LLAMA_8B), "--tp", "4", "--pp", "2", "--dp", "2", "--json")
+    assert said.code == 0
+    data = json.loads(said.out)
+    assert data["parameters"] == 8_030_261_248
+    assert data["bytes"] == 2 * data["parameters"]
+    assert data["mesh"] == {"dp": 2, "pp": 2, "tp": 4}
+    assert data["layout"] == "Et*16|t*16L"
+    assert [rank["rank"] for rank in data["ranks"]] == list(range(16))
+    assert [(r["dp"], r["pp"], r["tp"]) for r in data["ranks"]][5:10] == [
+        (0, 1, 1), (0, 1, 2), (0, 1, 3), (1, 0, 0), (1, 0, 1),
+    ]  # fmt: skip
+    assert data["ranks"][3]["layers"] == list(range(16))
+    assert data["ranks"][15]["layers"] == list(range(16, 32))
+    norms = (2 * 32 + 1) * 4096
+    assert sum(rank["parameters"] for rank in data["ranks"][:8]) == data["parameters"] + 3 * norms
+    assert all(rank["bytes"] == 2 * rank["parameters"] for rank in data["ranks"])
+
+
+def test_lists_of_numbers_take_one_line(partita: Run, tmp_path: Path) -> None:
+    said = partita("plan", write(tmp_path, LLAMA_8B), "--pp", "16", "--json")
+    assert '"layers": [0, 1]' in said.out
+
+
+def test_the_map_shows_ranks_layers_and_bytes(partita: Run, tmp_path: Path) -> None:
+    said = partita("plan", write(tmp_path, LLAMA_8B), "--tp", "2", "--pp", "2")
+    assert said.code == 0
+    assert "LlamaForCausalLM: 8.03 B parameters" in said.out
+    assert "14.96 GiB in bfloat16, 32 layers, 32 heads, 8 KV heads" in said.out
+    assert "pp 2 x tp 2 = 4 ranks; layout Et*16|t*16L" in said.out
+    rows = [line.replace("│", " ").split() for line in said.out.splitlines()]
+    assert ["pp", "0", "rank", "0", "rank", "1", "embedding,", "layers", "0-15"] in rows
+    assert ["pp", "1", "rank", "2", "rank", "3", "layers", "16-31,", "loss"] in rows
+    assert ["2.01", "B,", "3.74", "GiB"] * 2 in rows
+
+
+def test_the_picture_of_a_layer_shows_copies_of_kv_heads(partita: Run, tmp_path: Path) -> None:
+    """14 heads over 3 ranks are 5, 5 and 4; heads 0 to 6 share KV head 0, so that rank 1 holds both."""
+    said = partita("plan", write(tmp_path, QWEN2_HALF_B), "--tp", "3")
+    rows = [line.split() for line in said.out.splitlines()]
+
+    def row(name: str) -> str:
+        return next(" ".join(row[1:]) for row in rows if row and row[0] == name)
+
+    assert row("self_attn.q_proj.weight") == "[896, 896] rows | 0 | 1 | 2 | 0-1: [320, 896]; 2: [256, 896]"
+    assert row("self_attn.k_proj.weight") == "[128, 896] rows | 0-1 | 1-2 | 0, 2: [64, 896]; 1: [128, 896]"
+    assert row("self_attn.o_proj.weight").startswith("[896, 896] columns")
+    assert row("input_layernorm.weight") == "[896] whole on every rank"
+    assert row("lm_head.weight").startswith("(tied)")
+
+
+def test_tensors_lists_every_kind_of_layer(partita: Run, tmp_path: Path) -> None:
+    config = write(tmp_path, DEEPSEEK_V3)
+    short, long = partita("plan", config, "--tp", "8").out, partita("plan", config, "--tp", "8", "--tensors").out
+    assert "layers 3-60 (58 alike)" in short
+    assert "layers 0-2 (3 alike)" not in short
+    assert "layers 0-2 (3 alike)" in long
+    assert "|0|1|2|3|4|5|6|7|0|1|2|3|4|5|6|7|" in long  # gate and up, fused, are cut each by itself
+    cuts = json.loads(partita("plan", config, "--tp", "8", "--tensors", "--json").out)["tensors"]
+    head = next(cut for cut in cuts if cut["name"] == "lm_head.weight")
+    assert head["ranges"][7] == [[113120, 129280]]
+
+
+def test_a_narrow_terminal_keeps_the_names(partita: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    said = partita("plan", write(tmp_path, LLAMA_8B), "--tp", "16")
+    assert "self_attn.q_proj" in said.out
+    assert "ranks 0-15, each" in said.out
+    assert max(map(len, said.out.splitlines())) < 110
+
+
+def test_a_layout_with_virtual_stages(partita: Run, tmp_path: Path) -> None:
+    said = partita("plan", write(tmp_path, LLAMA_8B), "--pp", "2", "--layout", "Et*8|t*8|t*8|t*8L")
+    assert "vpp 0: embedding, layers 0-7" in said.out
+    assert "vpp 1: layers 24-31, loss" in said.out
+
+
+def test_saved_plans_read_back(partita: Run, tmp_path: Path) -> None:
+    file = tmp_path / "plan.json"
+    said = partita("plan", write(tmp_path, TINY), "--tp", "2", "--save", str(file))
+    assert said.code == 0
+    plan = Plan.from_json(file.read_text())
+    assert plan.mesh.tp == 2
+    assert plan.spec.family == "llama"
+
+
+def test_a_family_that_only_transformers_knows(partita: Run, tmp_path: Path) -> None:
+    config = {
+        "model_type": "biogpt", "architectures": ["BioGptForCausalLM"], "hidden_size": 32, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 100,
+    }  # fmt: skip
+    assert "biogpt" not in known_families()
+    said = partita("plan", write(tmp_path, config), "--tp", "2", "--json")
+    assert said.code == 0
+    assert json.loads(said.out)["num_layers"] == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "arguments", "message"),
+    [
+        ({}, ("--pp", "33"), "Use pp=32 or less"),
+        ({}, ("--pp", "2", "--layout", "Et|L"), "decoder"),
+        ({"num_attention_heads": "many"}, (), "num_attention_heads"),
+        ({"model_type": "no_such_model"}, (), "no_such_model"),
+        ({"model_type": None}, (), "no `model_type`"),
+    ],
+)
+def test_what_cannot_be_is_one_clear_message(
+    partita: Run, tmp_path: Path, change: dict[str, Any], arguments: tuple[str, ...], message: str
+) -> None:
+    said = partita("plan", write(tmp_path, LLAMA_8B | change), *arguments)
+    assert said.code == 2
+    assert said.out == ""
+    assert said.err.startswith("error: ")
+    assert message in said.err
+    assert "Traceback" not in said.err
+
+
+@pytest.mark.parametrize("model", ["nothing.json", "./nothing", "/no/such/folder", "a/b/c"])
+def test_a_model_that_is_not_there(partita: Run, model: str) -> None:
+    said = partita("plan", model)
+    assert said.code == 2
+    assert said.err == (
+        f"error: {model} does not exist. Give a folder with a config.json, a config file or a hub id (owner/name).\n"
+    )
+
+
+def test_a_hub_id_without_the_hub(partita: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    said = partita("plan", "nobody/no-such-model-here")
+    assert said.code == 2
+    assert said.err.startswith("error: nobody/no-such-model-here is no local folder")
+
+
+def test_a_plan_that_cannot_be_written(partita: Run, tmp_path: Path) -> None:
+    said = partita("plan", write(tmp_path, TINY), "--save", str(tmp_path / "no" / "such" / "plan.json"))
+    assert said.code == 2
+    assert said.err == f"error: {tmp_path}/no/such/plan.json: No such file or directory\n"
+
+
+@pytest.mark.fresh
+def test_a_large_plan_is_quick_and_loads_no_framework(tmp_path: Path) -> None:
+    config = write(tmp_path, DEEPSEEK_V3)
+    program = (
+        "import sys; from partita.cli import main\n"
+        f"sys.argv = ['partita', 'plan', {config!r}, '--tp', '8', '--pp', '8', '--json']\n"
+        "try: main()\n"
+        "finally: assert not {'torch', 'transformers', 'numpy', 'huggingface_hub'} & set(sys.modules)\n"
+    )
+    start_s = time.monotonic()
+    ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=20)
+    assert ended.returncode == 0, ended.stderr
+    assert json.loads(ended.stdout)["parameters"] == 671_026_404_352
+    assert time.monotonic() - start_s < 2.0

@@ -1,0 +1,91 @@
+"""Commands over real ranks: train, save, generate, verify. A process each, as a user runs them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cli.models import TINY, write
+from tests.support.ranks import ROOT
+
+pytestmark = [pytest.mark.fresh, pytest.mark.timeout(60)]
+
+PARTITA = (sys.executable, "-m", "partita")
+PROMPT = "import sys\n"
+
+
+def run(*command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=55)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A tiny model that two ranks have trained and saved, and what the command said of it."""
+    folder = tmp_path_factory.mktemp("trained")
+    text = folder / "text.txt"
+    text.write_text("import sys\nimport os\n" * 50)
+    ended = run(
+        *PARTITA, "train", "--config", write(folder, TINY), "--data", str(text), "--tp", "2", "--steps", "20",
+        "--batch-size", "4", "--sequence-length", "16", "--learning-rate", "1e-2", "--out", str(folder / "model"), "--json",
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    assert "step 20/20  loss " in ended.stderr
+    return folder / "model", json.loads(ended.stdout)
+
+
+def test_training_learns_and_saves_a_hugging_face_folder(trained: tuple[Path, dict[str, Any]]) -> None:
+    folder, said = trained
+    losses = [step["loss"] for step in said["steps"]]
+    assert len(losses) == 20
+    assert losses[-1] < losses[0] / 2
+    assert said["out"] == str(folder)
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {file.name for file in folder.iterdir()}
+
+
+def test_training_into_a_folder_with_a_model_is_refused_at_once(trained: tuple[Path, dict[str, Any]]) -> None:
+    folder, _ = trained
+    ended = run(*PARTITA, "train", "--model", str(folder), "--data", "stdlib", "--tp", "2", "--out", str(folder))
+    assert ended.returncode == 2
+    assert "holds a model already" in ended.stderr
+    assert ended.stderr.count("\n") == 1
+
+
+def test_one_rank_two_ranks_and_torchrun_write_the_same(trained: tuple[Path, dict[str, Any]]) -> None:
+    folder, _ = trained
+    command = ("generate", str(folder), PROMPT, "--max-new-tokens", "12")
+    one = run(*PARTITA, *command, "--json")
+    assert one.returncode == 0, one.stderr
+    first = json.loads(one.stdout)["generations"][0]
+    assert first["prompt_tokens"] == list(PROMPT.encode())
+    assert len(first["tokens"]) == 12
+    assert first["finish_reason"] == "length"
+
+    joined = run(
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "partita", *command, "--tp", "2",
+        "--json",
+    )  # fmt: skip
+    assert joined.returncode == 0, joined.stderr
+    assert json.loads(joined.stdout)["generations"][0]["tokens"] == first["tokens"]
+
+    streamed = run(*PARTITA, *command, "--tp", "2")
+    assert streamed.returncode == 0, streamed.stderr
+    assert streamed.stdout == PROMPT + first["text"] + "\n"
+    assert streamed.stderr.startswith("12 tokens in ")
+
+
+def test_what_only_the_ranks_can_see_is_said_once(trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    folder, _ = trained
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    data = (folder / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(data[: len(data) // 2])
+    ended = run(*PARTITA, "generate", str(tmp_path), PROMPT, "--tp", "2")
+    assert ended.returncode == 2
+    assert ended.stdout == ""
+    assert "Traceback" not in ended.stderr
+    assert ended.stderr.startswith("error: ")
+    assert ended.stderr.count("error") == 1
