@@ -26,7 +26,7 @@ def run(setting: Setting) -> list[Table]:
         ("block-1024", "Block, forward and backward, dim 1024, 512 tokens", COMPUTE, 1, 1.0),
         ("block-64", "Block, forward and backward, dim 64, 8 tokens", DISPATCH, 5, 1.5),
     ):
-        contest = Contest(set_up, (size,), steps, budget_s=12 if setting.quick else 60)
+        contest = Contest(set_up, (size,), steps, budget_s=12 if setting.quick else 45)
         with setting.work(title) as progress, setting.ranks(2) as ranks:
             samples = compete(ranks, contest, progress)
         faster = Target(dtensor, "ours no slower" if dtensor == 1.0 else f"ours at least {dtensor} x faster")

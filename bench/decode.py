@@ -30,7 +30,7 @@ def run(setting: Setting) -> list[Table]:
         ("decode", f"Greedy decoding, {model}", "ms a token", 4, DECODED_TOKENS, 1.5),
         ("prefill", f"Prefill of {PROMPT_TOKENS} tokens, {model}", "ms", PROMPT_TOKENS, 1, None),
     ):
-        contest = Contest(set_up, (folder, prompt, tokens), budget_s=10 if setting.quick else 50, most_rounds=100)
+        contest = Contest(set_up, (folder, prompt, tokens), budget_s=10 if setting.quick else 40, most_rounds=100)
         with setting.work(title) as progress, setting.ranks(2) as ranks:
             samples = compete(ranks, contest, progress)
         targets = {PEER: Target(target, f"ours at least {target} x its tokens a second")} if target else {}

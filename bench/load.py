@@ -24,7 +24,7 @@ READ_LIMIT = "limit: 1.02 x own bytes"
 SIZES = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8, "vocab_size": 16000}
 IDS = [[3, 1, 4, 1, 5, 9, 2, 6]]
 MIB = 1 << 20
-BUDGET_S = 100.0
+BUDGET_S = 75.0
 
 
 def run(setting: Setting) -> list[Table]:

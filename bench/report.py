@@ -41,7 +41,8 @@ def _markdown(run: Run) -> str:
     lines = [
         (
             f"{facts['date']}, `{facts['command']}`: {facts['cores']} cores of {facts['processor']}, {facts['system']}, "
-            f"Python {facts['python']}, torch {facts['torch']}, transformers {facts['transformers']}."
+            f"Python {facts['python']}, torch {facts['torch']}, transformers {facts['transformers']}. "
+            f"Load average before it began: {facts['load_before']}."
         ),
         "",
     ]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from partita import __version__
+from partita.cli.console import sparkline
 from tests.cli.conftest import Run
 from tests.support.ranks import ROOT
 
@@ -117,3 +119,18 @@ def test_help_loads_no_framework() -> None:
     ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=20)
     assert ended.returncode == 0, ended.stderr
     assert "Examples" in ended.stdout
+
+
+def test_the_demo_writes_into_new_folders_only(partita: Run, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    said = partita("demo", "--out", str(tmp_path))
+    assert said.code == 2
+    assert said.err == f"error: --out {tmp_path} is there already and not empty. Name a new folder.\n"
+    assert (tmp_path / "config.json").read_text() == "{}"
+
+
+def test_the_loss_is_drawn_as_a_line_of_bars() -> None:
+    assert sparkline([8, 4, 4, 1]) == "█▄▄▁"
+    assert sparkline([float(i) for i in range(80)], width=8) == "▁▂▃▄▅▆▇█"
+    assert sparkline([1.0, float("nan"), 2.0]) == "▁!█"
+    assert sparkline([3.0]) == "▁"

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests.cli.conftest import Run
 from tests.cli.models import TINY, write
 from tests.support.ranks import ROOT
 
@@ -55,26 +56,19 @@ def test_training_into_a_folder_with_a_model_is_refused_at_once(trained: tuple[P
     assert ended.stderr.count("\n") == 1
 
 
-def test_one_rank_two_ranks_and_torchrun_write_the_same(trained: tuple[Path, dict[str, Any]]) -> None:
+def test_one_rank_and_two_write_the_same(trained: tuple[Path, dict[str, Any]], partita: Run) -> None:
     folder, _ = trained
     command = ("generate", str(folder), PROMPT, "--max-new-tokens", "12")
-    one = run(*PARTITA, *command, "--json")
-    assert one.returncode == 0, one.stderr
-    first = json.loads(one.stdout)["generations"][0]
-    assert first["prompt_tokens"] == list(PROMPT.encode())
-    assert len(first["tokens"]) == 12
-    assert first["finish_reason"] == "length"
-
-    joined = run(
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "partita", *command, "--tp", "2",
-        "--json",
-    )  # fmt: skip
-    assert joined.returncode == 0, joined.stderr
-    assert json.loads(joined.stdout)["generations"][0]["tokens"] == first["tokens"]
+    whole = partita(*command, "--json")
+    assert whole.code == 0, whole.err
+    written = json.loads(whole.out)["generations"][0]
+    assert written["prompt_tokens"] == list(PROMPT.encode())
+    assert len(written["tokens"]) == 12
+    assert written["finish_reason"] == "length"
 
     streamed = run(*PARTITA, *command, "--tp", "2")
     assert streamed.returncode == 0, streamed.stderr
-    assert streamed.stdout == PROMPT + first["text"] + "\n"
+    assert streamed.stdout == PROMPT + written["text"] + "\n"
     assert streamed.stderr.startswith("12 tokens in ")
 
 
@@ -89,3 +83,52 @@ def test_what_only_the_ranks_can_see_is_said_once(trained: tuple[Path, dict[str,
     assert "Traceback" not in ended.stderr
     assert ended.stderr.startswith("error: ")
     assert ended.stderr.count("error") == 1
+
+
+def test_what_one_rank_alone_sees(trained: tuple[Path, dict[str, Any]], tmp_path: Path, partita: Run) -> None:
+    folder, _ = trained
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    said = partita("generate", str(tmp_path), PROMPT)
+    assert said.code == 2
+    assert said.err.startswith("error: ")
+    assert "rank 0" not in said.err
+    assert "Traceback" not in said.err
+
+
+@pytest.mark.slow
+def test_ranks_of_torchrun_join(trained: tuple[Path, dict[str, Any]]) -> None:
+    folder, _ = trained
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "partita")
+    command = ("generate", str(folder), PROMPT, "--max-new-tokens", "12", "--json")
+    joined = run(*torchrun, *command, "--tp", "2")
+    assert joined.returncode == 0, joined.stderr
+    alone = run(*PARTITA, *command)
+    assert json.loads(joined.stdout)["generations"] == json.loads(alone.stdout)["generations"]
+
+    wrong = run(*torchrun, *command, "--tp", "3")
+    assert wrong.returncode != 0
+    assert wrong.stdout == ""
+    assert wrong.stderr.count("has 3 ranks, but the launcher started 2") == 1
+
+
+@pytest.mark.slow
+def test_adapters_are_merged_into_what_is_saved(trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    folder, _ = trained
+    ended = run(
+        *PARTITA, "train", "--model", str(folder), "--data", "stdlib", "--tp", "2", "--steps", "2", "--lora-rank", "2",
+        "--out", str(tmp_path / "tuned"),
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    assert "are trained" in ended.stderr
+    assert run(*PARTITA, "generate", str(tmp_path / "tuned"), PROMPT, "--max-new-tokens", "2").returncode == 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_the_demo(tmp_path: Path) -> None:
+    command = (*PARTITA, "demo", "--steps", "5", "--out", str(tmp_path / "demo"))
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=290)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count("the same") == 3
+    assert "Split equals unsplit" in ended.stdout
+    assert "All of it holds." in ended.stdout

@@ -322,10 +322,19 @@ def test_a_tied_head_that_no_rule_names_follows_the_embedding() -> None:
     assert plan.local_shape("vocab_projector.bias", 0) == (48,)
 
 
-@pytest.mark.parametrize("table", [{"lm_head": "vocab"}, {"lm_head": "row", "embed_tokens": "vocab"}])
-def test_ties_that_are_cut_differently_are_refused(table: dict[str, str]) -> None:
+def test_ties_of_which_one_cannot_be_cut_stay_whole() -> None:
+    spec = llama(tie_word_embeddings=True)
+    plan = Plan.make(spec, Mesh(tp=2), rules=Rules.parse({"lm_head": "vocab", "up_proj": "column"}))
+    assert {path.rpartition(".")[2] for path in plan.modules} == {"up_proj"}
+    for name in ("lm_head.weight", "model.embed_tokens.weight"):
+        assert plan.tensor(name).split is None
+        assert plan.local_shape(name, 1) == (31, 28)
+
+
+def test_ties_that_are_cut_differently_are_refused() -> None:
+    rules = Rules.parse({"lm_head": "row", "embed_tokens": "vocab"})
     with pytest.raises(PlanError, match=r"lm_head.weight shares its memory with model.embed_tokens.weight.*same style"):
-        Plan.make(llama(tie_word_embeddings=True), Mesh(tp=2), rules=Rules.parse(table))
+        Plan.make(llama(tie_word_embeddings=True), Mesh(tp=2), rules=rules)
 
 
 # --- stages -----------------------------------------------------------------------------------------------------------

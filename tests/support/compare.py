@@ -37,7 +37,7 @@ def world() -> Communicator:
 
 def draw(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
     """Normal numbers, the same on every rank, as all are seeded alike."""
-    return torch.randn(*shape, dtype=dtype)
+    return torch.randn(shape, dtype=dtype)
 
 
 def part(whole: Tensor, dim: int, ranges: tuple[Range, ...]) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from itertools import product
-from typing import Any
 
 import pytest
 import torch
@@ -24,7 +23,6 @@ from partita.torch import (
     reset_parallelism,
 )
 from partita.torch.apply import unsplit_name
-from partita.torch.linear import RegionInput
 from partita.torch.mappings import gather_from, scatter_to
 from tests.support.compare import assert_equal, draw, part, world
 from tests.support.ranks import RankError, on, ranks
@@ -523,100 +521,6 @@ def uneven_sequence() -> None:
 @pytest.mark.parametrize("size", [2, 3])
 def test_a_sequence_of_uneven_length_is_refused(size: int) -> None:
     on(size, uneven_sequence)
-
-
-# --- one entry for layers that share their input --------------------------------------------------------------------------
-
-
-class Counting(Communicator):
-    """A communicator that counts its reductions."""
-
-    reductions = 0
-
-    def all_reduce_(self, tensor: Tensor, op: Any = torch.distributed.ReduceOp.SUM) -> Tensor:
-        Counting.reductions += 1
-        return super().all_reduce_(tensor, op)
-
-
-def shared_entry() -> None:
-    comm = Counting()
-    linears = [nn.Linear(6, 9, dtype=F64) for _ in range(3)]
-
-    def siblings() -> list[ColumnParallelLinear]:
-        entry = RegionInput(comm, 3)
-        return [ColumnParallelLinear.from_linear(linear, comm, entry=entry) for linear in linears]
-
-    def check(layers: list[ColumnParallelLinear], inputs: list[Tensor], reductions: int) -> None:
-        Counting.reductions = 0
-        x = draw(4, 6).requires_grad_()
-        weight = draw(4, 9)
-        mine = part(weight, -1, layers[0].split.ranges(comm.rank))
-        used = [f(x) for f in inputs]  # type: ignore[operator]
-        outputs = [layer(u) for layer, u in zip(layers, used, strict=True)]
-        (grad,) = torch.autograd.grad(torch.stack([(y**2 * mine).sum() for y in outputs]).sum(), x)
-        expected = [linear(f(x)) for linear, f in zip(linears, inputs, strict=True)]  # type: ignore[operator]
-        (true,) = torch.autograd.grad(torch.stack([(y**2 * weight).sum() for y in expected]).sum(), x)
-        assert_equal(grad, true)
-        assert Counting.reductions == reductions
-
-    same = [lambda x: x] * 3
-    layers = siblings()
-    for _ in range(3):
-        check(layers, same, 1)  # type: ignore[arg-type]
-    # Layers whose inputs are not the same tensor enter each by itself, and go on doing so.
-    layers = siblings()
-    for _ in range(2):
-        check(layers, [lambda x: x, lambda x: x * 2, lambda x: x + 1], 3)  # type: ignore[list-item]
-    check(layers, same, 3)  # type: ignore[arg-type]
-    # A forward that stopped half way leaves nothing that a later one could take.
-    layers = siblings()
-    x = draw(4, 6).requires_grad_()
-    layers[0](x)
-    check(layers, same, 3)  # type: ignore[arg-type]
-    # An input that was changed in place is not taken for what it was: autograd says so, as it does unsplit.
-    layers = siblings()
-    h = draw(4, 6).requires_grad_() * 1
-    first = layers[0](h)
-    h.mul_(2)
-    with pytest.raises(RuntimeError, match="modified inplace"):
-        (first + layers[1](h)).sum().backward()
-    # Gradients accumulate over backwards as they do unsplit.
-    layers = siblings()
-    x, other = draw(4, 6).requires_grad_(), None
-    other = x.detach().clone().requires_grad_()
-    for _ in range(2):
-        (layers[0](x) + layers[1](x)).sum().backward()
-        (linears[0](other) + linears[1](other)).sum().backward()
-    assert_equal(x.grad, other.grad)
-
-
-@pytest.mark.parametrize("size", [2, 3])
-def test_siblings_enter_their_region_once(size: int) -> None:
-    on(size, shared_entry)
-
-
-def checkpointed() -> None:
-    from torch.utils.checkpoint import checkpoint
-
-    comm = world()
-    linears = [nn.Linear(6, 9, dtype=F64) for _ in range(2)]
-    down = nn.Linear(9, 6, dtype=F64)
-    entry = RegionInput(comm, 2)
-    gate, up = (ColumnParallelLinear.from_linear(linear, comm, entry=entry) for linear in linears)
-    row = RowParallelLinear.from_linear(down, comm)
-    for reentrant in (True, False):
-        x, other = draw(4, 6).requires_grad_(), None
-        other = x.detach().clone().requires_grad_()
-        for _ in range(2):
-            y = checkpoint(lambda x: row(F.silu(gate(x)) * up(x)), x, use_reentrant=reentrant)
-            y.sum().backward()
-            down(F.silu(linears[0](other)) * linears[1](other)).sum().backward()
-        assert_equal(x.grad, other.grad)
-
-
-@pytest.mark.parametrize("size", [2, 3])
-def test_activation_checkpointing(size: int) -> None:
-    on(size, checkpointed)
 
 
 # --- copies of a layer ------------------------------------------------------------------------------------------------------

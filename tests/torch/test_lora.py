@@ -27,7 +27,6 @@ from tests.support.compare import assert_equal, draw, part, world
 from tests.support.ranks import on, ranks
 
 F64 = torch.float64
-peft = pytest.importorskip("peft")
 
 
 # --- our adapter --------------------------------------------------------------------------------------------------------
@@ -221,6 +220,8 @@ def llama() -> nn.Module:
 
 
 def with_adapter(model: nn.Module, targets: Any, name: str = "default", **settings: Any) -> Any:
+    import peft  # here, so that ranks which do not need it need not wait for it
+
     config = peft.LoraConfig(r=2, lora_alpha=3, target_modules=targets, **settings)
     return peft.get_peft_model(model, config, name)
 
@@ -344,6 +345,8 @@ def peft_starts_equal() -> None:
 
 
 def peft_second_adapter() -> None:
+    import peft
+
     split, whole = both(["q_proj.linear", "down_proj.linear"], ["q_proj", "down_proj"])
     torch.manual_seed(70 + Communicator().rank)
     settings = {"r": 3, "lora_alpha": 1}
@@ -399,10 +402,13 @@ def frozen_then_trained() -> None:
     ],
 )  # fmt: skip
 def test_peft_on_a_split_model_equals_peft_on_the_unsplit_one(check: Callable[[], None], size: int) -> None:
+    pytest.importorskip("peft")
     ranks(size).run(check)
 
 
 def refused_by_name() -> None:
+    import peft
+
     comm = Communicator()
     warnings.simplefilter("ignore")  # peft's own, on methods that we refuse
 
@@ -438,4 +444,5 @@ def refused_by_name() -> None:
 
 
 def test_other_adapters_are_refused_by_name() -> None:
+    pytest.importorskip("peft")
     ranks(2).run(refused_by_name)

@@ -22,11 +22,11 @@ CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
     "vocab_size": 384,
-    "hidden_size": 256,
-    "intermediate_size": 640,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
+    "hidden_size": 128,
+    "intermediate_size": 384,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
     "max_position_embeddings": 1024,
     "tie_word_embeddings": False,
     "bos_token_id": None,
@@ -37,11 +37,11 @@ CONFIG: dict[str, Any] = {
 
 PROMPT = "def __init__(self, "
 NEW_TOKENS = 96
-TRAINING = ("--batch-size", "16", "--sequence-length", "128", "--learning-rate", "3e-3", "--warmup-steps", "20")
+TRAINING = ("--batch-size", "8", "--sequence-length", "128", "--learning-rate", "5e-3", "--warmup-steps", "30")
 
 
 def demo(
-    steps: Annotated[int, typer.Option(min=1, help="Of training.")] = 150,
+    steps: Annotated[int, typer.Option(min=1, help="Of training.")] = 700,
     out_folder: Annotated[
         Path | None,
         typer.Option(
@@ -83,8 +83,8 @@ class _Story:
         from partita.cli.plan_picture import show
 
         config = self.folder / "config.json"
-        if self.model.exists():
-            raise CheckpointError(f"--out {self.folder} holds a demo already. Name another folder, or remove that one.")
+        if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+            raise CheckpointError(f"--out {self.folder} is there already and not empty. Name a new folder.")
         self.folder.mkdir(parents=True, exist_ok=True)
         config.write_text(json.dumps(CONFIG, indent=2) + "\n", encoding="utf-8")
         self._chapter("A plan: which of two ranks holds what of a small Llama")
@@ -110,7 +110,7 @@ class _Story:
             written[name] = answer["tokens"]
             if ranks == 2:
                 self._quote(answer["prompt"], answer["text"])
-        _say('$ python -c "... AutoModelForCausalLM.from_pretrained(...).generate(...)"', "dim")
+        _say("$ partita reference ...   # transformers' AutoModelForCausalLM alone", "dim")
         answer = json.loads(self._run(1, "reference", str(self.model), PROMPT, *options, silent=True))
         written[f"transformers' own {answer['class']}, unsplit"] = answer["tokens"]
         tokens = written["two ranks"]

@@ -51,10 +51,8 @@ def training(steps: int) -> Iterator[Callable[[StepReport], None] | None]:
 def _training_bar(steps: int) -> Iterator[Callable[[StepReport], None]]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (
-        TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[numbers]}"),
-        TextColumn("left"), TimeRemainingColumn(compact=True),
-    )  # fmt: skip
+    numbers = TextColumn("{task.fields[numbers]}")
+    columns = (BarColumn(bar_width=12), MofNCompleteColumn(), numbers, TimeRemainingColumn(compact=True))
     with Progress(*columns, console=err()) as bar:
         task = bar.add_task("", total=steps, numbers="")
 
@@ -80,9 +78,7 @@ class _TrainingLines:
 def describe(report: StepReport) -> str:
     """A step's numbers in a line."""
     rate = report.tokens / report.seconds
-    return (
-        f"loss {report.loss:.4f}  lr {report.learning_rate:.2e}  grad norm {report.grad_norm:.2f}  {rate:,.0f} tokens/s"
-    )
+    return f"loss {report.loss:.4f} lr {report.learning_rate:.1e} grad {report.grad_norm:.2f} {rate:,.0f} tokens/s"
 
 
 @contextlib.contextmanager

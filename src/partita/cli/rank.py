@@ -81,18 +81,18 @@ def is_first() -> bool:
 
 
 def name() -> str:
-    """`rank 3` under torchrun, once the ranks have met; else nothing."""
-    return f"rank {number()}" if "RANK" in os.environ and _has_met() else ""
+    """`rank 3` of several that a launcher started, once they have met; else nothing."""
+    return f"rank {number()}" if _has_met_others() else ""
 
 
 def speaks() -> bool:
     """Whether this rank shows its failure: before the ranks have met, the first of each machine speaks for all."""
-    return _has_met() or os.environ.get("LOCAL_RANK", "0") == "0"
+    return _has_met_others() or os.environ.get("LOCAL_RANK", "0") == "0"
 
 
-def _has_met() -> bool:
+def _has_met_others() -> bool:
     dist: Any = sys.modules.get("torch.distributed")
-    return dist is not None and bool(dist.is_available()) and bool(dist.is_initialized())
+    return dist is not None and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def report(failure: dict[str, Any]) -> bool:
@@ -109,7 +109,7 @@ def report(failure: dict[str, Any]) -> bool:
 
 def leave(code: int) -> None:
     """End a rank that failed at once: closing its groups could wait for ranks that are gone. Does nothing without ranks."""
-    if _line is not None or _has_met():
+    if _line is not None or _has_met_others():
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError):
                 stream.flush()

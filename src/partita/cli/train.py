@@ -111,8 +111,11 @@ def train(
 
         split, tokenizer = _begin(source, mesh, dtype, device, seed, new=config is not None)
         if lora_rank is not None:
+            import torch
+
             from partita.torch.adapt import add_lora
 
+            torch.manual_seed(seed)
             add_lora(split, lora_rank)
         tokens = _tokens(data, tokenizer, split)
         if rank.is_first() and not as_json:

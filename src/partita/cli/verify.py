@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
@@ -60,7 +61,13 @@ def _as_data(model: str, mesh: Mesh, dtype: Dtype, report: Report) -> dict[str, 
         "shrunk": report.shrunk,
         "what": report.what,
         "rows": [
-            {"kind": row.kind, "name": row.name, "error": row.error, "tolerance": row.tolerance, "ok": row.ok}
+            {
+                "kind": row.kind,
+                "name": row.name,
+                "error": row.error if math.isfinite(row.error) else None,
+                "tolerance": row.tolerance,
+                "ok": row.ok,
+            }
             for row in report.rows
         ],
     }
@@ -78,13 +85,13 @@ def _show(report: Report, *, all_rows: bool) -> None:
         table.add_column(head, justify="right", no_wrap=True)
     shown = ""
     for kind, name, ids, rows in _groups(report.rows, all_rows=all_rows):
-        ok = all(row.ok for row in rows)
-        verdict = Text("equal", "green") if ok else Text("DIFFERS", "bold red")
-        worst = max(rows, key=_badness)
-        table.add_row(
-            kind if kind != shown else "", name, ids, f"{worst.error:.1e}" if worst.error else "0",
-            f"{worst.tolerance:.0e}" if worst.tolerance else "0", verdict,
-        )  # fmt: skip
+        worst = max(rows, key=lambda row: (not row.ok, row.error))
+        wrong_ids = runs(_layers_of([row for row in rows if not row.ok])) if ids else ""
+        verdict = Text("equal", "green") if worst.ok else Text(f"DIFFERS {wrong_ids}".rstrip(), "bold red")
+        error, allowed = (f"{worst.error:.1e}" if worst.error else "0"), f"{worst.tolerance:.0e}"
+        if kind == "tokens":
+            error, allowed = "", ""
+        table.add_row(kind if kind != shown else "", name, ids, error, allowed, verdict)
         shown = kind
     console = out()
     console.print(report.what, style="dim", soft_wrap=True)
@@ -103,11 +110,6 @@ def _show(report: Report, *, all_rows: bool) -> None:
         console.print(text, style="bold red", soft_wrap=True)
 
 
-def _badness(row: Any) -> tuple[bool, float]:
-    error = float(row.error)
-    return (not row.ok, error if error == error else float("inf"))
-
-
 def _groups(rows: Any, *, all_rows: bool) -> list[tuple[str, str, str, list[Any]]]:
     """Rows of one kind whose names differ in the layer's number only, in the order of the first: kind, name, layers, rows."""
     order = {kind: index for index, kind in enumerate(dict.fromkeys(row.kind for row in rows))}
@@ -116,12 +118,11 @@ def _groups(rows: Any, *, all_rows: bool) -> list[tuple[str, str, str, list[Any]
         name = row.name if all_rows else _LAYER.sub(r"\1*\3", row.name, count=1)
         groups.setdefault((row.kind, name), []).append(row)
     sorted_groups = sorted(groups.items(), key=lambda item: order[item[0][0]])
-    return [(kind, name, _ids(rows), rows) for (kind, name), rows in sorted_groups]
+    return [(kind, name, "" if all_rows else runs(_layers_of(rows)), rows) for (kind, name), rows in sorted_groups]
 
 
-def _ids(rows: list[Any]) -> str:
-    found = sorted({int(match[2]) for row in rows if (match := _LAYER.match(row.name))})
-    return runs(found) if len(found) > 1 or len(rows) > 1 else ""
+def _layers_of(rows: list[Any]) -> list[int]:
+    return sorted({int(match[2]) for row in rows if (match := _LAYER.match(row.name))})
 
 
 _LAYER = re.compile(r"((?:^|.*?\.))(\d+)((?:\.|$))")

@@ -289,7 +289,6 @@ class _Resolver:
                     "Give both the same style, e.g. vocab."
                 )
 
-
     def _leave_whole(self, name: str) -> None:
         path = name.rpartition(".")[0]
         self.modules.pop(path, None)

@@ -67,6 +67,7 @@ def _narrow(config: Mapping[str, Any], num_heads: int) -> dict[str, Any]:
             changes["head_dim"] = min(width, head_dim)
     changes |= {key: min(value, _WIDTH) for key, value in _numbers(config, _INNER)}
     changes |= {key: min(value, 16) for key, value in _numbers(config, _RANKS)}
+    changes |= {key: min(value, width) for key, value in _numbers(config, ("rotary_dim",))}
     groups = config.get("n_group")
     experts = max(16, 2 * groups) if type(groups) is int else 16
     changes |= {key: min(value, experts) for key, value in _numbers(config, _EXPERTS)}

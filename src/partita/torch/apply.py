@@ -17,9 +17,10 @@ from partita.torch.embedding import VocabParallelEmbedding
 from partita.torch.grads import sum_gradient, sum_shared_gradient
 from partita.torch.groups import ParallelGroups
 from partita.torch.inner import slice_parameter
-from partita.torch.linear import ColumnParallelLinear, RegionInput, RowParallelLinear
+from partita.torch.linear import ColumnParallelLinear, RowParallelLinear
 from partita.torch.mappings import copy_to, reduce_from
 from partita.torch.random import RegionRandomness, has_dropout
+from partita.torch.region import RegionInput
 
 WRAPPERS = ("linear", "embedding", "base_layer")
 """Names that split layers and adapters put into a parameter's path; without them it is the unsplit model's."""

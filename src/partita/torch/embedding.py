@@ -61,11 +61,13 @@ class ParallelEmbedding(nn.Module):
             dtype: Its dtype.
 
         Raises:
-            PlanError: There are fewer columns than ranks, or `padding_idx` is no row.
+            PlanError: There are fewer columns than ranks, `padding_idx` is no row, or `norm_type` is not positive.
         """
         super().__init__()
         if padding_idx is not None and not -num_embeddings <= padding_idx < num_embeddings:
             raise PlanError(f"padding_idx must be in [{-num_embeddings}, {num_embeddings}), but is {padding_idx}.")
+        if not norm_type > 0:
+            raise PlanError(f"norm_type must be a positive number, but is {norm_type}.")
         self.comm = group if group is not None else parallel_group_info().mp.comm
         self.split = Split.even(embedding_dim, self.comm.size)
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from partita.errors import ModelError, PlanError
 from partita.torch.apply import plan_of
 from partita.torch.comm import Communicator
+from partita.torch.head import likeliest, local_logits
 from partita.torch.tokenizer import Tokenizer
 
 OnText = Callable[[int, str], None]
@@ -180,6 +182,7 @@ def _run(
     positions = (columns - pads.unsqueeze(1)).clamp(min=0).to(device)
     padded = bool(pads.any())
     processors = _processors(sampling)
+    greedy = sampling.temperature == 0 and not processors
     cache: Any = None
     for step in range(sampling.max_new_tokens):
         given: dict[str, Any] = {"input_ids": ids, "past_key_values": cache, "use_cache": True}
@@ -189,11 +192,13 @@ def _run(
             given["position_ids"] = positions
         if "logits_to_keep" in takes:
             given["logits_to_keep"] = 1
-        output = model(**given)
+        with local_logits(model) if greedy else nullcontext() as split:
+            output = model(**given)
         cache = getattr(output, "past_key_values", None)
         if cache is None:
             raise ModelError(f"{type(model).__name__} gives back no cache, so it cannot generate token by token.")
-        chosen = _choose(output.logits[:, -1], batch, sampling, processors, comm)
+        logits = output.logits[:, -1]
+        chosen = likeliest(logits, split, comm) if greedy else _choose(logits, batch, sampling, processors, comm)
         tokens = chosen.tolist()
         for sequence, token in zip(batch, tokens, strict=True):
             if not sequence.finish_reason:
@@ -235,8 +240,6 @@ def _choose(
     first rank alone, for all.
     """
     greedy = sampling.temperature == 0
-    if greedy and not processors:
-        return logits.argmax(-1)
     if not greedy and comm.rank > 0:
         return comm.broadcast_(torch.empty(len(batch), dtype=torch.long, device=logits.device))
     chosen = []

@@ -100,6 +100,7 @@ class FreshFill:
         self.recipes, self.seed, self.perturb = recipes, seed, perturb
 
     def __call__(self, name: str, cut: TensorPlan, rank: int, local: Tensor) -> None:
+        """Fill `local`, the part that tensor rank `rank` has of tensor `name`."""
         recipe = self.recipes[name]
         if recipe.unknown or not recipe.steps:
             reason = f"it uses {recipe.unknown}" if recipe.unknown else "it leaves it unset"

@@ -74,8 +74,19 @@ def empty_linear(
     return linear if str(device) == "meta" else linear.to_empty(device=device or torch.get_default_device())
 
 
+def has_no_hooks(module: nn.Module) -> bool:
+    """Whether calling a module is calling its forward, nothing before or after."""
+    return not (
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
 def slice_parameter(parameter: Tensor, dim: int, ranges: Sequence[Range]) -> nn.Parameter:
     """A parameter of its own memory with `ranges` of `dim` of another."""
+    if parameter.is_meta:
+        shape = list(parameter.shape)
+        shape[dim] = sum(stop - start for start, stop in ranges)
+        return nn.Parameter(parameter.new_empty(shape), requires_grad=parameter.requires_grad)
     with torch.no_grad():
         pieces = [parameter.narrow(dim, start, stop - start) for start, stop in ranges]
         local = torch.cat(pieces or [parameter.narrow(dim, 0, 0)], dim)

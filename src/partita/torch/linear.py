@@ -6,54 +6,34 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from partita.core.split import Split
 from partita.errors import PlanError
 from partita.torch.comm import Communicator
 from partita.torch.groups import parallel_group_info
 from partita.torch.init import InitType, init_affine_, init_bias_, strided_split
-from partita.torch.inner import base_layer, empty_linear, inner_bias, inner_weight, linear_shape, slice_linear
+from partita.torch.inner import (
+    base_layer,
+    empty_linear,
+    has_no_hooks,
+    inner_bias,
+    inner_weight,
+    linear_shape,
+    slice_linear,
+)
 from partita.torch.lora import LoraLinear, adopt
-from partita.torch.mappings import all_gather, copy_to, gather_from, reduce_from, reduce_scatter, scatter_to
+from partita.torch.mappings import (
+    all_gather,
+    copy_to,
+    gather_from,
+    reduce_from,
+    reduce_from_,
+    reduce_scatter,
+    scatter_to,
+)
 from partita.torch.random import RegionRandomness
-
-
-class RegionInput:
-    """The one entry by which sibling column layers take the same input into their region.
-
-    Query, key and value projections share their input; entering once means one sum over the ranks in backward instead of
-    three.
-    """
-
-    def __init__(self, comm: Communicator, users: int = 1, randomness: RegionRandomness | None = None) -> None:
-        """The entry of `users` layers that are called one after the other with the same tensor."""
-        self.comm = comm
-        self.randomness = randomness
-        self.users = users
-        self._input: Tensor | None = None
-        self._entered: Tensor | None = None
-        self._version = -1
-        self._left = 0
-
-    def __call__(self, x: Tensor, *, training: bool = False) -> Tensor:
-        """`x`, whose gradient is summed over the ranks once for all users that pass this very tensor in a row."""
-        if training and self.randomness is not None:
-            self.randomness.enter(x)
-        if self.comm.size == 1 or not (torch.is_grad_enabled() and x.requires_grad):
-            return x
-        if self._left and self._input is x and self._version == x._version:
-            self._left -= 1
-            entered = self._entered
-            assert entered is not None
-        else:
-            if self._left:
-                # The siblings turned out to have inputs of their own; waiting for them would keep a graph alive.
-                self.users = 1
-            entered = copy_to(x, self.comm)
-            self._input, self._entered, self._version, self._left = x, entered, x._version, self.users - 1
-        if not self._left:
-            self._input = self._entered = None
-        return entered
+from partita.torch.region import RegionInput
 
 
 class _ShardedLinear(nn.Module):
@@ -94,7 +74,10 @@ class _ShardedLinear(nn.Module):
         if self._is_adapted:
             # peft adds a second adapter to the first's layer without replacing it.
             adopt(self.linear, self.comm, self.split, self._style)
-        return self.linear(x)  # type: ignore[no-any-return]
+        linear = self.linear
+        if type(linear) is nn.Linear and has_no_hooks(linear):
+            return F.linear(x, linear.weight, linear.bias)
+        return linear(x)  # type: ignore[no-any-return]
 
 
 class ColumnParallelLinear(_ShardedLinear):
@@ -104,7 +87,7 @@ class ColumnParallelLinear(_ShardedLinear):
 
         forward          y_r [..., out_r] = x [..., in] @ weight_r.T + bias_r, gathered to [..., out] with `gather_output`
         input gradient   sum over the ranks of dy_r @ weight_r
-        weight gradient  dy_r.T @ x, no communication
+        weight gradient  dy_r.T @ x, while the input gradient is summed
 
     Source: Megatron-LM (Shoeybi et al. 2019, section 3); the constructor is `ml.models.parallel`'s.
     """
@@ -215,6 +198,7 @@ class ColumnParallelLinear(_ShardedLinear):
         self.gather_output = gather_output
         self.sequence_parallel, self.sequence_dim = sequence_parallel, sequence_dim
         self.entry = entry if entry is not None else RegionInput(comm)
+        self.entry.join(self)
         self.register_buffer("expand", None, persistent=False)
         if sequence_parallel and gather_output:
             raise PlanError("gather_output=True and sequence_parallel=True exclude each other: leave by a row layer.")
@@ -238,12 +222,10 @@ class ColumnParallelLinear(_ShardedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in]` to `[..., out_r]`, or to `[..., out]` with `gather_output`."""
-        x = (
-            all_gather(x, self.comm, self.sequence_dim)
-            if self.sequence_parallel
-            else self.entry(x, training=self.training)
-        )
-        y = self._compute(x)
+        if self.sequence_parallel:
+            y = self._compute(all_gather(x, self.comm, self.sequence_dim))
+        else:
+            y = self.entry.apply(self, x)
         if self.expand is not None:
             y = y.index_select(-1, self.expand)
         if self.gather_output and self.comm.size > 1:
@@ -407,7 +389,7 @@ class RowParallelLinear(_ShardedLinear):
             bias = None if bias is None else copy_to(bias, self.comm)
         elif self.comm.size > 1:
             if torch.is_grad_enabled() and y.requires_grad:
-                y = reduce_from(y, self.comm)
+                y = reduce_from_(y, self.comm) if type(self.linear) is nn.Linear else reduce_from(y, self.comm)
             else:
                 y = self.comm.all_reduce_(y.contiguous())
         return y if bias is None else y + bias.to(y.dtype)

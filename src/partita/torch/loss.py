@@ -8,7 +8,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from partita.core.split import Split
 from partita.errors import PlanError
@@ -43,13 +42,35 @@ class _VocabParallelCrossEntropy(Function):
         return loss.masked_fill(~keep, 0)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        result = _VocabParallelCrossEntropy.gradient(ctx, grad.detach())
+        # Under create_graph the gradient must not pass for a constant.
+        return _Once.apply(result.requires_grad_()) if torch.is_grad_enabled() else result, None, None, None, None, None
+
+    @staticmethod
+    @torch.no_grad()
+    def gradient(ctx: Any, grad: Tensor) -> Tensor:
+        """`softmax - target` of the own columns, times the gradient of each row's loss."""
         softmax, column, here, keep = ctx.saved_tensors
         scale = grad.masked_fill(~keep, 0).unsqueeze(-1)
         result = softmax - ctx.smoothing / ctx.vocabulary if ctx.smoothing else softmax.clone()
         result.scatter_add_(-1, column.unsqueeze(-1), (-(1 - ctx.smoothing) * here.to(result.dtype)).unsqueeze(-1))
-        return (result * scale).to(ctx.dtype), None, None, None, None, None
+        scaled: Tensor = (result * scale).to(ctx.dtype)
+        return scaled
+
+
+class _Once(Function):
+    """A gradient that has none itself. torch's `once_differentiable` lets one pass whose own incoming gradient is constant."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        raise RuntimeError(
+            "vocab_parallel_cross_entropy has no second derivative. Use torch.nn.functional.cross_entropy on whole logits."
+        )
 
 
 def vocab_parallel_cross_entropy(
@@ -88,6 +109,8 @@ def vocab_parallel_cross_entropy(
         for size in sizes:
             bounds.append(bounds[-1] + size)
         split = Split(bounds[-1], tuple(((bounds[r], bounds[r + 1]),) for r in range(comm.size)))
+    if not split.is_partition or any(len(ranges) != 1 for ranges in split.by_rank):
+        raise PlanError(f"each rank must hold logits of its own in one range, but the split is {split}.")
     if not 0.0 <= label_smoothing <= 1.0:
         raise PlanError(f"label_smoothing must be in [0, 1], but is {label_smoothing}.")
     if reduction not in ("none", "mean", "sum"):

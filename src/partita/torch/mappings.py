@@ -40,6 +40,9 @@ class _Copy(Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if not torch.is_grad_enabled():
+            # No gradient of the gradient is asked for, which is the rule: no node, no context.
+            return ctx.comm.all_reduce_(grad.clone(memory_format=torch.contiguous_format)), None
         return _Reduce.apply(grad, ctx.comm, dist.ReduceOp.SUM), None
 
 
@@ -76,6 +79,18 @@ class _Reduce(Function):
         (mine,) = ctx.saved_tensors
         ties = ctx.comm.all_reduce_(mine.to(grad.dtype))
         return _Copy.apply(grad, ctx.comm) * mine / ties, None, None
+
+
+class _ReduceInPlace(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, comm: Communicator) -> Tensor:
+        ctx.comm = comm
+        ctx.mark_dirty(x)
+        return comm.all_reduce_(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return (grad if not torch.is_grad_enabled() else _Copy.apply(grad, ctx.comm)), None
 
 
 class _Scatter(Function):
@@ -136,6 +151,15 @@ def copy_to(x: Tensor, comm: Communicator, op: Any = dist.ReduceOp.SUM) -> Tenso
 def reduce_from(x: Tensor, comm: Communicator, op: Any = dist.ReduceOp.SUM) -> Tensor:
     """Leave a split region: forward reduces over the ranks, backward as it is. Shape `(*)` to `(*)`; `x` is not changed."""
     return x if comm.size == 1 else _Reduce.apply(x, comm, _checked(op))
+
+
+def reduce_from_(x: Tensor, comm: Communicator) -> Tensor:
+    """`reduce_from` in the memory of `x`, which nothing else may need: what a linear layer has just made."""
+    if comm.size == 1:
+        return x
+    if not x.is_contiguous():
+        return reduce_from(x, comm)
+    return _ReduceInPlace.apply(x, comm)  # type: ignore[no-any-return]
 
 
 def scatter_to(x: Tensor, comm: Communicator, dim: int = -1, sizes: Sizes = None) -> Tensor:

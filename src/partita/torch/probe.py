@@ -16,7 +16,7 @@ from partita.errors import ModelError, PartitaError
 from partita.torch.apply import apply_plan, finish
 from partita.torch.compare import Difference, Float64Everywhere, compare
 from partita.torch.groups import single_groups
-from partita.torch.hub import build_on_meta, read_hf_config, rules_of, spec_of
+from partita.torch.hub import build_on_meta, quiet, read_hf_config, rules_of, spec_of
 from partita.torch.initial import FreshFill, record_initialization
 from partita.torch.materialize import materialize
 from partita.torch.threads import run_as_threads
@@ -119,24 +119,36 @@ def small_model(model: nn.Module, num_heads: int) -> nn.Module:
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "to_dict"):
         raise ModelError(f"{type(model).__name__} has no config of transformers.")
-    last = "no smaller config was found"
+    reasons: list[str] = []
     for data in shrunk_configs(config.to_dict(), num_heads):
         try:
             small = read_hf_config(data)
             small.architectures = [type(model).__name__]
             built = build_on_meta(small, torch.float64, type(model))
             if sum(p.numel() for p in built.parameters()) > LARGEST_PARAMETERS:
-                last = "it is too large even when made small"
+                reasons.append("it is too large even when made small")
                 continue
-            filled = fill_unsplit(built)
+            filled = _drawn(small, type(model))
             with torch.no_grad(), Float64Everywhere():
                 filled(**sample_inputs(filled))
             return filled
         except PartitaError as error:
-            last = str(error)
+            reasons.append(str(error))
         except Exception as error:
-            last = f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
-    raise ModelError(f"no small model of {type(model).__name__} can be built and run ({last}).")
+            reasons.append(f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}")
+    raise ModelError(f"no small model of {type(model).__name__} can be built and run ({reasons[0]}).")
+
+
+def _drawn(config: Any, cls: Any) -> nn.Module:
+    """A new model of a small config with weights of its own making, and noise on norms and biases."""
+    with torch.random.fork_rng(devices=[]), quiet():
+        torch.manual_seed(0)
+        model: nn.Module = cls._from_config(config, dtype=torch.float64).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() == 1:
+                    parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
 
 
 def fill_unsplit(built: nn.Module, seed: int = 0) -> nn.Module:

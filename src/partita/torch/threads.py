@@ -44,11 +44,12 @@ class ThreadCommunicator(Communicator):
         """Rank `rank` of the threads that share `exchange`."""
         self.group = None
         self.rank, self.size, self.global_ranks = rank, size, tuple(range(size))
-        self._exchange = exchange
+        self._is_pair = False
+        self._board = exchange
 
     def all_reduce_(self, tensor: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
         """See `Communicator.all_reduce_`."""
-        parts = self._exchange.swap(self.rank, tensor.detach().clone())
+        parts = self._board.swap(self.rank, tensor.detach().clone())
         with torch.no_grad():
             return tensor.copy_(_REDUCE[op](torch.stack(parts)))
 
@@ -59,7 +60,7 @@ class ThreadCommunicator(Communicator):
 
     def all_gather(self, tensor: Tensor, dim: int = -1, sizes: Sequence[int] | None = None) -> Tensor:
         """See `Communicator.all_gather`."""
-        return torch.cat(self._exchange.swap(self.rank, tensor.detach().clone()), dim)
+        return torch.cat(self._board.swap(self.rank, tensor.detach().clone()), dim)
 
     def reduce_scatter(self, tensor: Tensor, dim: int = 0, sizes: Sequence[int] | None = None) -> Tensor:
         """See `Communicator.reduce_scatter`."""
@@ -69,21 +70,21 @@ class ThreadCommunicator(Communicator):
 
     def broadcast_(self, tensor: Tensor, source: int = 0) -> Tensor:
         """See `Communicator.broadcast_`."""
-        parts = self._exchange.swap(self.rank, tensor.detach().clone())
+        parts = self._board.swap(self.rank, tensor.detach().clone())
         with torch.no_grad():
             return tensor.copy_(parts[source])
 
     def broadcast_object(self, value: object, source: int = 0) -> object:
         """See `Communicator.broadcast_object`."""
-        return self._exchange.swap(self.rank, value)[source]
+        return self._board.swap(self.rank, value)[source]
 
     def all_gather_object(self, value: object) -> list[object]:
         """See `Communicator.all_gather_object`."""
-        return self._exchange.swap(self.rank, value)
+        return self._board.swap(self.rank, value)
 
     def barrier(self) -> None:
         """See `Communicator.barrier`."""
-        self._exchange.swap(self.rank, None)
+        self._board.swap(self.rank, None)
 
 
 def run_as_threads(size: int, work: Callable[[Communicator], Result]) -> list[Result]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +19,7 @@ from partita.torch.comm import Communicator
 from partita.torch.data import batch
 from partita.torch.grads import owned_square
 from partita.torch.groups import ParallelGroups
-from partita.torch.linear import ColumnParallelLinear
+from partita.torch.head import local_logits
 from partita.torch.load import as_dtype
 from partita.torch.loss import vocab_parallel_cross_entropy
 
@@ -197,7 +196,7 @@ def token_losses(
 
     The head's columns stay on their ranks: the whole logits are never put together.
     """
-    with local_logits(model, plan) as split:
+    with local_logits(model) as split:
         output = model(input_ids=inputs, use_cache=False)
     logits = output.logits
     auxiliary = getattr(output, "aux_loss", None)
@@ -208,23 +207,6 @@ def token_losses(
         wide = flat if flat.dtype == torch.float64 else flat.float()
         return F.cross_entropy(wide, goal, reduction="sum"), auxiliary
     return vocab_parallel_cross_entropy(flat, goal, comm, split, reduction="sum"), auxiliary
-
-
-@contextmanager
-def local_logits(model: nn.Module, plan: Plan) -> Iterator[Any]:
-    """While it lasts the model's head gives each rank its own columns. Yields their split, None where they are not split.
-
-    What a model does with its logits (scaling, soft capping) it does to each by itself, so it may do it to a part.
-    """
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
-    if not isinstance(head, ColumnParallelLinear) or not head.gather_output:
-        yield None
-        return
-    head.gather_output = False
-    try:
-        yield head.split
-    finally:
-        head.gather_output = True
 
 
 def sum_over_replicas(grads: Iterable[Tensor | None], comm: Communicator) -> None:
