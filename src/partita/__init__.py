@@ -1,5 +1,7 @@
 """Partita: one model, many parts, played as one. This module loads neither torch nor mlx."""
 
+from partita.checkpoint.facts import spec_from_checkpoint
+from partita.core.families import spec_from_config
 from partita.core.layout import LayerType, Layout, PipelineParallelLayerLayout
 from partita.core.mesh import Mesh
 from partita.core.model_spec import ModelSpec, TensorSpec
@@ -34,4 +36,6 @@ __all__ = [
     "Rules",
     "Split",
     "TensorSpec",
+    "spec_from_checkpoint",
+    "spec_from_config",
 ]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from partita.core.split import Split
 from partita.errors import DistributedError
-from partita.torch.comm import Communicator
+from partita.torch.comm import EXCHANGE_BYTES, Communicator
 from tests.support.compare import assert_equal
 from tests.support.ranks import RankError, ranks
 
@@ -178,6 +178,23 @@ def ring() -> None:
 @SIZES
 def test_send_and_receive_round_a_ring(size: int) -> None:
     ranks(size).run(ring)
+
+
+def large_messages() -> None:
+    """On both sides of the size up to which two ranks exchange what they have by themselves."""
+    comm = Communicator()
+    for numbers in (EXCHANGE_BYTES // 8, EXCHANGE_BYTES // 8 + 1):
+        values = [draw(numbers) for _ in range(comm.size)]
+        mine = values[comm.rank].clone()
+        assert_equal(comm.all_reduce_(mine), torch.stack(values).sum(0))
+        # Every rank has the same sum to the last bit: nothing else would keep replicas together.
+        assert all(torch.equal(mine, other) for other in comm.all_gather(mine.unsqueeze(0), 0))
+        assert torch.equal(comm.all_gather(values[comm.rank]), torch.cat(values))
+
+
+@SIZES
+def test_large_messages(size: int) -> None:
+    ranks(size).run(large_messages)
 
 
 def sub_group() -> None:

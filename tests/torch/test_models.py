@@ -115,6 +115,27 @@ def test_reads_what_transformers_wrote(name: str, tmp_path: Path) -> None:
         assert found == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
 
+def _as_transformers(data: dict[str, Any], tp: int) -> tuple[list[int], float, float]:
+    """What transformers' own calls give on a split model: sampled tokens, and the loss of labels beside the unsplit one's."""
+    unsplit = fill_unsplit(build_on_meta(read_hf_config(data), torch.float64))
+    split = shard(copy.deepcopy(unsplit), tp=tp)
+    ids = torch.arange(10).view(2, 5)
+    torch.manual_seed(torch.distributed.get_rank())
+    tokens = split.generate(ids, do_sample=True, max_new_tokens=6, pad_token_id=0)
+    return (
+        tokens.flatten().tolist(),
+        float(split(input_ids=ids, labels=ids).loss),
+        float(unsplit(input_ids=ids, labels=ids).loss),
+    )
+
+
+def test_called_like_the_unsplit_model() -> None:
+    for name in ("llama-biases-tied", "gpt2"):
+        first, *others = ranks(3).run(_as_transformers, CONFIGS[name], 3)
+        assert first[1] == pytest.approx(first[2], rel=1e-6)
+        assert all(other == first for other in others)
+
+
 def _generate(data: dict[str, Any], tp: int, temperature: float) -> list[tuple[int, ...]]:
     model = fresh(data, tp=tp, dtype="float64", seed=2)
     sampling = Sampling(

@@ -107,7 +107,7 @@ def checkpointed() -> None:
 
 
 def second_order() -> None:
-    """Right, or an error: of siblings, with a constant incoming gradient and without."""
+    """Of siblings, with a constant incoming gradient and without; weights get it too, and first-order ones with it."""
     comm = world()
     linears = [nn.Linear(6, 9, dtype=F64) for _ in range(2)]
     entry = RegionInput(comm, 2)
@@ -119,15 +119,19 @@ def second_order() -> None:
         y = layers[0](x) * 2 + layers[1](x)
         expected = linears[0](x) * 2 + linears[1](x)
         (true,) = torch.autograd.grad((expected**power * weight).sum(), x, create_graph=True)
-        seconds = torch.autograd.grad((true * turn).sum(), [linears[0].weight, linears[1].weight])
-        try:
-            (grad,) = torch.autograd.grad((y**power * part(weight, -1, mine)).sum(), x, create_graph=True)
-            found = torch.autograd.grad((grad * turn).sum(), [layers[0].weight, layers[1].weight])
-        except RuntimeError as error:
-            assert "twice" in str(error) or "second" in str(error), error
-            continue
+        seconds = torch.autograd.grad((true * turn).sum(), [linear.weight for linear in linears], retain_graph=True)
+        loss = (y**power * part(weight, -1, mine)).sum()
+        torch.autograd.grad(loss, x, retain_graph=True)  # leaves nothing behind
+        (grad,) = torch.autograd.grad(loss, x, create_graph=True)
+        found = torch.autograd.grad((grad * turn).sum(), [layer.weight for layer in layers], retain_graph=True)
         for a, b in zip(found, seconds, strict=True):
             assert_equal(a, part(b, 0, mine), what=f"power {power}")
+        # A penalty on the gradient, with the loss itself.
+        found = torch.autograd.grad((grad * turn).sum() + loss, [layer.weight for layer in layers])
+        total = (true * turn).sum() + (expected**power * weight).sum()
+        seconds = torch.autograd.grad(total, [linear.weight for linear in linears])
+        for a, b in zip(found, seconds, strict=True):
+            assert_equal(a, part(b, 0, mine), what=f"power {power}, with the loss")
 
 
 def partly_trained() -> None:
@@ -192,6 +196,19 @@ def hooks_see_what_they_should() -> None:
     mine = kept[0] @ row.weight.T
     assert_equal(kept[1], mine, what="the row layer's own part")
     y.sum().backward()
+    with torch.no_grad():
+        kept.clear()
+        row(column(x))
+    assert_equal(kept[1], mine, what="the row layer's own part without gradients")
+    # A forward that was put in the place of the class's is the one that is called.
+    column, row = ColumnParallelLinear.from_linear(up, comm), RowParallelLinear.from_linear(down, comm)
+    for layer in (column, row):
+        layer.linear.forward = lambda x, linear=layer.linear: 2 * F.linear(x, linear.weight, linear.bias)  # type: ignore[method-assign, union-attr]
+    assert_equal(row(column(x)), down(4 * up(x)))  # the bias is added once, outside
+    with nn.modules.module.register_module_forward_hook(lambda module, args, output: kept.append(output)):
+        kept.clear()
+        ColumnParallelLinear.from_linear(up, comm)(x)
+    assert len(kept) == 2  # the inner layer's, and the split layer's
 
 
 def overlapped(check: str) -> None:

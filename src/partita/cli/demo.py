@@ -35,13 +35,13 @@ CONFIG: dict[str, Any] = {
 }
 """A small Llama that reads bytes."""
 
-PROMPT = "def __init__(self, "
-NEW_TOKENS = 96
+PROMPTS = ("def __init__(self, ", "        return ", "class ", "import ")
+NEW_TOKENS = 40
 TRAINING = ("--batch-size", "8", "--sequence-length", "128", "--learning-rate", "5e-3", "--warmup-steps", "30")
 
 
 def demo(
-    steps: Annotated[int, typer.Option(min=1, help="Of training.")] = 700,
+    steps: Annotated[int, typer.Option(min=1, help="Of training.")] = 600,
     out_folder: Annotated[
         Path | None,
         typer.Option(
@@ -101,25 +101,30 @@ class _Story:
     def generate(self) -> None:
         self._chapter("Write with it: over two ranks, on one rank, and with transformers alone")
         options = ("--max-new-tokens", str(NEW_TOKENS))
-        written = {}
-        for name, ranks, arguments in (
-            ("two ranks", 2, ("generate", str(self.model), PROMPT, "--tp", "2", *options)),
-            ("one rank", 1, ("generate", str(self.model), PROMPT, *options)),
-        ):
-            answer = json.loads(self._run(ranks, *arguments, "--json"))["generations"][0]
-            written[name] = answer["tokens"]
-            if ranks == 2:
-                self._quote(answer["prompt"], answer["text"])
+        command = ("generate", str(self.model), *PROMPTS, *options, "--json")
+        split = json.loads(self._run(2, *command, "--tp", "2"))["generations"]
+        for written in split:
+            self._quote(written["prompt"] + written["text"])
+        whole = json.loads(self._run(1, *command))["generations"]
         _say("$ partita reference ...   # transformers' AutoModelForCausalLM alone", "dim")
-        answer = json.loads(self._run(1, "reference", str(self.model), PROMPT, *options, silent=True))
-        written[f"transformers' own {answer['class']}, unsplit"] = answer["tokens"]
-        tokens = written["two ranks"]
-        for name, others in written.items():
-            same = sum(1 for a, b in zip(tokens, others, strict=False) if a == b)
-            verdict = "the same" if others == tokens else f"DIFFERENT after {same}"
-            _say(f"  {name:<48} {plural(len(others), 'token')}, {verdict}", "green" if others == tokens else "bold red")
-        if any(others != tokens for others in written.values()):
+        other = json.loads(self._run(1, "reference", str(self.model), *PROMPTS, *options, silent=True))
+        tokens = [written["tokens"] for written in split]
+        same = [
+            self._compare("one rank wrote", [written["tokens"] for written in whole], tokens),
+            self._compare(f"transformers' {other['class']}, unsplit, wrote", other["tokens"], tokens),
+        ]
+        if not all(same):
             self._fail("The tokens differ.")
+
+    def _compare(self, who: str, tokens: list[list[int]], expected: list[list[int]]) -> bool:
+        if tokens == expected:
+            _say(f"  {who} the same {sum(map(len, tokens))} tokens as two ranks", "green")
+            return True
+        different = sum(one != two for one, two in zip(tokens, expected, strict=True))
+        _say(
+            f"  {who} something DIFFERENT from two ranks for {different} of {plural(len(tokens), 'prompt')}", "bold red"
+        )
+        return False
 
     def verify(self) -> None:
         self._chapter("Prove it: every module's output and every gradient, split against unsplit")
@@ -149,9 +154,9 @@ class _Story:
             self._fail(f"`partita {arguments[0]}` failed.")
         return outcome.output.decode()
 
-    def _quote(self, prompt: str, text: str) -> None:
-        for line in (prompt + text).splitlines():
-            _say(f"  | {line}", "italic")
+    def _quote(self, text: str) -> None:
+        for line in filter(str.strip, text.splitlines()):
+            _say(f"  | {line.rstrip()}", "italic")
 
     def _fail(self, why: str) -> None:
         _say(f"\nThe demo FAILED: {why}", "bold red")

@@ -13,7 +13,7 @@ from partita.cli.options import Dtype
 
 def reference(
     folder: Path,
-    prompt: str,
+    prompts: list[str],
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
     dtype: Annotated[Dtype, typer.Option("--dtype")] = Dtype.float32,
 ) -> None:
@@ -25,8 +25,10 @@ def reference(
     logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype.value)).eval()
-    inputs = tokenizer(prompt, return_tensors="pt")
-    with torch.no_grad():
-        written = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-    start = inputs["input_ids"].shape[1]
-    print_json({"class": type(model).__name__, "tokens": written[0, start:].tolist()})
+    tokens = []
+    for prompt in prompts:
+        inputs = tokenizer(prompt, return_tensors="pt")
+        with torch.no_grad():
+            written = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        tokens.append(written[0, inputs["input_ids"].shape[1] :].tolist())
+    print_json({"class": type(model).__name__, "tokens": tokens})

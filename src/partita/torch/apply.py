@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MethodType
 from typing import Any
 
 import torch
@@ -55,7 +56,16 @@ def finish(model: nn.Module, plan: Plan, groups: ParallelGroups) -> nn.Module:
     sum_partial_gradients(homes, plan, groups.mp.comm)
     model.partita_plan = plan  # type: ignore[assignment]
     model.partita_groups = groups  # type: ignore[assignment]
+    if groups.mp.world_size > 1 and hasattr(type(model), "generate"):
+        model.generate = MethodType(_generate_alike, model)  # type: ignore[assignment]
     return model
+
+
+def _generate_alike(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """transformers' own `generate`, whose draws are the same on all tensor ranks: they begin where the first rank stands."""
+    state = model.partita_groups.mp.comm.broadcast_(torch.get_rng_state())
+    torch.set_rng_state(state)
+    return type(model).generate(model, *args, **kwargs)
 
 
 def plan_of(model: nn.Module) -> tuple[Plan, ParallelGroups]:

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from partita.core.split import Range
 from partita.errors import ModelError
@@ -75,9 +76,14 @@ def empty_linear(
 
 
 def has_no_hooks(module: nn.Module) -> bool:
-    """Whether calling a module is calling its forward, nothing before or after."""
+    """Whether calling a module is calling its class's forward, with nothing before or after."""
     return not (
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in vars(module)
+        or _has_any_global_hook()
     )
 
 

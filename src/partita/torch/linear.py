@@ -74,10 +74,12 @@ class _ShardedLinear(nn.Module):
         if self._is_adapted:
             # peft adds a second adapter to the first's layer without replacing it.
             adopt(self.linear, self.comm, self.split, self._style)
-        linear = self.linear
-        if type(linear) is nn.Linear and has_no_hooks(linear):
-            return F.linear(x, linear.weight, linear.bias)
-        return linear(x)  # type: ignore[no-any-return]
+        linear: Any = self.linear
+        return F.linear(x, linear.weight, linear.bias) if self._is_plain else linear(x)
+
+    @property
+    def _is_plain(self) -> bool:
+        return type(self.linear) is nn.Linear and has_no_hooks(self.linear)
 
 
 class ColumnParallelLinear(_ShardedLinear):
@@ -388,11 +390,16 @@ class RowParallelLinear(_ShardedLinear):
             y = reduce_scatter(y, self.comm, self.sequence_dim)
             bias = None if bias is None else copy_to(bias, self.comm)
         elif self.comm.size > 1:
-            if torch.is_grad_enabled() and y.requires_grad:
-                y = reduce_from_(y, self.comm) if type(self.linear) is nn.Linear else reduce_from(y, self.comm)
-            else:
-                y = self.comm.all_reduce_(y.contiguous())
+            y = self._reduce(y)
         return y if bias is None else y + bias.to(y.dtype)
+
+    def _reduce(self, y: Tensor) -> Tensor:
+        """The sum over the ranks: in the memory of `y` where a plain layer has just made it and nobody else has seen it."""
+        if not self._is_plain:
+            return reduce_from(y, self.comm)
+        if torch.is_grad_enabled() and y.requires_grad:
+            return reduce_from_(y, self.comm)
+        return self.comm.all_reduce_(y.contiguous())
 
     def _take(self, x: Tensor) -> Tensor:
         if not self.split.is_in_order:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from partita.checkpoint.header import TensorInfo
-from partita.checkpoint.index import open_checkpoint
+from partita.checkpoint.index import Checkpoint, open_checkpoint
 from partita.checkpoint.read import Reader
 from partita.core.mesh import Mesh
 from partita.core.plan import Plan
@@ -86,7 +86,8 @@ def load(
         built = build_on_meta(config, as_dtype(dtype))
         plan = plan_of_model(built, mesh, layout) if plan is None else prove_unless_proven(built, plan)
         shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
-        sources, _ = sources_for_reading(built, shapes)
+        sources, unused = sources_for_reading(built, shapes)
+        _check_readable(config, plan, checkpoint, unused)
         unsplit = _for_conversion(built, sources)
     with together(groups), Reader(checkpoint) as reader:
         split = apply_plan(built, plan, groups.mp.comm)
@@ -124,6 +125,24 @@ def check_stages(mesh: Mesh) -> None:
     """Raise `PlanError` for what this engine does not run."""
     if mesh.pp > 1:
         raise PlanError(f"the torch engine runs one stage only for now, but the plan has pp={mesh.pp}. Use tp instead.")
+
+
+def _check_readable(config: Any, plan: Plan, checkpoint: Checkpoint, unused: list[str]) -> None:
+    """Refuse a checkpoint whose numbers mean something else than the model would take them for."""
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None:
+        data = quantization if isinstance(quantization, dict) else quantization.to_dict()
+        raise ModelError(
+            f"{checkpoint.folder} is quantized ({data.get('quant_method', 'unknown method')}), which cannot be split on torch "
+            "yet. Save it dequantized (transformers: model.dequantize()), and load that."
+        )
+    for name in unused:
+        module, _, attribute = name.rpartition(".")
+        if any(t.name == f"{module}.weight" for t in plan.spec.module_tensors(module)):
+            raise ModelError(
+                f"{checkpoint.folder}: tensor {name} belongs to {module}, but the model has no {attribute} there. The config "
+                "does not belong to this checkpoint, or it is of a kind that cannot be read."
+            )
 
 
 def _for_conversion(built: nn.Module, sources: Mapping[str, Source]) -> nn.Module:
@@ -201,6 +220,11 @@ class _CheckpointFill:
         """Read ranges of a tensor on disk into a view of a local one, a chunk of its first dim at a time."""
         info = self.infos[name]
         dtype = _dtype(info)
+        if dtype.itemsize == 1 and dtype != there.dtype:
+            raise CheckpointError(
+                f"{info.file}: tensor {name} is {info.dtype}, which without its scales is not the model's {there.dtype}. "
+                "Save it dequantized, and load that."
+            )
         direct = dtype == there.dtype and there.is_contiguous() and there.device.type == "cpu"
         if direct or there.dim() == 0:
             into = there if direct else torch.empty(there.shape, dtype=dtype)

@@ -14,17 +14,16 @@ Source: Megatron-LM's `LinearWithGradAccumulationAndAsyncCommunication`, which i
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from partita.torch.comm import Communicator, Work
-from partita.torch.inner import has_no_hooks
-from partita.torch.mappings import copy_to
+from partita.torch.mappings import copy_to, reduce_from
 from partita.torch.random import RegionRandomness
 
 OVERLAP_MACS = 1 << 24
@@ -32,12 +31,22 @@ OVERLAP_MACS = 1 << 24
 
 
 class _Later:
-    """What [1] leaves for [3], and [2] for [4]."""
+    """What [1] leaves for [3], and [2] for [4]; nothing where a gradient of the gradient is asked for."""
 
     def __init__(self) -> None:
         self.work: Work | None = None
         self.grad: Tensor | None = None
         self.input: Tensor | None = None
+        self.backward = -1
+        """Which run of autograd has left `grad`: a run that wants no weight gradient leaves it behind."""
+
+    def take(self) -> tuple[Tensor, Tensor] | None:
+        """The gradient and the input of [1] in this run of autograd, if it came by."""
+        grad, x = self.grad, self.input
+        self.grad = self.input = None
+        if grad is None or x is None or self.backward != torch._C._current_graph_task_id():
+            return None
+        return grad, x
 
 
 class _Wait(Function):
@@ -47,10 +56,10 @@ class _Wait(Function):
         return x.view_as(x)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        ctx.later.work.wait()
-        ctx.later.work = None
+        if ctx.later.work is not None:
+            ctx.later.work.wait()
+            ctx.later.work = None
         return grad, None
 
 
@@ -61,8 +70,9 @@ class _Start(Function):
         return x.view_as(x)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            return reduce_from(grad, ctx.comm), None, None
         # The gradient was made by [1] for nobody else, so that it may be summed in place.
         grad = grad.contiguous()
         ctx.later.work = ctx.comm.start_all_reduce_(grad)
@@ -77,15 +87,13 @@ class _WeightGradient(Function):
         return weight.view_as(weight)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, unused: Tensor | None) -> tuple[Tensor | None, ...]:
-        later = ctx.later
-        if later.grad is None or later.input is None:
-            return None, None
-        rows = later.grad.reshape(-1, later.grad.shape[-1])
-        weight_grad = rows.t() @ later.input.reshape(-1, later.input.shape[-1])
-        later.grad = later.input = None
-        return weight_grad, None
+    def backward(ctx: Any, given: Tensor | None) -> tuple[Tensor | None, ...]:
+        # What is given comes from gradients of gradients.
+        left = ctx.later.take()
+        if left is None:
+            return given, None
+        grad = _weight_gradient(*left)
+        return grad if given is None else grad + given, None
 
 
 class _Linear(Function):
@@ -96,13 +104,21 @@ class _Linear(Function):
         return F.linear(x, weight, bias)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
+        weight_grad = None
         if ctx.needs_input_grad[1]:
-            ctx.later.grad, ctx.later.input = grad, x
+            if torch.is_grad_enabled():
+                weight_grad = _weight_gradient(grad, x)
+            else:
+                later = ctx.later
+                later.grad, later.input, later.backward = grad, x, torch._C._current_graph_task_id()
         bias_grad = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.needs_input_grad[2] else None
-        return grad @ weight if ctx.needs_input_grad[0] else None, None, bias_grad, None
+        return grad @ weight if ctx.needs_input_grad[0] else None, weight_grad, bias_grad, None
+
+
+def _weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
+    return grad.reshape(-1, grad.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
 
 
 class RegionInput:
@@ -123,6 +139,12 @@ class RegionInput:
         self._weights: dict[int, tuple[Tensor, _Later]] = {}
         self._version = -1
         self._left = 0
+
+    def __deepcopy__(self, memo: dict[int, object]) -> RegionInput:
+        """An entry for the copies of its layers, which do not overlap: a copied layer must not bring its siblings along."""
+        twin = RegionInput(self.comm, self.users, copy.deepcopy(self.randomness, memo))
+        memo[id(self)] = twin
+        return twin
 
     def join(self, layer: nn.Module) -> None:
         """Count a column layer among the users; its inner layer is its attribute `linear`."""
@@ -173,5 +195,5 @@ class RegionInput:
         if self.users != len(self.layers) or torch.is_autocast_enabled(x.device.type):
             return False
         inner: list[Any] = [layer.linear for layer in self.layers]
-        plain = all(type(linear) is nn.Linear and has_no_hooks(linear) for linear in inner)
+        plain = all(layer._is_plain for layer in self.layers)
         return plain and sum(x.numel() * linear.out_features for linear in inner) >= OVERLAP_MACS
