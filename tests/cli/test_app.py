@@ -68,6 +68,13 @@ def test_mistakes_are_told_before_anything_starts(partita: Run, arguments: tuple
     assert said.err.count("\n") == 1
 
 
+def test_a_prompt_file_that_is_not_text(partita: Run, tmp_path: Path) -> None:
+    (tmp_path / "prompt").write_bytes(b"ab\xff")
+    said = partita("generate", "x", "--prompt-file", str(tmp_path / "prompt"))
+    assert said.code == 2
+    assert said.err == f"error: --prompt-file {tmp_path}/prompt is not UTF-8 text: invalid start byte at byte 2.\n"
+
+
 def test_debug_shows_the_traceback_and_the_message_once(partita: Run) -> None:
     said = partita("--debug", "plan", "./nowhere")
     assert said.code == 2

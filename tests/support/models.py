@@ -48,6 +48,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 """By a name for the test's output, transformers' config as data."""
 
 UNMEASURED: dict[str, dict[str, Any]] = {
+    "gpt-oss": {"model_type": "gpt_oss", **_QWEN, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2},
     "olmo2": {"model_type": "olmo2", **_QWEN},
     "stablelm": {"model_type": "stablelm", **_QWEN},
     "cohere": {"model_type": "cohere", **_QWEN},

@@ -73,7 +73,7 @@ def generate(
     as_json: AsJson = False,
 ) -> None:
     """Continue one or several texts with a model split over ranks. Every layout writes the same tokens."""
-    texts = [*(prompts or []), *(file.read_text(encoding="utf-8") for file in prompt_file or [])]
+    texts = [*(prompts or []), *map(_read_prompt, prompt_file or [])]
     if not texts:
         raise ModelError('there is no prompt. Give one behind the model ("Once upon a time") or with --prompt-file.')
     mesh = Mesh(dp=dp, tp=tp)
@@ -93,6 +93,13 @@ def generate(
         return 0
 
     launch.run(mesh, work)
+
+
+def _read_prompt(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ModelError(f"--prompt-file {file} is not UTF-8 text: {error.reason} at byte {error.start}.") from error
 
 
 @dataclass(frozen=True)

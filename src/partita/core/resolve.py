@@ -182,7 +182,8 @@ class _Resolver:
             self._head(tensors)
         elif "weight" in tensors and len(tensors["weight"].shape) == 2:
             self._linear(path, rule, tensors)
-        else:
+        elif rule.style != "vocab" or "weight" in tensors:
+            # (A module called as a head may hold a bias alone, beside the linear layer that is the head.)
             shapes = ", ".join(f"{name} {t.shape}" for name, t in tensors.items())
             raise PlanError(f"{path}: the style {rule.style} needs a weight of two dimensions, but it holds {shapes}.")
 

@@ -185,6 +185,7 @@ TABLES: Mapping[str, tuple[Rule, ...]] = {
     **dict.fromkeys(("olmo2", "olmo3"), VOCABULARY + WIDE_NORMS + MLP),
     **dict.fromkeys(("mixtral", "qwen3_moe", "qwen2_moe", "phimoe", "dots1", "granitemoe"), DENSE + EXPERTS),
     "olmoe": VOCABULARY + WIDE_NORMS + MLP + EXPERTS,
+    "gpt_oss": (*VOCABULARY, Rule("layers.*.self_attn", "head"), *ATTENTION),
     "phi3": VOCABULARY + PACKED_QKV + ATTENTION + MLP,
     "gpt2": VOCABULARY + CONV1D,
     "gpt_neox": VOCABULARY + QKV_BY_HEAD + MLP,

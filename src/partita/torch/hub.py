@@ -65,7 +65,10 @@ def read_hf_config(source: str | os.PathLike[str] | Mapping[str, Any] | Any, *, 
             return AutoConfig.for_model(**dict(source))
         return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     except Exception as error:
-        raise ModelError(f"{source}: transformers cannot read this config: {_first_line(error)}") from error
+        name = source.get("model_type", "a config") if isinstance(source, Mapping) else source
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = " ".join(lines[:3])[:300] or type(error).__name__
+        raise ModelError(f"{name}: transformers cannot read this config: {reason}") from error
 
 
 def model_class(config: Any) -> Any:

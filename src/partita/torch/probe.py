@@ -48,7 +48,8 @@ def plan_of_model(model: nn.Module, mesh: Mesh, layout: Any = None, rules: Rules
             reasons.append(str(error))
         else:
             return plan
-    raise ModelError(f"{spec.family} cannot be split over tp={mesh.tp}. " + " Split by itself: ".join(reasons))
+    why = reasons[0] if len(set(reasons)) == 1 else f"{reasons[0]} With each linear layer split by itself: {reasons[1]}"
+    raise ModelError(f"{spec.family} cannot be split over tp={mesh.tp}: {why}")
 
 
 def prove_unless_proven(model: nn.Module, plan: Plan) -> Plan:
@@ -89,7 +90,7 @@ def _measure(model: nn.Module, plan: Plan) -> str:
     try:
         unsplit = small_model(model, plan.spec.num_heads)
     except PartitaError as error:
-        return f"its family ({plan.spec.family}) was not measured, and it cannot be: {error}"
+        return f"its rules were not measured, and they cannot be: {error}"
     try:
         spec = spec_of(unsplit)
         small = Plan.make(spec, Mesh(tp=plan.mesh.tp), None, plan.rules)
@@ -98,11 +99,11 @@ def _measure(model: nn.Module, plan: Plan) -> str:
         return str(error)
     except Exception as error:
         text = str(error).splitlines()[0][:200] if str(error) else ""
-        return f"with these rules its forward fails: {type(error).__name__}: {text}."
+        return f"With its rules the forward fails: {type(error).__name__}: {text}."
     wrong = first_wrong(differences, TOLERANCE)
     if wrong is None:
         return ""
-    return f"with these rules the {wrong.kind} {wrong.name} differs from the unsplit model's by {wrong.error:.1e}."
+    return f"With its rules the {wrong.kind} {wrong.name} differs from the unsplit model's by {wrong.error:.1e}."
 
 
 def first_wrong(differences: list[Difference], tolerance: float) -> Difference | None:
