@@ -19,6 +19,10 @@ class ModelError(PartitaError, ValueError):
     """A model that is not understood, or that cannot be split as asked."""
 
 
+class UnknownFamilyError(ModelError):
+    """A family that Partita does not know itself; transformers may."""
+
+
 class CheckpointError(PartitaError, ValueError):
     """Files of a checkpoint that are missing, malformed or not the model's."""
 

@@ -14,7 +14,7 @@ from partita.core.mesh import Mesh
 from partita.core.model_spec import ModelSpec, read_config
 from partita.core.plan import Plan
 from partita.core.rules import Rules
-from partita.errors import ModelError
+from partita.errors import ModelError, UnknownFamilyError
 
 
 def make_plan(model: str, mesh: Mesh, layout: str | None = None) -> Plan:
@@ -29,16 +29,13 @@ def make_plan(model: str, mesh: Mesh, layout: str | None = None) -> Plan:
 
 def read_spec(model: str) -> tuple[ModelSpec, Rules | None]:
     """The facts of MODEL, and its rules where transformers had to be asked."""
-    from partita.core.families import known_families, spec_from_config
+    from partita.core.families import spec_from_config
 
     config = read_config(find_config(model))
-    if config["model_type"] in known_families():
-        try:
-            return spec_from_config(config), None
-        except ModelError as error:
-            if "needs transformers" not in str(error):
-                raise
-    return _ask_transformers(config)
+    try:
+        return spec_from_config(config), None
+    except UnknownFamilyError:
+        return _ask_transformers(config)
 
 
 def _ask_transformers(config: dict[str, Any]) -> tuple[ModelSpec, Rules]:

@@ -258,9 +258,14 @@ class Split:
     @cached_property
     def shared_ranges(self) -> tuple[Range, ...]:
         """The ranges that more than one rank holds, in ascending order: those whose gradients are summed."""
-        cuts = sorted({edge for ranges in self.by_rank for r in ranges for edge in r})
-        pieces = pairwise(cuts)
-        return merge((a, b) for a, b in pieces if len(self.holders(a)) > 1)
+        changes: dict[int, int] = {}
+        for ranges in self.by_rank:
+            for start, stop in ranges:
+                changes[start] = changes.get(start, 0) + 1
+                changes[stop] = changes.get(stop, 0) - 1
+        edges = sorted(changes)
+        held = accumulate(changes[edge] for edge in edges)
+        return merge((a, b) for (a, b), count in zip(pairwise(edges), held, strict=False) if count > 1)
 
     @property
     def is_partition(self) -> bool:

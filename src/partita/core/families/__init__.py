@@ -13,7 +13,7 @@ from partita.core.families import bloom, deepseek, dense, encoder, gpt, llama, m
 from partita.core.families.config import Config
 from partita.core.families.family import Architecture, Family
 from partita.core.model_spec import ModelSpec, TensorSpec, spec_from_tensors
-from partita.errors import ModelError
+from partita.errors import ModelError, UnknownFamilyError
 
 FAMILIES: Mapping[str, Family] = {
     **llama.FAMILIES,
@@ -41,15 +41,16 @@ def spec_from_config(config: Mapping[str, Any]) -> ModelSpec:
     causal (for encoders: masked) language model is meant. A `quantization_config` is not heeded.
 
     Raises:
-        ModelError: The family or the class is not one of those written down here, or a value makes no shapes.
+        UnknownFamilyError: The family or the class is not one of those written down here.
+        ModelError: A value makes no shapes.
     """
     model_type = config.get("model_type")
     family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
     if family is None:
-        raise ModelError(f"{model_type!r} is not a family that Partita knows itself: it needs transformers to be read.")
+        raise UnknownFamilyError(f"{model_type!r} is not a family that Partita knows itself: it needs transformers to be read.")
     for key in UNREAD:
         if config.get(key):
-            raise ModelError(
+            raise UnknownFamilyError(
                 f"{model_type} with {key} is not known to Partita itself: it needs transformers to be read."
             )
     name, architecture = find_architecture(family, config)
@@ -79,5 +80,5 @@ def find_architecture(family: Family, config: Mapping[str, Any]) -> tuple[str, A
     name = named[0] if isinstance(named, list | tuple) else named
     if not isinstance(name, str) or name not in family.architectures:
         known = ", ".join(family.architectures)
-        raise ModelError(f"{name!r} needs transformers to be read: of {config['model_type']} Partita knows {known}.")
+        raise UnknownFamilyError(f"{name!r} needs transformers to be read: of {config['model_type']} Partita knows {known}.")
     return name, family.architectures[name]
