@@ -15,6 +15,7 @@ from partita.errors import (
     ModelError,
     PartitaError,
     PlanError,
+    UnknownFamilyError,
 )
 
 __version__ = "0.1.0"
@@ -36,6 +37,7 @@ __all__ = [
     "Rules",
     "Split",
     "TensorSpec",
+    "UnknownFamilyError",
     "spec_from_checkpoint",
     "spec_from_config",
 ]

@@ -13,7 +13,7 @@ from partita.core.families import bloom, deepseek, dense, encoder, gpt, llama, m
 from partita.core.families.config import Config
 from partita.core.families.family import Architecture, Family
 from partita.core.model_spec import ModelSpec, TensorSpec, spec_from_tensors
-from partita.errors import ModelError, UnknownFamilyError
+from partita.errors import UnknownFamilyError
 
 FAMILIES: Mapping[str, Family] = {
     **llama.FAMILIES,
