@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -76,18 +77,18 @@ class Communicator:
         """Reduce over the ranks, in place."""
         if self.size == 1:
             return tensor
-        if op == dist.ReduceOp.SUM and tensor.is_contiguous() and self._exchanges(tensor):
-            other = torch.empty_like(tensor)
-            self._exchange(tensor, other)
+        if op == dist.ReduceOp.SUM and self._exchanges(tensor, tensor.numel()):
+            other = torch.empty_like(tensor, memory_format=torch.contiguous_format)
+            self._exchange(tensor.contiguous(), other)
             with torch.no_grad():
                 # a + b is b + a to the last bit, so that both ranks have the same sum.
                 return tensor.add_(other)
         dist.all_reduce(tensor, op=op, group=self.group)
         return tensor
 
-    def _exchanges(self, tensor: Tensor) -> bool:
-        """Whether a tensor is to go by send and receive between two ranks."""
-        return self._is_pair and tensor.device.type == "cpu" and tensor.numel() * tensor.itemsize <= EXCHANGE_BYTES
+    def _exchanges(self, tensor: Tensor, numel: int) -> bool:
+        """Whether a tensor of at most `numel` elements is to go by send and receive between two ranks."""
+        return self._is_pair and tensor.device.type == "cpu" and numel * tensor.itemsize <= EXCHANGE_BYTES
 
     def _exchange(self, mine: Tensor, theirs: Tensor) -> None:
         """Send the other of two ranks `mine` and receive what it sends; the sizes may differ."""
@@ -119,8 +120,10 @@ class Communicator:
         """
         if self.size == 1:
             return tensor
-        if self._exchanges(tensor):
-            shape = list(tensor.shape)
+        shape = list(tensor.shape)
+        shape[dim] = max(sizes) if sizes is not None else shape[dim]
+        # Both ranks must choose alike, so the larger part of the two decides.
+        if self._exchanges(tensor, math.prod(shape)):
             shape[dim] = sizes[1 - self.rank] if sizes is not None else shape[dim]
             mine, theirs = tensor.contiguous(), tensor.new_empty(shape)
             self._exchange(mine, theirs)
