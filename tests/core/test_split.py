@@ -32,6 +32,7 @@ def check_inverse(split: Split) -> None:
             holders[index].append(rank)
         owned += (own := elements(split.owned_ranges(rank)))
         assert all(split.owner(index) == rank for index in own)
+        assert all(start < stop for start, stop in split.owned_ranges(rank))
     assert sorted(owned) == list(range(split.size))
     assert all(split.holders(index) == tuple(ranks) for index, ranks in holders.items())
     assert elements(split.shared_ranges) == [index for index, ranks in holders.items() if len(ranks) > 1]
