@@ -12,7 +12,7 @@ from typing import Any
 
 from partita.core.layout import LayerType, PipelineParallelLayerLayout
 from partita.core.mesh import Mesh
-from partita.core.model_spec import DTYPE_BYTES, ModelSpec, TensorSpec
+from partita.core.model_spec import DTYPE_BYTES, ModelSpec, TensorSpec, config_number, text_config
 from partita.core.resolve import AttentionPlan, ModulePlan, TensorPlan, resolve
 from partita.core.rules import STYLES, Rule, Rules, rules_for
 from partita.core.split import Split, deal
@@ -273,6 +273,10 @@ _AT_THE_END = re.compile(
 )
 
 
+def _mtp_layers(spec: ModelSpec) -> int:
+    return config_number(text_config(spec.config), "num_nextn_predict_layers", "mtp_num_layers", "num_mtp_layers")
+
+
 def default_layout(spec: ModelSpec, pp: int) -> PipelineParallelLayerLayout:
     """The layers dealt out evenly over `pp` stages, first stages first, the embedding before and the loss behind."""
     if pp > 1 and not spec.layers:
@@ -291,7 +295,8 @@ def default_layout(spec: ModelSpec, pp: int) -> PipelineParallelLayerLayout:
 
 def _check_layout(layout: PipelineParallelLayerLayout, spec: ModelSpec) -> None:
     """Raise `LayoutError` unless `layout` runs every layer of the model once. Of MTP layers it may have any number."""
-    layout.validate_layer_layout(spec.num_layers, sum(kind is LayerType.mtp for kind in layout.flatten_layout))
+    # A layout may leave out the multi-token prediction that a model was trained with.
+    layout.validate_layer_layout(spec.num_layers, _mtp_layers(spec) if LayerType.mtp in layout.flatten_layout else 0)
 
 
 # --- reading what may have been changed by hand ---------------------------------------------------------------------------

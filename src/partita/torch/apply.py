@@ -24,7 +24,7 @@ from partita.torch.random import RegionRandomness, has_dropout
 from partita.torch.region import RegionInput
 
 WRAPPERS = ("linear", "embedding", "base_layer")
-"""Names that split layers and adapters put into a parameter's path; without them it is the unsplit model's."""
+"""Names that split layers and adapters put into a parameter's path."""
 
 
 def apply_plan(model: nn.Module, plan: Plan, comm: Communicator) -> nn.Module:
@@ -58,6 +58,8 @@ def finish(model: nn.Module, plan: Plan, groups: ParallelGroups) -> nn.Module:
     model.partita_groups = groups  # type: ignore[assignment]
     if groups.mp.world_size > 1 and hasattr(type(model), "generate"):
         model.generate = MethodType(_generate_alike, model)  # type: ignore[assignment]
+    if groups.mp.world_size > 1 and hasattr(type(model), "save_pretrained"):
+        model.save_pretrained = MethodType(_refuse_to_save, model)  # type: ignore[assignment]
     return model
 
 
@@ -66,6 +68,13 @@ def _generate_alike(model: Any, *args: Any, **kwargs: Any) -> Any:
     state = model.partita_groups.mp.comm.broadcast_(torch.get_rng_state())
     torch.set_rng_state(state)
     return type(model).generate(model, *args, **kwargs)
+
+
+def _refuse_to_save(model: Any, *args: Any, **kwargs: Any) -> None:
+    raise ModelError(
+        "save_pretrained would write this rank's part alone. Let every rank call partita.torch.save(model, folder): it writes "
+        "the unsplit model, which from_pretrained reads."
+    )
 
 
 def plan_of(model: nn.Module) -> tuple[Plan, ParallelGroups]:
@@ -95,21 +104,37 @@ def check_model(model: nn.Module, plan: Plan) -> None:
 
 
 def unsplit_name(name: str) -> str:
-    """The name in the unsplit model of a split model's parameter: without what the split layers put into its path."""
+    """The name in the unsplit model of a split model's parameter, for models that have no modules of such names themselves.
+
+    `parameter_homes` knows the split layers by their classes, and so any model's names.
+    """
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
 def parameter_homes(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
     """Where each tensor of the unsplit model lives in the split one: by unsplit name the module and its attribute."""
-    homes = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        for attribute in (
-            *module._parameters,
-            *(b for b in module._buffers if b not in module._non_persistent_buffers_set),
-        ):
+    homes: dict[str, tuple[nn.Module, str]] = {}
+
+    def walk(module: nn.Module, path: str) -> None:
+        saved = (b for b in module._buffers if b not in module._non_persistent_buffers_set)
+        for attribute in (*module._parameters, *saved):
             if getattr(module, attribute) is not None:
-                homes[unsplit_name(f"{path}.{attribute}" if path else attribute)] = (module, attribute)
+                homes[path + attribute] = (module, attribute)
+        for name, child in module._modules.items():
+            if child is not None:
+                walk(child, path if _is_inner(module, name) else f"{path}{name}.")
+
+    walk(model, "")
     return homes
+
+
+def _is_inner(module: nn.Module, name: str) -> bool:
+    """Whether a child is what a split layer or an adapter wraps, whose name the unsplit model has not."""
+    if isinstance(module, (ColumnParallelLinear, RowParallelLinear)):
+        return name == "linear"
+    if isinstance(module, VocabParallelEmbedding):
+        return name == "embedding"
+    return name == "base_layer"
 
 
 def local_tensors(model: nn.Module, plan: Plan) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -130,7 +131,7 @@ def spec_of(model: nn.Module) -> ModelSpec:
         tied_to = first.setdefault(id(tensor), name)
         tensors[name] = TensorSpec(name, tuple(tensor.shape), tied_to if tied_to != name else None, name in buffers)
     config: Any = getattr(model, "config", None)
-    data = config.to_dict() if hasattr(config, "to_dict") else {}
+    data = json.loads(config.to_json_string(use_diff=False)) if hasattr(config, "to_json_string") else {}
     linears = frozenset(p for p, m in model.named_modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D")
     layers, num_layers = _find_layer_list(model)
     dtype = str(next((t.dtype for t in model.parameters()), torch.float32)).removeprefix("torch.")

@@ -47,7 +47,9 @@ def spec_from_config(config: Mapping[str, Any]) -> ModelSpec:
     model_type = config.get("model_type")
     family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
     if family is None:
-        raise UnknownFamilyError(f"{model_type!r} is not a family that Partita knows itself: it needs transformers to be read.")
+        raise UnknownFamilyError(
+            f"{model_type!r} is not a family that Partita knows itself: it needs transformers to be read."
+        )
     for key in UNREAD:
         if config.get(key):
             raise UnknownFamilyError(
@@ -80,5 +82,7 @@ def find_architecture(family: Family, config: Mapping[str, Any]) -> tuple[str, A
     name = named[0] if isinstance(named, list | tuple) else named
     if not isinstance(name, str) or name not in family.architectures:
         known = ", ".join(family.architectures)
-        raise UnknownFamilyError(f"{name!r} needs transformers to be read: of {config['model_type']} Partita knows {known}.")
+        raise UnknownFamilyError(
+            f"{name!r} needs transformers to be read: of {config['model_type']} Partita knows {known}."
+        )
     return name, family.architectures[name]
