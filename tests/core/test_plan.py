@@ -690,6 +690,12 @@ def test_what_was_changed_is_named(path: tuple[str, ...], value: Any, match: str
 
 
 def test_a_layout_has_no_more_prediction_layers_than_the_model() -> None:
-    config = {"model_type": "llama", "num_hidden_layers": 2, "hidden_size": 8, "num_attention_heads": 2, "vocab_size": 8}
+    config = {
+        "model_type": "llama",
+        "num_hidden_layers": 2,
+        "hidden_size": 8,
+        "num_attention_heads": 2,
+        "vocab_size": 8,
+    }
     with pytest.raises(LayoutError, match="mtp"):
         Plan.make(spec_from_config(config), Mesh(pp=2), "Et|tmL")
