@@ -65,6 +65,10 @@ def _narrow(config: Mapping[str, Any], num_heads: int) -> dict[str, Any]:
                 changes[key] = num_heads * min(width, own)
         if type(head_dim) is int:
             changes["head_dim"] = min(width, head_dim)
+    elif hidden and type(head_dim) is int:
+        # Heads of a width of their own: the model's width is free of them.
+        changes |= {key: 64 for key, value in _numbers(config, _HIDDEN) if value == hidden[0]}
+        changes["head_dim"] = min(width, head_dim)
     changes |= {key: min(value, _WIDTH) for key, value in _numbers(config, _INNER)}
     changes |= {key: min(value, 16) for key, value in _numbers(config, _RANKS)}
     changes |= {key: min(value, width) for key, value in _numbers(config, ("rotary_dim",))}
