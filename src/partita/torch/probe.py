@@ -24,7 +24,7 @@ from partita.torch.threads import run_as_threads
 TOLERANCE = 1e-9
 """Largest relative error of a split that counts as right in float64: far above rounding, far below any mistake."""
 
-LARGEST_PARAMETERS = 50_000_000
+LARGEST_PARAMETERS = 100_000_000
 """A small model of more parameters than this is not small."""
 
 
