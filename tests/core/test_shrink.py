@@ -21,6 +21,12 @@ def test_heads_switches_and_kinds_of_layers_stay() -> None:
 
 
 def test_heads_of_a_width_of_their_own() -> None:
-    config = {"hidden_size": 4096, "num_attention_heads": 96, "head_dim": 128, "num_hidden_layers": 46, "vocab_size": 100}
+    config = {
+        "hidden_size": 4096,
+        "num_attention_heads": 96,
+        "head_dim": 128,
+        "num_hidden_layers": 46,
+        "vocab_size": 100,
+    }
     small = next(shrunk_configs(config, 96))
     assert (small["hidden_size"], small["head_dim"], small["num_attention_heads"]) == (64, 8, 96)
