@@ -155,8 +155,12 @@ def _heads(config: Any) -> tuple[int, int]:
     """Head counts by transformers' own common names, (0, 0) where they differ by layer or are not known."""
     if hasattr(config, "get_text_config"):
         config = config.get_text_config()
-    heads = getattr(config, "num_attention_heads", None)
-    kv_heads = getattr(config, "num_key_value_heads", None)
+    try:
+        heads = getattr(config, "num_attention_heads", None)
+        kv_heads = getattr(config, "num_key_value_heads", None)
+    except Exception:
+        # transformers refuses to give one number where layers differ.
+        return 0, 0
     if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):
         kv_heads = 1
     if type(heads) is not int:

@@ -56,7 +56,7 @@ class ThreadCommunicator(Communicator):
     def start_all_reduce_(self, tensor: Tensor) -> Work:
         """See `Communicator.start_all_reduce_`."""
         self.all_reduce_(tensor)
-        return super().single().start_all_reduce_(tensor)
+        return Communicator.single().start_all_reduce_(tensor)
 
     def all_gather(self, tensor: Tensor, dim: int = -1, sizes: Sequence[int] | None = None) -> Tensor:
         """See `Communicator.all_gather`."""
