@@ -42,9 +42,9 @@ def likeliest(logits: Tensor, split: Split | None, comm: Communicator) -> Tensor
     Returns:
         int64 `[rows]`, the same on every rank.
     """
-    value, index = logits.max(-1)
     if split is None:
         return logits.argmax(-1)
+    value, index = logits.max(-1)
     start = split.ranges(comm.rank)[0][0]
     # Logits and ids are exact in float64, so that one message carries both.
     best = comm.all_gather(torch.stack([value.double(), (index + start).double()]).unsqueeze(0), 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from typing import Any
 
 import torch
@@ -73,8 +74,8 @@ def prove(model: nn.Module, plan: Plan) -> None:
         type(model).__name__,
         plan.spec.family,
         plan.mesh.tp,
-        plan.spec.num_heads,
-        plan.spec.num_kv_heads,
+        # Every switch of the config counts: a verdict on one is none on another.
+        json.dumps(dict(plan.spec.config), sort_keys=True, default=str),
         plan.rules,
     )
     if key not in _proven:

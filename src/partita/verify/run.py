@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from partita.core.mesh import Mesh
 from partita.core.plan import Plan
@@ -16,7 +16,7 @@ from partita.errors import CheckpointError, ModelError
 from partita.torch.apply import apply_plan, finish
 from partita.torch.compare import Float64Everywhere, compare
 from partita.torch.generate import Sampling, generate
-from partita.torch.groups import ParallelGroups, init_process_group, make_groups, single_groups
+from partita.torch.groups import init_process_group, make_groups, single_groups
 from partita.torch.hub import build_on_meta, find_model, read_hf_config, spec_of
 from partita.torch.load import as_dtype, check_stages, load
 from partita.torch.probe import fill_unsplit, plan_of_model, sample_inputs, small_model
@@ -79,13 +79,13 @@ def verify(
         parameter.requires_grad_(parameter.is_floating_point())
     with together(groups):
         plan = plan_of_model(unsplit, mesh)
-        split = _split_copy(unsplit, plan, groups)
+        split = finish(apply_plan(copy.deepcopy(unsplit), plan, groups.mp.comm), plan, groups)
         inputs = sample_inputs(unsplit)
     tolerance = TOLERANCES[wanted]
     with Float64Everywhere() if wanted == torch.float64 else nullcontext():
         differences = compare(unsplit, split, plan, groups, inputs)
         rows = [Row(d.kind, d.name, d.error, tolerance) for d in differences]
-        rows += _tokens(unsplit, split, groups)
+        rows += _tokens(unsplit, split, inputs["input_ids"])
     size = sum(p.numel() for p in unsplit.parameters())
     what = f"{type(unsplit).__name__} ({plan.spec.family}), {size:,} parameters, {dtype}, {mesh}"
     return Report(tuple(rows), what, shrunk)
@@ -102,21 +102,12 @@ def _whole(folder: Path, built: nn.Module, dtype: torch.dtype) -> nn.Module:
     return fill_unsplit(built)
 
 
-def _split_copy(unsplit: nn.Module, plan: Plan, groups: ParallelGroups) -> nn.Module:
-    """The split form of an equal model, so that the unsplit one stays as it is."""
-    with torch.no_grad():
-        twin = copy.deepcopy(unsplit)
-    return finish(apply_plan(twin, plan, groups.mp.comm), plan, groups)
-
-
-def _tokens(unsplit: nn.Module, split: nn.Module, groups: ParallelGroups) -> list[Row]:
-    """Whether both continue two prompts of different lengths with the same tokens."""
-    vocabulary = sample_inputs(unsplit)["input_ids"]
-    prompts = [vocabulary[0, :6].tolist(), vocabulary[1].tolist()]
+def _tokens(unsplit: nn.Module, split: nn.Module, ids: Tensor) -> list[Row]:
+    """Whether both continue two prompts of different lengths, taken from `ids`, with the same tokens."""
+    prompts = [ids[0, :6].tolist(), ids[1].tolist()]
     sampling = Sampling(max_new_tokens=NEW_TOKENS, ignore_eos=True)
     try:
-        alone = single_groups()
-        finish(unsplit, Plan.make(spec_of(unsplit), Mesh()), alone)
+        finish(unsplit, Plan.make(spec_of(unsplit), Mesh()), single_groups())
         expected = generate(unsplit, prompts, sampling)
     except ModelError:
         return []
