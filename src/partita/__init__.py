@@ -15,8 +15,10 @@ from partita.errors import (
     ModelError,
     PartitaError,
     PlanError,
+    ScheduleError,
     UnknownFamilyError,
 )
+from partita.schedule.action import Schedule
 
 __version__ = "0.1.0"
 
@@ -35,6 +37,8 @@ __all__ = [
     "PlanError",
     "Rule",
     "Rules",
+    "Schedule",
+    "ScheduleError",
     "Split",
     "TensorSpec",
     "UnknownFamilyError",

@@ -15,6 +15,10 @@ class PlanError(PartitaError, ValueError):
     """A mesh, split, rule or plan that cannot be."""
 
 
+class ScheduleError(PartitaError, ValueError):
+    """A pipeline schedule that cannot be built, read or run."""
+
+
 class ModelError(PartitaError, ValueError):
     """A model that is not understood, or that cannot be split as asked."""
 

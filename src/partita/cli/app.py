@@ -17,6 +17,7 @@ from partita.cli.generate import generate
 from partita.cli.layout import layout
 from partita.cli.plan import plan
 from partita.cli.reference import reference
+from partita.cli.schedule import schedule
 from partita.cli.train import train
 from partita.cli.verify import verify
 
@@ -76,6 +77,15 @@ for _command, _examples in (
             'partita plan config.json --tp 8 --pp 4 --layout "E(t*7|)*6t*7|t*10L"',
             "partita plan ./my-model --tp 3 --tensors",
             "partita plan ./my-model --tp 2 --save plan.json",
+        ),
+    ),
+    (
+        schedule,
+        (
+            "partita schedule --kind 1f1b --pp 4 --microbatches 8",
+            "partita schedule --kind zb-h1 --pp 8 --microbatches 24 --f 12 --b 11.5 --w 8 --comm 0.4 --picture zb-h1.svg",
+            "partita schedule --kind interleaved-1f1b --pp 4 --vpp 2 --microbatches 8 --f 3,4,4,4,4,4,4,3 --json",
+            "partita schedule --kind gpipe --pp 2 --microbatches 4 --csv > mine.csv; partita schedule --from mine.csv",
         ),
     ),
     (

@@ -1,0 +1,215 @@
+"""`partita schedule`: what each pipeline rank computes when, how long it idles, and how much it keeps alive."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from partita.cli.console import out, print_json
+from partita.cli.options import AsJson
+from partita.errors import ScheduleError
+from partita.schedule import (
+    KINDS,
+    Costs,
+    Schedule,
+    Timeline,
+    build,
+    check,
+    chrome_trace,
+    grid,
+    lower,
+    picture,
+    simulate,
+)
+
+COSTS = "Costs, in any one unit of time"
+FILES = "Files"
+MAX_LISTED = 32
+"""Ranks whose peaks are listed for people; JSON has them all."""
+
+
+def schedule(
+    kind: Annotated[
+        str | None,
+        typer.Option(
+            "--kind",
+            metavar="KIND",
+            help="\n\n".join(f"[bold]{name}[/bold]: {what}" for name, what in KINDS.items()),
+            show_default=False,
+        ),
+    ] = None,
+    pp: Annotated[int | None, typer.Option("--pp", help="Pipeline ranks.", show_default=False)] = None,
+    microbatches: Annotated[
+        int | None, typer.Option("--microbatches", help="Micro-batches of a step; any number.", show_default=False)
+    ] = None,
+    vpp: Annotated[
+        int | None,
+        typer.Option("--vpp", help="Stages of a rank; by default the kind's usual number.", show_default=False),
+    ] = None,
+    group_size: Annotated[
+        int | None,
+        typer.Option(
+            "--group-size",
+            help="Of interleaved-1f1b: micro-batches that pass through a stage before the rank's next one; by default --pp.",
+            show_default=False,
+        ),
+    ] = None,
+    source: Annotated[
+        Path | None,
+        typer.Option(
+            "--from",
+            metavar="FILE.csv",
+            help="Your own schedule instead of --kind: a row a rank, cells as 2F0 (stage, F B W or BW, micro-batch). "
+            "It is checked first.",
+            show_default=False,
+        ),
+    ] = None,
+    f: Annotated[
+        str,
+        typer.Option(
+            "--f", metavar="TIME", help="Forward: one for all stages, or one a stage: 3,4,4.", rich_help_panel=COSTS
+        ),
+    ] = "1",
+    b: Annotated[
+        str, typer.Option("--b", metavar="TIME", help="Input gradient, likewise.", rich_help_panel=COSTS)
+    ] = "1",
+    w: Annotated[
+        str,
+        typer.Option("--w", metavar="TIME", help="Weight gradient, likewise; BW takes b + w.", rich_help_panel=COSTS),
+    ] = "1",
+    comm: Annotated[
+        float, typer.Option("--comm", metavar="TIME", help="Latency from rank to rank.", rich_help_panel=COSTS)
+    ] = 0.0,
+    lowered: Annotated[
+        bool, typer.Option("--lowered", help="Add sends and receives, and show steps instead of time.")
+    ] = False,
+    as_json: AsJson = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print the schedule as --from reads it.")] = False,
+    image: Annotated[
+        Path | None,
+        typer.Option(
+            "--picture", metavar="FILE", help="Draw it, as .svg or .png.", rich_help_panel=FILES, show_default=False
+        ),
+    ] = None,
+    trace: Annotated[
+        Path | None,
+        typer.Option(
+            "--trace",
+            metavar="FILE.json",
+            help="Write a trace for ui.perfetto.dev. A unit of time becomes a millisecond there.",
+            rich_help_panel=FILES,
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Simulate a pipeline schedule: what each rank computes when, its bubble, and the micro-batches it keeps alive.
+
+    The bubble is told as part of the makespan (of all ranks, first start to last end) and of the longest span.
+
+    A span is one rank's first start to its own last end: all that is lost where steps may overlap at their ends.
+    """
+    if as_json and as_csv:
+        raise ScheduleError("give --json or --csv, not both.")
+    costs = Costs(_times("--f", f), _times("--b", b), _times("--w", w), comm)
+    made = _make(source, kind, pp, microbatches, vpp, group_size)
+    if lowered:
+        made = lower(made, costs)
+    timeline = simulate(made, costs)
+    name = f"{source or kind}, pp {made.num_ranks}, {_microbatches(made.num_microbatches)}"
+    if image is not None:
+        picture({name: timeline}, image)
+    if trace is not None:
+        trace.write_text(json.dumps(chrome_trace({name: timeline}, unit_us=1000.0)), encoding="utf-8")
+    if as_csv:
+        typer.echo(made.to_csv(), nl=False)
+    elif as_json:
+        print_json(_as_data(timeline, costs, kind))
+    else:
+        _show(timeline, name, lowered=lowered)
+
+
+def _make(
+    source: Path | None,
+    kind: str | None,
+    pp: int | None,
+    microbatches: int | None,
+    vpp: int | None,
+    group_size: int | None,
+) -> Schedule:
+    asked = {"--kind": kind, "--pp": pp, "--microbatches": microbatches, "--vpp": vpp, "--group-size": group_size}
+    if source is not None:
+        given = [name for name, value in asked.items() if value is not None]
+        if given:
+            raise ScheduleError(f"--from {source} says all of the schedule: leave out {', '.join(given)}.")
+        return _read(source)
+    if kind is None or pp is None or microbatches is None:
+        missing = [name for name, value in list(asked.items())[:3] if value is None]
+        raise ScheduleError(f"{', '.join(missing)} missing: give --kind, --pp and --microbatches, or --from FILE.csv.")
+    return build(kind, pp, microbatches, vpp, group_size=group_size)
+
+
+def _read(source: Path) -> Schedule:
+    try:
+        made = Schedule.from_csv(source.read_text(encoding="utf-8"))
+        check(made)
+    except UnicodeDecodeError as error:
+        raise ScheduleError(f"--from {source} is not UTF-8 text: {error.reason} at byte {error.start}.") from None
+    except ScheduleError as error:
+        raise ScheduleError(f"--from {source}: {error}") from None
+    return made
+
+
+def _times(option: str, text: str) -> float | tuple[float, ...]:
+    try:
+        numbers = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise ScheduleError(
+            f"{option} must be a number, or one a stage with commas between, but is {text!r}."
+        ) from None
+    return numbers if len(numbers) > 1 else numbers[0]
+
+
+def _microbatches(number: int) -> str:
+    return f"{number:,} micro-batch{'' if number == 1 else 'es'}"
+
+
+def _as_data(timeline: Timeline, costs: Costs, kind: str | None) -> dict[str, Any]:
+    made = timeline.schedule
+    return {
+        "kind": kind,
+        "pp": made.num_ranks,
+        "vpp": max(made.rank_of.count(rank) for rank in range(made.num_ranks)),
+        "microbatches": made.num_microbatches,
+        "rank_of": list(made.rank_of),
+        "costs": {"f": costs.f, "b": costs.b, "w": costs.w, "comm": costs.comm},
+        "makespan": timeline.makespan,
+        "bubble_makespan": timeline.bubble_makespan,
+        "bubble_span": timeline.bubble_span,
+        "busy": list(timeline.busy),
+        "peak_activations": list(timeline.peak_activations),
+    }
+
+
+def _show(timeline: Timeline, name: str, *, lowered: bool) -> None:
+    made = timeline.schedule
+    console = out()
+    console.print(f"{name}\n", style="bold", soft_wrap=True)
+    console.print(grid(made if lowered else timeline, console.width) + "\n", soft_wrap=True)
+    console.print(
+        f"bubble    {timeline.bubble_makespan:.2%} of the makespan, {timeline.bubble_span:.2%} of the longest span"
+    )
+    console.print(f"makespan  {timeline.makespan:,.6g}")
+    console.print(f"alive     at most {_peaks(timeline)}", soft_wrap=True)
+
+
+def _peaks(timeline: Timeline) -> str:
+    peaks = timeline.peak_activations
+    if len(set(peaks)) == 1:
+        return f"{_microbatches(peaks[0])} on {'every' if len(peaks) > 1 else 'the one'} rank"
+    shown = [str(peak) for peak in peaks]
+    if len(shown) > MAX_LISTED:
+        shown[MAX_LISTED // 2 : -MAX_LISTED // 2] = ["..."]
+    return f"{' '.join(shown)} micro-batches on ranks 0 to {len(peaks) - 1}"

@@ -1,0 +1,51 @@
+"""`lower` adds the sends and receives between stages on different ranks."""
+
+from __future__ import annotations
+
+from operator import itemgetter
+
+from partita.schedule.action import Action, Kind, Schedule
+from partita.schedule.simulate import Costs, walk_to_end
+
+_SENDS = {Kind.F: (Kind.SEND_F, 1), Kind.B: (Kind.SEND_B, -1), Kind.BW: (Kind.SEND_B, -1)}
+
+
+def lower(schedule: Schedule, costs: Costs | None = None) -> Schedule:
+    """The schedule with its sends and receives; one that has them already is returned as it is.
+
+    All computations of all ranks are put in one order, by when they end, and every transfer comes right after what it
+    sends. Each rank's list is that order, of it what concerns the rank: the send in the sender's, the receive in the
+    receiver's. Therefore
+
+    - two ranks meet all their transfers, of both directions, in the same order: they need no tags;
+    - sends and receives that wait for each other cannot deadlock, for the first unfinished thing of the order can run;
+    - a receive stands before what its rank computes while it is on its way: posted there, it has arrived in time.
+
+    Args:
+        schedule: Forwards and backwards.
+        costs: What the order of ends follows from; equal costs by default. Any costs give a schedule that is right.
+
+    Raises:
+        ScheduleError: The schedule cannot run, or `costs` are for other stages.
+    """
+    if schedule.is_lowered:
+        return schedule
+    rank_of, last = schedule.rank_of, schedule.num_stages - 1
+    rows: list[list[Action]] = [[] for _ in schedule.ranks]
+    for rank, action in _by_end(schedule, costs if costs is not None else Costs()):
+        rows[rank].append(action)
+        kind, step = _SENDS.get(action.kind, (None, 0))
+        to = action.stage + step
+        if kind is not None and 0 <= to <= last and rank_of[to] != rank:
+            send = Action(action.stage, kind, action.microbatch)
+            rows[rank].append(send)
+            rows[rank_of[to]].append(send.partner)
+    return Schedule(tuple(map(tuple, rows)))
+
+
+def _by_end(schedule: Schedule, costs: Costs) -> list[tuple[int, Action]]:
+    """Every (rank, action), by when it ends. Of those that end together, what another needs comes first."""
+    walked = walk_to_end(schedule, costs)
+    left = [zip(ends, row, strict=True) for ends, row in zip(walked.ends, schedule.ranks, strict=True)]
+    done = [(rank, *next(left[rank])) for rank in walked.order]
+    return [(rank, action) for rank, _, action in sorted(done, key=itemgetter(1))]

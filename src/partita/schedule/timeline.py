@@ -1,0 +1,99 @@
+"""`Timeline`: when each action of a schedule began and ended, predicted or measured, and what that says."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from partita.schedule.action import Kind, Schedule
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """When each action began and ended. Bubbles count computing actions alone: sends and receives occupy no rank.
+
+    Attributes:
+        schedule: The actions.
+        starts: When each began, a row a rank in the schedule's order; the unit is whoever measured it.
+        ends: When each ended.
+    """
+
+    schedule: Schedule
+    starts: tuple[tuple[float, ...], ...]
+    ends: tuple[tuple[float, ...], ...]
+
+    @cached_property
+    def _spans(self) -> tuple[tuple[float, float, float], ...]:
+        """Of each rank: when it first began to compute, when it last ended, how long it was busy."""
+        spans = []
+        for row, starts, ends in zip(self.schedule.ranks, self.starts, self.ends, strict=True):
+            times = [(start, end) for action, start, end in zip(row, starts, ends, strict=True) if action.is_compute]
+            first = min((start for start, _ in times), default=math.inf)
+            last = max((end for _, end in times), default=-math.inf)
+            spans.append((first, last, sum(end - start for start, end in times)))
+        return tuple(spans)
+
+    @property
+    def makespan(self) -> float:
+        """From the first start of all ranks to the last end."""
+        begin = min((start for start, _, _ in self._spans), default=math.inf)
+        return max(0.0, max((end for _, end, _ in self._spans), default=-math.inf) - begin)
+
+    @property
+    def busy(self) -> tuple[float, ...]:
+        """How long each rank computes."""
+        return tuple(busy for _, _, busy in self._spans)
+
+    @property
+    def bubble_makespan(self) -> float:
+        """The part of the makespan that a rank idles, on average: 1 - mean of `busy` / `makespan`."""
+        return self._idle(self.makespan)
+
+    @property
+    def bubble_span(self) -> float:
+        """1 - mean of `busy` / the longest time from a rank's own first start to its own last end.
+
+        This is the bubble rate of 2401.10241, whose cost of a schedule is the longest that a stage takes from its own
+        start to its own end: ranks that begin one after the other, and end so, lose nothing where the next step begins so.
+        """
+        return self._idle(max((end - start for start, end, _ in self._spans), default=0.0))
+
+    def _idle(self, time: float) -> float:
+        return 1 - sum(self.busy) / len(self.busy) / time if time > 0 else 0.0
+
+    @cached_property
+    def peak_activations(self) -> tuple[int, ...]:
+        """Of each rank the most micro-batches of a virtual stage alive at once.
+
+        One is alive from the start of its forward to the end of its weight gradient, or of its forward where nothing
+        trains. The unit is one micro-batch of one virtual stage.
+        """
+        last = {Kind.BW, Kind.W} if self.schedule.trains else {Kind.F}
+        return tuple(_peak([action.kind for action in row], last) for row in self.schedule.ranks)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as JSON takes it: the numbers above, and every action as [text, start, end]."""
+        return {
+            "makespan": self.makespan,
+            "bubble_makespan": self.bubble_makespan,
+            "bubble_span": self.bubble_span,
+            "busy": list(self.busy),
+            "peak_activations": list(self.peak_activations),
+            "ranks": [
+                [[str(action), start, end] for action, start, end in zip(*row, strict=True)]
+                for row in zip(self.schedule.ranks, self.starts, self.ends, strict=True)
+            ],
+        }
+
+
+def _peak(kinds: list[Kind], last: set[Kind]) -> int:
+    alive = peak = 0
+    for kind in kinds:
+        if kind is Kind.F:
+            alive += 1
+            peak = max(peak, alive)
+        if kind in last:
+            alive -= 1
+    return peak
