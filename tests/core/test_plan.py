@@ -697,5 +697,8 @@ def test_a_layout_has_no_more_prediction_layers_than_the_model() -> None:
         "num_attention_heads": 2,
         "vocab_size": 8,
     }
+    added = Plan.make(spec_from_config(config), Mesh(pp=2), "Et|tmmL")
+    assert [stage.mtp_layers for pp in range(2) for stage in added.stages(pp)] == [(), (0, 1)]
+    named = spec_from_config({**config, "num_nextn_predict_layers": 1})
     with pytest.raises(LayoutError, match="mtp"):
-        Plan.make(spec_from_config(config), Mesh(pp=2), "Et|tmL")
+        Plan.make(named, Mesh(pp=2), "Et|tmmL")

@@ -187,7 +187,7 @@ def test_every_query_head_finds_its_kv_head(parts: int) -> None:
             mine, mine_kv = elements(queries.ranges(rank)), elements(keys.ranges(rank))
             # Those that are attended to, and no others.
             assert mine_kv == sorted({head // group for head in mine})
-            positions = kv_positions(heads, kv_heads, parts, rank)
+            positions = kv_positions(group, queries, rank)
             assert [mine_kv[position] for position in positions] == [head // group for head in mine]
         holders = {kv: sum(kv in elements(keys.ranges(rank)) for rank in range(parts)) for kv in range(kv_heads)}
         assert elements(keys.shared_ranges) == [kv for kv, count in holders.items() if count > 1]
@@ -215,7 +215,7 @@ def test_heads_in_expected_rows() -> None:
     # Qwen2: 14 heads that share 2 KV heads. Over 3 ranks the middle one needs both.
     assert Split.heads(14, 2, 3).by_rank == (((0, 5),), ((5, 10),), ((10, 14),))
     assert Split.kv_heads(14, 2, 3).by_rank == (((0, 1),), ((0, 2),), ((1, 2),))
-    assert kv_positions(14, 2, 3, 1) == (0, 0, 1, 1, 1)
+    assert kv_positions(7, Split.heads(14, 2, 3), 1) == (0, 0, 1, 1, 1)
     assert Split.kv_heads(14, 2, 3).shared_ranges == ((0, 2),)
     assert [Split.kv_heads(14, 2, 3).owned_ranges(r) for r in range(3)] == [((0, 1),), ((1, 2),), ()]
     # Over 4 ranks each KV head has two, and its 7 query heads are dealt 4 and 3.

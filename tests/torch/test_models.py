@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from partita.core.mesh import Mesh
-from partita.torch.apply import apply_plan, finish, local_tensors, plan_of
+from partita.torch.apply import apply_plan, local_tensors, plan_of
 from partita.torch.compare import Float64Everywhere, compare
+from partita.torch.finish import finish
 from partita.torch.fresh import fresh
 from partita.torch.generate import Sampling, generate
 from partita.torch.groups import make_groups, single_groups
@@ -27,7 +28,7 @@ def _differences(data: dict[str, Any], tp: int) -> list[tuple[str, str, float]]:
     unsplit = fill_unsplit(build_on_meta(read_hf_config(data), torch.float64))
     plan = plan_of_model(unsplit, Mesh(tp=tp))
     groups = make_groups(plan.mesh)
-    split = finish(apply_plan(copy.deepcopy(unsplit), plan, groups.mp.comm), plan, groups)
+    split = finish(apply_plan(copy.deepcopy(unsplit), plan, groups), plan, groups)
     with Float64Everywhere():
         found = compare(unsplit, split, plan, groups, sample_inputs(unsplit))
     return [(d.kind, d.name, d.error) for d in found]

@@ -14,7 +14,17 @@ import typer
 from partita.cli import launch, rank
 from partita.cli.console import err, mesh_name, out, plural, print_json
 from partita.cli.model import check_early
-from partita.cli.options import AsJson, Device, Dtype, ModelArgument, Replicas, TensorRanks, WeightsDtype
+from partita.cli.options import (
+    AsJson,
+    Device,
+    LayoutText,
+    ModelArgument,
+    PipelineRanks,
+    Replicas,
+    TensorRanks,
+    VirtualStages,
+    WeightsDtype,
+)
 from partita.cli.progress import loading
 from partita.core.mesh import Mesh
 from partita.errors import ModelError
@@ -31,7 +41,10 @@ def generate(
         list[str] | None, typer.Argument(metavar="PROMPT...", help="Texts to continue.", show_default=False)
     ] = None,
     tp: TensorRanks = 1,
+    pp: PipelineRanks = 1,
     dp: Replicas = 1,
+    layout: LayoutText = None,
+    vpp: VirtualStages = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of one text at most.")] = 64,
     prompt_file: Annotated[
         list[Path] | None,
@@ -76,8 +89,8 @@ def generate(
     texts = [*(prompts or []), *map(_read_prompt, prompt_file or [])]
     if not texts:
         raise ModelError('there is no prompt. Give one behind the model ("Once upon a time") or with --prompt-file.')
-    mesh = Mesh(dp=dp, tp=tp)
-    check_early(model, mesh)
+    mesh = Mesh(dp=dp, pp=pp, tp=tp)
+    check_early(model, mesh, layout, vpp)
     options: dict[str, Any] = {
         "max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
         "repetition_penalty": repetition_penalty, "seed": seed, "stop": tuple(stop or ()), "ignore_eos": ignore_eos,
@@ -87,7 +100,10 @@ def generate(
     def work() -> int:
         from partita.torch.generate import Sampling
 
-        run = _generate(model, mesh, texts, Sampling(**options), dtype, device, stream)
+        where: dict[str, Any] = {
+            "tp": tp, "pp": pp, "dp": dp, "layout": layout, "vpp": vpp, "dtype": dtype and dtype.value, "device": device,
+        }  # fmt: skip
+        run = _generate(model, mesh, texts, Sampling(**options), where, stream)
         if rank.is_first():
             (_print_json if as_json else _print_texts)(run, stream)
         return 0
@@ -118,7 +134,7 @@ class _Run:
 
 
 def _generate(
-    model: str, mesh: Mesh, texts: list[str], sampling: Sampling, dtype: Dtype | None, device: str | None, stream: bool
+    model: str, mesh: Mesh, texts: list[str], sampling: Sampling, where: dict[str, Any], stream: bool
 ) -> _Run:
     from partita.torch.generate import generate as engine
     from partita.torch.hub import find_model
@@ -130,7 +146,7 @@ def _generate(
     tokenizer = load_tokenizer(folder)
     prompts = [tokenizer.encode(text) for text in texts]
     with loading(f"loading, {mesh_name(mesh)}") as progress:
-        split = load(folder, tp=mesh.tp, dp=mesh.dp, dtype=dtype and dtype.value, device=device, progress=progress)
+        split = load(folder, progress=progress, **where)
     loaded_s = time.perf_counter()
     on_text: Callable[[int, str], None] | None = None
     if stream:

@@ -10,21 +10,25 @@ from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
+from partita.core.layout import Layout
 from partita.core.mesh import Mesh
 from partita.core.model_spec import ModelSpec, read_config
+from partita.core.placement import Placement
 from partita.core.plan import Plan
 from partita.core.rules import Rules
 from partita.errors import ModelError, UnknownFamilyError
 
 
-def make_plan(model: str, mesh: Mesh, layout: str | None = None) -> Plan:
+def make_plan(
+    model: str, mesh: Mesh, layout: str | None = None, vpp: int | None = None, placement: Placement = "loop"
+) -> Plan:
     """The plan of MODEL, from its config alone.
 
     Raises:
         PartitaError: There is no such model, or it cannot be split so.
     """
     spec, rules = read_spec(model)
-    return Plan.make(spec, mesh, layout, rules)
+    return Plan.make(spec, mesh, layout, rules, vpp=vpp, placement=placement)
 
 
 def read_spec(model: str) -> tuple[ModelSpec, Rules | None]:
@@ -97,9 +101,13 @@ def looks_like_hub_id(model: str) -> bool:
     return model.count("/") <= 1 and not model.startswith((".", "/", "~")) and not model.endswith((".json", os.sep))
 
 
-def check_early(model: str, mesh: Mesh) -> None:
+def check_early(
+    model: str, mesh: Mesh, layout: str | None = None, vpp: int | None = None, placement: Placement = "loop"
+) -> None:
     """Refuse what cannot be before any rank is started, where that can be told quickly: the ranks would refuse it too."""
     from partita.core.families import known_families
 
+    if layout is not None:
+        Layout(layout, mesh.pp)
     if read_config(find_config(model))["model_type"] in known_families():
-        make_plan(model, mesh)
+        make_plan(model, mesh, layout, vpp, placement)

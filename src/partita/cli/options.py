@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+PIPELINE = "Pipeline"
+
 ModelArgument = Annotated[
     str,
     typer.Argument(
@@ -18,6 +20,45 @@ ModelArgument = Annotated[
 TensorRanks = Annotated[int, typer.Option("--tp", min=1, help="Tensor parallel ranks: each layer is cut over them.")]
 PipelineRanks = Annotated[int, typer.Option("--pp", min=1, help="Pipeline ranks: the layers are dealt out over them.")]
 Replicas = Annotated[int, typer.Option("--dp", min=1, help="Data parallel replicas.")]
+LayoutText = Annotated[
+    str | None,
+    typer.Option(
+        "--layout",
+        help="Which layers each stage runs, as in `partita layout`; by default they are dealt out evenly.",
+        show_default=False,
+        rich_help_panel=PIPELINE,
+    ),
+]
+VirtualStages = Annotated[
+    int | None,
+    typer.Option(
+        "--vpp",
+        min=1,
+        help="Stages on each pipeline rank; by default as many as the layout or the schedule has.",
+        show_default=False,
+        rich_help_panel=PIPELINE,
+    ),
+]
+ScheduleKind = Annotated[
+    str | None,
+    typer.Option(
+        "--schedule",
+        metavar="KIND",
+        help="Of pipelines: gpipe, 1f1b, interleaved-1f1b, zb-h1, zb-h2 or zb-v; see `partita schedule --help`.",
+        show_default=False,
+        rich_help_panel=PIPELINE,
+    ),
+]
+Microbatches = Annotated[
+    int | None,
+    typer.Option(
+        "--microbatches",
+        "--accumulate",
+        min=1,
+        help="Into how many pieces a replica cuts its part of a step; by default 1, or what keeps a pipeline busy.",
+        show_default=False,
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 

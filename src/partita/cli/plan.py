@@ -10,7 +10,15 @@ import typer
 
 from partita.cli.console import err, print_json
 from partita.cli.model import make_plan
-from partita.cli.options import AsJson, ModelArgument, PipelineRanks, Replicas, TensorRanks
+from partita.cli.options import (
+    AsJson,
+    LayoutText,
+    ModelArgument,
+    PipelineRanks,
+    Replicas,
+    TensorRanks,
+    VirtualStages,
+)
 from partita.core.mesh import Mesh
 from partita.core.plan import Plan
 
@@ -20,12 +28,8 @@ def plan(
     tp: TensorRanks = 1,
     pp: PipelineRanks = 1,
     dp: Replicas = 1,
-    layout: Annotated[
-        str | None,
-        typer.Option(
-            "--layout", help="Which layers each stage runs; by default they are dealt out evenly.", show_default=False
-        ),
-    ] = None,
+    layout: LayoutText = None,
+    vpp: VirtualStages = None,
     tensors: Annotated[bool, typer.Option("--tensors", help="List how every tensor is cut.")] = False,
     save: Annotated[
         Path | None, typer.Option("--save", metavar="FILE", help="Write the whole plan as JSON.", show_default=False)
@@ -33,7 +37,7 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Show what each rank would hold of a model: layers, parameters, bytes, and how tensors are cut. Needs no weights."""
-    made = make_plan(model, Mesh(dp, pp, tp), layout)
+    made = make_plan(model, Mesh(dp, pp, tp), layout, vpp)
     if save is not None:
         save.write_text(made.to_json() + "\n", encoding="utf-8")
     if as_json:

@@ -12,14 +12,29 @@ import typer
 from partita.cli import launch, rank
 from partita.cli.console import count, err, mesh_name, out, plural, print_json, sparkline
 from partita.cli.model import check_early
-from partita.cli.options import AsJson, Device, Dtype, Replicas, TensorRanks, WeightsDtype
+from partita.cli.options import (
+    PIPELINE,
+    AsJson,
+    Device,
+    LayoutText,
+    Microbatches,
+    PipelineRanks,
+    Replicas,
+    ScheduleKind,
+    TensorRanks,
+    VirtualStages,
+    WeightsDtype,
+)
 from partita.cli.progress import loading, saving, training
+from partita.cli.stages import choose
+from partita.cli.timeline import check_file, show_timeline
 from partita.core.mesh import Mesh
 from partita.errors import CheckpointError, ModelError
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from partita.schedule import Timeline
     from partita.torch.tokenizer import Tokenizer
     from partita.torch.train import StepReport
 
@@ -52,15 +67,49 @@ def train(
         str | None, typer.Option("--model", metavar="MODEL", help="Begin with this checkpoint.", show_default=False)
     ] = None,
     tp: TensorRanks = 1,
+    pp: PipelineRanks = 1,
     dp: Replicas = 1,
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 100,
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences of one step, over all replicas.")] = 8,
     sequence_length: Annotated[int, typer.Option(min=1, help="Tokens of a sequence.")] = 128,
-    accumulate: Annotated[int, typer.Option(min=1, help="Pieces of a step that are computed one after the other.")] = 1,
+    microbatches: Microbatches = None,
     seed: Annotated[int, typer.Option(help="Of new weights and of the order of the data.")] = 0,
     out_folder: Annotated[
         Path | None,
         typer.Option("--out", metavar="DIR", help="Where the trained checkpoint goes.", show_default=False),
+    ] = None,
+    layout: LayoutText = None,
+    vpp: VirtualStages = None,
+    schedule: ScheduleKind = None,
+    group_size: Annotated[
+        int | None,
+        typer.Option(
+            "--group-size",
+            min=1,
+            help="Of interleaved-1f1b: micro-batches that pass a stage in a row; by default --pp.",
+            rich_help_panel=PIPELINE,
+            show_default=False,
+        ),
+    ] = None,
+    picture: Annotated[
+        Path | None,
+        typer.Option(
+            "--picture",
+            metavar="FILE",
+            help="Draw the last step as it was, and as simulated from its costs: .svg or .png.",
+            rich_help_panel=PIPELINE,
+            show_default=False,
+        ),
+    ] = None,
+    trace: Annotated[
+        Path | None,
+        typer.Option(
+            "--trace",
+            metavar="FILE.json",
+            help="The same as a trace for ui.perfetto.dev.",
+            rich_help_panel=PIPELINE,
+            show_default=False,
+        ),
     ] = None,
     learning_rate: Annotated[float, typer.Option(min=0.0, help="At its peak.", rich_help_panel=OPTIMIZER)] = 3e-4,
     warmup_steps: Annotated[
@@ -84,6 +133,10 @@ def train(
             "--checkpointing", help="Compute activations again instead of keeping them.", rich_help_panel=MEMORY
         ),
     ] = False,
+    zero: Annotated[
+        bool,
+        typer.Option("--zero", help="Each replica keeps a share of the optimizer's state.", rich_help_panel=MEMORY),
+    ] = False,
     dtype: WeightsDtype = None,
     device: Device = None,
     as_json: AsJson = False,
@@ -93,23 +146,31 @@ def train(
         raise ModelError("give either --config (new weights) or --model (a checkpoint).")
     source = config if config is not None else model
     assert source is not None
-    mesh = Mesh(dp=dp, tp=tp)
-    check_early(source, mesh)
+    mesh = Mesh(dp=dp, pp=pp, tp=tp)
+    stages = choose(
+        mesh, layout, vpp, schedule, batch_size=batch_size, microbatches=microbatches, group_size=group_size
+    )
+    check_early(source, mesh, layout, stages.vpp, stages.placement)
     if data != "stdlib" and not Path(data).exists():
         raise ModelError(f"--data {data}: there is no such file or folder. Give one, or `stdlib`.")
     if out_folder is not None:
         _check_folder(out_folder)
+    for file in (picture, trace):
+        if file is not None:
+            check_file(file)
     options: dict[str, Any] = {
         "steps": steps, "batch_size": batch_size, "sequence_length": sequence_length, "learning_rate": learning_rate,
-        "warmup_steps": warmup_steps, "weight_decay": weight_decay, "clip_norm": clip_norm, "accumulate": accumulate,
-        "seed": seed, "autocast": autocast and autocast.value, "checkpointing": checkpointing,
+        "warmup_steps": warmup_steps, "weight_decay": weight_decay, "clip_norm": clip_norm, "seed": seed,
+        "autocast": autocast and autocast.value, "checkpointing": checkpointing, "zero": zero, **stages.training,
     }  # fmt: skip
 
     def work() -> int:
         from partita.torch.train import TrainSettings
         from partita.torch.train import train as engine
 
-        split, tokenizer = _begin(source, mesh, dtype, device, seed, new=config is not None)
+        where = {**stages.plan, "dtype": dtype and dtype.value, "device": device}
+        split, tokenizer = _begin(source, where, seed, new=config is not None)
+        options["mask_token"] = tokenizer.inner.mask_token_id
         if lora_rank is not None:
             import torch
 
@@ -121,7 +182,11 @@ def train(
         if rank.is_first() and not as_json:
             _print_start(split, mesh, len(tokens))
         with training(steps) as on_step:
-            reports = engine(split, tokens, TrainSettings(**options), on_step=on_step)
+            timelines: list[Timeline] = []
+            watch = timelines.append if picture is not None or trace is not None else None
+            reports = engine(split, tokens, TrainSettings(**options), on_step=on_step, on_timeline=watch)
+        if timelines and rank.is_first():
+            show_timeline(timelines[0], picture, trace)
         if out_folder is not None:
             from partita.torch.adapt import merge_lora
             from partita.torch.save import save
@@ -147,23 +212,20 @@ def _check_folder(folder: Path) -> None:
         )
 
 
-def _begin(
-    source: str, mesh: Mesh, dtype: Dtype | None, device: str | None, seed: int, *, new: bool
-) -> tuple[nn.Module, Tokenizer]:
+def _begin(source: str, where: dict[str, Any], seed: int, *, new: bool) -> tuple[nn.Module, Tokenizer]:
     from partita.torch.hub import find_model
     from partita.torch.tokenizer import load_tokenizer
 
     found = find_model(source, weights=not new)
     tokenizer = load_tokenizer(found if found.is_dir() else found.parent)
-    name = dtype and dtype.value
     if new:
         from partita.torch.fresh import fresh
 
-        return fresh(found, tp=mesh.tp, dp=mesh.dp, dtype=name, device=device, seed=seed), tokenizer
+        return fresh(found, seed=seed, **where), tokenizer
     from partita.torch.load import load
 
     with loading("loading") as progress:
-        return load(found, tp=mesh.tp, dp=mesh.dp, dtype=name, device=device, progress=progress), tokenizer
+        return load(found, progress=progress, **where), tokenizer
 
 
 def _tokens(data: str, tokenizer: Tokenizer, split: nn.Module) -> Any:

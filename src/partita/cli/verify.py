@@ -13,7 +13,18 @@ from partita.cli import launch, rank
 from partita.cli.console import out, plural, print_json, runs
 from partita.cli.failure import Failure
 from partita.cli.model import check_early
-from partita.cli.options import AsJson, Dtype, ModelArgument, Replicas, TensorRanks
+from partita.cli.options import (
+    AsJson,
+    Dtype,
+    LayoutText,
+    Microbatches,
+    ModelArgument,
+    PipelineRanks,
+    Replicas,
+    ScheduleKind,
+    VirtualStages,
+)
+from partita.cli.stages import choose
 from partita.core.mesh import Mesh
 
 if TYPE_CHECKING:
@@ -22,25 +33,35 @@ if TYPE_CHECKING:
 
 def verify(
     model: ModelArgument,
-    tp: TensorRanks = 2,
+    tp: Annotated[
+        int | None, typer.Option("--tp", min=1, help="Tensor parallel ranks; 2 where nothing else splits it.")
+    ] = None,
+    pp: PipelineRanks = 1,
     dp: Replicas = 1,
+    layout: LayoutText = None,
+    vpp: VirtualStages = None,
+    schedule: ScheduleKind = None,
+    microbatches: Microbatches = None,
+    steps: Annotated[int, typer.Option("--steps", min=0, help="Training steps to compare too; 0: none.")] = 3,
     dtype: Annotated[Dtype, typer.Option("--dtype", help="float64 leaves the least room for doubt.")] = Dtype.float64,
     all_rows: Annotated[
         bool, typer.Option("--all", help="A row for every layer, not for layers that are alike.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Compare a split model with the unsplit one: what every module returns, every gradient, the tokens it writes.
+    """Compare a split model with the unsplit one: what every module returns, every gradient, tokens, training steps.
 
     Exits with 1 where they differ, and names the first module that does.
     """
-    mesh = Mesh(dp=dp, tp=tp)
-    check_early(model, mesh)
+    mesh = Mesh(dp=dp, pp=pp, tp=tp if tp is not None else 2 if pp * dp == 1 else 1)
+    wanted = microbatches if microbatches is not None else 1 if pp == 1 else 2 * pp
+    stages = choose(mesh, layout, vpp, schedule, batch_size=wanted * dp, microbatches=wanted)
+    check_early(model, mesh, layout, stages.vpp, stages.placement)
 
     def work() -> int:
         from partita.verify import verify as engine
 
-        report = engine(model, tp=mesh.tp, dp=mesh.dp, dtype=dtype.value)
+        report = engine(model, **stages.plan, **stages.training, steps=steps, dtype=dtype.value)
         if rank.is_first():
             if as_json:
                 print_json(_as_data(model, mesh, dtype, report))

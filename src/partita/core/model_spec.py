@@ -83,6 +83,11 @@ class ModelSpec:
         return DTYPE_BYTES[self.dtype]
 
     @cached_property
+    def quantization_group(self) -> int:
+        """How many inputs of a layer share a scale in a checkpoint that MLX quantized: the widest of its layers'; else 1."""
+        return config_quantization_group(self.config)
+
+    @cached_property
     def prefix(self) -> str:
         """What stands before the base model's paths: `model.` where the layers are at `model.layers`."""
         head, _, _ = self.layers.rpartition(".")
@@ -158,6 +163,15 @@ def config_heads(config: Mapping[str, Any]) -> tuple[int, int]:
     if text.get("multi_query") is True and text.get("new_decoder_architecture") is not True:
         kv_heads = 1
     return heads, kv_heads or heads
+
+
+def config_quantization_group(config: Mapping[str, Any]) -> int:
+    """The least common multiple of the group sizes that MLX's `quantization` names, for all layers or for one; else 1."""
+    quantization = config.get("quantization")
+    if not isinstance(quantization, Mapping):
+        return 1
+    named = (quantization, *(entry for entry in quantization.values() if isinstance(entry, Mapping)))
+    return math.lcm(*(size for entry in named if (size := config_number(entry, "group_size")) > 0))
 
 
 def config_dtype(config: Mapping[str, Any]) -> str:

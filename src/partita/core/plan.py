@@ -13,6 +13,8 @@ from typing import Any
 from partita.core.layout import LayerType, PipelineParallelLayerLayout
 from partita.core.mesh import Mesh
 from partita.core.model_spec import DTYPE_BYTES, ModelSpec, TensorSpec, config_number, text_config
+from partita.core.mtp import with_mtp
+from partita.core.placement import PLACEMENTS, Placement, home_of, stage_at
 from partita.core.resolve import AttentionPlan, ModulePlan, TensorPlan, resolve
 from partita.core.rules import STYLES, Rule, Rules, rules_for
 from partita.core.split import Split, deal
@@ -43,6 +45,7 @@ class Plan:
     modules: Mapping[str, ModulePlan] = field(repr=False)
     attention: Mapping[str, AttentionPlan] = field(repr=False)
     cuts: Mapping[str, TensorPlan] = field(repr=False)
+    placement: Placement = "loop"
 
     @classmethod
     def make(
@@ -51,6 +54,9 @@ class Plan:
         mesh: Mesh,
         layout: str | list[Any] | PipelineParallelLayerLayout | None = None,
         rules: Rules | None = None,
+        *,
+        vpp: int | None = None,
+        placement: Placement = "loop",
     ) -> Plan:
         """The plan of `spec` on `mesh`.
 
@@ -59,14 +65,18 @@ class Plan:
             mesh: The ranks.
             layout: Which layers each pipeline stage runs; by default they are dealt out evenly, first stages first.
             rules: How modules are split; by default the table of the model's family.
+            vpp: Stages on each pipeline rank; by default as many as `layout` has, else one.
+            placement: Which rank runs which stage: `loop`, or `v` for schedules that turn round at the ends.
 
         Raises:
             PlanError: The model cannot be split so; the text says why and what is nearest.
             LayoutError: The layout does not fit the model.
         """
         rules = rules or rules_for(spec)
+        if placement not in PLACEMENTS:
+            raise PlanError(f"placement must be one of {', '.join(PLACEMENTS)}, but is {placement!r}.")
         if layout is None:
-            layout = default_layout(spec, mesh.pp)
+            layout = default_layout(spec, mesh.pp, vpp or 1)
         elif not isinstance(layout, PipelineParallelLayerLayout):
             layout = PipelineParallelLayerLayout(layout, mesh.pp)
         elif layout.pipeline_model_parallel_size != mesh.pp:
@@ -74,9 +84,15 @@ class Plan:
                 f"layout was made for pp={layout.pipeline_model_parallel_size}, but the mesh has pp={mesh.pp}. "
                 f"Make it with pipeline_model_parallel_size={mesh.pp}."
             )
+        if vpp is not None and layout.virtual_pipeline_model_parallel_size != vpp:
+            raise PlanError(
+                f"vpp={vpp} needs a layout of {vpp * mesh.pp} stages (pp x vpp), but the layout {layout} has "
+                f"{layout.num_stages}. Change the layout or vpp."
+            )
         _check_layout(layout, spec)
+        spec = with_mtp(spec, layout.flatten_layout.count(LayerType.mtp))
         modules, attention, cuts = resolve(spec, mesh.tp, rules)
-        return cls(spec, mesh, layout, rules, modules, attention, cuts)
+        return cls(spec, mesh, layout, rules, modules, attention, cuts, placement)
 
     # --- asking it ----------------------------------------------------------------------------------------------------
 
@@ -87,9 +103,38 @@ class Plan:
         except KeyError:
             raise PlanError(f"the plan's model ({self.spec.family}) has no tensor {name!r}.") from None
 
-    def stage(self, pp: int, vpp: int = 0) -> Stage:
-        """What virtual stage `vpp` of pipeline rank `pp` runs."""
-        kinds = self.layout.layout[pp][vpp]
+    @property
+    def vpp(self) -> int:
+        """Stages on each pipeline rank."""
+        return self.layout.virtual_pipeline_model_parallel_size
+
+    @property
+    def num_stages(self) -> int:
+        """Stages of the pipeline: pp x vpp."""
+        return self.layout.num_stages
+
+    @cached_property
+    def num_mtp(self) -> int:
+        """Multi-token-prediction layers of the layout."""
+        return self.layout.flatten_layout.count(LayerType.mtp)
+
+    @cached_property
+    def loss_stage(self) -> int:
+        """The place in the pipeline of the stage with the loss: the last one that is not empty."""
+        return next(index for index, kinds in enumerate(self.layout.stages) if LayerType.loss in kinds)
+
+    def stage_index(self, pp: int, vpp: int = 0) -> int:
+        """The place in the pipeline, from 0, of virtual stage `vpp` of pipeline rank `pp`."""
+        return stage_at(self.placement, self.mesh.pp, pp, vpp)
+
+    def stage_rank(self, index: int) -> int:
+        """The pipeline rank that runs stage `index` of the pipeline."""
+        return home_of(self.placement, self.mesh.pp, index)[0]
+
+    def stage_at(self, index: int) -> Stage:
+        """What stage `index` of the pipeline runs."""
+        vpp, pp = divmod(index, self.mesh.pp)
+        kinds = self.layout.stages[index]
         return Stage(
             tuple(self.layout.get_layer_id_list(LayerType.decoder, vpp, pp)),
             tuple(self.layout.get_layer_id_list(LayerType.mtp, vpp, pp)),
@@ -97,13 +142,41 @@ class Plan:
             LayerType.loss in kinds,
         )
 
+    def stage(self, pp: int, vpp: int = 0) -> Stage:
+        """What virtual stage `vpp` of pipeline rank `pp` runs."""
+        return self.stage_at(self.stage_index(pp, vpp))
+
     def stages(self, pp: int) -> tuple[Stage, ...]:
         """Every stage of pipeline rank `pp`, in virtual order."""
-        return tuple(self.stage(pp, vpp) for vpp in range(self.layout.virtual_pipeline_model_parallel_size))
+        return tuple(self.stage(pp, vpp) for vpp in range(self.vpp))
 
     def held_by(self, rank: int) -> tuple[TensorPlan, ...]:
         """The tensors of which `rank` holds a part, in the model's order. A tied one is there once a rank."""
         return self._held[self.mesh.coordinate(rank).pp]
+
+    def is_held(self, name: str, pp: int) -> bool:
+        """Whether pipeline rank `pp` runs what tensor `name` belongs to. Of tied tensors each is asked by itself."""
+        return name in self._needed[pp]
+
+    def is_before_layers(self, name: str) -> bool:
+        """Whether tensor `name`, which is of no layer, belongs to what comes before the layers, rather than behind."""
+        return self._with_embedding[name]
+
+    @cached_property
+    def copies(self) -> Mapping[str, tuple[int, ...]]:
+        """Tensors that more than one pipeline rank holds, with these ranks; the first owns. A tied one has its twin's name."""
+        holders: dict[str, list[int]] = {}
+        for pp, needed in enumerate(self._needed):
+            for name in dict.fromkeys(self.spec.tensors[name].tied_to or name for name in needed):
+                holders.setdefault(name, []).append(pp)
+        return {
+            name: tuple(sorted(ranks, key=lambda pp: (not self.is_held(name, pp), not self._embeds(pp), pp)))
+            for name, ranks in holders.items()
+            if len(ranks) > 1
+        }
+
+    def _embeds(self, pp: int) -> bool:
+        return any(stage.embedding for stage in self.stages(pp))
 
     def local_shape(self, name: str, rank: int) -> tuple[int, ...]:
         """The shape of `rank`'s part of tensor `name`."""
@@ -127,30 +200,52 @@ class Plan:
 
     @cached_property
     def _held(self) -> tuple[tuple[TensorPlan, ...], ...]:
-        held = []
+        return tuple(
+            tuple(self.cuts[name] for name in needed if self.spec.tensors[name].tied_to not in needed)
+            for needed in self._needed
+        )
+
+    @cached_property
+    def _needed(self) -> tuple[dict[str, None], ...]:
+        """For each pipeline rank the tensors that its stages compute with, in the model's order."""
+        needed = []
         for pp in range(self.mesh.pp):
             stages = self.stages(pp)
             layers = {i for stage in stages for i in stage.layers}
+            layers |= {self.spec.num_layers + i for stage in stages for i in stage.mtp_layers}
             first, last = any(s.embedding for s in stages), any(s.loss for s in stages)
-            mine: dict[str, TensorPlan] = {}
-            for name, tensor in self.spec.tensors.items():
+            mtp = any(s.mtp_layers for s in stages)
+            mine: dict[str, None] = {}
+            for name in self.spec.tensors:
                 layer = self.spec.layer_of(name)
-                here = layer in layers if layer is not None else (first if self._with_embedding[name] else last)
-                if here and tensor.tied_to not in mine:
-                    mine[name] = self.cuts[name]
-            held.append(tuple(mine.values()))
-        return tuple(held)
+                if layer is not None:
+                    here = layer in layers
+                elif self._with_embedding[name]:
+                    here = first or mtp
+                else:
+                    # Multi-token prediction begins with what the base model ends with, its last norm.
+                    here = last or (mtp and name.startswith(self.spec.prefix) and self.spec.prefix != "")
+                if here:
+                    mine[name] = None
+            needed.append(mine)
+        return tuple(needed)
 
     @cached_property
     def _with_embedding(self) -> dict[str, bool]:
         """For each tensor outside the layers: whether it lives where the embedding is, rather than the loss."""
         names = list(self.spec.tensors)
         in_layers = [i for i, name in enumerate(names) if self.spec.layer_of(name) is not None]
-        start = in_layers[0] if in_layers else len(names)
-        return {
-            name: False if _AT_THE_END.search(name) else (_AT_THE_START.search(name) is not None or i < start)
-            for i, name in enumerate(names)
-        }
+        start, end = (in_layers[0], in_layers[-1]) if in_layers else (len(names), len(names))
+
+        def is_before(i: int, name: str) -> bool:
+            starts, ends = (pattern.search(name) is not None for pattern in (_AT_THE_START, _AT_THE_END))
+            if starts and i < start:
+                return True  # ModernBERT's `embeddings.norm`
+            # Behind the layers there may be an embedding of positions, but a norm there ends the model (LFM2).
+            is_norm = i > end and len(self.spec.tensors[name].shape) < 2
+            return not ends and (i < start or (starts and not is_norm))
+
+        return {name: is_before(i, name) for i, name in enumerate(names)}
 
     # --- as data ------------------------------------------------------------------------------------------------------
 
@@ -185,6 +280,7 @@ class Plan:
             "partita_plan": 1,
             "mesh": asdict(self.mesh),
             "layout": str(self.layout),
+            "placement": self.placement,
             "proven": self.rules.proven,
             "rules": [asdict(rule) for rule in self.rules],
             "model": {
@@ -252,9 +348,12 @@ class Plan:
         _check_parts(modules, attention, mesh.tp)
         layout = PipelineParallelLayerLayout(data["layout"], mesh.pp)
         _check_layout(layout, spec)
+        placement = data.get("placement", "loop")
+        if placement not in PLACEMENTS:
+            raise PlanError(f"placement must be one of {', '.join(PLACEMENTS)}, but is {placement!r:.100}.")
         return cls(
             spec, mesh, layout, Rules(tuple(Rule(**rule) for rule in data["rules"]), _is(bool, "proven", data["proven"])),
-            MappingProxyType(modules), MappingProxyType(attention), MappingProxyType(cuts),
+            MappingProxyType(modules), MappingProxyType(attention), MappingProxyType(cuts), placement,
         )  # fmt: skip
 
     def __deepcopy__(self, memo: object) -> Plan:
@@ -277,26 +376,32 @@ def _mtp_layers(spec: ModelSpec) -> int:
     return config_number(text_config(spec.config), "num_nextn_predict_layers", "mtp_num_layers", "num_mtp_layers")
 
 
-def default_layout(spec: ModelSpec, pp: int) -> PipelineParallelLayerLayout:
-    """The layers dealt out evenly over `pp` stages, first stages first, the embedding before and the loss behind."""
-    if pp > 1 and not spec.layers:
+def default_layout(spec: ModelSpec, pp: int, vpp: int = 1) -> PipelineParallelLayerLayout:
+    """The layers dealt out evenly over pp x vpp stages, first stages first, the embedding before and the loss behind."""
+    count = pp * vpp
+    if count > 1 and not spec.layers:
         raise PlanError(
-            f"{spec.family}: no list of layers was found in the model, so it cannot be cut into {pp} stages. Use pp=1."
+            f"{spec.family}: no list of layers was found in the model, so it cannot be cut into {count} stages. Use pp=1."
         )
-    if 1 < pp > spec.num_layers:
+    if 1 < count > spec.num_layers:
+        name, wanted = ("pp", pp) if vpp == 1 else ("pp x vpp", count)
         raise PlanError(
-            f"pp={pp} needs at least {pp} layers, but the model has {spec.num_layers}. Use pp={spec.num_layers} or less."
+            f"{name}={wanted} needs at least {wanted} layers, but the model has {spec.num_layers}. Use "
+            f"{name}={spec.num_layers} or less, or give a layout with empty stages."
         )
-    stages = [[LayerType.decoder] * n for n in deal(spec.num_layers, pp, allow_empty=True)]
+    stages = [[LayerType.decoder] * n for n in deal(spec.num_layers, count, allow_empty=True)]
     stages[0] = [LayerType.embedding, *stages[0]]
     stages[-1] = [*stages[-1], LayerType.loss]
     return PipelineParallelLayerLayout(stages, pp)
 
 
 def _check_layout(layout: PipelineParallelLayerLayout, spec: ModelSpec) -> None:
-    """Raise `LayoutError` unless `layout` runs every layer of the model once. Of MTP layers it may have any number."""
-    # A layout may leave out the multi-token prediction that a model was trained with.
-    layout.validate_layer_layout(spec.num_layers, _mtp_layers(spec) if LayerType.mtp in layout.flatten_layout else 0)
+    """Raise `LayoutError` unless `layout` runs every layer of the model once.
+
+    A layout may leave out the multi-token prediction that a model was trained with, and add some to a model without.
+    """
+    mtp = layout.flatten_layout.count(LayerType.mtp)
+    layout.validate_layer_layout(spec.num_layers, (_mtp_layers(spec) or mtp) if mtp else 0)
 
 
 # --- reading what may have been changed by hand ---------------------------------------------------------------------------

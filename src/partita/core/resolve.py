@@ -125,7 +125,7 @@ class AttentionPlan:
 
     def local_kv_heads(self, tp_rank: int) -> int:
         """KV heads that a tensor rank's attention sees: as many as query heads where they had to be expanded."""
-        expanded = _expansion(self.num_heads, self.num_kv_heads, self.heads.parts)[tp_rank]
+        expanded = _expansion(self.num_heads // self.num_kv_heads, self.heads)[tp_rank]
         return self.kv_heads.local_size(tp_rank) if expanded is None else self.local_heads(tp_rank)
 
 
@@ -138,10 +138,10 @@ def resolve(spec: ModelSpec, tp: int, rules: Rules) -> Resolved:
     A dimension with fewer units than ranks is not cut; where it is the heads, each projection of the attention is split by
     itself instead, so that the memory is still shared.
     """
-    resolver = _Resolver(spec, tp)
-    for path in spec.modules:
-        rule = rules.find(path) or _rule_of_tied_head(spec, path, rules)
-        if tp > 1 and rule is not None:
+    found = {path: rules.find(path) or _rule_of_tied_head(spec, path, rules) for path in spec.modules if tp > 1}
+    resolver = _Resolver(spec, tp, _heads_together(spec, found))
+    for path, rule in found.items():
+        if rule is not None:
             resolver.add(path, rule)
     resolver.follow_ties()
     cuts = {name: resolver.cuts.get(name, TensorPlan(name, t.shape)) for name, t in spec.tensors.items()}
@@ -157,10 +157,26 @@ def _rule_of_tied_head(spec: ModelSpec, path: str, rules: Rules) -> Rule | None:
     return rule if rule is not None and rule.style == "vocab" else None
 
 
+def _heads_together(spec: ModelSpec, rules: Mapping[str, Rule | None]) -> int:
+    """How many heads next to each other no cut may part, as their outputs share quantization groups of the layer behind."""
+    together = 1
+    for path, rule in rules.items():
+        weight = spec.tensors.get(f"{path}.weight")
+        if rule is None or weight is None or rule.style != "row" or rule.over != "heads" or not spec.num_heads:
+            continue
+        inputs = weight.shape[0 if rule.transposed else -1]
+        # Only what is a whole number of groups is quantized.
+        if inputs % spec.quantization_group == 0 and inputs % spec.num_heads == 0:
+            width = inputs // spec.num_heads
+            together = math.lcm(together, spec.quantization_group // math.gcd(width, spec.quantization_group))
+    return together
+
+
 class _Resolver:
-    def __init__(self, spec: ModelSpec, tp: int) -> None:
+    def __init__(self, spec: ModelSpec, tp: int, together: int) -> None:
         self.spec = spec
         self.tp = tp
+        self.together = together
         self.modules: dict[str, ModulePlan] = {}
         self.attention: dict[str, AttentionPlan] = {}
         self.cuts: dict[str, TensorPlan] = {}
@@ -180,12 +196,15 @@ class _Resolver:
             self._experts(path, tensors)
         elif rule.style == "head":
             self._head(tensors)
-        elif "weight" in tensors and len(tensors["weight"].shape) == 2:
+        elif "weight" in tensors and len(tensors["weight"].shape) in (2, 3):
             self._linear(path, rule, tensors)
         elif rule.style != "vocab" or "weight" in tensors:
             # (A module called as a head may hold a bias alone, beside the linear layer that is the head.)
             shapes = ", ".join(f"{name} {t.shape}" for name, t in tensors.items())
-            raise PlanError(f"{path}: the style {rule.style} needs a weight of two dimensions, but it holds {shapes}.")
+            raise PlanError(
+                f"{path}: the style {rule.style} needs a weight of two dimensions, or of three where layers are stacked, but "
+                f"it holds {shapes}."
+            )
 
     def _too_few_heads(self, rule: Rule) -> bool:
         if rule.over == "qkv_by_head" and self.spec.num_kv_heads != self.spec.num_heads:
@@ -193,24 +212,31 @@ class _Resolver:
                 f"rule {rule.pattern!r}: qkv_by_head needs as many KV heads as heads, but there are "
                 f"{self.spec.num_kv_heads} and {self.spec.num_heads}."
             )
-        return self.spec.num_heads < self.tp
+        return not self._has_heads
+
+    @property
+    def _has_heads(self) -> bool:
+        """Whether every rank can have heads of its own."""
+        return self.spec.num_heads % self.together == 0 and self.spec.num_heads // self.together >= self.tp
 
     def _replicate(self, path: str, rule: Rule, tensors: Mapping[str, TensorSpec]) -> None:
         copies = config_number(text_config(self.spec.config), rule.copy_output) if rule.copy_output else 0
-        if copies and self.spec.num_heads >= self.tp:
+        if copies and self._has_heads:
             self.modules[path] = ModulePlan(path, "replicate", copy_output=copies)
-        if rule.partial_grad and self.spec.num_heads >= self.tp:
+        if rule.partial_grad and self._has_heads:
             for tensor in tensors.values():
                 self.cuts[tensor.name] = TensorPlan(tensor.name, tensor.shape, partial_grad=True)
 
     def _linear(self, path: str, rule: Rule, tensors: Mapping[str, TensorSpec]) -> None:
         weight = tensors["weight"]
-        out_dim = 1 if rule.transposed else 0
-        dim = {"row": 1 - out_dim, "embedding": 1}.get(rule.style, out_dim)
+        out_dim, in_dim = len(weight.shape) - 2, len(weight.shape) - 1
+        if rule.transposed:
+            out_dim, in_dim = in_dim, out_dim
+        dim = in_dim if rule.style in ("row", "embedding") else out_dim
         split = self._split(path, rule, weight.shape[dim])
         if split is None:
             return
-        expand, width = _expand(rule, self.spec, self.tp, split.size)
+        expand, width = _expand(rule, self.spec, self.tp, split.size, self.together)
         self.modules[path] = ModulePlan(
             path,
             rule.style,
@@ -225,10 +251,12 @@ class _Resolver:
         self.cuts[weight.name] = TensorPlan(weight.name, weight.shape, dim, split, partial_grad=copies)
         bias = tensors.get("bias")
         if bias is not None and rule.style in ("column", "vocab"):
-            self.cuts[bias.name] = TensorPlan(bias.name, bias.shape, 0, split, partial_grad=copies)
+            self.cuts[bias.name] = TensorPlan(bias.name, bias.shape, len(bias.shape) - 1, split, partial_grad=copies)
         if rule.style == "column" and rule.over in ("heads", "qkv", "qkv_by_head"):
             parent = path.rpartition(".")[0]
-            self.attention[parent] = _attention(parent, self.spec.num_heads, self.spec.num_kv_heads, self.tp)
+            self.attention[parent] = _attention(
+                parent, self.spec.num_heads, self.spec.num_kv_heads, self.tp, self.together
+            )
 
     def _split(self, path: str, rule: Rule, size: int) -> Split | None:
         heads, kv_heads, tp = self.spec.num_heads, self.spec.num_kv_heads, self.tp
@@ -240,20 +268,28 @@ class _Resolver:
                 f"`{rule.over}` with {heads} heads and {kv_heads} KV heads needs. Its rule is not right for this model."
             )
         if rule.over == "features":
-            return _even(size, tp) if size >= tp else None
+            return self._even(size, 1 if rule.style == "vocab" or rule.gather_output else self.spec.quantization_group)
         if rule.over == "gate_up":
-            return Split.concat([_even(size // 2, tp)] * 2) if size // 2 >= tp else None
+            half = self._even(size // 2, self.spec.quantization_group)
+            return Split.concat([half, half]) if half is not None else None
         width = size // unit
-        queries, keys = _heads(heads, kv_heads, tp, width), _kv_heads(heads, kv_heads, tp, width)
+        queries = _heads(heads, kv_heads, tp, width, self.together)
+        keys = _kv_heads(heads, kv_heads, tp, width, self.together)
         return {"heads": queries, "qkv_by_head": queries, "kv_heads": keys}.get(rule.over) or Split.concat(
             [queries, keys, keys]
         )
 
+    def _even(self, size: int, group: int) -> Split | None:
+        """`size` dealt in whole quantization groups; None where there are fewer than ranks."""
+        # What is not a whole number of groups is not quantized.
+        unit = group if size % group == 0 else 1
+        return _even(size, self.tp, unit=unit) if size // unit >= self.tp else None
+
     def _head(self, tensors: Mapping[str, TensorSpec]) -> None:
         for tensor in tensors.values():
             heads = self.spec.num_heads
-            if tensor.shape and heads >= self.tp and tensor.shape[0] % heads == 0:
-                split = _heads(heads, self.spec.num_kv_heads, self.tp, tensor.shape[0] // heads)
+            if tensor.shape and self._has_heads and tensor.shape[0] % heads == 0:
+                split = _heads(heads, self.spec.num_kv_heads, self.tp, tensor.shape[0] // heads, self.together)
                 self.cuts[tensor.name] = TensorPlan(tensor.name, tensor.shape, 0, split)
 
     def _experts(self, path: str, tensors: Mapping[str, TensorSpec]) -> None:
@@ -297,20 +333,24 @@ class _Resolver:
             self.cuts.pop(tensor.name, None)
 
 
-def _attention(path: str, heads: int, kv_heads: int, tp: int) -> AttentionPlan:
-    return AttentionPlan(path, heads, kv_heads, _heads(heads, kv_heads, tp, 1), _kv_heads(heads, kv_heads, tp, 1))
+def _attention(path: str, heads: int, kv_heads: int, tp: int, together: int) -> AttentionPlan:
+    return AttentionPlan(
+        path, heads, kv_heads, _heads(heads, kv_heads, tp, 1, together), _kv_heads(heads, kv_heads, tp, 1, together)
+    )
 
 
-def _expand(rule: Rule, spec: ModelSpec, tp: int, size: int) -> tuple[tuple[tuple[int, ...] | None, ...], int]:
+def _expand(
+    rule: Rule, spec: ModelSpec, tp: int, size: int, together: int
+) -> tuple[tuple[tuple[int, ...] | None, ...], int]:
     """Which local output blocks a projection of keys and values must repeat on each rank, and their width."""
     if rule.style != "column" or rule.over not in ("kv_heads", "qkv"):
         return (), 0
-    expansion = _expansion(spec.num_heads, spec.num_kv_heads, tp)
+    attention = _attention("", spec.num_heads, spec.num_kv_heads, tp, together)
+    expansion = _expansion(spec.num_heads // spec.num_kv_heads, attention.heads)
     if not any(expansion):
         return (), 0
     if rule.over == "kv_heads":
         return expansion, size // spec.num_kv_heads
-    attention = _attention("", spec.num_heads, spec.num_kv_heads, tp)
     fused: list[tuple[int, ...] | None] = []
     for rank, positions in enumerate(expansion):
         if positions is None:
@@ -323,11 +363,14 @@ def _expand(rule: Rule, spec: ModelSpec, tp: int, size: int) -> tuple[tuple[tupl
 
 
 @cache
-def _expansion(heads: int, kv_heads: int, tp: int) -> tuple[tuple[int, ...] | None, ...]:
-    """For each rank the positions of the KV heads of its query heads where repeating them evenly would not do."""
+def _expansion(group: int, heads: Split) -> tuple[tuple[int, ...] | None, ...]:
+    """For each rank the positions of the KV heads of its query heads where repeating them evenly would not do.
+
+    `group` query heads share a KV head; `heads` are the query heads of each rank.
+    """
     expansion: list[tuple[int, ...] | None] = []
-    for rank in range(tp):
-        positions = kv_positions(heads, kv_heads, tp, rank)
+    for rank in range(heads.parts):
+        positions = kv_positions(group, heads, rank)
         counts = {positions.count(position) for position in positions}
         expansion.append(None if len(counts) == 1 else positions)
     return tuple(expansion)
@@ -337,10 +380,10 @@ _even = cache(Split.even)
 
 
 @cache
-def _heads(heads: int, kv_heads: int, tp: int, width: int) -> Split:
-    return Split.heads(heads, kv_heads, tp, width=width)
+def _heads(heads: int, kv_heads: int, tp: int, width: int, together: int) -> Split:
+    return Split.heads(heads, kv_heads, tp, width=width, unit=together)
 
 
 @cache
-def _kv_heads(heads: int, kv_heads: int, tp: int, width: int) -> Split:
-    return Split.kv_heads(heads, kv_heads, tp, width=width)
+def _kv_heads(heads: int, kv_heads: int, tp: int, width: int, together: int) -> Split:
+    return Split.kv_heads(heads, kv_heads, tp, width=width, unit=together)

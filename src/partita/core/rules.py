@@ -199,6 +199,30 @@ PROVEN: frozenset[str] = frozenset(
 )  # fmt: skip
 """Families whose tables the test-suite measures against the unsplit model, in outputs and every gradient."""
 
+ABSORBED_LATENT_ATTENTION = (
+    # mlx-lm keeps the two halves of kv_b_proj as one matrix a head, and feeds them the latents themselves.
+    Rule("self_attn.q_a_proj", "replicate"),
+    Rule("self_attn.{q_b_proj,q_proj}", "column", "heads"),
+    Rule("self_attn.kv_a_proj_with_mqa", "replicate", copy_output="qk_rope_head_dim"),
+    Rule("self_attn.kv_a_layernorm", "replicate", copy_output="kv_lora_rank"),
+    Rule("self_attn.{embed_q,unembed_out}", "head"),
+    Rule("self_attn.o_proj", "row", "heads"),
+)
+MLX_TABLES: Mapping[str, tuple[Rule, ...]] = {
+    **TABLES,
+    "gpt2": (*VOCABULARY, Rule("attn.c_attn", "column", "qkv"), Rule("attn.c_proj", "row", "heads"), *MLP),
+    **dict.fromkeys(
+        ("deepseek_v2", "deepseek_v3", "kimi_k2", "joyai_llm_flash"), VOCABULARY + ABSORBED_LATENT_ATTENTION + MLP
+    ),
+}  # fmt: skip
+"""Tables of mlx-lm's modules, which have transformers' names but for these; stacked experts are linear layers there."""
+
+MLX_USUAL = VOCABULARY + ABSORBED_LATENT_ATTENTION + PACKED_QKV + QKV_BY_HEAD + ATTENTION + MLP
+"""What the usual names of mlx-lm's modules suggest."""
+
+MLX_PROVEN: frozenset[str] = frozenset()
+"""Families whose tables the test-suite measures on MLX."""
+
 _HF_STYLES: Mapping[str, tuple[Style, dict[str, Any]]] = {
     "colwise": ("column", {}),
     "rowwise": ("row", {}),
@@ -238,16 +262,23 @@ def rules_from_tp_plan(tp_plan: Mapping[str, str]) -> Rules:
     return Rules((*rules, *VOCABULARY))
 
 
-def rules_for(spec: ModelSpec, tp_plan: Mapping[str, str] | None = None) -> Rules:
+def rules_for(
+    spec: ModelSpec,
+    tp_plan: Mapping[str, str] | None = None,
+    *,
+    tables: Mapping[str, tuple[Rule, ...]] = TABLES,
+    proven: frozenset[str] = PROVEN,
+    usual: tuple[Rule, ...] = DENSE + EXPERTS,
+) -> Rules:
     """The table of a model: our own for its family, else Hugging Face's plan, else what the usual names suggest."""
-    if spec.family in TABLES:
-        rules = Rules(TABLES[spec.family])
+    if spec.family in tables:
+        rules = Rules(tables[spec.family])
         # A linear layer that no rule knows (cross-attention, say) is none that the tests have measured.
         known = all(rules.find(path) for path in spec.linears or () if spec.layer_of(path) is not None)
-        return replace(rules, proven=known and spec.family in PROVEN)
+        return replace(rules, proven=known and spec.family in proven)
     if tp_plan:
         return rules_from_tp_plan(tp_plan)
-    return Rules(DENSE + EXPERTS)
+    return Rules(usual)
 
 
 def isolated_rules(spec: ModelSpec) -> Rules:
@@ -257,3 +288,19 @@ def isolated_rules(spec: ModelSpec) -> Rules:
     """
     inside = sorted(path for path in spec.linears or () if spec.layer_of(path) is not None)
     return Rules((*VOCABULARY, *(Rule(path, "column", gather_output=True) for path in inside)))
+
+
+def partly_isolated_rules(spec: ModelSpec, rules: Rules, *, attention: bool) -> Rules:
+    """`rules`, but for the linear layers inside attentions (or else for those outside), each of which is split by itself.
+
+    What else such parts of the layers hold is whole on every rank.
+    """
+    apart = [
+        Rule(path, "column", gather_output=True) if path in (spec.linears or ()) else Rule(path, "replicate")
+        for path in spec.modules
+        if spec.layer_of(path) is not None and (_ATTENTION.search(path) is not None) == attention
+    ]
+    return Rules((*apart, *rules.table))
+
+
+_ATTENTION = re.compile(r"(^|[._])(self_)?(attn|attention)([._]|$)|mixer|token_mix")

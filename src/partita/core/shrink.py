@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from partita.core.model_spec import config_number
+
 _LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 _HIDDEN = ("hidden_size", "n_embd", "d_model", "word_embed_proj_dim", "hidden_dim")
 _WIDTH = 48
@@ -19,14 +21,32 @@ _INNER = (
 _VOCABULARY = ("vocab_size",)
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 _RANKS = ("q_lora_rank", "kv_lora_rank")
-_PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers", "sliding_window_pattern_list", "attention_types")
+_PERIODS = (
+    "sliding_window_pattern",
+    "full_attention_interval",
+    "attn_layer_period",
+    "expert_layer_period",
+    "interleave_moe_layer_step",
+    "layer_group_size",
+    "decoder_sparse_step",
+    "num_kv_reuse_layers",
+)
+"""Every so many layers comes one of another kind."""
+
+_NESTED = ("text_config", "llm_config", "language_config")
 
 
 def shrunk_configs(config: Mapping[str, Any], num_heads: int) -> Iterator[dict[str, Any]]:
     """Smaller and smaller changes of `config`, to be tried in turn until one can be built.
 
-    Head counts, kinds of layers and every switch stay, since they are what a split may get wrong.
+    Head counts, kinds of layers and every switch stay, since they are what a split may get wrong. Of a multimodal config it
+    is the text model's that is made small.
     """
+    nested = next((key for key in _NESTED if isinstance(config.get(key), Mapping) and config[key]), None)
+    if nested is not None:
+        for small in shrunk_configs(config[nested], num_heads):
+            yield {**config, nested: small, **{k: min(v, small.get(k, v)) for k, v in _numbers(config, _VOCABULARY)}}
+        return
     layers = _few_layers(config)
     narrow = {**layers, **_narrow(layers, num_heads)}
     inner = {**layers, **{k: min(v, _WIDTH) for k, v in _numbers(layers, _INNER)}, **_small_vocabulary(layers)}
@@ -38,18 +58,31 @@ def shrunk_configs(config: Mapping[str, Any], num_heads: int) -> Iterator[dict[s
 def _few_layers(config: Mapping[str, Any]) -> dict[str, Any]:
     """As many layers as hold one of each kind, at least two."""
     small = dict(config)
-    kinds = next((config[key] for key in ("layer_types", "mlp_layer_types") if isinstance(config.get(key), list)), None)
+    total = max((value for _, value in _numbers(config, _LAYERS)), default=0)
+    by_layer = {
+        key: value
+        for key, value in config.items()
+        if (isinstance(value, list) or key == "hybrid_override_pattern") and value is not None and len(value) == total > 2
+    }
     count = 2
-    if kinds:
-        count = max(2, 1 + max(kinds.index(kind) for kind in set(kinds)))
+    for value in by_layer.values():
+        # Names and switches are kinds; widths are not.
+        kinds = {kind for kind in value if isinstance(kind, (str, int))}
+        count = max(count, *(1 + value.index(kind) for kind in kinds)) if kinds else count
+    for _, value in _numbers(config, _PERIODS):
+        count = max(count, min(value, total))
+    if config_number(config, "num_kv_shared_layers") > 0:
+        # Each kind of layer once with keys and values of its own, and once with those of another.
+        count = max(count, 2 * count)
+        small["num_kv_shared_layers"] = min(config["num_kv_shared_layers"], count // 2)
+    count = min(count, total) if total else count
     dense = config.get("first_k_dense_replace")
     if type(dense) is int and dense > 0:
         small["first_k_dense_replace"] = 1
     for key, value in _numbers(config, _LAYERS):
         small[key] = min(value, count)
-    for key in _PER_LAYER:
-        if isinstance(config.get(key), list):
-            small[key] = config[key][:count]
+    for key, value in by_layer.items():
+        small[key] = value[:count]
     return small
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
 from itertools import accumulate, groupby, pairwise
+from math import lcm
 from typing import Any
 
 from partita.errors import PlanError
@@ -133,33 +134,39 @@ class Split:
         return cls(size, tuple(merge([(bounds[rank], bounds[rank + 1])]) for rank in range(parts)))
 
     @classmethod
-    def heads(cls, num_heads: int, num_kv_heads: int, parts: int, *, width: int = 1) -> Split:
+    def heads(cls, num_heads: int, num_kv_heads: int, parts: int, *, width: int = 1, unit: int = 1) -> Split:
         """Query heads of `width` elements, so that `kv_heads` of the same numbers holds what they attend to.
 
         With at least as many KV heads as ranks, heads are dealt in whole groups of those that share a KV head, and no KV
         head is copied. With fewer, every KV head's group is dealt over the ranks that hold it where the ranks are a
-        multiple of the KV heads, and the query heads are dealt one by one where they are not.
+        multiple of the KV heads, and the query heads are dealt one by one where they are not. `unit` heads next to each
+        other stay together (where a quantization group is wider than a head), if need be at the cost of copies.
         """
         group = _group_size(num_heads, num_kv_heads)
-        if num_kv_heads >= parts:
-            return cls.even(num_heads * width, parts, unit=group * width)
-        if num_heads < parts:
+        if num_heads % unit:
             raise PlanError(
-                f"{num_heads} attention heads cannot be dealt to {parts} ranks: every rank must hold one. "
-                f"Use tp={num_heads} or less."
+                f"num_heads ({num_heads}) must be a multiple of unit ({unit}), the heads that stay together."
             )
-        if parts % num_kv_heads == 0:
-            counts = deal(group, parts // num_kv_heads) * num_kv_heads
+        together = lcm(group, unit)
+        if num_heads // unit < parts:
+            raise PlanError(
+                f"{num_heads} attention heads{f' in units of {unit}' if unit > 1 else ''} cannot be dealt to {parts} "
+                f"ranks: every rank must hold one. Use tp={num_heads // unit} or less."
+            )
+        if num_kv_heads >= parts and num_heads % together == 0 and num_heads // together >= parts:
+            return cls.even(num_heads * width, parts, unit=together * width)
+        if num_kv_heads < parts and parts % num_kv_heads == 0 and group % unit == 0:
+            counts = deal(group // unit, parts // num_kv_heads) * num_kv_heads
         else:
-            counts = deal(num_heads, parts)
-        bounds = [0, *accumulate(n * width for n in counts)]
+            counts = deal(num_heads // unit, parts)
+        bounds = [0, *accumulate(n * unit * width for n in counts)]
         return cls(num_heads * width, tuple(((bounds[r], bounds[r + 1]),) for r in range(parts)))
 
     @classmethod
-    def kv_heads(cls, num_heads: int, num_kv_heads: int, parts: int, *, width: int = 1) -> Split:
+    def kv_heads(cls, num_heads: int, num_kv_heads: int, parts: int, *, width: int = 1, unit: int = 1) -> Split:
         """The KV heads that each rank's query heads attend to; ranks overlap where there are fewer than ranks."""
         group = _group_size(num_heads, num_kv_heads)
-        queries = cls.heads(num_heads, num_kv_heads, parts)
+        queries = cls.heads(num_heads, num_kv_heads, parts, unit=unit)
         ranges = [ranges[0] for ranges in queries.by_rank]
         return cls(
             num_kv_heads * width,
@@ -308,10 +315,12 @@ class Split:
         return cls(size, split)
 
 
-def kv_positions(num_heads: int, num_kv_heads: int, parts: int, rank: int) -> tuple[int, ...]:
-    """For each query head of `rank`, the position among the rank's own KV heads of the one that it attends to."""
-    group = _group_size(num_heads, num_kv_heads)
-    (start, stop), *_ = Split.heads(num_heads, num_kv_heads, parts).ranges(rank)
+def kv_positions(group: int, heads: Split, rank: int) -> tuple[int, ...]:
+    """For each query head of `rank`, the position among the rank's own KV heads of the one that it attends to.
+
+    `group` query heads share a KV head; `heads` says which query heads each rank has.
+    """
+    (start, stop), *_ = heads.ranges(rank)
     return tuple(head // group - start // group for head in range(start, stop))
 
 

@@ -1,6 +1,7 @@
 """The PyTorch engine: it executes plans on torch.distributed."""
 
 from partita.torch.adapt import add_lora, merge_lora
+from partita.torch.auto import pipeline_auto_parallel
 from partita.torch.comm import Communicator
 from partita.torch.data import load_tokens
 from partita.torch.embedding import ParallelEmbedding, VocabParallelEmbedding
@@ -21,6 +22,7 @@ from partita.torch.linear import ColumnParallelLinear, RowParallelLinear
 from partita.torch.load import load, shard
 from partita.torch.lora import LoraLinear
 from partita.torch.loss import vocab_parallel_cross_entropy
+from partita.torch.pipeline import Pipeline
 from partita.torch.save import save
 from partita.torch.seed import mp_copy, mp_gather, mp_reduce, mp_scatter
 from partita.torch.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer
@@ -35,6 +37,7 @@ __all__ = [
     "LoraLinear",
     "ParallelEmbedding",
     "ParallelGroups",
+    "Pipeline",
     "RowParallelLinear",
     "Sampling",
     "StepReport",
@@ -59,6 +62,7 @@ __all__ = [
     "mp_scatter",
     "parallel_group_info",
     "parallelism_is_initialized",
+    "pipeline_auto_parallel",
     "reset_parallelism",
     "save",
     "shard",

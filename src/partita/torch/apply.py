@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import MethodType
 from typing import Any
 
 import torch
@@ -22,59 +21,40 @@ from partita.torch.linear import ColumnParallelLinear, RowParallelLinear
 from partita.torch.mappings import copy_to, reduce_from
 from partita.torch.random import RegionRandomness, has_dropout
 from partita.torch.region import RegionInput
+from partita.torch.stage import Absent, cut_stages
 
 WRAPPERS = ("linear", "embedding", "base_layer")
 """Names that split layers and adapters put into a parameter's path."""
 
 
-def apply_plan(model: nn.Module, plan: Plan, comm: Communicator) -> nn.Module:
-    """Split `model` in place over the tensor ranks of `comm` as `plan` says; what is cut may be on any device, meta too.
+def apply_plan(model: nn.Module, plan: Plan, groups: ParallelGroups) -> nn.Module:
+    """Leave of an unsplit `model`, in place, what this rank holds as `plan` says; it may be on any device, meta too.
 
     Raises:
-        DistributedError: `comm` is not of the plan's tensor axis.
+        DistributedError: `groups` are not of the plan's mesh.
         ModelError: The model is not the plan's, or holds a layer that cannot be cut.
     """
-    if comm.size != plan.mesh.tp:
-        raise DistributedError(f"the plan has tp={plan.mesh.tp}, but the tensor group has {comm.size} ranks.")
+    comm = groups.mp.comm
+    if (comm.size, groups.pp.world_size) != (plan.mesh.tp, plan.mesh.pp):
+        raise DistributedError(
+            f"the plan has tp={plan.mesh.tp} and pp={plan.mesh.pp}, but the groups have {comm.size} and {groups.pp.world_size} "
+            "ranks."
+        )
     check_model(model, plan)
+    cut_stages(model, plan, groups.pp.rank)
     if comm.size == 1:
         return model
+    here = {path for path, _ in model.named_modules()}
     randomness = RegionRandomness(comm) if has_dropout(getattr(model, "config", None)) else None
     entries = _shared_entries(plan, comm, randomness)
     for path, module_plan in plan.modules.items():
-        _split_module(model, path, module_plan, comm, entries, randomness)
+        if path in here and not isinstance(model.get_submodule(path), Absent):
+            _split_module(model, path, module_plan, comm, entries, randomness)
     for path, attention in plan.attention.items():
-        _localize_heads(model.get_submodule(path), attention, comm.rank)
+        if path in here:
+            _localize_heads(model.get_submodule(path), attention, comm.rank)
     _cut_bare_parameters(parameter_homes(model), plan, comm)
     return model
-
-
-def finish(model: nn.Module, plan: Plan, groups: ParallelGroups) -> nn.Module:
-    """Tie what is tied, and let parameters that several ranks hold have whole gradients."""
-    homes = parameter_homes(model)
-    tie(homes, plan)
-    sum_partial_gradients(homes, plan, groups.mp.comm)
-    model.partita_plan = plan  # type: ignore[assignment]
-    model.partita_groups = groups  # type: ignore[assignment]
-    if groups.mp.world_size > 1 and hasattr(type(model), "generate"):
-        model.generate = MethodType(_generate_alike, model)  # type: ignore[assignment]
-    if groups.mp.world_size > 1 and hasattr(type(model), "save_pretrained"):
-        model.save_pretrained = MethodType(_refuse_to_save, model)  # type: ignore[assignment]
-    return model
-
-
-def _generate_alike(model: Any, *args: Any, **kwargs: Any) -> Any:
-    """transformers' own `generate`, whose draws are the same on all tensor ranks: they begin where the first rank stands."""
-    state = model.partita_groups.mp.comm.broadcast_(torch.get_rng_state())
-    torch.set_rng_state(state)
-    return type(model).generate(model, *args, **kwargs)
-
-
-def _refuse_to_save(model: Any, *args: Any, **kwargs: Any) -> None:
-    raise ModelError(
-        "save_pretrained would write this rank's part alone. Let every rank call partita.torch.save(model, folder): it writes "
-        "the unsplit model, which from_pretrained reads."
-    )
 
 
 def plan_of(model: nn.Module) -> tuple[Plan, ParallelGroups]:
@@ -302,7 +282,7 @@ def tie(homes: Mapping[str, tuple[nn.Module, str]], plan: Plan) -> None:
 def sum_partial_gradients(homes: Mapping[str, tuple[nn.Module, str]], plan: Plan, comm: Communicator) -> None:
     """Let parameters of which each rank sees a part of the gradient have the sum."""
     for name, cut in plan.cuts.items():
-        if not cut.partial_grad or name not in homes or plan.spec.tensors[name].tied_to is not None:
+        if not cut.partial_grad or name not in homes or plan.spec.tensors[name].tied_to in homes:
             continue
         parameter = getattr(*homes[name])
         if cut.split is None or cut.dim is None:

@@ -212,6 +212,21 @@ class Communicator:
         dist.recv(tensor, group=self.group, group_src=source)
         return tensor
 
+    def start_send(self, tensor: Tensor, to: int, tag: int = 0) -> Work:
+        """Begin to send a contiguous tensor to rank `to` of the group; it must not be changed before `wait()`.
+
+        Messages of one tag between two ranks arrive in the order in which they were begun. NCCL has no tags.
+        """
+        work = dist.isend(tensor, group=self.group, group_dst=to, tag=tag)
+        assert work is not None
+        return work
+
+    def start_recv_(self, tensor: Tensor, source: int, tag: int = 0) -> Work:
+        """Begin to receive from rank `source` of the group into a contiguous tensor, which is there after `wait()`."""
+        work = dist.irecv(tensor, group=self.group, group_src=source, tag=tag)
+        assert work is not None
+        return work
+
     def barrier(self) -> None:
         """Return when every rank of the group has come here."""
         if self.size > 1:

@@ -16,6 +16,7 @@ from partita.core.resolve import ModulePlan
 from partita.torch.apply import local_tensors
 from partita.torch.comm import Communicator
 from partita.torch.groups import ParallelGroups
+from partita.torch.stage import Absent
 
 FLOOR = 1e-6
 """Gradients this much smaller than the model's largest are rounding (a key's bias has none in exact arithmetic), so errors
@@ -27,7 +28,7 @@ class Difference:
     """How far one thing of the split model is from the unsplit one's, relative to its largest magnitude.
 
     Attributes:
-        kind: `output`, `module` or `gradient`.
+        kind: `output`, `module`, `gradient` or `parameter`.
         name: The module's or parameter's path in the unsplit model.
         error: The largest over all ranks; infinite where it is missing or not a number on one side only.
     """
@@ -69,26 +70,57 @@ def compare(
         Differences in the order of execution: modules, the output, then gradients in the model's order. The same on every
         rank.
     """
-    comm = groups.mp.comm
     for model in (unsplit, split):
         model.zero_grad(set_to_none=True)
     expected: dict[str, Tensor] = {}
     found: dict[str, float] = {}
     with _watch(unsplit, plan, lambda path, out: expected.setdefault(path, out.clone())):
-        reference = _main_output(unsplit(**inputs))
-    with _watch(split, plan, lambda path, out: _note(path, out, expected, found, plan, comm)):
-        output = _main_output(split(**inputs))
-    differences = [Difference("module", path, error) for path, error in found.items()]
-    differences.append(Difference("output", "the model", _error(reference.detach(), output.detach())))
+        reference = main_output(unsplit(**inputs))
+    with _watch(split, plan, lambda path, out: _note(path, out, expected, found, plan, groups.mp.comm)):
+        output = main_output(split(**inputs))
+    modules = [Difference("module", path, error) for path, error in found.items()]
+    differences = [Difference("output", "the model", relative_error(reference.detach(), output.detach()))]
     if output.requires_grad and reference.shape == output.shape:
         generator = torch.Generator().manual_seed(0)
         weight = torch.randn(reference.shape, generator=generator, dtype=reference.dtype).to(reference.device)
         (reference * weight).sum().backward()
         (output * weight).sum().backward()
-        differences += _gradients(unsplit, split, plan, comm)
-    errors = torch.tensor([d.error for d in differences], dtype=torch.float64)
-    comm.all_reduce_(errors, torch.distributed.ReduceOp.MAX)
-    return [Difference(d.kind, d.name, float(e)) for d, e in zip(differences, errors, strict=True)]
+        differences += _gradients(unsplit, split, plan, groups.mp.comm)
+    return _largest([*modules, *differences], groups, [*expected, *plan.spec.tensors])
+
+
+def _largest(mine: list[Difference], groups: ParallelGroups, order: list[str]) -> list[Difference]:
+    """What all ranks of a replica found: the largest error of each thing, modules in the order in which they ran."""
+    kinds, places = ("module", "output", "gradient", "parameter"), {name: place for place, name in enumerate(order)}
+    for comm in (groups.mp.comm, groups.pp.comm):
+        merged: dict[tuple[str, str], Difference] = {}
+        for part in comm.all_gather_object(mine):
+            for one in part:  # type: ignore[attr-defined]
+                known = merged.get((one.kind, one.name))
+                # Not a number counts as more than any number.
+                if known is None or not one.error <= known.error:
+                    merged[one.kind, one.name] = one
+        mine = list(merged.values())
+    return sorted(mine, key=lambda d: (kinds.index(d.kind), places.get(d.name, 0)))
+
+
+def compare_parameters(unsplit: nn.Module, split: nn.Module, plan: Plan, groups: ParallelGroups) -> list[Difference]:
+    """How far each parameter of the split model is from the unsplit one's; every rank calls it, and gets the same."""
+    whole = dict(unsplit.named_parameters(remove_duplicate=False))
+    found = []
+    for name, local in local_tensors(split, plan).items():
+        if name in whole:
+            part = _local_part_of(whole[name].detach(), plan, name, groups.mp.rank)
+            found.append(
+                Difference("parameter", name, relative_error(part, local.detach(), float(whole[name].abs().max())))
+            )
+    return _largest(found, groups, list(plan.spec.tensors))
+
+
+def _local_part_of(tensor: Tensor, plan: Plan, name: str, rank: int) -> Tensor:
+    for dim, ranges in enumerate(plan.tensor(name).ranges(rank)):
+        tensor = torch.cat([tensor.narrow(dim, a, b - a) for a, b in ranges], dim)
+    return tensor
 
 
 def _gradients(unsplit: nn.Module, split: nn.Module, plan: Plan, comm: Communicator) -> Iterator[Difference]:
@@ -96,18 +128,17 @@ def _gradients(unsplit: nn.Module, split: nn.Module, plan: Plan, comm: Communica
     mine = local_tensors(split, plan)
     largest = max((float(p.grad.abs().max()) for p in whole.values() if p.grad is not None), default=0.0)
     for name, parameter in whole.items():
-        if plan.spec.tensors[name].tied_to is not None:
+        tied = plan.spec.tensors[name].tied_to
+        if name not in mine or tied in mine:
             continue
         grad, local = parameter.grad, mine[name].grad
         if grad is None or local is None:
             none = grad is local or all(g is None or not bool(g.any()) for g in (grad, local))
             yield Difference("gradient", name, 0.0 if none else float("inf"))
             continue
-        part = grad
-        for dim, ranges in enumerate(plan.tensor(name).ranges(comm.rank)):
-            part = torch.cat([part.narrow(dim, a, b - a) for a, b in ranges], dim)
+        part = _local_part_of(grad, plan, name, comm.rank)
         scale = max(float(grad.abs().max()), FLOOR * largest)
-        yield Difference("gradient", name, _error(part, local, scale))
+        yield Difference("gradient", name, relative_error(part, local, scale))
 
 
 @contextmanager
@@ -119,6 +150,8 @@ def _watch(model: nn.Module, plan: Plan, see: Callable[[str, Tensor], object]) -
         try:
             module = model.get_submodule(path)
         except AttributeError:
+            continue
+        if any(isinstance(part, Absent) for part in module.modules()):
             continue
 
         def hook(module: nn.Module, args: object, output: Any, path: str = path) -> None:
@@ -150,7 +183,7 @@ def _note(
     if module is not None and _is_local(module):
         whole = _local_part(whole, module, comm.rank)
     if whole.shape == output.shape:
-        found[path] = _error(whole, output)
+        found[path] = relative_error(whole, output)
 
 
 def _is_local(module: ModulePlan) -> bool:
@@ -167,7 +200,8 @@ def _local_part(whole: Tensor, module: ModulePlan, rank: int) -> Tensor:
     return part
 
 
-def _error(whole: Tensor, mine: Tensor, scale: float | None = None) -> float:
+def relative_error(whole: Tensor, mine: Tensor, scale: float | None = None) -> float:
+    """The largest difference, relative to `scale`, by default the largest magnitude of `whole`."""
     if whole.shape != mine.shape:
         return float("inf")
     if whole.numel() == 0:
@@ -183,7 +217,8 @@ def _error(whole: Tensor, mine: Tensor, scale: float | None = None) -> float:
     return 0.0 if difference == 0.0 else difference / scale if scale > 0.0 else float("inf")
 
 
-def _main_output(output: Any) -> Tensor:
+def main_output(output: Any) -> Tensor:
+    """What a model's output is about: logits, or the last hidden state."""
     for name in ("logits", "prediction_logits", "last_hidden_state"):
         value = getattr(output, name, None)
         if isinstance(value, Tensor):

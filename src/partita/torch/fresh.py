@@ -10,14 +10,16 @@ import torch
 from torch import nn
 
 from partita.core.mesh import Mesh
+from partita.core.placement import Placement
 from partita.core.plan import Plan
-from partita.torch.apply import apply_plan, finish
+from partita.torch.apply import apply_plan
+from partita.torch.finish import finish
 from partita.torch.groups import ParallelGroups, init_process_group, make_groups
 from partita.torch.hub import build_on_meta, find_model, read_hf_config
 from partita.torch.initial import FreshFill, record_initialization
-from partita.torch.load import as_device, as_dtype, check_stages
+from partita.torch.load import as_device, as_dtype, choose_plan
 from partita.torch.materialize import materialize
-from partita.torch.probe import plan_of_model, prove_unless_proven
+from partita.torch.mtp import attach_mtp
 from partita.torch.together import together
 
 
@@ -27,6 +29,9 @@ def fresh(
     tp: int = 1,
     pp: int = 1,
     dp: int = 1,
+    layout: str | list[Any] | None = None,
+    vpp: int | None = None,
+    placement: Placement = "loop",
     plan: Plan | None = None,
     seed: int = 0,
     dtype: torch.dtype | str | None = None,
@@ -40,7 +45,10 @@ def fresh(
         tp: Tensor parallel ranks.
         pp: Pipeline stages' ranks.
         dp: Replicas.
-        plan: How to split, instead of `tp`, `pp` and `dp`.
+        layout: Which layers each stage runs.
+        vpp: Stages on each pipeline rank; by default as many as `layout` has, else one.
+        placement: Which rank runs which stage: `loop`, or `v` for the schedule `zb-v`.
+        plan: How to split, instead of all these.
         seed: Of the weights.
         dtype: Of the weights; by default the config's.
         device: Where they go; by default this rank's CUDA device, or the CPU.
@@ -51,14 +59,14 @@ def fresh(
     """
     init_process_group()
     mesh = plan.mesh if plan is not None else Mesh(dp, pp, tp)
-    check_stages(mesh)
     groups = groups if groups is not None else make_groups(mesh)
     with together(groups):
         source = find_model(config, weights=False) if isinstance(config, (str, os.PathLike)) else config
         built = build_on_meta(read_hf_config(source), as_dtype(dtype))
-        plan = plan_of_model(built, mesh) if plan is None else prove_unless_proven(built, plan)
+        plan = choose_plan(built, plan, mesh, layout, vpp, placement)
+        attach_mtp(built, plan)
         recipes = record_initialization(built)
     with together(groups):
-        split = apply_plan(built, plan, groups.mp.comm)
+        split = apply_plan(built, plan, groups)
         materialize(split, plan, groups, FreshFill(recipes, seed), as_device(device))
     return finish(split, plan, groups)

@@ -4,21 +4,30 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from partita.core.plan import Plan
+from partita.core.split import Split
 from partita.errors import ModelError, PlanError
+from partita.schedule import Action, Kind, Schedule
 from partita.torch.apply import plan_of
-from partita.torch.comm import Communicator
+from partita.torch.comm import Communicator, Work
 from partita.torch.head import likeliest, local_logits
+from partita.torch.pipeline import Pipeline
+from partita.torch.stage_probe import refuse_undecodable
 from partita.torch.tokenizer import Tokenizer
 
 OnText = Callable[[int, str], None]
+
+_IDS = 1 << 20
+"""Tags of messages with token ids begin here, one a group of sequences, apart from those with hidden states."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +104,8 @@ def generate(
 ) -> list[Generation]:
     """Continue every prompt; every rank of the run calls it with the same arguments and returns the same.
 
-    Replicas (dp) share the prompts. A sequence's tokens do not depend on how the model is split, nor on the other prompts,
+    Replicas (dp) share the prompts. Where there are several stages the prompts go through them in as many groups, so that all
+    stages work. A sequence's tokens do not depend on how the model is split, nor on the other prompts,
     beyond the rounding of the dtype.
 
     Args:
@@ -111,6 +121,7 @@ def generate(
         ModelError: The model does not generate.
     """
     plan, groups = plan_of(model)
+    refuse_undecodable(model, plan)
     _check(model, prompts, sampling, tokenizer, plan.spec.vocab_size)
     replicas, replica = groups.dp.world_size, groups.dp.rank
     sequences = [
@@ -118,12 +129,12 @@ def generate(
         for place, prompt in enumerate(prompts)
         if place % replicas == replica
     ]
-    listener = on_text if groups.mp.rank == 0 and replica == 0 else None
+    listener = on_text if groups.mp.rank == groups.pp.rank == replica == 0 else None
     was_training = model.training
     model.eval()
     with torch.inference_mode():
         for batch in _batches(model, sequences):
-            _run(model, batch, sampling, tokenizer, groups.mp.comm, _eos_ids(model, tokenizer, sampling), listener)
+            _Run(model, batch, sampling, tokenizer, listener).run()
     model.train(was_training)
     done = {s.place: Generation(tuple(s.tokens), s.text, s.finish_reason) for s in sequences}
     for other in groups.dp.comm.all_gather_object(done):
@@ -154,8 +165,10 @@ def _batches(model: nn.Module, sequences: list[_Sequence]) -> list[list[_Sequenc
     """All at once, padded on the left; one length at a time where the model cannot be told of padding."""
     if not sequences:
         return []
-    takes = inspect.signature(model.forward).parameters
-    if "attention_mask" in takes and not getattr(model, "_is_stateful", False):
+    # The plain attention of transformers narrows a float64 mask to float32, where a padded row becomes not a number.
+    wide = next((p.dtype for p in model.parameters()), None) == torch.float64
+    overflows = wide and getattr(model.config, "_attn_implementation", None) == "eager"
+    if "attention_mask" in _takes(model) and not getattr(model, "_is_stateful", False) and not overflows:
         return [sequences]
     lengths: dict[int, list[_Sequence]] = {}
     for sequence in sequences:
@@ -163,53 +176,158 @@ def _batches(model: nn.Module, sequences: list[_Sequence]) -> list[list[_Sequenc
     return list(lengths.values())
 
 
-def _run(
-    model: nn.Module,
-    batch: list[_Sequence],
-    sampling: Sampling,
-    tokenizer: Tokenizer | None,
-    comm: Communicator,
-    eos_ids: frozenset[int],
-    on_text: OnText | None,
-) -> None:
-    device = next(model.parameters()).device
-    takes = inspect.signature(model.forward).parameters
-    longest = max(len(s.prompt) for s in batch)
-    pads = torch.tensor([longest - len(s.prompt) for s in batch])
-    ids = torch.tensor([[s.prompt[0]] * (longest - len(s.prompt)) + s.prompt for s in batch], device=device)
-    columns = torch.arange(longest)
-    mask = (columns >= pads.unsqueeze(1)).long().to(device)
-    positions = (columns - pads.unsqueeze(1)).clamp(min=0).to(device)
-    padded = bool(pads.any())
-    processors = _processors(sampling)
-    greedy = sampling.temperature == 0 and not processors
-    cache: Any = None
-    for step in range(sampling.max_new_tokens):
-        given: dict[str, Any] = {"input_ids": ids, "past_key_values": cache, "use_cache": True}
-        if padded:
-            given["attention_mask"] = mask
-        if "position_ids" in takes:
-            given["position_ids"] = positions
-        if "logits_to_keep" in takes:
+def _takes(model: nn.Module) -> Collection[str]:
+    return inspect.signature(type(model).forward).parameters
+
+
+class _Group:
+    """Sequences that go through the pipeline together, and what the model is called with next."""
+
+    def __init__(self, model: nn.Module, sequences: list[_Sequence], device: torch.device) -> None:
+        self.sequences = sequences
+        self.takes = _takes(model)
+        longest = max(len(s.prompt) for s in sequences)
+        pads = torch.tensor([longest - len(s.prompt) for s in sequences])
+        self.ids = torch.tensor(
+            [[s.prompt[0]] * (longest - len(s.prompt)) + s.prompt for s in sequences], device=device
+        )
+        columns = torch.arange(longest)
+        self.mask = (columns >= pads.unsqueeze(1)).long().to(device)
+        self.positions = (columns - pads.unsqueeze(1)).clamp(min=0).to(device)
+        self.is_padded = bool(pads.any())
+        self.caches: dict[int, Any] = {}
+        self.taken = 0
+
+    def inputs(self, stage: int) -> dict[str, Any]:
+        """What the model is called with at `stage`."""
+        given: dict[str, Any] = {
+            "input_ids": self.ids, "past_key_values": self.caches.get(stage), "use_cache": True,
+        }  # fmt: skip
+        if self.is_padded:
+            given["attention_mask"] = self.mask
+        if "position_ids" in self.takes:
+            given["position_ids"] = self.positions
+        if "logits_to_keep" in self.takes:
             given["logits_to_keep"] = 1
-        with local_logits(model) if greedy else nullcontext() as split:
-            output = model(**given)
-        cache = getattr(output, "past_key_values", None)
-        if cache is None:
-            raise ModelError(f"{type(model).__name__} gives back no cache, so it cannot generate token by token.")
+        return given
+
+    def go_on(self, chosen: Tensor) -> None:
+        """Take up the next token of each sequence, `[sequences]`."""
+        self.taken += 1
+        self.ids = chosen.view(-1, 1).to(self.ids.device)
+        self.positions = self.positions[:, -1:] + 1
+        if self.is_padded:
+            self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.sequences), 1)], 1)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether every sequence has ended."""
+        return all(s.finish_reason for s in self.sequences)
+
+
+class _Run:
+    """Sequences under way on one rank. The stage with the loss picks tokens, all others are told of them."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batch: list[_Sequence],
+        sampling: Sampling,
+        tokenizer: Tokenizer | None,
+        on_text: OnText | None,
+    ) -> None:
+        plan, groups = plan_of(model)
+        self.model, self.sampling, self.tokenizer, self.on_text = model, sampling, tokenizer, on_text
+        self.pp, self.tp = groups.pp.comm, groups.mp.comm
+        self.picker = plan.stage_rank(plan.loss_stage)
+        self.stages = {plan.stage_index(self.pp.rank, vpp): plan.stage(self.pp.rank, vpp) for vpp in range(plan.vpp)}
+        self.eos_ids = _eos_ids(model, tokenizer, sampling)
+        self.processors = _processors(sampling)
+        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        count = min(len(batch), plan.mesh.pp)
+        edges = [i * len(batch) // count for i in range(count + 1)]
+        self.groups = [_Group(model, batch[a:b], device) for a, b in pairwise(edges)]
+        self.pipeline = Pipeline(model, _forward_only(plan, count))
+        self.sent: list[tuple[Tensor, Work]] = []
+        self.split: Split | None = None
+        self.step = 0
+
+    def run(self) -> None:
+        """Continue every sequence to its end."""
+        greedy = self.sampling.temperature == 0 and not self.processors
+        with local_logits(self.model) if greedy else nullcontext() as self.split:
+            for step in range(self.sampling.max_new_tokens):
+                self.step = step
+                self.pipeline.run(
+                    lambda stage, place: self.groups[place].inputs(stage),
+                    self._pick,
+                    key=lambda place: tuple(self.groups[place].ids.shape),
+                    skips=self._is_done,
+                    keep_cache=self._keep_cache,
+                )
+                if self.step == 0:
+                    self._check_caches()
+                if all(group.is_done for group in self.groups):
+                    break
+            for place, group in enumerate(self.groups):
+                if not group.is_done:
+                    self._hear(place)
+        self.pipeline.flush()
+        for _, work in self.sent:
+            work.wait()
+
+    def _keep_cache(self, stage: int, place: int, cache: Any) -> None:
+        self.groups[place].caches[stage] = cache
+
+    def _check_caches(self) -> None:
+        for index, stage in self.stages.items():
+            if stage.layers and index not in self.groups[0].caches:
+                raise ModelError(
+                    f"{type(self.model).__name__} gives back no cache, so it cannot generate token by token."
+                )
+
+    def _pick(self, output: Any, place: int) -> None:
+        """Choose the next token of each sequence of a group, and tell the other stages."""
+        group = self.groups[place]
         logits = output.logits[:, -1]
-        chosen = likeliest(logits, split, comm) if greedy else _choose(logits, batch, sampling, processors, comm)
-        tokens = chosen.tolist()
-        for sequence, token in zip(batch, tokens, strict=True):
+        if self.sampling.temperature == 0 and not self.processors:
+            chosen = likeliest(logits, self.split, self.tp)
+        else:
+            chosen = _choose(logits, group.sequences, self.sampling, self.processors, self.tp)
+        ids = chosen.cpu()
+        for rank in range(self.pp.size):
+            if rank != self.pp.rank:
+                self.sent.append((ids, self.pp.start_send(ids, rank, _IDS + place)))
+        self._take(group, ids)
+
+    def _is_done(self, place: int) -> bool:
+        """Whether a group has ended, its tokens of the step before being known."""
+        group = self.groups[place]
+        if group.taken < self.step and not group.is_done:
+            self._hear(place)
+        return group.is_done
+
+    def _hear(self, place: int) -> None:
+        """Take up the tokens that the last stage picked for a group."""
+        group = self.groups[place]
+        ids = torch.empty(len(group.sequences), dtype=torch.long)
+        self.pp.start_recv_(ids, self.picker, _IDS + place).wait()
+        self._take(group, ids)
+
+    def _take(self, group: _Group, ids: Tensor) -> None:
+        group.go_on(ids)
+        last = group.taken == self.sampling.max_new_tokens
+        for sequence, token in zip(group.sequences, ids.tolist(), strict=True):
             if not sequence.finish_reason:
-                _accept(sequence, token, sampling, tokenizer, eos_ids, last=step == sampling.max_new_tokens - 1)
-                _show(sequence, on_text)
-        if all(s.finish_reason for s in batch):
-            return
-        ids = chosen.view(-1, 1).to(device)
-        positions = positions[:, -1:] + 1
-        if padded:
-            mask = torch.cat([mask, mask.new_ones(len(batch), 1)], 1)
+                _accept(sequence, token, self.sampling, self.tokenizer, self.eos_ids, last=last)
+                _show(sequence, self.on_text)
+
+
+def _forward_only(plan: Plan, count: int) -> Schedule:
+    """Each rank runs its stages in turn, each for all `count` groups."""
+    pp, places = plan.mesh.pp, range(count)
+    rows = ([Action(plan.stage_index(r, v), Kind.F, g) for v in range(plan.vpp) for g in places] for r in range(pp))
+    return Schedule(tuple(map(tuple, rows)))
 
 
 def _processors(sampling: Sampling) -> list[Any]:

@@ -103,12 +103,11 @@ def init_process_group(*, backend: str | None = None, timeout_s: float = 1800.0)
     if dist.is_initialized():
         return
     _timeout = timedelta(seconds=timeout_s)
-    if "RANK" not in os.environ:
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     backend = backend or ("cuda:nccl,cpu:gloo" if torch.cuda.is_available() else "gloo")
-    store = dist.HashStore() if os.environ.get("WORLD_SIZE") == "1" else None  # type: ignore[attr-defined]
+    is_alone = "RANK" not in os.environ or os.environ.get("WORLD_SIZE") == "1"
+    store = dist.HashStore() if is_alone else None  # type: ignore[attr-defined]
     dist.init_process_group(
         backend,
         timeout=_timeout,

@@ -16,15 +16,19 @@ from partita.checkpoint.header import TensorInfo
 from partita.checkpoint.index import Checkpoint, open_checkpoint
 from partita.checkpoint.read import Reader
 from partita.core.mesh import Mesh
+from partita.core.placement import Placement
 from partita.core.plan import Plan
 from partita.core.resolve import TensorPlan
-from partita.errors import CheckpointError, ModelError, PlanError
-from partita.torch.apply import apply_plan, finish
+from partita.errors import CheckpointError, ModelError
+from partita.torch.apply import apply_plan
+from partita.torch.finish import finish
 from partita.torch.groups import ParallelGroups, init_process_group, make_groups
 from partita.torch.hub import build_on_meta, find_model, read_hf_config
 from partita.torch.materialize import materialize
+from partita.torch.mtp import attach_mtp
 from partita.torch.names import Source, convert_whole, sources_for_reading
 from partita.torch.probe import plan_of_model, prove_unless_proven
+from partita.torch.stage_probe import prove_stages
 from partita.torch.together import together
 
 DTYPES = {
@@ -49,6 +53,8 @@ def load(
     pp: int = 1,
     dp: int = 1,
     layout: str | list[Any] | None = None,
+    vpp: int | None = None,
+    placement: Placement = "loop",
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     trust_remote_code: bool = False,
@@ -66,6 +72,8 @@ def load(
         pp: Pipeline stages' ranks.
         dp: Replicas.
         layout: Which layers each stage runs.
+        vpp: Stages on each pipeline rank; by default as many as `layout` has, else one.
+        placement: Which rank runs which stage: `loop`, or `v` for the schedule `zb-v`.
         dtype: Of the weights; by default the checkpoint's.
         device: Where they go; by default this rank's CUDA device, or the CPU.
         trust_remote_code: Whether to run code that comes with the model.
@@ -77,20 +85,20 @@ def load(
     """
     init_process_group()
     mesh = plan.mesh if plan is not None else Mesh(dp, pp, tp)
-    check_stages(mesh)
     groups = groups if groups is not None else make_groups(mesh)
     with together(groups):
         folder = find_model(model)
         checkpoint = open_checkpoint(folder)
         config = read_hf_config(folder, trust_remote_code=trust_remote_code)
         built = build_on_meta(config, as_dtype(dtype))
-        plan = plan_of_model(built, mesh, layout) if plan is None else prove_unless_proven(built, plan)
+        plan = choose_plan(built, plan, mesh, layout, vpp, placement)
+        attach_mtp(built, plan)
         shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
         sources, unused = sources_for_reading(built, shapes)
         _check_readable(config, plan, checkpoint, unused)
         unsplit = _for_conversion(built, sources)
     with together(groups), Reader(checkpoint) as reader:
-        split = apply_plan(built, plan, groups.mp.comm)
+        split = apply_plan(built, plan, groups)
         total = sum(t.numel() * t.itemsize for t in split.state_dict(keep_vars=True).values())
         fill = _CheckpointFill(reader, checkpoint.tensors, sources, unsplit, progress, total)
         materialize(split, plan, groups, fill, as_device(device))
@@ -98,33 +106,58 @@ def load(
 
 
 def shard(
-    model: nn.Module, plan: Plan | None = None, *, tp: int = 1, groups: ParallelGroups | None = None
+    model: nn.Module,
+    plan: Plan | None = None,
+    *,
+    tp: int = 1,
+    pp: int = 1,
+    dp: int = 1,
+    layout: str | list[Any] | None = None,
+    vpp: int | None = None,
+    placement: Placement = "loop",
+    groups: ParallelGroups | None = None,
 ) -> nn.Module:
     """Split a model in memory, in place; every rank calls it with an equal model. Returns the model.
 
     Args:
         model: An unsplit model of transformers, or any module whose paths the plan's rules name.
-        plan: How to split; by default made for `tp` ranks from the model itself.
-        tp: Tensor parallel ranks, where no plan is given.
+        plan: How to split; by default made from the model itself for what follows.
+        tp: Tensor parallel ranks.
+        pp: Pipeline stages' ranks.
+        dp: Replicas.
+        layout: Which layers each stage runs.
+        vpp: Stages on each pipeline rank.
+        placement: Which rank runs which stage.
         groups: The groups of the plan's mesh; by default made from the initialized process group.
 
     Raises:
         PartitaError: The model cannot be split so; on every rank.
     """
-    mesh = plan.mesh if plan is not None else Mesh(tp=tp)
-    check_stages(mesh)
+    mesh = plan.mesh if plan is not None else Mesh(dp, pp, tp)
     groups = groups if groups is not None else make_groups(mesh)
     with together(groups):
-        plan = plan_of_model(model, mesh) if plan is None else prove_unless_proven(model, plan)
+        plan = choose_plan(model, plan, mesh, layout, vpp, placement)
+        if plan.num_mtp:
+            raise ModelError("a model in memory has no layers of multi-token prediction (m). Use fresh() or load().")
     with together(groups):
-        split = apply_plan(model, plan, groups.mp.comm)
+        split = apply_plan(model, plan, groups)
     return finish(split, plan, groups)
 
 
-def check_stages(mesh: Mesh) -> None:
-    """Raise `PlanError` for what this engine does not run."""
-    if mesh.pp > 1:
-        raise PlanError(f"the torch engine runs one stage only for now, but the plan has pp={mesh.pp}. Use tp instead.")
+def choose_plan(
+    model: nn.Module, plan: Plan | None, mesh: Mesh, layout: Any, vpp: int | None, placement: Placement
+) -> Plan:
+    """`plan`, or one made of the unsplit `model`; either is proven to be right for it.
+
+    Raises:
+        PartitaError: It is not, or there is none.
+    """
+    if plan is None:
+        plan = plan_of_model(model, mesh, layout, vpp=vpp, placement=placement)
+    else:
+        prove_unless_proven(model, plan)
+    prove_stages(model, plan)
+    return plan
 
 
 def _check_readable(config: Any, plan: Plan, checkpoint: Checkpoint, unused: list[str]) -> None:

@@ -28,7 +28,8 @@ def materialize(model: nn.Module, plan: Plan, groups: ParallelGroups, fill: Fill
         if tensor.device.type != "meta" or (spec.tied_to is not None and spec.tied_to in homes):
             continue
         local = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
-        fill(name, plan.tensor(name), rank, local)
+        # A tied tensor whose twin is on another stage begins as the twin does.
+        fill(spec.tied_to or name, plan.tensor(name), rank, local)
         local._is_hf_initialized = True  # type: ignore[attr-defined]
         if attribute in module._parameters:
             parameter = nn.Parameter(local, requires_grad=tensor.requires_grad)

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from partita.core.mesh import Mesh
+from partita.core.placement import Placement
 from partita.core.plan import Plan
 from partita.core.rules import Rules, isolated_rules
 from partita.core.shrink import shrunk_configs
 from partita.errors import ModelError, PartitaError
-from partita.torch.apply import apply_plan, finish
+from partita.torch.apply import apply_plan
 from partita.torch.compare import Difference, Float64Everywhere, compare
+from partita.torch.finish import finish
 from partita.torch.groups import single_groups
 from partita.torch.hub import build_on_meta, quiet, read_hf_config, rules_of, spec_of
 from partita.torch.initial import FreshFill, record_initialization
@@ -29,7 +31,15 @@ LARGEST_PARAMETERS = 100_000_000
 """A small model of more parameters than this is not small."""
 
 
-def plan_of_model(model: nn.Module, mesh: Mesh, layout: Any = None, rules: Rules | None = None) -> Plan:
+def plan_of_model(
+    model: nn.Module,
+    mesh: Mesh,
+    layout: Any = None,
+    rules: Rules | None = None,
+    *,
+    vpp: int | None = None,
+    placement: Placement = "loop",
+) -> Plan:
     """The plan of an unsplit model (on any device): of its family's rules where these were measured, else of those that pass.
 
     Raises:
@@ -39,11 +49,11 @@ def plan_of_model(model: nn.Module, mesh: Mesh, layout: Any = None, rules: Rules
     spec = spec_of(model)
     first = rules if rules is not None else rules_of(model, spec)
     if mesh.tp == 1 or first.proven:
-        return Plan.make(spec, mesh, layout, first)
+        return Plan.make(spec, mesh, layout, first, vpp=vpp, placement=placement)
     reasons = []
     for candidate in dict.fromkeys([first] if rules is not None else [first, isolated_rules(spec)]):
         try:
-            plan = Plan.make(spec, mesh, layout, candidate)
+            plan = Plan.make(spec, mesh, layout, candidate, vpp=vpp, placement=placement)
             prove(model, plan)
         except PartitaError as error:
             reasons.append(str(error))
@@ -168,7 +178,7 @@ def compare_on_threads(unsplit: nn.Module, plan: Plan) -> list[Difference]:
 
     def one(comm: Any) -> list[Difference]:
         groups = single_groups(mesh=plan.mesh, tp=comm)
-        split = finish(apply_plan(copy.deepcopy(unsplit), plan, comm), plan, groups)
+        split = finish(apply_plan(copy.deepcopy(unsplit), plan, groups), plan, groups)
         with Float64Everywhere():
             return compare(copy.deepcopy(unsplit), split, plan, groups, inputs)
 

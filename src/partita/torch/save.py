@@ -12,12 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from partita.checkpoint.write import Writer, create_files, plan_files, write_index
+from partita.core.plan import Plan
 from partita.core.split import Range
 from partita.errors import CheckpointError, ModelError
 from partita.torch.adapt import adapters
 from partita.torch.apply import local_tensors, plan_of
 from partita.torch.hub import build_on_meta, quiet
 from partita.torch.load import DTYPES, memory_of
+from partita.torch.mtp import attach_mtp, repeated_pieces
 from partita.torch.names import pieces_for_writing
 from partita.torch.together import together
 from partita.torch.tokenizer import Tokenizer
@@ -55,14 +57,21 @@ def save(
             "the model has LoRA adapters, which are no part of a checkpoint. Call merge_lora(model) first."
         )
     path = Path(folder)
-    tensors = local_tensors(model, plan)
-    names = {name: tensor for name, tensor in tensors.items() if plan.spec.tensors[name].tied_to not in tensors}
+    tensors = {n: t for n, t in local_tensors(model, plan).items() if plan.spec.tensors[n].tied_to is None}
+    dtypes: dict[str, torch.dtype] = {}
+    for part in groups.pp.comm.all_gather_object({name: tensor.dtype for name, tensor in tensors.items()}):
+        dtypes.update(part)  # type: ignore[call-overload]
+    config = _plain_config(model, plan, next(iter(dtypes.values())))
+    # Of copies on several stages the owner's is written.
+    names = {n: t for n, t in tensors.items() if plan.copies.get(n, (groups.pp.rank,))[0] == groups.pp.rank}
     with together(groups):
-        unsplit = build_on_meta(_plain_config(model))
-        pieces = pieces_for_writing(unsplit)
+        unsplit = build_on_meta(config)
+        attach_mtp(unsplit, plan)
+        pieces = repeated_pieces(unsplit, plan, pieces_for_writing(unsplit))
         on_disk = [
-            (piece.name, DTYPE_NAMES[tensor.dtype], piece.shape)
-            for name, tensor in names.items()
+            (piece.name, DTYPE_NAMES[dtypes[name]], piece.shape)
+            for name in plan.spec.tensors
+            if name in dtypes
             for piece in pieces[name]
         ]
         files = plan_files(on_disk, max_shard_bytes)
@@ -76,7 +85,7 @@ def save(
             create_files(path, files)
             write_index(path, files)
             with quiet():
-                _plain_config(model).save_pretrained(path)
+                config.save_pretrained(path)
                 generation = getattr(model, "generation_config", None)
                 if generation is not None:
                     with contextlib.suppress(ValueError):
@@ -132,8 +141,8 @@ def _place(held: list[Range], span: Range) -> tuple[int, int]:
     raise AssertionError(f"{span} is not in {held}")
 
 
-def _plain_config(model: nn.Module) -> Any:
+def _plain_config(model: nn.Module, plan: Plan, dtype: torch.dtype) -> Any:
     config: Any = model.config
     config.architectures = [type(model).__name__]
-    config.dtype = next(model.parameters()).dtype
+    config.dtype = dtype
     return config

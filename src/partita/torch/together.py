@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 
 from partita.errors import DistributedError
+from partita.torch.comm import Communicator
 from partita.torch.groups import ParallelGroups
 
 
 class _Together(AbstractContextManager[None]):
-    def __init__(self, size: int) -> None:
-        self.size = size
+    def __init__(self, gather: Callable[[object], list[object]]) -> None:
+        self.gather = gather
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if error is not None and not isinstance(error, Exception):
             return
-        reports: list[object] = [None] * self.size
-        torch.distributed.all_gather_object(reports, None if error is None else f"{type(error).__name__}: {error}")
+        reports = self.gather(None if error is None else f"{type(error).__name__}: {error}")
         if error is None:
             for rank, report in enumerate(reports):
                 if report is not None:
@@ -31,4 +32,15 @@ def together(groups: ParallelGroups) -> AbstractContextManager[None]:
 
     A rank that raised raises its own error; the others raise `DistributedError` with the first failing rank's.
     """
-    return _Together(groups.mesh.size) if groups.mesh.size > 1 else nullcontext()
+    return _Together(_gather_from_all) if groups.mesh.size > 1 else nullcontext()
+
+
+def together_in(comm: Communicator) -> AbstractContextManager[None]:
+    """The same among the ranks of `comm` alone."""
+    return _Together(comm.all_gather_object)
+
+
+def _gather_from_all(report: object) -> list[object]:
+    reports: list[object] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(reports, report)
+    return reports

@@ -1,30 +1,29 @@
-"""Training over tensor and data parallel ranks: the same loss curve whatever the mesh."""
+"""Training over tensor, pipeline and data parallel ranks: the same loss curve whatever the mesh."""
 
 from __future__ import annotations
 
 import math
+import socket
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from partita.core.plan import Plan
 from partita.errors import ModelError, PlanError
-from partita.torch.apply import local_tensors, plan_of
-from partita.torch.comm import Communicator
+from partita.schedule import Schedule, Timeline, build, check_kind, placement_of, vpp_of
+from partita.torch.apply import plan_of
+from partita.torch.copies import summed_copies
 from partita.torch.data import batch
-from partita.torch.grads import owned_square
 from partita.torch.groups import ParallelGroups
 from partita.torch.head import local_logits
 from partita.torch.load import as_dtype
-from partita.torch.loss import vocab_parallel_cross_entropy
-
-BUCKET_BYTES = 25 << 20
-"""Gradients travel between replicas in buffers of about this size."""
+from partita.torch.objective import IGNORED, check_trainable, examples, loss_of
+from partita.torch.pipeline import Pipeline
+from partita.torch.replicas import clip_gradients, sum_over_replicas
 
 
 @dataclass(frozen=True)
@@ -41,6 +40,13 @@ class TrainSettings:
         weight_decay: Of tensors of two dimensions or more (AdamW: Loshchilov and Hutter 2019, 1711.05101).
         clip_norm: Gradients of a larger global norm are scaled down to it; 0 for none.
         accumulate: Into how many micro-batches a replica cuts its part of the batch.
+        schedule: The kind of pipeline schedule (see `partita.schedule.KINDS`); by default `1f1b`, with several stages a rank
+            `interleaved-1f1b`, or `zb-v` where they are placed in a V.
+        group_size: Of `interleaved-1f1b`: micro-batches that pass a virtual stage in a row; by default pp.
+        zero: Whether each replica keeps the optimizer's state of its share of the parameters only (ZeRO-1: Rajbhandari et
+            al. 2020, 1910.02054).
+        mtp_weight: How much multi-token prediction counts beside the next token (2412.19437: 0.3, at the end 0.1).
+        mask_token: What masked language models see in place of what they have to guess; by default the last id.
         seed: Of the order of the data and of dropout.
         autocast: `bfloat16` to compute in it, with weights, reductions of the loss and the optimizer in the model's dtype.
         checkpointing: Whether activations are computed again in backward instead of kept.
@@ -58,13 +64,18 @@ class TrainSettings:
     seed: int = 0
     autocast: str | None = None
     checkpointing: bool = False
+    schedule: str | None = None
+    group_size: int | None = None
+    zero: bool = False
+    mtp_weight: float = 0.3
+    mask_token: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "sequence_length", "accumulate"):
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise PlanError(f"{name} must be a whole number of at least 1, but is {value!r}.")
-        for name in ("learning_rate", "min_learning_rate", "warmup_steps", "weight_decay", "clip_norm"):
+        for name in ("learning_rate", "min_learning_rate", "warmup_steps", "weight_decay", "clip_norm", "mtp_weight"):
             value = getattr(self, name)
             if not 0 <= value < math.inf:
                 raise PlanError(f"{name} must be a number of at least 0, but is {value!r}.")
@@ -98,6 +109,7 @@ def train(
     settings: TrainSettings,
     *,
     on_step: Callable[[StepReport], None] | None = None,
+    on_timeline: Callable[[Timeline], None] | None = None,
 ) -> list[StepReport]:
     """Train a split causal language model in place; every rank calls it with the same tokens and settings.
 
@@ -106,6 +118,7 @@ def train(
         tokens: The text, int64 `[tokens]`.
         settings: How.
         on_step: Told of every step, on every rank.
+        on_timeline: Told, on every rank, when each action of the last step began and ended.
 
     Returns:
         A report a step, the same on every rank but for the seconds.
@@ -115,38 +128,34 @@ def train(
         ModelError: The model is no causal language model, or the loss is not finite.
     """
     plan, groups = plan_of(model)
-    replicas = groups.dp.world_size
-    if settings.batch_size % (replicas * settings.accumulate):
-        raise PlanError(
-            f"batch_size must be a multiple of dp x accumulate ({replicas} x {settings.accumulate}), but is "
-            f"{settings.batch_size}."
-        )
-    if "CausalLM" not in type(model).__name__ and "LMHead" not in type(model).__name__:
-        raise ModelError(f"{type(model).__name__} is no causal language model, which is what can be trained.")
+    schedule = schedule_of(plan, settings)
+    check_trainable(model)
     if settings.checkpointing:
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})  # type: ignore[operator]
-    optimizer = make_optimizer(model, settings)
-    device = next(model.parameters()).device
+    optimizer = make_optimizer(model, settings, groups)
+    pipeline = Pipeline(model, schedule)
+    model.zero_grad(set_to_none=True)
     model.train()
-    torch.manual_seed(settings.seed * replicas + groups.dp.rank)
+    torch.manual_seed(settings.seed * groups.dp.world_size + groups.dp.rank)
     reports = []
     for step in range(settings.steps):
         begin = time.perf_counter()
         rows = batch(tokens, step, settings.batch_size, settings.sequence_length, settings.seed)
-        mine = rows.chunk(replicas)[groups.dp.rank].to(device)
-        loss = accumulate_gradients(model, plan, groups, mine, settings, settings.batch_size * settings.sequence_length)
-        norm = clip_gradients(model, plan, groups.mp.comm, settings.clip_norm)
+        timed = on_timeline if step == settings.steps - 1 else None
+        loss = accumulate_gradients(pipeline, rows, step, settings, on_timeline=timed)
+        norm = clip_gradients(model, plan, groups, settings.clip_norm)
         if not math.isfinite(loss) or not math.isfinite(norm):
             raise ModelError(
                 f"step {step + 1}: the loss is {loss} and the gradient's norm {norm}. Lower the learning rate "
                 f"({settings.learning_rate}) or clip_norm ({settings.clip_norm}), or train in a wider dtype."
             )
         rate = settings.learning_rate_at(step)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        if optimizer is not None:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
+        model.zero_grad(set_to_none=True)
         count = settings.batch_size * settings.sequence_length
         report = StepReport(step + 1, loss, rate, norm, count, time.perf_counter() - begin)
         reports.append(report)
@@ -156,107 +165,118 @@ def train(
     return reports
 
 
-def make_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.AdamW:
-    """AdamW over what is to be trained; tensors of one dimension (norms, biases) do not decay."""
+def schedule_of(plan: Plan, settings: TrainSettings) -> Schedule:
+    """The schedule of one step.
+
+    Raises:
+        PlanError: The batch cannot be dealt out to the replicas and micro-batches, or the schedule is not for the plan's
+            stages.
+    """
+    replicas, pp, vpp = plan.mesh.dp, plan.mesh.pp, plan.vpp
+    check_batch(settings.batch_size, replicas, settings.accumulate)
+    kind = settings.schedule or default_schedule(plan)
+    check_kind(kind, pp, settings.accumulate, vpp, settings.group_size)
+    if placement_of(kind) != plan.placement and pp > 1:
+        raise PlanError(
+            f"schedule {kind} needs its stages placed as `{placement_of(kind)}`, but the plan has `{plan.placement}`. Make the "
+            f"plan with placement={placement_of(kind)!r} and vpp={vpp_of(kind, None)}."
+        )
+    return build(kind, pp, settings.accumulate, vpp, group_size=settings.group_size)
+
+
+def default_schedule(plan: Plan) -> str:
+    """The kind of schedule for a plan when none is asked for."""
+    if plan.placement == "v":
+        return "zb-v"
+    return "1f1b" if plan.vpp == 1 else "interleaved-1f1b"
+
+
+def check_batch(batch_size: int, replicas: int, microbatches: int) -> None:
+    """Raise `PlanError` unless a batch can be dealt out."""
+    if batch_size % (replicas * microbatches):
+        raise PlanError(
+            f"batch_size must be a multiple of dp x micro-batches ({replicas} x {microbatches}), but is {batch_size}."
+        )
+
+
+def make_optimizer(model: nn.Module, settings: TrainSettings, groups: ParallelGroups) -> torch.optim.Optimizer | None:
+    """AdamW over what this rank has to train, None where that is nothing; norms and biases do not decay.
+
+    Raises:
+        ModelError: No rank has anything to train.
+    """
     parameters = [p for p in model.parameters() if p.requires_grad]
-    if not parameters:
+    if not any(groups.pp.comm.all_gather_object(bool(parameters))):
         raise ModelError("no parameter of the model is to be trained: all have requires_grad=False.")
-    groups: list[dict[str, Any]] = [
+    if not parameters:
+        return None
+    split: list[dict[str, Any]] = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": settings.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=settings.learning_rate, betas=(0.9, 0.95), eps=1e-8)
+    split = [group for group in split if group["params"]]
+    given: dict[str, Any] = {"lr": settings.learning_rate, "betas": (0.9, 0.95), "eps": 1e-8}
+    if not settings.zero or groups.dp.world_size == 1:
+        return torch.optim.AdamW(split, **given)
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    return ZeroRedundancyOptimizer(split, torch.optim.AdamW, process_group=groups.dp.group, **given)
 
 
 def accumulate_gradients(
-    model: nn.Module, plan: Plan, groups: ParallelGroups, rows: Tensor, settings: TrainSettings, total_tokens: int
+    pipeline: Pipeline,
+    rows: Tensor,
+    step: int,
+    settings: TrainSettings,
+    *,
+    on_timeline: Callable[[Timeline], None] | None = None,
 ) -> float:
-    """Backward of the mean loss over the whole batch: this replica's `rows` `[n, length + 1]`, then summed over replicas.
+    """Backward of the mean loss over the whole batch `rows` `[batch_size, length + 1]`, of which a replica takes its part.
 
     Returns:
         The mean loss of the whole batch.
     """
-    loss_sum = torch.zeros((), dtype=torch.float64, device=rows.device)
-    for part in rows.chunk(settings.accumulate):
-        with _autocast(settings, rows.device):
-            summed, extra = token_losses(model, plan, groups.mp.comm, part[:, :-1], part[:, 1:])
-        loss = summed / total_tokens
-        if extra is not None:
-            loss = loss + extra * (part.shape[0] / settings.batch_size)
-        loss.backward()
-        loss_sum += loss.detach().double()
-    sum_over_replicas([p.grad for p in model.parameters() if p.grad is not None], groups.dp.comm)
-    return float(groups.dp.comm.all_reduce_(loss_sum))
-
-
-def token_losses(
-    model: nn.Module, plan: Plan, comm: Communicator, inputs: Tensor, targets: Tensor
-) -> tuple[Tensor, Tensor | None]:
-    """The summed cross-entropy of `targets` `[n, length]`, and the auxiliary loss of a router that the model asks for.
-
-    The head's columns stay on their ranks: the whole logits are never put together.
-    """
-    with local_logits(model) as split:
-        output = model(input_ids=inputs, use_cache=False)
-    logits = output.logits
-    auxiliary = getattr(output, "aux_loss", None)
-    if auxiliary is not None:
-        auxiliary = auxiliary * getattr(model.config, "router_aux_loss_coef", 0.0)
-    flat, goal = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1)
-    if split is None:
-        wide = flat if flat.dtype == torch.float64 else flat.float()
-        return F.cross_entropy(wide, goal, reduction="sum"), auxiliary
-    return vocab_parallel_cross_entropy(flat, goal, comm, split, reduction="sum"), auxiliary
-
-
-def sum_over_replicas(grads: Iterable[Tensor | None], comm: Communicator) -> None:
-    """Sum gradients over the data parallel ranks in place, many in one message."""
-    if comm.size == 1:
-        return
-    by_dtype: dict[torch.dtype, list[Tensor]] = {}
-    for grad in grads:
-        if grad is not None:
-            by_dtype.setdefault(grad.dtype, []).append(grad)
-    for same in by_dtype.values():
-        for bucket in _buckets(same):
-            flat = comm.all_reduce_(torch.cat([grad.reshape(-1) for grad in bucket]))
-            for grad, summed in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
-                grad.copy_(summed.view_as(grad))
-
-
-def _buckets(grads: list[Tensor]) -> Iterator[list[Tensor]]:
-    bucket: list[Tensor] = []
-    size = 0
-    for grad in grads:
-        bucket.append(grad)
-        size += grad.numel() * grad.itemsize
-        if size >= BUCKET_BYTES:
-            yield bucket
-            bucket, size = [], 0
-    if bucket:
-        yield bucket
-
-
-@torch.no_grad()
-def clip_gradients(model: nn.Module, plan: Plan, comm: Communicator, clip_norm: float) -> float:
-    """Scale the gradients so that the norm of the unsplit model's gradient is at most `clip_norm`; returns it as it was.
-
-    Each element counts once: of what several ranks hold only its owner's.
-    """
-    device = next(model.parameters()).device
+    model, plan, groups = pipeline.model, pipeline.plan, pipeline.groups
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    mask_token = settings.mask_token if settings.mask_token is not None else plan.spec.vocab_size - 1
+    inputs, targets = examples(model, rows, step, settings.seed, mask_token)
+    count = int((targets != IGNORED).sum())
+    replicas, replica = groups.dp.world_size, groups.dp.rank
+    parts = [
+        mine.chunk(replicas)[replica].to(device).chunk(settings.accumulate) for mine in (inputs, targets)
+    ]  # fmt: skip
     total = torch.zeros((), dtype=torch.float64, device=device)
-    whole = {id(t) for name, t in local_tensors(model, plan).items() if plan.tensor(name).split is None}
-    for parameter in model.parameters():
-        # What every rank holds whole counts on the first only.
-        if parameter.grad is not None and (comm.rank == 0 or id(parameter) not in whole):
-            total += owned_square(parameter, parameter.grad)
-    norm = float(comm.all_reduce_(total).sqrt())
-    if clip_norm and norm > clip_norm:
-        scale = clip_norm / (norm + 1e-6)
-        for parameter in model.parameters():
-            if parameter.grad is not None:
-                parameter.grad.mul_(scale)
-    return norm
+    with local_logits(model) as split:
+
+        def finish(output: Any, microbatch: int) -> Tensor:
+            summed, extra = loss_of(model, output, parts[1][microbatch], split, groups.mp.comm, settings.mtp_weight)
+            loss = summed / count
+            if extra is not None:
+                loss = loss + extra * (parts[0][microbatch].shape[0] / settings.batch_size)
+            total.add_(loss.detach().double())
+            return loss
+
+        with summed_copies(model, plan, groups):
+            origin_s = _start_together(groups) if on_timeline is not None else 0.0
+            pipeline.run(
+                lambda stage, microbatch: {"input_ids": parts[0][microbatch], "use_cache": False},
+                finish,
+                key=lambda microbatch: tuple(parts[0][microbatch].shape),
+                around=lambda: _autocast(settings, device),
+            )
+    if on_timeline is not None:
+        on_timeline(pipeline.timeline(origin_s))
+    sum_over_replicas([p.grad for p in model.parameters() if p.grad is not None], groups.dp.comm)
+    total = groups.pp.comm.broadcast_(total, plan.stage_rank(plan.loss_stage))
+    return float(groups.dp.comm.all_reduce_(total))
+
+
+def _start_together(groups: ParallelGroups) -> float:
+    """Wait for all ranks of the pipeline, and give the time; of ranks on one machine, the same."""
+    groups.pp.comm.barrier()
+    now: list[Any] = groups.pp.comm.all_gather_object((socket.gethostname(), time.perf_counter()))
+    hosts = {host for host, _ in now}
+    return min(s for _, s in now) if len(hosts) == 1 else now[groups.pp.rank][1]  # type: ignore[no-any-return]
 
 
 def _autocast(settings: TrainSettings, device: torch.device) -> Any:

@@ -10,7 +10,8 @@ class Row:
     """One thing that was compared.
 
     Attributes:
-        kind: `module` and `output` (of a forward pass), `gradient`, or `tokens` (generated, greedily).
+        kind: `module` and `output` (of a forward pass), `gradient`, `tokens` (generated, greedily), `loss` (of each step of
+            training) or `parameter` (after these steps).
         name: Its path in the unsplit model.
         error: The largest difference over all ranks, relative to the unsplit value's largest magnitude; for tokens 0 or 1.
         tolerance: The largest error that counts as equal.

@@ -5,22 +5,26 @@ from __future__ import annotations
 import copy
 import os
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from partita.core.mesh import Mesh
+from partita.core.placement import Placement
 from partita.core.plan import Plan
 from partita.errors import CheckpointError, ModelError
-from partita.torch.apply import apply_plan, finish
-from partita.torch.compare import Float64Everywhere, compare
+from partita.torch.apply import apply_plan, plan_of
+from partita.torch.compare import Float64Everywhere, compare, compare_parameters
+from partita.torch.finish import finish
 from partita.torch.generate import Sampling, generate
-from partita.torch.groups import init_process_group, make_groups, single_groups
+from partita.torch.groups import ParallelGroups, init_process_group, make_groups, single_groups
 from partita.torch.hub import build_on_meta, find_model, read_hf_config, spec_of
-from partita.torch.load import as_dtype, check_stages, load
-from partita.torch.probe import fill_unsplit, plan_of_model, sample_inputs, small_model
+from partita.torch.load import as_dtype, choose_plan, load
+from partita.torch.probe import fill_unsplit, sample_inputs, small_model
 from partita.torch.together import together
+from partita.torch.train import TrainSettings, train
 from partita.verify.report import Report, Row
 
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.05, torch.float16: 0.01}
@@ -28,6 +32,9 @@ TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.05, t
 
 MEMORY_SHARE = 0.5
 """The part of the free memory that whole models on all ranks may take."""
+
+STEPS_TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
+"""Of losses and parameters after some steps: AdamW divides small gradients by themselves, and their rounding with them."""
 
 NEW_TOKENS = 12
 
@@ -38,10 +45,17 @@ def verify(
     tp: int = 1,
     pp: int = 1,
     dp: int = 1,
+    layout: str | None = None,
+    vpp: int | None = None,
+    placement: Placement = "loop",
+    schedule: str | None = None,
+    group_size: int | None = None,
+    accumulate: int = 1,
+    steps: int = 3,
     dtype: str = "float64",
     trust_remote_code: bool = False,
 ) -> Report:
-    """Compare the split model with the unsplit one: every module's output, every gradient, and generated tokens.
+    """Compare the split model with the unsplit one: every module's output, every gradient, generated tokens, and training.
 
     Every rank of the run calls it. Where the whole model, once a rank, does not fit into half the free memory, a small one
     of the same family with the same heads stands for it. A config without weights gets random ones.
@@ -51,6 +65,13 @@ def verify(
         tp: Tensor parallel ranks.
         pp: Pipeline stages' ranks.
         dp: Replicas.
+        layout: Which layers each stage runs.
+        vpp: Stages on each pipeline rank.
+        placement: Which rank runs which stage.
+        schedule: The kind of pipeline schedule that the training steps run.
+        group_size: Of interleaved schedules.
+        accumulate: Micro-batches of a training step.
+        steps: Training steps; 0 for none.
         dtype: In which it is computed; in float64 nothing is narrowed to float32, so that equality can be told to 1e-12.
         trust_remote_code: Whether to run code that comes with the model.
 
@@ -62,7 +83,6 @@ def verify(
     """
     init_process_group()
     mesh = Mesh(dp, pp, tp)
-    check_stages(mesh)
     groups = make_groups(mesh)
     with together(groups):
         wanted = as_dtype(dtype) or torch.float64
@@ -78,14 +98,19 @@ def verify(
     for parameter in unsplit.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
     with together(groups):
-        plan = plan_of_model(unsplit, mesh)
-        split = finish(apply_plan(copy.deepcopy(unsplit), plan, groups.mp.comm), plan, groups)
+        plan = choose_plan(unsplit, None, mesh, layout if not shrunk else None, vpp, placement)
+        split = finish(apply_plan(copy.deepcopy(unsplit), plan, groups), plan, groups)
         inputs = sample_inputs(unsplit)
     tolerance = TOLERANCES[wanted]
     with Float64Everywhere() if wanted == torch.float64 else nullcontext():
         differences = compare(unsplit, split, plan, groups, inputs)
         rows = [Row(d.kind, d.name, d.error, tolerance) for d in differences]
         rows += _tokens(unsplit, split, inputs["input_ids"])
+        settings = TrainSettings(
+            steps=steps or 1, batch_size=accumulate * dp, sequence_length=8, accumulate=accumulate, warmup_steps=1,
+            learning_rate=1e-3, schedule=schedule, group_size=group_size,
+        )  # fmt: skip
+        rows += _training(unsplit, split, groups, settings, STEPS_TOLERANCES[wanted]) if steps else []
     size = sum(p.numel() for p in unsplit.parameters())
     what = f"{type(unsplit).__name__} ({plan.spec.family}), {size:,} parameters, {dtype}, {mesh}"
     return Report(tuple(rows), what, shrunk)
@@ -116,6 +141,37 @@ def _tokens(unsplit: nn.Module, split: nn.Module, ids: Tensor) -> list[Row]:
         Row("tokens", f"{len(prompt)} tokens continued by {NEW_TOKENS}", float(one.tokens != other.tokens), 0.5)
         for prompt, one, other in zip(prompts, expected, found, strict=True)
     ]
+
+
+def _training(
+    unsplit: nn.Module, split: nn.Module, groups: ParallelGroups, settings: TrainSettings, tolerance: float
+) -> list[Row]:
+    """The loss of each step, and every parameter after the last, of both models trained on the same random tokens."""
+    plan, _ = plan_of(split)
+    tokens = torch.randint(0, plan.spec.vocab_size, (512,), generator=torch.Generator().manual_seed(0))
+    try:
+        finish(unsplit, Plan.make(spec_of(unsplit), Mesh()), single_groups())
+        for model in (unsplit, split):
+            _without_dropout(model)
+        expected = train(unsplit, tokens, replace(settings, schedule=None, group_size=None))
+    except ModelError:
+        return []
+    found = train(split, tokens, settings)
+    rows = [
+        Row("loss", f"step {one.step}", abs(one.loss - other.loss) / abs(one.loss), tolerance)
+        for one, other in zip(expected, found, strict=True)
+    ]
+    return rows + [Row(d.kind, d.name, d.error, tolerance) for d in compare_parameters(unsplit, split, plan, groups)]
+
+
+def _without_dropout(model: nn.Module) -> None:
+    """Let every module drop nothing: ranks draw other elements than one rank does."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
 
 
 def _free_bytes() -> int:

@@ -1,0 +1,36 @@
+"""A step of a run as it was, beside the step that the simulator makes of its costs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from partita.cli.console import out
+from partita.errors import ScheduleError
+from partita.schedule import Timeline, chrome_trace, measured_costs, picture, simulate
+
+SUFFIXES = (".svg", ".png", ".json")
+
+
+def check_file(file: Path) -> None:
+    """Refuse before a run where a picture or trace could not be written after it."""
+    if file.suffix not in SUFFIXES:
+        raise ScheduleError(f"{file} must end in {', '.join(SUFFIXES)}, by what it is to be.")
+    if not file.resolve().parent.is_dir():
+        raise ScheduleError(f"{file} cannot be written: there is no folder {file.parent}. Make it first.")
+
+
+def show_timeline(measured: Timeline, image: Path | None, trace: Path | None) -> None:
+    """Print both bubbles side by side, and write the picture and the trace that are asked for."""
+    predicted = simulate(measured.schedule, measured_costs(measured))
+    both = {"measured": measured, "predicted": predicted}
+    if image is not None:
+        picture(both, image, title="The last step")
+    if trace is not None:
+        trace.write_text(json.dumps(chrome_trace(both)), encoding="utf-8")
+    for name, timeline in both.items():
+        out().print(
+            f"last step {name:9}  {timeline.makespan * 1e3:,.1f} ms, bubble {timeline.bubble_makespan:.1%} of the makespan, "
+            f"{timeline.bubble_span:.1%} of the longest span",
+            soft_wrap=True,
+        )

@@ -1,0 +1,55 @@
+"""Caches on a pipeline stage: full length, filled for its own layers, and kept in step for the others.
+
+A cache of transformers has an entry a layer, and the model asks the first entries of each kind how many tokens there are.
+On a stage that has other layers these entries would stay empty, and positions and masks be wrong. So the first entry of
+each kind is given keys of width 1 for every token that passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from partita.errors import ModelError
+
+
+def find_cache(args: Iterable[Any], kwargs: Mapping[str, Any]) -> Any:
+    """The cache among the arguments of a layer, or None."""
+    from transformers.cache_utils import Cache
+
+    return next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
+
+
+def advance_cache(cache: Any, own: Collection[int], inputs: Mapping[str, Any]) -> None:
+    """Count the tokens of one forward in the entries of layers that are not `own`."""
+    from transformers.cache_utils import LinearAttentionCacheLayerMixin
+
+    ids = inputs.get("input_ids")
+    tokens = ids if isinstance(ids, Tensor) else inputs["inputs_embeds"][..., 0]
+    narrow = torch.zeros((tokens.shape[0], 1, tokens.shape[1], 1), device=tokens.device)
+    if not cache.layers:
+        cache.update(narrow, narrow, 0)
+        return
+    kinds: set[type] = set()
+    for index, entry in enumerate(cache.layers):
+        if index not in own:
+            if isinstance(entry, LinearAttentionCacheLayerMixin):
+                entry.has_previous_state = dict.fromkeys(entry.has_previous_state, True)
+            if type(entry) not in kinds:
+                _count(entry, narrow)
+        kinds.add(type(entry))
+
+
+def _count(entry: Any, narrow: Tensor) -> None:
+    from transformers.cache_utils import DummyLayer, DynamicLayer, LinearAttentionCacheLayerMixin
+
+    if isinstance(entry, DynamicLayer):
+        entry.update(narrow, narrow)
+    elif not isinstance(entry, (LinearAttentionCacheLayerMixin, DummyLayer)):
+        raise ModelError(
+            f"a cache of {type(entry).__name__} cannot be kept in step over the stages of a pipeline. Use the default "
+            "dynamic cache, or pp=1."
+        )

@@ -1,0 +1,48 @@
+"""The last step of splitting: what is shared is tied, gradients are made whole, and calling the model is as before."""
+
+from __future__ import annotations
+
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import nn
+
+from partita.core.plan import Plan
+from partita.errors import ModelError
+from partita.torch.apply import parameter_homes, sum_partial_gradients, tie
+from partita.torch.forward import call_as_whole
+from partita.torch.groups import ParallelGroups
+from partita.torch.stage import wire_stages
+
+
+def finish(model: nn.Module, plan: Plan, groups: ParallelGroups) -> nn.Module:
+    """Tie what is tied, and let parameters that several ranks hold have whole gradients."""
+    homes = parameter_homes(model)
+    tie(homes, plan)
+    sum_partial_gradients(homes, plan, groups.mp.comm)
+    wire_stages(model, plan, groups.pp.rank)
+    model.partita_plan = plan  # type: ignore[assignment]
+    model.partita_groups = groups  # type: ignore[assignment]
+    call_as_whole(model, plan, groups)
+    if plan.mesh.tp * plan.mesh.pp > 1 and hasattr(type(model), "generate"):
+        model.generate = MethodType(_generate_alike, model)  # type: ignore[assignment]
+    if plan.mesh.tp * plan.mesh.pp > 1 and hasattr(type(model), "save_pretrained"):
+        model.save_pretrained = MethodType(_refuse_to_save, model)  # type: ignore[assignment]
+    return model
+
+
+def _generate_alike(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """transformers' own `generate`, whose draws are the same on all ranks of a replica: they begin where the first stands."""
+    state = torch.get_rng_state()
+    for info in (model.partita_groups.pp, model.partita_groups.mp):
+        state = info.comm.broadcast_(state)
+    torch.set_rng_state(state)
+    return type(model).generate(model, *args, **kwargs)
+
+
+def _refuse_to_save(model: Any, *args: Any, **kwargs: Any) -> None:
+    raise ModelError(
+        "save_pretrained would write this rank's part alone. Let every rank call partita.torch.save(model, folder): it writes "
+        "the unsplit model, which from_pretrained reads."
+    )

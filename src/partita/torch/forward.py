@@ -1,0 +1,218 @@
+"""Calling a model that is cut into stages: every rank calls it like the unsplit one, and every rank gets the whole output.
+
+        forward    each rank runs its stages when what they need arrives; the last one's output goes to all
+        backward   from the output on the last stage, stage by stage to the first; other ranks' gradients of it are not asked
+
+A model called so has one micro-batch under way; `pipeline.Pipeline` runs schedules of many.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from functools import wraps
+from types import MethodType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+
+from partita.core.plan import Plan
+from partita.errors import ModelError
+from partita.torch.apply import plan_of
+from partita.torch.copies import summed_copies
+from partita.torch.groups import ParallelGroups
+from partita.torch.links import Links
+from partita.torch.stage import Message, is_cut, run_stage
+
+
+def call_as_whole(model: nn.Module, plan: Plan, groups: ParallelGroups) -> None:
+    """Let calling `model`, which is cut into stages, run the whole pipeline."""
+    if not is_cut(plan):
+        return
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    model.partita_links = Links(groups.pp.comm, device)  # type: ignore[assignment]
+
+    # transformers asks the signature of `forward` what it may be given.
+    @wraps(type(model).forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return _forward(self, *args, **kwargs)
+
+    model.forward = MethodType(forward, model)
+
+
+def _forward(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """Run the pipeline once; arguments and result are the unsplit model's."""
+    call = _Call(model, _bound(model, args, kwargs))
+    made: list[Tensor] = []
+    output = call.forward()
+    form = _take_apart(output, made) if call.is_last else None
+    comm, last = call.groups.pp.comm, call.plan.stage_rank(call.plan.loss_stage)
+    described: Any = ([(t.dtype, tuple(t.shape)) for t in made], form)
+    described = comm.broadcast_object(described, last)
+    shapes, form = described
+    if call.is_last:
+        tensors = [t.detach().contiguous() for t in made]
+    else:
+        tensors = [torch.empty(shape, dtype=dtype, device=call.links.device) for dtype, shape in shapes]
+    for tensor in tensors:
+        comm.broadcast_(tensor, last)
+    if call.trains:
+        call.made = made
+        tensors = list(_Output.apply(torch.zeros((), requires_grad=True), call, *tensors))
+    return _put_together(form, tensors, call.cache)
+
+
+def _bound(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by their names.
+
+    Raises:
+        ModelError: They ask for what one stage does not have.
+    """
+    signature = inspect.signature(type(model).forward)
+    inputs: dict[str, Any] = {}
+    for name, value in signature.bind(model, *args, **kwargs).arguments.items():
+        if signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
+            inputs.update(value)
+        elif name != "self":
+            inputs[name] = value
+    for name in ("output_hidden_states", "output_attentions", "output_router_logits"):
+        if inputs.get(name) or (name not in inputs and getattr(getattr(model, "config", None), name, False)):
+            raise ModelError(f"{name}=True asks for what every stage has a part of. Leave it out, or use pp=1.")
+    if inputs.get("past_key_values") is not None and plan_of(model)[0].vpp > 1:
+        raise ModelError(
+            "past_key_values would be shared by several stages of one rank, each of which counts its tokens. Call "
+            "partita.torch.generate(), or use vpp=1."
+        )
+    return inputs
+
+
+class _Call:
+    """One call of a model: what each stage of this rank was given and made."""
+
+    def __init__(self, model: Any, inputs: Mapping[str, Any]) -> None:
+        self.plan, self.groups = plan_of(model)
+        self.model, self.inputs, self.links = model, inputs, model.partita_links
+        trains = torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters())
+        self.trains = torch.is_grad_enabled() and any(self.groups.pp.comm.all_gather_object(trains))
+        rank = self.groups.pp.rank
+        self.stages = sorted(self.plan.stage_index(rank, vpp) for vpp in range(self.plan.vpp))
+        self.is_last = self.plan.loss_stage in self.stages
+        self.cache: Any = None
+        self.key = (model.training, torch.is_autocast_enabled(), *_shapes(inputs))
+        self.made: list[Tensor] = []
+        self._alive: dict[int, tuple[tuple[Tensor, ...], tuple[Tensor, ...]]] = {}
+
+    def _is_here(self, stage: int) -> bool:
+        return self.plan.stage_rank(stage) == self.groups.pp.rank
+
+    def forward(self) -> Any:
+        """Run this rank's stages; the output of the last stage, a message of any other."""
+        result: Any = None
+        message = Message(())
+        for stage in self.stages:
+            received = message
+            if stage > 0 and not self._is_here(stage - 1):
+                received = self.links.receive(self.plan.stage_rank(stage - 1), stage, self.key).wait()
+            if self.trains:
+                received = received.as_leaves()
+            output, cache = run_stage(self.model, self.plan, stage, received, self.inputs)
+            self.cache = cache if self.plan.vpp == 1 else None
+            if stage == self.plan.loss_stage:
+                result, output = output, Message(())
+            message = output
+            self._alive[stage] = (received.tensors, message.tensors)
+            if stage + 1 < self.plan.num_stages and not self._is_here(stage + 1):
+                self.links.send(self.plan.stage_rank(stage + 1), stage, message, self.key)
+        self.links.flush()
+        return result
+
+    def backward(self, output_grads: tuple[Tensor | None, ...]) -> None:
+        """Backward of this rank's stages, from the output's gradients on the last, from what the next sends on others."""
+        with summed_copies(self.model, self.plan, self.groups):
+            left: list[Tensor] = []
+            for stage in reversed(self.stages):
+                received, made = self._alive.pop(stage)
+                given: Any
+                if stage == self.plan.num_stages - 1:
+                    given = ()
+                elif self._is_here(stage + 1):
+                    given = left
+                else:
+                    source = self.plan.stage_rank(stage + 1)
+                    given = self.links.receive_gradient(source, stage, self.key).wait().tensors
+                if stage == self.plan.loss_stage:
+                    made, given = tuple(self.made), output_grads
+                pairs = [(t, g) for t, g in zip(made, given, strict=True) if t.requires_grad and g is not None]
+                if pairs:
+                    torch.autograd.backward([t for t, _ in pairs], [g for _, g in pairs])
+                left = [torch.zeros_like(t) if t.grad is None else t.grad for t in received]
+                if stage > 0 and not self._is_here(stage - 1):
+                    self.links.send_gradient(self.plan.stage_rank(stage - 1), left)
+            self.links.flush()
+
+
+class _Output(Function):
+    """The output of a pipeline, whose backward is that of its stages."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, call: _Call, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.call = call
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*(t for t in tensors if not t.is_floating_point()))
+        return tuple(t.view_as(t) for t in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        with torch.enable_grad():
+            ctx.call.backward(grads)
+        return (torch.zeros(()), None, *(None for _ in grads))
+
+
+def _shapes(inputs: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple((name, tuple(value.shape)) for name, value in inputs.items() if isinstance(value, Tensor))
+
+
+class _Place(NamedTuple):
+    """Where a tensor of an output was."""
+
+    number: int
+
+
+class _Made(NamedTuple):
+    """An object of `kind` of these parts."""
+
+    kind: Any
+    parts: Any
+
+
+_CACHE = "the cache"
+
+
+def _take_apart(value: Any, tensors: list[Tensor]) -> Any:
+    """`value` without its tensors, which go to `tensors`, and without its cache, which every rank has its own of."""
+    from transformers.cache_utils import Cache
+
+    if isinstance(value, Tensor):
+        tensors.append(value)
+        return _Place(len(tensors) - 1)
+    if isinstance(value, Cache):
+        return _Made(_CACHE, None)
+    if isinstance(value, Mapping):
+        return _Made(type(value), {name: _take_apart(part, tensors) for name, part in value.items()})
+    if isinstance(value, (tuple, list)):
+        return _Made(type(value), [_take_apart(part, tensors) for part in value])
+    return value
+
+
+def _put_together(form: Any, tensors: list[Tensor], cache: Any) -> Any:
+    if isinstance(form, _Place):
+        return tensors[form.number]
+    if not isinstance(form, _Made):
+        return form
+    if form.kind == _CACHE:
+        return cache
+    if isinstance(form.parts, dict):
+        return form.kind(**{name: _put_together(part, tensors, cache) for name, part in form.parts.items()})
+    return form.kind(_put_together(part, tensors, cache) for part in form.parts)

@@ -1,0 +1,221 @@
+"""Running a schedule: one rank of a pipeline does its actions in their order.
+
+What is computed when, and what is sent when, stands in the schedule; here it is only done. Sends and receives are begun in
+their place and waited for where they are needed, so that they overlap with what is computed between.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from partita.core.plan import Plan
+from partita.errors import PlanError
+from partita.schedule.action import Action, Kind, Schedule
+from partita.schedule.lower import lower
+from partita.schedule.timeline import Timeline
+from partita.torch.apply import plan_of
+from partita.torch.deferred import WeightGradients, complete, deferrable
+from partita.torch.links import Links, Pending
+from partita.torch.stage import Message, run_stage
+
+Inputs = Callable[[int, int], Mapping[str, Any]]
+"""Given a stage and a micro-batch: what the model is called with."""
+
+Finish = Callable[[Any, int], Tensor | None]
+"""Given the model's output and its micro-batch, on the last stage: its loss, or nothing where none is wanted."""
+
+
+def check_schedule(schedule: Schedule, plan: Plan) -> None:
+    """Raise `PlanError` unless `schedule` is one of the plan's stages."""
+    homes = tuple(plan.stage_rank(index) for index in range(plan.num_stages))
+    if schedule.num_ranks != plan.mesh.pp or schedule.num_stages != plan.num_stages:
+        raise PlanError(
+            f"the schedule is for {schedule.num_ranks} ranks and {schedule.num_stages} stages, but the plan has pp="
+            f"{plan.mesh.pp} and {plan.num_stages} stages. Build it with pp={plan.mesh.pp} and vpp={plan.vpp}."
+        )
+    if schedule.rank_of != homes:
+        raise PlanError(
+            f"the schedule has its stages on ranks {list(schedule.rank_of)}, but the plan ({plan.placement}) on {list(homes)}. "
+            "Make the plan with the placement of the schedule's kind."
+        )
+
+
+@dataclass
+class _Alive:
+    """What a stage keeps of a micro-batch between its forward and its backward: what it was given and what it made."""
+
+    received: tuple[Tensor, ...]
+    made: tuple[Tensor, ...]
+
+
+class Pipeline:
+    """One rank's part of a pipeline: its stages, and its actions of a schedule."""
+
+    def __init__(self, model: nn.Module, schedule: Schedule) -> None:
+        """A pipeline of `model`, which `load`, `shard` or `fresh` made, that runs `schedule`, lowered or not.
+
+        Raises:
+            PlanError: The schedule is of other stages than the model's plan.
+        """
+        plan, groups = plan_of(model)
+        check_schedule(schedule, plan)
+        self.model, self.plan, self.groups = model, plan, groups
+        self.schedule = schedule if schedule.is_lowered else lower(schedule)
+        self.actions = self.schedule.ranks[groups.pp.rank]
+        self.trains = schedule.trains
+        self.gradients = WeightGradients()
+        self._splits_backward = any(action.kind is Kind.W for action in self.actions)
+        self._links = Links(groups.pp.comm, next((p.device for p in model.parameters()), torch.device("cpu")))
+        self._homes = self.schedule.rank_of
+        self._reset()
+
+    def _reset(self) -> None:
+        self._arriving: dict[Action, Pending] = {}
+        self._messages: dict[tuple[int, int], Message] = {}
+        self._gradients: dict[tuple[int, int], Sequence[Tensor]] = {}
+        self._alive: dict[tuple[int, int], _Alive] = {}
+        self._put_off: dict[tuple[int, int], Any] = {}
+        self._spans: list[tuple[float, float]] = []
+
+    def run(
+        self,
+        inputs: Inputs,
+        finish: Finish,
+        *,
+        key: Callable[[int], Any] = lambda microbatch: None,
+        skips: Callable[[int], bool] | None = None,
+        keep_cache: Callable[[int, int, Any], None] | None = None,
+        around: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
+        """Do every action of this rank once; every rank of the pipeline calls it.
+
+        Gradients are added to the parameters' `grad`; copies of one parameter on several stages have each their own part.
+
+        Args:
+            inputs: What the model is called with.
+            finish: What becomes of the model's output, on the last stage only.
+            key: What the shapes of a micro-batch depend on; the same on every rank.
+            skips: Whether a micro-batch is left out; the same on every rank.
+            keep_cache: Told of a stage, a micro-batch and the cache that the layers used.
+            around: A context for each forward.
+        """
+        self._finish, self._inputs, self._key = finish, inputs, key
+        self._keep_cache, self._around = keep_cache, around
+        self._reset()
+        split = deferrable(self.model, self.gradients) if self._splits_backward else nullcontext()
+        with split:
+            for action in self.actions:
+                if skips is None or not skips(action.microbatch):
+                    self._do(action)
+        if self.trains:
+            self.flush()
+        assert not self._arriving
+        assert not self._alive
+
+    def flush(self) -> None:
+        """Return when everything that was sent has left."""
+        self._links.flush()
+
+    def timeline(self, origin_s: float) -> Timeline:
+        """When each action of the last run began and ended on every rank, in seconds since `origin_s`; every rank asks.
+
+        `origin_s` is what `time.perf_counter()` gave on this rank when all ranks left a barrier.
+        """
+        mine = [(begin - origin_s, end - origin_s) for begin, end in self._spans]
+        spans: list[Any] = self.groups.pp.comm.all_gather_object(mine)
+        return Timeline(
+            self.schedule,
+            tuple(tuple(begin for begin, _ in rank) for rank in spans),
+            tuple(tuple(end for _, end in rank) for rank in spans),
+        )
+
+    def _do(self, action: Action) -> None:
+        self._begin_s = time.perf_counter()
+        getattr(self, f"_{action.kind.value}")(action.stage, action.microbatch)
+        # What was waited for is no part of what was done.
+        self._spans.append((self._begin_s, time.perf_counter()))
+
+    def _F(self, stage: int, microbatch: int) -> None:
+        received = self._received(stage, microbatch)
+        if self.trains:
+            received = received.as_leaves()
+        with self._around(), _grad(self.trains):
+            output, cache = run_stage(self.model, self.plan, stage, received, self._inputs(stage, microbatch))
+            if self._keep_cache is not None and cache is not None:
+                self._keep_cache(stage, microbatch, cache)
+            if stage == self.plan.loss_stage:
+                loss = self._finish(output, microbatch)
+                made, output = () if loss is None else (loss,), Message(())
+            else:
+                made = output.tensors
+        if stage < self.plan.num_stages - 1:
+            self._messages[stage, microbatch] = output
+        if self.trains:
+            self._alive[stage, microbatch] = _Alive(received.tensors, made)
+
+    def _received(self, stage: int, microbatch: int) -> Message:
+        if stage == 0:
+            return Message(())
+        if self._homes[stage - 1] == self.groups.pp.rank:
+            return self._messages.pop((stage - 1, microbatch))
+        return self._wait(Action(stage, Kind.RECV_F, microbatch))
+
+    def _wait(self, action: Action) -> Message:
+        message = self._arriving.pop(action).wait()
+        self._begin_s = time.perf_counter()
+        return message
+
+    def _SEND_F(self, stage: int, microbatch: int) -> None:
+        message = self._messages.pop((stage, microbatch))
+        self._links.send(self._homes[stage + 1], stage, message, self._key(microbatch))
+
+    def _RECV_F(self, stage: int, microbatch: int) -> None:
+        pending = self._links.receive(self._homes[stage - 1], stage, self._key(microbatch))
+        self._arriving[Action(stage, Kind.RECV_F, microbatch)] = pending
+
+    def _RECV_B(self, stage: int, microbatch: int) -> None:
+        pending = self._links.receive_gradient(self._homes[stage + 1], stage, self._key(microbatch))
+        self._arriving[Action(stage, Kind.RECV_B, microbatch)] = pending
+
+    def _SEND_B(self, stage: int, microbatch: int) -> None:
+        self._links.send_gradient(self._homes[stage - 1], self._gradients.pop((stage, microbatch)))
+
+    def _BW(self, stage: int, microbatch: int) -> None:
+        alive = self._alive.pop((stage, microbatch))
+        given: Sequence[Tensor | None]
+        if stage == self.plan.num_stages - 1:
+            given = ()
+        elif self._homes[stage + 1] == self.groups.pp.rank:
+            given = self._gradients.pop((stage + 1, microbatch))
+        else:
+            given = self._wait(Action(stage, Kind.RECV_B, microbatch)).tensors
+        if stage == self.plan.loss_stage:
+            given = [None] * len(alive.made)
+        pairs = [(made, grad) for made, grad in zip(alive.made, given, strict=True) if made.requires_grad]
+        if pairs:
+            torch.autograd.backward([made for made, _ in pairs], [grad for _, grad in pairs])
+        if stage > 0:
+            self._gradients[stage, microbatch] = [
+                torch.zeros_like(t) if t.grad is None else t.grad for t in alive.received
+            ]
+
+    def _B(self, stage: int, microbatch: int) -> None:
+        with self.gradients.put_off() as kept:
+            self._BW(stage, microbatch)
+        self._put_off[stage, microbatch] = kept
+
+    def _W(self, stage: int, microbatch: int) -> None:
+        complete(self._put_off.pop((stage, microbatch)))
+
+
+@contextmanager
+def _grad(wanted: bool) -> Iterator[None]:
+    with torch.enable_grad() if wanted else torch.no_grad():
+        yield

@@ -1,0 +1,77 @@
+"""Gradients over the ranks: summed over replicas, and clipped by the norm of the unsplit model's gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from partita.core.plan import Plan
+from partita.torch.apply import local_tensors
+from partita.torch.comm import Communicator
+from partita.torch.copies import copies_of
+from partita.torch.grads import owned_square
+from partita.torch.groups import ParallelGroups
+
+BUCKET_BYTES = 25 << 20
+"""Gradients travel between replicas in buffers of about this size."""
+
+
+def sum_over_replicas(grads: Iterable[Tensor | None], comm: Communicator) -> None:
+    """Sum gradients over the data parallel ranks in place, many in one message, in float32 or wider."""
+    if comm.size == 1:
+        return
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for grad in grads:
+        if grad is not None:
+            by_dtype.setdefault(grad.dtype, []).append(grad)
+    for dtype, same in by_dtype.items():
+        wide = dtype if dtype.itemsize >= 4 else torch.float32
+        for bucket in _buckets(same):
+            flat = comm.all_reduce_(torch.cat([grad.reshape(-1) for grad in bucket]).to(wide))
+            for grad, summed in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
+                grad.copy_(summed.view_as(grad))
+
+
+def _buckets(grads: list[Tensor]) -> Iterator[list[Tensor]]:
+    bucket: list[Tensor] = []
+    size = 0
+    for grad in grads:
+        bucket.append(grad)
+        size += grad.numel() * grad.itemsize
+        if size >= BUCKET_BYTES:
+            yield bucket
+            bucket, size = [], 0
+    if bucket:
+        yield bucket
+
+
+@torch.no_grad()
+def clip_gradients(model: nn.Module, plan: Plan, groups: ParallelGroups, clip_norm: float) -> float:
+    """Scale the gradients so that the norm of the unsplit model's gradient is at most `clip_norm`; returns it as it was.
+
+    Each element counts once: of what several ranks hold only its owner's.
+    """
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    elsewhere = {
+        id(parameter)
+        for name, parameter in copies_of(model, plan, groups).items()
+        if plan.copies[name][0] != groups.pp.rank
+    }
+    if groups.mp.rank > 0:
+        # What every tensor rank holds whole counts on the first only.
+        elsewhere |= {id(t) for name, t in local_tensors(model, plan).items() if plan.tensor(name).split is None}
+    for parameter in model.parameters():
+        if parameter.grad is not None and id(parameter) not in elsewhere:
+            total += owned_square(parameter, parameter.grad)
+    for info in (groups.mp, groups.pp):
+        total = info.comm.all_reduce_(total)
+    norm = float(total.sqrt())
+    if clip_norm and norm > clip_norm:
+        scale = clip_norm / (norm + 1e-6)
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                parameter.grad.mul_(scale)
+    return norm

@@ -1,0 +1,416 @@
+"""A stage of any model: the model's own forward, run with some of its layers.
+
+A pipeline rank keeps the modules whose tensors its plan gives it. The list of layers keeps its length and its numbers: in
+place of a layer of another rank stands one that passes on what it is given. While stage i of the pipeline runs:
+
+    [1] the embedding runs where the layout has it; elsewhere zeros of its shape stand for it
+    [2] what the stage before sent takes the place of what enters the first layer of the stage
+    [3] what leaves the last layer of the stage ends the forward, unless the loss is with it
+
+So everything else that a family computes from ids, positions and masks is computed by the family's own code on every stage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from partita.core.mtp import final_norm
+from partita.core.plan import Plan, Stage
+from partita.errors import ModelError
+from partita.torch.cache import advance_cache, find_cache
+
+
+@dataclass(frozen=True)
+class Message:
+    """What a stage hands to the next.
+
+    Attributes:
+        tensors: The hidden state `[batch, sequence, hidden]`, then those of multi-token prediction.
+        arity: How many values a layer of the model returns in a tuple, the hidden state first; 0 where it returns it bare.
+    """
+
+    tensors: tuple[Tensor, ...]
+    arity: int = 0
+
+    def as_leaves(self) -> Message:
+        """The same values, at which a backward ends and leaves its gradients."""
+        leaves = tuple(t.detach().requires_grad_(t.is_floating_point()) for t in self.tensors)
+        return Message(leaves, self.arity)
+
+
+class _Left(BaseException):
+    """Ends a forward with what left the last layer of a stage; no error, so that nobody's `except Exception` sees it."""
+
+    def __init__(self, hidden: Tensor, arity: int) -> None:
+        super().__init__()
+        self.hidden, self.arity = hidden, arity
+
+
+@dataclass
+class _Run:
+    """The stage that is running.
+
+    Attributes:
+        items: What stands at each place of the list of layers.
+        embeds: Whether the embedding is with it.
+        received: What came from the stage before.
+        cache: The key-value cache that the model hands to its layers.
+        normed: Whether what was received has passed the last norm already.
+    """
+
+    items: list[Any] = field(default_factory=list)
+    embeds: bool = True
+    received: Message | None = None
+    cache: Any = None
+    normed: bool = False
+
+
+class StageLayers(nn.ModuleList):
+    """A model's list of layers on one pipeline rank: its own layers under their own numbers, stand-ins for all others."""
+
+    __repr__ = nn.Module.__repr__
+
+    def __init__(self, layers: nn.ModuleList, length: int, mine: Collection[int], stages: Mapping[int, Stage]) -> None:
+        """Keep the layers `mine` of `layers`, of which `length` are the model's and what follows predicts more tokens.
+
+        `stages` are those of this rank, by their place in the pipeline.
+        """
+        nn.Module.__init__(self)
+        # No submodules: only what an absent layer says of itself is asked for, on the meta device.
+        absent: dict[int, nn.Module] = {}
+        for index, layer in enumerate(layers):
+            if index in mine:
+                self.add_module(str(index), layer)
+            elif index < length:
+                absent[index] = layer.to("meta")
+        self.absent: dict[int, nn.Module]
+        self.__dict__["absent"] = absent
+        self.run = _Run()
+        self.length = length
+        self.stages = dict(stages)
+        self.run.items = self._outside()
+
+    def _outside(self) -> list[Any]:
+        return [self._modules[str(i)] if str(i) in self._modules else self.absent[i] for i in range(self.length)]
+
+    def items_of(self, stage: Stage) -> list[Any]:
+        """What stands at each place of the list while `stage` runs."""
+        if stage.layers and stage.layers[0] >= self.length:
+            # A prediction layer runs in the place of the last.
+            layer = self._modules[str(stage.layers[0])]
+            return [*(_Skip(self.run, layer) for layer in self._outside()[:-1]), _Gate(self.run, layer, True, True)]
+        items: list[Any] = []
+        for index, layer in enumerate(self._outside()):
+            own = index in stage.layers
+            enters = own and index == stage.layers[0] and not stage.embedding
+            leaves = own and index == stage.layers[-1] and not stage.loss
+            if own:
+                items.append(_Gate(self.run, layer, enters, leaves) if enters or leaves else layer)
+            elif not stage.layers and stage.embedding:
+                items.append(_End(self.run, layer))
+            else:
+                items.append(_Skip(self.run, layer))
+        return items
+
+    @contextmanager
+    def embedding(self) -> Iterator[None]:
+        """While it lasts the embedding computes."""
+        before, self.run.embeds = self.run.embeds, True
+        try:
+            yield
+        finally:
+            self.run.embeds = before
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.run.items)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.run.items[index]
+
+
+class _Stand:
+    """Stands in the list of layers for `layer`, and says of itself what the layer says."""
+
+    def __init__(self, run: _Run, layer: Any) -> None:
+        self.run, self.layer = run, layer
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("run", "layer"):
+            raise AttributeError(name)
+        return getattr(self.layer, name)
+
+    def see(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+        """The hidden state that a layer is called with; the cache is noted."""
+        if self.run.cache is None:
+            self.run.cache = find_cache(args, kwargs)
+        hidden = args[0] if args else kwargs.get("hidden_states")
+        if not isinstance(hidden, Tensor):
+            raise ModelError(
+                "its layers are not called with the hidden state first, so the model cannot be cut into stages. Use pp=1."
+            )
+        return hidden
+
+
+class _Skip(_Stand):
+    """A layer of another stage: what was received, or given, leaves as if it had come from the layer."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        hidden = self.see(args, kwargs)
+        received = self.run.received
+        if received is None:
+            return hidden
+        rest = (None,) * (received.arity - 1)
+        return (received.tensors[0], *rest) if received.arity else received.tensors[0]
+
+
+class _End(_Stand):
+    """The first layer, where a stage has the embedding alone: what would enter it leaves."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise _Left(self.see(args, kwargs), 0)
+
+
+class _Gate(_Stand):
+    """The first or last layer of a stage: lets in what was received, and out what the layer returns."""
+
+    def __init__(self, run: _Run, layer: Any, enters: bool, leaves: bool) -> None:
+        super().__init__(run, layer)
+        self.enters, self.leaves = enters, leaves
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        hidden = self.see(args, kwargs)
+        if self.enters:
+            assert self.run.received is not None
+            hidden = self.run.received.tensors[0]
+            if args:
+                args = (hidden, *args[1:])
+            else:
+                kwargs = {**kwargs, "hidden_states": hidden}
+        output = self.layer(*args, **kwargs)
+        if not self.leaves:
+            return output
+        raise _Left(*_opened(output))
+
+
+def _opened(output: Any) -> tuple[Tensor, int]:
+    if isinstance(output, Tensor):
+        return output, 0
+    if isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor):
+        return output[0], len(output)
+    raise ModelError(
+        f"its layers return {type(output).__name__}, so the model cannot be cut into stages after one. Use pp=1."
+    )
+
+
+def cut_stages(model: nn.Module, plan: Plan, pp_rank: int) -> None:
+    """Leave of an unsplit `model` what pipeline rank `pp_rank` needs, in place.
+
+    Raises:
+        ModelError: The model has no list of layers that can be cut.
+    """
+    if not is_cut(plan):
+        return
+    refuse_uncuttable(model)
+    stages = {plan.stage_index(pp_rank, vpp): plan.stage(pp_rank, vpp) for vpp in range(plan.vpp)}
+    for path in plan.spec.modules:
+        names = [t.name for t in plan.spec.module_tensors(path)]
+        if plan.spec.layer_of(path) is None and not any(plan.is_held(name, pp_rank) for name in names):
+            if path == "":
+                raise ModelError("the model holds tensors itself, so it cannot be cut into stages. Use pp=1.")
+            module = model.get_submodule(path)
+            if any(True for _ in module.children()):
+                for name in names:
+                    module._parameters[name.rpartition(".")[2]] = None
+            else:
+                _set(model, path, Absent(module, is_input=module is _input_embedding(model)))
+    layers = model.get_submodule(plan.spec.layers)
+    if not isinstance(layers, nn.ModuleList):
+        raise ModelError(f"{plan.spec.layers} is no list of layers, so the model cannot be cut into stages. Use pp=1.")
+    mine = {i for stage in stages.values() for i in stage.layers}
+    mine |= {plan.spec.num_layers + i for stage in stages.values() for i in stage.mtp_layers}
+    _set(model, plan.spec.layers, StageLayers(layers, plan.spec.num_layers, mine, stages))
+
+
+def is_cut(plan: Plan) -> bool:
+    """Whether the model's forward is run in parts."""
+    return plan.num_stages > 1 or plan.num_mtp > 0
+
+
+def refuse_uncuttable(model: nn.Module) -> None:
+    """Raise `ModelError` for what a pipeline would get wrong, by name."""
+    config: Any = getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(
+            f"{type(model).__name__} has an encoder and a decoder, two lists of layers, and cannot be cut into stages. Use "
+            "tp and pp=1."
+        )
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    if getattr(text, "output_router_logits", False):
+        raise ModelError(
+            "output_router_logits=True asks for an auxiliary loss over the routers of all layers, which one stage does not "
+            "have. Set it to False, or use pp=1."
+        )
+
+
+def _set(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, module)
+
+
+def _input_embedding(model: nn.Module) -> nn.Module | None:
+    ask: Any = getattr(model, "get_input_embeddings", None)
+    return ask() if ask is not None else None
+
+
+class Absent(nn.Module):
+    """A module of another stage, without its tensors: zeros in place of an embedding, else what it is given."""
+
+    def __init__(self, module: nn.Module, *, is_input: bool) -> None:
+        super().__init__()
+        self.act = _stand_in(module, is_input=is_input)
+        self.run: _Run | None = None
+        # A model may ask for the dtype of a weight.
+        weight = getattr(module, "weight", None)
+        self.__dict__["weight"] = None if weight is None else torch.empty(0, dtype=weight.dtype)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Stand in for the module."""
+        assert self.run is not None
+        return self.act(self.run, *args, **kwargs)
+
+
+def _stand_in(module: nn.Module, *, is_input: bool) -> Callable[..., Any]:
+    """What takes the place of a module before the layers in the forward of a stage that is not with the embedding."""
+    if isinstance(module, nn.Embedding):
+        width = module.embedding_dim
+        if is_input:
+            return lambda run, *args, **kwargs: _zeros(run, (*_ids_shape(args, kwargs), width))
+        return lambda run, *args, **kwargs: _zeros(run, (1, 1, width))
+    if isinstance(module, nn.Linear):
+        width = module.out_features
+        return lambda run, x, *args, **kwargs: x.new_zeros((*x.shape[:-1], width))
+    return lambda run, *args, **kwargs: args[0] if args else next(iter(kwargs.values()), None)
+
+
+def _ids_shape(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, ...]:
+    ids = args[0] if args else next(iter(kwargs.values()))
+    return tuple(ids.shape)
+
+
+def _zeros(run: _Run, shape: tuple[int, ...]) -> Tensor:
+    assert run.received is not None
+    return run.received.tensors[0].new_zeros(shape)
+
+
+def wire_stages(model: nn.Module, plan: Plan, pp_rank: int) -> None:
+    """Connect the parts of a cut model: what comes before the layers must know which stage is running."""
+    if not is_cut(plan):
+        return
+    layers = stage_layers(model, plan)
+    if plan.num_mtp and any(stage.loss for stage in layers.stages.values()):
+        _pass_normed(model.get_submodule(final_norm(plan.spec)), layers.run)
+    for module in model.modules():
+        if isinstance(module, Absent):
+            module.run = layers.run
+    if all(stage.embedding for stage in layers.stages.values()):
+        return
+    for path in plan.spec.modules:
+        names = [t.name for t in plan.spec.module_tensors(path)]
+        before = plan.spec.layer_of(path) is None and any(plan.is_before_layers(name) for name in names)
+        if before and any(plan.is_held(name, pp_rank) for name in names):
+            module = model.get_submodule(path)
+            _switch(module, layers.run, is_input=module is _input_embedding(model))
+
+
+def _switch(module: nn.Module, run: _Run, *, is_input: bool) -> None:
+    """Let a module before the layers compute only while the stage of the embedding runs."""
+    compute, stand_in = module.forward, _stand_in(_plain(module), is_input=is_input)
+    module.forward = lambda *args, **kwargs: compute(*args, **kwargs) if run.embeds else stand_in(run, *args, **kwargs)
+
+
+def _pass_normed(norm: nn.Module, run: _Run) -> None:
+    """Let the last norm leave alone what has passed a norm of its own."""
+    compute = norm.forward
+    norm.forward = lambda x: x if run.normed else compute(x)
+
+
+def _plain(module: nn.Module) -> nn.Module:
+    inner = getattr(module, "embedding", None) or getattr(module, "linear", None)
+    return inner if isinstance(inner, nn.Module) else module
+
+
+def stage_layers(model: nn.Module, plan: Plan) -> StageLayers:
+    """The list of layers of a cut model."""
+    layers = model.get_submodule(plan.spec.layers)
+    assert isinstance(layers, StageLayers)
+    return layers
+
+
+def run_stage(
+    model: nn.Module, plan: Plan, index: int, received: Message | None, inputs: Mapping[str, Any]
+) -> tuple[Any, Any]:
+    """Run stage `index` of the pipeline, which must be one of this rank's.
+
+    Args:
+        model: What `cut_stages` left of the model.
+        plan: How it was cut.
+        index: The stage's place in the pipeline.
+        received: What the stage before handed on; None for the first.
+        inputs: What the unsplit model is called with.
+
+    Returns:
+        A `Message` for the next stage, or of the last stage the model's own output; and the cache that the layers used.
+    """
+    if not is_cut(plan):
+        output = type(model).forward(model, **inputs)
+        return output, getattr(output, "past_key_values", None)
+    layers = stage_layers(model, plan)
+    stage = layers.stages[index]
+    if stage.embedding:
+        # What came before, if anything, is the nothing of empty stages.
+        received = None
+    if stage.mtp_layers or (stage.loss and plan.num_mtp):
+        from partita.torch.mtp import run_predicting
+
+        return run_predicting(model, plan, layers, stage, received, inputs)
+    if not (stage.layers or stage.embedding or stage.loss):
+        return received if received is not None else Message(()), None
+    return run_part(model, layers, stage, received, inputs)
+
+
+def run_part(
+    model: nn.Module,
+    layers: StageLayers,
+    stage: Stage,
+    received: Message | None,
+    inputs: Mapping[str, Any],
+    *,
+    normed: bool = False,
+) -> tuple[Any, Any]:
+    """Run the model's forward with what `stage` says; as `run_stage`, but for prediction layers.
+
+    `normed` tells that what was received has passed the last norm already.
+    """
+    run = layers.run
+    run.items, run.embeds, run.received, run.cache = layers.items_of(stage), stage.embedding, received, None
+    run.normed = normed
+    output: Any
+    try:
+        output = type(model).forward(model, **inputs)
+    except _Left as left:
+        output = Message((left.hidden,), left.arity)
+    finally:
+        cache, run.received, run.embeds, run.normed = run.cache, None, True, False
+        run.items = layers._outside()
+    if cache is not None:
+        advance_cache(cache, stage.layers, inputs)
+    return output, cache
