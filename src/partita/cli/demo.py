@@ -38,10 +38,13 @@ CONFIG: dict[str, Any] = {
 PROMPTS = ("def __init__(self, ", "        return ", "class ", "import ")
 NEW_TOKENS = 40
 TRAINING = ("--batch-size", "8", "--sequence-length", "128", "--learning-rate", "5e-3", "--warmup-steps", "30")
+MESH = Mesh(pp=2, tp=2)
+SPLIT = ("--tp", "2", "--pp", "2")
+SCHEDULE = ("--schedule", "zb-h1", "--microbatches", "4")
 
 
 def demo(
-    steps: Annotated[int, typer.Option(min=1, help="Of training.")] = 600,
+    steps: Annotated[int, typer.Option(min=1, help="Of training.")] = 300,
     out_folder: Annotated[
         Path | None,
         typer.Option(
@@ -49,13 +52,14 @@ def demo(
         ),
     ] = None,
 ) -> None:
-    """Train a small Llama over two ranks, save it, load it split and whole, and prove that both are the same.
+    """Train a small Llama over four ranks, save it, load it split and whole, and prove that both are the same.
 
-    It takes about two minutes on two cores and needs no network.
+    The ranks are two pipeline stages of two tensor ranks each. It takes about two minutes on two cores and needs no network.
     """
     folder = out_folder if out_folder is not None else _new_folder()
     story = _Story(folder)
     story.plan()
+    story.schedule()
     story.train(steps)
     story.generate()
     story.verify()
@@ -87,29 +91,35 @@ class _Story:
             raise CheckpointError(f"--out {self.folder} is there already and not empty. Name a new folder.")
         self.folder.mkdir(parents=True, exist_ok=True)
         config.write_text(json.dumps(CONFIG, indent=2) + "\n", encoding="utf-8")
-        self._chapter("A plan: which of two ranks holds what of a small Llama")
-        _command("plan", str(config), "--tp", "2")
-        show(make_plan(str(config), Mesh(tp=2)), all_tensors=False)
+        self._chapter("A plan: which of four ranks holds what of a small Llama, two stages of two tensor ranks each")
+        _command("plan", str(config), *SPLIT)
+        show(make_plan(str(config), MESH), all_tensors=False)
+
+    def schedule(self) -> None:
+        self._chapter("A schedule: who computes what when")
+        self._run(1, "schedule", "--kind", "zb-h1", "--pp", "2", "--microbatches", "4")
 
     def train(self, steps: int) -> None:
-        self._chapter("Train it over two ranks on the sources of Python's standard library, and save it unsplit")
+        self._chapter("Train it over four ranks on the sources of Python's standard library, and save it unsplit")
         self._run(
-            2, "train", "--config", str(self.folder / "config.json"), "--data", "stdlib", "--tp", "2",
-            "--steps", str(steps), *TRAINING, "--out", str(self.model),
+            MESH.size, "train", "--config", str(self.folder / "config.json"), "--data", "stdlib", *SPLIT, *SCHEDULE,
+            "--steps", str(steps), *TRAINING, "--picture", str(self.folder / "last-step.svg"), "--out", str(self.model),
         )  # fmt: skip
 
     def generate(self) -> None:
-        self._chapter("Write with it: over two ranks, on one rank, and with transformers alone")
+        self._chapter("Write with it: over four ranks, over three stages, on one rank, and with transformers alone")
         options = ("--max-new-tokens", str(NEW_TOKENS))
         command = ("generate", str(self.model), *PROMPTS, *options, "--json")
-        split = json.loads(self._run(2, *command, "--tp", "2"))["generations"]
+        split = json.loads(self._run(MESH.size, *command, *SPLIT))["generations"]
         for written in split:
             self._quote(written["prompt"] + written["text"])
+        stages = json.loads(self._run(3, *command, "--pp", "3"))["generations"]
         whole = json.loads(self._run(1, *command))["generations"]
         _say("$ partita reference ...   # transformers' AutoModelForCausalLM alone", "dim")
         other = json.loads(self._run(1, "reference", str(self.model), *PROMPTS, *options, silent=True))
         tokens = [written["tokens"] for written in split]
         same = [
+            self._compare("three stages wrote", [written["tokens"] for written in stages], tokens),
             self._compare("one rank wrote", [written["tokens"] for written in whole], tokens),
             self._compare(f"transformers' {other['class']}, unsplit, wrote", other["tokens"], tokens),
         ]
@@ -118,17 +128,18 @@ class _Story:
 
     def _compare(self, who: str, tokens: list[list[int]], expected: list[list[int]]) -> bool:
         if tokens == expected:
-            _say(f"  {who} the same {sum(map(len, tokens))} tokens as two ranks", "green")
+            _say(f"  {who} the same {sum(map(len, tokens))} tokens as four ranks", "green")
             return True
         different = sum(one != two for one, two in zip(tokens, expected, strict=True))
         _say(
-            f"  {who} something DIFFERENT from two ranks for {different} of {plural(len(tokens), 'prompt')}", "bold red"
+            f"  {who} something DIFFERENT from four ranks for {different} of {plural(len(tokens), 'prompt')}",
+            "bold red",
         )
         return False
 
     def verify(self) -> None:
-        self._chapter("Prove it: every module's output and every gradient, split against unsplit")
-        self._run(2, "verify", str(self.model), "--tp", "2", "--dtype", "float64")
+        self._chapter("Prove it: every module's output, every gradient, training steps; split against unsplit")
+        self._run(MESH.size, "verify", str(self.model), *SPLIT, *SCHEDULE, "--dtype", "float64")
 
     def end(self) -> None:
         seconds = time.monotonic() - self.start_s

@@ -42,17 +42,30 @@ def read_spec(model: str) -> tuple[ModelSpec, Rules | None]:
         return _ask_transformers(config)
 
 
-def _ask_transformers(config: dict[str, Any]) -> tuple[ModelSpec, Rules]:
+def _need_transformers(config: dict[str, Any]) -> None:
     if find_spec("torch") is None or find_spec("transformers") is None:
         raise ModelError(
             f"{config['model_type']!r} is not a family that Partita knows itself, and transformers is not installed to be "
             "asked: pip install 'partita[torch]'"
         )
+
+
+def _ask_transformers(config: dict[str, Any]) -> tuple[ModelSpec, Rules]:
+    _need_transformers(config)
     from partita.torch.hub import build_on_meta, read_hf_config, rules_of, spec_of
 
     built = build_on_meta(read_hf_config(config))
     spec = spec_of(built)
     return spec, rules_of(built, spec)
+
+
+def _try_stages(config: dict[str, Any], mesh: Mesh, layout: str | None, vpp: int | None, placement: Placement) -> None:
+    """Refuse a family that cannot be cut into stages."""
+    _need_transformers(config)
+    from partita.torch.hub import build_on_meta, read_hf_config
+    from partita.torch.load import choose_plan
+
+    choose_plan(build_on_meta(read_hf_config(config)), None, Mesh(pp=mesh.pp), layout, vpp, placement)
 
 
 def find_config(model: str) -> Path:
@@ -109,5 +122,8 @@ def check_early(
 
     if layout is not None:
         Layout(layout, mesh.pp)
-    if read_config(find_config(model))["model_type"] in known_families():
+    config = read_config(find_config(model))
+    if config["model_type"] in known_families():
         make_plan(model, mesh, layout, vpp, placement)
+    elif mesh.pp > 1:
+        _try_stages(config, mesh, layout, vpp, placement)

@@ -110,9 +110,10 @@ def compare_parameters(unsplit: nn.Module, split: nn.Module, plan: Plan, groups:
     found = []
     for name, local in local_tensors(split, plan).items():
         if name in whole:
-            part = _local_part_of(whole[name].detach(), plan, name, groups.mp.rank)
+            expected = whole[name].detach()
+            part = _local_part_of(expected, plan, name, groups.mp.rank)
             found.append(
-                Difference("parameter", name, relative_error(part, local.detach(), float(whole[name].abs().max())))
+                Difference("parameter", name, relative_error(part, local.detach(), float(expected.abs().max())))
             )
     return _largest(found, groups, list(plan.spec.tensors))
 

@@ -38,7 +38,8 @@ def summed_copies(model: nn.Module, plan: Plan, groups: ParallelGroups) -> Itera
     with torch.no_grad():
         for name, parameter in copies.items():
             own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            total = _sum(own, plan.copies[name], groups)
+            wide = own if own.dtype.itemsize >= 4 else own.float()
+            total = _sum(wide, plan.copies[name], groups).to(own.dtype)
             earlier = before[name]
             parameter.grad = total if earlier is None else earlier.add_(total)
 

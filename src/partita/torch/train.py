@@ -25,6 +25,10 @@ from partita.torch.objective import IGNORED, check_trainable, examples, loss_of
 from partita.torch.pipeline import Pipeline
 from partita.torch.replicas import clip_gradients, sum_over_replicas
 
+_NOT_NEGATIVE = (
+    "learning_rate", "min_learning_rate", "warmup_steps", "weight_decay", "epsilon", "clip_norm", "mtp_weight",
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class TrainSettings:
@@ -38,6 +42,7 @@ class TrainSettings:
         min_learning_rate: The last, as a fraction of the highest.
         warmup_steps: Steps over which it rises from zero; then it falls as a cosine.
         weight_decay: Of tensors of two dimensions or more (AdamW: Loshchilov and Hutter 2019, 1711.05101).
+        epsilon: AdamW adds it to what it divides by.
         clip_norm: Gradients of a larger global norm are scaled down to it; 0 for none.
         accumulate: Into how many micro-batches a replica cuts its part of the batch.
         schedule: The kind of pipeline schedule (see `partita.schedule.KINDS`); by default `1f1b`, with several stages a rank
@@ -59,6 +64,7 @@ class TrainSettings:
     min_learning_rate: float = 0.1
     warmup_steps: int = 10
     weight_decay: float = 0.1
+    epsilon: float = 1e-8
     clip_norm: float = 1.0
     accumulate: int = 1
     seed: int = 0
@@ -75,7 +81,15 @@ class TrainSettings:
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise PlanError(f"{name} must be a whole number of at least 1, but is {value!r}.")
-        for name in ("learning_rate", "min_learning_rate", "warmup_steps", "weight_decay", "clip_norm", "mtp_weight"):
+        for name in (
+            "learning_rate",
+            "min_learning_rate",
+            "warmup_steps",
+            "weight_decay",
+            "epsilon",
+            "clip_norm",
+            "mtp_weight",
+        ):
             value = getattr(self, name)
             if not 0 <= value < math.inf:
                 raise PlanError(f"{name} must be a number of at least 0, but is {value!r}.")
@@ -215,7 +229,7 @@ def make_optimizer(model: nn.Module, settings: TrainSettings, groups: ParallelGr
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
     split = [group for group in split if group["params"]]
-    given: dict[str, Any] = {"lr": settings.learning_rate, "betas": (0.9, 0.95), "eps": 1e-8}
+    given: dict[str, Any] = {"lr": settings.learning_rate, "betas": (0.9, 0.95), "eps": settings.epsilon}
     if not settings.zero or groups.dp.world_size == 1:
         return torch.optim.AdamW(split, **given)
     from torch.distributed.optim import ZeroRedundancyOptimizer

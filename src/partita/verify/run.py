@@ -34,7 +34,10 @@ MEMORY_SHARE = 0.5
 """The part of the free memory that whole models on all ranks may take."""
 
 STEPS_TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
-"""Of losses and parameters after some steps: AdamW divides small gradients by themselves, and their rounding with them."""
+"""Of losses and parameters after some steps."""
+
+EPSILON = 1e-4
+"""AdamW divides a gradient by its own size and this: were it much smaller, the rounding of small gradients would be blown up."""
 
 NEW_TOKENS = 12
 
@@ -108,7 +111,7 @@ def verify(
         rows += _tokens(unsplit, split, inputs["input_ids"])
         settings = TrainSettings(
             steps=steps or 1, batch_size=accumulate * dp, sequence_length=8, accumulate=accumulate, warmup_steps=1,
-            learning_rate=1e-3, schedule=schedule, group_size=group_size,
+            learning_rate=1e-3, epsilon=EPSILON, schedule=schedule, group_size=group_size,
         )  # fmt: skip
         rows += _training(unsplit, split, groups, settings, STEPS_TOLERANCES[wanted]) if steps else []
     size = sum(p.numel() for p in unsplit.parameters())
