@@ -13,7 +13,7 @@ $(STAMP): pyproject.toml constraints.txt
 	  || { echo "Partita needs Python 3.10 or newer; name one with PYTHON=/path/to/python3 make ..."; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) \
 	  || { echo "No virtual environment could be made. On Debian: apt-get install python3-venv"; exit 1; }
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[torch,lora,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[torch,mlx,mpi,lora,dev]'
 	@touch $@
 
 demo: install

@@ -10,15 +10,17 @@ import atexit
 import importlib
 import os
 import pickle
-import socket
 import subprocess
 import sys
 import tempfile
 import traceback
 from collections.abc import Callable
+from contextlib import ExitStack
 from multiprocessing.connection import Client, Listener
 from pathlib import Path
 from typing import Any
+
+from partita.cli.meeting import meeting
 
 LIMIT_S = 100.0
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,21 +31,19 @@ class RankError(Exception):
 
 
 class Ranks:
-    """A pool of `size` ranks."""
+    """A pool of `size` ranks that meet by `backend`."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, backend: str = "gloo") -> None:
         self.size = size
+        self.met = ExitStack()
+        environments = self.met.enter_context(meeting(backend, size))
         self.folder = tempfile.TemporaryDirectory()
         listener = Listener(str(Path(self.folder.name) / "socket"), "AF_UNIX")
-        port = _free_port()
         self.processes = []
-        for rank in range(size):
+        for rank, met in enumerate(environments):
             env = {
-                **os.environ,
-                "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size),
-                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
+                **os.environ, **met, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore",
                 "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-                "PYTHONWARNINGS": "ignore",
             }  # fmt: skip
             command = [sys.executable, "-m", "tests.support.ranks", str(listener.address), str(rank)]
             self.processes.append(subprocess.Popen(command, env=env, cwd=ROOT))
@@ -86,17 +86,18 @@ class Ranks:
             process.wait()
         for connection in self.connections:
             connection.close()
+        self.met.close()
         self.folder.cleanup()
 
 
-_pools: dict[int, Ranks] = {}
+_pools: dict[tuple[int, str], Ranks] = {}
 
 
-def ranks(size: int) -> Ranks:
-    """The shared pool of `size` ranks, started when it is first asked for."""
-    pool = _pools.get(size)
+def ranks(size: int, backend: str = "gloo") -> Ranks:
+    """The shared pool of `size` ranks that meet by `backend`, started when it is first asked for."""
+    pool = _pools.get((size, backend))
     if pool is None or not pool.alive:
-        pool = _pools[size] = Ranks(size)
+        pool = _pools[size, backend] = Ranks(size, backend)
     return pool
 
 
@@ -116,12 +117,6 @@ def close_all() -> None:
 
 
 atexit.register(close_all)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _serve(address: str, rank: int) -> None:

@@ -30,7 +30,7 @@ from partita.core.mesh import Mesh
 from partita.errors import ModelError
 
 if TYPE_CHECKING:
-    from partita.torch.generate import Generation, Sampling
+    from partita.text import Generation, Sampling
 
 SAMPLING = "Sampling"
 
@@ -98,7 +98,7 @@ def generate(
     stream = not no_stream and not as_json and len(texts) == 1
 
     def work() -> int:
-        from partita.torch.generate import Sampling
+        from partita.text import Sampling
 
         where: dict[str, Any] = {
             "tp": tp, "pp": pp, "dp": dp, "layout": layout, "vpp": vpp, "dtype": dtype and dtype.value, "device": device,
@@ -136,10 +136,10 @@ class _Run:
 def _generate(
     model: str, mesh: Mesh, texts: list[str], sampling: Sampling, where: dict[str, Any], stream: bool
 ) -> _Run:
+    from partita.text import load_tokenizer
     from partita.torch.generate import generate as engine
     from partita.torch.hub import find_model
     from partita.torch.load import load
-    from partita.torch.tokenizer import load_tokenizer
 
     start_s = time.perf_counter()
     folder = find_model(model)

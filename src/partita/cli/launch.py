@@ -1,8 +1,8 @@
 """Launch: the ranks of a command as processes of this machine, ended together whatever happens.
 
-Without a launcher's environment a command that needs several ranks starts itself once for each, as torchrun would, and waits
-here without torch. Rank 0 speaks: its stdout and stderr are the command's own. Of the others only the end of stderr is
-kept, for the one that fails first.
+Without a launcher's environment a command that needs several ranks starts itself once for each, as torchrun, mpirun or
+mlx.launch would, and waits here without torch or MLX. Rank 0 speaks: its stdout and stderr are the command's own. Of the
+others only the end of stderr is kept, for the one that fails first.
 """
 
 from __future__ import annotations
@@ -23,9 +23,11 @@ from typing import Any
 
 import typer
 
+from partita.backends import local_mlx_backend, local_torch_backend
 from partita.cli import rank
 from partita.cli.console import plural
 from partita.cli.failure import Failure, show
+from partita.cli.meeting import Environments, meeting
 from partita.core.mesh import Mesh
 from partita.errors import DistributedError
 
@@ -41,23 +43,30 @@ KEPT_BYTES = 64 << 10
 _POLL_S = 0.2
 
 
-def run(mesh: Mesh, work: Callable[[], int]) -> None:
+def run(mesh: Mesh, work: Callable[[], int], *, engine: rank.Engine = "torch", backend: str | None = None) -> None:
     """Do `work` on every rank of `mesh` and end the process with the code that it returns.
 
     One rank works here. More are started, unless this process is one of theirs already.
 
+    Args:
+        mesh: The ranks.
+        work: What each does.
+        engine: By which it does it.
+        backend: How local ranks talk: `mpi`, or `gloo` (torch) or `ring` (MLX); by default Open MPI where it is installed.
+
     Raises:
-        DistributedError: A launcher started another number of ranks than the mesh has.
+        DistributedError: A launcher started another number of ranks than the mesh has, or the backend cannot make the mesh.
     """
     world = rank.world()
     if world is None and mesh.size > 1:
-        raise typer.Exit(start(sys.argv[1:], mesh.size).code)
+        met = local_mlx_backend(mesh, backend) if engine == "mlx" else local_torch_backend(backend)
+        raise typer.Exit(start(sys.argv[1:], mesh.size, backend=met).code)
     if world is not None and world != mesh.size:
         raise DistributedError(
             f"the mesh {mesh} has {plural(mesh.size, 'rank')}, but the launcher started {world}. Start {mesh.size}, "
             f"or change --tp and --dp so that their product is {world}."
         )
-    raise typer.Exit(rank.work_together(work))
+    raise typer.Exit(rank.work_together(work, engine, backend))
 
 
 @dataclass(frozen=True)
@@ -74,7 +83,12 @@ class Outcome:
 
 
 def start(
-    arguments: Sequence[str], ranks: int, *, capture: bool = False, program: Sequence[str] = ("-m", "partita")
+    arguments: Sequence[str],
+    ranks: int,
+    *,
+    capture: bool = False,
+    program: Sequence[str] = ("-m", "partita"),
+    backend: str | None = None,
 ) -> Outcome:
     """Run `python *program *arguments` as that many ranks of this machine and wait for all of them.
 
@@ -86,15 +100,20 @@ def start(
         ranks: How many.
         capture: Whether rank 0's stdout is returned instead of shown.
         program: What python runs.
+        backend: By what they meet: `gloo`, `mpi` or `ring` (see `meeting`); by default what is best for torch.
+
+    Raises:
+        DistributedError: mpiexec fails.
     """
-    crew = _Crew([sys.executable, *program, *arguments], ranks, capture)
     with _signals_as_exceptions():
         try:
-            try:
-                crew.start()
-                crew.wait()
-            finally:
-                crew.end()
+            with meeting(backend or (local_torch_backend() if ranks > 1 else "gloo"), ranks) as environments:
+                crew = _Crew([sys.executable, *program, *arguments], capture)
+                try:
+                    crew.start(environments)
+                    crew.wait()
+                finally:
+                    crew.end()
         except _Signalled as signalled:
             _show_cursor()
             show(Failure(Failure.INTERRUPTED, "interrupted"))
@@ -106,17 +125,16 @@ def start(
     return Outcome(_show_failed(first, arguments), bytes(crew.output))
 
 
-def environment(number: int, ranks: int, port: int) -> dict[str, str]:
-    """What rank `number` finds in its environment; the names are torchrun's."""
+def surroundings(met: dict[str, str], ranks: int) -> dict[str, str]:
+    """The whole environment of a rank that meets the others by `met`."""
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     loopback = "lo" if sys.platform == "linux" else "lo0"
     environment = {
         "OMP_NUM_THREADS": str(max(1, cores // ranks)),
         "GLOO_SOCKET_IFNAME": loopback,
         **os.environ,
-        "RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks),
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-    }  # fmt: skip
+        **met,
+    }
     if sys.path and sys.path[0] not in ("", os.getcwd()):
         environment["PYTHONSAFEPATH"] = "1"  # a file json.py in the user's folder is no module of ours
     return environment
@@ -171,20 +189,19 @@ class _Rank:
 class _Crew:
     """The ranks of one run."""
 
-    def __init__(self, command: list[str], size: int, capture: bool) -> None:
-        self.command, self.size, self.capture = command, size, capture
+    def __init__(self, command: list[str], capture: bool) -> None:
+        self.command, self.capture = command, capture
         self.ranks: list[_Rank] = []
         self.output = bytearray()
         self.selector = selectors.DefaultSelector()
 
-    def start(self) -> None:
-        port = _free_port()
-        for number in range(self.size):
+    def start(self, environments: Environments) -> None:
+        for number, met in enumerate(environments):
             ours, theirs = socket.socketpair()
             with theirs:
                 process = subprocess.Popen(
                     self.command,
-                    env={**environment(number, self.size, port), rank.LINE: str(theirs.fileno())},
+                    env={**surroundings(met, len(environments)), rank.LINE: str(theirs.fileno())},
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.PIPE
                     if number == 0 and self.capture
@@ -326,9 +343,3 @@ def _show_cursor() -> None:
     if sys.stderr.isatty():
         sys.stderr.write("\x1b[?25h")
         sys.stderr.flush()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

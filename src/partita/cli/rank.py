@@ -1,4 +1,4 @@
-"""This process as one rank of a run: of ours, told by `PARTITA_LINE`, of torchrun's, or alone.
+"""This process as one rank of a run: of ours, told by `PARTITA_LINE`, of torchrun's, mpirun's or mlx.launch's, or alone.
 
 A rank that our launcher started holds one end of a line (a socket) to it. The rank writes its failure there. When the line
 ends, the launcher is gone, killed perhaps, and the rank ends itself with all that it started.
@@ -14,9 +14,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 from partita.errors import DistributedError
+
+Engine = Literal["torch", "mlx"]
 
 LINE = "PARTITA_LINE"
 MAX_MESSAGE = 16_000
@@ -59,20 +62,39 @@ def world() -> int | None:
     Raises:
         DistributedError: The launcher's environment is not whole.
     """
-    if "RANK" not in os.environ:
+    name = next((name for name in _RANKS if name in os.environ), None)
+    if name is None:
         return None
-    text = os.environ.get("WORLD_SIZE", "")
-    if not text.isdigit() or not os.environ["RANK"].isdigit():
+    text = os.environ.get(_RANKS[name], "") if name != "MLX_RANK" else _hosts_of_mlx()
+    if not text.isdigit() or not os.environ[name].isdigit():
         raise DistributedError(
-            f"RANK is set ({os.environ['RANK']!r}), so a launcher started this process, but WORLD_SIZE is {text!r}. "
-            "Start it with torchrun, or unset RANK."
+            f"{name} is set ({os.environ[name]!r}), so a launcher started this process, but {_RANKS[name]} is {text!r}. "
+            f"Start it with torchrun, mpirun or mlx.launch, or unset {name}."
         )
     return int(text)
 
 
+_RANKS = {
+    "RANK": "WORLD_SIZE",
+    "OMPI_COMM_WORLD_RANK": "OMPI_COMM_WORLD_SIZE",
+    "MLX_RANK": "MLX_WORLD_SIZE, or the length of MLX_HOSTFILE or MLX_IBV_DEVICES,",
+}
+"""Where a launcher (torchrun and ours, mpirun, mlx.launch) says which rank this is, and of how many."""
+
+
+def _hosts_of_mlx() -> str:
+    """Ranks of a run of mlx.launch, which tells their number only with NCCL, and else lists the hosts."""
+    if "MLX_WORLD_SIZE" in os.environ:
+        return os.environ["MLX_WORLD_SIZE"]
+    for name in ("MLX_HOSTFILE", "MLX_IBV_DEVICES"):
+        with contextlib.suppress(OSError, ValueError):
+            return str(len(json.loads(Path(os.environ.get(name, "")).read_text())))
+    return ""
+
+
 def number() -> int:
     """This process's rank; 0 without a launcher."""
-    return int(os.environ.get("RANK", "0"))
+    return int(next((os.environ[name] for name in _RANKS if name in os.environ), "0"))
 
 
 def is_first() -> bool:
@@ -87,12 +109,19 @@ def name() -> str:
 
 def speaks() -> bool:
     """Whether this rank shows its failure: before the ranks have met, the first of each machine speaks for all."""
-    return _has_met_others() or os.environ.get("LOCAL_RANK", "0") == "0"
+    local = next((os.environ[name] for name in _LOCAL_RANKS if name in os.environ), "0")
+    return _has_met_others() or local == "0"
+
+
+_LOCAL_RANKS = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MLX_RANK")
 
 
 def _has_met_others() -> bool:
     dist: Any = sys.modules.get("torch.distributed")
-    return dist is not None and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    if dist is not None and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        return True
+    groups: Any = sys.modules.get("partita.mlx.groups")
+    return groups is not None and groups.has_met_others()
 
 
 def report(failure: dict[str, Any]) -> bool:
@@ -116,11 +145,33 @@ def leave(code: int) -> None:
         os._exit(code)
 
 
-def work_together(work: Callable[[], int]) -> int:
+def work_together(work: Callable[[], int], engine: Engine = "torch", backend: str | None = None) -> int:
     """Meet the other ranks and do `work`. Its result, the exit code of the run, is returned on the first rank, and 0 on others.
 
     A non-zero code of another rank would look like that rank's own failure.
+
+    Args:
+        work: What each rank does.
+        engine: By which it does it.
+        backend: Of MLX; by default what the launcher has prepared.
+
+    Raises:
+        DistributedError: The launcher is one that MLX does not know.
     """
+    if engine == "mlx":
+        from partita.mlx.groups import init
+
+        everyone = init(backend)
+        if everyone.size != (world() or 1):
+            raise DistributedError(
+                f"the launcher started {world()} ranks, but MLX knows of {everyone.size}. Start them with mpirun or "
+                "mlx.launch, or let `partita` do it."
+            )
+        code = work()
+        sys.stdout.flush()
+        everyone.barrier()
+        return code if is_first() else 0
+
     import torch.distributed as dist
 
     from partita.torch.groups import init_process_group

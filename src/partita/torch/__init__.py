@@ -1,12 +1,13 @@
 """The PyTorch engine: it executes plans on torch.distributed."""
 
+from partita.text import Generation, Sampling, Tokenizer, byte_tokenizer, load_tokenizer
 from partita.torch.adapt import add_lora, merge_lora
 from partita.torch.auto import pipeline_auto_parallel
 from partita.torch.comm import Communicator
 from partita.torch.data import load_tokens
 from partita.torch.embedding import ParallelEmbedding, VocabParallelEmbedding
 from partita.torch.fresh import fresh
-from partita.torch.generate import Generation, Sampling, generate
+from partita.torch.generate import generate
 from partita.torch.groups import (
     GroupInfo,
     ParallelGroups,
@@ -25,7 +26,6 @@ from partita.torch.loss import vocab_parallel_cross_entropy
 from partita.torch.pipeline import Pipeline
 from partita.torch.save import save
 from partita.torch.seed import mp_copy, mp_gather, mp_reduce, mp_scatter
-from partita.torch.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer
 from partita.torch.train import StepReport, TrainSettings, train
 
 __all__ = [

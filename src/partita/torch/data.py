@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from partita.errors import ModelError
-from partita.torch.tokenizer import Tokenizer
+from partita.text import Tokenizer
 
 TEXT_ENDINGS = (".txt", ".md", ".py", ".rst", ".jsonl", ".json", ".c", ".h", ".html")
 

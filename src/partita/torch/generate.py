@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import inspect
-import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection
+from collections.abc import Sequence as SequenceOf
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -17,86 +16,20 @@ from partita.core.plan import Plan
 from partita.core.split import Split
 from partita.errors import ModelError, PlanError
 from partita.schedule import Action, Kind, Schedule
+from partita.text import Generation, OnText, Sampling, Sequence, Tokenizer
 from partita.torch.apply import plan_of
-from partita.torch.comm import Communicator, Work
+from partita.torch.comm import Work
 from partita.torch.head import likeliest, local_logits
 from partita.torch.pipeline import Pipeline
 from partita.torch.stage_probe import refuse_undecodable
-from partita.torch.tokenizer import Tokenizer
-
-OnText = Callable[[int, str], None]
 
 _IDS = 1 << 20
 """Tags of messages with token ids begin here, one a group of sequences, apart from those with hidden states."""
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen.
-
-    Attributes:
-        max_new_tokens: After how many tokens a sequence ends at the latest.
-        temperature: Divides the logits; 0 takes the likeliest token every time.
-        top_k: Only so many of the likeliest; 0 for all.
-        top_p: Only the likeliest that have this probability together (nucleus sampling: Holtzman et al. 2020, 1904.09751).
-        min_p: Only those at least so likely as this fraction of the likeliest (2407.01082).
-        repetition_penalty: Divides the logits of tokens that were there already (Keskar et al. 2019, 1909.05858); 1 for none.
-        seed: Each sequence draws from its own generator of this seed and its place among the prompts.
-        stop: A sequence ends before the first of these texts.
-        ignore_eos: Whether a sequence goes on after an end token.
-    """
-
-    max_new_tokens: int = 64
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    seed: int = 0
-    stop: tuple[str, ...] = ()
-    ignore_eos: bool = False
-
-    def __post_init__(self) -> None:
-        rules: tuple[tuple[str, bool, str], ...] = (
-            ("max_new_tokens", type(self.max_new_tokens) is int and self.max_new_tokens >= 1, "at least 1"),
-            ("temperature", 0 <= self.temperature < math.inf, "at least 0"),
-            ("top_k", type(self.top_k) is int and self.top_k >= 0, "at least 0 (0 for all)"),
-            ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
-            ("min_p", 0 <= self.min_p <= 1, "in [0, 1]"),
-            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "more than 0 (1 for none)"),
-        )
-        for name, ok, rule in rules:
-            if not ok:
-                raise PlanError(f"{name} must be {rule}, but is {getattr(self, name)!r}.")
-        if "" in self.stop:
-            raise PlanError("stop must hold texts of at least one character.")
-
-
-@dataclass(frozen=True)
-class Generation:
-    """What was generated after one prompt: tokens and their text, and why it ended (`eos`, `stop` or `length`)."""
-
-    tokens: tuple[int, ...]
-    text: str
-    finish_reason: str
-
-
-@dataclass
-class _Sequence:
-    """One sequence under way."""
-
-    place: int
-    prompt: list[int]
-    generator: torch.Generator
-    tokens: list[int] = field(default_factory=list)
-    text: str = ""
-    shown: int = 0
-    finish_reason: str = ""
-
-
 def generate(
     model: nn.Module,
-    prompts: Sequence[Sequence[int]],
+    prompts: SequenceOf[SequenceOf[int]],
     sampling: Sampling,
     *,
     tokenizer: Tokenizer | None = None,
@@ -124,11 +57,7 @@ def generate(
     refuse_undecodable(model, plan)
     _check(model, prompts, sampling, tokenizer, plan.spec.vocab_size)
     replicas, replica = groups.dp.world_size, groups.dp.rank
-    sequences = [
-        _Sequence(place, list(prompt), torch.Generator().manual_seed(sampling.seed * 1_000_003 + place))
-        for place, prompt in enumerate(prompts)
-        if place % replicas == replica
-    ]
+    sequences = [Sequence(place, list(prompt)) for place, prompt in enumerate(prompts) if place % replicas == replica]
     listener = on_text if groups.mp.rank == groups.pp.rank == replica == 0 else None
     was_training = model.training
     model.eval()
@@ -136,14 +65,18 @@ def generate(
         for batch in _batches(model, sequences):
             _Run(model, batch, sampling, tokenizer, listener).run()
     model.train(was_training)
-    done = {s.place: Generation(tuple(s.tokens), s.text, s.finish_reason) for s in sequences}
+    done = {s.place: s.generation for s in sequences}
     for other in groups.dp.comm.all_gather_object(done):
         done.update(other)  # type: ignore[call-overload]
     return [done[place] for place in range(len(prompts))]
 
 
 def _check(
-    model: nn.Module, prompts: Sequence[Sequence[int]], sampling: Sampling, tokenizer: Tokenizer | None, vocab_size: int
+    model: nn.Module,
+    prompts: SequenceOf[SequenceOf[int]],
+    sampling: Sampling,
+    tokenizer: Tokenizer | None,
+    vocab_size: int,
 ) -> None:
     if not hasattr(model, "get_output_embeddings") or model.get_output_embeddings() is None:  # type: ignore[operator]
         raise ModelError(f"{type(model).__name__} has no language model head, so it cannot generate.")
@@ -161,7 +94,7 @@ def _check(
         raise PlanError("stop needs a tokenizer to see the text.")
 
 
-def _batches(model: nn.Module, sequences: list[_Sequence]) -> list[list[_Sequence]]:
+def _batches(model: nn.Module, sequences: list[Sequence]) -> list[list[Sequence]]:
     """All at once, padded on the left; one length at a time where the model cannot be told of padding."""
     if not sequences:
         return []
@@ -170,7 +103,7 @@ def _batches(model: nn.Module, sequences: list[_Sequence]) -> list[list[_Sequenc
     overflows = wide and getattr(model.config, "_attn_implementation", None) == "eager"
     if "attention_mask" in _takes(model) and not getattr(model, "_is_stateful", False) and not overflows:
         return [sequences]
-    lengths: dict[int, list[_Sequence]] = {}
+    lengths: dict[int, list[Sequence]] = {}
     for sequence in sequences:
         lengths.setdefault(len(sequence.prompt), []).append(sequence)
     return list(lengths.values())
@@ -183,7 +116,7 @@ def _takes(model: nn.Module) -> Collection[str]:
 class _Group:
     """Sequences that go through the pipeline together, and what the model is called with next."""
 
-    def __init__(self, model: nn.Module, sequences: list[_Sequence], device: torch.device) -> None:
+    def __init__(self, model: nn.Module, sequences: list[Sequence], device: torch.device) -> None:
         self.sequences = sequences
         self.takes = _takes(model)
         longest = max(len(s.prompt) for s in sequences)
@@ -231,7 +164,7 @@ class _Run:
     def __init__(
         self,
         model: nn.Module,
-        batch: list[_Sequence],
+        batch: list[Sequence],
         sampling: Sampling,
         tokenizer: Tokenizer | None,
         on_text: OnText | None,
@@ -249,6 +182,9 @@ class _Run:
         self.groups = [_Group(model, batch[a:b], device) for a, b in pairwise(edges)]
         self.pipeline = Pipeline(model, _forward_only(plan, count))
         self.sent: list[tuple[Tensor, Work]] = []
+        self.generators = {
+            s.place: torch.Generator().manual_seed(sampling.seed * 1_000_003 + s.place) for s in batch
+        }  # fmt: skip
         self.split: Split | None = None
         self.step = 0
 
@@ -293,12 +229,36 @@ class _Run:
         if self.sampling.temperature == 0 and not self.processors:
             chosen = likeliest(logits, self.split, self.tp)
         else:
-            chosen = _choose(logits, group.sequences, self.sampling, self.processors, self.tp)
+            chosen = self._choose(logits, group.sequences)
         ids = chosen.cpu()
         for rank in range(self.pp.size):
             if rank != self.pp.rank:
                 self.sent.append((ids, self.pp.start_send(ids, rank, _IDS + place)))
         self._take(group, ids)
+
+    def _choose(self, logits: Tensor, batch: list[Sequence]) -> Tensor:
+        """The next token of each sequence, int64 `[batch]`.
+
+        All tensor ranks have the same logits, bit for bit, so the likeliest token needs no word between them. A draw is made
+        by the first rank alone, for all.
+        """
+        greedy = self.sampling.temperature == 0
+        if not greedy and self.tp.rank > 0:
+            return self.tp.broadcast_(torch.empty(len(batch), dtype=torch.long, device=logits.device))
+        chosen = []
+        for row, sequence in zip(logits, batch, strict=True):
+            seen = torch.tensor([sequence.prompt + sequence.tokens], device=logits.device)
+            scores = row.float().unsqueeze(0) if row.dtype != torch.float64 else row.unsqueeze(0)
+            for processor in self.processors:
+                scores = processor(seen, scores)
+            if greedy:
+                chosen.append(scores.argmax(-1))
+            else:
+                probabilities = scores.softmax(-1).cpu()
+                drawn = torch.multinomial(probabilities, 1, generator=self.generators[sequence.place])
+                chosen.append(drawn.view(1).to(logits.device))
+        picked = torch.cat(chosen)
+        return picked if greedy else self.tp.broadcast_(picked)
 
     def _is_done(self, place: int) -> bool:
         """Whether a group has ended, its tokens of the step before being known."""
@@ -316,11 +276,10 @@ class _Run:
 
     def _take(self, group: _Group, ids: Tensor) -> None:
         group.go_on(ids)
-        last = group.taken == self.sampling.max_new_tokens
         for sequence, token in zip(group.sequences, ids.tolist(), strict=True):
             if not sequence.finish_reason:
-                _accept(sequence, token, self.sampling, self.tokenizer, self.eos_ids, last=last)
-                _show(sequence, self.on_text)
+                sequence.accept(token, self.sampling, self.tokenizer, self.eos_ids)
+                sequence.show(self.on_text, self.sampling.stop)
 
 
 def _forward_only(plan: Plan, count: int) -> Schedule:
@@ -347,64 +306,6 @@ def _processors(sampling: Sampling) -> list[Any]:
         if sampling.min_p > 0.0:
             made.append(hf.MinPLogitsWarper(sampling.min_p))
     return made
-
-
-def _choose(
-    logits: Tensor, batch: list[_Sequence], sampling: Sampling, processors: list[Any], comm: Communicator
-) -> Tensor:
-    """The next token of each sequence, int64 `[batch]`.
-
-    All ranks have the same logits, bit for bit, so the likeliest token needs no word between them. A draw is made by the
-    first rank alone, for all.
-    """
-    greedy = sampling.temperature == 0
-    if not greedy and comm.rank > 0:
-        return comm.broadcast_(torch.empty(len(batch), dtype=torch.long, device=logits.device))
-    chosen = []
-    for row, sequence in zip(logits, batch, strict=True):
-        seen = torch.tensor([sequence.prompt + sequence.tokens], device=logits.device)
-        scores = row.float().unsqueeze(0) if row.dtype != torch.float64 else row.unsqueeze(0)
-        for processor in processors:
-            scores = processor(seen, scores)
-        if greedy:
-            chosen.append(scores.argmax(-1))
-        else:
-            probabilities = scores.softmax(-1).cpu()
-            chosen.append(torch.multinomial(probabilities, 1, generator=sequence.generator).view(1).to(logits.device))
-    picked = torch.cat(chosen)
-    return picked if greedy else comm.broadcast_(picked)
-
-
-def _accept(
-    sequence: _Sequence,
-    token: int,
-    sampling: Sampling,
-    tokenizer: Tokenizer | None,
-    eos_ids: frozenset[int],
-    *,
-    last: bool,
-) -> None:
-    sequence.tokens.append(token)
-    if tokenizer is not None:
-        sequence.text = tokenizer.decode(sequence.tokens)
-        ends = [sequence.text.find(stop) for stop in sampling.stop if stop in sequence.text]
-        if ends:
-            sequence.text, sequence.finish_reason = sequence.text[: min(ends)], "stop"
-            return
-    if token in eos_ids:
-        sequence.finish_reason = "eos"
-    elif last:
-        sequence.finish_reason = "length"
-
-
-def _show(sequence: _Sequence, on_text: OnText | None) -> None:
-    """Pass on the text that is certain: all but a character whose bytes are not all there yet."""
-    if on_text is None:
-        return
-    certain = sequence.text if sequence.finish_reason else sequence.text.rstrip("\ufffd")
-    if len(certain) > sequence.shown:
-        on_text(sequence.place, certain[sequence.shown :])
-        sequence.shown = len(certain)
 
 
 def _eos_ids(model: nn.Module, tokenizer: Tokenizer | None, sampling: Sampling) -> frozenset[int]:

