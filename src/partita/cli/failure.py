@@ -39,7 +39,17 @@ _LOST_PEER = re.compile(
     r"connection refused|peer .*(closed|gone)",
     re.IGNORECASE,
 )
-_MISSING_EXTRA = ("torch", "transformers", "numpy", "safetensors", "tokenizers", "huggingface_hub", "peft")
+_MISSING_EXTRA = (
+    "torch",
+    "transformers",
+    "numpy",
+    "safetensors",
+    "tokenizers",
+    "huggingface_hub",
+    "peft",
+    "mlx",
+    "mlx_lm",
+)
 
 
 def explain(error: BaseException) -> Failure | None:
@@ -53,9 +63,10 @@ def explain(error: BaseException) -> Failure | None:
         return None
     if isinstance(error, BrokenPipeError):
         return None
-    if isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] in _MISSING_EXTRA:
+    if isinstance(error, ModuleNotFoundError) and (package := (error.name or "").split(".")[0]) in _MISSING_EXTRA:
+        extra = "mlx" if package.startswith("mlx") else "torch"
         return Failure(
-            Failure.MISUSED, f"{error.name} is not installed, and this command needs it: pip install 'partita[torch]'"
+            Failure.MISUSED, f"{error.name} is not installed, and this command needs it: pip install 'partita[{extra}]'"
         )
     if isinstance(error, OSError) and error.filename is not None:
         return Failure(Failure.MISUSED, f"{os.fsdecode(error.filename)}: {error.strerror}")

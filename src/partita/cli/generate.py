@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 import time
 from collections.abc import Callable
@@ -13,7 +14,8 @@ import typer
 
 from partita.cli import launch, rank
 from partita.cli.console import err, mesh_name, out, plural, print_json
-from partita.cli.model import check_early
+from partita.cli.engine import BackendOption, EngineOption, choose_engine
+from partita.cli.model import check_early, for_mlx
 from partita.cli.options import (
     AsJson,
     Device,
@@ -82,6 +84,8 @@ def generate(
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Do not end at the model's end token.")] = False,
     dtype: WeightsDtype = None,
     device: Device = None,
+    engine: EngineOption = None,
+    backend: BackendOption = None,
     no_stream: Annotated[bool, typer.Option("--no-stream", help="Print a text when it is complete.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -90,7 +94,13 @@ def generate(
     if not texts:
         raise ModelError('there is no prompt. Give one behind the model ("Once upon a time") or with --prompt-file.')
     mesh = Mesh(dp=dp, pp=pp, tp=tp)
-    check_early(model, mesh, layout, vpp)
+    name = choose_engine(engine)
+    check_early(model, mesh, layout, vpp, engine=name)
+    where: dict[str, Any] = {
+        "tp": tp, "pp": pp, "dp": dp, "layout": layout, "vpp": vpp, "dtype": dtype and dtype.value, "device": device,
+    }  # fmt: skip
+    if name == "mlx":
+        where = for_mlx(model, mesh, where)
     options: dict[str, Any] = {
         "max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
         "repetition_penalty": repetition_penalty, "seed": seed, "stop": tuple(stop or ()), "ignore_eos": ignore_eos,
@@ -100,15 +110,12 @@ def generate(
     def work() -> int:
         from partita.text import Sampling
 
-        where: dict[str, Any] = {
-            "tp": tp, "pp": pp, "dp": dp, "layout": layout, "vpp": vpp, "dtype": dtype and dtype.value, "device": device,
-        }  # fmt: skip
-        run = _generate(model, mesh, texts, Sampling(**options), where, stream)
+        run = _generate(model, mesh, texts, Sampling(**options), name, where, stream)
         if rank.is_first():
             (_print_json if as_json else _print_texts)(run, stream)
         return 0
 
-    launch.run(mesh, work)
+    launch.run(mesh, work, engine=name, backend=backend)
 
 
 def _read_prompt(file: Path) -> str:
@@ -134,13 +141,13 @@ class _Run:
 
 
 def _generate(
-    model: str, mesh: Mesh, texts: list[str], sampling: Sampling, where: dict[str, Any], stream: bool
+    model: str, mesh: Mesh, texts: list[str], sampling: Sampling, name: str, where: dict[str, Any], stream: bool
 ) -> _Run:
+    from partita.checkpoint.find import find_model
     from partita.text import load_tokenizer
-    from partita.torch.generate import generate as engine
-    from partita.torch.hub import find_model
-    from partita.torch.load import load
 
+    engine: Any = importlib.import_module(f"partita.{name}.generate").generate
+    load: Any = importlib.import_module(f"partita.{name}.load").load
     start_s = time.perf_counter()
     folder = find_model(model)
     tokenizer = load_tokenizer(folder)

@@ -10,6 +10,7 @@ from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
+from partita.cli.rank import Engine
 from partita.core.layout import Layout
 from partita.core.mesh import Mesh
 from partita.core.model_spec import ModelSpec, read_config
@@ -114,8 +115,28 @@ def looks_like_hub_id(model: str) -> bool:
     return model.count("/") <= 1 and not model.startswith((".", "/", "~")) and not model.endswith((".json", os.sep))
 
 
+def for_mlx(model: str, mesh: Mesh, where: dict[str, Any]) -> dict[str, Any]:
+    """The arguments `where` of torch's `load`, as those of MLX's.
+
+    Raises:
+        PartitaError: They ask for what MLX has not.
+    """
+    if where.get("device") is not None:
+        raise ModelError(f"--device {where['device']} is for torch; MLX runs on its own default device. Leave it out.")
+    if where.get("vpp") not in (None, 1) and where.get("layout") is None:
+        made = make_plan(model, mesh, None, where["vpp"], where.get("placement", "loop"))
+        where = {**where, "layout": str(made.layout)}
+    return {name: value for name, value in where.items() if name not in ("device", "vpp")}
+
+
 def check_early(
-    model: str, mesh: Mesh, layout: str | None = None, vpp: int | None = None, placement: Placement = "loop"
+    model: str,
+    mesh: Mesh,
+    layout: str | None = None,
+    vpp: int | None = None,
+    placement: Placement = "loop",
+    *,
+    engine: Engine = "torch",
 ) -> None:
     """Refuse what cannot be before any rank is started, where that can be told quickly: the ranks would refuse it too."""
     from partita.core.families import known_families
@@ -125,5 +146,5 @@ def check_early(
     config = read_config(find_config(model))
     if config["model_type"] in known_families():
         make_plan(model, mesh, layout, vpp, placement)
-    elif mesh.pp > 1:
+    elif mesh.pp > 1 and engine == "torch":
         _try_stages(config, mesh, layout, vpp, placement)

@@ -213,8 +213,8 @@ def _check_folder(folder: Path) -> None:
 
 
 def _begin(source: str, where: dict[str, Any], seed: int, *, new: bool) -> tuple[nn.Module, Tokenizer]:
+    from partita.checkpoint.find import find_model
     from partita.text import load_tokenizer
-    from partita.torch.hub import find_model
 
     found = find_model(source, weights=not new)
     tokenizer = load_tokenizer(found if found.is_dir() else found.parent)

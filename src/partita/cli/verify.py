@@ -11,8 +11,9 @@ import typer
 
 from partita.cli import launch, rank
 from partita.cli.console import out, plural, print_json, runs
+from partita.cli.engine import BackendOption, EngineOption, choose_engine
 from partita.cli.failure import Failure
-from partita.cli.model import check_early
+from partita.cli.model import check_early, for_mlx
 from partita.cli.options import (
     AsJson,
     Dtype,
@@ -43,7 +44,12 @@ def verify(
     schedule: ScheduleKind = None,
     microbatches: Microbatches = None,
     steps: Annotated[int, typer.Option("--steps", min=0, help="Training steps to compare too; 0: none.")] = 3,
-    dtype: Annotated[Dtype, typer.Option("--dtype", help="float64 leaves the least room for doubt.")] = Dtype.float64,
+    dtype: Annotated[
+        Dtype | None,
+        typer.Option("--dtype", help="float64 leaves the least room for doubt; on MLX float32 by default."),
+    ] = None,
+    engine: EngineOption = None,
+    backend: BackendOption = None,
     all_rows: Annotated[
         bool, typer.Option("--all", help="A row for every layer, not for layers that are alike.")
     ] = False,
@@ -56,20 +62,28 @@ def verify(
     mesh = Mesh(dp=dp, pp=pp, tp=tp if tp is not None else 2 if pp * dp == 1 else 1)
     wanted = microbatches if microbatches is not None else 1 if pp == 1 else 2 * pp
     stages = choose(mesh, layout, vpp, schedule, batch_size=wanted * dp, microbatches=wanted)
-    check_early(model, mesh, layout, stages.vpp, stages.placement)
+    name = choose_engine(engine)
+    check_early(model, mesh, layout, stages.vpp, stages.placement, engine=name)
+    computed = dtype if dtype is not None else Dtype.float64 if name == "torch" else Dtype.float32
+    where = stages.plan if name == "torch" else for_mlx(model, mesh, stages.plan)
 
     def work() -> int:
-        from partita.verify import verify as engine
+        if name == "mlx":
+            from partita.verify.mlx import verify as compare
 
-        report = engine(model, **stages.plan, **stages.training, steps=steps, dtype=dtype.value)
+            report = compare(model, tp=mesh.tp, pp=mesh.pp, dp=mesh.dp, layout=where["layout"], dtype=computed.value)
+        else:
+            from partita.verify import verify as compare_on_torch
+
+            report = compare_on_torch(model, **where, **stages.training, steps=steps, dtype=computed.value)
         if rank.is_first():
             if as_json:
-                print_json(_as_data(model, mesh, dtype, report))
+                print_json(_as_data(model, mesh, computed, report))
             else:
                 _show(report, all_rows=all_rows)
         return 0 if report.equal else Failure.DIFFERS
 
-    launch.run(mesh, work)
+    launch.run(mesh, work, engine=name, backend=backend)
 
 
 def _as_data(model: str, mesh: Mesh, dtype: Dtype, report: Report) -> dict[str, Any]:

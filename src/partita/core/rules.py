@@ -208,20 +208,34 @@ ABSORBED_LATENT_ATTENTION = (
     Rule("self_attn.{embed_q,unembed_out}", "head"),
     Rule("self_attn.o_proj", "row", "heads"),
 )
+ROUTERS = (Rule("{mlp,block_sparse_moe}.{gate,shared_expert_gate}", "replicate"),)
+APART = (
+    # Layers of which what lies between needs the whole.
+    Rule("mlp.{gate_proj,up_proj,down_proj}", "column", gather_output=True),
+)
 MLX_TABLES: Mapping[str, tuple[Rule, ...]] = {
     **TABLES,
     "gpt2": (*VOCABULARY, Rule("attn.c_attn", "column", "qkv"), Rule("attn.c_proj", "row", "heads"), *MLP),
     **dict.fromkeys(
         ("deepseek_v2", "deepseek_v3", "kimi_k2", "joyai_llm_flash"), VOCABULARY + ABSORBED_LATENT_ATTENTION + MLP
     ),
+    **dict.fromkeys(("mixtral", "qwen3_moe", "qwen2_moe", "phimoe"), DENSE + ROUTERS),
+    "gpt_oss": TABLES["gpt_oss"] + MLP,
+    # Its activation keeps the largest of a whole row.
+    "gemma3n": VOCABULARY + ATTENTION + APART,
+    # Its activation has parameters.
+    "apertus": (*DENSE, Rule("mlp.act_fn", "replicate", partial_grad=True)),
 }  # fmt: skip
 """Tables of mlx-lm's modules, which have transformers' names but for these; stacked experts are linear layers there."""
 
 MLX_USUAL = VOCABULARY + ABSORBED_LATENT_ATTENTION + PACKED_QKV + QKV_BY_HEAD + ATTENTION + MLP
 """What the usual names of mlx-lm's modules suggest."""
 
-MLX_PROVEN: frozenset[str] = frozenset()
-"""Families whose tables the test-suite measures on MLX."""
+MLX_PROVEN: frozenset[str] = frozenset(
+    ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "starcoder2", "olmo2", "mixtral",
+     "qwen3_moe", "deepseek_v3")
+)  # fmt: skip
+"""Families whose tables the test-suite measures on MLX, and which have no switch that a table could be wrong for."""
 
 _HF_STYLES: Mapping[str, tuple[Style, dict[str, Any]]] = {
     "colwise": ("column", {}),
@@ -288,6 +302,11 @@ def isolated_rules(spec: ModelSpec) -> Rules:
     """
     inside = sorted(path for path in spec.linears or () if spec.layer_of(path) is not None)
     return Rules((*VOCABULARY, *(Rule(path, "column", gather_output=True) for path in inside)))
+
+
+def without_vocabulary(rules: Rules) -> Rules:
+    """`rules`, but for the embedding and the head, which are whole: for a model that takes an embedding's weight as it is."""
+    return Rules(tuple(rule for rule in rules if rule.style != "vocab"))
 
 
 def partly_isolated_rules(spec: ModelSpec, rules: Rules, *, attention: bool) -> Rules:

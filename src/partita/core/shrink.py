@@ -47,24 +47,26 @@ def shrunk_configs(config: Mapping[str, Any], num_heads: int) -> Iterator[dict[s
         for small in shrunk_configs(config[nested], num_heads):
             yield {**config, nested: small, **{k: min(v, small.get(k, v)) for k, v in _numbers(config, _VOCABULARY)}}
         return
-    layers = _few_layers(config)
-    narrow = {**layers, **_narrow(layers, num_heads)}
+    layers, more = _few_layers(config), _few_layers(config, 8)
     inner = {**layers, **{k: min(v, _WIDTH) for k, v in _numbers(layers, _INNER)}, **_small_vocabulary(layers)}
-    yield narrow
+    yield {**layers, **_narrow(layers, num_heads)}
+    # Where kinds of layers come in a rhythm that no key tells.
+    yield {**more, **_narrow(more, num_heads)}
     yield inner
     yield layers
 
 
-def _few_layers(config: Mapping[str, Any]) -> dict[str, Any]:
-    """As many layers as hold one of each kind, at least two."""
+def _few_layers(config: Mapping[str, Any], count: int = 2) -> dict[str, Any]:
+    """As many layers as hold one of each kind, at least `count`."""
     small = dict(config)
     total = max((value for _, value in _numbers(config, _LAYERS)), default=0)
     by_layer = {
         key: value
         for key, value in config.items()
-        if (isinstance(value, list) or key == "hybrid_override_pattern") and value is not None and len(value) == total > 2
+        if (isinstance(value, list) or key == "hybrid_override_pattern")
+        and value is not None
+        and len(value) == total > 2
     }
-    count = 2
     for value in by_layer.values():
         # Names and switches are kinds; widths are not.
         kinds = {kind for kind in value if isinstance(kind, (str, int))}

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from partita.checkpoint.find import find_model
 from partita.core.mesh import Mesh
 from partita.core.placement import Placement
 from partita.core.plan import Plan
 from partita.torch.apply import apply_plan
 from partita.torch.finish import finish
 from partita.torch.groups import ParallelGroups, init_process_group, make_groups
-from partita.torch.hub import build_on_meta, find_model, read_hf_config
+from partita.torch.hub import build_on_meta, read_hf_config
 from partita.torch.initial import FreshFill, record_initialization
 from partita.torch.load import as_device, as_dtype, choose_plan
 from partita.torch.materialize import materialize

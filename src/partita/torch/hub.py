@@ -7,7 +7,6 @@ import copy
 import json
 import os
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -17,33 +16,6 @@ from torch import nn
 from partita.core.model_spec import ModelSpec, TensorSpec, config_number, find_layers, spec_from_tensors, text_config
 from partita.core.rules import Rules, isolated_rules, rules_for
 from partita.errors import ModelError
-
-_WANTED = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
-
-
-def find_model(model: str | os.PathLike[str], *, revision: str | None = None, weights: bool = True) -> Path:
-    """The local folder (or config file) of `model`: a folder, a config file, or a hub id, which is fetched if need be.
-
-    Raises:
-        ModelError: It is none of these, or the hub cannot be reached.
-    """
-    path = Path(model)
-    if path.exists():
-        return path
-    text = str(model)
-    if text.count("/") > 1 or text.startswith((".", "/", "~")) or text.endswith(".json"):
-        raise ModelError(
-            f"{text} does not exist. Give a folder with a config.json, a config file or a hub id (owner/name)."
-        )
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(text, revision=revision, allow_patterns=list(_WANTED) if weights else ["*.json"]))
-    except Exception as error:
-        raise ModelError(
-            f"{text} is no local folder, and it cannot be fetched from the hub: {_first_line(error)} "
-            "Give a folder, or a hub id (owner/name) with the network at hand."
-        ) from error
 
 
 def _first_line(error: BaseException) -> str:

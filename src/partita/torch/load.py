@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from partita.checkpoint.find import find_model
 from partita.checkpoint.header import TensorInfo
 from partita.checkpoint.index import Checkpoint, open_checkpoint
 from partita.checkpoint.read import Reader
@@ -23,7 +24,7 @@ from partita.errors import CheckpointError, ModelError
 from partita.torch.apply import apply_plan
 from partita.torch.finish import finish
 from partita.torch.groups import ParallelGroups, init_process_group, make_groups
-from partita.torch.hub import build_on_meta, find_model, read_hf_config
+from partita.torch.hub import build_on_meta, read_hf_config
 from partita.torch.materialize import materialize
 from partita.torch.mtp import attach_mtp
 from partita.torch.names import Source, convert_whole, sources_for_reading

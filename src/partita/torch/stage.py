@@ -94,6 +94,7 @@ class StageLayers(nn.ModuleList):
         self.run = _Run()
         self.length = length
         self.stages = dict(stages)
+        self.items: dict[Stage, list[Any]] = {}
         self.run.items = self._outside()
 
     def _outside(self) -> list[Any]:
@@ -101,6 +102,11 @@ class StageLayers(nn.ModuleList):
 
     def items_of(self, stage: Stage) -> list[Any]:
         """What stands at each place of the list while `stage` runs."""
+        if stage not in self.items:
+            self.items[stage] = self._items_of(stage)
+        return self.items[stage]
+
+    def _items_of(self, stage: Stage) -> list[Any]:
         if stage.layers and stage.layers[0] >= self.length:
             # A prediction layer runs in the place of the last.
             layer = self._modules[str(stage.layers[0])]

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from partita.checkpoint.find import find_model
 from partita.core.mesh import Mesh
 from partita.core.placement import Placement
 from partita.core.plan import Plan
@@ -21,7 +22,7 @@ from partita.torch.compare import Float64Everywhere, compare, compare_parameters
 from partita.torch.finish import finish
 from partita.torch.generate import generate
 from partita.torch.groups import ParallelGroups, init_process_group, make_groups, single_groups
-from partita.torch.hub import build_on_meta, find_model, read_hf_config, spec_of
+from partita.torch.hub import build_on_meta, read_hf_config, spec_of
 from partita.torch.load import as_dtype, choose_plan, load
 from partita.torch.probe import fill_unsplit, sample_inputs, small_model
 from partita.torch.together import together

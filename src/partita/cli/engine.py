@@ -1,0 +1,57 @@
+"""Which engine a command runs on, and whether it is installed."""
+
+from __future__ import annotations
+
+from enum import Enum
+from importlib.util import find_spec
+from typing import Annotated
+
+import typer
+
+from partita.cli.rank import Engine
+from partita.errors import ModelError
+
+
+class EngineName(str, Enum):
+    """The engines."""
+
+    torch = "torch"
+    mlx = "mlx"
+
+
+EngineOption = Annotated[
+    EngineName | None,
+    typer.Option(
+        "--engine",
+        help="torch, or mlx; by default torch where it is installed. The same plan drives both.",
+        show_default=False,
+    ),
+]
+BackendOption = Annotated[
+    str | None,
+    typer.Option(
+        "--backend",
+        metavar="NAME",
+        help="How ranks of this machine talk: gloo or mpi (torch), mpi or ring (mlx).",
+        show_default=False,
+    ),
+]
+
+_NEEDS: dict[Engine, tuple[str, ...]] = {"torch": ("torch", "transformers"), "mlx": ("mlx", "mlx_lm")}
+
+
+def choose_engine(wanted: EngineName | None) -> Engine:
+    """The engine that is meant.
+
+    Raises:
+        ModelError: It is not installed, or none is.
+    """
+    names: tuple[Engine, ...] = ("torch", "mlx") if wanted is None else (wanted.value,)
+    for name in names:
+        if all(find_spec(package) is not None for package in _NEEDS[name]):
+            return name
+    missing = next(package for package in _NEEDS[names[0]] if find_spec(package) is None)
+    raise ModelError(
+        f"the {names[0]} engine needs {missing}, which is not installed: pip install 'partita[{names[0]}]'"
+        + (", or 'partita[mlx]' for --engine mlx" if wanted is None else "")
+    )

@@ -1,0 +1,90 @@
+"""The seed's call: an existing model, cut into one stage a rank."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from partita.core.layout import LayerType
+from partita.core.mesh import Mesh
+from partita.core.plan import Plan
+from partita.core.rules import Rules
+from partita.core.split import deal
+from partita.errors import PlanError
+from partita.mlx.apply import apply_plan, finish
+from partita.mlx.comm import Communicator
+from partita.mlx.groups import ParallelGroups, as_communicator
+from partita.mlx.homes import parameter_homes
+from partita.mlx.hub import config_of, spec_of
+from partita.mlx.stage_probe import prove_stages
+from partita.mlx.together import together
+
+
+def pipeline_auto_parallel(
+    model: nn.Module,
+    group: Communicator | mx.distributed.Group | None = None,
+    start_layer: int | None = None,
+    end_layer: int | None = None,
+) -> nn.Module:
+    """Keep of an unsplit model, in place, this rank's slice of layers; calling it gives every rank the final output.
+
+    Every rank of the group calls it with an equal model. Afterwards `model(...)` is called like before, on every rank at
+    once, with or without a cache of `mlx_lm.models.cache.make_prompt_cache(model)`: so mlx-lm's own `generate` works. The
+    first rank has the embedding, the last the head.
+
+    Args:
+        model: A model with a list of layers: of mlx-lm, or any module whose layers are called one after the other with the
+            hidden state first. The latter is taken at its word, as nobody knows what to try it on; one of mlx-lm is measured
+            first.
+        group: The ranks; by default all.
+        start_layer: The first layer of this rank; by default the layers are dealt out evenly, first ranks first.
+        end_layer: The layer behind its last. Where either is left out, both are.
+
+    Returns:
+        The model, of which this rank's arrays are evaluated.
+
+    Raises:
+        PlanError: The slices of all ranks do not make up the model.
+        ModelError: The model has no list of layers that can be cut.
+
+    Source: `pipeline_auto_parallel` of LocalAI's `backend/python/mlx-distributed/sharding.py`.
+    """
+    comm = as_communicator(group)
+    mesh, alone = Mesh(pp=comm.size), Communicator.single()
+    groups = ParallelGroups(mesh, alone, comm, alone)
+    slices: list[Any] = comm.all_gather_object((start_layer, end_layer))
+    with together(groups):
+        spec = spec_of(model)
+        counts = _counts(slices, spec.num_layers)
+        layout = [[LayerType.decoder] * count for count in counts]
+        layout[0] = [LayerType.embedding, *layout[0]]
+        layout[-1] = [*layout[-1], LayerType.loss]
+        plan = Plan.make(spec, mesh, layout, Rules(()))
+        if config_of(model):
+            prove_stages(model, plan)
+        split = apply_plan(model, plan, alone, comm.rank)
+        for home, attribute in parameter_homes(split).values():
+            mx.eval(home[attribute])
+    return finish(split, plan, groups)
+
+
+def _counts(slices: list[tuple[int | None, int | None]], num_layers: int) -> list[int]:
+    """Layers of each rank, whose slices must follow one another from the first layer to the last."""
+    even = deal(num_layers, len(slices), allow_empty=True)
+    counts, place = [], 0
+    for rank, (start, stop) in enumerate(slices):
+        if start is None or stop is None:
+            start = sum(even[:rank])
+            stop = start + even[rank]
+        if start != place or not start <= stop <= num_layers:
+            raise PlanError(
+                f"rank {rank} asks for layers {start} to {stop} (end_layer not included), but the ranks before it end at "
+                f"{place} and the model has {num_layers} layers. Let the slices follow one another, or leave them all out."
+            )
+        counts.append(stop - start)
+        place = stop
+    if place != num_layers:
+        raise PlanError(f"the slices of the ranks end at layer {place}, but the model has {num_layers} layers.")
+    return counts

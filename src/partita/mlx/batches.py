@@ -1,0 +1,122 @@
+"""Sequences of one length under way together, on one stage."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from partita.core.plan import Plan
+from partita.core.split import Split
+from partita.errors import ModelError
+from partita.mlx.compare import main_output
+from partita.mlx.groups import ParallelGroups
+from partita.mlx.head import likeliest, local_logits
+from partita.mlx.sampler import choose, is_greedy
+from partita.text.sampling import OnText, Sampling, Sequence
+from partita.text.tokenizer import Tokenizer
+
+PREFILL_TOKENS = 2048
+"""How many tokens of a prompt go through the model at once."""
+
+
+class Batches:
+    """Continues sequences, a batch of one length at a time; one stage has the whole model."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        plan: Plan,
+        groups: ParallelGroups,
+        sampling: Sampling,
+        tokenizer: Tokenizer | None,
+        ends: frozenset[int],
+        on_text: OnText | None,
+    ) -> None:
+        """What the batches of a run share; `ends` are ids that end a sequence."""
+        self.model, self.plan, self.groups, self.comm, self.sampling = model, plan, groups, groups.tp, sampling
+        self.tokenizer, self.ends, self.on_text = tokenizer, ends, on_text
+
+    def batch(self, batch: list[Sequence]) -> None:
+        """Continue sequences whose prompts are of one length."""
+        greedy = is_greedy(self.sampling)
+        # Each sequence draws from numbers of its own.
+        generators = [np.random.default_rng([self.sampling.seed, s.place]) for s in batch]
+        with self._head(greedy) as split:
+            cache = make_cache(self.model)
+            logits = self._prefill(mx.array([s.prompt for s in batch]), cache)
+            # Greedily, a step is under way while the tokens of the one before are looked at.
+            chosen = self._chosen(logits, split, batch, generators)
+            for step in range(self.sampling.max_new_tokens):
+                following = None
+                if greedy and step + 1 < self.sampling.max_new_tokens:
+                    following = self._chosen(self._forward(chosen[:, None], cache), split, batch, generators)
+                    mx.async_eval(following)
+                if self._accept(batch, chosen):
+                    mx.eval(following if following is not None else chosen)
+                    return
+                if following is None:
+                    following = self._chosen(self._forward(chosen[:, None], cache), split, batch, generators)
+                chosen = following
+
+    def _head(self, greedy: bool) -> AbstractContextManager[Split | None]:
+        return local_logits(self.model, self.plan) if greedy else nullcontext()
+
+    def _prefill(self, ids: mx.array, cache: list[Any]) -> mx.array:
+        """The logits behind the prompts. All but the last token only fill the cache: of these no logits are computed."""
+        last = ids.shape[1] - 1
+        for start in range(0, last, PREFILL_TOKENS):
+            self.model(ids[:, start : min(start + PREFILL_TOKENS, last)], cache=cache)
+            mx.eval([c.state for c in cache])
+        return self._forward(ids[:, last:], cache)
+
+    def _forward(self, ids: mx.array, cache: list[Any]) -> mx.array:
+        """The logits behind the last ids, `[batch, vocab]` or this rank's columns."""
+        return main_output(self.model(ids, cache=cache))[:, -1]
+
+    def _chosen(
+        self, logits: mx.array, split: Split | None, batch: list[Sequence], generators: list[np.random.Generator]
+    ) -> mx.array:
+        """The next token of each sequence, `[batch]`, the same on all ranks. A draw is made by the first rank for all."""
+        if is_greedy(self.sampling):
+            return likeliest(logits, split, self.comm)
+        mx.eval(logits)
+        ids = mx.zeros((len(batch),), mx.uint32)
+        if self.comm.rank == 0:
+            wide = mx.float64 if logits.dtype == mx.float64 else mx.float32
+            rows = np.array(logits.astype(wide)).astype(np.float64)
+            drawn = (
+                choose(row, s.prompt + s.tokens, self.sampling, generator)
+                for row, s, generator in zip(rows, batch, generators, strict=True)
+            )
+            ids = mx.array(list(drawn), mx.uint32)
+        return self.comm.broadcast(ids)
+
+    def _accept(self, batch: list[Sequence], chosen: mx.array) -> bool:
+        """Add a token to each sequence that goes on; whether none does any more."""
+        tokens: list[int] = chosen.tolist()  # type: ignore[assignment]
+        for sequence, token in zip(batch, tokens, strict=True):
+            if not sequence.finish_reason:
+                sequence.accept(token, self.sampling, self.tokenizer, self.ends)
+                sequence.show(self.on_text, self.sampling.stop)
+        return all(s.finish_reason for s in batch)
+
+
+def make_cache(model: nn.Module) -> list[Any]:
+    """The model's own cache.
+
+    Raises:
+        ModelError: It has none.
+    """
+    from mlx_lm.models.cache import make_prompt_cache
+
+    try:
+        cache: list[Any] = make_prompt_cache(model)
+    except AttributeError as error:
+        raise ModelError(
+            f"{type(model).__module__} has no cache ({error}), so it cannot generate token by token."
+        ) from error
+    return cache

@@ -1,0 +1,42 @@
+"""Caches on a pipeline stage: the whole model's, filled for the stage's own layers and kept in step for the others.
+
+A model asks entries of its cache how many tokens there are, the first of each kind or whichever its family picks, to make
+positions and masks. On a stage that has other layers these entries would stay empty. So they are given keys of width 1 for
+every token that passes: one entry of each kind, whose state the others share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import mlx.core as mx
+
+
+def count_tokens(cache: Sequence[Any], filled: Sequence[Any], count: int) -> None:
+    """Count the `count` tokens of one forward in the entries of `cache` that no layer was given, those not in `filled`."""
+    given = {id(entry) for entry in filled}
+    first: dict[Any, Any] = {}
+    for entry in cache:
+        if entry is not None and id(entry) not in given:
+            _count(entry, count, first)
+    mx.eval([entry.keys for entry in first.values() if isinstance(getattr(entry, "keys", None), mx.array)])
+
+
+_KINDS = ("max_size", "keep", "chunk_size", "step", "group_size", "bits")
+"""What tells caches of one class apart."""
+
+
+def _count(entry: Any, count: int, first: dict[Any, Any]) -> None:
+    parts = getattr(entry, "caches", None)
+    if isinstance(parts, (tuple, list)):
+        for part in parts:
+            _count(part, count, first)
+    elif hasattr(entry, "update_and_fetch"):
+        kind = (type(entry), *(getattr(entry, name, None) for name in _KINDS))
+        leader = first.setdefault(kind, entry)
+        if leader is entry:
+            narrow = mx.zeros((1, 1, count, 1))
+            entry.update_and_fetch(narrow, narrow)
+        else:
+            entry.state = leader.state

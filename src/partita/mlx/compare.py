@@ -1,0 +1,236 @@
+"""Comparing a split model with the unsplit one: outputs of every module, generation with a cache, and every gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from partita.core.plan import Plan
+from partita.core.resolve import ModulePlan
+from partita.mlx.apply import local_ranges, take
+from partita.mlx.groups import ParallelGroups
+from partita.mlx.head import local_logits
+from partita.mlx.homes import is_packed, parameter_homes, unsplit_modules
+
+FLOOR = 1e-6
+"""Gradients this much smaller than the model's largest are rounding (a key's bias has none in exact arithmetic), so errors
+are taken relative to no less than this fraction of the largest."""
+
+CACHED_STEPS = 2
+"""How many of the last tokens go through the model one by one, behind a cache of the others."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far one thing of the split model is from the unsplit one's, relative to its largest magnitude.
+
+    Attributes:
+        kind: `output`, `module` or `gradient`.
+        name: The module's or parameter's path in the unsplit model.
+        error: The largest over all ranks; infinite where it is missing or not a number on one side only.
+    """
+
+    kind: str
+    name: str
+    error: float
+
+
+def compare(
+    unsplit: nn.Module,
+    split: nn.Module,
+    plan: Plan,
+    groups: ParallelGroups,
+    inputs: mx.array,
+    *,
+    backward: bool = True,
+    cached: bool = True,
+) -> list[Difference]:
+    """Run both models on the same ids, forward, with a cache, and backward, and compare what comes; every rank calls it.
+
+    Args:
+        unsplit: The whole model, on this rank too.
+        split: This rank's part of it, with the same weights.
+        plan: How it was split.
+        groups: The groups of the plan's mesh.
+        inputs: Ids `[batch, length]`, `length` more than `CACHED_STEPS`.
+        backward: Whether gradients are compared; not all models have any.
+        cached: Whether generation with a cache is.
+
+    Returns:
+        Differences in the order of execution: modules, the outputs, then gradients in the model's order. The same on every
+        rank.
+    """
+    rank = groups.tp.rank
+    expected, reference = _forward(unsplit, inputs)
+    found, output = _forward(split, inputs)
+    differences = [
+        Difference("module", path, relative_error(whole, found[path]))
+        for path, whole in _comparable(expected, plan, rank)
+        if path in found and found[path].shape == whole.shape
+    ]
+    differences.append(Difference("output", "the model", relative_error(reference, output)))
+    if cached:
+        differences.append(_compare_steps(unsplit, split, plan, inputs, rank))
+    if backward and reference.shape == output.shape:
+        differences += _compare_gradients(gradients(unsplit, inputs), split, inputs, plan, rank)
+    by_rank = groups.tp.all_gather_object([d.error for d in differences])
+    # A comparison with NaN is false, so that NaN would get lost in `max`.
+    worst = [next((e for e in errors if e != e), max(errors)) for errors in zip(*by_rank, strict=True)]
+    return [Difference(d.kind, d.name, error) for d, error in zip(differences, worst, strict=True)]
+
+
+def _forward(model: nn.Module, inputs: mx.array) -> tuple[dict[str, mx.array], mx.array]:
+    """The first output of every module by its path in the unsplit model, and the model's."""
+    outputs: dict[str, mx.array] = {}
+    with _watch(model, lambda path, out: outputs.setdefault(path, out)):
+        output = main_output(model(inputs))
+    mx.eval(output, list(outputs.values()))
+    return outputs, output
+
+
+def _compare_steps(unsplit: nn.Module, split: nn.Module, plan: Plan, inputs: mx.array, rank: int) -> Difference:
+    """Generation as it goes: with a cache, and each rank with its own part of the logits."""
+    whole = generate_steps(unsplit, inputs)
+    with local_logits(split, plan) as columns:
+        mine = generate_steps(split, inputs)
+    if columns is not None and mine.shape[-1] != columns.size:
+        whole = take(whole, (*(((0, n),) for n in whole.shape[:-1]), columns.ranges(rank)))
+    return Difference("output", "the model with a cache", relative_error(whole, mine))
+
+
+def generate_steps(model: nn.Module, inputs: mx.array) -> mx.array:
+    """The logits of the last ids when they come one by one, `[batch, CACHED_STEPS, vocabulary]`."""
+    from mlx_lm.models.cache import make_prompt_cache
+
+    cache = make_prompt_cache(model)
+    first = inputs.shape[1] - CACHED_STEPS
+    mx.eval(main_output(model(inputs[:, :first], cache=cache)))
+    steps = []
+    for i in range(first, inputs.shape[1]):
+        steps.append(main_output(model(inputs[:, i : i + 1], cache=cache)))
+        mx.eval(steps[-1])
+    return mx.concatenate(steps, axis=1)
+
+
+def gradients(model: nn.Module, inputs: mx.array) -> dict[str, mx.array]:
+    """The gradients of a weighted sum of the logits, by the parameters' names in the unsplit model."""
+    homes = {
+        name: (home, attribute)
+        for name, (home, attribute) in parameter_homes(model).items()
+        if mx.issubdtype(home[attribute].dtype, mx.floating)
+        and not is_packed(home, attribute)
+        and attribute not in getattr(home, "_no_grad", ())
+    }
+    kept = [home[attribute] for home, attribute in homes.values()]
+
+    def loss(arrays: list[mx.array]) -> mx.array:
+        for (home, attribute), array in zip(homes.values(), arrays, strict=True):
+            home[attribute] = array
+        logits = main_output(model(inputs))
+        weight = mx.random.normal(logits.shape, key=mx.random.key(0)).astype(logits.dtype)
+        return (logits * weight).sum()
+
+    try:
+        found = mx.grad(loss)(kept) if kept else []
+        mx.eval(found)
+    finally:
+        for (home, attribute), array in zip(homes.values(), kept, strict=True):
+            home[attribute] = array
+    return dict(zip(homes, found, strict=True))
+
+
+def _compare_gradients(
+    whole: dict[str, mx.array], split: nn.Module, inputs: mx.array, plan: Plan, rank: int
+) -> Iterator[Difference]:
+    mine = gradients(split, inputs)
+    homes = parameter_homes(split)
+    largest = max((float(mx.abs(g).max()) for g in whole.values()), default=0.0)
+    for name, gradient in whole.items():
+        if name not in mine:
+            yield Difference("gradient", name, float("inf"))
+            continue
+        part = take(gradient, local_ranges(*homes[name], name, plan, rank))
+        yield Difference(
+            "gradient", name, relative_error(part, mine[name], max(float(mx.abs(gradient).max()), FLOOR * largest))
+        )
+
+
+@contextmanager
+def _watch(model: nn.Module, see: Callable[[str, mx.array], object]) -> Iterator[None]:
+    """Show `see` the outputs of every module inside the model, by its path in the unsplit one.
+
+    Python finds `__call__` on classes only, so each module becomes one of a class of its own for the while.
+    """
+    modules = {path: module for path, module in unsplit_modules(model).items() if path}
+    classes = {path: type(module) for path, module in modules.items()}
+    for path, module in modules.items():
+        module.__class__ = _watched(classes[path], path, see)
+    try:
+        yield
+    finally:
+        for path, module in modules.items():
+            module.__class__ = classes[path]
+
+
+def _watched(cls: type, path: str, see: Callable[[str, mx.array], object]) -> type:
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        output = cls.__call__(self, *args, **kwargs)
+        first = output[0] if isinstance(output, (tuple, list)) and output else output
+        if isinstance(first, mx.array) and mx.issubdtype(first.dtype, mx.floating):
+            see(path, first)
+        return output
+
+    return type(cls.__name__, (cls,), {"__call__": call})
+
+
+def _comparable(expected: dict[str, mx.array], plan: Plan, rank: int) -> Iterator[tuple[str, mx.array]]:
+    """Those outputs of the unsplit model that the split one has too, whole or this rank's part, in order of execution."""
+    for path, whole in expected.items():
+        module = plan.modules.get(path)
+        if module is None:
+            # Between projections an attention has its own heads only, of which nobody knows which.
+            if not any(path.startswith(f"{parent}.") for parent in plan.attention):
+                yield path, whole
+        elif module.style == "column" and not module.gather_output:
+            yield path, _local_part(whole, module, rank)
+        elif len(plan.tensor(f"{path}.weight").shape) != 3:
+            # (Of stacked experts the parts are added up behind them all.)
+            yield path, whole
+
+
+def _local_part(whole: mx.array, module: ModulePlan, rank: int) -> mx.array:
+    assert module.split is not None
+    part = take(whole, (*(((0, n),) for n in whole.shape[:-1]), module.split.ranges(rank)))
+    blocks = module.expand[rank] if module.expand else None
+    if blocks is not None:
+        width = module.expand_width
+        part = mx.concatenate([part[..., b * width : (b + 1) * width] for b in blocks], axis=-1)
+    return part
+
+
+def relative_error(whole: mx.array, mine: mx.array, scale: float | None = None) -> float:
+    """The largest difference, relative to the largest magnitude of `whole` or to `scale`; infinite where only one is finite."""
+    if whole.shape != mine.shape:
+        return float("inf")
+    if whole.size == 0:
+        return 0.0
+    if mx.any(mx.isfinite(whole) != mx.isfinite(mine)).item():
+        return float("inf")
+    finite = mx.isfinite(whole)
+    wide = mx.float64 if mx.default_device() == mx.cpu else mx.float32
+    whole, mine = (mx.where(finite, x.astype(wide), mx.array(0.0, wide)) for x in (whole, mine))
+    scale = float(mx.abs(whole).max()) if scale is None else scale
+    difference = float(mx.abs(whole - mine).max())
+    return 0.0 if difference == 0.0 else difference / scale if scale > 0.0 else float("inf")
+
+
+def main_output(output: Any) -> mx.array:
+    """The logits among what a model returns."""
+    found = output[0] if isinstance(output, (tuple, list)) else getattr(output, "logits", output)
+    assert isinstance(found, mx.array)
+    return found

@@ -1,0 +1,138 @@
+"""A model's config as mlx-lm reads it: what newer versions of transformers write under other keys is put under those it knows.
+
+mlx-lm takes a key that is not there at its default. transformers 5 writes `rope_parameters` where there were `rope_theta` and
+`rope_scaling`, so that mlx-lm would compute with another base than the model was trained with, and say nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from partita.core.model_spec import read_config, text_config
+from partita.errors import ModelError
+
+FORMATS: Mapping[str, dict[str, Any]] = MappingProxyType(
+    {
+        "mxfp4": {"group_size": 32, "bits": 4, "mode": "mxfp4"},
+        "mxfp8": {"group_size": 32, "bits": 8, "mode": "mxfp8"},
+    }
+)
+"""`quant_method`s of transformers that are modes of `mx.quantize` of the same name."""
+
+_OTHER_NAMES = (
+    ("n_ctx", "n_positions"),
+    ("num_experts", "num_local_experts"),
+    ("num_local_experts", "num_experts"),
+    ("sliding_window_pattern", "_sliding_window_pattern"),
+)
+"""Keys that mlx-lm asks for, and those under which transformers writes the same."""
+
+
+def read_mlx_config(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
+    """A model's config as mlx-lm takes it, from plain data, a `config.json` or a folder that holds one.
+
+    Raises:
+        ModelError: It cannot be read, or it is quantized in a way that mlx-lm must convert first.
+    """
+    config = _plain(read_config(source))
+    _rename(config)
+    _add_ends(config, source)
+    for part in ("text_config", "llm_config", "language_config"):
+        if isinstance(config.get(part), dict):
+            _rename(config[part])
+    _name_quantization(config)
+    return config
+
+
+def _add_ends(config: dict[str, Any], source: str | Path | Mapping[str, Any]) -> None:
+    """The ids that end a text, of the config and of the `generation_config.json` beside it."""
+    beside = Path(source) / "generation_config.json" if not isinstance(source, Mapping) else None
+    if beside is None or not beside.is_file():
+        return
+    try:
+        more = json.loads(beside.read_text(encoding="utf-8")).get("eos_token_id")
+    except (OSError, ValueError, AttributeError):
+        return
+    ids = [i for named in (config.get("eos_token_id"), more) for i in (named if isinstance(named, list) else [named])]
+    ends = sorted({i for i in ids if type(i) is int})
+    if ends:
+        config["eos_token_id"] = ends
+
+
+def _plain(value: Any) -> Any:
+    """A copy in which numbers that transformers writes as `{"__float__": "Infinity"}` are numbers."""
+    if isinstance(value, Mapping):
+        if set(value) == {"__float__"}:
+            return float(value["__float__"])
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _rename(config: dict[str, Any]) -> None:
+    for name, other in _OTHER_NAMES:
+        if config.get(name) is None and config.get(other) is not None:
+            config[name] = config[other]
+    rope = config.get("rope_parameters")
+    if not isinstance(rope, dict):
+        return
+    full = rope.get("full_attention", rope)
+    for name, value in _rope_keys(full).items():
+        if config.get(name) is None:
+            config[name] = value
+    sliding = rope.get("sliding_attention")
+    if isinstance(sliding, dict) and config.get("rope_local_base_freq") is None and "rope_theta" in sliding:
+        config["rope_local_base_freq"] = sliding["rope_theta"]
+
+
+def _rope_keys(rope: Mapping[str, Any]) -> dict[str, Any]:
+    """Rotary parameters under the keys that transformers wrote before version 5."""
+    keys: dict[str, Any] = {}
+    if "rope_theta" in rope:
+        keys |= {"rope_theta": rope["rope_theta"], "rotary_emb_base": rope["rope_theta"]}
+    if "partial_rotary_factor" in rope:
+        keys |= {
+            "partial_rotary_factor": rope["partial_rotary_factor"],
+            "rotary_pct": rope["partial_rotary_factor"],
+        }
+    kind = rope.get("rope_type", "default")
+    if kind != "default":
+        keys["rope_scaling"] = {**rope, "type": kind}
+    return keys
+
+
+def check_rope(config: Mapping[str, Any], arguments: Any) -> None:
+    """See that mlx-lm's `arguments` of a model can say its rotary bases.
+
+    Raises:
+        ModelError: Its kinds of layers have bases of their own, for which the arguments have no place.
+    """
+    text = text_config(config)
+    rope = text.get("rope_parameters")
+    fields = {field.name for field in dataclasses.fields(arguments)} if dataclasses.is_dataclass(arguments) else set()
+    if not isinstance(rope, Mapping) or text is not config or {"rope_parameters", "text_config"} & fields:
+        return
+    kinds = [kind for kind in rope.values() if isinstance(kind, Mapping)]
+    if any(kind != kinds[0] for kind in kinds) and "rope_local_base_freq" not in fields:
+        raise ModelError(
+            f"the layers of this {config['model_type']} have rotary embeddings of {len(kinds)} kinds, but mlx-lm's model knows "
+            "one only, so it would compute something else. Use the torch engine."
+        )
+
+
+def _name_quantization(config: dict[str, Any]) -> None:
+    quantized = config.get("quantization_config") or text_config(config).get("quantization_config")
+    if not quantized or "quantization" in config:
+        return
+    method = quantized.get("quant_method")
+    if method in FORMATS:
+        config["quantization"] = dict(FORMATS[method])
+    elif method != "fp8":
+        raise ModelError(
+            f"the model is quantized by {method or 'an unknown method'}, which MLX does not compute with. Convert it with "
+            "mlx_lm.convert, and take what that writes."
+        )

@@ -1,0 +1,96 @@
+"""Generating text with a split model: every rank returns the same tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceOf
+
+import mlx.nn as nn
+
+from partita.core.plan import Plan
+from partita.errors import PlanError
+from partita.mlx.apply import plan_of
+from partita.mlx.batches import Batches
+from partita.mlx.flow import Flow
+from partita.mlx.stage_probe import refuse_undecodable
+from partita.text.sampling import Generation, OnText, Sampling, Sequence
+from partita.text.tokenizer import Tokenizer
+
+
+def generate(
+    model: nn.Module,
+    prompts: SequenceOf[SequenceOf[int]],
+    sampling: Sampling,
+    *,
+    tokenizer: Tokenizer | None = None,
+    on_text: OnText | None = None,
+) -> list[Generation]:
+    """Continue every prompt; every rank of the run calls it with the same arguments and returns the same.
+
+    Replicas (dp) share the prompts. Where there are several stages, prompts of one length go through them in as many groups,
+    so that all stages work, and a long prompt in parts that follow each other. A sequence's tokens do not depend on how the
+    model is split, nor on the other prompts, beyond the rounding of the dtype: prompts of one length go through the model
+    together, others after them.
+
+    Args:
+        model: A split causal language model.
+        prompts: Ids of each prompt, at least one each; they may be of different lengths.
+        sampling: How tokens are chosen.
+        tokenizer: Makes the text; without one the text is empty.
+        on_text: Told of new text as it comes, with the prompt's place; on the first rank of the run only, and not for
+            prompts of other replicas.
+
+    Raises:
+        PlanError: A prompt is empty or holds an id that the model has not, or `stop` is given without a tokenizer.
+        ModelError: The model was not split by Partita, or has no cache.
+    """
+    plan, groups = plan_of(model)
+    refuse_undecodable(model, plan)
+    _check(prompts, sampling, tokenizer, plan.spec.vocab_size)
+    sequences = [
+        Sequence(place, list(prompt))
+        for place, prompt in enumerate(prompts)
+        if place % groups.dp.size == groups.dp.rank
+    ]
+    listener = on_text if groups.rank == 0 else None
+    was_training = model.training
+    model.eval()
+    lengths: dict[int, list[Sequence]] = {}
+    for sequence in sequences:
+        lengths.setdefault(len(sequence.prompt), []).append(sequence)
+    kind = Batches if plan.num_stages == 1 else Flow
+    run = kind(model, plan, groups, sampling, tokenizer, eos_ids(plan, tokenizer, sampling), listener)
+    for batch in lengths.values():
+        run.batch(batch)
+    model.train(was_training)
+    done = [[s.place, list(s.tokens), s.text, s.finish_reason] for s in sequences]
+    found = {
+        place: Generation(tuple(tokens), text, reason)
+        for part in groups.dp.all_gather_object(done)
+        for place, tokens, text, reason in part
+    }
+    return [found[place] for place in range(len(prompts))]
+
+
+def eos_ids(plan: Plan, tokenizer: Tokenizer | None, sampling: Sampling) -> frozenset[int]:
+    """The ids that end a sequence: the tokenizer's and the config's."""
+    if sampling.ignore_eos:
+        return frozenset()
+    ids: set[int] = set(tokenizer.eos_ids) if tokenizer is not None else set()
+    named = plan.spec.config.get("eos_token_id")
+    ids.update([named] if isinstance(named, int) else named or [])
+    return frozenset(ids)
+
+
+def _check(
+    prompts: SequenceOf[SequenceOf[int]], sampling: Sampling, tokenizer: Tokenizer | None, vocab_size: int
+) -> None:
+    if not prompts:
+        raise PlanError("prompts must hold at least one prompt.")
+    for place, prompt in enumerate(prompts):
+        if not prompt:
+            raise PlanError(f"prompt {place} is empty: it must have at least one token.")
+        strange = [i for i in prompt if not 0 <= i < (vocab_size or 1 << 62)]
+        if strange:
+            raise PlanError(f"prompt {place} holds the id {strange[0]}, but the model has ids 0 to {vocab_size - 1}.")
+    if sampling.stop and tokenizer is None:
+        raise PlanError("stop needs a tokenizer to see the text.")

@@ -1,0 +1,82 @@
+"""Where each array of the unsplit model lives in a split one, and which part of what lies packed a cut means."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from partita.core.split import Range
+from partita.mlx.embedding import VocabParallelEmbedding
+from partita.mlx.inner import PACKED_BITS, check_groups, is_quantized, quantization_unit
+from partita.mlx.inside import EntersRegion, InsideRegion, SplitExperts
+from partita.mlx.linear import ColumnParallelLinear, RowParallelLinear
+from partita.mlx.tree import children
+
+Ranges = tuple[tuple[Range, ...], ...]
+"""For each dim of an array the ranges that are meant, in local order."""
+
+
+INNER_NAMES: Mapping[type, str] = {
+    **dict.fromkeys((ColumnParallelLinear, RowParallelLinear), "linear"),
+    VocabParallelEmbedding: "embedding",
+    **dict.fromkeys((EntersRegion, InsideRegion, SplitExperts), "inner"),
+}
+"""What split layers call the module that they wrap, and that the unsplit model has in their place."""
+
+
+def parameter_homes(model: nn.Module) -> dict[str, tuple[Any, Any]]:
+    """Where each array of the unsplit model lives: by its unsplit name the module (or list, or dict) and the key.
+
+    The scales and biases of a quantized layer are there under their own names.
+    """
+    homes: dict[str, tuple[Any, Any]] = {}
+
+    def walk(node: Any, path: str) -> None:
+        for key, child in children(node):
+            if isinstance(child, mx.array):
+                homes[f"{path}{key}"] = (node, key)
+            else:
+                walk(child, path if _is_inner(node, key) else f"{path}{key}.")
+
+    walk(model, "")
+    return homes
+
+
+def unsplit_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules of a split model by the paths that they have in the unsplit one: a split layer, not what it wraps."""
+    found: dict[str, nn.Module] = {}
+
+    def walk(node: Any, path: str) -> None:
+        if isinstance(node, nn.Module):
+            found.setdefault(path, node)
+        for key, child in children(node):
+            if isinstance(child, (dict, list)):
+                walk(child, path if _is_inner(node, key) else f"{path}.{key}" if path else str(key))
+
+    walk(model, "")
+    return found
+
+
+def _is_inner(node: Any, key: Any) -> bool:
+    """Whether what a module holds under `key` is what it wraps, whose name the unsplit model has not."""
+    return isinstance(node, nn.Module) and key == INNER_NAMES.get(type(node))
+
+
+def is_packed(home: Any, attribute: str) -> bool:
+    """Whether an array is one of those that stand for a quantized weight."""
+    return attribute in ("weight", "scales", "biases") and isinstance(home, nn.Module) and is_quantized(home)
+
+
+def stored_ranges(home: nn.Module, attribute: str, ranges: Ranges) -> Ranges:
+    """The ranges of a quantized module's `weight`, `scales` or `biases` that hold those of its weight unpacked.
+
+    Raises:
+        PlanError: They part a quantization group.
+    """
+    unit = quantization_unit(home)
+    check_groups(ranges[-1], unit)
+    by, over = (int(home.bits), PACKED_BITS) if attribute == "weight" else (1, unit)
+    return (*ranges[:-1], tuple((start * by // over, stop * by // over) for start, stop in ranges[-1]))

@@ -1,0 +1,299 @@
+"""Loading: the model is built without weights, split as its plan says, and each rank reads its own bytes of the checkpoint."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from partita.checkpoint.find import find_model
+from partita.checkpoint.index import Checkpoint, open_checkpoint
+from partita.checkpoint.read import Reader
+from partita.core.mesh import Mesh
+from partita.core.plan import Plan
+from partita.errors import CheckpointError, ModelError
+from partita.mlx.apply import apply_plan, finish, local_ranges, take
+from partita.mlx.config import read_mlx_config
+from partita.mlx.groups import ParallelGroups, make_groups
+from partita.mlx.homes import Ranges, is_packed, parameter_homes
+from partita.mlx.hub import build, quantize, spec_of
+from partita.mlx.names import Source, sanitize, sources_of
+from partita.mlx.probe import plan_of_model, prove_unless_proven
+from partita.mlx.stage_probe import prove_stages
+from partita.mlx.together import together
+
+Progress = Callable[[int, int], None]
+"""Called with the bytes of this rank that are in place and those of all."""
+
+_UNSIGNED = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}
+
+
+def load(
+    model: str | os.PathLike[str],
+    plan: Plan | None = None,
+    *,
+    tp: int = 1,
+    pp: int = 1,
+    dp: int = 1,
+    layout: str | list[Any] | None = None,
+    dtype: mx.Dtype | str | None = None,
+    backend: str | None = None,
+    progress: Progress | None = None,
+    groups: ParallelGroups | None = None,
+) -> nn.Module:
+    """This rank's part of a model, called like the unsplit one, with the same results on every rank.
+
+    Every rank of the run calls it; without a launcher the process is one rank alone. Only the own part is ever in memory,
+    and it is read an array at a time.
+
+    Args:
+        model: A folder in Hugging Face's form, quantized by MLX or not, or a hub id.
+        plan: How to split, made for any engine; by default made from `tp`, `pp`, `dp` and `layout`.
+        tp: Tensor parallel ranks.
+        pp: Pipeline stages' ranks.
+        dp: Replicas.
+        layout: Which layers each stage runs.
+        dtype: Of the weights that are not quantized; by default the checkpoint's.
+        backend: Of MLX's communication; by default what the launcher has prepared.
+        progress: Told of every array that is read.
+        groups: The groups of the mesh; by default made from the run.
+
+    Raises:
+        PartitaError: The model cannot be split so, or is not whole on disk; on every rank.
+    """
+    mesh = plan.mesh if plan is not None else Mesh(dp, pp, tp)
+    groups = groups if groups is not None else make_groups(mesh, backend=backend)
+    with together(groups):
+        wanted = as_dtype(dtype)
+        folder = find_model(model)
+        checkpoint = open_checkpoint(folder)
+        config = read_mlx_config(folder)
+        built = build(config)
+        again = functools.partial(build, config)
+        sources = sources_of(built, again, checkpoint.tensors)
+        quantize(built, config, lambda path, module: _stored_packing(path, module, sources))
+        _check_whole(built, sources, checkpoint)
+        if plan is None:
+            plan = plan_of_model(built, mesh, layout, config=config)
+        else:
+            plan = prove_unless_proven(built, fitted(plan, built, config))
+        prove_stages(built, plan)
+    with together(groups), Reader(checkpoint) as reader:
+        computed = _Computed(again, sources, checkpoint)
+        split = apply_plan(built, plan, groups.tp, groups.pp.rank)
+        _Fill(reader, sources, computed, plan, groups.tp.rank, wanted, progress)(split)
+    return finish(split, plan, groups)
+
+
+def shard(
+    model: nn.Module,
+    plan: Plan | None = None,
+    *,
+    tp: int = 1,
+    pp: int = 1,
+    dp: int = 1,
+    layout: str | list[Any] | None = None,
+    groups: ParallelGroups | None = None,
+) -> nn.Module:
+    """Split a model in memory, in place; every rank calls it with an equal model. Returns the model.
+
+    Args:
+        model: An unsplit model of mlx-lm, evaluated or not, quantized or not.
+        plan: How to split, made for any engine; by default made of `tp`, `pp`, `dp` and `layout` from the model itself.
+        tp: Tensor parallel ranks.
+        pp: Pipeline stages' ranks.
+        dp: Replicas.
+        layout: Which layers each stage runs.
+        groups: The groups of the plan's mesh; by default made from the run.
+
+    Raises:
+        PartitaError: The model cannot be split so; on every rank.
+    """
+    mesh = plan.mesh if plan is not None else Mesh(dp, pp, tp)
+    groups = groups if groups is not None else make_groups(mesh)
+    with together(groups):
+        if plan is None:
+            plan = plan_of_model(model, mesh, layout)
+        else:
+            plan = prove_unless_proven(model, fitted(plan, model))
+        prove_stages(model, plan)
+        split = apply_plan(model, plan, groups.tp, groups.pp.rank)
+    for home, attribute in parameter_homes(split).values():
+        # One at a time, so that an unsplit array can go before the next part is made.
+        mx.eval(home[attribute])
+    return finish(split, plan, groups)
+
+
+def fitted(plan: Plan, model: nn.Module, config: Mapping[str, Any] | None = None) -> Plan:
+    """`plan` for the arrays that `model` has; a plan that was made of transformers' model names some that MLX keeps otherwise.
+
+    Raises:
+        ModelError: It is of another family.
+        PlanError: Its mesh and layout do not fit.
+    """
+    spec = spec_of(model, config)
+    if {n: t.shape for n, t in plan.spec.tensors.items()} == {n: t.shape for n, t in spec.tensors.items()}:
+        return plan
+    if plan.spec.family != spec.family or plan.spec.num_layers != spec.num_layers:
+        raise ModelError(
+            f"the plan is of a {plan.spec.family} of {plan.spec.num_layers} layers, but the model is a {spec.family} of "
+            f"{spec.num_layers}. Make the plan of this model."
+        )
+    return plan_of_model(model, plan.mesh, plan.layout, config=config, placement=plan.placement)
+
+
+def as_dtype(dtype: mx.Dtype | str | None) -> mx.Dtype | None:
+    """A dtype of MLX of its name; None for the checkpoint's own.
+
+    Raises:
+        ModelError: It is not a floating dtype that models are made of.
+    """
+    names = {"float64": mx.float64, "float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+    if dtype is None or dtype == "auto":
+        return None
+    found = names.get(dtype.removeprefix("mlx.core.")) if isinstance(dtype, str) else dtype
+    if not isinstance(found, mx.Dtype) or found not in names.values():
+        raise ModelError(f"dtype must be one of {', '.join(names)}, but is {dtype}.")
+    if found == mx.float64 and mx.default_device() != mx.cpu:
+        raise ModelError(
+            "MLX computes in float64 on the CPU only. Take float32, or mx.set_default_device(mx.cpu) first."
+        )
+    return found
+
+
+def _stored_packing(path: str, module: nn.Module, sources: Mapping[str, Source]) -> dict[str, Any] | bool:
+    """How a checkpoint keeps a layer that its config does not name: packed where it has scales."""
+    scales = sources.get(f"{path}.scales")
+    if scales is None:
+        return False
+    inputs = module["weight"].shape[-1]
+    group_size = inputs // scales.shape[-1]
+    bits = sources[f"{path}.weight"].shape[-1] * 32 // inputs
+    if scales.dtype != mx.uint8:
+        return {"group_size": group_size, "bits": bits, "mode": "affine"}
+    modes = {(16, 4): "nvfp4", (32, 4): "mxfp4", (32, 8): "mxfp8"}
+    if (group_size, bits) not in modes:
+        raise CheckpointError(f"{path} is quantized to {bits} bits in groups of {group_size}, which is no mode of MLX.")
+    return {"group_size": group_size, "bits": bits, "mode": modes[group_size, bits]}
+
+
+def _check_whole(model: nn.Module, sources: Mapping[str, Source], checkpoint: Checkpoint) -> None:
+    """Raise `CheckpointError` unless the checkpoint makes every array of the model, in its shape, and no other."""
+    homes = parameter_homes(model)
+    missing = [name for name in homes if name not in sources]
+    if missing:
+        raise CheckpointError(
+            f"tensor {missing[0]} of the model is not in {checkpoint.folder}{_and_more(missing)}. The checkpoint is of another "
+            "model, or not whole."
+        )
+    unknown = [name for name in sources if name not in homes]
+    if unknown:
+        raise CheckpointError(
+            f"{checkpoint.folder}: tensor {unknown[0]} has no place in the model{_and_more(unknown)}. The config does not "
+            "belong to this checkpoint, or it is of a kind that cannot be read."
+        )
+    for name, (home, attribute) in homes.items():
+        if tuple(home[attribute].shape) != sources[name].shape:
+            raise CheckpointError(
+                f"tensor {name} has the shape {sources[name].shape} in {checkpoint.folder}, but {tuple(home[attribute].shape)} "
+                "in the model. The config does not belong to this checkpoint."
+            )
+
+
+def _and_more(names: Sequence[str]) -> str:
+    return f", nor are {len(names) - 1} others" if len(names) > 1 else ""
+
+
+class _Computed:
+    """The arrays that `sanitize` computes of tensors on disk (dequantizes, adds one): they are made when they are asked for."""
+
+    def __init__(self, again: Callable[[], nn.Module], sources: Mapping[str, Source], checkpoint: Checkpoint) -> None:
+        self.arrays: dict[str, mx.array] = {}
+        names = [name for name, source in sources.items() if source.boxes is None]
+        if names:
+            # The headers were checked when the checkpoint was opened: MLX itself takes what is malformed.
+            lazy: dict[str, mx.array] = {}
+            for header in checkpoint.files:
+                lazy.update(mx.load(str(header.file)))  # type: ignore[arg-type]
+            made = sanitize(again(), lazy)
+            self.arrays = {name: made[name] for name in names}
+
+    def take(self, name: str, ranges: Ranges | None) -> mx.array:
+        """`ranges` of an array, which is forgotten."""
+        return take(self.arrays.pop(name), ranges)
+
+
+class _Fill:
+    """Gives a split model its arrays, one at a time, from the byte ranges of a checkpoint."""
+
+    def __init__(
+        self,
+        reader: Reader,
+        sources: Mapping[str, Source],
+        computed: _Computed,
+        plan: Plan,
+        tp_rank: int,
+        dtype: mx.Dtype | None,
+        progress: Progress | None,
+    ) -> None:
+        self.reader, self.sources, self.computed = reader, sources, computed
+        self.plan, self.tp_rank, self.dtype, self.progress = plan, tp_rank, dtype, progress
+
+    def __call__(self, model: nn.Module) -> None:
+        homes = parameter_homes(model)
+        done = 0
+        total = sum(home[attribute].nbytes for home, attribute in homes.values())
+        for name, (home, attribute) in homes.items():
+            ranges = local_ranges(home, attribute, name, self.plan, self.tp_rank)
+            source = self.sources[name]
+            if source.boxes is None:
+                array = self.computed.take(name, ranges)
+            else:
+                array = self._read(source, ranges or tuple(((0, size),) for size in source.shape))
+            array = self._converted(array, packed=is_packed(home, attribute))
+            assert array.shape == home[attribute].shape
+            mx.eval(array)
+            done += home[attribute].nbytes
+            home[attribute] = array
+            if self.progress is not None:
+                self.progress(done, total)
+
+    def _converted(self, array: mx.array, *, packed: bool) -> mx.array:
+        floating = mx.issubdtype(array.dtype, mx.floating)
+        return array.astype(self.dtype) if self.dtype is not None and floating and not packed else array
+
+    def _read(self, source: Source, ranges: Ranges) -> mx.array:
+        """The local part of an array, read into its own memory."""
+        assert source.boxes is not None
+        shape = tuple(sum(b - a for a, b in one) for one in ranges)
+        with mx.stream(mx.cpu):
+            array = mx.zeros(shape, _UNSIGNED[source.dtype.size])
+            mx.eval(array)
+            there = np.asarray(memoryview(array))  # type: ignore[arg-type]
+            for box in source.boxes:
+                overlap = box.overlap(ranges)
+                if overlap is not None:
+                    take_ranges, put = overlap
+                    self._read_box(box.name, take_ranges, box.axes, there[tuple(slice(a, b) for a, b in put)])
+            return array.view(source.dtype)
+
+    def _read_box(
+        self, name: str, ranges: list[list[tuple[int, int]]], axes: tuple[int | None, ...], there: np.ndarray[Any, Any]
+    ) -> None:
+        """Read ranges of a tensor on disk into a view of a local array whose axes run along `axes` of it."""
+        kept = [axis for axis in axes if axis is not None]
+        new = tuple(place for place, axis in enumerate(axes) if axis is None)
+        target = np.squeeze(there, new) if new else there
+        if kept == sorted(kept) and target.flags.c_contiguous:
+            self.reader.read(name, ranges, memoryview(target).cast("B"))  # type: ignore[arg-type]
+            return
+        sizes = [sum(b - a for a, b in one) for one in ranges]
+        buffer = np.empty(sizes, there.dtype)
+        self.reader.read(name, ranges, memoryview(buffer).cast("B"))  # type: ignore[arg-type]
+        dropped = tuple(axis for axis in range(len(sizes)) if axis not in kept)
+        target[...] = np.transpose(np.squeeze(buffer, dropped), np.argsort(np.argsort(kept)))

@@ -1,0 +1,55 @@
+"""Every family of the installed mlx-lm, tiny and random, at tp 2: split and measured equal, or refused with a reason."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from partita.core.mesh import Mesh
+from partita.errors import PartitaError
+from partita.mlx.hub import build, model_classes
+from partita.mlx.probe import plan_of_model
+from tests.support.mlx_models import families, tiny_config
+
+REFUSED = {
+    "bitnet": "Metal",  # its kernels are of Apple's GPUs only
+    "muse_spark": "Metal",
+    "phi3small": "writes outside of its memory",
+}
+NOT_BUILT = {
+    "olmo": "needs a package of its own",
+    "prism_hadamard_qwen35": "Hadamard pack",  # made of a checkpoint that was packed for it
+}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("family", families())
+def test_family(family: str) -> None:
+    if family in NOT_BUILT:
+        with pytest.raises(PartitaError, match=NOT_BUILT[family]):
+            build(tiny_config(family))
+        return
+    config: dict[str, Any] = tiny_config(family)
+    model = build(config)
+    if family in REFUSED:
+        with pytest.raises(PartitaError, match=REFUSED[family]) as refusal:
+            plan_of_model(model, Mesh(tp=2), config=config)
+        print(f"{family:24s} refused: {refusal.value}")
+        return
+    plan = plan_of_model(model, Mesh(tp=2), config=config)
+    inside = [m for m in plan.modules.values() if plan.spec.layer_of(m.path) is not None]
+    apart = sum(module.gather_output for module in inside)
+    whole = plan.rank_parameters(0) / plan.spec.parameters
+    how = "proven" if plan.rules.proven else "measured"
+    print(
+        f"{family:24s} equal ({how}): {len(inside)} modules in layers split ({apart} apart), rank 0 holds {whole:.0%}"
+    )
+    assert plan.modules
+    assert whole < 1.0
+
+
+def test_every_family_is_there() -> None:
+    assert len(families()) > 100
+    assert model_classes({"model_type": "llama"})[0].__name__ == "Model"
