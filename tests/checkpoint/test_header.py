@@ -137,7 +137,6 @@ MALFORMED = {
     "data of no tensor": (file_of({}, bytes(3)), "but 3 bytes follow the header"),
     # metadata
     "metadata a string": (file_of({"__metadata__": "pt"}, b""), "__metadata__ must be a JSON object, but is 'pt'"),
-    "metadata null": (file_of({"__metadata__": None}, b""), "__metadata__ must be a JSON object, but is None"),
     "metadata of a number": (file_of({"__metadata__": {"a": 1}}, b""), "map strings to strings, but 'a' is 1"),
     "metadata nested": (file_of({"__metadata__": {"a": {}}}, b""), "map strings to strings, but 'a' is {}"),
     "metadata a tensor": (file_of({"__metadata__": U8}), "but 'shape' is [4]"),

@@ -11,7 +11,7 @@ from partita.core.split import Split
 from partita.errors import PlanError
 from partita.mlx.comm import Communicator
 from partita.mlx.linear import ColumnParallelLinear, RowParallelLinear
-from partita.mlx.shard import shard_linear
+from partita.mlx.sharding import shard_linear
 from tests.mlx.compare import SINGLE, assert_equal, draw, part, world
 from tests.mlx.test_linear import FakeGroup
 from tests.support.mlx_ranks import mlx_ranks

@@ -104,7 +104,9 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     raw, data_bytes = _read_raw(file)
     parsed = parse_json(raw, f"{file}: the header")
     header_bytes = 8 + len(raw)
-    metadata = _metadata(file, parsed.pop("__metadata__", {}))
+    # MLX writes null where there is none.
+    given = parsed.pop("__metadata__", None)
+    metadata = _metadata(file, {} if given is None else given)
     tensors = {name: _tensor(file, name, entry, header_bytes) for name, entry in parsed.items()}
     _check_cover(file, tensors.values(), header_bytes, data_bytes)
     return Header(file, MappingProxyType(tensors), MappingProxyType(metadata), header_bytes)

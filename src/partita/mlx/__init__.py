@@ -7,40 +7,50 @@ except ModuleNotFoundError as error:
         "partita.mlx needs MLX, which is not installed: pip install 'partita[mlx]'", name="mlx"
     ) from error
 
+from partita.mlx.auto import pipeline_auto_parallel
 from partita.mlx.checked import CheckedCommunicator
 from partita.mlx.comm import Communicator
 from partita.mlx.embedding import VocabParallelEmbedding
+from partita.mlx.generate import generate
 from partita.mlx.groups import ParallelGroups, init, make_groups
 from partita.mlx.linear import ColumnParallelLinear, RowParallelLinear
+from partita.mlx.load import load, shard
 from partita.mlx.loss import vocab_parallel_cross_entropy
 from partita.mlx.mappings import all_gather, copy_to, gather_from, reduce_from, reduce_scatter, scatter_to
-from partita.mlx.shard import shard_inplace, shard_linear
 from partita.mlx.sharded import (
     AllToShardedLinear,
     QuantizedAllToShardedLinear,
     QuantizedShardedToAllLinear,
     ShardedToAllLinear,
 )
+from partita.mlx.sharding import shard_inplace, shard_linear
+from partita.text import Generation, Sampling
 
 __all__ = [
     "AllToShardedLinear",
     "CheckedCommunicator",
     "ColumnParallelLinear",
     "Communicator",
+    "Generation",
     "ParallelGroups",
     "QuantizedAllToShardedLinear",
     "QuantizedShardedToAllLinear",
     "RowParallelLinear",
+    "Sampling",
     "ShardedToAllLinear",
     "VocabParallelEmbedding",
     "all_gather",
     "copy_to",
     "gather_from",
+    "generate",
     "init",
+    "load",
     "make_groups",
+    "pipeline_auto_parallel",
     "reduce_from",
     "reduce_scatter",
     "scatter_to",
+    "shard",
     "shard_inplace",
     "shard_linear",
     "vocab_parallel_cross_entropy",

@@ -72,7 +72,7 @@ def plan_of(model: nn.Module) -> tuple[Plan, ParallelGroups]:
     """
     plan, groups = getattr(model, "partita_plan", None), getattr(model, "partita_groups", None)
     if not isinstance(plan, Plan) or not isinstance(groups, ParallelGroups):
-        raise ModelError("this model was not split by Partita. Make it with partita.mlx.load() or partita.mlx.shard().")
+        raise ModelError("this model was not split by Partita. Make it with partita.mlx.load() or partita.mlx.sharding().")
     return plan, groups
 
 
