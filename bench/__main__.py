@@ -14,13 +14,19 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from bench import block, decode, load
+from bench import block, decode, load, pipeline, pipeline_decode
 from bench.contest import OnRound
 from bench.ranks import RankError, Ranks
 from bench.report import show, write_docs
 from bench.results import LATEST, PARTIAL, Run, Setting, Table, machine_facts
 
-COMPARISONS = {"block": block.run, "decode": decode.run, "load": load.run}
+COMPARISONS = {
+    "block": block.run,
+    "decode": decode.run,
+    "pipeline": pipeline.run,
+    "pipeline-decode": pipeline_decode.run,
+    "load": load.run,
+}
 
 
 def main() -> int:

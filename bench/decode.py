@@ -47,8 +47,7 @@ def set_up(folder: Path, prompt_tokens: int, new_tokens: int) -> dict[str, Conte
     import torch
     from transformers import AutoModelForCausalLM, DistributedConfig
 
-    from partita.torch import load
-    from partita.torch.generate import Sampling, generate
+    from partita.torch import Sampling, generate, load
 
     prompt = torch.randint(SIZES["vocab_size"], (1, prompt_tokens), generator=torch.Generator().manual_seed(0))
     ours = load(folder, tp=2)

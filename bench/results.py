@@ -43,10 +43,11 @@ class Setting:
 
 @dataclass(frozen=True)
 class Target:
-    """`ratio` is how many times our time (or bytes) theirs should be at least; `words` say it."""
+    """`ratio` is how many times our time (or bytes) theirs should be at least, `most` at most; `words` say it."""
 
     ratio: float
     words: str
+    most: float | None = None
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,9 @@ class Row:
     @property
     def met(self) -> bool | None:
         """Whether the target is met; None without one."""
-        return None if self.target is None else self.ratio >= self.target.ratio
+        if self.target is None:
+            return None
+        return self.target.ratio <= self.ratio and (self.target.most is None or self.ratio <= self.target.most)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
 import random
 from collections.abc import Iterator
 from functools import cache
@@ -14,6 +15,7 @@ import pytest
 from partita.core.families import spec_from_config
 from partita.core.mesh import Mesh
 from partita.core.model_spec import ModelSpec, TensorSpec, spec_from_tensors
+from partita.core.placement import Placement
 from partita.core.plan import Plan, Stage, default_layout
 from partita.core.resolve import AttentionPlan, ModulePlan
 from partita.core.rules import PROVEN, TABLES, Rule, Rules, isolate, isolated_rules, rules_for, rules_from_tp_plan
@@ -702,3 +704,118 @@ def test_a_layout_has_no_more_prediction_layers_than_the_model() -> None:
     named = spec_from_config({**config, "num_nextn_predict_layers": 1})
     with pytest.raises(LayoutError, match="mtp"):
         Plan.make(named, Mesh(pp=2), "Et|tmmL")
+
+
+# --- pipelines --------------------------------------------------------------------------------------------------------
+
+
+def test_stages_in_a_v_turn_round_at_the_ends() -> None:
+    #          rank 0  rank 1         rank 0  rank 1
+    #  loop      Et      t     v        Et      t
+    #             t     tL              tL      t
+    loop = Plan.make(llama(), Mesh(pp=2), "Et|t|t|tL")
+    v = Plan.make(llama(), Mesh(pp=2), "Et|t|t|tL", placement="v")
+    assert [plan.rank_layers(rank) for plan in (loop, v) for rank in range(2)] == [(0, 2), (1, 3), (0, 3), (1, 2)]
+    assert [v.stage_index(rank, vpp) for rank in range(2) for vpp in range(2)] == [0, 3, 1, 2]
+    assert [v.stage_rank(index) for index in range(4)] == [0, 1, 1, 0]
+    assert v.stage(0, 1) == v.stage_at(3) == Stage((3,), (), embedding=False, loss=True)
+    outside = {cut.name for cut in v.held_by(1) if v.spec.layer_of(cut.name) is None}
+    assert outside == set()
+    assert [plan.stage_rank(plan.loss_stage) for plan in (loop, v)] == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("layout", "loss_stage"),
+    [("Ett|ttL", 1), ("EttttL|", 0), ("|EttttL", 1), ("Et|t|ttL|", 2), ("Ett|tt|L|", 2), ("||EttttL|", 2)],
+)
+def test_the_loss_may_be_before_empty_stages(layout: str, loss_stage: int) -> None:
+    plan = Plan.make(llama(), Mesh(pp=2), layout)
+    assert plan.loss_stage == loss_stage
+    assert plan.stage_at(loss_stage).loss
+    assert not any(plan.stage_at(index).loss for index in range(plan.num_stages) if index != loss_stage)
+
+
+@pytest.mark.parametrize("placement", ["loop", "v"])
+@pytest.mark.parametrize("vpp", [1, 2, 3])
+def test_every_layer_is_on_one_stage(vpp: int, placement: Placement) -> None:
+    for pp in range(1, 5):
+        plan = Plan.make(llama(num_hidden_layers=12), Mesh(pp=pp), vpp=vpp, placement=placement)
+        assert (plan.vpp, plan.num_stages) == (vpp, pp * vpp)
+        stages = [plan.stage_at(index) for index in range(plan.num_stages)]
+        assert [i for stage in stages for i in stage.layers] == list(range(12))
+        assert [stage.embedding for stage in stages] == [True] + [False] * (len(stages) - 1)
+        assert [stage.loss for stage in stages] == [False] * (len(stages) - 1) + [True]
+        assert max(len(s.layers) for s in stages) - min(len(s.layers) for s in stages) <= 1
+        assert sorted(i for rank in range(pp) for i in plan.rank_layers(rank)) == list(range(12))
+        for rank in range(pp):
+            assert plan.stages(rank) == tuple(stages[plan.stage_index(rank, v)] for v in range(vpp))
+
+
+def test_default_layouts() -> None:
+    assert str(default_layout(llama(), 2)) == "Ett|ttL"
+    assert str(default_layout(llama(num_hidden_layers=5), 2)) == "Ettt|ttL"
+    assert str(default_layout(llama(), 2, 2)) == "Et|t|t|tL"
+    assert str(default_layout(llama(), 1)) == "Et*4L"
+    assert Plan.make(llama(), Mesh(pp=2), vpp=2).layout == default_layout(llama(), 2, 2)
+
+
+def test_what_several_stages_hold() -> None:
+    tied = llama(tie_word_embeddings=True)
+    for spec, layout, placement, copies in (
+        (llama(), "Ett|ttL", "loop", {}),
+        (tied, "Ett|ttL", "loop", {"model.embed_tokens.weight": (0, 1)}),
+        (tied, "EttttL|", "loop", {}),
+        (tied, "E|tt|tt|L", "v", {}),
+        (tied, "|Ett|ttL|", "loop", {"model.embed_tokens.weight": (1, 0)}),
+        (llama(), "Ett|ttm|L|", "loop", {"model.embed_tokens.weight": (0, 1), "model.norm.weight": (0, 1)}),
+    ):
+        plan = Plan.make(spec, Mesh(pp=2), layout, placement=placement)
+        assert plan.copies == copies, (layout, placement)
+    # Tensor ranks cut a copy alike.
+    plan = Plan.make(tied, Mesh(pp=2, tp=2), "Ett|ttL")
+    assert plan.local_shape("lm_head.weight", 2) == plan.local_shape("model.embed_tokens.weight", 0) == (16, 28)
+    assert "lm_head.weight" in {cut.name for cut in plan.held_by(2)}
+    assert not plan.is_held("model.embed_tokens.weight", 1)
+    assert plan.is_held("lm_head.weight", 1)
+
+
+@pytest.mark.parametrize(("family", "variant"), FAMILY_VARIANTS)
+def test_stages_hold_every_parameter_and_copies_twice(family: str, variant: dict[str, Any]) -> None:
+    spec = spec_from_config(small(family, variant))
+    layers = "t" * spec.num_layers
+    for layout, placement in ((f"E|{layers}|L|", "loop"), (f"E|{layers}||L", "v"), (f"E{layers}L|||", "loop")):
+        plan = Plan.make(spec, Mesh(pp=2), layout, placement=placement)
+        twice = sum(spec.tensors[name].numel for name in plan.copies)
+        assert sum(plan.rank_parameters(rank) for rank in range(2)) == spec.parameters + twice
+        for name, holders in plan.copies.items():
+            assert len(set(holders)) == 2
+            twins = [n for n, t in spec.tensors.items() if name in (n, t.tied_to)]
+            assert all(any(plan.is_held(n, pp) for n in twins) for pp in holders)
+
+
+@pytest.mark.parametrize(
+    ("layout", "placement"),
+    [("Et|t|t|tL", "v"), ("Et|t|t|tL", "loop"), ("EttttL|", "loop"), ("E|tt||ttL", "v"), ("Ett|ttm|m|L", "loop")],
+)
+def test_stages_survive_being_written(layout: str, placement: Placement) -> None:
+    plan = Plan.make(llama(tie_word_embeddings=True), Mesh(pp=2, tp=2), layout, placement=placement)
+    again = Plan.from_json(plan.to_json())
+    assert again == plan
+    assert (again.placement, str(again.layout), again.loss_stage) == (placement, str(plan.layout), plan.loss_stage)
+    assert again.copies == plan.copies
+    assert [again.held_by(rank) for rank in range(4)] == [plan.held_by(rank) for rank in range(4)]
+    assert pickle.loads(pickle.dumps(plan)) == plan
+
+
+def test_stages_that_cannot_be() -> None:
+    with pytest.raises(PlanError, match=r"placement must be one of loop, v, but is 'w'"):
+        Plan.make(llama(), Mesh(pp=2), placement="w")  # type: ignore[arg-type]
+    with pytest.raises(PlanError, match=r"vpp=3 needs a layout of 6 stages \(pp x vpp\), but the layout .* has 4"):
+        Plan.make(llama(), Mesh(pp=2), "Et|t|t|tL", vpp=3)
+    with pytest.raises(PlanError, match=r"pp x vpp=6 needs at least 6 layers, but the model has 4"):
+        Plan.make(llama(), Mesh(pp=2), vpp=3)
+    data = json.loads(Plan.make(llama(), Mesh(pp=2), vpp=2, placement="v").to_json())
+    with pytest.raises(PlanError, match="placement must be one of loop, v, but is 'x'"):
+        Plan.from_json(json.dumps({**data, "placement": "x"}))
+    del data["placement"]
+    assert Plan.from_json(json.dumps(data)).placement == "loop"

@@ -135,3 +135,24 @@ def test_a_family_that_cannot_be_cut_is_refused_on_every_rank() -> None:
 def refused_family() -> None:
     with pytest.raises((ModelError, DistributedError), match="hunyuan cannot be cut into stages"):
         pipeline_auto_parallel(whole("hunyuan"))
+
+
+class Twice(Plain):
+    """Goes through its layers twice."""
+
+    def __call__(self, ids: mx.array) -> mx.array:
+        h = self.embed(ids)
+        for block in self.blocks * 2:
+            h = mx.tanh(block(h))
+        return self.out(h)
+
+
+def refused_module() -> None:
+    with pytest.raises(
+        ModelError, match="Twice cannot be cut into stages: it runs its layers more than once a forward"
+    ):
+        pipeline_auto_parallel(Twice())
+
+
+def test_a_module_that_cannot_be_cut_says_why() -> None:
+    mlx_ranks(2).run(refused_module)

@@ -22,7 +22,10 @@ from tests.support.ranks import ranks
 IDS = [[3, 1, 4, 1, 5, 9, 2], [2, 7, 1, 8, 2, 8, 1]]
 PROMPTS = [[3, 1, 4], [1, 5, 9, 2, 6], [5]]
 SAMPLING = Sampling(max_new_tokens=10, ignore_eos=True)
-NAMES = ["llama-7-heads-1-kv", "llama-biases-tied", "qwen2-14-heads-2-kv", "qwen3", "phi3", "gpt2", "gemma2", "mixtral", "deepseek-v3"]
+NAMES = [
+    "llama-7-heads-1-kv", "llama-biases-tied", "qwen2-14-heads-2-kv", "qwen3", "phi3", "gpt2", "gemma2", "mixtral",
+    "deepseek-v3",
+]  # fmt: skip
 
 
 def on_torch(folder: str, plan: str) -> tuple[list[Any], list[tuple[int, ...]]]:

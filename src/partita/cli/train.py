@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
@@ -11,7 +12,8 @@ import typer
 
 from partita.cli import launch, rank
 from partita.cli.console import count, err, mesh_name, out, plural, print_json, sparkline
-from partita.cli.model import check_early
+from partita.cli.engine import BackendOption, EngineOption, choose_engine
+from partita.cli.model import check_early, for_mlx
 from partita.cli.options import (
     PIPELINE,
     AsJson,
@@ -139,6 +141,8 @@ def train(
     ] = False,
     dtype: WeightsDtype = None,
     device: Device = None,
+    engine: EngineOption = None,
+    backend: BackendOption = None,
     as_json: AsJson = False,
 ) -> None:
     """Train a model split over ranks and save it unsplit, as Hugging Face does."""
@@ -150,7 +154,12 @@ def train(
     stages = choose(
         mesh, layout, vpp, schedule, batch_size=batch_size, microbatches=microbatches, group_size=group_size
     )
-    check_early(source, mesh, layout, stages.vpp, stages.placement)
+    name = choose_engine(engine)
+    check_early(source, mesh, layout, stages.vpp, stages.placement, engine=name)
+    where = {**stages.plan, "dtype": dtype and dtype.value, "device": device}
+    if name == "mlx":
+        _check_for_mlx(config, lora_rank, stages.placement)
+        where = for_mlx(source, mesh, where)
     if data != "stdlib" and not Path(data).exists():
         raise ModelError(f"--data {data}: there is no such file or folder. Give one, or `stdlib`.")
     if out_folder is not None:
@@ -165,11 +174,11 @@ def train(
     }  # fmt: skip
 
     def work() -> int:
-        from partita.torch.train import TrainSettings
-        from partita.torch.train import train as engine
+        from partita.training import TrainSettings
 
-        where = {**stages.plan, "dtype": dtype and dtype.value, "device": device}
-        split, tokenizer = _begin(source, where, seed, new=config is not None)
+        run: Any = importlib.import_module(f"partita.{name}.train").train
+        save: Any = importlib.import_module(f"partita.{name}.save").save
+        split, tokenizer = _begin(source, name, where, seed, new=config is not None)
         options["mask_token"] = tokenizer.inner.mask_token_id
         if lora_rank is not None:
             import torch
@@ -178,27 +187,41 @@ def train(
 
             torch.manual_seed(seed)
             add_lora(split, lora_rank)
-        tokens = _tokens(data, tokenizer, split)
-        if rank.is_first() and not as_json:
+        tokens = _tokens(data, tokenizer, name, split)
+        if rank.is_first() and not as_json and name == "torch":
             _print_start(split, mesh, len(tokens))
         with training(steps) as on_step:
             timelines: list[Timeline] = []
             watch = timelines.append if picture is not None or trace is not None else None
-            reports = engine(split, tokens, TrainSettings(**options), on_step=on_step, on_timeline=watch)
+            reports = run(split, tokens, TrainSettings(**options), on_step=on_step, on_timeline=watch)
         if timelines and rank.is_first():
             show_timeline(timelines[0], picture, trace)
         if out_folder is not None:
-            from partita.torch.adapt import merge_lora
-            from partita.torch.save import save
+            if lora_rank is not None:
+                from partita.torch.adapt import merge_lora
 
-            merge_lora(split)
+                merge_lora(split)
             with saving(str(out_folder)) as progress:
                 save(split, out_folder, tokenizer=tokenizer, progress=progress)
         if rank.is_first():
             (_print_json if as_json else _print_end)(reports, mesh, out_folder)
         return 0
 
-    launch.run(mesh, work)
+    launch.run(mesh, work, engine=name, backend=backend)
+
+
+def _check_for_mlx(config: str | None, lora_rank: int | None, placement: str) -> None:
+    """Refuse what training on MLX has not."""
+    if config is not None:
+        raise ModelError(
+            "--engine mlx trains a checkpoint, not new weights. Give --model, e.g. one that torch has begun."
+        )
+    if lora_rank is not None:
+        raise ModelError("--lora-rank is for torch. On MLX put mlx-lm's LoRA on the model and call partita.mlx.train.")
+    if placement != "loop":
+        raise ModelError(
+            "the command line trains on MLX with stages dealt out in turn. Use another --schedule than zb-v."
+        )
 
 
 def _check_folder(folder: Path) -> None:
@@ -212,7 +235,7 @@ def _check_folder(folder: Path) -> None:
         )
 
 
-def _begin(source: str, where: dict[str, Any], seed: int, *, new: bool) -> tuple[nn.Module, Tokenizer]:
+def _begin(source: str, name: str, where: dict[str, Any], seed: int, *, new: bool) -> tuple[nn.Module, Tokenizer]:
     from partita.checkpoint.find import find_model
     from partita.text import load_tokenizer
 
@@ -222,18 +245,20 @@ def _begin(source: str, where: dict[str, Any], seed: int, *, new: bool) -> tuple
         from partita.torch.fresh import fresh
 
         return fresh(found, seed=seed, **where), tokenizer
-    from partita.torch.load import load
-
+    load: Any = importlib.import_module(f"partita.{name}.load").load
     with loading("loading") as progress:
         return load(found, progress=progress, **where), tokenizer
 
 
-def _tokens(data: str, tokenizer: Tokenizer, split: nn.Module) -> Any:
-    from partita.torch.apply import plan_of
-    from partita.torch.data import load_tokens
+def _tokens(data: str, tokenizer: Tokenizer, name: str, split: nn.Module) -> Any:
+    from partita.training import read_ids
 
-    plan, _ = plan_of(split)
-    tokens = load_tokens(data, tokenizer)
+    plan, _ = importlib.import_module(f"partita.{name}.apply").plan_of(split)
+    tokens: Any = read_ids(data, tokenizer)
+    if name == "torch":
+        import torch
+
+        tokens = torch.from_numpy(tokens)
     if plan.spec.vocab_size and (largest := int(tokens.max())) >= plan.spec.vocab_size:
         raise ModelError(
             f"the model's vocabulary has {plan.spec.vocab_size} ids, but the text has id {largest}: the tokenizer "

@@ -17,6 +17,8 @@ from partita.mlx.linear import ColumnParallelLinear, RowParallelLinear
 from partita.mlx.load import load, shard
 from partita.mlx.loss import vocab_parallel_cross_entropy
 from partita.mlx.mappings import all_gather, copy_to, gather_from, reduce_from, reduce_scatter, scatter_to
+from partita.mlx.pipeline import Pipeline
+from partita.mlx.save import save
 from partita.mlx.sharded import (
     AllToShardedLinear,
     QuantizedAllToShardedLinear,
@@ -24,7 +26,9 @@ from partita.mlx.sharded import (
     ShardedToAllLinear,
 )
 from partita.mlx.sharding import shard_inplace, shard_linear
+from partita.mlx.train import train
 from partita.text import Generation, Sampling
+from partita.training import StepReport, TrainSettings
 
 __all__ = [
     "AllToShardedLinear",
@@ -33,11 +37,14 @@ __all__ = [
     "Communicator",
     "Generation",
     "ParallelGroups",
+    "Pipeline",
     "QuantizedAllToShardedLinear",
     "QuantizedShardedToAllLinear",
     "RowParallelLinear",
     "Sampling",
     "ShardedToAllLinear",
+    "StepReport",
+    "TrainSettings",
     "VocabParallelEmbedding",
     "all_gather",
     "copy_to",
@@ -49,9 +56,11 @@ __all__ = [
     "pipeline_auto_parallel",
     "reduce_from",
     "reduce_scatter",
+    "save",
     "scatter_to",
     "shard",
     "shard_inplace",
     "shard_linear",
+    "train",
     "vocab_parallel_cross_entropy",
 ]

@@ -72,7 +72,7 @@ def plan_of(model: nn.Module) -> tuple[Plan, ParallelGroups]:
     """
     plan, groups = getattr(model, "partita_plan", None), getattr(model, "partita_groups", None)
     if not isinstance(plan, Plan) or not isinstance(groups, ParallelGroups):
-        raise ModelError("this model was not split by Partita. Make it with partita.mlx.load() or partita.mlx.sharding().")
+        raise ModelError("this model was not split by Partita. Make it with partita.mlx.load() or partita.mlx.shard().")
     return plan, groups
 
 
@@ -88,7 +88,9 @@ def check_model(model: nn.Module, plan: Plan) -> None:
         )
 
 
-def local_ranges(home: Any, attribute: str, name: str, plan: Plan, tp_rank: int) -> Ranges | None:
+def local_ranges(
+    home: Any, attribute: str, name: str, plan: Plan, tp_rank: int, *, owned: bool = False
+) -> Ranges | None:
     """Which ranges of an array, as it is stored unsplit, a tensor rank holds; None for all of it.
 
     Args:
@@ -97,12 +99,13 @@ def local_ranges(home: Any, attribute: str, name: str, plan: Plan, tp_rank: int)
         name: Its name in the unsplit model.
         plan: How the model is split.
         tp_rank: The rank.
+        owned: Whether only what it owns is meant: over all tensor ranks every element once.
     """
     packed = is_packed(home, attribute)
     cut = plan.tensor(f"{name.rpartition('.')[0]}.weight" if packed else name)
     if cut.split is None:
-        return None
-    ranges = cut.ranges(tp_rank)
+        return None if tp_rank == 0 or not owned else ((),) * home[attribute].ndim
+    ranges = cut.owned_ranges(tp_rank) if owned else cut.ranges(tp_rank)
     return stored_ranges(home, attribute, ranges) if packed else ranges
 
 

@@ -12,7 +12,7 @@ from partita.core.mesh import Mesh
 from partita.core.plan import Plan
 from partita.core.rules import Rules
 from partita.core.split import deal
-from partita.errors import PlanError
+from partita.errors import ModelError, PlanError
 from partita.mlx.apply import apply_plan, finish
 from partita.mlx.comm import Communicator
 from partita.mlx.groups import ParallelGroups, as_communicator
@@ -64,10 +64,17 @@ def pipeline_auto_parallel(
         plan = Plan.make(spec, mesh, layout, Rules(()))
         if config_of(model):
             prove_stages(model, plan)
-        split = apply_plan(model, plan, alone, comm.rank)
+        split = _cut(model, plan, comm.rank)
         for home, attribute in parameter_homes(split).values():
             mx.eval(home[attribute])
     return finish(split, plan, groups)
+
+
+def _cut(model: nn.Module, plan: Plan, rank: int) -> nn.Module:
+    try:
+        return apply_plan(model, plan, Communicator.single(), rank)
+    except ModelError as error:
+        raise ModelError(f"{type(model).__name__} cannot be cut into stages: {error}") from error
 
 
 def _counts(slices: list[tuple[int | None, int | None]], num_layers: int) -> list[int]:

@@ -23,6 +23,7 @@ from partita.mlx.groups import ParallelGroups, make_groups
 from partita.mlx.homes import Ranges, is_packed, parameter_homes
 from partita.mlx.hub import build, quantize, spec_of
 from partita.mlx.names import Source, sanitize, sources_of
+from partita.mlx.origin import Origin
 from partita.mlx.probe import plan_of_model, prove_unless_proven
 from partita.mlx.stage_probe import prove_stages
 from partita.mlx.together import together
@@ -87,6 +88,7 @@ def load(
         computed = _Computed(again, sources, checkpoint)
         split = apply_plan(built, plan, groups.tp, groups.pp.rank)
         _Fill(reader, sources, computed, plan, groups.tp.rank, wanted, progress)(split)
+    split.partita_origin = Origin(sources, checkpoint.tensors, folder)
     return finish(split, plan, groups)
 
 
@@ -122,10 +124,12 @@ def shard(
         else:
             plan = prove_unless_proven(model, fitted(plan, model))
         prove_stages(model, plan)
+        origin = Origin.in_memory(model)
         split = apply_plan(model, plan, groups.tp, groups.pp.rank)
     for home, attribute in parameter_homes(split).values():
         # One at a time, so that an unsplit array can go before the next part is made.
         mx.eval(home[attribute])
+    split.partita_origin = origin
     return finish(split, plan, groups)
 
 

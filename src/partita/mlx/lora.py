@@ -92,6 +92,11 @@ def _must_be_equal(name: str, value: mx.array, comm: Communicator) -> None:
         )
 
 
+def split_axis(style: Style, name: str) -> int | None:
+    """Along which axis an adapter's parameter is cut on a layer of a style; None where it is whole."""
+    return None if name in _WHOLE[style] else _AXIS[name]
+
+
 def is_adapter(linear: nn.Module) -> bool:
     """Whether a layer is an adapter around another."""
     return base_layer(linear) is not linear

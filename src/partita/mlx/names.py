@@ -8,7 +8,8 @@ reads its part; what computes (dequantizes, adds one) is left to `sanitize` itse
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from typing import Any
@@ -134,11 +135,24 @@ def _trace(model: nn.Module, placeholders: Mapping[str, mx.array], wanted: list[
 
     graph = _Graph(list(placeholders))
     try:
-        mx.export_function(graph.add, renamed, *placeholders.values())
+        with _copies_left_out():
+            mx.export_function(graph.add, renamed, *placeholders.values())
     except Exception:
         # An operation that MLX does not tell, or a look at numbers, which placeholders have not.
         return []
     return [graph.boxes(letter) for letter in graph.outputs]
+
+
+@contextmanager
+def _copies_left_out() -> Iterator[None]:
+    """While it lasts `mx.contiguous`, of which MLX cannot tell a callback, does nothing, as it does to numbers."""
+    module: Any = mx
+    kept = module.contiguous
+    module.contiguous = lambda x, *args, **kwargs: x
+    try:
+        yield
+    finally:
+        module.contiguous = kept
 
 
 def sanitize(model: nn.Module, tensors: Mapping[str, mx.array]) -> dict[str, mx.array]:
@@ -296,13 +310,37 @@ def _cut(boxes: Boxes, ranges: list[Range]) -> Boxes:
 def _reshape(
     arguments: list[Any], parts: list[Boxes], shapes: list[tuple[int, ...]], shape: tuple[int, ...], place: int
 ) -> Boxes | None:
-    """Only what adds or drops axes of length 1 leaves boxes as they are."""
+    """What adds or drops axes of length 1 leaves boxes as they are, and one axis made two parts them into rows."""
     before = shapes[0]
-    if [n for n in before if n != 1] != [n for n in shape if n != 1]:
-        return None
-    kept = [axis for axis, n in enumerate(before) if n != 1]
-    new = {axis for axis, n in enumerate(shape) if n == 1}
-    return tuple(_with_new_axes(_ordered(box, kept), new, len(shape)) for box in parts[0])
+    if [n for n in before if n != 1] == [n for n in shape if n != 1]:
+        kept = [axis for axis, n in enumerate(before) if n != 1]
+        new = {axis for axis, n in enumerate(shape) if n == 1}
+        return tuple(_with_new_axes(_ordered(box, kept), new, len(shape)) for box in parts[0])
+    for axis in range(len(before)):
+        if len(shape) == len(before) + 1 and before[:axis] + before[axis + 1 :] == shape[:axis] + shape[axis + 2 :]:
+            return tuple(row for box in parts[0] for row in _rows(box, axis, shape[axis + 1]))
+    return None
+
+
+def _rows(box: Box, axis: int, width: int) -> list[Box]:
+    """A box whose `axis` becomes two, the second of `width`: one box for each of the first."""
+    start, stop, disk = box.start[axis], box.start[axis] + box.shape[axis], box.axes[axis]
+    rows = []
+    for row in range(start // width, -(-stop // width)):
+        low, high = max(start, row * width), min(stop, (row + 1) * width)
+        disk_start = list(box.disk_start)
+        if disk is not None:
+            disk_start[disk] += low - start
+        rows.append(
+            replace(
+                box,
+                start=(*box.start[:axis], row, low - row * width, *box.start[axis + 1 :]),
+                shape=(*box.shape[:axis], 1, high - low, *box.shape[axis + 1 :]),
+                axes=(*box.axes[:axis], None, disk, *box.axes[axis + 1 :]),
+                disk_start=tuple(disk_start),
+            )
+        )
+    return rows
 
 
 _MOVES: Mapping[str, _Move] = {

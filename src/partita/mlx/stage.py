@@ -78,13 +78,11 @@ class _Run:
     def call(self, index: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> mx.array:
         """Note a call of a layer; the hidden state that it was given."""
         if index in self.called:
-            raise ModelError("it runs its layers more than once a forward, so it cannot be cut into stages. Use pp=1.")
+            raise ModelError("it runs its layers more than once a forward.")
         self.called.add(index)
         hidden = args[0] if args else next(iter(kwargs.values()), None)
         if not isinstance(hidden, mx.array):
-            raise ModelError(
-                "its layers are not called with the hidden state first, so it cannot be cut into stages. Use pp=1."
-            )
+            raise ModelError("its layers are not called with the hidden state first.")
         return hidden
 
 
@@ -236,7 +234,7 @@ def _opened(output: Any) -> Message:
     if all(value is None or isinstance(value, mx.array) for value in values):
         arrays = tuple(value for value in values if value is not None)
         return Message(arrays, tuple(value is not None for value in values))
-    raise ModelError("its layers hand on more than arrays, so it cannot be cut into stages after one. Use pp=1.")
+    raise ModelError("its layers hand on more than arrays.")
 
 
 @dataclass(frozen=True)
@@ -266,7 +264,8 @@ def cut_stages(model: nn.Module, plan: Plan, pp_rank: int) -> None:
     """
     if plan.num_stages == 1:
         return
-    refuse_uncuttable(model, plan)
+    if not isinstance(get_module(model, plan.spec.layers), list):
+        raise ModelError(f"{plan.spec.layers} is no list of layers.")
     before, behind = _uses_around_layers(model, plan)
     mine = {plan.stage_index(pp_rank, vpp): plan.stage(pp_rank, vpp) for vpp in range(plan.vpp)}
     copies = _copies(model, plan, before, behind)
@@ -282,15 +281,6 @@ def cut_stages(model: nn.Module, plan: Plan, pp_rank: int) -> None:
             layers[index] = AbsentLayer(layer, run, index)
     here = tuple(path for path in before if not isinstance(get_module(model, path), AbsentModule))
     model.partita_stages = Stages(mine, plan.spec.layers, here, copies, run)
-
-
-def refuse_uncuttable(model: nn.Module, plan: Plan) -> None:
-    """Raise `ModelError` for what a pipeline would get wrong, by name."""
-    if plan.num_mtp:
-        raise ModelError("mlx-lm's models have no multi-token prediction. Leave `m` out of the layout.")
-    layers = get_module(model, plan.spec.layers)
-    if not isinstance(layers, list):
-        raise ModelError(f"{plan.spec.layers} is no list of layers, so the model cannot be cut into stages. Use pp=1.")
 
 
 def _outside(plan: Plan) -> list[str]:
@@ -347,9 +337,7 @@ def _uses_around_layers(model: nn.Module, plan: Plan) -> tuple[tuple[str, ...], 
         except ModelError:
             raise
         except Exception as error:
-            raise ModelError(
-                f"a forward of it fails ({type(error).__name__}: {error}), so it cannot be cut into stages. Use pp=1."
-            ) from error
+            raise ModelError(f"a forward of it fails ({type(error).__name__}: {error}).") from error
     return tuple(before), tuple(behind)
 
 
@@ -446,9 +434,7 @@ def run_stage(
         with _swapped(_swaps(model, stages, stage, output)):
             made = call_unsplit(model, inputs, **given)
             if not (stage.loss and output):
-                raise ModelError(
-                    "its forward ends without calling each of its layers, so it cannot be cut into stages. Use pp=1."
-                )
+                raise ModelError("its forward ends without calling each of its layers.")
     except _Left as left:
         made = left.message
     finally:

@@ -23,7 +23,7 @@ from partita.mlx.comm import Communicator
 from partita.mlx.compare import CACHED_STEPS, FLOOR, generate_steps, gradients, main_output, relative_error
 from partita.mlx.hub import config_of, describe, spec_of
 from partita.mlx.probe import TOLERANCES, Small, sample_inputs, small_model
-from partita.mlx.stage import Message, refuse_uncuttable, run_stage
+from partita.mlx.stage import Message, run_stage
 from partita.mlx.threads import run_as_threads
 from partita.mlx.trainable import Trainable
 
@@ -38,7 +38,8 @@ def prove_stages(model: nn.Module, plan: Plan) -> None:
     """
     if plan.num_stages == 1:
         return
-    refuse_uncuttable(model, plan)
+    if plan.num_mtp:
+        raise ModelError("mlx-lm's models have no multi-token prediction. Leave `m` out of the layout.")
     key = _key(model)
     if key not in _verdicts:
         _verdicts[key] = _measure(model, plan.spec.num_heads)
@@ -150,17 +151,16 @@ class _Parts:
         arrays = [] if given is None else list(given.arrays)
         is_last = index == self.plan.loss_stage
 
-        def stage(parameters: list[mx.array], received: list[mx.array]) -> list[mx.array]:
+        def stage(received: list[mx.array]) -> list[mx.array]:
             message = None if given is None else Message(tuple(received), given.places)
-            with trainable.given(parameters):
-                made = run_stage(part, self.plan, index, message, self.inputs)
+            made = run_stage(part, self.plan, index, message, self.inputs)
             if not is_last:
                 return list(made.arrays)
             logits = main_output(made)
             # The same sum as `compare.gradients` takes.
             return [(logits * mx.random.normal(logits.shape, key=mx.random.key(0)).astype(logits.dtype)).sum()]
 
-        mine, received = trainable.vjp(stage, arrays, [mx.array(1.0, self.small.dtype)] if is_last else cotangents)
+        _, mine, received = trainable.vjp(stage, arrays, [mx.array(1.0, self.small.dtype)] if is_last else cotangents)
         mx.eval(mine, received)
         return list(trainable.names), mine, received
 

@@ -12,8 +12,8 @@ import mlx.nn as nn
 
 from partita.mlx.homes import is_packed, parameter_homes
 
-Function = Callable[[list[mx.array], list[mx.array]], list[mx.array]]
-"""Of parameters and of other arrays."""
+Function = Callable[[list[mx.array]], list[mx.array]]
+"""Of arrays that are no parameters; those it takes from the model."""
 
 
 class Trainable:
@@ -23,14 +23,15 @@ class Trainable:
         homes: By name in the unsplit model, what holds the array and under which key.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        """Of `model`, split or not, as it is frozen now."""
+    def __init__(self, model: nn.Module, keep: Callable[[str], bool] = lambda name: True) -> None:
+        """Of `model`, split or not, as it is frozen now, those whose names are to be kept."""
         self.homes = {
             name: (home, key)
             for name, (home, key) in parameter_homes(model).items()
             if mx.issubdtype(home[key].dtype, mx.floating)
             and not is_packed(home, key)
             and key not in getattr(home, "_no_grad", ())
+            and keep(name)
         }
 
     @cached_property
@@ -60,11 +61,11 @@ class Trainable:
 
     def vjp(
         self, function: Function, others: list[mx.array], cotangents: list[mx.array]
-    ) -> tuple[list[mx.array], list[mx.array]]:
-        """Gradients of what `function` makes of the parameters and of `others`, weighted by `cotangents`; lazy.
+    ) -> tuple[list[mx.array], list[mx.array], list[mx.array]]:
+        """What `function` makes of the parameters and of `others`, and its gradients weighted by `cotangents`; lazy.
 
         Returns:
-            Those of the parameters, and those of `others`, zeros for what is not floating.
+            What it makes, the gradients of the parameters, and those of `others`, zeros for what is not floating.
         """
         count = len(self.names)
         floating = [i for i, x in enumerate(others) if mx.issubdtype(x.dtype, mx.floating)]
@@ -73,11 +74,12 @@ class Trainable:
             full = list(others)
             for place, array in zip(floating, arrays[count:], strict=True):
                 full[place] = array
-            return function(list(arrays[:count]), full)
+            with self.given(arrays[:count]):
+                return function(full)
 
         primals = [*self.arrays, *(others[i] for i in floating)]
         if not primals:
-            return [], [mx.zeros_like(x) for x in others]
-        _, found = mx.vjp(flat, primals, cotangents)
+            return function(others), [], [mx.zeros_like(x) for x in others]
+        made, found = mx.vjp(flat, primals, cotangents)
         gradients: dict[int, Any] = dict(zip(floating, found[count:], strict=True))
-        return found[:count], [gradients.get(i, mx.zeros_like(x)) for i, x in enumerate(others)]
+        return made, found[:count], [gradients.get(i, mx.zeros_like(x)) for i, x in enumerate(others)]

@@ -12,7 +12,7 @@ from partita.core.mesh import Mesh
 from partita.core.plan import Plan
 from partita.core.rules import Rules
 from partita.core.split import deal
-from partita.errors import PlanError
+from partita.errors import ModelError, PlanError
 from partita.torch.apply import apply_plan
 from partita.torch.comm import Communicator
 from partita.torch.finish import finish
@@ -57,6 +57,8 @@ def pipeline_auto_parallel(
     slices: list[Any] = comm.all_gather_object((start_layer, end_layer))
     with together_in(comm):
         spec = spec_of(model)
+        if not spec.layers:
+            raise ModelError(f"no list of layers was found in {type(model).__name__}, so it cannot be cut into stages.")
         counts = _counts(slices, spec.num_layers)
         layout = [[LayerType.decoder] * count for count in counts]
         layout[0] = [LayerType.embedding, *layout[0]]

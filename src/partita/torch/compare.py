@@ -23,6 +23,10 @@ FLOOR = 1e-6
 are taken relative to no less than this fraction of the largest."""
 
 
+SMALL = 1e-3
+"""Parameters are compared relative to no less than this fraction of the model's largest."""
+
+
 @dataclass(frozen=True)
 class Difference:
     """How far one thing of the split model is from the unsplit one's, relative to its largest magnitude.
@@ -107,13 +111,17 @@ def _largest(mine: list[Difference], groups: ParallelGroups, order: list[str]) -
 def compare_parameters(unsplit: nn.Module, split: nn.Module, plan: Plan, groups: ParallelGroups) -> list[Difference]:
     """How far each parameter of the split model is from the unsplit one's; every rank calls it, and gets the same."""
     whole = dict(unsplit.named_parameters(remove_duplicate=False))
+    # A parameter that began at zero and has no gradient (a key's bias) is rounding itself.
+    least = SMALL * max((float(p.detach().abs().max()) for p in whole.values()), default=0.0)
     found = []
     for name, local in local_tensors(split, plan).items():
         if name in whole:
             expected = whole[name].detach()
             part = _local_part_of(expected, plan, name, groups.mp.rank)
             found.append(
-                Difference("parameter", name, relative_error(part, local.detach(), float(expected.abs().max())))
+                Difference(
+                    "parameter", name, relative_error(part, local.detach(), max(float(expected.abs().max()), least))
+                )
             )
     return _largest(found, groups, list(plan.spec.tensors))
 

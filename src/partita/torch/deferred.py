@@ -25,11 +25,19 @@ class _Kept(NamedTuple):
     left: Tensor
     right: Tensor
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether nothing but an addition is to be done with the gradient.
+
+        What several ranks hold is summed by a hook of autograd.
+        """
+        hooks = self.weight._backward_hooks or self.weight._post_accumulate_grad_hooks
+        return not hooks and self.left.dtype == self.weight.dtype
+
     def accumulate(self) -> None:
         """Add `left.T @ right` to the weight's gradient, in its memory where it has one."""
         weight, left, right = self.weight, _rows(self.left).t(), _rows(self.right)
-        if weight._backward_hooks or weight._post_accumulate_grad_hooks or left.dtype != weight.dtype:
-            # What several ranks hold is summed by a hook of autograd.
+        if not self.is_plain:
             torch.autograd.backward((weight,), ((left @ right).to(weight.dtype),))
         elif weight.grad is None:
             weight.grad = left @ right
@@ -58,10 +66,10 @@ class WeightGradients:
         """Whether backward leaves them out now."""
         return self._kept is not None
 
-    def keep(self, weight: nn.Parameter, left: Tensor, right: Tensor) -> None:
-        """Leave `left.T @ right` for later."""
+    def keep(self, kept: _Kept) -> None:
+        """Leave a weight's gradient for later."""
         assert self._kept is not None
-        self._kept.append(_Kept(weight, left, right))
+        self._kept.append(kept)
 
 
 def complete(kept: list[_Kept]) -> None:
@@ -78,7 +86,9 @@ def deferrable(model: nn.Module, gradients: WeightGradients) -> Iterator[None]:
     changed = []
     for module in model.modules():
         is_linear = type(module) is nn.Linear
-        if (is_linear or type(module).__name__ == "Conv1D") and "forward" not in module.__dict__:
+        known = (is_linear or type(module).__name__ == "Conv1D") and "forward" not in module.__dict__
+        # A hook on a weight (what several ranks hold is summed by one) must not be called before there is a gradient.
+        if known and not (module.weight._backward_hooks or module.weight._post_accumulate_grad_hooks):
             module.forward = partial(_forward, module, gradients, not is_linear)
             changed.append(module)
     try:
@@ -113,8 +123,11 @@ class _Linear(Function):
         weight_grad = None
         if ctx.needs_input_grad[1]:
             left, right = (x, grad) if ctx.transposed else (grad, x)
+            kept = _Kept(ctx.weight, left, right)
             if ctx.gradients.are_put_off:
-                ctx.gradients.keep(ctx.weight, left, right)
+                ctx.gradients.keep(kept)
+            elif kept.is_plain:
+                kept.accumulate()
             else:
                 weight_grad = (_rows(left).t() @ _rows(right)).to(ctx.weight.dtype)
         bias_grad = _rows(grad).sum(0) if ctx.needs_input_grad[2] else None

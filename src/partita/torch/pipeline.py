@@ -71,7 +71,9 @@ class Pipeline:
         self.actions = self.schedule.ranks[groups.pp.rank]
         self.trains = schedule.trains
         self.gradients = WeightGradients()
-        self._splits_backward = any(action.kind is Kind.W for action in self.actions)
+        # Gradients that are added in place save an addition; where layers are split, their own backward overlaps with sums.
+        splits_backward = any(action.kind is Kind.W for action in self.actions)
+        self._keeps_gradients = splits_backward or (self.trains and groups.mp.world_size == 1)
         self._links = Links(groups.pp.comm, next((p.device for p in model.parameters()), torch.device("cpu")))
         self._homes = self.schedule.rank_of
         self._reset()
@@ -109,7 +111,7 @@ class Pipeline:
         self._finish, self._inputs, self._key = finish, inputs, key
         self._keep_cache, self._around = keep_cache, around
         self._reset()
-        split = deferrable(self.model, self.gradients) if self._splits_backward else nullcontext()
+        split = deferrable(self.model, self.gradients) if self._keeps_gradients else nullcontext()
         with split:
             for action in self.actions:
                 if skips is None or not skips(action.microbatch):

@@ -39,7 +39,7 @@ STEPS_TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-3, torch.bfloat16: 0
 """Of losses and parameters after some steps."""
 
 EPSILON = 1e-4
-"""AdamW divides a gradient by its own size and this: were it much smaller, the rounding of small gradients would be blown up."""
+"""AdamW divides a gradient by its own size and this: were it much smaller, rounding of small gradients would be blown up."""
 
 NEW_TOKENS = 12
 

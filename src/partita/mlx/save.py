@@ -1,0 +1,176 @@
+"""Saving: each rank writes its own bytes of the unsplit checkpoint, under the names that it was read by."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from partita.checkpoint.write import FilePlan, Writer, create_files, plan_files, write_index
+from partita.core.split import Range
+from partita.errors import CheckpointError, ModelError
+from partita.mlx.apply import local_ranges, plan_of
+from partita.mlx.copies import elsewhere
+from partita.mlx.homes import Ranges, parameter_homes
+from partita.mlx.names import DTYPES, Box
+from partita.mlx.origin import Origin
+from partita.mlx.together import together
+from partita.text import Tokenizer
+
+_NAMES: Mapping[mx.Dtype, str] = {dtype: name for name, dtype in reversed(list(DTYPES.items()))}
+_UNSIGNED = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}
+
+
+def save(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    *,
+    tokenizer: Tokenizer | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Write the unsplit model that the ranks hold together; every rank of the run calls it.
+
+    A model that was loaded is written with the names, order and config of the checkpoint that it came from, in Hugging Face's
+    form: what reads that one reads this one. A model that was split in memory has mlx-lm's own names. The result does not
+    depend on how the model was split.
+
+    Args:
+        model: A model that `load` or `shard` made.
+        folder: Where to; made if it is not there. It must not hold weights already.
+        tokenizer: Saved with it.
+        max_shard_bytes: Largest size of one file.
+        progress: Called with the bytes that this rank has written and will write.
+
+    Raises:
+        CheckpointError: The folder holds a model already, or cannot be written.
+        ModelError: The model has arrays that the unsplit one has not, such as adapters.
+    """
+    plan, groups = plan_of(model)
+    origin: Origin = model.partita_origin
+    homes = parameter_homes(model)
+    path = Path(folder)
+    with together(groups):
+        _refuse_strange(homes, origin)
+    dtypes: dict[str, mx.Dtype] = {}
+    mine = {name: str(home[key].dtype).removeprefix("mlx.core.") for name, (home, key) in homes.items()}
+    for part in groups.pp.all_gather_object(mine):
+        dtypes.update({name: getattr(mx, dtype) for name, dtype in part.items()})
+    with together(groups):
+        boxes = origin.boxes()
+        files = _planned(boxes, origin, dtypes, max_shard_bytes)
+    with together(groups):
+        if groups.rank == 0:
+            _begin(path, files, origin, dtypes, tokenizer)
+    with together(groups):
+        if groups.dp.rank == 0:
+            others = elsewhere(model, plan, groups)
+            own = {name: home for name, home in homes.items() if name not in others}
+            total = sum(home[key].nbytes for home, key in own.values())
+            with Writer(path, files) as writer:
+                for name, (home, key) in own.items():
+                    held, owned = (
+                        local_ranges(home, key, name, plan, groups.tp.rank, owned=only) for only in (False, True)
+                    )
+                    _write(writer, boxes[name], home[key], held, owned)
+                    if progress is not None:
+                        progress(writer.bytes_written, total)
+
+
+def _refuse_strange(homes: Mapping[str, Any], origin: Origin) -> None:
+    strange = [name for name in homes if name not in origin.sources]
+    if strange:
+        raise ModelError(
+            f"the model has {strange[0]}, which the unsplit one had not when it was split. Merge adapters into the layers "
+            "first; quantize a model before it is split."
+        )
+
+
+def _planned(
+    boxes: Mapping[str, tuple[Box, ...]], origin: Origin, dtypes: Mapping[str, mx.Dtype], max_shard_bytes: int
+) -> tuple[FilePlan, ...]:
+    """The files, the same on every rank: tensors in the order that they had, new ones behind them."""
+    tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for name, places in boxes.items():
+        for box in places:
+            known = origin.tensors.get(box.name)
+            same = known is not None and DTYPES[known.dtype] == dtypes[name]
+            dtype = known.dtype if known is not None and same else _NAMES[dtypes[name]]
+            tensors[box.name] = dtype, origin.shape(box)
+    order = {name: place for place, name in enumerate(origin.tensors)}
+    names = sorted(tensors, key=lambda name: order.get(name, len(order)))
+    return plan_files([(name, *tensors[name]) for name in names], max_shard_bytes)
+
+
+def _begin(
+    path: Path,
+    files: tuple[FilePlan, ...],
+    origin: Origin,
+    dtypes: Mapping[str, mx.Dtype],
+    tokenizer: Tokenizer | None,
+) -> None:
+    """Make all but the data."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be made: {error.strerror}. Choose another folder.") from error
+    create_files(path, files)
+    write_index(path, files)
+    floating = [dtypes[name] for name in origin.sources if mx.issubdtype(dtypes[name], mx.floating)]
+    config = origin.plain_config(floating[0] if floating else mx.float32)
+    (path / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    beside = origin.folder / "generation_config.json" if origin.folder is not None else None
+    if beside is not None and beside.is_file():
+        shutil.copyfile(beside, path / beside.name)
+    if tokenizer is not None:
+        tokenizer.save(path)
+
+
+def _write(writer: Writer, boxes: tuple[Box, ...], array: mx.array, held: Ranges | None, owned: Ranges | None) -> None:
+    """Write what this rank owns of a local array."""
+    whole = tuple(((0, size),) for size in array.shape)
+    have, mine = held or whole, owned or whole
+    if any(not ranges for ranges in mine):
+        return
+    with mx.stream(mx.cpu):
+        for dim, (there, wanted) in enumerate(zip(have, mine, strict=True)):
+            if there != wanted:
+                spans = [_place(there, span) for span in wanted]
+                before = (slice(None),) * dim
+                array = mx.concatenate([array[(*before, slice(a, b))] for a, b in spans], axis=dim)
+        for box in boxes:
+            overlap = box.overlap(mine)
+            if overlap is not None:
+                take, put = overlap
+                writer.write(box.name, take, _bytes(_as_on_disk(array[tuple(slice(a, b) for a, b in put)], box)))
+
+
+def _place(held: tuple[Range, ...], span: Range) -> Range:
+    """Where `span` lies among the ranges `held` one behind the other."""
+    offset = 0
+    for a, b in held:
+        if a <= span[0] and span[1] <= b:
+            return offset + span[0] - a, offset + span[1] - a
+        offset += b - a
+    raise AssertionError(f"{span} is not in {held}")
+
+
+def _as_on_disk(part: mx.array, box: Box) -> mx.array:
+    """A part of an array with its axes in the order of those on disk; axes of length 1 there do not matter."""
+    new = [axis for axis, on_disk in enumerate(box.axes) if on_disk is None]
+    kept = [on_disk for on_disk in box.axes if on_disk is not None]
+    part = part.squeeze(new) if new else part
+    return part.transpose(sorted(range(len(kept)), key=lambda place: kept[place])) if kept else part
+
+
+def _bytes(part: mx.array) -> memoryview:
+    flat = part.reshape(-1)
+    bits: Any = np.array(flat.view(_UNSIGNED[flat.dtype.size]))
+    return memoryview(bits).cast("B")

@@ -1,0 +1,154 @@
+"""Training over tensor, pipeline and data parallel ranks: the same loss curve whatever the mesh, and on either engine."""
+
+from __future__ import annotations
+
+import math
+import socket
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from partita.core.split import Split
+from partita.errors import ModelError, PlanError
+from partita.mlx.apply import plan_of
+from partita.mlx.comm import Communicator
+from partita.mlx.compare import main_output
+from partita.mlx.copies import sum_copies
+from partita.mlx.groups import ParallelGroups
+from partita.mlx.head import local_logits
+from partita.mlx.loss import vocab_parallel_cross_entropy
+from partita.mlx.optimizer import AdamW
+from partita.mlx.pipeline import Pipeline
+from partita.mlx.replicas import clip_gradients, sum_over_replicas
+from partita.mlx.trainable import Trainable
+from partita.schedule import Timeline
+from partita.training import StepReport, TrainSettings, row_starts, schedule_of
+
+
+def train(
+    model: nn.Module,
+    tokens: Sequence[int] | np.ndarray[Any, Any],
+    settings: TrainSettings,
+    *,
+    on_step: Callable[[StepReport], None] | None = None,
+    on_timeline: Callable[[Timeline], None] | None = None,
+) -> list[StepReport]:
+    """Train a split causal language model in place; every rank calls it with the same tokens and settings.
+
+    What is frozen (`model.freeze()`, quantized weights) stays; so mlx-lm's LoRA on the split model is trained alone. LoRA's
+    dropout draws from MLX's own random numbers, seeded by `settings.seed` and the replica.
+
+    Args:
+        model: What `load` or `shard` made.
+        tokens: The text, ids `[tokens]`.
+        settings: How.
+        on_step: Told of every step, on every rank.
+        on_timeline: Told, on every rank, when each action of the last step began and ended.
+
+    Returns:
+        A report a step, the same on every rank but for the seconds.
+
+    Raises:
+        PlanError: The batch cannot be dealt out to the replicas and micro-batches, or a setting is not for this engine.
+        ModelError: There is nothing to train, or the loss is not finite.
+    """
+    plan, groups = plan_of(model)
+    schedule = schedule_of(plan, settings)
+    _check(settings)
+    trainable = Trainable(model)
+    if not any(groups.pp.all_gather_object(bool(trainable.names))):
+        raise ModelError("no parameter of the model is to be trained: all are frozen.")
+    pipeline = Pipeline(model, schedule)
+    optimizer = AdamW(settings.weight_decay, settings.epsilon)
+    model.train()
+    mx.random.seed(settings.seed * groups.dp.size + groups.dp.rank)
+    text, reports = np.asarray(tokens, np.int64), []
+    for step in range(settings.steps):
+        begin = time.perf_counter()
+        starts = row_starts(len(text), step, settings.batch_size, settings.sequence_length, settings.seed)
+        rows = np.stack([text[start : start + settings.sequence_length + 1] for start in starts])
+        timed = on_timeline if step == settings.steps - 1 else None
+        loss, gradients = gradients_of(pipeline, rows, settings, on_timeline=timed)
+        norm = clip_gradients(gradients, model, plan, groups, settings.clip_norm)
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            raise ModelError(
+                f"step {step + 1}: the loss is {loss} and the gradient's norm {norm}. Lower the learning rate "
+                f"({settings.learning_rate}) or clip_norm ({settings.clip_norm}), or train in a wider dtype."
+            )
+        rate = settings.learning_rate_at(step)
+        optimizer.step(trainable, gradients, rate)
+        count = settings.batch_size * settings.sequence_length
+        report = StepReport(step + 1, loss, rate, norm, count, time.perf_counter() - begin)
+        reports.append(report)
+        if on_step is not None:
+            on_step(report)
+    model.eval()
+    return reports
+
+
+def _check(settings: TrainSettings) -> None:
+    """Raise `PlanError` for what this engine does not do."""
+    for name, instead in (
+        ("autocast", "load the model in that dtype"),
+        ("zero", "every replica keeps the whole optimizer's state"),
+        (
+            "checkpointing",
+            "a stage without the loss keeps only what it received, and computes the rest again, by itself",
+        ),
+    ):
+        if getattr(settings, name):
+            raise PlanError(f"{name}={getattr(settings, name)!r} is not for the MLX engine: {instead}.")
+
+
+def gradients_of(
+    pipeline: Pipeline,
+    rows: np.ndarray[Any, Any],
+    settings: TrainSettings,
+    *,
+    on_timeline: Callable[[Timeline], None] | None = None,
+) -> tuple[float, dict[str, mx.array]]:
+    """Backward of the mean loss over the whole batch `rows` `[batch_size, length + 1]`, of which a replica takes its part.
+
+    Returns:
+        The mean loss of the whole batch, and this rank's part of the gradients by name, whole over replicas and stages.
+    """
+    model, plan, groups = pipeline.model, pipeline.plan, pipeline.groups
+    mine = np.split(rows, groups.dp.size)[groups.dp.rank]
+    parts = [mx.array(part) for part in np.split(mine, settings.accumulate)]
+    count = rows.shape[0] * (rows.shape[1] - 1)
+    with local_logits(model, plan) as split:
+        origin_s = _start_together(groups) if on_timeline is not None else 0.0
+        pipeline.run(
+            lambda microbatch: parts[microbatch][:, :-1],
+            lambda output, microbatch: (
+                _summed_loss(main_output(output), parts[microbatch][:, 1:], split, groups.tp) / count
+            ),
+            key=lambda microbatch: tuple(parts[microbatch].shape),
+        )
+    if on_timeline is not None:
+        on_timeline(pipeline.timeline(origin_s))
+    gradients = pipeline.gradients
+    sum_copies(gradients, model, plan, groups)
+    sum_over_replicas(gradients, groups.dp)
+    losses: list[Any] = [loss.item() for loss in pipeline.losses]
+    loss: float = groups.pp.all_gather_object(sum(losses))[plan.stage_rank(plan.loss_stage)]
+    return sum(groups.dp.all_gather_object(loss)), gradients
+
+
+def _summed_loss(logits: mx.array, targets: mx.array, split: Split | None, tp: Communicator) -> mx.array:
+    """The summed cross-entropy of `targets` `[n, length]` under `logits` `[n, length, vocab_r]`, in float32 or wider."""
+    if split is None or logits.shape[-1] == split.size:
+        split, tp = Split.even(logits.shape[-1], 1), Communicator.single()
+    return vocab_parallel_cross_entropy(logits, targets, tp, split, reduction="sum")
+
+
+def _start_together(groups: ParallelGroups) -> float:
+    """Wait for all ranks of the pipeline, and give the time; of ranks on one machine, the same."""
+    groups.pp.barrier()
+    now: list[Any] = groups.pp.all_gather_object((socket.gethostname(), time.perf_counter()))
+    hosts = {host for host, _ in now}
+    return min(s for _, s in now) if len(hosts) == 1 else now[groups.pp.rank][1]

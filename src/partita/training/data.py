@@ -1,0 +1,95 @@
+"""Training text: files as tokens, and which of them each step sees, whatever the mesh and the engine."""
+
+from __future__ import annotations
+
+import sysconfig
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from partita.errors import ModelError
+from partita.text import Tokenizer
+
+TEXT_ENDINGS = (".txt", ".md", ".py", ".rst", ".jsonl", ".json", ".c", ".h", ".html")
+
+Ids = np.ndarray[tuple[int], np.dtype[np.int64]]
+
+
+def read_ids(source: str, tokenizer: Tokenizer, *, limit_bytes: int = 64 << 20) -> Ids:
+    """All text of a source as one row of ids, each file ended by the end token.
+
+    Args:
+        source: A text file, a folder of text files, or `stdlib`: the sources of the running Python's standard library.
+        tokenizer: Makes the ids.
+        limit_bytes: Files beyond this many bytes in all are left out, in the order of their paths.
+
+    Returns:
+        int64 ids `[tokens]`, the same on every machine that has the same files.
+
+    Raises:
+        ModelError: There is no such source, or no text in it.
+    """
+    ids: list[Ids] = []
+    end = np.array(sorted(tokenizer.eos_ids)[:1], np.int64)
+    total = 0
+    for file in _files(source):
+        text = file.read_bytes()
+        total += len(text)
+        if ids and total > limit_bytes:
+            break
+        decoded = text.decode("utf-8", errors="replace")
+        if decoded:
+            ids += [np.array(tokenizer.inner.encode(decoded, verbose=False), np.int64), end]
+    if not ids:
+        raise ModelError(
+            f"--data {source}: there is no text in it. Give a text file, or a folder with {', '.join(TEXT_ENDINGS)}."
+        )
+    return np.concatenate(ids)
+
+
+def _files(source: str) -> Iterator[Path]:
+    if source == "stdlib":
+        root = Path(sysconfig.get_paths()["stdlib"])
+        yield from sorted(file for file in root.glob("*.py") if file.is_file())
+        return
+    path = Path(source)
+    if path.is_file():
+        yield path
+    elif path.is_dir():
+        yield from sorted(file for file in path.rglob("*") if file.is_file() and file.suffix in TEXT_ENDINGS)
+    else:
+        raise ModelError(f"--data {source}: there is no such file or folder. Give one, or `stdlib`.")
+
+
+def row_starts(tokens: int, step: int, batch_size: int, sequence_length: int, seed: int) -> list[int]:
+    """Where in a text of `tokens` ids the sequences of one step begin: it depends on the seed and the step alone.
+
+    An epoch is a random order of the places `0, sequence_length, 2 * sequence_length, ...` of the text; each has its own.
+
+    Raises:
+        ModelError: The text is shorter than a sequence and its last target.
+    """
+    places = (tokens - 1) // sequence_length
+    if places < 1:
+        raise ModelError(
+            f"the text has {tokens} tokens, which is less than one sequence of {sequence_length} + 1. "
+            "Give more text or a smaller --sequence-length."
+        )
+    indices = (divmod(index, places) for index in range(step * batch_size, (step + 1) * batch_size))
+    return [order(places, seed * 1_000_003 + epoch)[place] * sequence_length for epoch, place in indices]
+
+
+@lru_cache(maxsize=2)
+def order(count: int, seed: int) -> tuple[int, ...]:
+    """A random order of `count` places: what `torch.randperm` gives on a CPU generator of this seed.
+
+    It swaps each place with one of those behind it or itself (Durstenfeld 1964, algorithm 235), drawn by a Mersenne twister.
+    """
+    draws = np.random.RandomState(seed & 0xFFFFFFFF).randint(0, 1 << 32, size=max(0, count - 1), dtype=np.uint32)
+    places = list(range(count))
+    for i, draw in enumerate(draws.tolist()):
+        other = i + draw % (count - i)
+        places[i], places[other] = places[other], places[i]
+    return tuple(places)

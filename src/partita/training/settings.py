@@ -1,0 +1,127 @@
+"""How to train, what a step tells, and the schedule of one: the same on either engine."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from partita.core.plan import Plan
+from partita.errors import PlanError
+from partita.schedule import Schedule, build, check_kind, placement_of, vpp_of
+
+_NOT_NEGATIVE = (
+    "learning_rate", "min_learning_rate", "warmup_steps", "weight_decay", "epsilon", "clip_norm", "mtp_weight",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """How to train.
+
+    Attributes:
+        steps: Optimizer steps.
+        batch_size: Sequences a step, over all replicas.
+        sequence_length: Tokens a sequence.
+        learning_rate: The highest, reached after the warm-up.
+        min_learning_rate: The last, as a fraction of the highest.
+        warmup_steps: Steps over which it rises from zero; then it falls as a cosine.
+        weight_decay: Of tensors of two dimensions or more (AdamW: Loshchilov and Hutter 2019, 1711.05101).
+        epsilon: AdamW adds it to what it divides by.
+        clip_norm: Gradients of a larger global norm are scaled down to it; 0 for none.
+        accumulate: Into how many micro-batches a replica cuts its part of the batch.
+        schedule: The kind of pipeline schedule (see `partita.schedule.KINDS`); by default `1f1b`, with several stages a rank
+            `interleaved-1f1b`, or `zb-v` where they are placed in a V.
+        group_size: Of `interleaved-1f1b`: micro-batches that pass a virtual stage in a row; by default pp.
+        zero: Whether each replica keeps the optimizer's state of its share of the parameters only (ZeRO-1: Rajbhandari et
+            al. 2020, 1910.02054).
+        mtp_weight: How much multi-token prediction counts beside the next token (2412.19437: 0.3, at the end 0.1).
+        mask_token: What masked language models see in place of what they have to guess; by default the last id.
+        seed: Of the order of the data and of dropout.
+        autocast: `bfloat16` to compute in it, with weights, reductions of the loss and the optimizer in the model's dtype.
+        checkpointing: Whether activations are computed again in backward instead of kept.
+    """
+
+    steps: int = 100
+    batch_size: int = 8
+    sequence_length: int = 128
+    learning_rate: float = 3e-4
+    min_learning_rate: float = 0.1
+    warmup_steps: int = 10
+    weight_decay: float = 0.1
+    epsilon: float = 1e-8
+    clip_norm: float = 1.0
+    accumulate: int = 1
+    seed: int = 0
+    autocast: str | None = None
+    checkpointing: bool = False
+    schedule: str | None = None
+    group_size: int | None = None
+    zero: bool = False
+    mtp_weight: float = 0.3
+    mask_token: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "sequence_length", "accumulate"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise PlanError(f"{name} must be a whole number of at least 1, but is {value!r}.")
+        for name in _NOT_NEGATIVE:
+            value = getattr(self, name)
+            if not 0 <= value < math.inf:
+                raise PlanError(f"{name} must be a number of at least 0, but is {value!r}.")
+        if self.autocast not in (None, "bfloat16", "float16"):
+            raise PlanError(f"autocast must be bfloat16, float16 or none, but is {self.autocast!r}.")
+
+    def learning_rate_at(self, step: int) -> float:
+        """The learning rate of step `step`, counted from 0."""
+        if step < self.warmup_steps:
+            return self.learning_rate * (step + 1) / self.warmup_steps
+        done = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
+        low = self.learning_rate * self.min_learning_rate
+        return low + (self.learning_rate - low) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One step: its number (from 1), mean loss a token, learning rate, gradient norm before clipping, tokens and seconds."""
+
+    step: int
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    tokens: int
+    seconds: float
+
+
+def schedule_of(plan: Plan, settings: TrainSettings) -> Schedule:
+    """The schedule of one step.
+
+    Raises:
+        PlanError: The batch cannot be dealt out to the replicas and micro-batches, or the schedule is not for the plan's
+            stages.
+    """
+    replicas, pp, vpp = plan.mesh.dp, plan.mesh.pp, plan.vpp
+    check_batch(settings.batch_size, replicas, settings.accumulate)
+    kind = settings.schedule or default_schedule(plan)
+    check_kind(kind, pp, settings.accumulate, vpp, settings.group_size)
+    if placement_of(kind) != plan.placement and pp > 1:
+        raise PlanError(
+            f"schedule {kind} needs its stages placed as `{placement_of(kind)}`, but the plan has `{plan.placement}`. Make the "
+            f"plan with placement={placement_of(kind)!r} and vpp={vpp_of(kind, None)}."
+        )
+    return build(kind, pp, settings.accumulate, vpp, group_size=settings.group_size)
+
+
+def default_schedule(plan: Plan) -> str:
+    """The kind of schedule for a plan when none is asked for."""
+    if plan.placement == "v":
+        return "zb-v"
+    return "1f1b" if plan.vpp == 1 else "interleaved-1f1b"
+
+
+def check_batch(batch_size: int, replicas: int, microbatches: int) -> None:
+    """Raise `PlanError` unless a batch can be dealt out."""
+    if batch_size % (replicas * microbatches):
+        raise PlanError(
+            f"batch_size must be a multiple of dp x micro-batches ({replicas} x {microbatches}), but is {batch_size}."
+        )
