@@ -103,9 +103,7 @@ def test_every_family_has_them_or_says_why_not(family: str) -> None:
 
 def test_where_a_prediction_layer_is_the_embedding_and_the_last_norm_are_too() -> None:
     plan = Plan.make(llama(), Mesh(pp=4), "Ett|tt|m|L")
-    outside = [
-        [cut.name for cut in plan.held_by(rank) if plan.spec.layer_of(cut.name) is None] for rank in range(4)
-    ]
+    outside = [[cut.name for cut in plan.held_by(rank) if plan.spec.layer_of(cut.name) is None] for rank in range(4)]
     assert outside == [
         ["model.embed_tokens.weight"],
         [],

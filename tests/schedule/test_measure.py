@@ -60,7 +60,9 @@ def test_one_slow_micro_batch_does_not_count() -> None:
 
 
 def test_forwards_alone_and_one_rank_alone() -> None:
-    assert measured_costs(simulate(build("forward-only", 2, 4), Costs(2.0))) == Costs((2.0, 2.0), (0.0, 0.0), (0.0, 0.0))
+    assert measured_costs(simulate(build("forward-only", 2, 4), Costs(2.0))) == Costs(
+        (2.0, 2.0), (0.0, 0.0), (0.0, 0.0)
+    )
     alone = measured_costs(simulate(build("1f1b", 1, 4), Costs(2.0, 3.0, 5.0, 7.0)))
     assert alone == Costs((2.0,), (4.0,), (4.0,), 0.0)
 
