@@ -6,11 +6,13 @@ import json
 import shlex
 import time
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from partita.backends import local_mlx_backend
 from partita.cli import launch
 from partita.cli.console import out, plural
 from partita.cli.failure import Failure
@@ -63,6 +65,7 @@ def demo(
     story.train(steps)
     story.generate()
     story.verify()
+    story.mlx()
     story.end()
 
 
@@ -78,6 +81,7 @@ class _Story:
     folder: Path
     start_s: float = field(default_factory=time.monotonic)
     chapters: int = 0
+    tokens: list[list[int]] = field(default_factory=list)
 
     @property
     def model(self) -> Path:
@@ -117,7 +121,7 @@ class _Story:
         whole = json.loads(self._run(1, *command))["generations"]
         _say("$ partita reference ...   # transformers' AutoModelForCausalLM alone", "dim")
         other = json.loads(self._run(1, "reference", str(self.model), *PROMPTS, *options, silent=True))
-        tokens = [written["tokens"] for written in split]
+        tokens = self.tokens = [written["tokens"] for written in split]
         same = [
             self._compare("three stages wrote", [written["tokens"] for written in stages], tokens),
             self._compare("one rank wrote", [written["tokens"] for written in whole], tokens),
@@ -153,12 +157,22 @@ class _Story:
         self.chapters += 1
         _say(f"\n{self.chapters}. {title}", "bold cyan")
 
-    def _run(self, ranks: int, *arguments: str, silent: bool = False) -> str:
+    def mlx(self) -> None:
+        if any(find_spec(package) is None for package in ("mlx", "mlx_lm")):
+            return
+        self._chapter("The same plan on MLX: the checkpoint that torch trained, split by MLX over two ranks")
+        command = ("generate", str(self.model), *PROMPTS, "--max-new-tokens", str(NEW_TOKENS), "--json")
+        backend = local_mlx_backend(Mesh(tp=2))
+        written = json.loads(self._run(2, *command, "--engine", "mlx", "--tp", "2", backend=backend))["generations"]
+        if not self._compare("MLX wrote", [one["tokens"] for one in written], self.tokens):
+            self._fail("The tokens differ.")
+
+    def _run(self, ranks: int, *arguments: str, silent: bool = False, backend: str | None = None) -> str:
         """Run a command on so many ranks; its output where that is JSON, else it is shown."""
         capture = "--json" in arguments or silent
         if not silent:
             _command(*(argument for argument in arguments if argument != "--json"))
-        outcome = launch.start(arguments, ranks, capture=capture)
+        outcome = launch.start(arguments, ranks, capture=capture, backend=backend)
         if outcome.code > 128:
             raise typer.Exit(outcome.code)
         if outcome.code:

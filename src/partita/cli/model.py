@@ -126,7 +126,7 @@ def for_mlx(model: str, mesh: Mesh, where: dict[str, Any]) -> dict[str, Any]:
     if where.get("vpp") not in (None, 1) and where.get("layout") is None:
         made = make_plan(model, mesh, None, where["vpp"], where.get("placement", "loop"))
         where = {**where, "layout": str(made.layout)}
-    return {name: value for name, value in where.items() if name not in ("device", "vpp")}
+    return {name: value for name, value in where.items() if name not in ("device", "vpp", "placement")}
 
 
 def check_early(
