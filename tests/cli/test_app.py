@@ -13,7 +13,7 @@ from partita.cli.console import sparkline
 from tests.cli.conftest import Run
 from tests.support.ranks import ROOT
 
-COMMANDS = ("layout", "plan", "generate", "train", "verify", "demo")
+COMMANDS = ("layout", "plan", "schedule", "generate", "train", "verify", "demo")
 
 
 def test_version(partita: Run) -> None:

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 
+from partita.core.mesh import Mesh
 from partita.verify import Report, Row
 from tests.cli.conftest import Run
 from tests.cli.models import TINY, write
+from tests.support.ranks import ROOT
 
 
 def report(*wrong: str) -> Report:
@@ -61,3 +68,83 @@ def test_json_is_json(verify: Run) -> None:
     assert (data["equal"], data["first_wrong"]) == (False, "model.layers.1.mlp")
     wrong = [row for row in data["rows"] if not row["ok"]]
     assert wrong == [{"kind": "module", "name": "model.layers.1.mlp", "error": None, "tolerance": 1e-12, "ok": False}]
+
+
+# --- over stages ------------------------------------------------------------------------------------------------------
+
+
+def asked(partita: Run, monkeypatch: pytest.MonkeyPatch, folder: Path, options: str) -> tuple[Mesh, dict[str, Any]]:
+    """What `verify` asks of the engine, on which ranks, for these options."""
+    meshes: list[Mesh] = []
+    given: dict[str, Any] = {}
+
+    def run(mesh: Mesh, work: Callable[[], int], **_: object) -> None:
+        meshes.append(mesh)
+        raise typer.Exit(work())
+
+    monkeypatch.setattr("partita.cli.launch.run", run)
+    monkeypatch.setattr("partita.verify.verify", lambda model, **options: (given.update(options), report())[1])
+    said = partita("verify", write(folder, {**TINY, "num_hidden_layers": 4}), *options.split())
+    assert said.code == 0, said.err
+    return meshes[0], given
+
+
+@pytest.mark.parametrize(
+    ("options", "mesh", "expected"),
+    [
+        ("--pp 2", Mesh(pp=2), {"vpp": 1, "placement": "loop", "schedule": None, "accumulate": 4}),
+        ("--pp 2 --tp 2", Mesh(pp=2, tp=2), {"vpp": 1, "accumulate": 4}),
+        ("--pp 2 --dp 2", Mesh(pp=2, dp=2), {"vpp": 1, "accumulate": 4}),
+        ("--pp 2 --vpp 2", Mesh(pp=2), {"vpp": 2, "placement": "loop", "schedule": None}),
+        ("--pp 2 --schedule zb-v", Mesh(pp=2), {"vpp": 2, "placement": "v", "schedule": "zb-v"}),
+        ("--pp 2 --schedule interleaved-1f1b", Mesh(pp=2), {"vpp": 2, "placement": "loop"}),
+        ("--pp 2 --layout E|t|tt|tL", Mesh(pp=2), {"vpp": 2, "layout": "E|t|tt|tL"}),
+        ("--pp 2 --microbatches 3", Mesh(pp=2), {"accumulate": 3}),
+        ("", Mesh(tp=2), {"vpp": 1, "layout": None, "accumulate": 1}),
+    ],
+)
+def test_options_of_stages_reach_the_engine(
+    partita: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, options: str, mesh: Mesh, expected: dict[str, Any]
+) -> None:
+    asked_of, given = asked(partita, monkeypatch, tmp_path, options)
+    assert asked_of == mesh
+    assert (given["tp"], given["pp"], given["dp"]) == (mesh.tp, mesh.pp, mesh.dp)
+    assert {name: given[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--pp 2 --layout Et|tL", "decoder (t): 4 wanted, 2 found; add 2"),
+        ("--pp 2 --schedule zb-v --vpp 1", "zb-v has two stages on every rank, but vpp is 1."),
+        ("--pp 2 --schedule 1f1b --vpp 2", "1f1b has one stage on every rank, but vpp is 2."),
+        ("--pp 2 --vpp 3 --layout Et|t|t|tL", "exclude each other. Leave --vpp out."),
+        ("--pp 2 --schedule forward-only", "trains nothing"),
+        ("--pp 5", "pp=5 needs at least 5 layers, but the model has 4."),
+    ],
+)
+def test_stages_that_cannot_be(
+    partita: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, options: str, message: str
+) -> None:
+    monkeypatch.setattr("partita.cli.launch.run", lambda *_, **__: pytest.fail("the ranks were started"))
+    said = partita("verify", write(tmp_path, {**TINY, "num_hidden_layers": 4}), *options.split())
+    assert (said.code, said.out) == (2, "")
+    assert said.err.startswith("error: ")
+    assert message in said.err
+    assert "Traceback" not in said.err
+
+
+@pytest.mark.fresh
+@pytest.mark.timeout(120)
+def test_two_ranks_prove_a_v_of_stages(tmp_path: Path) -> None:
+    command = (
+        sys.executable, "-m", "partita", "verify", write(tmp_path, {**TINY, "num_hidden_layers": 4}), "--pp", "2",
+        "--schedule", "zb-v", "--microbatches", "3", "--json",
+    )  # fmt: skip
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=110)
+    assert ended.returncode == 0, ended.stderr
+    data = json.loads(ended.stdout)
+    assert data["equal"]
+    assert data["mesh"] == {"dp": 1, "pp": 2, "tp": 1}
+    assert {row["kind"] for row in data["rows"]} == {"module", "output", "gradient", "tokens", "loss", "parameter"}
+    assert {row["tolerance"] for row in data["rows"]} == {1e-12, 0.5}

@@ -72,6 +72,10 @@ def choose(
         vpp = of_layout
     elif vpp is None:
         vpp = vpp_of(schedule, None) if schedule is not None and mesh.pp > 1 else 1
+    if schedule == "zb-v" and mesh.pp == 1:
+        raise PlanError(
+            "--schedule zb-v turns round between ranks, but --pp is 1. Give --pp 2 or more, or leave it out."
+        )
     replicas = batch_size // mesh.dp
     if batch_size % mesh.dp:
         raise PlanError(f"--batch-size must be a multiple of --dp ({mesh.dp}), but is {batch_size}.")
@@ -83,11 +87,8 @@ def choose(
             f"--microbatches must divide the {replicas} sequences of a replica (--batch-size {batch_size} / --dp {mesh.dp}), "
             f"but is {microbatches}."
         )
-    if schedule is not None:
-        check_kind(schedule, mesh.pp, microbatches, vpp, group_size)
-        if schedule == "forward-only":
-            raise PlanError("--schedule forward-only has no backward, so it trains nothing. Use 1f1b.")
-    elif group_size is not None and vpp == 1:
-        raise PlanError("--group-size is for --schedule interleaved-1f1b only. Leave it out.")
+    if schedule == "forward-only":
+        raise PlanError("--schedule forward-only has no backward, so it trains nothing. Use 1f1b.")
+    check_kind(schedule or ("1f1b" if vpp == 1 else "interleaved-1f1b"), mesh.pp, microbatches, vpp, group_size)
     placement: Placement = "loop" if schedule is None or mesh.pp == 1 else placement_of(schedule)
     return Stages(mesh, layout, vpp, placement, schedule, microbatches, group_size)

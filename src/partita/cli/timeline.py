@@ -9,13 +9,11 @@ from partita.cli.console import out
 from partita.errors import ScheduleError
 from partita.schedule import Timeline, chrome_trace, measured_costs, picture, simulate
 
-SUFFIXES = (".svg", ".png", ".json")
 
-
-def check_file(file: Path) -> None:
+def check_file(option: str, file: Path, *suffixes: str) -> None:
     """Refuse before a run where a picture or trace could not be written after it."""
-    if file.suffix not in SUFFIXES:
-        raise ScheduleError(f"{file} must end in {', '.join(SUFFIXES)}, by what it is to be.")
+    if file.suffix not in suffixes:
+        raise ScheduleError(f"{option} must name a file that ends in {' or '.join(suffixes)}, but is {file}.")
     if not file.resolve().parent.is_dir():
         raise ScheduleError(f"{file} cannot be written: there is no folder {file.parent}. Make it first.")
 

@@ -164,9 +164,10 @@ def train(
         raise ModelError(f"--data {data}: there is no such file or folder. Give one, or `stdlib`.")
     if out_folder is not None:
         _check_folder(out_folder)
-    for file in (picture, trace):
-        if file is not None:
-            check_file(file)
+    if picture is not None:
+        check_file("--picture", picture, ".svg", ".png")
+    if trace is not None:
+        check_file("--trace", trace, ".json")
     options: dict[str, Any] = {
         "steps": steps, "batch_size": batch_size, "sequence_length": sequence_length, "learning_rate": learning_rate,
         "warmup_steps": warmup_steps, "weight_decay": weight_decay, "clip_norm": clip_norm, "seed": seed,
