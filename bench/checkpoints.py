@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 CONFIG = {
-    "model_type": "llama",
-    "architectures": ["LlamaForCausalLM"],
     "dtype": "float32",
     "num_attention_heads": 8,
     "num_key_value_heads": 8,
@@ -17,11 +15,25 @@ CONFIG = {
 }
 
 
-def make(folder: Path, **sizes: int) -> int:
-    """Write a Llama of these sizes into `folder`; its parameters. For one rank alone."""
+DECODED = {
+    "hidden_size": 768,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 12,
+    "vocab_size": 32000,
+}
+"""Of the models that continue a prompt: 106M parameters."""
+
+FAMILIES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
+
+
+def make(folder: Path, family: str = "llama", **sizes: int) -> int:
+    """Write a model of these sizes (by default `DECODED`) into `folder`; its parameters. For one rank alone."""
     from partita.torch.fresh import fresh
     from partita.torch.save import save
 
-    model = fresh({**CONFIG, **sizes}, seed=1)
+    named = {"model_type": family, "architectures": [FAMILIES[family]]}
+    model = fresh({**CONFIG, **named, **(sizes or DECODED)}, seed=1)
     save(model, folder)
     return sum(parameter.numel() for parameter in model.parameters())

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from bench.ranks import Ranks
+from bench.ranks import Ranks, barrier, own_rank
 
 WARM_UP_STEPS = 3
 
@@ -98,12 +98,10 @@ def _set_up(function: Callable[..., dict[str, Contestant]], args: tuple[Any, ...
 
 
 def _time(name: str, steps: int) -> float | None:
-    import torch.distributed as dist
-
-    if _contestants[name].alone and dist.get_rank() > 0:
+    if _contestants[name].alone and own_rank() > 0:
         return None
     if not _contestants[name].alone:
-        dist.barrier()
+        barrier()
     start = time.perf_counter()
     _steps(name, steps)
     return (time.perf_counter() - start) / steps

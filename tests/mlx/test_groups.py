@@ -137,3 +137,10 @@ def test_without_mlx_it_says_what_to_install() -> None:
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=50, check=False
     )
     assert "partita.mlx needs MLX, which is not installed: pip install 'partita[mlx]'" in ended.stderr
+
+
+def test_a_launcher_of_one_rank_is_no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "1")
+    assert groups.backend_of_environment() is None
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    assert groups.backend_of_environment() == "mpi"

@@ -222,7 +222,7 @@ def test_the_backend_for_local_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
         local_mlx_backend(Mesh(tp=2), "mpi")
     with pytest.raises(DistributedError, match="Use the mpi backend"):
         local_mlx_backend(Mesh(pp=2, tp=2))
-    with pytest.raises(DistributedError, match="must be mpi or ring, but is 'nccl'"):
+    with pytest.raises(DistributedError, match="must be mpi or ring for local ranks of MLX, but is 'nccl'"):
         local_mlx_backend(Mesh(tp=2), "nccl")
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from partita import Mesh, Plan, spec_from_config
+from partita.backends import open_mpi
 from partita.text import Sampling
 from partita.torch.fresh import fresh
 from partita.torch.generate import generate
@@ -58,15 +59,21 @@ def unsplit(data: dict[str, Any], folder: Path) -> tuple[list[float], list[tuple
     return logits.flatten().tolist(), tokens
 
 
+# With Open MPI under both engines, and with what they have of their own.
+MPI, OWN = ("mpi", "mpi"), ("gloo", "ring")
+MEETINGS = ([MPI] if open_mpi() is not None else []) + [OWN]
+
+
+@pytest.mark.parametrize("by", MEETINGS, ids="-".join)
 @pytest.mark.parametrize("mesh", [Mesh(tp=2), Mesh(pp=2)], ids=["tp2", "pp2"])
 @pytest.mark.parametrize("name", NAMES)
-def test_engines_agree(name: str, mesh: Mesh, tmp_path: Path) -> None:
+def test_engines_agree(name: str, mesh: Mesh, by: tuple[str, str], tmp_path: Path) -> None:
     # Weights as drawn give logits that are nearly equal; larger ones leave no doubt which token is the likeliest.
     data = {**CONFIGS[name], "initializer_range": 0.3}
     logits, tokens = unsplit(data, tmp_path / "model")
     plan = Plan.make(spec_from_config(data), mesh).to_json()
     scale = max(map(abs, logits))
-    for pool, function in ((ranks(2), on_torch), (mlx_ranks(2), on_mlx)):
+    for pool, function in ((ranks(2, by[0]), on_torch), (mlx_ranks(2, by[1]), on_mlx)):
         for found, written in pool.run(function, str(tmp_path / "model"), plan):
             assert max(abs(a - b) for a, b in zip(found, logits, strict=True)) <= 1e-4 * scale
             assert written == tokens

@@ -22,13 +22,14 @@ from types import FrameType
 from typing import Any
 
 import typer
+from rich.markup import escape
 
 from partita.backends import local_mlx_backend, local_torch_backend
 from partita.cli import rank
-from partita.cli.console import plural
+from partita.cli.console import err, plural
 from partita.cli.failure import Failure, show
 from partita.cli.meeting import Environments, meeting
-from partita.core.mesh import Mesh
+from partita.core.mesh import AXES, Mesh
 from partita.errors import DistributedError
 
 GRACE_S = 3.0
@@ -60,7 +61,7 @@ def run(mesh: Mesh, work: Callable[[], int], *, engine: rank.Engine = "torch", b
     world = rank.world()
     if world is None and mesh.size > 1:
         met = local_mlx_backend(mesh, backend) if engine == "mlx" else local_torch_backend(backend)
-        raise typer.Exit(start(sys.argv[1:], mesh.size, backend=met).code)
+        raise typer.Exit(start(sys.argv[1:], mesh.size, backend=met, instead=_instead(mesh, engine, backend)).code)
     if world is not None and world != mesh.size:
         raise DistributedError(
             f"the mesh {mesh} has {plural(mesh.size, 'rank')}, but the launcher started {world}. Start {mesh.size}, "
@@ -89,6 +90,7 @@ def start(
     capture: bool = False,
     program: Sequence[str] = ("-m", "partita"),
     backend: str | None = None,
+    instead: str | None = None,
 ) -> Outcome:
     """Run `python *program *arguments` as that many ranks of this machine and wait for all of them.
 
@@ -101,13 +103,14 @@ def start(
         capture: Whether rank 0's stdout is returned instead of shown.
         program: What python runs.
         backend: By what they meet: `gloo`, `mpi` or `ring` (see `meeting`); by default what is best for torch.
+        instead: By what they meet if that fails, which is said.
 
     Raises:
-        DistributedError: mpiexec fails.
+        DistributedError: mpiexec fails, and there is nothing instead.
     """
     with _signals_as_exceptions():
         try:
-            with meeting(backend or (local_torch_backend() if ranks > 1 else "gloo"), ranks) as environments:
+            with _met(backend or (local_torch_backend() if ranks > 1 else "gloo"), ranks, instead) as environments:
                 crew = _Crew([sys.executable, *program, *arguments], capture)
                 try:
                     crew.start(environments)
@@ -123,6 +126,35 @@ def start(
     if first is None:
         return Outcome(0, bytes(crew.output))
     return Outcome(_show_failed(first, arguments), bytes(crew.output))
+
+
+def _instead(mesh: Mesh, engine: rank.Engine, wanted: str | None) -> str | None:
+    """What takes the place of Open MPI where it cannot be had, unless it was asked for."""
+    if wanted or os.environ.get("PARTITA_BACKEND"):
+        return None
+    if engine == "torch":
+        return "gloo"
+    return "ring" if sum(mesh.axis_size(axis) > 1 for axis in AXES) == 1 else None
+
+
+@contextlib.contextmanager
+def _met(backend: str, ranks: int, instead: str | None) -> Iterator[Environments]:
+    """The environments of ranks that meet by `backend`, or if that fails by another."""
+    with contextlib.ExitStack() as stack:
+        if backend == instead and ranks > 1:
+            err().print(
+                f"Open MPI is not installed, so the ranks talk over {instead}, where small messages take many times longer: "
+                "pip install 'partita\\[mpi]'",
+                style="dim",
+            )
+        try:
+            environments = stack.enter_context(meeting(backend, ranks))
+        except DistributedError as error:
+            if instead is None or backend == instead:
+                raise
+            err().print(f"The ranks talk over {instead}: {escape(str(error))}", style="dim")
+            environments = stack.enter_context(meeting(instead, ranks))
+        yield environments
 
 
 def surroundings(met: dict[str, str], ranks: int) -> dict[str, str]:

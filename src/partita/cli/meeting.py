@@ -23,6 +23,9 @@ Environments = list[dict[str, str]]
 SEATS_S = 30.0
 """How long mpiexec may take to start its processes."""
 
+_YIELDS = "OMPI_MCA_mpi_yield_when_idle"
+"""A setting of Open MPI: whether a rank that waits lets others have its core."""
+
 _POLL_S = 0.2
 _END_S = 5.0
 
@@ -98,9 +101,12 @@ def _over_mpi(ranks: int) -> Iterator[Environments]:
         stack.callback(_end, process)
         seats = [stack.enter_context(_next(door, process)) for _ in range(ranks)]
         found = sorted((_hear(seat) for seat in seats), key=lambda said: int(said["PMIX_RANK"]))
-        library = {"MLX_MPI_LIBNAME": mpi.library} if mpi.library is not None else {}
+        # More ranks than cores must give way to each other while they wait.
+        ways = {} if _YIELDS in os.environ else {_YIELDS: "1"}
+        if mpi.library is not None:
+            ways["MLX_MPI_LIBNAME"] = mpi.library
         (port,) = _free_ports(1)
-        yield [{**_environment(rank, ranks, port), **_differences(said), **library} for rank, said in enumerate(found)]
+        yield [{**_environment(rank, ranks, port), **_differences(said), **ways} for rank, said in enumerate(found)]
 
 
 def _next(door: socket.socket, process: subprocess.Popen[bytes]) -> socket.socket:

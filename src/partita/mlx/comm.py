@@ -256,6 +256,8 @@ class Communicator:
         if self.group is None:
             return self
         self._agree("split", (), mx.uint8)
+        # MLX splits on this thread; two threads inside MPI at once would destroy its state.
+        mx.synchronize(self._stream)
         try:
             group = self.group.split(color, key)
         except RuntimeError as error:

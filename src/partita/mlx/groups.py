@@ -46,6 +46,8 @@ class ParallelGroups:
 
 def backend_of_environment() -> str | None:
     """The backend that the launcher of this process has prepared (mpirun, mlx.launch, ours), or None without one."""
+    if os.environ.get("OMPI_COMM_WORLD_SIZE") == "1":
+        return None  # `mpirun -n 1`, which MLX refuses to join.
     return next(
         (backend for backend, names in _OF_LAUNCHER.items() if any(os.environ.get(name) for name in names)), None
     )

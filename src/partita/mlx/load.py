@@ -22,6 +22,7 @@ from partita.mlx.config import read_mlx_config
 from partita.mlx.groups import ParallelGroups, make_groups
 from partita.mlx.homes import Ranges, is_packed, parameter_homes
 from partita.mlx.hub import build, quantize, spec_of
+from partita.mlx.inner import in_columns, multiplies_by_columns
 from partita.mlx.names import Source, sanitize, sources_of
 from partita.mlx.origin import Origin
 from partita.mlx.probe import plan_of_model, prove_unless_proven
@@ -30,6 +31,10 @@ from partita.mlx.together import together
 
 Progress = Callable[[int, int], None]
 """Called with the bytes of this rank that are in place and those of all."""
+
+_ROWS, _PAD = 64, 16
+"""How many rows of a matrix are turned in memory at once, and how far apart they are kept: 5.6 GB/s, where a whole matrix
+by one assignment gives 0.6."""
 
 _UNSIGNED = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}
 
@@ -128,6 +133,8 @@ def shard(
         split = apply_plan(model, plan, groups.tp, groups.pp.rank)
     for home, attribute in parameter_homes(split).values():
         # One at a time, so that an unsplit array can go before the next part is made.
+        if attribute == "weight" and multiplies_by_columns(home, home[attribute].dtype):
+            home[attribute] = in_columns(home[attribute])
         mx.eval(home[attribute])
     split.partita_origin = origin
     return finish(split, plan, groups)
@@ -258,7 +265,9 @@ class _Fill:
             if source.boxes is None:
                 array = self.computed.take(name, ranges)
             else:
-                array = self._read(source, ranges or tuple(((0, size),) for size in source.shape))
+                wanted = self.dtype or source.dtype
+                columns = attribute == "weight" and multiplies_by_columns(home, wanted)
+                array = self._read(source, ranges or tuple(((0, size),) for size in source.shape), columns)
             array = self._converted(array, packed=is_packed(home, attribute))
             assert array.shape == home[attribute].shape
             mx.eval(array)
@@ -271,20 +280,22 @@ class _Fill:
         floating = mx.issubdtype(array.dtype, mx.floating)
         return array.astype(self.dtype) if self.dtype is not None and floating and not packed else array
 
-    def _read(self, source: Source, ranges: Ranges) -> mx.array:
-        """The local part of an array, read into its own memory."""
+    def _read(self, source: Source, ranges: Ranges, columns: bool) -> mx.array:
+        """The local part of an array, read into its own memory, in which its rows or its columns follow each other."""
         assert source.boxes is not None
         shape = tuple(sum(b - a for a, b in one) for one in ranges)
         with mx.stream(mx.cpu):
-            array = mx.zeros(shape, _UNSIGNED[source.dtype.size])
+            array = mx.zeros(shape[::-1] if columns else shape, _UNSIGNED[source.dtype.size])
             mx.eval(array)
             there = np.asarray(memoryview(array))  # type: ignore[arg-type]
+            there = there.T if columns else there
             for box in source.boxes:
                 overlap = box.overlap(ranges)
                 if overlap is not None:
                     take_ranges, put = overlap
                     self._read_box(box.name, take_ranges, box.axes, there[tuple(slice(a, b) for a, b in put)])
-            return array.view(source.dtype)
+            array = array.view(source.dtype)
+            return array.T if columns else array
 
     def _read_box(
         self, name: str, ranges: list[list[tuple[int, int]]], axes: tuple[int | None, ...], there: np.ndarray[Any, Any]
@@ -297,7 +308,27 @@ class _Fill:
             self.reader.read(name, ranges, memoryview(target).cast("B"))  # type: ignore[arg-type]
             return
         sizes = [sum(b - a for a, b in one) for one in ranges]
+        if kept == [0, 1] == list(range(len(sizes))):
+            self._read_rows(name, ranges, sizes[1], target)
+            return
         buffer = np.empty(sizes, there.dtype)
         self.reader.read(name, ranges, memoryview(buffer).cast("B"))  # type: ignore[arg-type]
         dropped = tuple(axis for axis in range(len(sizes)) if axis not in kept)
         target[...] = np.transpose(np.squeeze(buffer, dropped), np.argsort(np.argsort(kept)))
+
+    def _read_rows(
+        self, name: str, ranges: list[list[tuple[int, int]]], width: int, target: np.ndarray[Any, Any]
+    ) -> None:
+        """Read ranges of a matrix on disk into one of another order in memory, some rows at a time."""
+        buffer = np.empty((_ROWS, width), target.dtype)
+        # Rows that are a power of two apart would drive each other out of the cache.
+        apart = np.empty((_ROWS, width + _PAD), target.dtype)[:, :width]
+        put = 0
+        for first, last in ranges[0]:
+            for start in range(first, last, _ROWS):
+                count = min(_ROWS, last - start)
+                block = [[(start, start + count)], ranges[1]]
+                self.reader.read(name, block, memoryview(buffer[:count]).cast("B"))  # type: ignore[arg-type]
+                apart[:count] = buffer[:count]
+                target[put : put + count] = apart[:count]
+                put += count
