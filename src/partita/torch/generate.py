@@ -18,6 +18,7 @@ from partita.errors import ModelError, PlanError
 from partita.schedule import Action, Kind, Schedule
 from partita.text import Generation, OnText, Sampling, Sequence, Tokenizer
 from partita.torch.apply import plan_of
+from partita.torch.columns import PAYS_AFTER_TOKENS, lay_in_columns
 from partita.torch.comm import Work
 from partita.torch.head import likeliest, local_logits
 from partita.torch.pipeline import Pipeline
@@ -61,6 +62,8 @@ def generate(
     listener = on_text if groups.mp.rank == groups.pp.rank == replica == 0 else None
     was_training = model.training
     model.eval()
+    if sampling.max_new_tokens >= PAYS_AFTER_TOKENS:
+        lay_in_columns(model)
     with torch.inference_mode():
         for batch in _batches(model, sequences):
             _Run(model, batch, sampling, tokenizer, listener).run()

@@ -1,0 +1,75 @@
+"""Weights turned in memory for decoding: the same values, parameters, tokens, gradients and files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from partita.text import Sampling
+from partita.torch.columns import PAYS_AFTER_TOKENS, lay_in_columns
+from partita.torch.fresh import fresh
+from partita.torch.generate import generate
+from partita.torch.save import save
+from tests.support.models import CONFIGS
+from tests.support.ranks import ranks
+
+LONG = Sampling(max_new_tokens=PAYS_AFTER_TOKENS, ignore_eos=True)
+SHORT = Sampling(max_new_tokens=PAYS_AFTER_TOKENS - 1, ignore_eos=True)
+IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2]])
+
+
+def strides(model: nn.Module) -> set[tuple[bool, bool]]:
+    """Whether each weight of a linear layer lies in rows, and whether in columns."""
+    weights = [m.weight for m in model.modules() if isinstance(m, nn.Linear) and min(m.weight.shape) > 1]
+    return {(weight.is_contiguous(), weight.T.is_contiguous()) for weight in weights}
+
+
+def decoded(name: str, mesh: dict[str, int], folder: str) -> tuple[list[int], list[int], float]:
+    # Larger weights leave no doubt which token is the likeliest.
+    model = fresh({**CONFIGS[name], "initializer_range": 0.3}, seed=4, **mesh)  # type: ignore[arg-type]
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    kept = {name: id(p) for name, p in model.named_parameters()}
+    short = generate(model, [[3, 1, 4]], SHORT)[0].tokens
+    assert strides(model) <= {(True, False)}
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    rows = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad()
+    long = generate(model, [[3, 1, 4]], LONG)[0].tokens
+    assert strides(model) <= {(False, True)}
+    assert {name: id(p) for name, p in model.named_parameters()} == kept
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    worst = 0.0
+    for name, parameter in model.named_parameters():
+        wanted = rows[name]
+        assert (wanted is None) == (parameter.grad is None)
+        if wanted is not None and parameter.grad is not None:
+            worst = max(worst, ((parameter.grad - wanted).abs().max() / wanted.abs().max().clamp(min=1e-30)).item())
+    save(model, folder)
+    return list(short), list(long), worst
+
+
+@pytest.mark.parametrize("mesh", [{"tp": 2}, {"pp": 2}], ids=["tp2", "pp2"])
+@pytest.mark.parametrize("name", ["llama-biases-tied", "qwen3", "gpt2", "mixtral"])
+def test_all_stays_the_same(name: str, mesh: dict[str, int], tmp_path: Path) -> None:
+    for short, long, worst in ranks(2).run(decoded, name, mesh, str(tmp_path / "turned")):
+        assert long[: len(short)] == short
+        assert worst <= 1e-4
+    ranks(1).run(_save_unsplit, name, str(tmp_path / "unsplit"))
+    turned, unsplit = (load_file(tmp_path / folder / "model.safetensors") for folder in ("turned", "unsplit"))
+    assert turned.keys() == unsplit.keys()
+    assert all(torch.equal(turned[name], unsplit[name]) for name in turned)
+
+
+def _save_unsplit(name: str, folder: str) -> None:
+    save(fresh({**CONFIGS[name], "initializer_range": 0.3}, seed=4), folder)
+
+
+def test_other_dtypes_stay_as_they_are() -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 4).double())
+    lay_in_columns(model)
+    assert [layer.weight.is_contiguous() for layer in model] == [False, True]
