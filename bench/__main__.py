@@ -14,18 +14,20 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from bench import block, decode, load, mlx_decode, mlx_load, pipeline, pipeline_decode
+from bench import block, decode, load, messages, mlx_decode, mlx_load, pipeline, pipeline_decode, startup
 from bench.contest import OnRound
 from bench.ranks import RankError, Ranks
 from bench.report import show, write_docs
 from bench.results import LATEST, PARTIAL, Run, Setting, Table, machine_facts
 
 COMPARISONS = {
+    "messages": messages.run,
     "block": block.run,
     "decode": decode.run,
     "pipeline": pipeline.run,
     "pipeline-decode": pipeline_decode.run,
     "load": load.run,
+    "startup": startup.run,
     "mlx-decode": mlx_decode.run,
     "mlx-load": mlx_load.run,
 }

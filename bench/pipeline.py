@@ -27,11 +27,14 @@ def _steps(kind: str, work: str, samples: Samples) -> Table:
     """Our step of `kind` beside its peer's, and beside the best that the schedule allows."""
     ours, peer = name_of(kind), PEERS[kind]
     names = (ours, peer, FLOOR, ALONE) if kind == "1f1b" else (ours, peer, ALONE)
-    mine = Samples({name: samples.values[name] for name in names})
     share = ideal_share(kind)
+    mine = Samples({name: samples.values[name] for name in names})
     for seconds in samples.values[ALONE]:
         mine.add(f"ideal: {share} of one process", seconds * share)
     targets = {peer: Target(1.0, "ours no slower")}
+    if kind == "1f1b":
+        targets = {peer: Target(1 / 0.95, "ours at most 0.95 x its time")}
+        targets[f"ideal: {share} of one process"] = Target(1 / 1.05, "ours at most 1.05 x")
     return summarize(f"pipeline-{kind}", f"{work}, {kind}", "ms a step", 1e3, mine, ours, targets)
 
 

@@ -7,6 +7,7 @@ through its ring. So contestants that use one or the other live in the same rank
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import signal
 import subprocess
@@ -124,6 +125,18 @@ def barrier() -> None:
         import torch.distributed as dist
 
         dist.barrier()
+
+
+def over_gloo(groups: Any) -> Any:
+    """The groups of torch along a mesh of one axis, whose ranks talk over gloo whatever else they could."""
+    import torch.distributed as dist
+
+    from partita.torch.comm import Communicator
+    from partita.torch.groups import GroupInfo
+
+    gloo = GroupInfo(Communicator(dist.group.WORLD))
+    axis = "pp" if groups.mesh.pp > 1 else "mp"
+    return dataclasses.replace(groups, **{axis: gloo})
 
 
 def own_rank() -> int:

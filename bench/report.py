@@ -7,8 +7,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table as RichTable
 
+from bench.picture import draw
 from bench.results import Row, Run, Table
 
+PICTURE = Path(__file__).resolve().parents[1] / "docs" / "benchmarks.svg"
 DOCS = Path(__file__).resolve().parents[1] / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- results: begin (python -m bench --write-docs) -->", "<!-- results: end -->"
 
@@ -33,6 +35,7 @@ def write_docs(run: Run) -> Path:
     if not rest:
         raise SystemExit(f"{DOCS} has no line {BEGIN}")
     DOCS.write_text(f"{before}{BEGIN}\n\n{_markdown(run)}\n{END}{after}")
+    draw(run, PICTURE)
     return DOCS
 
 
@@ -44,6 +47,8 @@ def _markdown(run: Run) -> str:
             f"Python {facts['python']}, torch {facts['torch']}, transformers {facts['transformers']}. "
             f"Load average before it began: {facts['load_before']}."
         ),
+        "",
+        f"![How many times our time or our bytes each contestant takes]({PICTURE.name})",
         "",
     ]
     for table in run.tables:

@@ -20,35 +20,20 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from partita.core.plan import Plan, Stage
-from partita.errors import PlanError
+from partita.core.plan import Stage
 from partita.mlx.apply import plan_of
 from partita.mlx.homes import parameter_homes
 from partita.mlx.links import Links
 from partita.mlx.stage import Message, run_stage, stages_of
 from partita.mlx.trainable import Trainable
 from partita.schedule import Action, Kind, Schedule, Timeline, lower
+from partita.schedule.fit import check_schedule
 
 Inputs = Callable[[int], mx.array]
 """Given a micro-batch: the ids that the model is called with."""
 
 Finish = Callable[[Any, int], mx.array]
 """Given the model's output and its micro-batch, on the stage with the loss: its loss, a number."""
-
-
-def check_schedule(schedule: Schedule, plan: Plan) -> None:
-    """Raise `PlanError` unless `schedule` is one of the plan's stages."""
-    homes = tuple(plan.stage_rank(index) for index in range(plan.num_stages))
-    if schedule.num_ranks != plan.mesh.pp or schedule.num_stages != plan.num_stages:
-        raise PlanError(
-            f"the schedule is for {schedule.num_ranks} ranks and {schedule.num_stages} stages, but the plan has pp="
-            f"{plan.mesh.pp} and {plan.num_stages} stages. Build it with pp={plan.mesh.pp} and vpp={plan.vpp}."
-        )
-    if schedule.rank_of != homes:
-        raise PlanError(
-            f"the schedule has its stages on ranks {list(schedule.rank_of)}, but the plan ({plan.placement}) on {list(homes)}. "
-            "Make the plan with the placement of the schedule's kind."
-        )
 
 
 class Pipeline:

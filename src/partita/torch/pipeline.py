@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from partita.core.plan import Plan
-from partita.errors import PlanError
 from partita.schedule.action import Action, Kind, Schedule
+from partita.schedule.fit import check_schedule
 from partita.schedule.lower import lower
 from partita.schedule.timeline import Timeline
 from partita.torch.apply import plan_of
@@ -30,21 +29,6 @@ Inputs = Callable[[int, int], Mapping[str, Any]]
 
 Finish = Callable[[Any, int], Tensor | None]
 """Given the model's output and its micro-batch, on the last stage: its loss, or nothing where none is wanted."""
-
-
-def check_schedule(schedule: Schedule, plan: Plan) -> None:
-    """Raise `PlanError` unless `schedule` is one of the plan's stages."""
-    homes = tuple(plan.stage_rank(index) for index in range(plan.num_stages))
-    if schedule.num_ranks != plan.mesh.pp or schedule.num_stages != plan.num_stages:
-        raise PlanError(
-            f"the schedule is for {schedule.num_ranks} ranks and {schedule.num_stages} stages, but the plan has pp="
-            f"{plan.mesh.pp} and {plan.num_stages} stages. Build it with pp={plan.mesh.pp} and vpp={plan.vpp}."
-        )
-    if schedule.rank_of != homes:
-        raise PlanError(
-            f"the schedule has its stages on ranks {list(schedule.rank_of)}, but the plan ({plan.placement}) on {list(homes)}. "
-            "Make the plan with the placement of the schedule's kind."
-        )
 
 
 @dataclass
