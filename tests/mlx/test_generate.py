@@ -23,7 +23,6 @@ from partita.mlx.head import likeliest, local_logits
 from partita.mlx.hub import build
 from partita.mlx.load import shard
 from partita.mlx.probe import fill, plan_of_model
-from partita.mlx.sampler import choose
 from partita.mlx.threads import run_as_threads
 from partita.text import Sampling, Sequence, byte_tokenizer
 from tests.support.mlx_models import tiny_config
@@ -219,56 +218,6 @@ def test_local_logits_are_the_own_columns(tied: bool) -> None:
         return bool(near.item()), split(mx.array([[1, 2, 3]])).shape
 
     assert run_as_threads(2, one) == [(True, expected.shape)] * 2
-
-
-LOGITS = np.array([2.0, 1.0, 0.0, -1.0, 3.0])
-
-
-@pytest.mark.parametrize(
-    ("changes", "possible"),
-    [
-        ({}, {0, 1, 2, 3, 4}),
-        ({"top_k": 2}, {0, 4}),
-        ({"top_k": 99}, {0, 1, 2, 3, 4}),
-        ({"top_p": 0.6}, {4}),  # the likeliest has 0.636 by itself
-        ({"top_p": 0.65}, {0, 4}),
-        ({"min_p": 0.2}, {0, 4}),  # e^-1 is more than a fifth, e^-2 less
-        ({"repetition_penalty": 1e9, "top_k": 1}, {1}),  # 0 and 4 were there
-        ({"temperature": 1e-3}, {4}),
-    ],
-)
-def test_what_can_be_drawn(changes: dict[str, Any], possible: set[int]) -> None:
-    sampling = Sampling(**{"temperature": 1.0, **changes})
-    generator = np.random.default_rng(0)
-    assert {choose(LOGITS, [0, 4], sampling, generator) for _ in range(3000)} == possible
-
-
-def test_draws_follow_the_probabilities() -> None:
-    generator = np.random.default_rng(1)
-    draws = [choose(LOGITS, [], Sampling(temperature=1.0), generator) for _ in range(20000)]
-    expected = np.exp(LOGITS) / np.exp(LOGITS).sum()
-    assert np.abs(np.bincount(draws, minlength=5) / 20000 - expected).max() < 0.015
-
-
-def test_the_same_as_transformers_processors() -> None:
-    """What is left after transformers' processors is what can be drawn, with the same probabilities."""
-    torch = pytest.importorskip("torch")
-    from transformers.generation import logits_process as hf
-
-    logits = np.random.default_rng(3).standard_normal(50) * 3
-    seen = [1, 5, 5, 9]
-    sampling = Sampling(temperature=0.7, top_k=12, top_p=0.9, min_p=0.02, repetition_penalty=1.5)
-    scores = torch.tensor(logits)[None]
-    for processor in (
-        hf.RepetitionPenaltyLogitsProcessor(1.5), hf.TemperatureLogitsWarper(0.7), hf.TopKLogitsWarper(12),
-        hf.TopPLogitsWarper(0.9), hf.MinPLogitsWarper(0.02),
-    ):  # fmt: skip
-        scores = processor(torch.tensor([seen]), scores)
-    expected = scores.softmax(-1)[0].numpy()
-    generator = np.random.default_rng(0)
-    counts = np.bincount([choose(logits, seen, sampling, generator) for _ in range(20000)], minlength=50) / 20000
-    assert set(np.flatnonzero(counts)) == set(np.flatnonzero(expected))
-    assert np.abs(counts - expected).max() < 0.015
 
 
 def test_greedy_tokens_are_those_of_transformers(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import mlx.core as mx
@@ -15,7 +14,7 @@ from partita.errors import ModelError
 from partita.mlx.compare import main_output
 from partita.mlx.groups import ParallelGroups
 from partita.mlx.head import likeliest, local_logits
-from partita.mlx.sampler import choose, is_greedy
+from partita.text.choose import Columns, choose, generator_of, is_greedy
 from partita.text.sampling import OnText, Sampling, Sequence
 from partita.text.tokenizer import Tokenizer
 
@@ -43,9 +42,8 @@ class Batches:
     def batch(self, batch: list[Sequence]) -> None:
         """Continue sequences whose prompts are of one length."""
         greedy = is_greedy(self.sampling)
-        # Each sequence draws from numbers of its own.
-        generators = [np.random.default_rng([self.sampling.seed, s.place]) for s in batch]
-        with self._head(greedy) as split:
+        generators = [generator_of(self.sampling, s.place) for s in batch]
+        with local_logits(self.model, self.plan) as split:
             cache = make_cache(self.model)
             logits = self._prefill(mx.array([s.prompt for s in batch]), cache)
             # Greedily, a step is under way while the tokens of the one before are looked at.
@@ -61,9 +59,6 @@ class Batches:
                 if following is None:
                     following = self._chosen(self._forward(chosen[:, None], cache), split, batch, generators)
                 chosen = following
-
-    def _head(self, greedy: bool) -> AbstractContextManager[Split | None]:
-        return local_logits(self.model, self.plan) if greedy else nullcontext()
 
     def _prefill(self, ids: mx.array, cache: list[Any]) -> mx.array:
         """The logits behind the prompts. All but the last token only fill the cache: of these no logits are computed."""
@@ -83,17 +78,23 @@ class Batches:
         """The next token of each sequence, `[batch]`, the same on all ranks. A draw is made by the first rank for all."""
         if is_greedy(self.sampling):
             return likeliest(logits, split, self.comm)
-        mx.eval(logits)
+        wide = mx.float64 if logits.dtype == mx.float64 else mx.float32
+        rows, seen = np.array(logits.astype(wide)), [s.prompt + s.tokens for s in batch]
+        if split is not None and logits.shape[-1] != split.size:
+            return mx.array(choose(rows, seen, self.sampling, generators, self._columns(split)), mx.uint32)
+        # All tensor ranks have the same logits; the first one's word counts.
         ids = mx.zeros((len(batch),), mx.uint32)
         if self.comm.rank == 0:
-            wide = mx.float64 if logits.dtype == mx.float64 else mx.float32
-            rows = np.array(logits.astype(wide)).astype(np.float64)
-            drawn = (
-                choose(row, s.prompt + s.tokens, self.sampling, generator)
-                for row, s, generator in zip(rows, batch, generators, strict=True)
-            )
-            ids = mx.array(list(drawn), mx.uint32)
+            ids = mx.array(choose(rows, seen, self.sampling, generators), mx.uint32)
         return self.comm.broadcast(ids)
+
+    def _columns(self, split: Split) -> Columns:
+        def gather(mine: Any) -> Any:
+            # As bits: not every backend has numbers of 64.
+            bits = self.comm.all_gather(mx.array(np.ascontiguousarray(mine).view(np.uint32))[None], 0)
+            return np.array(bits).view(np.float64)
+
+        return Columns(split.ranges(self.comm.rank)[0][0], max(split.local_sizes), self.comm.rank, gather)
 
     def _accept(self, batch: list[Sequence], chosen: mx.array) -> bool:
         """Add a token to each sequence that goes on; whether none does any more."""

@@ -23,9 +23,10 @@ import numpy as np
 
 from partita.mlx.batches import PREFILL_TOKENS, Batches, make_cache
 from partita.mlx.compare import main_output
+from partita.mlx.head import local_logits
 from partita.mlx.links import Links
-from partita.mlx.sampler import is_greedy
 from partita.mlx.stage import Message, run_stage
+from partita.text.choose import generator_of
 from partita.text.sampling import Sequence
 
 
@@ -61,7 +62,7 @@ class Flow(Batches):
         count = min(len(batch), pp.size) if vpp == 1 else 1
         edges = [i * len(batch) // count for i in range(count + 1)]
         groups = [self._group(batch[a:b]) for a, b in pairwise(edges)]
-        with self._head(is_greedy(self.sampling)) as self.split:
+        with local_logits(self.model, self.plan) as self.split:
             for group in groups:
                 self._prompt(group, is_last=group is groups[-1])
             for step in range(1, self.sampling.max_new_tokens + 1):
@@ -70,7 +71,7 @@ class Flow(Batches):
             self._tell()
 
     def _group(self, sequences: list[Sequence]) -> _Group:
-        generators = [np.random.default_rng([self.sampling.seed, s.place]) for s in sequences]
+        generators = [generator_of(self.sampling, s.place) for s in sequences]
         return _Group(sequences, generators, {stage: make_cache(self.model) for stage in self.stages})
 
     def _prompt(self, group: _Group, *, is_last: bool) -> None:

@@ -102,7 +102,7 @@ def _largest(mine: list[Difference], groups: ParallelGroups, order: list[str]) -
             for one in part:  # type: ignore[attr-defined]
                 known = merged.get((one.kind, one.name))
                 # Not a number counts as more than any number.
-                if known is None or not one.error <= known.error:
+                if known is None or one.error != one.error or one.error > known.error:
                     merged[one.kind, one.name] = one
         mine = list(merged.values())
     return sorted(mine, key=lambda d: (kinds.index(d.kind), places.get(d.name, 0)))

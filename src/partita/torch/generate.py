@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Collection
 from collections.abc import Sequence as SequenceOf
-from contextlib import nullcontext
 from itertools import pairwise
 from typing import Any
 
@@ -17,6 +16,7 @@ from partita.core.split import Split
 from partita.errors import ModelError, PlanError
 from partita.schedule import Action, Kind, Schedule
 from partita.text import Generation, OnText, Sampling, Sequence, Tokenizer
+from partita.text.choose import Columns, choose, generator_of, is_greedy
 from partita.torch.apply import plan_of
 from partita.torch.columns import PAYS_AFTER_TOKENS, lay_in_columns
 from partita.torch.comm import Work
@@ -178,23 +178,19 @@ class _Run:
         self.picker = plan.stage_rank(plan.loss_stage)
         self.stages = {plan.stage_index(self.pp.rank, vpp): plan.stage(self.pp.rank, vpp) for vpp in range(plan.vpp)}
         self.eos_ids = _eos_ids(model, tokenizer, sampling)
-        self.processors = _processors(sampling)
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         count = min(len(batch), plan.mesh.pp)
         edges = [i * len(batch) // count for i in range(count + 1)]
         self.groups = [_Group(model, batch[a:b], device) for a, b in pairwise(edges)]
         self.pipeline = Pipeline(model, _forward_only(plan, count))
         self.sent: list[tuple[Tensor, Work]] = []
-        self.generators = {
-            s.place: torch.Generator().manual_seed(sampling.seed * 1_000_003 + s.place) for s in batch
-        }  # fmt: skip
+        self.generators = {s.place: generator_of(sampling, s.place) for s in batch}
         self.split: Split | None = None
         self.step = 0
 
     def run(self) -> None:
         """Continue every sequence to its end."""
-        greedy = self.sampling.temperature == 0 and not self.processors
-        with local_logits(self.model) if greedy else nullcontext() as self.split:
+        with local_logits(self.model) as self.split:
             for step in range(self.sampling.max_new_tokens):
                 self.step = step
                 self.pipeline.run(
@@ -229,7 +225,7 @@ class _Run:
         """Choose the next token of each sequence of a group, and tell the other stages."""
         group = self.groups[place]
         logits = output.logits[:, -1]
-        if self.sampling.temperature == 0 and not self.processors:
+        if is_greedy(self.sampling):
             chosen = likeliest(logits, self.split, self.tp)
         else:
             chosen = self._choose(logits, group.sequences)
@@ -240,28 +236,22 @@ class _Run:
         self._take(group, ids)
 
     def _choose(self, logits: Tensor, batch: list[Sequence]) -> Tensor:
-        """The next token of each sequence, int64 `[batch]`.
+        """The next token of each sequence, int64 `[batch]`, the same on every rank."""
+        rows = logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32).cpu().numpy()
+        seen, generators = [s.prompt + s.tokens for s in batch], [self.generators[s.place] for s in batch]
+        if self.split is not None:
+            return torch.tensor(choose(rows, seen, self.sampling, generators, self._columns(self.split)))
+        # All tensor ranks have the same logits; the first one's word counts.
+        chosen = torch.zeros(len(batch), dtype=torch.long)
+        if self.tp.rank == 0:
+            chosen = torch.tensor(choose(rows, seen, self.sampling, generators))
+        return self.tp.broadcast_(chosen)
 
-        All tensor ranks have the same logits, bit for bit, so the likeliest token needs no word between them. A draw is made
-        by the first rank alone, for all.
-        """
-        greedy = self.sampling.temperature == 0
-        if not greedy and self.tp.rank > 0:
-            return self.tp.broadcast_(torch.empty(len(batch), dtype=torch.long, device=logits.device))
-        chosen = []
-        for row, sequence in zip(logits, batch, strict=True):
-            seen = torch.tensor([sequence.prompt + sequence.tokens], device=logits.device)
-            scores = row.float().unsqueeze(0) if row.dtype != torch.float64 else row.unsqueeze(0)
-            for processor in self.processors:
-                scores = processor(seen, scores)
-            if greedy:
-                chosen.append(scores.argmax(-1))
-            else:
-                probabilities = scores.softmax(-1).cpu()
-                drawn = torch.multinomial(probabilities, 1, generator=self.generators[sequence.place])
-                chosen.append(drawn.view(1).to(logits.device))
-        picked = torch.cat(chosen)
-        return picked if greedy else self.tp.broadcast_(picked)
+    def _columns(self, split: Split) -> Columns:
+        def gather(mine: Any) -> Any:
+            return self.tp.all_gather(torch.from_numpy(mine)[None], 0).numpy()
+
+        return Columns(split.ranges(self.tp.rank)[0][0], max(split.local_sizes), self.tp.rank, gather)
 
     def _is_done(self, place: int) -> bool:
         """Whether a group has ended, its tokens of the step before being known."""
@@ -290,25 +280,6 @@ def _forward_only(plan: Plan, count: int) -> Schedule:
     pp, places = plan.mesh.pp, range(count)
     rows = ([Action(plan.stage_index(r, v), Kind.F, g) for v in range(plan.vpp) for g in places] for r in range(pp))
     return Schedule(tuple(map(tuple, rows)))
-
-
-def _processors(sampling: Sampling) -> list[Any]:
-    """transformers' own logits processors, in its order."""
-    from transformers.generation import logits_process as hf
-
-    made: list[Any] = []
-    if sampling.repetition_penalty != 1.0:
-        made.append(hf.RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
-    if sampling.temperature > 0:
-        if sampling.temperature != 1.0:
-            made.append(hf.TemperatureLogitsWarper(sampling.temperature))
-        if sampling.top_k:
-            made.append(hf.TopKLogitsWarper(sampling.top_k))
-        if sampling.top_p < 1.0:
-            made.append(hf.TopPLogitsWarper(sampling.top_p))
-        if sampling.min_p > 0.0:
-            made.append(hf.MinPLogitsWarper(sampling.min_p))
-    return made
 
 
 def _eos_ids(model: nn.Module, tokenizer: Tokenizer | None, sampling: Sampling) -> frozenset[int]:

@@ -1,0 +1,224 @@
+"""Choosing tokens from logits of which each rank has some columns: as transformers' processors do, in their order.
+
+Whole logits are not put together. Each rank tells the largest of its own and what all of its own weigh together; from that the
+token is found as it would be from whole logits, to the same number drawn. Only where what was told does not settle it (hundreds
+of tokens about as likely as each other, inside the nucleus) the rest is told too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from partita.text.sampling import Sampling
+
+Array = np.ndarray[Any, np.dtype[np.float64]]
+Gather = Callable[[Array], Array]
+"""Given an array of the same shape on every rank: theirs in rank order, `[ranks, ...]`."""
+
+SHORTLIST = 128
+"""How many of its likeliest tokens a rank tells where their number is not given."""
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which columns of the logits this rank has, and how it hears of the others.
+
+    Attributes:
+        start: The id of its first column.
+        width: The columns of the rank that has most.
+        rank: Its place among the ranks.
+        gather: How ranks tell each other.
+    """
+
+    start: int = 0
+    width: int = 0
+    rank: int = 0
+    gather: Gather = lambda array: array[None]
+
+
+def is_greedy(sampling: Sampling) -> bool:
+    """Whether the likeliest token is taken as it is, so that nothing but the logits matters."""
+    return sampling.temperature == 0 and sampling.repetition_penalty == 1.0
+
+
+def generator_of(sampling: Sampling, place: int) -> np.random.Generator:
+    """Where the chance of the sequence at `place` comes from: the same numbers on either engine."""
+    return np.random.default_rng([sampling.seed, place])
+
+
+def choose(
+    logits: Array,
+    seen: SequenceOf[SequenceOf[int]],
+    sampling: Sampling,
+    generators: SequenceOf[np.random.Generator],
+    columns: Columns | None = None,
+) -> list[int]:
+    """The next id of each row; every rank calls it and gets the same.
+
+    Args:
+        logits: `[rows, vocab_r]`, this rank's columns; all of them without `columns`.
+        seen: The ids before each row.
+        sampling: How it is chosen.
+        generators: Where the chance of each row comes from, in the same state on every rank; one number is drawn unless the
+            likeliest is taken.
+        columns: Which columns these are.
+    """
+    columns = columns or Columns()
+    scores = np.array(logits, np.float64)
+    for row, ids in zip(scores, seen, strict=True):
+        _penalize(row, np.asarray(ids, np.int64) - columns.start, sampling.repetition_penalty)
+    if sampling.temperature == 0:
+        return _likeliest(scores, columns)
+    scores /= sampling.temperature
+    draws = [generator.random() for generator in generators]
+    told = _Told.by_all(scores, sampling, columns)
+    if not told.values.shape[-1]:
+        return _from_all(scores, told, draws, columns)
+    ids = [_from_some(told, row, draw, sampling) for row, draw in enumerate(draws)]
+    # The first rank's word counts: of machines of different kinds the last bit of a weight need not agree.
+    decided = columns.gather(np.array(ids, np.float64))[0]
+    if (decided < 0).any():
+        whole = _whole(scores, columns)
+        for row in np.flatnonzero(decided < 0):
+            kept = np.arange(whole.shape[1])
+            decided[row] = _drawn(*_kept(whole[row], kept, None, sampling)[:2], draws[row])
+        decided = columns.gather(decided)[0]
+    return [int(one) for one in decided]
+
+
+@dataclass(frozen=True)
+class _Told:
+    """What all ranks have told of their columns.
+
+    Attributes:
+        tops: `[ranks, rows]`, the largest score.
+        sums: `[ranks, rows]`, of exp(score - top).
+        floors: `[ranks, rows]`, below or at which are the scores not told; minus infinity where all are.
+        values: `[ranks, rows, told]`, the largest scores.
+        ids: `[ranks, rows, told]`, theirs.
+    """
+
+    tops: Array
+    sums: Array
+    floors: Array
+    values: Array
+    ids: Array
+
+    @staticmethod
+    def by_all(scores: Array, sampling: Sampling, columns: Columns) -> _Told:
+        rows, own = scores.shape
+        filtered = sampling.top_k > 0 or sampling.top_p < 1.0 or sampling.min_p > 0.0
+        count = min(max(sampling.top_k + 1, SHORTLIST), max(columns.width, own)) if filtered else 0
+        mine = np.full((rows, 3 + 2 * count), -np.inf)
+        mine[:, 0] = scores.max(1)
+        mine[:, 1] = np.exp(scores - mine[:, :1]).sum(1)
+        held = min(count, own)
+        if held:
+            places = np.argpartition(-scores, held - 1, axis=1)[:, :held]
+            mine[:, 3 : 3 + held] = np.take_along_axis(scores, places, 1)
+            mine[:, 3 + count : 3 + count + held] = places + columns.start
+            if held < own:
+                mine[:, 2] = mine[:, 3 : 3 + held].min(1)
+        told = columns.gather(mine)
+        return _Told(told[:, :, 0], told[:, :, 1], told[:, :, 2], told[:, :, 3 : 3 + count], told[:, :, 3 + count :])
+
+    def weights(self, row: int) -> Array:
+        """`[ranks]`, what the scores of each rank weigh, where the largest of all weighs 1."""
+        tops = self.tops[:, row]
+        weights: Array = self.sums[:, row] * np.exp(tops - tops.max())
+        return weights
+
+
+def _penalize(row: Array, seen: np.ndarray[Any, np.dtype[np.int64]], penalty: float) -> None:
+    if penalty != 1.0:
+        there = np.unique(seen[(seen >= 0) & (seen < row.size)])
+        row[there] = np.where(row[there] < 0, row[there] * penalty, row[there] / penalty)
+
+
+def _likeliest(scores: Array, columns: Columns) -> list[int]:
+    places = scores.argmax(1)
+    told = columns.gather(np.stack([scores.max(1), places + columns.start], 1).astype(np.float64))
+    best = told[:, :, 0].argmax(0)
+    return [int(told[rank, row, 1]) for row, rank in enumerate(best)]
+
+
+def _from_all(scores: Array, told: _Told, draws: list[float], columns: Columns) -> list[int]:
+    """Without filters: the rank in whose share of the whole weight the draw falls finds the id."""
+    # Weighed by the first rank, so that all agree on who that is.
+    shares = columns.gather(np.stack([told.weights(row) for row in range(len(draws))]))[0]
+    mine, owners = np.zeros(len(draws)), []
+    for row, draw in enumerate(draws):
+        ends = np.cumsum(shares[row])
+        target = draw * ends[-1]
+        owner = min(int(np.searchsorted(ends, target, side="right")), len(ends) - 1)
+        owners.append(owner)
+        if owner == columns.rank:
+            within = (target - (ends[owner] - shares[row, owner])) / shares[row, owner]
+            weights = np.exp(scores[row] - told.tops[owner, row])
+            mine[row] = columns.start + _drawn(np.arange(weights.size), weights, within)
+    chosen = columns.gather(mine)
+    return [int(chosen[owner, row]) for row, owner in enumerate(owners)]
+
+
+def _from_some(told: _Told, row: int, draw: float, sampling: Sampling) -> int:
+    """The id, or -1 where what was told does not settle it."""
+    values, ids = told.values[:, row].ravel(), told.ids[:, row].ravel()
+    there = np.isfinite(ids)
+    order = np.argsort(ids[there])
+    values, whole_ids = values[there][order], ids[there][order].astype(np.int64)
+    total = None if sampling.top_k else float(told.weights(row).sum())
+    kept, weights, least = _kept(values, whole_ids, total, sampling)
+    # All scores above the floor were told.
+    return _drawn(kept, weights, draw) if least > told.floors[:, row].max() else -1
+
+
+def _kept(
+    scores: Array, ids: np.ndarray[Any, np.dtype[np.int64]], total: float | None, sampling: Sampling
+) -> tuple[np.ndarray[Any, np.dtype[np.int64]], Array, float]:
+    """The ids that are left by the filters, in order, what they weigh, and the least score that had to be known for it.
+
+    Args:
+        scores: Of `ids`, which hold at least all that will be kept.
+        ids: In order.
+        total: What all scores weigh, where the largest weighs 1; None where they are all here, or only the kept count.
+        sampling: The filters.
+    """
+    least = scores.max() + np.log(sampling.min_p) if sampling.min_p > 0.0 else -np.inf
+    if sampling.top_k > 0 or sampling.top_p < 1.0:
+        least = -np.inf
+    if 0 < sampling.top_k < scores.size:
+        # What is as likely as the last of them stays, as in transformers.
+        stay = scores >= np.partition(scores, -sampling.top_k)[-sampling.top_k]
+        scores, ids = scores[stay], ids[stay]
+        least = scores.min()
+    weights = np.exp(scores - scores.max())
+    if sampling.top_p < 1.0:
+        likely = np.argsort(-scores, kind="stable")
+        ordered = weights[likely]
+        before = np.cumsum(ordered) - ordered
+        stay = np.sort(likely[before < sampling.top_p * (total if total is not None else ordered.sum())])
+        weights, ids = weights[stay], ids[stay]
+        least = max(least, scores[stay].min())
+    if sampling.min_p > 0.0:
+        stay = weights >= sampling.min_p
+        weights, ids = weights[stay], ids[stay]
+    return ids, weights, float(least)
+
+
+def _drawn(ids: np.ndarray[Any, np.dtype[np.int64]], weights: Array, draw: float) -> int:
+    ends = np.cumsum(weights)
+    return int(ids[min(int(np.searchsorted(ends, draw * ends[-1], side="right")), ids.size - 1)])
+
+
+def _whole(scores: Array, columns: Columns) -> Array:
+    """The scores of all ranks, `[rows, vocab]`."""
+    own = scores.shape[1]
+    wide = np.zeros((scores.shape[0], 1 + max(columns.width, own)))
+    wide[:, 0], wide[:, 1 : 1 + own] = own, scores
+    whole: Array = np.concatenate([part[:, 1 : 1 + int(part[0, 0])] for part in columns.gather(wide)], 1)
+    return whole
