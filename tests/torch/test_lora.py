@@ -22,8 +22,11 @@ from partita.torch import (
     VocabParallelEmbedding,
     shard,
 )
+from partita.torch.adapt import add_lora
 from partita.torch.apply import unsplit_name
+from partita.torch.fresh import fresh
 from tests.support.compare import assert_equal, draw, part, world
+from tests.support.models import CONFIGS
 from tests.support.ranks import on, ranks
 
 F64 = torch.float64
@@ -446,3 +449,18 @@ def refused_by_name() -> None:
 def test_other_adapters_are_refused_by_name() -> None:
     pytest.importorskip("peft")
     ranks(2).run(refused_by_name)
+
+
+def _sums_of_adapters(name: str, mesh: dict[str, int]) -> dict[str, float]:
+    model = fresh(CONFIGS[name], seed=1, **mesh)  # type: ignore[arg-type]
+    torch.manual_seed(3)
+    add_lora(model, 4)
+    return {n: p.detach().double().sum().item() for n, p in model.named_parameters() if "lora_A" in n}
+
+
+@pytest.mark.parametrize("name", ["llama-7-heads-1-kv", "gpt2"])
+def test_adapters_do_not_depend_on_the_stages(name: str) -> None:
+    alone = ranks(1).run(_sums_of_adapters, name, {})[0]
+    first, last = ranks(2).run(_sums_of_adapters, name, {"pp": 2})
+    assert first.keys() | last.keys() == alone.keys()
+    assert {**first, **last} == alone

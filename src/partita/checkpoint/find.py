@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from partita.checkpoint.run_folder import RunFolder, is_run_folder
 from partita.errors import ModelError
 
 _WANTED = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
@@ -13,10 +14,15 @@ _WANTED = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 def find_model(model: str | os.PathLike[str], *, revision: str | None = None, weights: bool = True) -> Path:
     """The local folder (or config file) of `model`: a folder, a config file, or a hub id, which is fetched if need be.
 
+    Of a training run's folder it is the newest checkpoint.
+
     Raises:
         ModelError: It is none of these, or the hub cannot be reached.
+        CheckpointError: The newest checkpoint of a run is not whole.
     """
     path = Path(model)
+    if is_run_folder(path):
+        return RunFolder(path).newest()
     if path.exists():
         return path
     text = str(model)

@@ -22,6 +22,9 @@ from partita.checkpoint.header import (
 )
 from partita.errors import CheckpointError
 
+MODEL = "model"
+"""How the names of the files of a model's weights begin."""
+
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 
@@ -39,11 +42,22 @@ class Checkpoint:
     tensors: Mapping[str, TensorInfo]
 
 
-def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+def weights_name(stem: str = MODEL) -> str:
+    """The file that holds all tensors of a kind, where one does."""
+    return f"{stem}.safetensors"
+
+
+def index_name(stem: str = MODEL) -> str:
+    """The file that says which of several holds which tensor."""
+    return f"{stem}.safetensors.index.json"
+
+
+def open_checkpoint(path: str | os.PathLike[str], *, stem: str = MODEL) -> Checkpoint:
     """Read the headers of a Hugging Face folder, or of one safetensors file; data is not read.
 
     In a folder: the files of `model.safetensors.index.json` if it is there, else `model.safetensors`, else every
-    `*.safetensors`. The index's total_size is not looked at: published ones are often wrong, and the headers know.
+    `*.safetensors`; of another `stem` only the first two. The index's total_size is not looked at: published ones are often
+    wrong, and the headers know.
     Raises CheckpointError if a file is missing or malformed, or if the index and the files do not agree.
     """
     place = Path(path)
@@ -52,14 +66,14 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     if not os.path.isdir(place):
         _refuse_pickled(place, [place.name])
         return _merge(place.parent, [place.name])
-    index = place / INDEX_NAME
+    index = place / index_name(stem)
     if os.path.exists(index):
         weight_map = _read_index(index)
         checkpoint = _merge(place, sorted(set(weight_map.values())))
         _check_index(index, weight_map, checkpoint.tensors)
         return checkpoint
-    if os.path.exists(place / WEIGHTS_NAME):
-        return _merge(place, [WEIGHTS_NAME])
+    if stem != MODEL or os.path.exists(place / weights_name(stem)):
+        return _merge(place, [weights_name(stem)])
     return _merge(place, _find_files(place))
 
 

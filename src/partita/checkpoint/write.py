@@ -12,7 +12,7 @@ from pathlib import Path
 from types import MappingProxyType, TracebackType
 
 from partita.checkpoint.header import DTYPE_BITS, TensorInfo, brief, encode_header, reason, tensor_bytes
-from partita.checkpoint.index import INDEX_NAME, WEIGHTS_NAME
+from partita.checkpoint.index import MODEL, index_name, weights_name
 from partita.checkpoint.read import Range, byte_runs, flat_bytes
 from partita.errors import CheckpointError
 
@@ -29,12 +29,15 @@ class FilePlan:
     size_bytes: int
 
 
-def plan_files(tensors: Iterable[tuple[str, str, Sequence[int]]], max_shard_bytes: int) -> tuple[FilePlan, ...]:
+def plan_files(
+    tensors: Iterable[tuple[str, str, Sequence[int]]], max_shard_bytes: int, *, stem: str = MODEL
+) -> tuple[FilePlan, ...]:
     """Deal tensors, each a (name, dtype, shape), out to files in the order given, so every rank plans the same.
 
     A file takes tensors while their data comes to at most `max_shard_bytes`; a larger tensor has a file of its own.
-    One file is `model.safetensors`, more are `model-00001-of-0000N.safetensors`. Within a file the widest dtypes come
-    first, as the safetensors library does it, so all data is aligned. Raises CheckpointError if a tensor cannot be.
+    One file is `model.safetensors`, more are `model-00001-of-0000N.safetensors`, or whatever `stem` is in place of
+    `model`. Within a file the widest dtypes come first, as the safetensors library does it, so all data is aligned.
+    Raises CheckpointError if a tensor cannot be.
     """
     if max_shard_bytes <= 0:
         raise CheckpointError(f"max_shard_bytes must be above 0, but is {max_shard_bytes}")
@@ -51,7 +54,7 @@ def plan_files(tensors: Iterable[tuple[str, str, Sequence[int]]], max_shard_byte
             shard_bytes = 0
         shards[-1].append((name, dtype, shape))
         shard_bytes += size_bytes
-    return tuple(_plan_file(_file_name(n, len(shards)), shard) for n, shard in enumerate(shards, 1))
+    return tuple(_plan_file(_file_name(stem, n, len(shards)), shard) for n, shard in enumerate(shards, 1))
 
 
 def index_json(plan: Sequence[FilePlan]) -> str:
@@ -72,11 +75,7 @@ def create_files(folder: str | os.PathLike[str], plan: Sequence[FilePlan]) -> No
     file = place
     try:
         place.mkdir(parents=True, exist_ok=True)
-        old = sorted(name for name in os.listdir(place) if name.endswith((".safetensors", INDEX_NAME)))
-        if old:
-            raise CheckpointError(
-                f"{place}: must hold no weights before a save, but holds {brief(old)}: remove them or save elsewhere"
-            )
+        refuse_weights(place)
         for one in plan:
             file = place / one.name
             fd = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
@@ -92,11 +91,24 @@ def create_files(folder: str | os.PathLike[str], plan: Sequence[FilePlan]) -> No
         raise CheckpointError(f"{file}: cannot be created: {reason(error)}") from error
 
 
-def write_index(folder: str | os.PathLike[str], plan: Sequence[FilePlan]) -> None:
+def refuse_weights(folder: Path) -> None:
+    """Raise CheckpointError if a folder holds weights already, which a reader would mix with others."""
+    old = (
+        sorted(name for name in os.listdir(folder) if name.endswith((".safetensors", index_name())))
+        if folder.exists()
+        else []
+    )
+    if old:
+        raise CheckpointError(
+            f"{folder}: must hold no weights before a save, but holds {brief(old)}: remove them or save elsewhere"
+        )
+
+
+def write_index(folder: str | os.PathLike[str], plan: Sequence[FilePlan], *, stem: str = MODEL) -> None:
     """Write the index of a plan of several files; one file needs none. Raises CheckpointError if that fails."""
     if len(plan) < 2:
         return
-    file = Path(folder) / INDEX_NAME
+    file = Path(folder) / index_name(stem)
     try:
         with open(file, "wb") as opened:
             opened.write(index_json(plan).encode())
@@ -204,8 +216,8 @@ def _plan_file(name: str, tensors: Sequence[tuple[str, str, Sequence[int]]]) -> 
     return FilePlan(name, header, MappingProxyType(infos), size_bytes)
 
 
-def _file_name(number: int, count: int) -> str:
-    return WEIGHTS_NAME if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+def _file_name(stem: str, number: int, count: int) -> str:
+    return weights_name(stem) if count == 1 else f"{stem}-{number:05d}-of-{count:05d}.safetensors"
 
 
 def _reserve(fd: int, size_bytes: int) -> None:

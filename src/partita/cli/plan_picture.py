@@ -35,7 +35,8 @@ def show(plan: Plan, *, all_tensors: bool) -> None:
     console.print(
         f"{spec.architecture or spec.family}: {count(spec.parameters)} parameters", style="bold", soft_wrap=True
     )
-    facts = [f"{size(spec.parameters * spec.dtype_bytes)} in {spec.dtype}", plural(spec.num_layers, "layer")]
+    kind = f"{spec.dtype}, quantized" if spec.is_packed else spec.dtype
+    facts = [f"{size(spec.parameter_bytes)} in {kind}", plural(spec.num_layers, "layer")]
     facts += [plural(spec.num_heads, "head"), plural(spec.num_kv_heads, "KV head")] if spec.num_heads else []
     console.print(", ".join(facts), style="dim", soft_wrap=True)
     console.print(f"{mesh} = {plural(mesh.size, 'rank')}; layout {plan.layout}\n", style="dim", soft_wrap=True)

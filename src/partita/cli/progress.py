@@ -11,7 +11,8 @@ from partita.cli import rank
 from partita.cli.console import err, size
 
 if TYPE_CHECKING:
-    from partita.torch.train import StepReport
+    from partita.training import StepReport
+    from partita.training.saving import SaveReport
 
 LINE_EVERY_S = 5.0
 """How often a line is written where there is no terminal."""
@@ -36,25 +37,28 @@ def loading(what: str) -> Iterator[Callable[[int, int], None] | None]:
 
 
 @contextlib.contextmanager
-def training(steps: int) -> Iterator[Callable[[StepReport], None] | None]:
-    """Show the steps of a training run: loss, learning rate, gradient norm, tokens a second and the time left."""
+def training(steps: int, done: int = 0) -> Iterator[Callable[[StepReport], None] | None]:
+    """Show the steps of a training run: loss, learning rate, gradient norm, tokens a second and the time left.
+
+    Of a resumed run `done` were done before.
+    """
     if not rank.is_first():
         yield None
     elif err().is_terminal:
-        with _training_bar(steps) as show:
+        with _training_bar(steps, done) as show:
             yield show
     else:
-        yield _TrainingLines(steps)
+        yield _TrainingLines(steps, done)
 
 
 @contextlib.contextmanager
-def _training_bar(steps: int) -> Iterator[Callable[[StepReport], None]]:
+def _training_bar(steps: int, done: int) -> Iterator[Callable[[StepReport], None]]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     numbers = TextColumn("{task.fields[numbers]}")
     columns = (BarColumn(bar_width=12), MofNCompleteColumn(), numbers, TimeRemainingColumn(compact=True))
     with Progress(*columns, console=err()) as bar:
-        task = bar.add_task("", total=steps, numbers="")
+        task = bar.add_task("", total=steps, completed=done, numbers="")
 
         def show(report: StepReport) -> None:
             bar.update(task, completed=report.step, numbers=describe(report))
@@ -63,15 +67,15 @@ def _training_bar(steps: int) -> Iterator[Callable[[StepReport], None]]:
 
 
 class _TrainingLines:
-    def __init__(self, steps: int) -> None:
-        self.steps = steps
+    def __init__(self, steps: int, done: int) -> None:
+        self.steps, self.done = steps, done
         self.start_s = self.last_s = time.monotonic()
 
     def __call__(self, report: StepReport) -> None:
         now_s = time.monotonic()
-        if report.step in (1, self.steps) or now_s - self.last_s >= LINE_EVERY_S:
+        if report.step in (self.done + 1, self.steps) or now_s - self.last_s >= LINE_EVERY_S:
             self.last_s = now_s
-            left_s = (now_s - self.start_s) / report.step * (self.steps - report.step)
+            left_s = (now_s - self.start_s) / (report.step - self.done) * (self.steps - report.step)
             err().print(f"step {report.step}/{self.steps}  {describe(report)}  {left_s:.0f} s left", soft_wrap=True)
 
 
@@ -79,6 +83,16 @@ def describe(report: StepReport) -> str:
     """A step's numbers in a line."""
     rate = report.tokens / report.seconds
     return f"loss {report.loss:.4f} lr {report.learning_rate:.1e} grad {report.grad_norm:.2f} {rate:,.0f} tokens/s"
+
+
+def saved(report: SaveReport) -> None:
+    """Tell of a checkpoint that was written while training went on."""
+    if rank.is_first():
+        err().print(
+            f"step {report.step} saved to {report.folder} in {report.seconds:.1f} s, of which training was held up "
+            f"{report.held_s:.2f} s",
+            soft_wrap=True,
+        )
 
 
 @contextlib.contextmanager

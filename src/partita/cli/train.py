@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
-from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from partita.checkpoint.run_folder import RunFolder
 from partita.cli import launch, rank
-from partita.cli.console import count, err, mesh_name, out, plural, print_json, sparkline
 from partita.cli.engine import BackendOption, EngineOption, choose_engine
 from partita.cli.model import check_early, for_mlx
 from partita.cli.options import (
@@ -27,18 +25,15 @@ from partita.cli.options import (
     VirtualStages,
     WeightsDtype,
 )
-from partita.cli.progress import loading, saving, training
+from partita.cli.resume import NOTED, given_options, newest_state, resumed_options
 from partita.cli.stages import choose
 from partita.cli.timeline import check_file, show_timeline
+from partita.cli.train_run import TrainRun
 from partita.core.mesh import Mesh
 from partita.errors import CheckpointError, ModelError
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from partita.schedule import Timeline
-    from partita.text import Tokenizer
-    from partita.torch.train import StepReport
 
 
 class Autocast(str, Enum):
@@ -48,19 +43,20 @@ class Autocast(str, Enum):
     float16 = "float16"
 
 
-OPTIMIZER, MEMORY = "Optimizer", "Memory and precision"
+OPTIMIZER, MEMORY, CHECKPOINTS = "Optimizer", "Memory and precision", "Checkpoints"
 
 
 def train(
+    ctx: typer.Context,
     data: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--data",
             metavar="SOURCE",
             show_default=False,
             help="A text file, a folder of them, or `stdlib`: the sources of Python's standard library.",
         ),
-    ],
+    ] = None,
     config: Annotated[
         str | None,
         typer.Option("--config", metavar="FILE", help="Begin with new weights for this config.", show_default=False),
@@ -80,6 +76,43 @@ def train(
         Path | None,
         typer.Option("--out", metavar="DIR", help="Where the trained checkpoint goes.", show_default=False),
     ] = None,
+    save_every: Annotated[
+        int | None,
+        typer.Option(
+            "--save-every",
+            min=1,
+            metavar="STEPS",
+            help="Keep a checkpoint in --out each so many steps, from which the run can go on.",
+            rich_help_panel=CHECKPOINTS,
+            show_default=False,
+        ),
+    ] = None,
+    keep: Annotated[
+        int | None,
+        typer.Option(
+            "--keep",
+            min=1,
+            help="Of these checkpoints the newest so many; by default all.",
+            rich_help_panel=CHECKPOINTS,
+            show_default=False,
+        ),
+    ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="Go on from the newest whole checkpoint in --out, on any layout and engine; all else is as it was.",
+            rich_help_panel=CHECKPOINTS,
+        ),
+    ] = False,
+    no_verify: Annotated[
+        bool,
+        typer.Option(
+            "--no-verify",
+            help="With --resume: look at the sizes of the checkpoint's files only, not at their contents.",
+            rich_help_panel=CHECKPOINTS,
+        ),
+    ] = False,
     layout: LayoutText = None,
     vpp: VirtualStages = None,
     schedule: ScheduleKind = None,
@@ -146,77 +179,73 @@ def train(
     as_json: AsJson = False,
 ) -> None:
     """Train a model split over ranks and save it unsplit, as Hugging Face does."""
-    if (config is None) == (model is None):
-        raise ModelError("give either --config (new weights) or --model (a checkpoint).")
-    source = config if config is not None else model
-    assert source is not None
+    options: dict[str, Any] = {
+        "steps": steps, "batch_size": batch_size, "sequence_length": sequence_length, "learning_rate": learning_rate,
+        "warmup_steps": warmup_steps, "weight_decay": weight_decay, "clip_norm": clip_norm, "seed": seed,
+        "autocast": autocast and autocast.value,
+    }  # fmt: skip
+    notes: dict[str, Any] = {
+        "data": data, "config": config, "model": model, "dtype": dtype and dtype.value, "save_every": save_every, "keep": keep,
+    }  # fmt: skip
+    if resume:
+        from partita.training.state import kept_settings
+
+        found, state = newest_state(out_folder)
+        made = resumed_options(found, state, {**options, **notes}, given_options(ctx))
+        options = {**kept_settings(state.settings), **{name: made[name] for name in options}}
+        notes = {**{name: made[name] for name in notes}, **{name: state.notes.get(name) for name in NOTED}}
+        source = str(found)
+    else:
+        source = _source(config, model)
+    if notes["data"] is None:
+        raise ModelError("there is nothing to train on. Give --data: a text file, a folder of them, or `stdlib`.")
     mesh = Mesh(dp=dp, pp=pp, tp=tp)
     stages = choose(
-        mesh, layout, vpp, schedule, batch_size=batch_size, microbatches=microbatches, group_size=group_size
+        mesh, layout, vpp, schedule, batch_size=options["batch_size"], microbatches=microbatches, group_size=group_size
     )
     name = choose_engine(engine)
     check_early(source, mesh, layout, stages.vpp, stages.placement, engine=name)
-    where = {**stages.plan, "dtype": dtype and dtype.value, "device": device}
+    where = {**stages.plan, "dtype": None if resume else notes["dtype"], "device": device}
     if name == "mlx":
-        _check_for_mlx(config, lora_rank, stages.placement)
+        _check_for_mlx(lora_rank, stages.placement)
         where = for_mlx(source, mesh, where)
-    if data != "stdlib" and not Path(data).exists():
-        raise ModelError(f"--data {data}: there is no such file or folder. Give one, or `stdlib`.")
-    if out_folder is not None:
-        _check_folder(out_folder)
+    if notes["data"] != "stdlib" and not Path(notes["data"]).exists():
+        raise ModelError(f"--data {notes['data']}: there is no such file or folder. Give one, or `stdlib`.")
+    if not resume:
+        _check_saving(out_folder, save_every, keep, no_verify, lora_rank)
+    elif lora_rank is not None:
+        raise ModelError("--resume goes on with a whole model, not with adapters. Leave --lora-rank out.")
     if picture is not None:
         check_file("--picture", picture, ".svg", ".png")
     if trace is not None:
         check_file("--trace", trace, ".json")
-    options: dict[str, Any] = {
-        "steps": steps, "batch_size": batch_size, "sequence_length": sequence_length, "learning_rate": learning_rate,
-        "warmup_steps": warmup_steps, "weight_decay": weight_decay, "clip_norm": clip_norm, "seed": seed,
-        "autocast": autocast and autocast.value, "checkpointing": checkpointing, "zero": zero, **stages.training,
-    }  # fmt: skip
+    options |= {"checkpointing": checkpointing, "zero": zero, **stages.training}
+    run = TrainRun(
+        name, backend, mesh, source, config is not None and not resume, notes, where, options, out_folder, resume,
+        not no_verify, lora_rank, as_json,
+    )  # fmt: skip
 
     def work() -> int:
-        from partita.training import TrainSettings
-
-        run: Any = importlib.import_module(f"partita.{name}.train").train
-        save: Any = importlib.import_module(f"partita.{name}.save").save
-        split, tokenizer = _begin(source, name, where, seed, new=config is not None)
-        options["mask_token"] = tokenizer.inner.mask_token_id
-        if lora_rank is not None:
-            import torch
-
-            from partita.torch.adapt import add_lora
-
-            torch.manual_seed(seed)
-            add_lora(split, lora_rank)
-        tokens = _tokens(data, tokenizer, name, split)
-        if rank.is_first() and not as_json and name == "torch":
-            _print_start(split, mesh, len(tokens))
-        with training(steps) as on_step:
-            timelines: list[Timeline] = []
-            watch = timelines.append if picture is not None or trace is not None else None
-            reports = run(split, tokens, TrainSettings(**options), on_step=on_step, on_timeline=watch)
+        timelines: list[Timeline] = []
+        watch = timelines.append if picture is not None or trace is not None else None
+        run.train(watch)
         if timelines and rank.is_first():
             show_timeline(timelines[0], picture, trace)
-        if out_folder is not None:
-            if lora_rank is not None:
-                from partita.torch.adapt import merge_lora
-
-                merge_lora(split)
-            with saving(str(out_folder)) as progress:
-                save(split, out_folder, tokenizer=tokenizer, progress=progress)
-        if rank.is_first():
-            (_print_json if as_json else _print_end)(reports, mesh, out_folder)
+        run.end()
         return 0
 
     launch.run(mesh, work, engine=name, backend=backend)
 
 
-def _check_for_mlx(config: str | None, lora_rank: int | None, placement: str) -> None:
+def _source(config: str | None, model: str | None) -> str:
+    source = config if model is None else model if config is None else None
+    if source is None:
+        raise ModelError("give either --config (new weights) or --model (a checkpoint).")
+    return source
+
+
+def _check_for_mlx(lora_rank: int | None, placement: str) -> None:
     """Refuse what training on MLX has not."""
-    if config is not None:
-        raise ModelError(
-            "--engine mlx trains a checkpoint, not new weights. Give --model, e.g. one that torch has begun."
-        )
     if lora_rank is not None:
         raise ModelError("--lora-rank is for torch. On MLX put mlx-lm's LoRA on the model and call partita.mlx.train.")
     if placement != "loop":
@@ -225,8 +254,23 @@ def _check_for_mlx(config: str | None, lora_rank: int | None, placement: str) ->
         )
 
 
-def _check_folder(folder: Path) -> None:
+def _check_saving(
+    folder: Path | None, save_every: int | None, keep: int | None, no_verify: bool, lora_rank: int | None
+) -> None:
     """Refuse before training where saving would be refused after it."""
+    if no_verify:
+        raise ModelError("--no-verify is for --resume. Leave it out.")
+    if keep is not None and save_every is None:
+        raise ModelError("--keep is of the checkpoints that --save-every makes. Give --save-every, or leave it out.")
+    if save_every is not None and folder is None:
+        raise ModelError("--save-every needs a folder for its checkpoints. Give --out.")
+    if save_every is not None and lora_rank is not None:
+        raise ModelError("--save-every keeps whole models, not adapters. Leave --lora-rank or --save-every out.")
+    if folder is not None:
+        _check_folder(folder)
+
+
+def _check_folder(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"--out {folder} is a file. Name a folder, which is made if it is not there.")
     weights = sorted(folder.glob("*.safetensors*")) if folder.exists() else []
@@ -234,74 +278,9 @@ def _check_folder(folder: Path) -> None:
         raise CheckpointError(
             f"--out {folder} holds a model already ({weights[0].name}). Name another folder, or remove that one."
         )
-
-
-def _begin(source: str, name: str, where: dict[str, Any], seed: int, *, new: bool) -> tuple[nn.Module, Tokenizer]:
-    from partita.checkpoint.find import find_model
-    from partita.text import load_tokenizer
-
-    found = find_model(source, weights=not new)
-    tokenizer = load_tokenizer(found if found.is_dir() else found.parent)
-    if new:
-        from partita.torch.fresh import fresh
-
-        return fresh(found, seed=seed, **where), tokenizer
-    load: Any = importlib.import_module(f"partita.{name}.load").load
-    with loading("loading") as progress:
-        return load(found, progress=progress, **where), tokenizer
-
-
-def _tokens(data: str, tokenizer: Tokenizer, name: str, split: nn.Module) -> Any:
-    from partita.training import read_ids
-
-    plan, _ = importlib.import_module(f"partita.{name}.apply").plan_of(split)
-    tokens: Any = read_ids(data, tokenizer)
-    if name == "torch":
-        import torch
-
-        tokens = torch.from_numpy(tokens)
-    if plan.spec.vocab_size and (largest := int(tokens.max())) >= plan.spec.vocab_size:
-        raise ModelError(
-            f"the model's vocabulary has {plan.spec.vocab_size} ids, but the text has id {largest}: the tokenizer "
-            f"({tokenizer.vocab_size} ids) is not the model's. The byte-level one needs a vocab_size of at least 257."
+    steps = RunFolder(folder).steps()
+    if steps:
+        raise CheckpointError(
+            f"--out {folder} holds a run already (its last checkpoint is of step {steps[-1]}). Go on with --resume, or name "
+            "another folder."
         )
-    return tokens
-
-
-def _print_start(split: nn.Module, mesh: Mesh, tokens: int) -> None:
-    from partita.torch.apply import plan_of
-
-    plan, _ = plan_of(split)
-    trained = sum(p.numel() for p in split.parameters() if p.requires_grad)
-    held = sum(p.numel() for p in split.parameters())
-    only = f", of which {count(trained)} are trained" if trained < held else ""
-    err().print(
-        f"{plan.spec.architecture}: {count(plan.spec.parameters)} parameters on {mesh_name(mesh)}, "
-        f"{count(held)} on rank 0{only}; {count(tokens)} tokens of text",
-        style="dim", soft_wrap=True,
-    )  # fmt: skip
-
-
-def _print_end(reports: list[StepReport], mesh: Mesh, folder: Path | None) -> None:
-    losses = [report.loss for report in reports]
-    seconds = sum(report.seconds for report in reports)
-    tokens = sum(report.tokens for report in reports)
-    console = out()
-    console.print(f"loss {losses[0]:.4f} {sparkline(losses)} {losses[-1]:.4f}", soft_wrap=True)
-    rate = f"{tokens:,} tokens in {seconds:.1f} s: {tokens / seconds:,.0f} tokens/s"
-    console.print(f"{plural(len(reports), 'step')}, {rate} on {mesh_name(mesh)}", soft_wrap=True)
-    if folder is not None:
-        console.print(f"saved to {folder}", soft_wrap=True)
-    else:
-        console.print("not saved: --out was not given", soft_wrap=True)
-
-
-def _print_json(reports: list[StepReport], mesh: Mesh, folder: Path | None) -> None:
-    print_json(
-        {
-            "mesh": asdict(mesh),
-            "out": str(folder) if folder is not None else None,
-            "loss": reports[-1].loss,
-            "steps": [asdict(report) for report in reports],
-        }
-    )

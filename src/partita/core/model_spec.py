@@ -29,12 +29,14 @@ class TensorSpec:
         shape: Its unsplit shape.
         tied_to: The tensor whose memory it shares (a head tied to the embedding), or None.
         is_buffer: Whether it is saved with the model but not a parameter (a router's correction bias).
+        packed_bits: Bits of an element of a quantized weight, its share of the scales among them; None in the model's dtype.
     """
 
     name: str
     shape: tuple[int, ...]
     tied_to: str | None = None
     is_buffer: bool = False
+    packed_bits: float | None = None
 
     @property
     def numel(self) -> int:
@@ -81,6 +83,21 @@ class ModelSpec:
     def dtype_bytes(self) -> int:
         """Bytes of one element."""
         return DTYPE_BYTES[self.dtype]
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether any of its weights is quantized."""
+        return any(t.packed_bits is not None for t in self.tensors.values())
+
+    @cached_property
+    def parameter_bytes(self) -> int:
+        """Bytes of the unsplit model's parameters."""
+        counted = (t for t in self.tensors.values() if t.tied_to is None and not t.is_buffer)
+        return math.ceil(sum(t.numel * self.bits_of(t) for t in counted) / 8)
+
+    def bits_of(self, tensor: TensorSpec) -> float:
+        """Bits of an element of a tensor."""
+        return 8 * self.dtype_bytes if tensor.packed_bits is None else tensor.packed_bits
 
     @cached_property
     def quantization_group(self) -> int:

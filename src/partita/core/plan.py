@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from functools import cached_property, lru_cache
-from types import MappingProxyType
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
+from partita.core import plan_data
 from partita.core.layout import LayerType, PipelineParallelLayerLayout
 from partita.core.mesh import Mesh
-from partita.core.model_spec import DTYPE_BYTES, ModelSpec, TensorSpec, config_number, text_config
+from partita.core.model_spec import ModelSpec, config_number, text_config
 from partita.core.mtp import with_mtp
 from partita.core.placement import PLACEMENTS, Placement, home_of, stage_at
 from partita.core.resolve import AttentionPlan, ModulePlan, TensorPlan, resolve
-from partita.core.rules import STYLES, Rule, Rules, rules_for
-from partita.core.split import Split, deal
+from partita.core.rules import Rules, rules_for
+from partita.core.split import deal
 from partita.errors import PlanError
 
 
@@ -184,19 +185,17 @@ class Plan:
 
     def rank_parameters(self, rank: int) -> int:
         """Parameters that `rank` holds, copies counted."""
-        return self._count(rank, buffers=False)
+        tp, tensors = self.mesh.coordinate(rank).tp, self.spec.tensors
+        return sum(t.local_numel(tp) for t in self.held_by(rank) if not tensors[t.name].is_buffer)
 
     def rank_bytes(self, rank: int) -> int:
-        """Bytes of the weights and saved buffers that `rank` holds, in the model's dtype."""
-        return self._count(rank, buffers=True) * self.spec.dtype_bytes
+        """Bytes of the weights and saved buffers that `rank` holds: in the model's dtype, or packed."""
+        tp, tensors = self.mesh.coordinate(rank).tp, self.spec.tensors
+        return math.ceil(sum(t.local_numel(tp) * self.spec.bits_of(tensors[t.name]) for t in self.held_by(rank)) / 8)
 
     def rank_layers(self, rank: int) -> tuple[int, ...]:
         """Ids of the decoder layers that `rank` runs, in order."""
         return tuple(i for stage in self.stages(self.mesh.coordinate(rank).pp) for i in stage.layers)
-
-    def _count(self, rank: int, *, buffers: bool) -> int:
-        tp = self.mesh.coordinate(rank).tp
-        return sum(t.local_numel(tp) for t in self.held_by(rank) if buffers or not self.spec.tensors[t.name].is_buffer)
 
     @cached_property
     def _held(self) -> tuple[tuple[TensorPlan, ...], ...]:
@@ -251,55 +250,7 @@ class Plan:
 
     def to_json(self, *, indent: int | None = None) -> str:
         """The whole plan as JSON; `from_json` reads it back to an equal plan."""
-        splits: list[Split] = []
-
-        def index(split: Split | None) -> int | None:
-            if split is None:
-                return None
-            if split not in places:
-                places[split] = len(splits)
-                splits.append(split)
-            return places[split]
-
-        places: dict[Split, int] = {}
-        spec = self.spec
-        cuts = {
-            name: {"dim": cut.dim, "split": index(cut.split), "partial_grad": cut.partial_grad}
-            for name, cut in self.cuts.items()
-            if cut.split is not None or cut.partial_grad
-        }
-        modules = {
-            path: {**{k: v for k, v in module.to_data().items() if v}, "split": index(module.split)}
-            for path, module in self.modules.items()
-        }
-        attention = {
-            path: {**asdict(a), "heads": index(a.heads), "kv_heads": index(a.kv_heads)}
-            for path, a in self.attention.items()
-        }
-        data = {
-            "partita_plan": 1,
-            "mesh": asdict(self.mesh),
-            "layout": str(self.layout),
-            "placement": self.placement,
-            "proven": self.rules.proven,
-            "rules": [asdict(rule) for rule in self.rules],
-            "model": {
-                "family": spec.family, "architecture": spec.architecture, "dtype": spec.dtype, "layers": spec.layers,
-                "num_layers": spec.num_layers, "num_heads": spec.num_heads, "num_kv_heads": spec.num_kv_heads,
-                "vocab_size": spec.vocab_size, "config": dict(spec.config),
-                "linears": None if spec.linears is None else sorted(spec.linears),
-                "tensors": {
-                    t.name: {"shape": list(t.shape), **({"tied_to": t.tied_to} if t.tied_to else {}),
-                             **({"is_buffer": True} if t.is_buffer else {})}
-                    for t in spec.tensors.values()
-                },
-            },
-            "modules": modules,
-            "attention": attention,
-            "tensors": cuts,
-            "splits": [split.to_data() for split in splits],
-        }  # fmt: skip
-        return json.dumps(data, indent=indent)
+        return json.dumps(plan_data.as_data(self), indent=indent)
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
@@ -313,48 +264,15 @@ class Plan:
                 "this JSON is not a Partita plan: it has no `partita_plan: 1`. Write one with `partita plan --save`."
             )
         try:
-            return cls._from_data(data)
+            facts = plan_data.from_data(data)
+            _check_layout(facts.layout, facts.spec)
+            return cls(**vars(facts))
         except PlanError:
             raise
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             raise PlanError(
                 f"the plan is incomplete or changed: {type(error).__name__} at {error}. Make it anew."
             ) from error
-
-    @classmethod
-    def _from_data(cls, data: dict[str, Any]) -> Plan:
-        splits = [Split.from_data(item) for item in data["splits"]]
-
-        def split(index: int | None) -> Split | None:
-            return None if index is None else splits[_whole("an index of `splits`", index)]
-
-        mesh = Mesh(**data["mesh"])
-        spec = _spec_from_data(data["model"])
-        strange = [name for name in data["tensors"] if name not in spec.tensors]
-        if strange:
-            raise PlanError(f"the plan cuts {strange[0]}, which is no tensor of its model. Make it anew.")
-        cuts = {}
-        for name, tensor in spec.tensors.items():
-            cut = data["tensors"].get(name, {})
-            cuts[name] = TensorPlan(
-                name, tensor.shape, cut.get("dim"), split(cut.get("split")), cut.get("partial_grad", False)
-            )
-            _check_cut(cuts[name], mesh.tp)
-        modules = {p: ModulePlan.from_data(p, {**m, "split": split(m["split"])}) for p, m in data["modules"].items()}
-        attention = {
-            p: AttentionPlan(p, a["num_heads"], a["num_kv_heads"], split(a["heads"]), split(a["kv_heads"]))  # type: ignore[arg-type]
-            for p, a in data["attention"].items()
-        }
-        _check_parts(modules, attention, mesh.tp)
-        layout = PipelineParallelLayerLayout(data["layout"], mesh.pp)
-        _check_layout(layout, spec)
-        placement = data.get("placement", "loop")
-        if placement not in PLACEMENTS:
-            raise PlanError(f"placement must be one of {', '.join(PLACEMENTS)}, but is {placement!r:.100}.")
-        return cls(
-            spec, mesh, layout, Rules(tuple(Rule(**rule) for rule in data["rules"]), _is(bool, "proven", data["proven"])),
-            MappingProxyType(modules), MappingProxyType(attention), MappingProxyType(cuts), placement,
-        )  # fmt: skip
 
     def __deepcopy__(self, memo: object) -> Plan:
         return self
@@ -402,93 +320,3 @@ def _check_layout(layout: PipelineParallelLayerLayout, spec: ModelSpec) -> None:
     """
     mtp = layout.flatten_layout.count(LayerType.mtp)
     layout.validate_layer_layout(spec.num_layers, (_mtp_layers(spec) or mtp) if mtp else 0)
-
-
-# --- reading what may have been changed by hand ---------------------------------------------------------------------------
-
-
-def _spec_from_data(model: Mapping[str, Any]) -> ModelSpec:
-    tensors = {
-        name: TensorSpec(name, _shape(t["shape"]), t.get("tied_to"), _is(bool, "is_buffer", t.get("is_buffer", False)))
-        for name, t in model["tensors"].items()
-    }
-    for name, tensor in tensors.items():
-        if tensor.tied_to is not None and tensors[tensor.tied_to].shape != tensor.shape:
-            raise PlanError(f"tensor {name} cannot share the memory of {tensor.tied_to}, which has another shape.")
-    texts: dict[str, Any] = {k: _is(str, k, model[k]) for k in ("family", "architecture", "layers", "dtype")}
-    numbers: dict[str, Any] = {
-        k: _whole(k, model[k]) for k in ("num_layers", "num_heads", "num_kv_heads", "vocab_size")
-    }
-    linears = model["linears"]
-    spec = ModelSpec(
-        **texts,
-        **numbers,
-        tensors=MappingProxyType(tensors),
-        config=MappingProxyType(dict(model["config"])),
-        linears=None if linears is None else frozenset(_is(str, "linears", path) for path in linears),
-    )
-    if spec.dtype not in DTYPE_BYTES:
-        raise PlanError(f"the model's dtype must be one of {', '.join(DTYPE_BYTES)}, but is {spec.dtype!r:.40}.")
-    for name in tensors:
-        spec.layer_of(name)
-    return spec
-
-
-def _check_cut(cut: TensorPlan, tp: int) -> None:
-    _is(bool, "partial_grad", cut.partial_grad)
-    if (cut.dim is None) != (cut.split is None):
-        raise PlanError(f"tensor {cut.name}: `dim` and `split` go together, but one is missing.")
-    if cut.dim is None or cut.split is None:
-        return
-    if _whole("dim", cut.dim) >= len(cut.shape) or (cut.split.parts, cut.split.size) != (tp, cut.shape[cut.dim]):
-        raise PlanError(
-            f"tensor {cut.name}: its split ({cut.split}) along dim {cut.dim} does not fit its shape {cut.shape} and tp={tp}."
-        )
-
-
-def _check_parts(modules: Mapping[str, ModulePlan], attention: Mapping[str, AttentionPlan], tp: int) -> None:
-    for module in modules.values():
-        flags = (module.gather_output, module.split_input, module.transposed)
-        blocks = [block for blocks in module.expand if blocks is not None for block in blocks]
-        if (
-            module.style not in STYLES
-            or any(type(flag) is not bool for flag in flags)
-            or any(
-                type(number) is not int or number < 0 for number in (module.copy_output, module.expand_width, *blocks)
-            )
-            or len(module.expand) not in (0, tp)
-            or (module.split is None) != (module.style == "replicate")
-            or (module.split is not None and module.split.parts != tp)
-        ):
-            raise PlanError(f"module {module.path}: {module} is not how a module can be split over {tp} ranks.")
-    for heads in attention.values():
-        sizes = (_whole("num_heads", heads.num_heads), _whole("num_kv_heads", heads.num_kv_heads))
-        if (
-            not all(isinstance(split, Split) for split in (heads.heads, heads.kv_heads))
-            or sizes != (heads.heads.size, heads.kv_heads.size)
-            or {heads.heads.parts, heads.kv_heads.parts} != {tp}
-        ):
-            raise PlanError(f"attention {heads.path}: {heads} is not how heads can be split over {tp} ranks.")
-
-
-def _is(kind: type[Any], name: str, value: Any) -> Any:
-    if type(value) is not kind:
-        raise PlanError(f"{name} must be a {kind.__name__}, but is {value!r:.100}.")
-    return value
-
-
-def _whole(name: str, value: Any) -> int:
-    if type(value) is not int or value < 0:
-        raise PlanError(f"{name} must be a whole number of at least 0, but is {value!r:.100}.")
-    return value
-
-
-@lru_cache(maxsize=4096)
-def _shape_of(values: tuple[Any, ...]) -> tuple[int, ...]:
-    for value in values:
-        _whole("a size", value)
-    return values
-
-
-def _shape(values: list[Any]) -> tuple[int, ...]:
-    return _shape_of(tuple(values))

@@ -11,6 +11,7 @@ from partita.mlx.auto import pipeline_auto_parallel
 from partita.mlx.checked import CheckedCommunicator
 from partita.mlx.comm import Communicator
 from partita.mlx.embedding import VocabParallelEmbedding
+from partita.mlx.fresh import fresh
 from partita.mlx.generate import generate
 from partita.mlx.groups import ParallelGroups, init, make_groups
 from partita.mlx.linear import ColumnParallelLinear, RowParallelLinear
@@ -28,7 +29,7 @@ from partita.mlx.sharded import (
 from partita.mlx.sharding import shard_inplace, shard_linear
 from partita.mlx.train import train
 from partita.text import Generation, Sampling
-from partita.training import StepReport, TrainSettings
+from partita.training import SaveReport, Saves, StepReport, TrainSettings
 
 __all__ = [
     "AllToShardedLinear",
@@ -42,12 +43,15 @@ __all__ = [
     "QuantizedShardedToAllLinear",
     "RowParallelLinear",
     "Sampling",
+    "SaveReport",
+    "Saves",
     "ShardedToAllLinear",
     "StepReport",
     "TrainSettings",
     "VocabParallelEmbedding",
     "all_gather",
     "copy_to",
+    "fresh",
     "gather_from",
     "generate",
     "init",

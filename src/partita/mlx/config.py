@@ -32,6 +32,9 @@ _OTHER_NAMES = (
 )
 """Keys that mlx-lm asks for, and those under which transformers writes the same."""
 
+WINDOWS: Mapping[str, int] = MappingProxyType({"mistral": 4096, "gemma2": 4096, "dots1": 4096})
+"""The sliding window of a config that has no word about it, by family, as transformers has it."""
+
 
 def read_mlx_config(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
     """A model's config as mlx-lm takes it, from plain data, a `config.json` or a folder that holds one.
@@ -45,6 +48,8 @@ def read_mlx_config(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
     for part in ("text_config", "llm_config", "language_config"):
         if isinstance(config.get(part), dict):
             _rename(config[part])
+            _add_window(config[part])
+    _add_window(config)
     _name_quantization(config)
     return config
 
@@ -87,6 +92,12 @@ def _rename(config: dict[str, Any]) -> None:
     sliding = rope.get("sliding_attention")
     if isinstance(sliding, dict) and config.get("rope_local_base_freq") is None and "rope_theta" in sliding:
         config["rope_local_base_freq"] = sliding["rope_theta"]
+
+
+def _add_window(config: dict[str, Any]) -> None:
+    """Name the window that is meant: mlx-lm's arguments cannot tell a config without a word about it from one that has none."""
+    if config.get("model_type") in WINDOWS:
+        config.setdefault("sliding_window", WINDOWS[config["model_type"]])
 
 
 def _rope_keys(rope: Mapping[str, Any]) -> dict[str, Any]:

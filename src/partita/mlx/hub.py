@@ -13,6 +13,7 @@ from typing import Any
 import mlx.nn as nn
 
 from partita.core.model_spec import (
+    DTYPE_BYTES,
     ModelSpec,
     TensorSpec,
     config_dtype,
@@ -137,16 +138,19 @@ def spec_of(model: nn.Module, config: Mapping[str, Any] | None = None) -> ModelS
         model: A model of mlx-lm.
         config: The config that it was built from; what it does not say is taken from the model's arguments.
     """
+    own = config_of(model)
+    data = {**own, **(config or {})}
+    data.update({"quantization": own["quantization"]} if "quantization" in own else {})
     tensors = {}
     modules = named_modules(model)
     for name, (home, attribute) in parameter_homes(model).items():
         if not is_packed(home, attribute):
             tensors[name] = TensorSpec(name, tuple(home[attribute].shape))
         elif attribute == "weight":
-            tensors[name] = TensorSpec(name, (*home["weight"].shape[:-1], dense_width(home)))
-    own = config_of(model)
-    data = {**own, **(config or {})}
-    data.update({"quantization": own["quantization"]} if "quantization" in own else {})
+            shape = (*home["weight"].shape[:-1], dense_width(home))
+            # A scale and a bias a group in the model's dtype, or a scale of one byte.
+            extra_bits = 16 * DTYPE_BYTES[config_dtype(data)] if home.mode == "affine" else 8
+            tensors[name] = TensorSpec(name, shape, packed_bits=home.bits + extra_bits / home.group_size)
     heads = config_heads(data)
     if not heads[0]:
         heads = config_heads({**text_config(data), **text_config(own)})

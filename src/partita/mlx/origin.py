@@ -41,6 +41,9 @@ class Origin:
         sources = {name: Source(tuple(home[key].shape), home[key].dtype, None) for name, (home, key) in homes}
         return cls(sources, config=config_of(model))
 
+    def __deepcopy__(self, memo: object) -> Origin:
+        return self
+
     def boxes(self) -> dict[str, tuple[Box, ...]]:
         """For each array of the unsplit model the boxes of tensors on disk that it is written to.
 

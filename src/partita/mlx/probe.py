@@ -41,6 +41,7 @@ def plan_of_model(
     rules: Rules | None = None,
     config: Mapping[str, Any] | None = None,
     *,
+    vpp: int | None = None,
     placement: Placement = "loop",
 ) -> Plan:
     """The plan of an unsplit model: of its family's rules where these were measured, else of those that pass.
@@ -51,6 +52,7 @@ def plan_of_model(
         layout: Which layers each pipeline stage runs.
         rules: How modules are split; by default found.
         config: The config that the model was built from, where it is at hand.
+        vpp: Stages on each pipeline rank; by default as many as `layout` has, else one.
         placement: Which rank runs which stage.
 
     Raises:
@@ -60,11 +62,11 @@ def plan_of_model(
     spec = spec_of(model, config)
     first = rules if rules is not None else rules_of(spec)
     if mesh.tp == 1 or first.proven:
-        return Plan.make(spec, mesh, layout, first, placement=placement)
+        return Plan.make(spec, mesh, layout, first, vpp=vpp, placement=placement)
     reasons = []
     for candidate in [first] if rules is not None else candidates(spec, first):
         try:
-            plan = Plan.make(spec, mesh, layout, candidate, placement=placement)
+            plan = Plan.make(spec, mesh, layout, candidate, vpp=vpp, placement=placement)
             prove(model, plan)
         except PartitaError as error:
             reasons.append(str(error))
@@ -204,10 +206,11 @@ def _tried(config: Mapping[str, Any], dtype: mx.Dtype) -> Small:
     fill(model, dtype)
     ids = sample_inputs(model)
     mx.eval(main_output(model(ids)))
-    return Small(model, dtype, _runs(gradients, model, ids), _runs(generate_steps, model, ids))
+    return Small(model, dtype, runs(gradients, model, ids), runs(generate_steps, model, ids))
 
 
-def _runs(what: Callable[[nn.Module, mx.array], Any], model: nn.Module, ids: mx.array) -> bool:
+def runs(what: Callable[[nn.Module, mx.array], Any], model: nn.Module, ids: mx.array) -> bool:
+    """Whether MLX does `what` with a model and ids at all."""
     try:
         mx.eval(what(model, ids))
     except Exception:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,14 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from partita.checkpoint.write import FilePlan, Writer, create_files, plan_files, write_index
+from partita.checkpoint.durable import appear, failing_as, partial_of, start_partial
+from partita.checkpoint.write import Writer, create_files, plan_files, refuse_weights, write_index
+from partita.core.plan import Plan
 from partita.core.split import Range
-from partita.errors import CheckpointError, ModelError
+from partita.errors import ModelError
 from partita.mlx.apply import local_ranges, plan_of
 from partita.mlx.copies import elsewhere
+from partita.mlx.groups import ParallelGroups
 from partita.mlx.homes import Ranges, parameter_homes
 from partita.mlx.names import DTYPES, Box
 from partita.mlx.origin import Origin
@@ -40,7 +44,7 @@ def save(
 
     A model that was loaded is written with the names, order and config of the checkpoint that it came from, in Hugging Face's
     form: what reads that one reads this one. A model that was split in memory has mlx-lm's own names. The result does not
-    depend on how the model was split.
+    depend on how the model was split. The folder is whole or not there: all is written beside it and then renamed.
 
     Args:
         model: A model that `load` or `shard` made.
@@ -54,9 +58,98 @@ def save(
         ModelError: The model has arrays that the unsplit one has not, such as adapters.
     """
     plan, groups = plan_of(model)
+    disk = on_disk(model)
+    path = Path(folder)
+    with together(groups):
+        files = plan_files(disk.tensors(), max_shard_bytes)
+    try:
+        with together(groups):
+            if groups.rank == 0:
+                with failing_as(path, "cannot be made"):
+                    refuse_weights(path)
+                partial = start_partial(path)
+                create_files(partial, files)
+                write_index(partial, files)
+                disk.write_beside(partial, tokenizer)
+        partial = partial_of(path)
+        with together(groups):
+            if groups.dp.rank == 0:
+                own = disk.own(model, plan, groups)
+                total = sum(home[key].nbytes for home, key in own.values())
+                with Writer(partial, files) as writer:
+                    for name, (home, key) in own.items():
+                        for box, take, data in disk.parts(name, home, key, home[key], plan, groups):
+                            writer.write(box, take, data)
+                        if progress is not None:
+                            progress(writer.bytes_written, total)
+        with together(groups):
+            if groups.rank == 0:
+                appear(partial, path)
+    except Exception:
+        if groups.rank == 0:
+            shutil.rmtree(partial_of(path), ignore_errors=True)
+        raise
+
+
+@dataclass(frozen=True)
+class OnDisk:
+    """The unsplit model as it is on disk: the same on every rank.
+
+    Attributes:
+        origin: Where it comes from.
+        boxes: For each array of the model the boxes of tensors on disk that hold it.
+        dtypes: The dtype of each.
+    """
+
+    origin: Origin
+    boxes: Mapping[str, tuple[Box, ...]]
+    dtypes: Mapping[str, mx.Dtype]
+
+    def tensors(self, only: Callable[[str], bool] = lambda name: True) -> list[tuple[str, str, tuple[int, ...]]]:
+        """Name, dtype and shape of the tensors of the arrays that are meant, in the order that they had, new ones last."""
+        found: dict[str, tuple[str, tuple[int, ...]]] = {}
+        for name, places in self.boxes.items():
+            for box in places if only(name) else ():
+                known = self.origin.tensors.get(box.name)
+                same = known is not None and DTYPES[known.dtype] == self.dtypes[name]
+                dtype = known.dtype if known is not None and same else _NAMES[self.dtypes[name]]
+                found[box.name] = dtype, self.origin.shape(box)
+        order = {name: place for place, name in enumerate(self.origin.tensors)}
+        return [(name, *found[name]) for name in sorted(found, key=lambda name: order.get(name, len(order)))]
+
+    def own(self, model: nn.Module, plan: Plan, groups: ParallelGroups) -> dict[str, tuple[Any, Any]]:
+        """The homes of the arrays of which this rank writes what it owns. Of copies on stages the owner's is written."""
+        others = elsewhere(model, plan, groups)
+        return {name: home for name, home in parameter_homes(model).items() if name not in others}
+
+    def parts(
+        self, name: str, home: Any, key: Any, array: mx.array, plan: Plan, groups: ParallelGroups
+    ) -> Iterator[tuple[str, list[list[Range]], memoryview]]:
+        """What this rank owns of an array that is cut as `home[key]` is: for each tensor on disk the ranges and the bytes."""
+        held, owned = (local_ranges(home, key, name, plan, groups.tp.rank, owned=only) for only in (False, True))
+        return _parts(self.boxes[name], array, held, owned)
+
+    def write_beside(self, folder: Path, tokenizer: Tokenizer | None) -> None:
+        """Write what belongs to the weights: configs and the tokenizer."""
+        floating = [self.dtypes[n] for n in self.origin.sources if mx.issubdtype(self.dtypes[n], mx.floating)]
+        config = self.origin.plain_config(floating[0] if floating else mx.float32)
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        beside = self.origin.folder / "generation_config.json" if self.origin.folder is not None else None
+        if beside is not None and beside.is_file():
+            shutil.copyfile(beside, folder / beside.name)
+        if tokenizer is not None:
+            tokenizer.save(folder)
+
+
+def on_disk(model: nn.Module) -> OnDisk:
+    """The unsplit model that the ranks hold together, as it is on disk; every rank of the run calls it.
+
+    Raises:
+        ModelError: The model has arrays that the unsplit one has not, such as adapters.
+    """
+    _, groups = plan_of(model)
     origin: Origin = model.partita_origin
     homes = parameter_homes(model)
-    path = Path(folder)
     with together(groups):
         _refuse_strange(homes, origin)
     dtypes: dict[str, mx.Dtype] = {}
@@ -65,23 +158,7 @@ def save(
         dtypes.update({name: getattr(mx, dtype) for name, dtype in part.items()})
     with together(groups):
         boxes = origin.boxes()
-        files = _planned(boxes, origin, dtypes, max_shard_bytes)
-    with together(groups):
-        if groups.rank == 0:
-            _begin(path, files, origin, dtypes, tokenizer)
-    with together(groups):
-        if groups.dp.rank == 0:
-            others = elsewhere(model, plan, groups)
-            own = {name: home for name, home in homes.items() if name not in others}
-            total = sum(home[key].nbytes for home, key in own.values())
-            with Writer(path, files) as writer:
-                for name, (home, key) in own.items():
-                    held, owned = (
-                        local_ranges(home, key, name, plan, groups.tp.rank, owned=only) for only in (False, True)
-                    )
-                    _write(writer, boxes[name], home[key], held, owned)
-                    if progress is not None:
-                        progress(writer.bytes_written, total)
+    return OnDisk(origin, boxes, dtypes)
 
 
 def _refuse_strange(homes: Mapping[str, Any], origin: Origin) -> None:
@@ -93,48 +170,10 @@ def _refuse_strange(homes: Mapping[str, Any], origin: Origin) -> None:
         )
 
 
-def _planned(
-    boxes: Mapping[str, tuple[Box, ...]], origin: Origin, dtypes: Mapping[str, mx.Dtype], max_shard_bytes: int
-) -> tuple[FilePlan, ...]:
-    """The files, the same on every rank: tensors in the order that they had, new ones behind them."""
-    tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
-    for name, places in boxes.items():
-        for box in places:
-            known = origin.tensors.get(box.name)
-            same = known is not None and DTYPES[known.dtype] == dtypes[name]
-            dtype = known.dtype if known is not None and same else _NAMES[dtypes[name]]
-            tensors[box.name] = dtype, origin.shape(box)
-    order = {name: place for place, name in enumerate(origin.tensors)}
-    names = sorted(tensors, key=lambda name: order.get(name, len(order)))
-    return plan_files([(name, *tensors[name]) for name in names], max_shard_bytes)
-
-
-def _begin(
-    path: Path,
-    files: tuple[FilePlan, ...],
-    origin: Origin,
-    dtypes: Mapping[str, mx.Dtype],
-    tokenizer: Tokenizer | None,
-) -> None:
-    """Make all but the data."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be made: {error.strerror}. Choose another folder.") from error
-    create_files(path, files)
-    write_index(path, files)
-    floating = [dtypes[name] for name in origin.sources if mx.issubdtype(dtypes[name], mx.floating)]
-    config = origin.plain_config(floating[0] if floating else mx.float32)
-    (path / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    beside = origin.folder / "generation_config.json" if origin.folder is not None else None
-    if beside is not None and beside.is_file():
-        shutil.copyfile(beside, path / beside.name)
-    if tokenizer is not None:
-        tokenizer.save(path)
-
-
-def _write(writer: Writer, boxes: tuple[Box, ...], array: mx.array, held: Ranges | None, owned: Ranges | None) -> None:
-    """Write what this rank owns of a local array."""
+def _parts(
+    boxes: tuple[Box, ...], array: mx.array, held: Ranges | None, owned: Ranges | None
+) -> Iterator[tuple[str, list[list[Range]], memoryview]]:
+    """What this rank owns of a local array, for each tensor on disk."""
     whole = tuple(((0, size),) for size in array.shape)
     have, mine = held or whole, owned or whole
     if any(not ranges for ranges in mine):
@@ -149,7 +188,7 @@ def _write(writer: Writer, boxes: tuple[Box, ...], array: mx.array, held: Ranges
             overlap = box.overlap(mine)
             if overlap is not None:
                 take, put = overlap
-                writer.write(box.name, take, _bytes(_as_on_disk(array[tuple(slice(a, b) for a, b in put)], box)))
+                yield box.name, take, _bytes(_as_on_disk(array[tuple(slice(a, b) for a, b in put)], box))
 
 
 def _place(held: tuple[Range, ...], span: Range) -> Range:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
 import socket
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -21,12 +24,19 @@ from partita.mlx.copies import sum_copies
 from partita.mlx.groups import ParallelGroups
 from partita.mlx.head import local_logits
 from partita.mlx.loss import vocab_parallel_cross_entropy
+from partita.mlx.moments import restore_optimizer
 from partita.mlx.optimizer import AdamW
 from partita.mlx.pipeline import Pipeline
 from partita.mlx.replicas import clip_gradients, sum_over_replicas
+from partita.mlx.share import Share
+from partita.mlx.together import together
 from partita.mlx.trainable import Trainable
+from partita.mlx.windows import refuse_beyond_window
 from partita.schedule import Timeline
 from partita.training import StepReport, TrainSettings, row_starts, schedule_of
+from partita.training.random import step_seed
+from partita.training.saving import Saver, SaveReport, Saves
+from partita.training.state import TrainingState, read_state
 
 
 def train(
@@ -36,11 +46,17 @@ def train(
     *,
     on_step: Callable[[StepReport], None] | None = None,
     on_timeline: Callable[[Timeline], None] | None = None,
+    saves: Saves | None = None,
+    on_save: Callable[[SaveReport], None] | None = None,
+    resume: str | os.PathLike[str] | None = None,
 ) -> list[StepReport]:
     """Train a split causal language model in place; every rank calls it with the same tokens and settings.
 
     What is frozen (`model.freeze()`, quantized weights) stays; so mlx-lm's LoRA on the split model is trained alone. LoRA's
-    dropout draws from MLX's own random numbers, seeded by `settings.seed` and the replica.
+    dropout draws from MLX's own random numbers, seeded by `settings.seed`, the step and the replica.
+
+    With `saves` checkpoints are written while training goes on, of which each holds all that the run needs to go on, on
+    either engine. A run that is resumed on the same layout is bit for bit the one that was never stopped.
 
     Args:
         model: What `load` or `shard` made.
@@ -48,46 +64,102 @@ def train(
         settings: How.
         on_step: Told of every step, on every rank.
         on_timeline: Told, on every rank, when each action of the last step began and ended.
+        saves: Where and how often checkpoints are kept.
+        on_save: Told, on every rank, of each checkpoint that is whole, between two steps.
+        resume: The checkpoint of a run (`.../step-000100`) that `model` was loaded from, to go on from it.
 
     Returns:
-        A report a step, the same on every rank but for the seconds.
+        A report a step that was done here, the same on every rank but for the seconds.
 
     Raises:
         PlanError: The batch cannot be dealt out to the replicas and micro-batches, or a setting is not for this engine.
-        ModelError: There is nothing to train, or the loss is not finite.
+        ModelError: There is nothing to train, or the loss is not finite; or a sequence is longer than a sliding window that
+            mlx-lm leaves out.
+        CheckpointError: A checkpoint cannot be written, or the one to go on from is of another run; on every rank.
     """
     plan, groups = plan_of(model)
     schedule = schedule_of(plan, settings)
     _check(settings)
+    refuse_beyond_window(plan.spec, settings.sequence_length, "a sequence")
     trainable = Trainable(model)
     if not any(groups.pp.all_gather_object(bool(trainable.names))):
         raise ModelError("no parameter of the model is to be trained: all are frozen.")
     pipeline = Pipeline(model, schedule)
     optimizer = AdamW(settings.weight_decay, settings.epsilon)
+    text = np.asarray(tokens, np.int64)
+    run = TrainingState.of(settings, text, saves.notes if saves is not None else None)
+    if resume is not None:
+        folder = Path(resume)
+        with together(groups):
+            run = run.at(read_state(folder).go_on(run, folder))
+            restore_optimizer(model, trainable, optimizer, folder, run.step)
+    saver = make_saver(model, trainable, optimizer, saves, run, on_save) if saves is not None else None
     model.train()
-    mx.random.seed(settings.seed * groups.dp.size + groups.dp.rank)
-    text, reports = np.asarray(tokens, np.int64), []
-    for step in range(settings.steps):
-        begin = time.perf_counter()
-        starts = row_starts(len(text), step, settings.batch_size, settings.sequence_length, settings.seed)
-        rows = np.stack([text[start : start + settings.sequence_length + 1] for start in starts])
-        timed = on_timeline if step == settings.steps - 1 else None
-        loss, gradients = gradients_of(pipeline, rows, settings, on_timeline=timed)
-        norm = clip_gradients(gradients, model, plan, groups, settings.clip_norm)
-        if not math.isfinite(loss) or not math.isfinite(norm):
-            raise ModelError(
-                f"step {step + 1}: the loss is {loss} and the gradient's norm {norm}. Lower the learning rate "
-                f"({settings.learning_rate}) or clip_norm ({settings.clip_norm}), or train in a wider dtype."
-            )
-        rate = settings.learning_rate_at(step)
-        optimizer.step(trainable, gradients, rate)
-        count = settings.batch_size * settings.sequence_length
-        report = StepReport(step + 1, loss, rate, norm, count, time.perf_counter() - begin)
-        reports.append(report)
-        if on_step is not None:
-            on_step(report)
+    reports = []
+    with saver if saver is not None else nullcontext():
+        for step in range(run.step, settings.steps):
+            report = _step(pipeline, optimizer, trainable, text, step, settings, saver, on_timeline)
+            reports.append(report)
+            if on_step is not None:
+                on_step(report)
+            if saver is not None:
+                saver.after(step + 1)
+        if saver is not None:
+            saver.finish(settings.steps)
     model.eval()
     return reports
+
+
+def make_saver(
+    model: nn.Module,
+    trainable: Trainable,
+    optimizer: AdamW,
+    saves: Saves,
+    run: TrainingState,
+    on_save: Callable[[SaveReport], None] | None = None,
+) -> Saver:
+    """What keeps the checkpoints of a run; every rank calls it.
+
+    Raises:
+        CheckpointError: The run's folder cannot be made.
+        ModelError: The model has arrays that the unsplit one has not, such as adapters.
+    """
+    _, groups = plan_of(model)
+    axes = [comm for comm in (groups.tp, groups.pp, groups.dp) if comm.size > 1]
+    share = Share(model, trainable, optimizer, saves)
+    return Saver(saves, share, run, axes, groups.rank, groups.mesh.size, on_save=on_save)
+
+
+def _step(
+    pipeline: Pipeline,
+    optimizer: AdamW,
+    trainable: Trainable,
+    text: np.ndarray[Any, Any],
+    step: int,
+    settings: TrainSettings,
+    saver: Saver | None,
+    on_timeline: Callable[[Timeline], None] | None,
+) -> StepReport:
+    """Do step `step`, counted from 0."""
+    model, plan, groups = pipeline.model, pipeline.plan, pipeline.groups
+    begin = time.perf_counter()
+    mx.random.seed(step_seed(settings.seed, step, groups.dp.rank))
+    starts = row_starts(len(text), step, settings.batch_size, settings.sequence_length, settings.seed)
+    rows = np.stack([text[start : start + settings.sequence_length + 1] for start in starts])
+    timed = on_timeline if step == settings.steps - 1 else None
+    loss, gradients = gradients_of(pipeline, rows, settings, on_timeline=timed)
+    norm = clip_gradients(gradients, model, plan, groups, settings.clip_norm)
+    if not math.isfinite(loss) or not math.isfinite(norm):
+        if saver is not None:
+            saver.wait()
+        raise ModelError(
+            f"step {step + 1}: the loss is {loss} and the gradient's norm {norm}. Lower the learning rate "
+            f"({settings.learning_rate}) or clip_norm ({settings.clip_norm}), or train in a wider dtype."
+        )
+    rate = settings.learning_rate_at(step)
+    optimizer.step(trainable, gradients, rate)
+    count = settings.batch_size * settings.sequence_length
+    return StepReport(step + 1, loss, rate, norm, count, time.perf_counter() - begin)
 
 
 def _check(settings: TrainSettings) -> None:

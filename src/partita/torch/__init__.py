@@ -23,10 +23,12 @@ from partita.torch.linear import ColumnParallelLinear, RowParallelLinear
 from partita.torch.load import load, shard
 from partita.torch.lora import LoraLinear
 from partita.torch.loss import vocab_parallel_cross_entropy
+from partita.torch.peft_format import save_adapters
 from partita.torch.pipeline import Pipeline
 from partita.torch.save import save
 from partita.torch.seed import mp_copy, mp_gather, mp_reduce, mp_scatter
 from partita.torch.train import StepReport, TrainSettings, train
+from partita.training import SaveReport, Saves
 
 __all__ = [
     "ColumnParallelLinear",
@@ -40,6 +42,8 @@ __all__ = [
     "Pipeline",
     "RowParallelLinear",
     "Sampling",
+    "SaveReport",
+    "Saves",
     "StepReport",
     "Tokenizer",
     "TrainSettings",
@@ -65,6 +69,7 @@ __all__ = [
     "pipeline_auto_parallel",
     "reset_parallelism",
     "save",
+    "save_adapters",
     "shard",
     "train",
     "vocab_parallel_cross_entropy",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import zlib
+
 import torch
 from torch import nn
 
@@ -30,24 +32,33 @@ def add_lora(model: nn.Module, rank: int, *, alpha: float | None = None) -> list
     """
     plan, groups = plan_of(model)
     model.requires_grad_(False)
+    seed = int(torch.randint(1 << 62, ()))
     adapted = []
     for path, module in list(model.named_modules()):
         if plan.spec.layer_of(path) is None:
             continue
-        if isinstance(module, (ColumnParallelLinear, RowParallelLinear)):
-            row = isinstance(module, RowParallelLinear)
-            inputs, part = (module.split, groups.mp.rank) if row else (None, 0)
-            module.linear = LoraLinear(module.linear, rank, alpha, inputs=inputs, tp_rank=part)
-            adapted.append(path)
-        elif type(module) is nn.Linear and plan.spec.linears and path in plan.spec.linears:
-            parent, _, name = path.rpartition(".")
-            setattr(model.get_submodule(parent), name, LoraLinear(module, rank, alpha))
-            adapted.append(path)
+        # Each layer draws from numbers of its own: which layers lie on the same stage must not matter.
+        with torch.random.fork_rng():
+            torch.manual_seed(seed ^ zlib.crc32(path.encode()))
+            if isinstance(module, (ColumnParallelLinear, RowParallelLinear)):
+                row = isinstance(module, RowParallelLinear)
+                inputs, part = (module.split, groups.mp.rank) if row else (None, 0)
+                module.linear = LoraLinear(module.linear, rank, alpha, inputs=inputs, tp_rank=part)
+                adapted.append(path)
+            elif _is_linear(module) and plan.spec.linears and path in plan.spec.linears:
+                parent, _, name = path.rpartition(".")
+                setattr(model.get_submodule(parent), name, LoraLinear(module, rank, alpha))
+                adapted.append(path)
     if not adapted:
         raise ModelError(
             f"{plan.spec.family}: no linear layer was found inside {plan.spec.layers or 'the model'} to adapt."
         )
     return adapted
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Whether it is a linear layer of torch or of transformers' GPT-2, and nothing made of one."""
+    return type(module) is nn.Linear or type(module).__name__ == "Conv1D"
 
 
 def adapters(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:

@@ -101,7 +101,7 @@ def load(
     with together(groups), Reader(checkpoint) as reader:
         split = apply_plan(built, plan, groups)
         total = sum(t.numel() * t.itemsize for t in split.state_dict(keep_vars=True).values())
-        fill = _CheckpointFill(reader, checkpoint.tensors, sources, unsplit, progress, total)
+        fill = CheckpointFill(reader, checkpoint.tensors, sources, unsplit, progress, total)
         materialize(split, plan, groups, fill, as_device(device))
     return finish(split, plan, groups)
 
@@ -206,7 +206,7 @@ def as_device(device: torch.device | str | None) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
-class _CheckpointFill:
+class CheckpointFill:
     """Fills local tensors from the byte ranges of a checkpoint."""
 
     def __init__(
@@ -223,6 +223,7 @@ class _CheckpointFill:
         self.done_bytes = 0
 
     def __call__(self, name: str, cut: TensorPlan, rank: int, local: Tensor) -> None:
+        """Fill the part that tensor rank `rank` holds of tensor `name`."""
         source = self.sources.get(name)
         if source is None:
             folder = self.reader.checkpoint.folder

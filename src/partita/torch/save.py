@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from partita.checkpoint.write import Writer, create_files, plan_files, write_index
+from partita.checkpoint.durable import appear, failing_as, partial_of, start_partial
+from partita.checkpoint.write import FilePlan, Writer, create_files, plan_files, refuse_weights, write_index
 from partita.core.plan import Plan
 from partita.core.split import Range
-from partita.errors import CheckpointError, ModelError
+from partita.errors import ModelError
 from partita.text import Tokenizer
 from partita.torch.adapt import adapters
 from partita.torch.apply import local_tensors, plan_of
+from partita.torch.groups import ParallelGroups
 from partita.torch.hub import build_on_meta, quiet
 from partita.torch.load import DTYPES, memory_of
 from partita.torch.mtp import attach_mtp, repeated_pieces
-from partita.torch.names import pieces_for_writing
+from partita.torch.names import Piece, pieces_for_writing
 from partita.torch.together import together
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -38,7 +42,8 @@ def save(
     """Write the unsplit model that the ranks hold together; every rank of the run calls it.
 
     The result is what transformers itself would have saved: `config.json`, `model.safetensors` or its numbered parts with
-    their index, and the tokenizer. It does not depend on how the model was split.
+    their index, and the tokenizer. It does not depend on how the model was split. The folder is whole or not there: all is
+    written beside it and then renamed.
 
     Args:
         model: A model that `load`, `shard` or `fresh` made.
@@ -52,69 +57,155 @@ def save(
         ModelError: The model has adapters that are not merged.
     """
     plan, groups = plan_of(model)
+    disk = on_disk(model)
+    with together(groups):
+        files = disk.files(max_shard_bytes)
+
+    def write(writer: Writer) -> None:
+        own = disk.own(model, plan, groups)
+        total = sum(tensor.numel() * tensor.itemsize for tensor in own.values())
+        for name, tensor in own.items():
+            for piece, take, part in disk.parts(name, tensor, plan, groups):
+                writer.write(piece, take, memory_of(part))
+            if progress is not None:
+                progress(writer.bytes_written, total)
+
+    write_together(Path(folder), groups, files, lambda partial: disk.write_beside(model, partial, tokenizer), write)
+
+
+def write_together(
+    path: Path,
+    groups: ParallelGroups,
+    files: tuple[FilePlan, ...],
+    beside: Callable[[Path], None],
+    write: Callable[[Writer], None],
+) -> None:
+    """Let a folder of safetensors files appear at `path`, whole or not at all; every rank of the run calls it.
+
+    Args:
+        path: Where.
+        groups: The ranks.
+        files: The same on every rank.
+        beside: Writes, on the first rank, what else belongs into the folder.
+        write: Writes a rank's own parts; called on the first replica alone.
+
+    Raises:
+        CheckpointError: The folder holds weights already, or cannot be written; on every rank.
+    """
+    first = is_first(groups)
+    try:
+        with together(groups):
+            if first:
+                with failing_as(path, "cannot be made"):
+                    refuse_weights(path)
+                partial = start_partial(path)
+                create_files(partial, files)
+                write_index(partial, files)
+                beside(partial)
+        partial = partial_of(path)
+        with together(groups):
+            if groups.dp.rank == 0:
+                with Writer(partial, files) as writer:
+                    write(writer)
+        with together(groups):
+            if first:
+                appear(partial, path)
+    except Exception:
+        if first:
+            shutil.rmtree(partial_of(path), ignore_errors=True)
+        raise
+
+
+@dataclass(frozen=True)
+class OnDisk:
+    """The unsplit model as it is on disk: the same on every rank.
+
+    Attributes:
+        config: transformers' config to go with it.
+        pieces: For each tensor of the model those on disk that hold it.
+        dtypes: The dtype of each that is saved; of tied ones the first.
+    """
+
+    config: Any
+    pieces: Mapping[str, tuple[Piece, ...]]
+    dtypes: Mapping[str, torch.dtype]
+
+    def files(self, max_shard_bytes: int) -> tuple[FilePlan, ...]:
+        """The files of its weights."""
+        tensors = [(p.name, DTYPE_NAMES[dtype], p.shape) for n, dtype in self.dtypes.items() for p in self.pieces[n]]
+        return plan_files(tensors, max_shard_bytes)
+
+    def own(self, model: nn.Module, plan: Plan, groups: ParallelGroups) -> dict[str, Tensor]:
+        """The local tensors of which this rank writes what it owns. Of copies on several stages the owner's is written."""
+        return {
+            name: tensor
+            for name, tensor in local_tensors(model, plan).items()
+            if name in self.dtypes and plan.copies.get(name, (groups.pp.rank,))[0] == groups.pp.rank
+        }
+
+    def parts(
+        self, name: str, tensor: Tensor, plan: Plan, groups: ParallelGroups
+    ) -> Iterator[tuple[str, list[list[Range]], Tensor]]:
+        """What this rank owns of a local tensor, for each tensor on disk: its name, the ranges there, and the elements."""
+        cut = plan.tensor(name)
+        ranges, owned = cut.ranges(groups.mp.rank), cut.owned_ranges(groups.mp.rank)
+        for piece in self.pieces[name]:
+            overlap = piece.overlap(owned)
+            if overlap is not None:
+                take, _ = overlap
+                yield piece.name, take, own_part(tensor, piece.overlap(ranges), take, stacked=piece.stacked)
+
+    def write_beside(self, model: nn.Module, folder: Path, tokenizer: Tokenizer | None) -> None:
+        """Write what belongs to the weights: configs and the tokenizer."""
+        with quiet():
+            self.config.save_pretrained(folder)
+            generation = getattr(model, "generation_config", None)
+            if generation is not None:
+                with contextlib.suppress(ValueError):
+                    generation.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save(folder)
+
+
+def on_disk(model: nn.Module) -> OnDisk:
+    """The unsplit model that the ranks hold together, as it is on disk; every rank of the run calls it.
+
+    Raises:
+        ModelError: The model has adapters that are not merged.
+    """
+    plan, groups = plan_of(model)
     if adapters(model):
         raise ModelError(
             "the model has LoRA adapters, which are no part of a checkpoint. Call merge_lora(model) first."
         )
-    path = Path(folder)
-    tensors = {n: t for n, t in local_tensors(model, plan).items() if plan.spec.tensors[n].tied_to is None}
+    mine = {n: t.dtype for n, t in local_tensors(model, plan).items() if plan.spec.tensors[n].tied_to is None}
     dtypes: dict[str, torch.dtype] = {}
-    for part in groups.pp.comm.all_gather_object({name: tensor.dtype for name, tensor in tensors.items()}):
+    for part in groups.pp.comm.all_gather_object(mine):
         dtypes.update(part)  # type: ignore[call-overload]
-    config = _plain_config(model, plan, next(iter(dtypes.values())))
-    # Of copies on several stages the owner's is written.
-    names = {n: t for n, t in tensors.items() if plan.copies.get(n, (groups.pp.rank,))[0] == groups.pp.rank}
+    config = _plain_config(model, next(iter(dtypes.values())))
     with together(groups):
-        unsplit = build_on_meta(config)
-        attach_mtp(unsplit, plan)
+        unsplit = unsplit_on_meta(config, plan)
         pieces = repeated_pieces(unsplit, plan, pieces_for_writing(unsplit))
-        on_disk = [
-            (piece.name, DTYPE_NAMES[dtypes[name]], piece.shape)
-            for name in plan.spec.tensors
-            if name in dtypes
-            for piece in pieces[name]
-        ]
-        files = plan_files(on_disk, max_shard_bytes)
-    first = torch.distributed.get_rank() == 0 if groups.mesh.size > 1 else True
-    with together(groups):
-        if first:
-            try:
-                path.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise CheckpointError(f"{path} cannot be made: {error.strerror}. Choose another folder.") from error
-            create_files(path, files)
-            write_index(path, files)
-            with quiet():
-                config.save_pretrained(path)
-                generation = getattr(model, "generation_config", None)
-                if generation is not None:
-                    with contextlib.suppress(ValueError):
-                        generation.save_pretrained(path)
-            if tokenizer is not None:
-                tokenizer.save(path)
-    with together(groups):
-        if groups.dp.rank == 0:
-            with Writer(path, files) as writer:
-                total = sum(t.numel() * t.itemsize for t in names.values())
-                for name, tensor in names.items():
-                    cut = plan.tensor(name)
-                    ranges, owned = cut.ranges(groups.mp.rank), cut.owned_ranges(groups.mp.rank)
-                    for piece in pieces[name]:
-                        overlap = piece.overlap(owned)
-                        if overlap is not None:
-                            take, _ = overlap
-                            part = _own_part(tensor, ranges, piece.overlap(ranges), take, piece.start, piece.stacked)
-                            writer.write(piece.name, take, memory_of(part))
-                    if progress is not None:
-                        progress(writer.bytes_written, total)
+    return OnDisk(config, pieces, {name: dtypes[name] for name in plan.spec.tensors if name in dtypes})
 
 
-def _own_part(
+def unsplit_on_meta(config: Any, plan: Plan) -> nn.Module:
+    """The unsplit model without weights, with what a plan adds to it."""
+    unsplit = build_on_meta(config)
+    attach_mtp(unsplit, plan)
+    return unsplit
+
+
+def is_first(groups: ParallelGroups) -> bool:
+    """Whether this is the first rank of the mesh."""
+    return groups.dp.rank == groups.pp.rank == groups.mp.rank == 0
+
+
+def own_part(
     tensor: Tensor,
-    ranges: tuple[tuple[Range, ...], ...],
     held: tuple[list[list[Range]], list[Range]] | None,
     take: list[list[Range]],
-    start: tuple[int, ...],
+    *,
     stacked: bool,
 ) -> Tensor:
     """The elements of a local tensor that go to the ranges `take` of a piece on disk: those this rank owns of what it holds."""
@@ -141,7 +232,7 @@ def _place(held: list[Range], span: Range) -> tuple[int, int]:
     raise AssertionError(f"{span} is not in {held}")
 
 
-def _plain_config(model: nn.Module, plan: Plan, dtype: torch.dtype) -> Any:
+def _plain_config(model: nn.Module, dtype: torch.dtype) -> Any:
     config: Any = model.config
     config.architectures = [type(model).__name__]
     config.dtype = dtype

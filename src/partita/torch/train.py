@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
 import socket
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,10 +22,16 @@ from partita.torch.data import batch
 from partita.torch.groups import ParallelGroups
 from partita.torch.head import local_logits
 from partita.torch.load import as_dtype
+from partita.torch.moments import restore_optimizer
 from partita.torch.objective import IGNORED, check_trainable, examples, loss_of
 from partita.torch.pipeline import Pipeline
 from partita.torch.replicas import clip_gradients, sum_over_replicas
+from partita.torch.share import Share
+from partita.torch.together import together
 from partita.training import StepReport, TrainSettings, schedule_of
+from partita.training.random import step_seed
+from partita.training.saving import Saver, SaveReport, Saves
+from partita.training.state import TrainingState, read_state
 
 __all__ = ["StepReport", "TrainSettings", "accumulate_gradients", "make_optimizer", "schedule_of", "train"]
 
@@ -34,8 +43,15 @@ def train(
     *,
     on_step: Callable[[StepReport], None] | None = None,
     on_timeline: Callable[[Timeline], None] | None = None,
+    saves: Saves | None = None,
+    on_save: Callable[[SaveReport], None] | None = None,
+    resume: str | os.PathLike[str] | None = None,
 ) -> list[StepReport]:
     """Train a split causal language model in place; every rank calls it with the same tokens and settings.
+
+    With `saves` checkpoints are written while training goes on, of which each holds all that the run needs to go on. A run
+    that is resumed on the same layout is bit for bit the one that was never stopped; on another it differs by rounding, and
+    by dropout, whose draws depend on the layout.
 
     Args:
         model: What `load`, `shard` or `fresh` made.
@@ -43,13 +59,17 @@ def train(
         settings: How.
         on_step: Told of every step, on every rank.
         on_timeline: Told, on every rank, when each action of the last step began and ended.
+        saves: Where and how often checkpoints are kept.
+        on_save: Told, on every rank, of each checkpoint that is whole, between two steps.
+        resume: The checkpoint of a run (`.../step-000100`) that `model` was loaded from, to go on from it.
 
     Returns:
-        A report a step, the same on every rank but for the seconds.
+        A report a step that was done here, the same on every rank but for the seconds.
 
     Raises:
         PlanError: The batch cannot be dealt out to the replicas and micro-batches.
         ModelError: The model is no causal language model, or the loss is not finite.
+        CheckpointError: A checkpoint cannot be written, or the one to go on from is of another run; on every rank.
     """
     plan, groups = plan_of(model)
     schedule = schedule_of(plan, settings)
@@ -60,33 +80,80 @@ def train(
     optimizer = make_optimizer(model, settings, groups)
     pipeline = Pipeline(model, schedule)
     model.zero_grad(set_to_none=True)
+    run = TrainingState.of(settings, tokens.cpu().numpy(), saves.notes if saves is not None else None)
+    if resume is not None:
+        folder = Path(resume)
+        with together(groups):
+            run = run.at(read_state(folder).go_on(run, folder))
+        restore_optimizer(model, optimizer, folder, run.step)
+    saver = make_saver(model, optimizer, saves, run, on_save) if saves is not None else None
     model.train()
-    torch.manual_seed(settings.seed * groups.dp.world_size + groups.dp.rank)
     reports = []
-    for step in range(settings.steps):
-        begin = time.perf_counter()
-        rows = batch(tokens, step, settings.batch_size, settings.sequence_length, settings.seed)
-        timed = on_timeline if step == settings.steps - 1 else None
-        loss = accumulate_gradients(pipeline, rows, step, settings, on_timeline=timed)
-        norm = clip_gradients(model, plan, groups, settings.clip_norm)
-        if not math.isfinite(loss) or not math.isfinite(norm):
-            raise ModelError(
-                f"step {step + 1}: the loss is {loss} and the gradient's norm {norm}. Lower the learning rate "
-                f"({settings.learning_rate}) or clip_norm ({settings.clip_norm}), or train in a wider dtype."
-            )
-        rate = settings.learning_rate_at(step)
-        if optimizer is not None:
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            optimizer.step()
-        model.zero_grad(set_to_none=True)
-        count = settings.batch_size * settings.sequence_length
-        report = StepReport(step + 1, loss, rate, norm, count, time.perf_counter() - begin)
-        reports.append(report)
-        if on_step is not None:
-            on_step(report)
+    with saver if saver is not None else nullcontext():
+        for step in range(run.step, settings.steps):
+            report = _step(pipeline, optimizer, tokens, step, settings, saver, on_timeline)
+            reports.append(report)
+            if on_step is not None:
+                on_step(report)
+            if saver is not None:
+                saver.after(step + 1)
+        if saver is not None:
+            saver.finish(settings.steps)
     model.eval()
     return reports
+
+
+def make_saver(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    saves: Saves,
+    run: TrainingState,
+    on_save: Callable[[SaveReport], None] | None = None,
+) -> Saver:
+    """What keeps the checkpoints of a run; every rank calls it.
+
+    Raises:
+        CheckpointError: The run's folder cannot be made.
+        ModelError: The model has adapters.
+    """
+    _, groups = plan_of(model)
+    axes = [info.comm for info in (groups.mp, groups.pp, groups.dp) if info.world_size > 1]
+    rank = groups.mesh.rank(dp=groups.dp.rank, pp=groups.pp.rank, tp=groups.mp.rank)
+    return Saver(saves, Share(model, optimizer, saves), run, axes, rank, groups.mesh.size, on_save=on_save)
+
+
+def _step(
+    pipeline: Pipeline,
+    optimizer: torch.optim.Optimizer | None,
+    tokens: Tensor,
+    step: int,
+    settings: TrainSettings,
+    saver: Saver | None,
+    on_timeline: Callable[[Timeline], None] | None,
+) -> StepReport:
+    """Do step `step`, counted from 0."""
+    model, plan, groups = pipeline.model, pipeline.plan, pipeline.groups
+    begin = time.perf_counter()
+    torch.manual_seed(step_seed(settings.seed, step, groups.dp.rank))
+    rows = batch(tokens, step, settings.batch_size, settings.sequence_length, settings.seed)
+    timed = on_timeline if step == settings.steps - 1 else None
+    loss = accumulate_gradients(pipeline, rows, step, settings, on_timeline=timed)
+    norm = clip_gradients(model, plan, groups, settings.clip_norm)
+    if not math.isfinite(loss) or not math.isfinite(norm):
+        if saver is not None:
+            saver.wait()
+        raise ModelError(
+            f"step {step + 1}: the loss is {loss} and the gradient's norm {norm}. Lower the learning rate "
+            f"({settings.learning_rate}) or clip_norm ({settings.clip_norm}), or train in a wider dtype."
+        )
+    rate = settings.learning_rate_at(step)
+    if optimizer is not None:
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+    model.zero_grad(set_to_none=True)
+    count = settings.batch_size * settings.sequence_length
+    return StepReport(step + 1, loss, rate, norm, count, time.perf_counter() - begin)
 
 
 def make_optimizer(model: nn.Module, settings: TrainSettings, groups: ParallelGroups) -> torch.optim.Optimizer | None:

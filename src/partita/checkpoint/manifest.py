@@ -1,0 +1,128 @@
+"""Manifest: the files of a checkpoint with their sizes and digests, by which a reader knows that it is whole."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+from partita.checkpoint.header import brief, open_regular, parse_json, reason
+from partita.errors import CheckpointError
+
+MANIFEST_NAME = "manifest.json"
+
+_CHUNK_BYTES = 4 << 20
+_MAX_THREADS = 4
+
+
+@dataclass(frozen=True)
+class Digest:
+    """A file's size in bytes and its SHA-256, in hexadecimal."""
+
+    size_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint consists of: the digest of each file, by its path in the folder."""
+
+    files: Mapping[str, Digest]
+
+    def to_json(self) -> str:
+        """The text of `manifest.json`; files in the order of their names."""
+        files = {name: {"size": one.size_bytes, "sha256": one.sha256} for name, one in sorted(self.files.items())}
+        return json.dumps({"partita_manifest": 1, "files": files}, indent=2) + "\n"
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a checkpoint.
+
+    Raises:
+        CheckpointError: There is none, or it is none of ours.
+    """
+    file = folder / MANIFEST_NAME
+    if not file.exists():
+        raise CheckpointError(f"{folder}: has no {MANIFEST_NAME}, so it is no whole checkpoint of a training run")
+    try:
+        raw = file.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read: {reason(error)}") from error
+    data = parse_json(raw, f"{file}: the manifest")
+    files = data.get("files")
+    if data.get("partita_manifest") != 1 or not isinstance(files, dict):
+        raise CheckpointError(f"{file}: must be a manifest with `partita_manifest: 1` and `files`, but is not")
+    return Manifest(MappingProxyType({name: _entry(file, name, entry) for name, entry in files.items()}))
+
+
+def _entry(file: Path, name: str, entry: object) -> Digest:
+    if isinstance(entry, dict):
+        size, sha256 = entry.get("size"), entry.get("sha256")
+        if type(size) is int and isinstance(sha256, str):
+            return Digest(size, sha256)
+    raise CheckpointError(f"{file}: {brief(name)} must have a size and a sha256, but has {brief(entry)}")
+
+
+def digest(file: Path) -> Digest:
+    """Read a file, a chunk at a time. Raises CheckpointError if it is not there or cannot be read."""
+    fd, _ = open_regular(file)
+    try:
+        total, size_bytes, chunk = hashlib.sha256(), 0, memoryview(bytearray(_CHUNK_BYTES))
+        while count := os.readv(fd, [chunk]):
+            total.update(chunk[:count])
+            size_bytes += count
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read: {reason(error)}") from error
+    finally:
+        os.close(fd)
+    return Digest(size_bytes, total.hexdigest())
+
+
+def digest_of(data: bytes) -> Digest:
+    """The digest of a file that holds `data`."""
+    return Digest(len(data), hashlib.sha256(data).hexdigest())
+
+
+def digests(folder: Path, names: Iterable[str]) -> dict[str, Digest]:
+    """The digests of files of a folder, several at a time. Raises CheckpointError as `digest` does."""
+    names = list(names)
+    with ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1)) as pool:
+        return dict(zip(names, pool.map(lambda name: digest(folder / name), names), strict=True))
+
+
+def check_sizes(folder: Path, manifest: Manifest) -> None:
+    """Raise CheckpointError unless every file of a checkpoint is there in its size; nothing is read."""
+    for name, expected in manifest.files.items():
+        file = folder / name
+        try:
+            size_bytes = file.stat().st_size
+        except OSError as error:
+            raise CheckpointError(f"{file}: is in the manifest, but cannot be found: {reason(error)}") from error
+        if size_bytes != expected.size_bytes:
+            raise CheckpointError(
+                f"{file}: must have {expected.size_bytes} bytes, but has {size_bytes}: it is not whole"
+            )
+
+
+def check_contents(folder: Path, manifest: Manifest, part: int = 0, parts: int = 1) -> None:
+    """Raise CheckpointError unless files of a checkpoint have the contents that they were written with.
+
+    Args:
+        folder: The checkpoint.
+        manifest: Its manifest.
+        part: Which share of the files is read: of ranks that read together, the rank.
+        parts: How many shares there are.
+    """
+    check_sizes(folder, manifest)
+    mine = sorted(manifest.files, key=lambda name: -manifest.files[name].size_bytes)[part::parts]
+    for name, found in digests(folder, mine).items():
+        if found != manifest.files[name]:
+            raise CheckpointError(
+                f"{folder / name}: must have the SHA-256 {manifest.files[name].sha256[:12]}..., but has {found.sha256[:12]}"
+                "...: it was changed since it was written"
+            )

@@ -1,0 +1,130 @@
+"""A run's folder: one folder a checkpoint, named by its step, and a link to the newest.
+
+runs/mine/
+  latest -> step-000200     a link, written when its checkpoint is whole
+  config.json               the model's, for who only asks what it is
+  step-000100/      model.safetensors, config.json, ..., optimizer.safetensors, training_state.json, manifest.json
+  step-000200/
+  .step-000300.partial/     being written; it is no checkpoint until it is renamed
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from partita.checkpoint.durable import appear, failing_as, sync, write_whole
+from partita.checkpoint.header import reason
+from partita.checkpoint.manifest import check_sizes, read_manifest
+from partita.errors import CheckpointError
+
+LATEST_NAME = "latest"
+_CONFIG_NAME = "config.json"
+
+_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)
+"""What file systems say that have no links; the last checkpoint is then the newest."""
+
+_STEP = re.compile(r"step-([0-9]{6,})")
+_LEFT_OVER = re.compile(r"\.step-[0-9]{6,}\.(partial|old)")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The checkpoints of one run."""
+
+    path: Path
+
+    def step_folder(self, step: int) -> Path:
+        """The checkpoint after `step` steps."""
+        return self.path / f"step-{step:06d}"
+
+    def partial(self, step: int) -> Path:
+        """Where that checkpoint is written."""
+        return self.path / f".step-{step:06d}.partial"
+
+    def steps(self) -> list[int]:
+        """The steps of which there are checkpoints, in order; whether they are whole is not looked at."""
+        try:
+            names = os.listdir(self.path)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        except OSError as error:
+            raise CheckpointError(f"{self.path}: cannot be listed: {reason(error)}") from error
+        return sorted(int(match[1]) for name in names if (match := _STEP.fullmatch(name)))
+
+    def newest(self) -> Path:
+        """The checkpoint that `latest` leads to, or where there is no link the last one.
+
+        Raises:
+            CheckpointError: There is none, or files of it are missing or cut short.
+        """
+        steps = self.steps()
+        if not steps:
+            raise CheckpointError(f"{self.path}: holds no checkpoint (step-000100 or the like)")
+        link = self.path / LATEST_NAME
+        named = _STEP.fullmatch(os.readlink(link)) if link.is_symlink() else None
+        folder = self.step_folder(int(named[1]) if named and int(named[1]) in steps else steps[-1])
+        check_sizes(folder, read_manifest(folder))
+        return folder
+
+    def begin(self) -> None:
+        """Make the folder, and remove what saves that were cut off have left in it. Raises CheckpointError."""
+        with failing_as(self.path, "cannot be made"):
+            self.path.mkdir(parents=True, exist_ok=True)
+            for name in os.listdir(self.path):
+                if _LEFT_OVER.fullmatch(name):
+                    shutil.rmtree(self.path / name)
+            if not os.access(self.path, os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, "no permission to write", str(self.path))
+
+    def publish(self, step: int, keep: int | None) -> Path:
+        """Give the checkpoint that was written its place, let `latest` lead to it, and remove all but the newest `keep`.
+
+        Raises:
+            CheckpointError: The system refuses. All older checkpoints are then still there.
+        """
+        place, old = self.step_folder(step), self.path / f".step-{step:06d}.old"
+        with failing_as(place, "cannot be replaced"):
+            if place.exists():
+                os.rename(place, old)
+        appear(self.partial(step), place)
+        self._point_to(place)
+        with failing_as(self.path, "old checkpoints cannot be removed"):
+            if old.exists():
+                shutil.rmtree(old)
+            earlier = [one for one in self.steps() if one <= step]
+            for one in earlier[:-keep] if keep is not None else []:
+                self._remove(one)
+            sync(self.path)
+        return place
+
+    def _point_to(self, place: Path) -> None:
+        config = place / _CONFIG_NAME
+        with failing_as(self.path, "cannot be written"):
+            if config.exists():
+                write_whole(self.path / _CONFIG_NAME, config.read_bytes())
+            new = self.path / f".{LATEST_NAME}.new"
+            new.unlink(missing_ok=True)
+            try:
+                os.symlink(place.name, new)
+            except OSError as error:
+                if error.errno not in _NO_LINKS:
+                    raise
+                return
+            os.replace(new, self.path / LATEST_NAME)
+            sync(self.path)
+
+    def _remove(self, step: int) -> None:
+        """Take a checkpoint out of sight first, so that none is ever seen in part."""
+        old = self.path / f".step-{step:06d}.old"
+        os.rename(self.step_folder(step), old)
+        shutil.rmtree(old)
+
+
+def is_run_folder(path: Path) -> bool:
+    """Whether a folder holds the checkpoints of a run, rather than one model."""
+    return path.is_dir() and bool(RunFolder(path).steps()) and not any(path.glob("*.safetensors"))

@@ -1,0 +1,82 @@
+"""`train --resume`: what the checkpoint says of the run, and what a command line may say otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from partita.checkpoint.run_folder import RunFolder
+from partita.errors import CheckpointError, ModelError
+
+if TYPE_CHECKING:
+    from partita.training.state import TrainingState
+
+NOTED = ("config", "model", "dtype")
+"""Options that began a run, of which a resumed one has no use; they may be given again as they were."""
+
+KEPT = ("data", "save_every", "keep")
+"""Options that are taken from the checkpoint unless they are given anew."""
+
+
+def given_options(ctx: typer.Context) -> set[str]:
+    """The names of the parameters that stand on the command line, rather than being defaults."""
+    sources = {name: ctx.get_parameter_source(name) for name in ctx.params}
+    return {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+
+
+def newest_state(folder: Path | None) -> tuple[Path, TrainingState]:
+    """The newest checkpoint of a run whose state can be read, which is not to say that it is whole, and its state.
+
+    Raises:
+        CheckpointError: There is none.
+        ModelError: There is no folder.
+    """
+    from partita.training.state import read_state
+
+    if folder is None:
+        raise ModelError("--resume goes on from the newest checkpoint in --out DIR. Give --out.")
+    run = RunFolder(folder)
+    why: CheckpointError | None = None
+    for step in reversed(run.steps()):
+        try:
+            return run.step_folder(step), read_state(run.step_folder(step))
+        except CheckpointError as error:
+            why = why or error
+    if why is not None:
+        raise why
+    raise CheckpointError(
+        f"--out {folder} holds no checkpoint of a run to go on from. Start it without --resume, with --save-every."
+    )
+
+
+def resumed_options(folder: Path, state: TrainingState, options: Mapping[str, Any], given: set[str]) -> dict[str, Any]:
+    """The options of a resumed run: what is given on the command line where it may be, else what the checkpoint says.
+
+    Args:
+        folder: The checkpoint.
+        state: Its state.
+        options: All options by their parameters' names.
+        given: Those that stand on the command line.
+
+    Raises:
+        CheckpointError: It would be another run.
+    """
+    notes = state.notes
+    for name in NOTED:
+        if name in given and options[name] != notes.get(name):
+            raise CheckpointError(
+                f"{folder}: the run began with {_said(name, notes.get(name))}, not --{name} {options[name]}. Leave it out."
+            )
+    then = {**asdict(state.settings), **{name: notes[name] for name in KEPT if notes.get(name) is not None}}
+    made = {name: options[name] if name in given else then.get(name, value) for name, value in options.items()}
+    settings = {name: made[name] for name in asdict(state.settings) if name in made}
+    state.refuse_other(settings, folder)
+    return made
+
+
+def _said(name: str, value: Any) -> str:
+    return f"--{name} {value}" if value is not None else f"no --{name}"

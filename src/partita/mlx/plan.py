@@ -1,0 +1,44 @@
+"""The plan of a model that MLX is to run, from its config: nothing of its weights is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from partita.core.mesh import Mesh
+from partita.core.placement import Placement
+from partita.core.plan import Plan
+from partita.mlx.config import read_mlx_config
+from partita.mlx.hub import build, quantize
+from partita.mlx.probe import plan_of_model
+from partita.mlx.stage_probe import prove_stages
+
+
+def plan_of_config(
+    source: str | Path | Mapping[str, Any],
+    mesh: Mesh,
+    layout: Any = None,
+    *,
+    vpp: int | None = None,
+    placement: Placement = "loop",
+) -> Plan:
+    """The plan that `load` makes of a checkpoint with this config: tensors have mlx-lm's names, quantized or not.
+
+    Args:
+        source: A config file, a folder with one, or plain data.
+        mesh: The ranks.
+        layout: Which layers each pipeline stage runs.
+        vpp: Stages on each pipeline rank; by default as many as `layout` has, else one.
+        placement: Which rank runs which stage.
+
+    Raises:
+        PlanError: The model cannot be dealt out so.
+        ModelError: mlx-lm has no such model, or it cannot be split or cut so that it stays right.
+    """
+    config = read_mlx_config(source)
+    built = build(config)
+    quantize(built, config)
+    plan = plan_of_model(built, mesh, layout, config=config, vpp=vpp, placement=placement)
+    prove_stages(built, plan)
+    return plan

@@ -1,0 +1,101 @@
+"""AdamW's running means of gradients and of their squares, by the parameters' names in the unsplit model."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from partita.checkpoint.header import TensorInfo
+from partita.checkpoint.index import Checkpoint, open_checkpoint
+from partita.checkpoint.read import Range, Reader
+from partita.core.plan import Plan
+from partita.errors import CheckpointError
+from partita.torch.apply import local_tensors, plan_of
+from partita.torch.load import CheckpointFill
+from partita.torch.names import Source, sources_for_reading
+from partita.torch.save import unsplit_on_meta
+from partita.torch.together import together
+from partita.training.saving import OPTIMIZER
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""What AdamW keeps of each parameter, in its shape; on disk before the parameter's name."""
+
+
+def trained_tensors(model: nn.Module, plan: Plan) -> dict[str, Tensor]:
+    """This rank's part of what is trained, by its name in the unsplit model; of tied ones under the first name alone."""
+    trained: dict[str, Tensor] = {}
+    for name, tensor in local_tensors(model, plan).items():
+        if tensor.requires_grad:
+            trained.setdefault(plan.spec.tensors[name].tied_to or name, tensor)
+    return trained
+
+
+def held_by(optimizer: torch.optim.Optimizer | None) -> tuple[torch.optim.Optimizer | None, set[int]]:
+    """The optimizer that steps on this rank, and the ids of its parameters: of ZeRO's, this replica's share."""
+    inner = getattr(optimizer, "optim", optimizer)
+    groups = [] if inner is None else inner.param_groups
+    return inner, {id(parameter) for group in groups for parameter in group["params"]}
+
+
+def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer | None, folder: Path, step: int) -> None:
+    """Give an optimizer that has not stepped yet the state that it had after `step` steps; every rank calls it.
+
+    Args:
+        model: What it trains, in any layout, loaded from the same checkpoint.
+        optimizer: AdamW, or ZeRO's around it; None on a rank that trains nothing.
+        folder: The checkpoint.
+        step: Its steps.
+
+    Raises:
+        CheckpointError: The checkpoint has no such state, or not of all parameters.
+    """
+    plan, groups = plan_of(model)
+    with together(groups):
+        weights, moments = open_checkpoint(folder), open_checkpoint(folder, stem=OPTIMIZER)
+        unsplit = unsplit_on_meta(model.config, plan)
+        shapes = {name: info.shape for name, info in weights.tensors.items()}
+        sources, _ = sources_for_reading(unsplit, shapes)
+        inner, held = held_by(optimizer)
+        with Reader(moments) as reader:
+            for kind in MOMENTS:
+                part = _Kind(reader, moments, kind)
+                fill = CheckpointFill(part, part.infos, sources, unsplit, None, 0)  # type: ignore[arg-type]
+                for name, tensor in trained_tensors(model, plan).items():
+                    if inner is not None and id(tensor) in held:
+                        _check(folder, kind, name, sources, part.infos)
+                        state = inner.state[tensor]
+                        state["step"] = torch.tensor(float(step), dtype=torch.float32)
+                        state[kind] = torch.zeros_like(tensor, memory_format=torch.preserve_format).detach()
+                        fill(name, plan.tensor(name), groups.mp.rank, state[kind])
+
+
+def _check(folder: Path, kind: str, name: str, sources: Mapping[str, Source], infos: Mapping[str, TensorInfo]) -> None:
+    source = sources.get(name, Source())
+    wanted = [piece.name for piece in source.pieces] or [one for one, _ in source.inputs] or [name]
+    missing = [one for one in wanted if one not in infos]
+    if missing:
+        raise CheckpointError(
+            f"{folder}: has no {kind}.{missing[0]}, so {name} was not trained in that run. Train what it trained."
+        )
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """The state of one kind as if it were a checkpoint of its own, with the parameters' names."""
+
+    reader: Reader
+    checkpoint: Checkpoint
+    kind: str
+
+    @functools.cached_property
+    def infos(self) -> dict[str, TensorInfo]:
+        head = f"{self.kind}."
+        return {n.removeprefix(head): info for n, info in self.checkpoint.tensors.items() if n.startswith(head)}
+
+    def read(self, name: str, ranges_by_dim: Sequence[Sequence[Range]], out: memoryview) -> None:
+        self.reader.read(f"{self.kind}.{name}", ranges_by_dim, out)

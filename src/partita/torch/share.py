@@ -1,0 +1,95 @@
+"""What a rank writes of a checkpoint of a run: its own part of weights and moments, dealt out over the replicas."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from torch import Tensor, nn
+
+from partita.checkpoint.index import MODEL
+from partita.checkpoint.write import FilePlan, plan_files
+from partita.torch.apply import plan_of
+from partita.torch.load import memory_of
+from partita.torch.moments import MOMENTS, held_by, trained_tensors
+from partita.torch.save import DTYPE_NAMES, is_first, on_disk
+from partita.torch.together import together
+from partita.training.background import Part
+from partita.training.saving import OPTIMIZER, Saves
+
+
+class Share:
+    """See `partita.training.saving.Share`.
+
+    Attributes:
+        files: The files of weights and of moments, the same on every rank, by how their names begin.
+        beside: Configs and tokenizer, by name, on the first rank.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer | None, saves: Saves) -> None:
+        """Of a model in training; every rank of the run calls it.
+
+        Raises:
+            ModelError: The model has adapters.
+        """
+        self.model, self.optimizer = model, optimizer
+        self.plan, self.groups = plan_of(model)
+        self.disk = on_disk(model)
+        self.zero = hasattr(optimizer, "optim")
+        trained: set[str] = set()
+        for names in self.groups.pp.comm.all_gather_object(list(trained_tensors(model, self.plan))):
+            trained |= set(names)  # type: ignore[call-overload]
+        with together(self.groups):
+            moments = [
+                (f"{kind}.{piece.name}", DTYPE_NAMES[dtype], piece.shape)
+                for kind in MOMENTS
+                for name, dtype in self.disk.dtypes.items()
+                if name in trained
+                for piece in self.disk.pieces[name]
+            ]
+            self.files: Mapping[str, tuple[FilePlan, ...]] = {
+                MODEL: self.disk.files(saves.max_shard_bytes),
+                OPTIMIZER: plan_files(moments, saves.max_shard_bytes, stem=OPTIMIZER),
+            }
+            self.beside: Mapping[str, bytes] = self._beside(saves) if is_first(self.groups) else {}
+
+    def _beside(self, saves: Saves) -> dict[str, bytes]:
+        with TemporaryDirectory() as made:
+            folder = Path(made)
+            self.disk.write_beside(self.model, folder, saves.tokenizer)
+            files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
+            return {file.relative_to(folder).as_posix(): file.read_bytes() for file in files}
+
+    @torch.no_grad()
+    def copy(self) -> list[Part]:
+        """The present values of all that this rank writes: of what replicas hold alike each writes its share."""
+        return [
+            Part(name, take, memory_of(kept), kept)
+            for name, take, part, tensor in self._parts()
+            for kept in [part.clone() if _shares_memory(part, tensor) else part]
+        ]
+
+    def _parts(self) -> Iterator[tuple[str, list[list[tuple[int, int]]], Tensor, Tensor]]:
+        plan, groups = self.plan, self.groups
+        inner, held = held_by(self.optimizer)
+        trained = {id(tensor) for tensor in trained_tensors(self.model, plan).values()}
+        for index, (name, tensor) in enumerate(self.disk.own(self.model, plan, groups).items()):
+            mine = index % groups.dp.world_size == groups.dp.rank
+            if mine:
+                for piece, take, part in self.disk.parts(name, tensor, plan, groups):
+                    yield piece, take, part, tensor
+            if id(tensor) not in trained or not (id(tensor) in held if self.zero else mine):
+                continue
+            state = inner.state.get(tensor, {}) if inner is not None else {}
+            for kind in MOMENTS:
+                # What never had a gradient has no state yet, which is to say zeros.
+                moment = state.get(kind)
+                moment = torch.zeros_like(tensor) if moment is None else moment
+                for piece, take, part in self.disk.parts(name, moment, plan, groups):
+                    yield f"{kind}.{piece}", take, part, moment
+
+
+def _shares_memory(part: Tensor, tensor: Tensor) -> bool:
+    return part.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()

@@ -1,0 +1,189 @@
+"""The writing of one checkpoint in the background, by a thread of each rank.
+
+    rank 0: make files     write own bytes     digest files     rank 0: manifest, rename
+          begun -------------^  written ----------^  digested ------^
+
+The threads wait for each other by small files, marks, in the folder that is written. They use no collectives: those are the
+main thread's, and would meet training's in another order on each rank.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NoReturn
+
+from partita.checkpoint.durable import failing_as, write_all
+from partita.checkpoint.index import index_name
+from partita.checkpoint.manifest import MANIFEST_NAME, Digest, Manifest, digest, digest_of, digests
+from partita.checkpoint.read import Range
+from partita.checkpoint.run_folder import RunFolder
+from partita.checkpoint.write import FilePlan, Writer, create_files, write_index
+from partita.errors import CheckpointError
+
+POLL_S = 0.01
+"""How often a thread looks for what it waits for."""
+
+_MARKS = ".marks"
+
+
+@dataclass(frozen=True)
+class Part:
+    """A piece of a tensor on disk: its name there, the ranges of each dim, and a copy of its bytes in C order."""
+
+    name: str
+    ranges_by_dim: Sequence[Sequence[Range]]
+    data: memoryview
+    owner: object = None
+    """What has to live as long as `data`."""
+
+
+@dataclass
+class Job:
+    """What one rank does for one checkpoint.
+
+    Attributes:
+        run: Where it goes.
+        step: The steps that it is behind.
+        keep: How many of the newest stay.
+        rank: This one.
+        ranks: All of them.
+        files: All files of tensors, by how their names begin.
+        parts: What this rank writes; given up one by one.
+        small: Other files, of the first rank.
+        stopped: Set to end the work before it is done.
+        bytes_written: Of the parts.
+    """
+
+    run: RunFolder
+    step: int
+    keep: int | None
+    rank: int
+    ranks: int
+    files: Mapping[str, tuple[FilePlan, ...]]
+    parts: list[Part]
+    small: Mapping[str, bytes]
+    stopped: threading.Event = field(default_factory=threading.Event)
+    bytes_written: int = 0
+
+    @property
+    def partial(self) -> Path:
+        """Where it is written."""
+        return self.run.partial(self.step)
+
+    def do(self) -> None:
+        """Write the checkpoint with the others. Raises CheckpointError; the folder then has no new checkpoint."""
+        plan = [file for files in self.files.values() for file in files]
+        if self.rank == 0:
+            self._make(plan)
+        self._wait_for(["begun"])
+        with Writer(self.partial, plan) as writer:
+            while self.parts:
+                part = self.parts.pop()
+                self._go_on()
+                writer.write(part.name, part.ranges_by_dim, part.data)
+            self.bytes_written = writer.bytes_written
+        self._mark(f"written-{self.rank}")
+        self._wait_for([f"written-{rank}" for rank in range(self.ranks)])
+        names = [file.name for file in sorted(plan, key=lambda file: -file.size_bytes)][self.rank :: self.ranks]
+        found = {name: (one.size_bytes, one.sha256) for name, one in digests(self.partial, names).items()}
+        self._mark(f"digested-{self.rank}", json.dumps(found))
+        if self.rank == 0:
+            self._publish(plan)
+
+    def _make(self, plan: list[FilePlan]) -> None:
+        """Make all but the data."""
+        partial = self.partial
+        with failing_as(partial, "cannot be made"):
+            (partial / _MARKS).mkdir(parents=True)
+        create_files(partial, plan)
+        for stem, files in self.files.items():
+            write_index(partial, files, stem=stem)
+        write_all(partial, self.small)
+        self._mark("begun")
+
+    def _publish(self, plan: list[FilePlan]) -> None:
+        self._wait_for([f"digested-{rank}" for rank in range(self.ranks)])
+        found: dict[str, Digest] = {}
+        for rank in range(self.ranks):
+            told = json.loads((self.partial / _MARKS / f"digested-{rank}").read_text())
+            found.update({name: Digest(*one) for name, one in told.items()})
+        for file in plan:
+            if found[file.name].size_bytes != file.size_bytes:
+                self._refuse_changed(file.name)
+        for name, data in self.small.items():
+            if digest(self.partial / name) != (there := digest_of(data)):
+                self._refuse_changed(name)
+            found[name] = there
+        indices = [index_name(stem) for stem, files in self.files.items() if len(files) > 1]
+        found.update(digests(self.partial, indices))
+        with failing_as(self.partial, "cannot be finished"):
+            shutil.rmtree(self.partial / _MARKS)
+            (self.partial / MANIFEST_NAME).write_text(Manifest(found).to_json(), encoding="utf-8")
+        self.run.publish(self.step, self.keep)
+
+    def _refuse_changed(self, name: str) -> NoReturn:
+        raise CheckpointError(f"{self.partial / name}: was changed while it was written")
+
+    def _mark(self, name: str, text: str = "") -> None:
+        mark = self.partial / _MARKS / name
+        new = mark.with_name(f"{name}.new")
+        with failing_as(mark, "cannot be written"):
+            new.write_text(text)
+            os.replace(new, mark)
+
+    def _wait_for(self, names: list[str]) -> None:
+        """Until other ranks have left their marks."""
+        left = [self.partial / _MARKS / name for name in names]
+        while left := [mark for mark in left if not mark.exists()]:
+            self._go_on()
+            time.sleep(POLL_S)
+
+    def _go_on(self) -> None:
+        if self.stopped.is_set():
+            raise CheckpointError("the run has ended before it was written")
+
+
+class BackgroundWrite:
+    """A job in a thread of its own.
+
+    Attributes:
+        job: What is done.
+        held_s: For how long training has stood still for it.
+        error: What went wrong, None if nothing did.
+        is_done: Whether it is done.
+    """
+
+    def __init__(self, job: Job, held_s: float) -> None:
+        """Begin it, after training has been held up for `held_s` seconds."""
+        self.job, self.held_s = job, held_s
+        self.error: str | None = None
+        self.is_done = False
+        self.start_s = time.perf_counter() - held_s
+        self.end_s = self.start_s
+        self.thread = threading.Thread(target=self._do, name=f"save step {job.step}", daemon=True)
+        self.thread.start()
+
+    def _do(self) -> None:
+        try:
+            self.job.do()
+            self.end_s = time.perf_counter()
+            self.is_done = True
+        except Exception as error:
+            self.error = str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
+
+    @property
+    def seconds(self) -> float:
+        """How long it took, from when training was first held up."""
+        return self.end_s - self.start_s
+
+    def stop(self) -> None:
+        """Return when the thread has ended, if need be before its work is done."""
+        self.job.stopped.set()
+        self.thread.join()

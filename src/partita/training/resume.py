@@ -1,0 +1,62 @@
+"""Finding the checkpoint from which a run goes on: the newest that is whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from partita.checkpoint.manifest import check_contents, check_sizes, read_manifest
+from partita.checkpoint.run_folder import RunFolder
+from partita.errors import CheckpointError
+from partita.training.agreement import Hears, worst
+from partita.training.state import read_state
+
+
+def newest_whole(
+    folder: Path,
+    axes: Sequence[Hears] = (),
+    rank: int = 0,
+    ranks: int = 1,
+    *,
+    verify: bool = True,
+    on_broken: Callable[[str], None] | None = None,
+) -> Path:
+    """The newest whole checkpoint of a run; every rank of the run calls it, and they read the files together.
+
+    Args:
+        folder: The run's folder.
+        axes: The communicators of the mesh, none for one rank alone.
+        rank: This one.
+        ranks: How many there are.
+        verify: Whether all files are read and compared with the manifest, rather than only their sizes.
+        on_broken: Told, on every rank, of each newer one that is not whole.
+
+    Raises:
+        CheckpointError: There is none.
+    """
+    run = RunFolder(folder)
+    broken = []
+    for step in reversed(run.steps()):
+        said = worst(axes, _fault(run.step_folder(step), rank, ranks, verify))
+        if said is None:
+            return run.step_folder(step)
+        broken.append(said)
+        if on_broken is not None:
+            on_broken(said)
+    why = f" ({broken[0]})" if broken else ""
+    raise CheckpointError(
+        f"{folder}: holds no whole checkpoint of a run to go on from{why}. Start without --resume, in another folder."
+    )
+
+
+def _fault(folder: Path, rank: int, ranks: int, verify: bool) -> str | None:
+    try:
+        manifest = read_manifest(folder)
+        read_state(folder)
+        if verify:
+            check_contents(folder, manifest, rank, ranks)
+        else:
+            check_sizes(folder, manifest)
+    except CheckpointError as error:
+        return str(error)
+    return None

@@ -1,0 +1,215 @@
+"""Checkpoints of a run under way: what a rank holds is copied between two steps, and written while training goes on.
+
+At each step that follows the ranks ask each other how the writing stands, so that what fails on one is raised on all at once.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from partita.checkpoint.run_folder import RunFolder
+from partita.checkpoint.write import FilePlan
+from partita.errors import CheckpointError
+from partita.text import Tokenizer
+from partita.training.agreement import Hears, standing, worst
+from partita.training.background import POLL_S, BackgroundWrite, Job, Part
+from partita.training.state import STATE_NAME, TrainingState
+
+OPTIMIZER = "optimizer"
+"""How the names of the files of the optimizer's state begin."""
+
+
+@dataclass(frozen=True)
+class Saves:
+    """Where and how often a run keeps checkpoints.
+
+    Attributes:
+        folder: The run's folder; each checkpoint has a folder of its own in it (see `RunFolder`).
+        every: Steps from one to the next; the last step is kept in any case. None: the last alone.
+        keep: How many of the newest stay; None for all.
+        tokenizer: Saved with each.
+        max_shard_bytes: Largest size of one file.
+        notes: Kept in the training state, as JSON can say it.
+    """
+
+    folder: Path
+    every: int | None = None
+    keep: int | None = None
+    tokenizer: Tokenizer | None = None
+    max_shard_bytes: int = 5_000_000_000
+    notes: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("every", "keep"):
+            value = getattr(self, name)
+            if value is not None and (type(value) is not int or value < 1):
+                raise CheckpointError(f"{name} must be a whole number of at least 1, or None, but is {value!r}.")
+
+
+@dataclass(frozen=True)
+class SaveReport:
+    """A checkpoint that is whole.
+
+    Attributes:
+        step: Steps that it is behind.
+        folder: Where it is.
+        held_s: Seconds for which training stood still for it on this rank.
+        seconds: From the copy until it was in place.
+        bytes_written: By this rank.
+    """
+
+    step: int
+    folder: Path
+    held_s: float
+    seconds: float
+    bytes_written: int
+
+
+class Share(Protocol):
+    """What a rank of an engine has to write, and where."""
+
+    @property
+    def files(self) -> Mapping[str, tuple[FilePlan, ...]]:
+        """The files of weights and of the optimizer's state, the same on every rank, by how their names begin."""
+
+    @property
+    def beside(self) -> Mapping[str, bytes]:
+        """Small files that belong to the model, on the first rank."""
+
+    def copy(self) -> list[Part]:
+        """The present values of all that this rank writes."""
+
+
+class Saver:
+    """Keeps the checkpoints of a run; every rank has one and calls its methods at the same steps.
+
+    A context manager: leaving it ends what is under way, finished or not.
+    """
+
+    def __init__(
+        self,
+        saves: Saves,
+        share: Share,
+        state: TrainingState,
+        axes: Sequence[Hears],
+        rank: int,
+        ranks: int,
+        *,
+        on_save: Callable[[SaveReport], None] | None = None,
+    ) -> None:
+        """Make the run's folder.
+
+        Args:
+            saves: Where and how often.
+            share: What this rank writes.
+            state: The run.
+            axes: The communicators of the mesh.
+            rank: This one in the whole run.
+            ranks: How many there are.
+            on_save: Told, on every rank, of each checkpoint that is whole.
+
+        Raises:
+            CheckpointError: It cannot be made, or holds another run; on every rank.
+        """
+        self.saves, self.share, self.state, self.on_save = saves, share, state, on_save
+        self.axes, self.rank, self.ranks = axes, rank, ranks
+        self.run = RunFolder(saves.folder)
+        self.last_step = state.step
+        self._write: BackgroundWrite | None = None
+        said = None
+        if rank == 0:
+            try:
+                self._refuse_another()
+                self.run.begin()
+            except CheckpointError as error:
+                said = str(error)
+        said = worst(axes, said)
+        if said is not None:
+            raise CheckpointError(said)
+
+    def after(self, step: int) -> None:
+        """Called behind step `step`, counted from 1: hear of a save under way, and begin the next where it is due.
+
+        Raises:
+            CheckpointError: A save failed on some rank; on every rank.
+        """
+        self._settle()
+        if self.saves.every is not None and step % self.saves.every == 0:
+            self._begin(step)
+
+    def finish(self, step: int) -> None:
+        """Return when the checkpoint of the last step, `step`, is whole. Raises as `after` does."""
+        if step != self.last_step:
+            self._begin(step)
+        self.wait()
+
+    def wait(self) -> None:
+        """Return when no save is under way. Raises as `after` does."""
+        self._settle(wait=True)
+
+    def close(self) -> None:
+        """End what is under way, finished or not, without asking other ranks."""
+        write, self._write = self._write, None
+        if write is not None:
+            write.stop()
+            if self.rank == 0 and not write.is_done:
+                shutil.rmtree(write.job.partial, ignore_errors=True)
+
+    def _refuse_another(self) -> None:
+        steps = self.run.steps()
+        if self.state.step == 0 and steps:
+            raise CheckpointError(
+                f"{self.run.path}: holds a run already (its last checkpoint is of step {steps[-1]}). Resume it, or save "
+                "elsewhere."
+            )
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        self.close()
+
+    def _begin(self, step: int) -> None:
+        start_s = time.perf_counter()
+        self._settle(wait=True)
+        job = Job(
+            self.run, step, self.saves.keep, self.rank, self.ranks, self.share.files, self.share.copy(),
+            {**self.share.beside, STATE_NAME: self.state.at(step).to_json().encode()},
+        )  # fmt: skip
+        self.last_step = step
+        self._write = BackgroundWrite(job, time.perf_counter() - start_s)
+
+    def _settle(self, *, wait: bool = False) -> None:
+        """Hear how the save under way stands on all ranks; to `wait` for its end is to hold training up."""
+        while (write := self._write) is not None:
+            start_s = time.perf_counter()
+            error, is_done = standing(self.axes, write.error, write.is_done)
+            if error is not None:
+                self.close()
+                raise CheckpointError(self._failure(write.job.step, error))
+            if wait and not is_done:
+                time.sleep(POLL_S)
+            write.held_s += time.perf_counter() - start_s
+            if is_done:
+                self._write = None
+                if self.on_save is not None:
+                    self.on_save(_report(write))
+            elif not wait:
+                return
+
+    def _failure(self, step: int, said: str) -> str:
+        before = [one for one in self.run.steps() if one != step]
+        there = (
+            f"{self.run.step_folder(before[-1]).name}, from before, is untouched" if before else "there was none before"
+        )
+        return f"the checkpoint of step {step} could not be written: {said.rstrip('.')}; {there}."
+
+
+def _report(write: BackgroundWrite) -> SaveReport:
+    job = write.job
+    return SaveReport(job.step, job.run.step_folder(job.step), write.held_s, write.seconds, job.bytes_written)

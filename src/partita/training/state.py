@@ -1,0 +1,139 @@
+"""What a training run has to know, beside its weights and moments, to go on as if it had never stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+
+from partita.checkpoint.header import brief, parse_json, reason
+from partita.errors import CheckpointError
+from partita.training.settings import TrainSettings
+
+STATE_NAME = "training_state.json"
+
+FREE = ("steps", "accumulate", "schedule", "group_size", "zero", "checkpointing")
+"""Settings that a resumed run may change: how the work is dealt out, and up to where it goes (see `go_on`)."""
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """Where a run stands, and what makes it this run and no other.
+
+    Nothing of a layout or an engine is in it: either may go on. Random numbers are drawn anew in each step from seed, step
+    and replica (`step_seed`), and the order of the data follows from seed and step, so neither has a state.
+
+    Attributes:
+        step: Steps done.
+        settings: How it is trained.
+        tokens: Ids of the text.
+        digest: SHA-256 of the text's ids, little-endian int64.
+        notes: What the caller wants to find again, such as where the text came from; not compared.
+    """
+
+    step: int
+    settings: TrainSettings
+    tokens: int
+    digest: str
+    notes: Mapping[str, Any]
+
+    @classmethod
+    def of(
+        cls, settings: TrainSettings, text: np.ndarray[Any, Any], notes: Mapping[str, Any] | None = None
+    ) -> TrainingState:
+        """The state of a run that has not begun, on a text of ids `[tokens]`."""
+        ids = np.ascontiguousarray(text, dtype="<i8")
+        return cls(0, settings, len(ids), hashlib.sha256(ids.data).hexdigest(), dict(notes or {}))
+
+    @property
+    def sequences(self) -> int:
+        """The position in the data: sequences seen."""
+        return self.step * self.settings.batch_size
+
+    def at(self, step: int) -> TrainingState:
+        """The same run after `step` steps."""
+        return replace(self, step=step)
+
+    def go_on(self, run: TrainingState, folder: Path) -> int:
+        """Of a state that was read from `folder`: the step from which `run`, which has not begun, goes on.
+
+        A run may go on for more steps than were planned: from there its learning rate is that of the longer run.
+
+        Raises:
+            CheckpointError: It would be another run. All differences are named.
+        """
+        self.refuse_other(asdict(run.settings), folder)
+        if (self.tokens, self.digest) != (run.tokens, run.digest):
+            _refuse(folder, [f"the text ({self.tokens} tokens then, {run.tokens} now, of other content)"])
+        return self.step
+
+    def refuse_other(self, settings: Mapping[str, Any], folder: Path) -> None:
+        """Raise CheckpointError, with all differences, where `settings`, by name, would make it another run.
+
+        Those that are not there are not compared.
+        """
+        differences = [
+            f"{name} ({then!r} then, {settings[name]!r} now)"
+            for name, then in kept_settings(self.settings).items()
+            if name in settings and settings[name] != then
+        ]
+        steps = settings.get("steps", self.settings.steps)
+        if steps < self.settings.steps:
+            differences.append(f"steps ({self.settings.steps} then, {steps} now; more are allowed)")
+        if differences:
+            _refuse(folder, differences)
+
+    def to_json(self) -> str:
+        """The text of `training_state.json`, which does not depend on the layout."""
+        data = {
+            "partita_training": 1,
+            "step": self.step,
+            "settings": {"steps": self.settings.steps, **kept_settings(self.settings)},
+            "data": {"tokens": self.tokens, "sha256": self.digest, "sequences": self.sequences},
+            "notes": dict(self.notes),
+        }
+        return json.dumps(data, indent=2) + "\n"
+
+
+def _refuse(folder: Path, differences: list[str]) -> NoReturn:
+    raise CheckpointError(
+        f"{folder}: this would be another run, as it differs in {', '.join(differences)}. Give what the checkpoint was "
+        "trained with; layout, engine, --save-every and --keep may change."
+    )
+
+
+def kept_settings(settings: TrainSettings) -> dict[str, Any]:
+    """The settings that make a run what it is, by name."""
+    return {name: value for name, value in asdict(settings).items() if name not in FREE}
+
+
+def read_state(folder: Path) -> TrainingState:
+    """The state in a checkpoint of a run.
+
+    Raises:
+        CheckpointError: There is none, or it cannot be understood.
+    """
+    file = folder / STATE_NAME
+    if not file.exists():
+        raise CheckpointError(
+            f"{folder}: has no {STATE_NAME}, so no training goes on from it. A run leaves it with --save-every."
+        )
+    try:
+        raw = file.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read: {reason(error)}") from error
+    data: dict[str, Any] = parse_json(raw, f"{file}: the state")
+    if data.get("partita_training") != 1:
+        raise CheckpointError(f"{file}: must have `partita_training: 1`, but has {brief(data.get('partita_training'))}")
+    try:
+        return TrainingState(
+            int(data["step"]), TrainSettings(**data["settings"]), int(data["data"]["tokens"]),
+            str(data["data"]["sha256"]), dict(data["notes"]),
+        )  # fmt: skip
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{file}: is incomplete or changed: {type(error).__name__} at {error}") from error
