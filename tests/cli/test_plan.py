@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -163,10 +164,122 @@ def test_a_large_plan_is_quick_and_loads_no_framework(tmp_path: Path) -> None:
         "import sys; from partita.cli import main\n"
         f"sys.argv = ['partita', 'plan', {config!r}, '--tp', '8', '--pp', '8', '--json']\n"
         "try: main()\n"
-        "finally: assert not {'torch', 'transformers', 'numpy', 'huggingface_hub'} & set(sys.modules)\n"
+        "finally: assert not {'torch', 'mlx', 'transformers', 'numpy', 'huggingface_hub'} & set(sys.modules)\n"
     )
     start_s = time.monotonic()
     ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=20)
     assert ended.returncode == 0, ended.stderr
     assert json.loads(ended.stdout)["parameters"] == 671_026_404_352
     assert time.monotonic() - start_s < 2.0
+
+
+# --- on MLX -----------------------------------------------------------------------------------------------------------
+
+ON_MLX = LLAMA_8B | {"rms_norm_eps": 1e-5}
+"""mlx-lm asks for what transformers has a default for."""
+
+
+def on_mlx(partita: Run, folder: Path, config: dict[str, Any], *options: str) -> dict[str, Any]:
+    pytest.importorskip("mlx_lm")
+    said = partita("plan", write(folder, config), "--engine", "mlx", "--tensors", "--json", *options)
+    assert said.code == 0, said.err
+    data: dict[str, Any] = json.loads(said.out)
+    return data
+
+
+def test_mlx_has_the_plan_of_torch_for_a_llama(partita: Run, tmp_path: Path) -> None:
+    options = ("--tp", "4", "--pp", "2", "--vpp", "2")
+    data = on_mlx(partita, tmp_path, ON_MLX, *options)
+    theirs = json.loads(partita("plan", write(tmp_path, ON_MLX), "--tensors", "--json", *options).out)
+    assert {key: data[key] for key in data if key != "tensors"} == {
+        key: theirs[key] for key in data if key != "tensors"
+    }
+    cuts = {cut["name"]: (cut["dim"], cut["ranges"]) for cut in data["tensors"]}
+    assert cuts == {cut["name"]: (cut["dim"], cut["ranges"]) for cut in theirs["tensors"]}
+
+
+def test_mlx_has_names_of_its_own(partita: Run, tmp_path: Path) -> None:
+    """mlx-lm keeps the experts of a layer in one array each of gate, up and down."""
+    moe = {
+        "model_type": "qwen3_moe", "hidden_size": 64, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 16,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 100, "num_experts": 8, "num_experts_per_tok": 2,
+        "moe_intermediate_size": 48, "decoder_sparse_step": 1, "mlp_only_layers": [], "rms_norm_eps": 1e-6,
+        "rope_theta": 1e4, "tie_word_embeddings": False, "max_position_embeddings": 64, "norm_topk_prob": True,
+    }  # fmt: skip
+    cuts = {cut["name"]: cut for cut in on_mlx(partita, tmp_path, moe, "--tp", "2")["tensors"]}
+    down = cuts["model.layers.1.mlp.switch_mlp.down_proj.weight"]
+    assert (down["shape"], down["dim"], down["ranges"]) == ([8, 64, 48], 2, [[[0, 24]], [[24, 48]]])
+
+
+@pytest.mark.parametrize(("group_size", "edges"), [(64, [0, 192, 320]), (32, [0, 160, 320])])
+def test_mlx_cuts_no_quantization_group(partita: Run, tmp_path: Path, group_size: int, edges: list[int]) -> None:
+    config = TINY | {
+        "hidden_size": 128, "intermediate_size": 320, "quantization": {"group_size": group_size, "bits": 4},
+        "rms_norm_eps": 1e-5,
+    }  # fmt: skip
+    cuts = {cut["name"]: cut for cut in on_mlx(partita, tmp_path, config, "--tp", "2")["tensors"]}
+    down = cuts["model.layers.0.mlp.down_proj.weight"]
+    assert down["shape"] == [128, 320]
+    assert down["ranges"] == [[edges[:2]], [edges[1:]]]
+
+
+def test_the_plan_of_mlx_is_the_one_that_loads(partita: Run, tmp_path: Path) -> None:
+    pytest.importorskip("mlx_lm")
+    import mlx.core as mx
+
+    from partita.core.mesh import Mesh
+    from partita.mlx.hub import build, quantize
+    from partita.mlx.load import shard
+    from partita.mlx.probe import fill, plan_of_model
+
+    config = TINY | {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "rms_norm_eps": 1e-5,
+        "quantization": {"group_size": 32, "bits": 8},
+    }
+    file = tmp_path / "plan.json"
+    assert partita("plan", write(tmp_path, config), "--engine", "mlx", "--save", str(file)).code == 0
+    plan = Plan.from_json(file.read_text())
+    model = fill(build(config), mx.float32)
+    quantize(model, config)
+    assert plan == plan_of_model(model, Mesh(), config=plan.spec.config)
+    assert shard(model, plan).partita_plan == plan
+
+
+def test_the_table_of_mlx(partita: Run, tmp_path: Path) -> None:
+    pytest.importorskip("mlx_lm")
+    said = partita("plan", write(tmp_path, ON_MLX), "--engine", "mlx", "--tp", "2", "--pp", "2")
+    assert said.code == 0
+    rows = [line.replace("│", " ").split() for line in said.out.splitlines()]
+    assert ["pp", "1", "rank", "2", "rank", "3", "layers", "16-31,", "loss"] in rows
+    assert "layers 0-31 (32 alike), cut over tp 2" in said.out
+
+
+@pytest.mark.parametrize(
+    ("change", "arguments", "message"),
+    [
+        ({"model_type": "biogpt"}, (), "the installed mlx-lm has no model for biogpt"),
+        ({"quantization_config": {"quant_method": "gptq"}}, (), "quantized by gptq, which MLX does not compute with"),
+        ({"hidden_size": None}, (), "mlx-lm cannot build llama from its config"),
+        ({}, ("--pp", "33"), "Use pp=32 or less"),
+        ({}, ("--pp", "2", "--layout", "Et*32|mL"), "multi-token prediction"),
+    ],
+)
+def test_what_mlx_cannot_split_is_refused_by_name(
+    partita: Run, tmp_path: Path, change: dict[str, Any], arguments: tuple[str, ...], message: str
+) -> None:
+    pytest.importorskip("mlx_lm")
+    said = partita("plan", write(tmp_path, ON_MLX | change), "--engine", "mlx", *arguments)
+    assert (said.code, said.out) == (2, "")
+    assert message in said.err
+    assert "Traceback" not in said.err
+
+
+def test_without_mlx_it_says_what_to_install(partita: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = importlib.util.find_spec
+    monkeypatch.setattr("partita.cli.engine.find_spec", lambda name: None if name.startswith("mlx") else real(name))
+    said = partita("plan", write(tmp_path, LLAMA_8B), "--engine", "mlx")
+    assert said.code == 2
+    assert said.err == "error: the mlx engine needs mlx, which is not installed: pip install 'partita[mlx]'\n"
+    assert partita("plan", write(tmp_path, LLAMA_8B)).code == 0

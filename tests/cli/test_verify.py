@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -148,3 +149,55 @@ def test_two_ranks_prove_a_v_of_stages(tmp_path: Path) -> None:
     assert data["mesh"] == {"dp": 1, "pp": 2, "tp": 1}
     assert {row["kind"] for row in data["rows"]} == {"module", "output", "gradient", "tokens", "loss", "parameter"}
     assert {row["tolerance"] for row in data["rows"]} == {1e-12, 0.5}
+
+
+# --- on MLX -----------------------------------------------------------------------------------------------------------
+
+ON_MLX = {**TINY, "num_hidden_layers": 4, "rms_norm_eps": 1e-5}
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ("", {"vpp": 1, "layout": None, "steps": 3, "accumulate": 1, "dtype": "float32"}),
+        ("--steps 0", {"steps": 0}),
+        ("--dtype float64 --dp 2", {"dp": 2, "tp": 1, "dtype": "float64"}),
+        ("--pp 2 --schedule zb-v", {"vpp": 2, "placement": "v", "schedule": "zb-v", "accumulate": 4}),
+        ("--pp 2 --layout E|t|tt|tL --microbatches 2", {"vpp": 2, "layout": "E|t|tt|tL", "accumulate": 2}),
+    ],
+)
+def test_options_reach_mlx(
+    partita: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, options: str, expected: dict[str, Any]
+) -> None:
+    pytest.importorskip("mlx_lm")
+    given: dict[str, Any] = {}
+
+    def run(mesh: Mesh, work: Callable[[], int], **_: object) -> None:
+        raise typer.Exit(work())
+
+    monkeypatch.setattr("partita.cli.launch.run", run)
+    monkeypatch.setattr("partita.verify.mlx.verify", lambda model, **options: (given.update(options), report())[1])
+    said = partita("verify", write(tmp_path, ON_MLX), "--engine", "mlx", *options.split())
+    assert said.code == 0, said.err
+    assert {name: given[name] for name in expected} == expected
+
+
+@pytest.mark.fresh
+@pytest.mark.timeout(120)
+def test_two_ranks_of_mlx_prove_a_v_of_stages_without_torch(tmp_path: Path) -> None:
+    pytest.importorskip("mlx_lm")
+    file = write(tmp_path, ON_MLX)
+    # What is None in sys.modules cannot be imported: as on a machine without torch.
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['torch'] = None\n")
+    command = (
+        sys.executable, "-m", "partita", "verify", file, "--engine", "mlx", "--pp", "2", "--schedule", "zb-v",
+        "--microbatches", "3", "--steps", "2", "--dtype", "float64", "--json",
+    )  # fmt: skip
+    env = {**os.environ, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=110, env=env)
+    assert ended.returncode == 0, ended.stderr
+    data = json.loads(ended.stdout)
+    assert data["equal"]
+    assert {(row["kind"], row["tolerance"]) for row in data["rows"]} == {
+        ("output", 1e-6), ("tokens", 0.5), ("loss", 1e-12), ("parameter", 1e-12),
+    }  # fmt: skip

@@ -21,13 +21,23 @@ from partita.errors import ModelError, UnknownFamilyError
 
 
 def make_plan(
-    model: str, mesh: Mesh, layout: str | None = None, vpp: int | None = None, placement: Placement = "loop"
+    model: str,
+    mesh: Mesh,
+    layout: str | None = None,
+    vpp: int | None = None,
+    placement: Placement = "loop",
+    *,
+    engine: Engine = "torch",
 ) -> Plan:
-    """The plan of MODEL, from its config alone.
+    """The plan of MODEL, from its config alone. MLX is loaded where it is asked for its own.
 
     Raises:
         PartitaError: There is no such model, or it cannot be split so.
     """
+    if engine == "mlx":
+        from partita.mlx.plan import plan_of_config
+
+        return plan_of_config(find_config(model), mesh, layout, vpp=vpp, placement=placement)
     spec, rules = read_spec(model)
     return Plan.make(spec, mesh, layout, rules, vpp=vpp, placement=placement)
 

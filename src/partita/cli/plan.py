@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from partita.cli.console import err, print_json
+from partita.cli.engine import EngineName, choose_engine
 from partita.cli.model import make_plan
 from partita.cli.options import (
     AsJson,
@@ -34,10 +35,19 @@ def plan(
     save: Annotated[
         Path | None, typer.Option("--save", metavar="FILE", help="Write the whole plan as JSON.", show_default=False)
     ] = None,
+    engine: Annotated[
+        EngineName | None,
+        typer.Option(
+            "--engine",
+            help="mlx for the plan of MLX's own model; by default Hugging Face's, for which no engine is needed.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show what each rank would hold of a model: layers, parameters, bytes, and how tensors are cut. Needs no weights."""
-    made = make_plan(model, Mesh(dp, pp, tp), layout, vpp)
+    name = choose_engine(engine) if engine == EngineName.mlx else "torch"
+    made = make_plan(model, Mesh(dp, pp, tp), layout, vpp, engine=name)
     if save is not None:
         save.write_text(made.to_json() + "\n", encoding="utf-8")
     if as_json:
@@ -59,7 +69,7 @@ def as_data(model: str, made: Plan, *, tensors: bool) -> dict[str, Any]:
         "architecture": spec.architecture,
         "dtype": spec.dtype,
         "parameters": spec.parameters,
-        "bytes": spec.parameters * spec.dtype_bytes,
+        "bytes": spec.parameter_bytes,
         "num_layers": spec.num_layers,
         "mesh": asdict(mesh),
         "layout": str(made.layout),

@@ -13,7 +13,7 @@ from partita.cli import launch, rank
 from partita.cli.console import out, plural, print_json, runs
 from partita.cli.engine import BackendOption, EngineOption, choose_engine
 from partita.cli.failure import Failure
-from partita.cli.model import check_early, for_mlx
+from partita.cli.model import check_early
 from partita.cli.options import (
     AsJson,
     Dtype,
@@ -65,17 +65,13 @@ def verify(
     name = choose_engine(engine)
     check_early(model, mesh, layout, stages.vpp, stages.placement, engine=name)
     computed = dtype if dtype is not None else Dtype.float64 if name == "torch" else Dtype.float32
-    where = stages.plan if name == "torch" else for_mlx(model, mesh, stages.plan)
 
     def work() -> int:
         if name == "mlx":
             from partita.verify.mlx import verify as compare
-
-            report = compare(model, tp=mesh.tp, pp=mesh.pp, dp=mesh.dp, layout=where["layout"], dtype=computed.value)
         else:
-            from partita.verify import verify as compare_on_torch
-
-            report = compare_on_torch(model, **where, **stages.training, steps=steps, dtype=computed.value)
+            from partita.verify import verify as compare
+        report = compare(model, **stages.plan, **stages.training, steps=steps, dtype=computed.value)
         if rank.is_first():
             if as_json:
                 print_json(_as_data(model, mesh, computed, report))

@@ -1,4 +1,5 @@
-"""Comparing a split model with the unsplit one: outputs of every module, generation with a cache, and every gradient."""
+"""Comparing a split model with the unsplit one: outputs of every module, generation with a cache, every gradient, and what
+training makes of every parameter."""
 
 from __future__ import annotations
 
@@ -21,6 +22,9 @@ FLOOR = 1e-6
 """Gradients this much smaller than the model's largest are rounding (a key's bias has none in exact arithmetic), so errors
 are taken relative to no less than this fraction of the largest."""
 
+SMALL = 1e-3
+"""Parameters are compared relative to no less than this fraction of the model's largest."""
+
 CACHED_STEPS = 2
 """How many of the last tokens go through the model one by one, behind a cache of the others."""
 
@@ -30,7 +34,7 @@ class Difference:
     """How far one thing of the split model is from the unsplit one's, relative to its largest magnitude.
 
     Attributes:
-        kind: `output`, `module` or `gradient`.
+        kind: `output`, `module`, `gradient` or `parameter`.
         name: The module's or parameter's path in the unsplit model.
         error: The largest over all ranks; infinite where it is missing or not a number on one side only.
     """
@@ -78,10 +82,49 @@ def compare(
         differences.append(_compare_steps(unsplit, split, plan, inputs, rank))
     if backward and reference.shape == output.shape:
         differences += _compare_gradients(gradients(unsplit, inputs), split, inputs, plan, rank)
-    by_rank = groups.tp.all_gather_object([d.error for d in differences])
-    # A comparison with NaN is false, so that NaN would get lost in `max`.
-    worst = [next((e for e in errors if e != e), max(errors)) for errors in zip(*by_rank, strict=True)]
-    return [Difference(d.kind, d.name, error) for d, error in zip(differences, worst, strict=True)]
+    return _largest(differences, groups)
+
+
+def compare_parameters(unsplit: nn.Module, split: nn.Module, plan: Plan, groups: ParallelGroups) -> list[Difference]:
+    """How far each floating array of the split model is from the unsplit one's; every rank calls it, and gets the same.
+
+    Args:
+        unsplit: The whole model, on this rank too.
+        split: This rank's part of it.
+        plan: How it was split.
+        groups: The groups of the plan's mesh.
+
+    Returns:
+        A difference an array, in the model's order.
+    """
+    whole = {
+        name: home[key]
+        for name, (home, key) in parameter_homes(unsplit).items()
+        if mx.issubdtype(home[key].dtype, mx.floating)
+    }
+    # A parameter that began at zero and has no gradient (a key's bias) is rounding itself.
+    least = SMALL * max((float(mx.abs(array).max()) for array in whole.values()), default=0.0)
+    found = []
+    for name, (home, key) in parameter_homes(split).items():
+        if name in whole:
+            part = take(whole[name], local_ranges(home, key, name, plan, groups.tp.rank))
+            scale = max(float(mx.abs(whole[name]).max()), least)
+            found.append(Difference("parameter", name, relative_error(part, home[key], scale)))
+    places = {name: place for place, name in enumerate(whole)}
+    return sorted(_largest(found, groups), key=lambda d: places[d.name])
+
+
+def _largest(mine: list[Difference], groups: ParallelGroups) -> list[Difference]:
+    """What all ranks of a replica found: the largest error of each thing, in the order of the first that has it."""
+    for comm in (groups.tp, groups.pp):
+        merged: dict[tuple[str, str], float] = {}
+        for part in comm.all_gather_object([(d.kind, d.name, d.error) for d in mine]):
+            for kind, name, error in part:
+                # A comparison with NaN is false: once there, it stays, as more than any number.
+                if error != error or error > merged.get((kind, name), -1.0):
+                    merged[kind, name] = error
+        mine = [Difference(kind, name, error) for (kind, name), error in merged.items()]
+    return mine
 
 
 def _forward(model: nn.Module, inputs: mx.array) -> tuple[dict[str, mx.array], mx.array]:

@@ -12,6 +12,7 @@ from partita.mlx.apply import plan_of
 from partita.mlx.batches import Batches
 from partita.mlx.flow import Flow
 from partita.mlx.stage_probe import refuse_undecodable
+from partita.mlx.windows import refuse_beyond_window
 from partita.text.sampling import Generation, OnText, Sampling, Sequence
 from partita.text.tokenizer import Tokenizer
 
@@ -41,11 +42,14 @@ def generate(
 
     Raises:
         PlanError: A prompt is empty or holds an id that the model has not, or `stop` is given without a tokenizer.
-        ModelError: The model was not split by Partita, or has no cache.
+        ModelError: The model was not split by Partita, or has no cache; or a prompt with its new tokens is longer than a
+            sliding window that mlx-lm leaves out.
     """
     plan, groups = plan_of(model)
     refuse_undecodable(model, plan)
     _check(prompts, sampling, tokenizer, plan.spec.vocab_size)
+    longest, new = max(map(len, prompts)), sampling.max_new_tokens
+    refuse_beyond_window(plan.spec, longest + new, f"a prompt of {longest} with {new} new ones")
     sequences = [
         Sequence(place, list(prompt))
         for place, prompt in enumerate(prompts)

@@ -4,31 +4,44 @@ from __future__ import annotations
 
 import copy
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from partita.checkpoint.find import find_model
 from partita.core.mesh import Mesh
-from partita.core.model_spec import read_config
+from partita.core.placement import Placement
 from partita.errors import CheckpointError, ModelError
 from partita.mlx.apply import plan_of
-from partita.mlx.compare import compare, main_output, relative_error
+from partita.mlx.compare import compare, compare_parameters, gradients, main_output, relative_error
+from partita.mlx.config import read_mlx_config
 from partita.mlx.generate import generate
-from partita.mlx.groups import make_groups, single_groups
+from partita.mlx.groups import ParallelGroups, make_groups, single_groups
 from partita.mlx.hub import build, describe
 from partita.mlx.load import as_dtype, load, shard
-from partita.mlx.probe import fill, sample_inputs
+from partita.mlx.probe import fill, plan_of_model, runs, sample_inputs
 from partita.mlx.together import together
+from partita.mlx.train import train
+from partita.mlx.windows import refuse_beyond_window
 from partita.text import Sampling
+from partita.training import TrainSettings
 from partita.verify.report import Report, Row
 
 TOLERANCES = {mx.float64: 1e-6, mx.float32: 1e-4, mx.bfloat16: 0.05, mx.float16: 0.02}
 """Of outputs and gradients by dtype: models of mlx-lm narrow to float32 inside, whatever their dtype."""
 
+STEPS_TOLERANCES = {mx.float64: 1e-12, mx.float32: 1e-5, mx.bfloat16: 0.1, mx.float16: 0.1}
+"""Of losses and parameters after some steps."""
+
+EPSILON = 1e-4
+"""AdamW divides a gradient by its own size and this: were it much smaller, rounding of small gradients would be blown up."""
+
 NEW_TOKENS = 12
+SEQUENCE_LENGTH = 8
 
 
 def verify(
@@ -38,12 +51,18 @@ def verify(
     pp: int = 1,
     dp: int = 1,
     layout: str | None = None,
+    vpp: int | None = None,
+    placement: Placement = "loop",
+    schedule: str | None = None,
+    group_size: int | None = None,
+    accumulate: int = 1,
+    steps: int = 3,
     dtype: str = "float32",
 ) -> Report:
-    """Compare the split model with the unsplit one: every module's output, every gradient, and generated tokens.
+    """Compare the split model with the unsplit one: every module's output, every gradient, generated tokens, and training.
 
-    Every rank of the run calls it. Over several stages it is the output and the tokens that are compared. A config without
-    weights gets random ones.
+    Every rank of the run calls it. Over several stages it is the output, the tokens and the training that are compared. A
+    config without weights gets random ones. What MLX has no gradient of is not trained.
 
     Args:
         model: A folder, a config file or a hub id.
@@ -51,34 +70,53 @@ def verify(
         pp: Pipeline stages' ranks.
         dp: Replicas.
         layout: Which layers each stage runs.
+        vpp: Stages on each pipeline rank.
+        placement: Which rank runs which stage.
+        schedule: The kind of pipeline schedule that the training steps run.
+        group_size: Of interleaved schedules.
+        accumulate: Micro-batches of a training step.
+        steps: Training steps; 0 for none.
         dtype: Of the weights that are not quantized.
 
     Returns:
         The report, the same on every rank.
 
     Raises:
-        PartitaError: The model cannot be split so.
+        PartitaError: The model cannot be split so, or is one that mlx-lm runs without its sliding window and this is too
+            small for what is compared.
     """
     mesh = Mesh(dp, pp, tp)
     groups = make_groups(mesh)
     with together(groups):
         wanted = as_dtype(dtype) or mx.float32
-        unsplit = _unsplit(find_model(model), wanted)
+        folder = find_model(model)
+        unsplit = _unsplit(folder, wanted)
         inputs = sample_inputs(unsplit)
         try:
             mx.eval(main_output(unsplit(inputs)))
         except Exception as error:
             raise ModelError(f"mlx-lm itself does not run this model: {describe(error)}") from error
+        # Whether it is quantized is for the model to say: random weights are not.
+        config = {key: value for key, value in read_mlx_config(folder).items() if key != "quantization"}
+        plan = plan_of_model(unsplit, mesh, layout, config=config, vpp=vpp, placement=placement)
+        refuse_beyond_window(plan.spec, inputs.shape[1] + NEW_TOKENS, "what is compared")
         whole = shard(copy.deepcopy(unsplit), groups=single_groups())
-    split = shard(copy.deepcopy(unsplit), tp=tp, pp=pp, dp=dp, layout=layout, groups=groups)
-    plan, _ = plan_of(split)
+        can_learn = runs(gradients, unsplit, inputs)
+    split = shard(copy.deepcopy(unsplit), plan, groups=groups)
     tolerance = TOLERANCES[wanted]
     if pp == 1:
-        rows = [Row(d.kind, d.name, d.error, tolerance) for d in compare(unsplit, split, plan, groups, inputs)]
+        differences = compare(unsplit, split, plan, groups, inputs, backward=can_learn)
+        rows = [Row(d.kind, d.name, d.error, tolerance) for d in differences]
     else:
         apart = relative_error(main_output(unsplit(inputs)), main_output(split(inputs)))
         rows = [Row("output", "the model", apart, tolerance)]
     rows += _tokens(whole, split, inputs)
+    if steps and can_learn:
+        settings = TrainSettings(
+            steps=steps, batch_size=accumulate * dp, sequence_length=SEQUENCE_LENGTH, accumulate=accumulate,
+            warmup_steps=1, learning_rate=1e-3, epsilon=EPSILON, schedule=schedule, group_size=group_size,
+        )  # fmt: skip
+        rows += _training(whole, split, groups, settings, STEPS_TOLERANCES[wanted])
     what = f"{type(unsplit).__name__} ({plan.spec.family}), {plan.spec.parameters:,} parameters, {dtype}, {mesh}, MLX"
     return Report(tuple(rows), what, False)
 
@@ -92,7 +130,7 @@ def _unsplit(folder: Path, dtype: Any) -> nn.Module:
         if any(folder.glob("*.safetensors*")):
             raise
     mx.random.seed(0)
-    return fill(build(read_config(folder)), dtype)
+    return fill(build(read_mlx_config(folder)), dtype)
 
 
 def _tokens(whole: nn.Module, split: nn.Module, ids: mx.array) -> list[Row]:
@@ -108,3 +146,30 @@ def _tokens(whole: nn.Module, split: nn.Module, ids: mx.array) -> list[Row]:
         Row("tokens", f"{len(prompt)} tokens continued by {NEW_TOKENS}", float(one.tokens != other.tokens), 0.5)
         for prompt, one, other in zip(prompts, expected, found, strict=True)
     ]
+
+
+def _training(
+    whole: nn.Module, split: nn.Module, groups: ParallelGroups, settings: TrainSettings, tolerance: float
+) -> list[Row]:
+    """The loss of each step, and every parameter after the last, of both models trained on the same random tokens."""
+    plan, _ = plan_of(split)
+    tokens = np.random.default_rng(0).integers(0, plan.spec.vocab_size, 512)
+    for model in (whole, split):
+        _without_dropout(model)
+    try:
+        expected = train(whole, tokens, replace(settings, schedule=None, group_size=None))
+    except ModelError:
+        return []
+    found = train(split, tokens, settings)
+    rows = [
+        Row("loss", f"step {one.step}", abs(one.loss - other.loss) / abs(one.loss), tolerance)
+        for one, other in zip(expected, found, strict=True)
+    ]
+    return rows + [Row(d.kind, d.name, d.error, tolerance) for d in compare_parameters(whole, split, plan, groups)]
+
+
+def _without_dropout(model: nn.Module) -> None:
+    """Let every module drop nothing: ranks draw other elements than one rank does."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module._p_1 = 1.0
