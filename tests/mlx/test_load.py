@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -345,7 +346,10 @@ def test_facts_of_a_quantized_model_are_those_of_the_plain_one() -> None:
     model = build(quantized)
     quantize(model, quantized)
     plain = spec_of(build(config), config)
-    assert spec_of(model, quantized).tensors == plain.tensors
+    packed = spec_of(model, quantized).tensors
+    assert {name: replace(tensor, packed_bits=None) for name, tensor in packed.items()} == plain.tensors
+    # Four bits, and a scale and a bias of 32 for 32 of them.
+    assert {tensor.packed_bits for name, tensor in packed.items() if name.endswith("proj.weight")} == {6.0}
     assert spec_of(model, quantized).linears == plain.linears
     plan = plan_of_model(model, Mesh(tp=2), config=quantized)
     assert plan.spec.quantization_group == 32

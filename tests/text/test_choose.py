@@ -144,7 +144,7 @@ def test_only_a_shortlist_is_told_where_it_settles_the_matter() -> None:
     assert over_ranks(flat, [[]], Sampling(temperature=1.0, top_p=0.5), [20_000, 20_000])[1] > 20_000
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=150)
 @given(
     st.lists(st.integers(1, 200), min_size=1, max_size=3), st.integers(0, 150), st.floats(0.01, 1.0), st.floats(0.0, 1.0),
     st.integers(0, 3), st.integers(0, 99),

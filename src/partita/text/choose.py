@@ -174,7 +174,8 @@ def _from_some(told: _Told, row: int, draw: float, sampling: Sampling) -> int:
     total = None if sampling.top_k else float(told.weights(row).sum())
     kept, weights, least = _kept(values, whole_ids, total, sampling)
     # All scores above the floor were told.
-    return _drawn(kept, weights, draw) if least > told.floors[:, row].max() else -1
+    floor = told.floors[:, row].max()
+    return _drawn(kept, weights, draw) if least > floor or floor == -np.inf else -1
 
 
 def _kept(
@@ -203,7 +204,8 @@ def _kept(
         before = np.cumsum(ordered) - ordered
         stay = np.sort(likely[before < sampling.top_p * (total if total is not None else ordered.sum())])
         weights, ids = weights[stay], ids[stay]
-        least = max(least, scores[stay].min())
+        # Of the likeliest k every one counts, as they are weighed together.
+        least = scores[stay].min() if least == -np.inf else least
     if sampling.min_p > 0.0:
         stay = weights >= sampling.min_p
         weights, ids = weights[stay], ids[stay]

@@ -18,8 +18,8 @@ from partita.schedule import Action, Kind, Schedule
 from partita.text import Generation, OnText, Sampling, Sequence, Tokenizer
 from partita.text.choose import Columns, choose, generator_of, is_greedy
 from partita.torch.apply import plan_of
-from partita.torch.columns import PAYS_AFTER_TOKENS, lay_in_columns
 from partita.torch.comm import Work
+from partita.torch.few_rows import decoding
 from partita.torch.head import likeliest, local_logits
 from partita.torch.pipeline import Pipeline
 from partita.torch.stage_probe import refuse_undecodable
@@ -62,10 +62,9 @@ def generate(
     listener = on_text if groups.mp.rank == groups.pp.rank == replica == 0 else None
     was_training = model.training
     model.eval()
-    if sampling.max_new_tokens >= PAYS_AFTER_TOKENS:
-        lay_in_columns(model)
-    with torch.inference_mode():
-        for batch in _batches(model, sequences):
+    for batch in _batches(model, sequences):
+        together = max(1, len(batch) // plan.mesh.pp)
+        with decoding(model, together, sampling.max_new_tokens), torch.inference_mode():
             _Run(model, batch, sampling, tokenizer, listener).run()
     model.train(was_training)
     done = {s.place: s.generation for s in sequences}

@@ -1,4 +1,4 @@
-"""Weights turned in memory for decoding: the same values, parameters, tokens, gradients and files."""
+"""Products of few rows while decoding: the same values, parameters, tokens, gradients and files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from partita.text import Sampling
-from partita.torch.columns import PAYS_AFTER_TOKENS, lay_in_columns
+from partita.torch.few_rows import FEW, PAYS_AFTER_TOKENS, decoding
 from partita.torch.fresh import fresh
 from partita.torch.generate import generate
 from partita.torch.save import save
@@ -20,28 +20,31 @@ from tests.support.ranks import ranks
 LONG = Sampling(max_new_tokens=PAYS_AFTER_TOKENS, ignore_eos=True)
 SHORT = Sampling(max_new_tokens=PAYS_AFTER_TOKENS - 1, ignore_eos=True)
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2]])
+PROMPTS = [[3, 1, 4], [1, 5], [9, 2, 6], [5, 3]]
 
 
-def strides(model: nn.Module) -> set[tuple[bool, bool]]:
-    """Whether each weight of a linear layer lies in rows, and whether in columns."""
+def lies_in_columns(model: nn.Module) -> set[bool]:
+    """Whether the weights of linear layers do."""
     weights = [m.weight for m in model.modules() if isinstance(m, nn.Linear) and min(m.weight.shape) > 1]
-    return {(weight.is_contiguous(), weight.T.is_contiguous()) for weight in weights}
+    return {weight.T.is_contiguous() for weight in weights}
 
 
-def decoded(name: str, mesh: dict[str, int], folder: str) -> tuple[list[int], list[int], float]:
+def decoded(name: str, mesh: dict[str, int], folder: str) -> tuple[list[int], list[int], list[list[int]], float]:
     # Larger weights leave no doubt which token is the likeliest.
     model = fresh({**CONFIGS[name], "initializer_range": 0.3}, seed=4, **mesh)  # type: ignore[arg-type]
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     kept = {name: id(p) for name, p in model.named_parameters()}
-    short = generate(model, [[3, 1, 4]], SHORT)[0].tokens
-    assert strides(model) <= {(True, False)}
+    short = generate(model, PROMPTS[:1], SHORT)[0].tokens
+    several = [list(g.tokens) for g in generate(model, PROMPTS, LONG)]
+    assert lies_in_columns(model) <= ({False} if "pp" not in mesh or len(PROMPTS) // mesh["pp"] in FEW else {True})
     model(input_ids=IDS, labels=IDS).loss.backward()
     rows = {name: p.grad for name, p in model.named_parameters()}
     model.zero_grad()
-    long = generate(model, [[3, 1, 4]], LONG)[0].tokens
-    assert strides(model) <= {(False, True)}
+    long = generate(model, PROMPTS[:1], LONG)[0].tokens
+    assert lies_in_columns(model) <= {True}
     assert {name: id(p) for name, p in model.named_parameters()} == kept
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert not any("forward" in vars(module) for module in model.modules() if type(module) is nn.Linear)
     model(input_ids=IDS, labels=IDS).loss.backward()
     worst = 0.0
     for name, parameter in model.named_parameters():
@@ -50,14 +53,15 @@ def decoded(name: str, mesh: dict[str, int], folder: str) -> tuple[list[int], li
         if wanted is not None and parameter.grad is not None:
             worst = max(worst, ((parameter.grad - wanted).abs().max() / wanted.abs().max().clamp(min=1e-30)).item())
     save(model, folder)
-    return list(short), list(long), worst
+    return list(short), list(long), several, worst
 
 
 @pytest.mark.parametrize("mesh", [{"tp": 2}, {"pp": 2}], ids=["tp2", "pp2"])
 @pytest.mark.parametrize("name", ["llama-biases-tied", "qwen3", "gpt2", "mixtral"])
 def test_all_stays_the_same(name: str, mesh: dict[str, int], tmp_path: Path) -> None:
-    for short, long, worst in ranks(2).run(decoded, name, mesh, str(tmp_path / "turned")):
+    for short, long, several, worst in ranks(2).run(decoded, name, mesh, str(tmp_path / "turned")):
         assert long[: len(short)] == short
+        assert several[0] == long
         assert worst <= 1e-4
     ranks(1).run(_save_unsplit, name, str(tmp_path / "unsplit"))
     turned, unsplit = (load_file(tmp_path / folder / "model.safetensors") for folder in ("turned", "unsplit"))
@@ -69,7 +73,25 @@ def _save_unsplit(name: str, folder: str) -> None:
     save(fresh({**CONFIGS[name], "initializer_range": 0.3}, seed=4), folder)
 
 
-def test_other_dtypes_stay_as_they_are() -> None:
-    model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 4).double())
-    lay_in_columns(model)
-    assert [layer.weight.is_contiguous() for layer in model] == [False, True]
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rows", [1, 2, 5, 8, 9])
+def test_a_layer_gives_the_same(rows: int, bias: bool) -> None:
+    torch.manual_seed(0)
+    layer, x = nn.Linear(40, 24, bias=bias), torch.randn(rows, 1, 40)
+    want = layer(x)
+    with torch.no_grad(), decoding(layer, rows, PAYS_AFTER_TOKENS):
+        assert ("forward" in vars(layer)) == (rows in FEW)
+        torch.testing.assert_close(layer(x), want)
+        prompt = torch.randn(rows, 7, 40)
+        torch.testing.assert_close(layer(prompt), nn.functional.linear(prompt, layer.weight, layer.bias))
+    assert layer.weight.T.is_contiguous() == (rows not in FEW)
+    torch.testing.assert_close(layer(x), want)
+
+
+def test_other_dtypes_and_layers_with_hooks_stay_as_they_are() -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 4).double(), nn.Linear(4, 6))
+    model[2].register_forward_hook(lambda *_: None)
+    with decoding(model, 1, PAYS_AFTER_TOKENS):
+        assert [layer.weight.is_contiguous() for layer in model] == [False, True, False]
+    with decoding(nn.Sequential(nn.Linear(4, 6), model[2]), 4, PAYS_AFTER_TOKENS) as _:
+        assert "forward" not in vars(model[2])
