@@ -12,8 +12,8 @@ from bench.contest import Contest, Contestant, compete
 from bench.decode import ALONE, OURS, PEER
 from bench.results import Setting, Table, Target, summarize
 
-LAYOUT = "Et*7|tL"
-"""Seven layers, then one and the head, which at this vocabulary costs as much as five: stages that take equally long."""
+LAYOUT = "Et*6|ttL"
+"""Six layers, then two and the head, which costs as much as three and a half: stages that take equally long."""
 
 BALANCED = f"Partita, layout {LAYOUT}"
 

@@ -65,6 +65,7 @@ def options(config: str, text: str) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.fresh
 @pytest.mark.timeout(120)
 def test_a_run_that_was_killed_ends_as_one_that_was_not(tmp_path: Path, text: str) -> None:

@@ -23,8 +23,13 @@ Environments = list[dict[str, str]]
 SEATS_S = 30.0
 """How long mpiexec may take to start its processes."""
 
-_YIELDS = "OMPI_MCA_mpi_yield_when_idle"
-"""A setting of Open MPI: whether a rank that waits lets others have its core."""
+_SETTINGS = {
+    # More ranks than cores must give way to each other while they wait.
+    "OMPI_MCA_mpi_yield_when_idle": "1",
+    # Ranks of one machine need no network, and to look for one takes a second.
+    "OMPI_MCA_btl": "^tcp,ofi,uct,usnic,openib",
+}
+"""Settings of Open MPI, where the user has made none."""
 
 _POLL_S = 0.2
 _END_S = 5.0
@@ -101,8 +106,7 @@ def _over_mpi(ranks: int) -> Iterator[Environments]:
         stack.callback(_end, process)
         seats = [stack.enter_context(_next(door, process)) for _ in range(ranks)]
         found = sorted((_hear(seat) for seat in seats), key=lambda said: int(said["PMIX_RANK"]))
-        # More ranks than cores must give way to each other while they wait.
-        ways = {} if _YIELDS in os.environ else {_YIELDS: "1"}
+        ways = {name: value for name, value in _SETTINGS.items() if name not in os.environ}
         if mpi.library is not None:
             ways["MLX_MPI_LIBNAME"] = mpi.library
         (port,) = _free_ports(1)

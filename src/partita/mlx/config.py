@@ -116,6 +116,26 @@ def _rope_keys(rope: Mapping[str, Any]) -> dict[str, Any]:
     return keys
 
 
+COMPUTED_OTHERWISE: Mapping[str, str] = MappingProxyType(
+    {
+        "glm": "mlx-lm rotates whole heads, where the model rotates half of each",
+        "afmoe": "the logits of mlx-lm's model are not those of transformers'",
+    }
+)
+"""Families of mlx-lm whose numbers are far from transformers' for the same weights, measured on small models."""
+
+
+def check_family(config: Mapping[str, Any]) -> None:
+    """See that mlx-lm computes what the checkpoint was trained to.
+
+    Raises:
+        ModelError: It does not.
+    """
+    why = COMPUTED_OTHERWISE.get(config["model_type"])
+    if why is not None:
+        raise ModelError(f"{config['model_type']} would give other numbers on MLX: {why}. Use the torch engine.")
+
+
 def check_rope(config: Mapping[str, Any], arguments: Any) -> None:
     """See that mlx-lm's `arguments` of a model can say its rotary bases.
 
