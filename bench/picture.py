@@ -14,11 +14,14 @@ def draw(run: Run, path: Path) -> None:
     import matplotlib
 
     matplotlib.use("svg")
+    matplotlib.rcParams["svg.fonttype"] = "none"
     from matplotlib import pyplot as plt
 
     heights = [len(table.rows) + 1.5 for table in run.tables]
-    columns = [list(range(0, len(run.tables), 2)), list(range(1, len(run.tables), 2))]
-    tall = max(sum(heights[place] for place in column) for column in columns)
+    columns: tuple[list[int], list[int]] = ([], [])
+    for place in range(len(run.tables)):
+        min(columns, key=lambda column: sum(heights[i] for i in column)).append(place)
+    tall = 0.5 + max(sum(heights[place] for place in column) for column in columns)
     figure = plt.figure(figsize=(16, 0.27 * tall))
     for column, places in enumerate(columns):
         top = 1.0
@@ -41,7 +44,7 @@ def _panel(axes: object, table: Table) -> None:
         for row in rows
     ]
     bars = axes.barh(range(len(rows)), [row.ratio for row in rows], color=shades, height=0.72)
-    errors = [[row.ratio - row.ratio_low for row in rows], [row.ratio_high - row.ratio for row in rows]]
+    errors = [[max(0.0, r.ratio - r.ratio_low) for r in rows], [max(0.0, r.ratio_high - r.ratio) for r in rows]]
     axes.errorbar(
         [row.ratio for row in rows], range(len(rows)), xerr=errors, fmt="none", ecolor="#30343b", elinewidth=0.7
     )
