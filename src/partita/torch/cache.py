@@ -27,6 +27,7 @@ def advance_cache(cache: Any, own: Collection[int], inputs: Mapping[str, Any]) -
     """Count the tokens of one forward in the entries of layers that are not `own`."""
     from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
+    check_cache(cache)
     ids = inputs.get("input_ids")
     tokens = ids if isinstance(ids, Tensor) else inputs["inputs_embeds"][..., 0]
     narrow = torch.zeros((tokens.shape[0], 1, tokens.shape[1], 1), device=tokens.device)
@@ -43,13 +44,24 @@ def advance_cache(cache: Any, own: Collection[int], inputs: Mapping[str, Any]) -
         kinds.add(type(entry))
 
 
-def _count(entry: Any, narrow: Tensor) -> None:
+def check_cache(cache: Any) -> None:
+    """See that every entry of a cache can be counted where its layer is not; before the ranks begin, as only some would see.
+
+    Raises:
+        ModelError: One cannot.
+    """
     from transformers.cache_utils import DummyLayer, DynamicLayer, LinearAttentionCacheLayerMixin
+
+    for entry in cache.layers:
+        if not isinstance(entry, (DynamicLayer, LinearAttentionCacheLayerMixin, DummyLayer)):
+            raise ModelError(
+                f"a cache of {type(entry).__name__} cannot be kept in step over the stages of a pipeline. Use the default "
+                "dynamic cache, or pp=1."
+            )
+
+
+def _count(entry: Any, narrow: Tensor) -> None:
+    from transformers.cache_utils import DynamicLayer
 
     if isinstance(entry, DynamicLayer):
         entry.update(narrow, narrow)
-    elif not isinstance(entry, (LinearAttentionCacheLayerMixin, DummyLayer)):
-        raise ModelError(
-            f"a cache of {type(entry).__name__} cannot be kept in step over the stages of a pipeline. Use the default "
-            "dynamic cache, or pp=1."
-        )

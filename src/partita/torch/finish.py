@@ -33,7 +33,17 @@ def finish(model: nn.Module, plan: Plan, groups: ParallelGroups) -> nn.Module:
 
 
 def _generate_alike(model: Any, *args: Any, **kwargs: Any) -> Any:
-    """transformers' own `generate`, whose draws are the same on all ranks of a replica: they begin where the first stands."""
+    """transformers' own `generate`, whose draws are the same on all ranks of a replica: they begin where the first stands.
+
+    Raises:
+        ModelError: A rank has no tensor, of which transformers would ask the device; on every rank.
+    """
+    empty = [rank for rank in range(model.partita_plan.mesh.size) if not model.partita_plan.held_by(rank)]
+    if empty:
+        raise ModelError(
+            f"rank {empty[0]} holds no tensor of the model, and transformers' generate needs one on each. Call "
+            "partita.torch.generate(), or give each rank a layer."
+        )
     state = torch.get_rng_state()
     for info in (model.partita_groups.pp, model.partita_groups.mp):
         state = info.comm.broadcast_(state)

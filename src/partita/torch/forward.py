@@ -21,6 +21,7 @@ from torch.autograd import Function
 from partita.core.plan import Plan
 from partita.errors import ModelError
 from partita.torch.apply import plan_of
+from partita.torch.cache import check_cache
 from partita.torch.copies import summed_copies
 from partita.torch.groups import ParallelGroups
 from partita.torch.links import Links
@@ -80,7 +81,10 @@ def _bound(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict
     for name in ("output_hidden_states", "output_attentions", "output_router_logits"):
         if inputs.get(name) or (name not in inputs and getattr(getattr(model, "config", None), name, False)):
             raise ModelError(f"{name}=True asks for what every stage has a part of. Leave it out, or use pp=1.")
-    if inputs.get("past_key_values") is not None and plan_of(model)[0].vpp > 1:
+    cache = inputs.get("past_key_values")
+    if hasattr(cache, "layers") and plan_of(model)[0].num_stages > 1:
+        check_cache(cache)
+    if cache is not None and plan_of(model)[0].vpp > 1:
         raise ModelError(
             "past_key_values would be shared by several stages of one rank, each of which counts its tokens. Call "
             "partita.torch.generate(), or use vpp=1."
@@ -100,7 +104,7 @@ class _Call:
         self.stages = sorted(self.plan.stage_index(rank, vpp) for vpp in range(self.plan.vpp))
         self.is_last = self.plan.loss_stage in self.stages
         self.cache: Any = None
-        self.key = (model.training, torch.is_autocast_enabled(), *_shapes(inputs))
+        self.key = (model.training, *_autocast(), *_shapes(inputs))
         self.made: list[Tensor] = []
         self._alive: dict[int, tuple[tuple[Tensor, ...], tuple[Tensor, ...]]] = {}
 
@@ -151,6 +155,11 @@ class _Call:
                 if stage > 0 and not self._is_here(stage - 1):
                     self.links.send_gradient(self.plan.stage_rank(stage - 1), left)
             self.links.flush()
+
+
+def _autocast() -> tuple[torch.dtype | None, ...]:
+    """What autocast computes in, on each kind of device: what stages hand on depends on it."""
+    return tuple(torch.get_autocast_dtype(k) if torch.is_autocast_enabled(k) else None for k in ("cpu", "cuda"))
 
 
 class _Output(Function):
