@@ -19,10 +19,7 @@ from partita.mlx.names import DTYPES, Box
 from partita.mlx.optimizer import AdamW
 from partita.mlx.origin import Origin
 from partita.mlx.trainable import Trainable
-from partita.training.saving import OPTIMIZER
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
-"""Means and squares, as they are called on disk before the parameter's name; torch's words."""
+from partita.training.saving import MOMENTS, OPTIMIZER
 
 _BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 

@@ -20,10 +20,7 @@ from partita.torch.load import CheckpointFill
 from partita.torch.names import Source, sources_for_reading
 from partita.torch.save import unsplit_on_meta
 from partita.torch.together import together
-from partita.training.saving import OPTIMIZER
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
-"""What AdamW keeps of each parameter, in its shape; on disk before the parameter's name."""
+from partita.training.saving import MOMENTS, OPTIMIZER
 
 
 def trained_tensors(model: nn.Module, plan: Plan) -> dict[str, Tensor]:

@@ -13,11 +13,11 @@ from partita.checkpoint.index import MODEL
 from partita.checkpoint.write import FilePlan, plan_files
 from partita.torch.apply import plan_of
 from partita.torch.load import memory_of
-from partita.torch.moments import MOMENTS, held_by, trained_tensors
+from partita.torch.moments import held_by, trained_tensors
 from partita.torch.save import DTYPE_NAMES, is_first, on_disk
 from partita.torch.together import together
 from partita.training.background import Part
-from partita.training.saving import OPTIMIZER, Saves
+from partita.training.saving import MOMENTS, OPTIMIZER, Saves
 
 
 class Share:

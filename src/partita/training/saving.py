@@ -213,3 +213,7 @@ class Saver:
 def _report(write: BackgroundWrite) -> SaveReport:
     job = write.job
     return SaveReport(job.step, job.run.step_folder(job.step), write.held_s, write.seconds, job.bytes_written)
+
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""AdamW's means of a parameter's gradients and of their squares, as they are called on disk before its name: torch's words."""

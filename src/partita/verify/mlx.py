@@ -29,7 +29,7 @@ from partita.mlx.train import train
 from partita.mlx.windows import refuse_beyond_window
 from partita.text import Sampling
 from partita.training import TrainSettings
-from partita.verify.report import Report, Row
+from partita.verify.report import Report, Row, loss_rows, token_rows
 
 TOLERANCES = {mx.float64: 1e-6, mx.float32: 1e-4, mx.bfloat16: 0.05, mx.float16: 0.02}
 """Of outputs and gradients by dtype: models of mlx-lm narrow to float32 inside, whatever their dtype."""
@@ -142,10 +142,7 @@ def _tokens(whole: nn.Module, split: nn.Module, ids: mx.array) -> list[Row]:
     except ModelError:
         return []
     found = generate(split, prompts, sampling)
-    return [
-        Row("tokens", f"{len(prompt)} tokens continued by {NEW_TOKENS}", float(one.tokens != other.tokens), 0.5)
-        for prompt, one, other in zip(prompts, expected, found, strict=True)
-    ]
+    return token_rows(prompts, expected, found, NEW_TOKENS)
 
 
 def _training(
@@ -161,10 +158,7 @@ def _training(
     except ModelError:
         return []
     found = train(split, tokens, settings)
-    rows = [
-        Row("loss", f"step {one.step}", abs(one.loss - other.loss) / abs(one.loss), tolerance)
-        for one, other in zip(expected, found, strict=True)
-    ]
+    rows = loss_rows(expected, found, tolerance)
     return rows + [Row(d.kind, d.name, d.error, tolerance) for d in compare_parameters(whole, split, plan, groups)]
 
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+from partita.text import Generation
+from partita.training import StepReport
 
 
 @dataclass(frozen=True)
@@ -56,3 +60,21 @@ class Report:
     def worst(self) -> Row:
         """The row that is nearest to its tolerance, or farthest beyond it."""
         return max(self.rows, key=lambda row: row.error / row.tolerance if row.tolerance else row.error)
+
+
+def token_rows(
+    prompts: Sequence[Sequence[int]], expected: Sequence[Generation], found: Sequence[Generation], new_tokens: int
+) -> list[Row]:
+    """Whether each prompt was continued by the same tokens."""
+    return [
+        Row("tokens", f"{len(prompt)} tokens continued by {new_tokens}", float(one.tokens != other.tokens), 0.5)
+        for prompt, one, other in zip(prompts, expected, found, strict=True)
+    ]
+
+
+def loss_rows(expected: Sequence[StepReport], found: Sequence[StepReport], tolerance: float) -> list[Row]:
+    """How far the loss of each training step is off."""
+    return [
+        Row("loss", f"step {one.step}", abs(one.loss - other.loss) / abs(one.loss), tolerance)
+        for one, other in zip(expected, found, strict=True)
+    ]

@@ -27,7 +27,7 @@ from partita.torch.load import as_dtype, choose_plan, load
 from partita.torch.probe import fill_unsplit, sample_inputs, small_model
 from partita.torch.together import together
 from partita.torch.train import TrainSettings, train
-from partita.verify.report import Report, Row
+from partita.verify.report import Report, Row, loss_rows, token_rows
 
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.05, torch.float16: 0.01}
 """Of outputs and gradients by dtype, relative to the largest magnitude."""
@@ -142,10 +142,7 @@ def _tokens(unsplit: nn.Module, split: nn.Module, ids: Tensor) -> list[Row]:
     except ModelError:
         return []
     found = generate(split, prompts, sampling)
-    return [
-        Row("tokens", f"{len(prompt)} tokens continued by {NEW_TOKENS}", float(one.tokens != other.tokens), 0.5)
-        for prompt, one, other in zip(prompts, expected, found, strict=True)
-    ]
+    return token_rows(prompts, expected, found, NEW_TOKENS)
 
 
 def _training(
@@ -162,10 +159,7 @@ def _training(
     except ModelError:
         return []
     found = train(split, tokens, settings)
-    rows = [
-        Row("loss", f"step {one.step}", abs(one.loss - other.loss) / abs(one.loss), tolerance)
-        for one, other in zip(expected, found, strict=True)
-    ]
+    rows = loss_rows(expected, found, tolerance)
     return rows + [Row(d.kind, d.name, d.error, tolerance) for d in compare_parameters(unsplit, split, plan, groups)]
 
 
