@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ import pytest
 from partita.cli import launch
 from partita.cli.console import _console
 from partita.errors import DistributedError
+from partita.peers import LOST
 from tests.cli.launcher import PROGRAM
 from tests.support.ranks import ROOT
 
@@ -85,10 +87,10 @@ def test_what_the_first_rank_refuses_is_said_once(capfd: pytest.CaptureFixture[s
 
 
 def test_a_killed_rank_is_named_with_its_last_words(capfd: pytest.CaptureFixture[str]) -> None:
-    assert start("one_is_killed") == 1
+    assert start("one_is_killed") == LOST
     said = capfd.readouterr().err
     assert "last words" in said
-    assert "rank 1: it was ended by SIGKILL" in said
+    assert f"rank 1 (host {socket.gethostname()}, stage 0) was lost while starting: it was ended by SIGKILL" in said
 
 
 def test_a_silent_exit_is_named(capfd: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ from partita.cli.console import _console
 from partita.cli.meeting import meeting
 from partita.core.mesh import Mesh
 from partita.errors import DistributedError
+from partita.peers import LOST
 from tests.cli.test_launch import end, gone_by, pids
 from tests.mlx.launcher import PROGRAM
 from tests.support.mlx_ranks import BACKENDS
@@ -84,8 +86,10 @@ def test_a_failing_rank_ends_those_that_wait_for_it(backend: str, capfd: pytest.
 
 @everywhere
 def test_a_killed_rank_is_named(backend: str, capfd: pytest.CaptureFixture[str]) -> None:
-    assert start(backend, "one_is_killed_while_others_wait", 3) == 1
-    assert "rank 1: it was ended by SIGKILL" in capfd.readouterr().err
+    assert start(backend, "one_is_killed_while_others_wait", 3) == LOST
+    said = capfd.readouterr().err
+    assert f"error: rank 1 (host {socket.gethostname()}, stage 0) was lost while starting" in said
+    assert "it was ended by SIGKILL" in said
 
 
 @everywhere

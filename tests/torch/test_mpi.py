@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,8 +16,9 @@ from torch import distributed as dist
 
 from partita.backends import open_mpi
 from partita.cli.meeting import meeting
+from partita.peers import LOST
 from partita.torch.groups import make_groups
-from partita.torch.mpi import LOST, MpiCommunicator
+from partita.torch.mpi import MpiCommunicator
 from tests.support.models import CONFIGS
 from tests.support.ranks import ROOT, ranks
 from tests.torch import test_comm, test_models
@@ -92,7 +94,7 @@ _WAITS = """
 import os, sys, torch
 from partita.torch.groups import init_process_group, make_groups
 from partita.core.mesh import Mesh
-init_process_group(timeout_s=float(sys.argv[1]))
+init_process_group(lost_after_s=float(sys.argv[1]))
 comm = make_groups(Mesh(tp=2)).tp.comm
 print("met", flush=True)
 for _ in range(10**9):
@@ -116,7 +118,10 @@ def test_a_stopped_rank_ends_the_others() -> None:
             time.sleep(0.5)
             processes[1].send_signal(signal.SIGSTOP)
             assert processes[0].wait(60) == LOST
-            assert "another rank is lost or stopped" in processes[0].stderr.read()
+            said = processes[0].stderr.read()
+            assert f"rank 0: rank 1 (host {socket.gethostname()}, stage 0) was lost while" in said
+            assert "in an all-reduce: nothing was heard of it for 2 s" in said
+            assert processes[1].wait(10) == -signal.SIGKILL  # nobody else would end it
         finally:
             for process in processes:
                 process.kill()

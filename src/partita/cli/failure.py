@@ -12,6 +12,7 @@ import typer
 from partita.cli import rank
 from partita.cli.console import err
 from partita.errors import PartitaError
+from partita.peers import is_echo, wait_for_verdict
 
 
 @dataclass(frozen=True)
@@ -34,11 +35,6 @@ class Failure:
     INTERRUPTED: ClassVar[int] = 130
 
 
-_LOST_PEER = re.compile(
-    r"connection (was )?(closed|reset)|broken pipe|socket closed|rank \d+ failed|recvvalue failed|failed to recv|"
-    r"connection refused|peer .*(closed|gone)",
-    re.IGNORECASE,
-)
 _MISSING_EXTRA = (
     "torch",
     "transformers",
@@ -71,7 +67,7 @@ def explain(error: BaseException) -> Failure | None:
     if isinstance(error, OSError) and error.filename is not None:
         return Failure(Failure.MISUSED, f"{os.fsdecode(error.filename)}: {error.strerror}")
     message = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-    return Failure(Failure.FAILED, message, _LOST_PEER.search(message) is not None)
+    return Failure(Failure.FAILED, message, is_echo(message))
 
 
 def fail(error: BaseException, *, debug: bool = False) -> int | None:
@@ -86,8 +82,11 @@ def fail(error: BaseException, *, debug: bool = False) -> int | None:
         import traceback
 
         traceback.print_exception(type(error), error, error.__traceback__)
-    if not rank.report(asdict(failure)) and rank.speaks():
+    if failure.echo:
+        wait_for_verdict()
+    if not rank.is_ours() and rank.speaks():
         show(failure, debug=debug, who=rank.name())
+    rank.report(asdict(failure))
     rank.leave(failure.code)
     return failure.code
 

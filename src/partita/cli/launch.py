@@ -8,7 +8,6 @@ others only the end of stderr is kept, for the one that fails first.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import selectors
 import signal
@@ -18,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -31,6 +31,7 @@ from partita.cli.failure import Failure, show
 from partita.cli.meeting import Environments, meeting
 from partita.core.mesh import AXES, Mesh
 from partita.errors import DistributedError
+from partita.peers import LOST, Lines, Peer, Uptime, beat_s, lost_after_s, silence
 
 GRACE_S = 3.0
 """How long a rank that is told to end may take before it is killed."""
@@ -94,8 +95,9 @@ def start(
 ) -> Outcome:
     """Run `python *program *arguments` as that many ranks of this machine and wait for all of them.
 
-    A rank that fails ends the others, and its message is shown once. SIGINT, SIGTERM and SIGHUP end them too. No process
-    is left in any case: a rank whose launcher is killed ends itself.
+    A rank that fails ends the others, and its message is shown once; so does one that is killed, or that is not heard of
+    for `PARTITA_LOST_AFTER` seconds. SIGINT, SIGTERM and SIGHUP end them too. No process is left in any case: a rank whose
+    launcher is killed ends itself.
 
     Args:
         arguments: Of the command.
@@ -106,12 +108,13 @@ def start(
         instead: By what they meet if that fails, which is said.
 
     Raises:
-        DistributedError: mpiexec fails, and there is nothing instead.
+        DistributedError: mpiexec fails, and there is nothing instead; or `PARTITA_LOST_AFTER` is no number.
     """
+    limit_s = lost_after_s()
     with _signals_as_exceptions():
         try:
             with _met(backend or (local_torch_backend() if ranks > 1 else "gloo"), ranks, instead) as environments:
-                crew = _Crew([sys.executable, *program, *arguments], capture)
+                crew = _Crew([sys.executable, *program, *arguments], capture, limit_s)
                 try:
                     crew.start(environments)
                     crew.wait()
@@ -177,28 +180,26 @@ class _Rank:
     number: int
     process: subprocess.Popen[bytes]
     line: socket.socket
-    said: bytearray = field(default_factory=bytearray)
+    peer: Peer
+    lines: Lines = field(default_factory=Lines)
+    lost: Failure | None = None
+    lost_s: float | None = None
     stderr: bytearray = field(default_factory=bytearray)
     ended_s: float | None = None
     sent: set[int] = field(default_factory=set)
 
     @property
     def failure(self) -> Failure | None:
-        """What it said was wrong with it."""
-        report = self._report()
-        return Failure(report["code"], report["message"], report["echo"]) if report else None
+        """What it said was wrong with it, or what silence says."""
+        report = self.peer.failure
+        return Failure(report["code"], report["message"], report["echo"]) if report else self.lost
 
     @property
     def failed_s(self) -> float | None:
         """When it failed, None if it did not (yet)."""
-        report = self._report()
-        if report:
-            return float(report["time_s"])
-        return self.ended_s if self.process.returncode else None
-
-    def _report(self) -> Any:
-        line, newline, _ = self.said.partition(b"\n")
-        return json.loads(line) if newline else None
+        if self.peer.failure:
+            return float(self.peer.failure["time_s"])
+        return self.lost_s if self.lost_s is not None else self.ended_s if self.process.returncode else None
 
     @property
     def was_told_to_end(self) -> bool:
@@ -221,8 +222,9 @@ class _Rank:
 class _Crew:
     """The ranks of one run."""
 
-    def __init__(self, command: list[str], capture: bool) -> None:
-        self.command, self.capture = command, capture
+    def __init__(self, command: list[str], capture: bool, limit_s: float) -> None:
+        self.command, self.capture, self.limit_s = command, capture, limit_s
+        self.clock = Uptime(limit_s)
         self.ranks: list[_Rank] = []
         self.output = bytearray()
         self.selector = selectors.DefaultSelector()
@@ -244,27 +246,42 @@ class _Crew:
                     pass_fds=[theirs.fileno()],
                     start_new_session=True,
                 )
-            member = _Rank(number, process, ours)
+            member = _Rank(number, process, ours, Peer(number, heard_s=self.clock.now_s()))
             self.ranks.append(member)
-            self._listen(ours, member.said, None)
+            self._listen(ours, partial(self._told, member))
             if process.stdout is not None:
-                self._listen(process.stdout, self.output, None)
+                self._listen(process.stdout, self.output.extend)
             if process.stderr is not None:
-                self._listen(process.stderr, member.stderr, KEPT_BYTES)
+                self._listen(process.stderr, partial(_keep_end, member.stderr))
 
-    def _listen(self, stream: Any, into: bytearray, kept_bytes: int | None) -> None:
+    def _listen(self, stream: Any, take: Callable[[bytes], None]) -> None:
         os.set_blocking(stream.fileno(), False)
-        self.selector.register(stream, selectors.EVENT_READ, (into, kept_bytes))
+        self.selector.register(stream, selectors.EVENT_READ, take)
+
+    def _told(self, member: _Rank, data: bytes) -> None:
+        for told in member.lines.take(data):
+            member.peer.take(told, self.clock.now_s())
 
     def wait(self) -> None:
         """Until every rank has ended, or one has failed and its cause has had time to be told."""
         while self._alive():
-            self._hear(_POLL_S)
+            self._hear(min(_POLL_S, beat_s(self.limit_s)))
+            self._find_silent()
             failed = [member for member in self.ranks if member.failed_s is not None]
             if failed:
                 if all(member.is_echo for member in failed):
                     self._hear_until(lambda: self._cause_is_known() or not self._alive(), ECHO_S)
                 return
+
+    def _find_silent(self) -> None:
+        """Give up ranks that have told nothing for too long, all that are silent with the first."""
+        now_s = self.clock.now_s()
+        silent_s = {member.number: member.peer.silent_s(now_s) for member in self.ranks if member.ended_s is None}
+        if max(silent_s.values(), default=0.0) > self.limit_s:
+            for member in self.ranks:
+                if silent_s.get(member.number, 0.0) > self.limit_s / 2:
+                    member.lost = Failure(LOST, member.peer.lost(silence(self.limit_s)))
+                    member.lost_s = time.monotonic()
 
     def _cause_is_known(self) -> bool:
         return any(member.failed_s is not None and not member.is_echo for member in self.ranks)
@@ -310,17 +327,19 @@ class _Crew:
         """Read what the ranks have said since, waiting for it a while. Returns whether there was anything."""
         heard = False
         for key, _ in self.selector.select(timeout_s):
-            into, kept_bytes = key.data
             data = b""
             with contextlib.suppress(ConnectionError):
                 data = os.read(key.fd, 1 << 16)
             if not data:
                 self.selector.unregister(key.fileobj)
             heard |= bool(data)
-            into += data
-            if kept_bytes is not None:
-                del into[:-kept_bytes]
+            key.data(data)
         return heard
+
+
+def _keep_end(kept: bytearray, data: bytes) -> None:
+    kept += data
+    del kept[:-KEPT_BYTES]
 
 
 def _show_failed(member: _Rank, arguments: Sequence[str]) -> int:
@@ -334,9 +353,11 @@ def _show_failed(member: _Rank, arguments: Sequence[str]) -> int:
     if failure is None:
         if member.number == 0 and code > 0:
             return code  # it said so itself: a verdict, or a usage error
-        failure = Failure(Failure.FAILED, f"it {_how_it_ended(code)}")
-    show(failure, debug=debug, who=f"rank {member.number}", detail=stderr)
-    return Failure.FAILED
+        why = f"it {_how_it_ended(code)}"
+        failure = Failure(LOST, member.peer.lost(why)) if code < 0 else Failure(Failure.FAILED, why)
+    is_named = failure.code == LOST
+    show(failure, debug=debug or is_named, who="" if is_named else f"rank {member.number}", detail=stderr)
+    return failure.code
 
 
 def _how_it_ended(code: int) -> str:

@@ -1,7 +1,7 @@
 """This process as one rank of a run: of ours, told by `PARTITA_LINE`, of torchrun's, mpirun's or mlx.launch's, or alone.
 
-A rank that our launcher started holds one end of a line (a socket) to it. The rank writes its failure there. When the line
-ends, the launcher is gone, killed perhaps, and the rank ends itself with all that it started.
+A rank that our launcher started holds one end of a line (a socket) to it. There the rank tells that it lives, and why it
+fails. When the line ends, the launcher is gone, killed perhaps, and the rank ends itself with all that it started.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ import json
 import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+from partita import peers
 from partita.errors import DistributedError
 
 Engine = Literal["torch", "mlx"]
@@ -25,26 +25,19 @@ LINE = "PARTITA_LINE"
 MAX_MESSAGE = 16_000
 """Characters of a failure that are sent to the launcher."""
 
-_line: int | None = None
+_is_ours = False
 
 
 def attach() -> None:
     """Take up the line to the launcher, where this process is a rank that it started."""
-    global _line
+    global _is_ours
     text = os.environ.pop(LINE, None)
     if text is None:
         return
-    _line = int(text)
-    os.set_inheritable(_line, False)
+    _is_ours = True
+    os.set_inheritable(int(text), False)
     _wake_with_line()
-    threading.Thread(target=_end_with_line, args=(_line,), daemon=True).start()
-
-
-def _end_with_line(line: int) -> None:
-    with contextlib.suppress(OSError):
-        while os.read(line, 64):
-            pass
-    os.killpg(os.getpgrp(), signal.SIGKILL)
+    peers.attach(int(text), number())
 
 
 def _wake_with_line() -> None:
@@ -124,21 +117,19 @@ def _has_met_others() -> bool:
     return groups is not None and groups.has_met_others()
 
 
-def report(failure: dict[str, Any]) -> bool:
-    """Tell the launcher of a failure. Returns whether there is one to tell."""
-    if _line is None:
-        return False
-    data = {**failure, "message": failure["message"][:MAX_MESSAGE], "time_s": time.monotonic()}
-    with contextlib.suppress(OSError):
-        rest = memoryview(json.dumps(data).encode() + b"\n")
-        while rest:
-            rest = rest[os.write(_line, rest) :]
-    return True
+def is_ours() -> bool:
+    """Whether our launcher started this rank, and shows what goes wrong with it."""
+    return _is_ours
+
+
+def report(failure: dict[str, Any]) -> None:
+    """Tell the launcher, or the other ranks, of a failure."""
+    peers.tell_failure({**failure, "message": failure["message"][:MAX_MESSAGE], "time_s": time.monotonic()})
 
 
 def leave(code: int) -> None:
     """End a rank that failed at once: closing its groups could wait for ranks that are gone. Does nothing without ranks."""
-    if _line is not None or _has_met_others():
+    if _is_ours or _has_met_others():
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError):
                 stream.flush()
@@ -167,9 +158,10 @@ def work_together(work: Callable[[], int], engine: Engine = "torch", backend: st
                 f"the launcher started {world()} ranks, but MLX knows of {everyone.size}. Start them with mpirun or "
                 "mlx.launch, or let `partita` do it."
             )
-        code = work()
+        code = _work(work)
         sys.stdout.flush()
         everyone.barrier()
+        peers.farewell()
         return code if is_first() else 0
 
     import torch.distributed as dist
@@ -177,8 +169,14 @@ def work_together(work: Callable[[], int], engine: Engine = "torch", backend: st
     from partita.torch.groups import init_process_group
 
     init_process_group()
-    code = work()
+    code = _work(work)
     sys.stdout.flush()
     dist.barrier()
+    peers.farewell()
     dist.destroy_process_group()
     return code if is_first() else 0
+
+
+def _work(work: Callable[[], int]) -> int:
+    with peers.doing("working"):
+        return work()

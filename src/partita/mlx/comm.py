@@ -11,6 +11,7 @@ from typing import Any
 import mlx.core as mx
 
 from partita.errors import DistributedError
+from partita.peers import ME
 
 _stream: mx.Stream | None = None
 
@@ -95,7 +96,8 @@ class Communicator:
             DistributedError: The backend does not reach that rank.
         """
         self._reaches(to, "send to")
-        mx.eval(mx.distributed.send(x, to, group=self.group, stream=self._stream))
+        with ME.over("a send"):
+            mx.eval(mx.distributed.send(x, to, group=self.group, stream=self._stream))
 
     def recv(self, shape: Sequence[int], dtype: mx.Dtype, source: int) -> mx.array:
         """What rank `source` of the group sends, evaluated; no gradient flows through it.
@@ -105,7 +107,8 @@ class Communicator:
         """
         self._reaches(source, "receive from")
         x = mx.distributed.recv(tuple(shape), dtype, source, group=self.group, stream=self._stream)
-        mx.eval(x)
+        with ME.over("a receive"):
+            mx.eval(x)
         return x
 
     def _reaches(self, other: int, what: str) -> None:
@@ -218,7 +221,8 @@ class Communicator:
         """Return when every rank of the group has come here."""
         if self.size > 1:
             self._agree("barrier", (), mx.uint8)
-            mx.eval(self._sum(mx.zeros(1, mx.uint8)))
+            with ME.over("a barrier"):
+                mx.eval(self._sum(mx.zeros(1, mx.uint8)))
 
     # --- objects -----------------------------------------------------------------------------------------------------------
 

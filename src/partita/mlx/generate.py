@@ -13,10 +13,12 @@ from partita.mlx.batches import Batches
 from partita.mlx.flow import Flow
 from partita.mlx.stage_probe import refuse_undecodable
 from partita.mlx.windows import refuse_beyond_window
+from partita.peers import doing
 from partita.text.sampling import Generation, OnText, Sampling, Sequence
 from partita.text.tokenizer import Tokenizer
 
 
+@doing("generating")
 def generate(
     model: nn.Module,
     prompts: SequenceOf[SequenceOf[int]],
@@ -49,6 +51,8 @@ def generate(
     refuse_undecodable(model, plan)
     _check(prompts, sampling, tokenizer, plan.spec.vocab_size)
     longest, new = max(map(len, prompts)), sampling.max_new_tokens
+    # What the last new token would lead to is not asked for.
+    plan.spec.refuse_beyond_positions(longest + new - 1, f"a prompt of {longest} tokens with {new} new ones")
     refuse_beyond_window(plan.spec, longest + new, f"a prompt of {longest} with {new} new ones")
     sequences = [
         Sequence(place, list(prompt))

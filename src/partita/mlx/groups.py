@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from partita import peers
 from partita.backends import MLX_BACKENDS, open_mpi, refuse_mesh
 from partita.core.mesh import Mesh
 from partita.errors import DistributedError
@@ -78,7 +79,9 @@ def init(backend: str | None = None, *, reduce_in_float32: bool = False, checked
     key = backend, reduce_in_float32, checked
     if key not in _worlds:
         kind = CheckedCommunicator if checked else Communicator
-        _worlds[key] = kind(_join(backend), backend=backend, reduce_in_float32=reduce_in_float32)
+        world = kind(_join(backend), backend=backend, reduce_in_float32=reduce_in_float32)
+        _worlds[key] = world
+        peers.join(world.rank, world.size, world.all_gather_object)
     return _worlds[key]
 
 
@@ -121,6 +124,7 @@ def make_groups(
     if world.backend is not None:
         refuse_mesh(mesh, world.backend)
     tp, pp, dp = (_along(axis, mesh, world) for axis in ("tp", "pp", "dp"))
+    peers.ME.stage = pp.rank
     return ParallelGroups(mesh, tp, pp, dp)
 
 

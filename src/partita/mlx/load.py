@@ -28,6 +28,7 @@ from partita.mlx.origin import Origin
 from partita.mlx.probe import plan_of_model, prove_unless_proven
 from partita.mlx.stage_probe import prove_stages
 from partita.mlx.together import together
+from partita.peers import doing
 
 Progress = Callable[[int, int], None]
 """Called with the bytes of this rank that are in place and those of all."""
@@ -39,6 +40,7 @@ by one assignment gives 0.6."""
 _UNSIGNED = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}
 
 
+@doing("loading the model")
 def load(
     model: str | os.PathLike[str],
     plan: Plan | None = None,

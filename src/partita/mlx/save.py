@@ -15,7 +15,7 @@ import mlx.nn as nn
 import numpy as np
 
 from partita.checkpoint.durable import appear, failing_as, partial_of, start_partial
-from partita.checkpoint.write import Writer, create_files, plan_files, refuse_weights, write_index
+from partita.checkpoint.write import FilePlan, Writer, create_files, plan_files, refuse_weights, write_index
 from partita.core.plan import Plan
 from partita.core.split import Range
 from partita.errors import ModelError
@@ -26,12 +26,14 @@ from partita.mlx.homes import Ranges, parameter_homes
 from partita.mlx.names import DTYPES, Box
 from partita.mlx.origin import Origin
 from partita.mlx.together import together
+from partita.peers import doing
 from partita.text import Tokenizer
 
-_NAMES: Mapping[mx.Dtype, str] = {dtype: name for name, dtype in reversed(list(DTYPES.items()))}
+DTYPE_NAMES: Mapping[mx.Dtype, str] = {dtype: name for name, dtype in reversed(list(DTYPES.items()))}
 _UNSIGNED = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}
 
 
+@doing("saving the model")
 def save(
     model: nn.Module,
     folder: str | os.PathLike[str],
@@ -61,7 +63,39 @@ def save(
     disk = on_disk(model)
     path = Path(folder)
     with together(groups):
-        files = plan_files(disk.tensors(), max_shard_bytes)
+        files = disk.files(max_shard_bytes)
+
+    def write(writer: Writer) -> None:
+        own = disk.own(model, plan, groups)
+        total = sum(home[key].nbytes for home, key in own.values())
+        for name, (home, key) in own.items():
+            for box, take, data in disk.parts(name, home, key, home[key], plan, groups):
+                writer.write(box, take, data)
+            if progress is not None:
+                progress(writer.bytes_written, total)
+
+    write_together(path, groups, files, lambda partial: disk.write_beside(partial, tokenizer), write)
+
+
+def write_together(
+    path: Path,
+    groups: ParallelGroups,
+    files: tuple[FilePlan, ...],
+    beside: Callable[[Path], None],
+    write: Callable[[Writer], None],
+) -> None:
+    """Let a folder of safetensors files appear at `path`, whole or not at all; every rank of the run calls it.
+
+    Args:
+        path: Where.
+        groups: The ranks.
+        files: The same on every rank.
+        beside: Writes, on the first rank, what else belongs into the folder.
+        write: Writes a rank's own parts; called on the first replica alone.
+
+    Raises:
+        CheckpointError: The folder holds weights already, or cannot be written; on every rank.
+    """
     try:
         with together(groups):
             if groups.rank == 0:
@@ -70,18 +104,12 @@ def save(
                 partial = start_partial(path)
                 create_files(partial, files)
                 write_index(partial, files)
-                disk.write_beside(partial, tokenizer)
+                beside(partial)
         partial = partial_of(path)
         with together(groups):
             if groups.dp.rank == 0:
-                own = disk.own(model, plan, groups)
-                total = sum(home[key].nbytes for home, key in own.values())
                 with Writer(partial, files) as writer:
-                    for name, (home, key) in own.items():
-                        for box, take, data in disk.parts(name, home, key, home[key], plan, groups):
-                            writer.write(box, take, data)
-                        if progress is not None:
-                            progress(writer.bytes_written, total)
+                    write(writer)
         with together(groups):
             if groups.rank == 0:
                 appear(partial, path)
@@ -112,10 +140,14 @@ class OnDisk:
             for box in places if only(name) else ():
                 known = self.origin.tensors.get(box.name)
                 same = known is not None and DTYPES[known.dtype] == self.dtypes[name]
-                dtype = known.dtype if known is not None and same else _NAMES[self.dtypes[name]]
+                dtype = known.dtype if known is not None and same else DTYPE_NAMES[self.dtypes[name]]
                 found[box.name] = dtype, self.origin.shape(box)
         order = {name: place for place, name in enumerate(self.origin.tensors)}
         return [(name, *found[name]) for name in sorted(found, key=lambda name: order.get(name, len(order)))]
+
+    def files(self, max_shard_bytes: int) -> tuple[FilePlan, ...]:
+        """The files of its weights."""
+        return plan_files(self.tensors(), max_shard_bytes)
 
     def own(self, model: nn.Module, plan: Plan, groups: ParallelGroups) -> dict[str, tuple[Any, Any]]:
         """The homes of the arrays of which this rank writes what it owns. Of copies on stages the owner's is written."""
@@ -127,7 +159,7 @@ class OnDisk:
     ) -> Iterator[tuple[str, list[list[Range]], memoryview]]:
         """What this rank owns of an array that is cut as `home[key]` is: for each tensor on disk the ranges and the bytes."""
         held, owned = (local_ranges(home, key, name, plan, groups.tp.rank, owned=only) for only in (False, True))
-        return _parts(self.boxes[name], array, held, owned)
+        return parts_of(self.boxes[name], array, held, owned)
 
     def write_beside(self, folder: Path, tokenizer: Tokenizer | None) -> None:
         """Write what belongs to the weights: configs and the tokenizer."""
@@ -170,7 +202,7 @@ def _refuse_strange(homes: Mapping[str, Any], origin: Origin) -> None:
         )
 
 
-def _parts(
+def parts_of(
     boxes: tuple[Box, ...], array: mx.array, held: Ranges | None, owned: Ranges | None
 ) -> Iterator[tuple[str, list[list[Range]], memoryview]]:
     """What this rank owns of a local array, for each tensor on disk."""

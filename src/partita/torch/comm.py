@@ -13,6 +13,7 @@ from torch import Tensor
 
 from partita.core.split import Split
 from partita.errors import DistributedError
+from partita.peers import waits_in
 
 
 class Work(Protocol):
@@ -86,6 +87,7 @@ class Communicator:
         alone._is_pair = False
         return alone
 
+    @waits_in("an all-reduce")
     def all_reduce_(self, tensor: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
         """Reduce over the ranks, in place."""
         if self.size == 1:
@@ -124,6 +126,7 @@ class Communicator:
         assert work is not None
         return work  # type: ignore[no-any-return]
 
+    @waits_in("an all-gather")
     def all_gather(self, tensor: Tensor, dim: int = -1, sizes: Sequence[int] | None = None) -> Tensor:
         """The tensors of all ranks one behind the other along `dim`.
 
@@ -157,6 +160,7 @@ class Communicator:
         dist.all_gather(parts, padded, group=self.group)
         return torch.cat([part[:n] for part, n in zip(parts, sizes, strict=True)]).movedim(0, dim)
 
+    @waits_in("a reduce-scatter")
     def reduce_scatter(self, tensor: Tensor, dim: int = 0, sizes: Sequence[int] | None = None) -> Tensor:
         """The sum over the ranks, of which each gets its part along `dim`.
 
@@ -198,6 +202,7 @@ class Communicator:
                 offset += stop - start
         return whole
 
+    @waits_in("a broadcast")
     def broadcast_(self, tensor: Tensor, source: int = 0) -> Tensor:
         """Give every rank the tensor of rank `source` of the group, in place."""
         if self.size > 1:
@@ -205,6 +210,7 @@ class Communicator:
                 dist.broadcast(memory, group=self.group, group_src=source)
         return tensor
 
+    @waits_in("a broadcast")
     def broadcast_object(self, value: object, source: int = 0) -> object:
         """Give every rank the Python object of rank `source` of the group. For small things between our own ranks."""
         if self.size == 1:
@@ -213,6 +219,7 @@ class Communicator:
         dist.broadcast_object_list(box, group=self.group, group_src=source)
         return box[0]
 
+    @waits_in("an all-gather")
     def all_gather_object(self, value: object) -> list[object]:
         """The Python objects of all ranks, in order. For small things between our own ranks."""
         if self.size == 1:
@@ -221,10 +228,12 @@ class Communicator:
         dist.all_gather_object(values, value, group=self.group)
         return values
 
+    @waits_in("a send")
     def send(self, tensor: Tensor, to: int) -> None:
         """Send to rank `to` of the group; returns when `tensor` may be changed."""
         dist.send(tensor.contiguous(), group=self.group, group_dst=to)
 
+    @waits_in("a receive")
     def recv_(self, tensor: Tensor, source: int) -> Tensor:
         """Receive from rank `source` of the group into `tensor`."""
         with _memory_of(tensor) as memory:
@@ -246,6 +255,7 @@ class Communicator:
         assert work is not None
         return work
 
+    @waits_in("a barrier")
     def barrier(self) -> None:
         """Return when every rank of the group has come here."""
         if self.size > 1:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from partita.core.plan import Plan
 from partita.core.split import Split
 from partita.errors import ModelError, PlanError
+from partita.peers import doing
 from partita.schedule import Action, Kind, Schedule
 from partita.text import Generation, OnText, Sampling, Sequence, Tokenizer
 from partita.text.choose import Columns, choose, generator_of, is_greedy
@@ -28,6 +29,7 @@ _IDS = 1 << 20
 """Tags of messages with token ids begin here, one a group of sequences, apart from those with hidden states."""
 
 
+@doing("generating")
 def generate(
     model: nn.Module,
     prompts: SequenceOf[SequenceOf[int]],
@@ -57,6 +59,9 @@ def generate(
     plan, groups = plan_of(model)
     refuse_undecodable(model, plan)
     _check(model, prompts, sampling, tokenizer, plan.spec.vocab_size)
+    longest, new = max(map(len, prompts)), sampling.max_new_tokens
+    # What the last new token would lead to is not asked for.
+    plan.spec.refuse_beyond_positions(longest + new - 1, f"a prompt of {longest} tokens with {new} new ones")
     replicas, replica = groups.dp.world_size, groups.dp.rank
     sequences = [Sequence(place, list(prompt)) for place, prompt in enumerate(prompts) if place % replicas == replica]
     listener = on_text if groups.mp.rank == groups.pp.rank == replica == 0 else None

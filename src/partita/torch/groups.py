@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from partita import peers
 from partita.core.layout import set_default_pipeline_rank
 from partita.core.mesh import Mesh
 from partita.errors import DistributedError
@@ -95,10 +96,13 @@ _made_of: dist.ProcessGroup | None = None
 _timeout: timedelta | None = None
 
 
-def init_process_group(*, backend: str | None = None, timeout_s: float = 1800.0) -> None:
+def init_process_group(
+    *, backend: str | None = None, timeout_s: float = 1800.0, lost_after_s: float | None = None
+) -> None:
     """Join the ranks that the launcher's environment names (torchrun's RANK, WORLD_SIZE, ...), or be one rank alone.
 
-    Does nothing where a process group is there already. `backend` is gloo on CPU and NCCL on CUDA unless given.
+    Does nothing where a process group is there already. `backend` is gloo on CPU and NCCL on CUDA unless given; the other
+    arguments are those of `init_parallelism`.
     """
     global _timeout
     if dist.is_initialized():
@@ -116,8 +120,18 @@ def init_process_group(*, backend: str | None = None, timeout_s: float = 1800.0)
         rank=0 if store else -1,
         world_size=1 if store else -1,
     )
-    if mpi.is_there() and not is_alone:
-        mpi.WATCH.start(timeout_s)
+    _watch_peers(timeout_s, lost_after_s)
+
+
+def _watch_peers(stall_s: float, limit_s: float | None = None) -> None:
+    """Let the ranks find out when one is lost (see `partita.peers`)."""
+
+    def gather(value: object) -> list[Any]:
+        told: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(told, value)
+        return told
+
+    peers.join(dist.get_rank(), dist.get_world_size(), gather, limit_s=limit_s, stall_s=stall_s)
 
 
 def make_groups(mesh: Mesh) -> ParallelGroups:
@@ -149,6 +163,7 @@ def make_groups(mesh: Mesh) -> ParallelGroups:
                 if rank in ranks:
                     infos[axis] = GroupInfo(mpi.MpiCommunicator(group) if mpi.is_there() else Communicator(group))
         _made[mesh] = ParallelGroups(mesh, infos["tp"], infos["pp"], infos["dp"])
+        peers.ME.stage = infos["pp"].rank
     return _made[mesh]
 
 
@@ -171,6 +186,7 @@ def init_parallelism(
     *,
     backend: str | None = None,
     timeout_s: float = 1800.0,
+    lost_after_s: float | None = None,
 ) -> ParallelGroups:
     """Join the run and make its groups; what is left over after model and pipeline parallelism is data parallelism.
 
@@ -178,7 +194,9 @@ def init_parallelism(
         model_parallelism: Ranks of a tensor parallel group (tp).
         pipeline_parallelism: Ranks of a pipeline group (pp).
         backend: Of torch.distributed; gloo on CPU and NCCL on CUDA by default.
-        timeout_s: After how many seconds a collective that waits for a lost rank fails.
+        timeout_s: After how many seconds a collective fails that others do not come to, though they live.
+        lost_after_s: After how many seconds of silence a rank counts as lost, which ends the processes of all others with
+            exit code 75 and a message that names it; by default `PARTITA_LOST_AFTER`, else 30; 0 for never.
 
     Raises:
         DistributedError: It was called already, or the run's ranks are not a multiple of the product.
@@ -188,7 +206,7 @@ def init_parallelism(
     global _groups
     if _groups is not None:
         raise DistributedError("parallelism is initialized already. Call reset_parallelism() first to change it.")
-    init_process_group(backend=backend, timeout_s=timeout_s)
+    init_process_group(backend=backend, timeout_s=timeout_s, lost_after_s=lost_after_s)
     world = dist.get_world_size()
     per_replica = Mesh(1, pipeline_parallelism, model_parallelism).size
     if world % per_replica:

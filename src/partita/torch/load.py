@@ -21,6 +21,7 @@ from partita.core.placement import Placement
 from partita.core.plan import Plan
 from partita.core.resolve import TensorPlan
 from partita.errors import CheckpointError, ModelError
+from partita.peers import doing
 from partita.torch.apply import apply_plan
 from partita.torch.finish import finish
 from partita.torch.groups import ParallelGroups, init_process_group, make_groups
@@ -46,6 +47,7 @@ Progress = Callable[[int, int], None]
 """Called with the bytes of this rank that are in place and those of all."""
 
 
+@doing("loading the model")
 def load(
     model: str | os.PathLike[str],
     plan: Plan | None = None,
@@ -200,9 +202,23 @@ def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
 
 
 def as_device(device: torch.device | str | None) -> torch.device:
-    """The device that is meant: this rank's CUDA device where there is one and none is named, else the CPU."""
+    """The device that is meant: this rank's CUDA device where there is one and none is named, else the CPU.
+
+    Raises:
+        ModelError: It is none that is here.
+    """
     if device is not None:
-        return torch.device(device)
+        try:
+            found = torch.device(device)
+            torch.empty(0, device=found)
+        except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+            raise ModelError(
+                f"device must be one that torch has here (cpu{', cuda' if torch.cuda.is_available() else ''}, ...), but is "
+                f"{str(device)!r}. Leave it out for the usual one."
+            ) from error
+        if found.type == "meta":
+            raise ModelError("device must be one with memory for weights, but is 'meta'. Leave it out for the usual one.")
+        return found
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 

@@ -6,11 +6,7 @@ Whether a process is a rank of Open MPI is told by its environment. What is not 
 from __future__ import annotations
 
 import os
-import sys
-import threading
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -18,12 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from partita.peers import ME
 from partita.torch.comm import Communicator, Work
 
 _SUM = dist.ReduceOp.SUM
-
-LOST = 75
-"""The exit code of a rank that has waited too long for another."""
 
 
 def is_there() -> bool:
@@ -39,55 +33,6 @@ def _mpi() -> Any:
     return MPI
 
 
-class _Watch:
-    """Ends the process when a call has waited too long: a stopped rank would keep the others spinning for ever."""
-
-    def __init__(self) -> None:
-        self.limit_s = float("inf")
-        self._since: float | None = None
-        self._what = ""
-        self._thread: threading.Thread | None = None
-
-    def start(self, limit_s: float) -> None:
-        """End the process when a call waits for longer than `limit_s`."""
-        self.limit_s = limit_s
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._look, daemon=True)
-            self._thread.start()
-
-    def _look(self) -> None:
-        while True:
-            time.sleep(min(1.0, self.limit_s / 4))
-            since = self._since
-            if since is not None and time.monotonic() - since > self.limit_s:
-                rank = os.environ.get("OMPI_COMM_WORLD_RANK", "?")
-                sys.stderr.write(
-                    f"error: rank {rank} has waited {self.limit_s:.0f} s in {self._what}: another rank is lost or stopped.\n"
-                )
-                sys.stderr.flush()
-                os._exit(LOST)
-
-    def begin(self, what: str) -> None:
-        """Something begins that waits for other ranks."""
-        self._what, self._since = what, time.monotonic()
-
-    def end(self) -> None:
-        """It has ended."""
-        self._since = None
-
-    @contextmanager
-    def over(self, what: str) -> Iterator[None]:
-        """Watch what happens inside."""
-        self.begin(what)
-        try:
-            yield
-        finally:
-            self.end()
-
-
-WATCH = _Watch()
-
-
 class _Request:
     """A transfer under way, and the memory it reads or writes."""
 
@@ -96,7 +41,7 @@ class _Request:
 
     def wait(self) -> None:
         """Return when it has ended."""
-        with WATCH.over("a transfer"):
+        with ME.over("a transfer"):
             self.request.Wait()
 
     def is_completed(self) -> bool:
@@ -150,18 +95,18 @@ class MpiCommunicator(Communicator):
         if kind is not None and op is _SUM and tensor.is_cpu and self.size > 1 and tensor.is_contiguous():
             # The layers' own case. Of a small message every step costs: the context manager alone a quarter of its time.
             count = tensor.numel()
-            WATCH.begin("an all-reduce")
+            ME.begin("an all-reduce")
             memory = self._memory(tensor.data_ptr(), count * tensor.itemsize)
             try:
                 self._all_reduce(self._in_place, (memory, count, kind), self._sum)
             finally:
-                WATCH.end()
+                ME.end()
             torch.autograd.graph.increment_version(tensor)
             return tensor
         if not self._goes(tensor):
             return super().all_reduce_(tensor, op)
         buffer = self._summable(tensor)
-        with WATCH.over("an all-reduce"):
+        with ME.over("an all-reduce"):
             self.mpi.Allreduce(self._in_place, self._elements(buffer), self._ops[op])
         if op == dist.ReduceOp.AVG:
             buffer /= self.size
@@ -193,7 +138,7 @@ class MpiCommunicator(Communicator):
         counts = [torch.Size(shape).numel() for shape in shapes]
         flat = mine.new_empty(sum(counts))
         in_bytes = [count * mine.itemsize for count in counts]
-        with WATCH.over("an all-gather"):
+        with ME.over("an all-gather"):
             self.mpi.Allgatherv(
                 self._bytes(mine), [self._memory(flat.data_ptr(), sum(in_bytes)), in_bytes, None, self._byte]
             )
@@ -207,7 +152,7 @@ class MpiCommunicator(Communicator):
         rows = self._summable(tensor.movedim(dim, 0))
         mine = rows.new_empty((sizes[self.rank], *rows.shape[1:]))
         inner = torch.Size(rows.shape[1:]).numel()
-        with WATCH.over("a reduce-scatter"):
+        with ME.over("a reduce-scatter"):
             self.mpi.Reduce_scatter(
                 self._elements(rows),
                 self._elements(mine),
@@ -221,7 +166,7 @@ class MpiCommunicator(Communicator):
         if not self._goes(tensor):
             return super().broadcast_(tensor, source)
         buffer = tensor.detach().contiguous()
-        with WATCH.over("a broadcast"):
+        with ME.over("a broadcast"):
             self.mpi.Bcast(self._bytes(buffer), source)
         return self._written(tensor, buffer)
 
@@ -231,7 +176,7 @@ class MpiCommunicator(Communicator):
             super().send(tensor, to)
             return
         buffer = tensor.detach().contiguous()
-        with WATCH.over("a send"):
+        with ME.over("a send"):
             self.mpi.Send(self._bytes(buffer), to)
 
     def recv_(self, tensor: Tensor, source: int) -> Tensor:
@@ -239,7 +184,7 @@ class MpiCommunicator(Communicator):
         if not self._goes(tensor):
             return super().recv_(tensor, source)
         buffer = tensor.detach().contiguous()
-        with WATCH.over("a receive"):
+        with ME.over("a receive"):
             self.mpi.Recv(self._bytes(buffer), source)
         return self._written(tensor, buffer)
 
@@ -258,5 +203,5 @@ class MpiCommunicator(Communicator):
     def barrier(self) -> None:
         """See `Communicator.barrier`."""
         if self.size > 1:
-            with WATCH.over("a barrier"):
+            with ME.over("a barrier"):
                 self.mpi.Barrier()

@@ -27,6 +27,7 @@ from partita.mlx.probe import fill, plan_of_model, runs, sample_inputs
 from partita.mlx.together import together
 from partita.mlx.train import train
 from partita.mlx.windows import refuse_beyond_window
+from partita.peers import doing
 from partita.text import Sampling
 from partita.training import TrainSettings
 from partita.verify.report import Report, Row, loss_rows, token_rows
@@ -44,6 +45,7 @@ NEW_TOKENS = 12
 SEQUENCE_LENGTH = 8
 
 
+@doing("verifying")
 def verify(
     model: str | os.PathLike[str],
     *,

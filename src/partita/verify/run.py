@@ -16,6 +16,7 @@ from partita.core.mesh import Mesh
 from partita.core.placement import Placement
 from partita.core.plan import Plan
 from partita.errors import CheckpointError, ModelError
+from partita.peers import doing
 from partita.text import Sampling
 from partita.torch.apply import apply_plan, plan_of
 from partita.torch.compare import Float64Everywhere, compare, compare_parameters
@@ -44,6 +45,7 @@ EPSILON = 1e-4
 NEW_TOKENS = 12
 
 
+@doing("verifying")
 def verify(
     model: str | os.PathLike[str],
     *,

@@ -1,0 +1,162 @@
+"""Hub: in rank 0 of a run that another launcher started, where all ranks tell that they live and hear who does not."""
+
+from __future__ import annotations
+
+import contextlib
+import hmac
+import selectors
+import socket
+import threading
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from partita.peers.activity import ME
+from partita.peers.peer import Lines, Peer, Uptime, beat_s, line_of, silence
+
+CLOSE_S = 2.0
+"""How long a hub that ends waits for its members to hear of it."""
+
+
+@dataclass
+class _Seat:
+    """One who is connected; a rank once it has shown the token."""
+
+    channel: socket.socket
+    lines: Lines = field(default_factory=Lines)
+    peer: Peer | None = None
+
+
+class Hub(threading.Thread):
+    """Hears all ranks, answers each, and tells all of the first that is lost or fails.
+
+    Only who shows the token is heard, which the ranks have from each other by their collectives.
+    """
+
+    def __init__(self, address: str, token: str, me: dict[str, Any], limit_s: float) -> None:
+        """Listen at `address`; port and thread are its own.
+
+        Args:
+            address: Of the network that the ranks share; the loopback's where they are of one machine.
+            token: What a rank shows.
+            me: What rank 0 tells of itself.
+            limit_s: After how much silence a rank is lost.
+
+        Raises:
+            OSError: It cannot listen there.
+        """
+        super().__init__(name="peers hub", daemon=True)
+        self.token, self.me, self.limit_s = token, me, limit_s
+        self.door = socket.create_server((address, 0), family=socket.AF_INET6 if ":" in address else socket.AF_INET)
+        self.door.setblocking(False)
+        self.port = int(self.door.getsockname()[1])
+        self.clock = Uptime(limit_s)
+        self.selector = selectors.DefaultSelector()
+        self.selector.register(self.door, selectors.EVENT_READ, None)
+        self.seats: list[_Seat] = []
+        self.closing = threading.Event()
+        self.closed = threading.Event()
+
+    def run(self) -> None:
+        """Hear and answer until the run ends."""
+        next_s = 0.0
+        while not self.closing.is_set():
+            self._hear(beat_s(self.limit_s))
+            if time.monotonic() >= next_s:
+                next_s = time.monotonic() + beat_s(self.limit_s)
+                self._send({**self.me, "stage": ME.stage, "doing": str(ME)})
+            now_s = self.clock.now_s()
+            verdict = self._verdict(now_s)
+            if verdict is not None:
+                self._send(verdict)
+                break
+        else:
+            self._send({"is_done": True})
+        self._close()
+
+    def close(self) -> None:
+        """Say farewell to all ranks, and return when they have heard it."""
+        self.closing.set()
+        self.closed.wait(2 * CLOSE_S)
+
+    def _verdict(self, now_s: float) -> dict[str, Any] | None:
+        """What ends the run, if anything does."""
+        peers = [seat.peer for seat in self.seats if seat.peer is not None and not seat.peer.is_done]
+        for peer in peers:
+            if peer.failure is not None:
+                return {"failed": {"rank": peer.rank, "who": str(peer), "doing": peer.doing, **peer.failure}}
+        gone = [peer for peer in peers if peer.heard_s < 0]
+        if gone:
+            return {"lost": "; ".join(peer.lost("its process has ended") for peer in gone)}
+        if not any(peer.silent_s(now_s) > self.limit_s for peer in peers):
+            return None
+        silent = [peer for peer in peers if peer.silent_s(now_s) > self.limit_s / 2]
+        for peer in silent:
+            peer.kill_if_stopped(self.me["pids"])
+        return {"lost": "; ".join(peer.lost(silence(self.limit_s)) for peer in silent)}
+
+    def _hear(self, timeout_s: float) -> bool:
+        """Take in what has come, waiting for it a while. Returns whether anything has."""
+        found = self.selector.select(timeout_s)
+        for key, _ in found:
+            seat = key.data
+            if seat is None:
+                with contextlib.suppress(OSError):
+                    self._accept()
+                continue
+            data = b""
+            with contextlib.suppress(OSError):
+                data = seat.channel.recv(1 << 16)
+            if not data:
+                self._leave(seat)
+            for told in seat.lines.take(data):
+                if seat.channel.fileno() >= 0:
+                    self._take(seat, told)
+        return bool(found)
+
+    def _accept(self) -> None:
+        channel, _ = self.door.accept()
+        channel.setblocking(False)
+        seat = _Seat(channel)
+        self.seats.append(seat)
+        self.selector.register(channel, selectors.EVENT_READ, seat)
+
+    def _take(self, seat: _Seat, told: dict[str, Any]) -> None:
+        now_s = self.clock.now_s()
+        if seat.peer is None:
+            if not hmac.compare_digest(str(told.get("token")), self.token):
+                self._leave(seat)
+                return
+            seat.peer = Peer(int(told["rank"]))
+        seat.peer.take(told, now_s)
+
+    def _leave(self, seat: _Seat) -> None:
+        """A connection has ended: with farewell, or its rank is lost."""
+        with contextlib.suppress(KeyError, ValueError):
+            self.selector.unregister(seat.channel)
+        seat.channel.close()
+        if seat.peer is None or seat.peer.is_done:
+            self.seats.remove(seat)
+        else:
+            seat.peer.heard_s = -1.0
+
+    def _send(self, told: dict[str, Any]) -> None:
+        """Tell all who are there. Who cannot take it has not read for long, and will be found silent."""
+        line = line_of(told)
+        for seat in self.seats:
+            if seat.peer is not None and not seat.peer.is_done:
+                with contextlib.suppress(OSError):
+                    seat.channel.send(line)
+
+    def _close(self) -> None:
+        """Let all hear the last word: what is closed with bytes unread is reset, and takes with it what was sent."""
+        for seat in self.seats:
+            with contextlib.suppress(OSError):
+                seat.channel.shutdown(socket.SHUT_WR)
+        deadline_s = time.monotonic() + CLOSE_S
+        while any(seat.channel.fileno() >= 0 for seat in self.seats) and time.monotonic() < deadline_s:
+            self._hear(0.1)
+        self.closed.set()
+        for seat in self.seats:
+            seat.channel.close()
+        self.door.close()

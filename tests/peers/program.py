@@ -1,0 +1,48 @@
+"""`python -m tests.peers.program RANK RANKS`: a rank that does what its standard input tells, without any framework.
+
+What the ranks have to tell each other before they are connected passes through the test, by standard output and input.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from typing import Any
+
+from partita import peers
+
+
+def gather(value: Any) -> list[Any]:
+    print(json.dumps(value), flush=True)
+    told: list[Any] = json.loads(sys.stdin.readline())
+    return told
+
+
+def main() -> None:
+    rank, ranks = int(sys.argv[1]), int(sys.argv[2])
+    peers.join(rank, ranks, gather)
+    peers.ME.stage = rank // 2
+    print(json.dumps("joined"), flush=True)
+    for line in sys.stdin:
+        order = line.strip()
+        if order == "raise":
+            raise ValueError("this rank has had enough")
+        if order == "broken":
+            raise RuntimeError("[gloo] Connection closed by peer")
+        if order == "fail":
+            peers.tell_failure({"code": 2, "message": "it will not"})
+            os._exit(2)
+        if order == "crash":
+            os._exit(3)
+        if order == "end":
+            return
+        if order == "sleep":
+            with peers.doing("training step 7"), peers.ME.over("an all-reduce"):
+                print(json.dumps("asleep"), flush=True)
+                time.sleep(60)
+
+
+if __name__ == "__main__":
+    main()
