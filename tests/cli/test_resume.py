@@ -236,7 +236,7 @@ REFUSED: list[tuple[str, str]] = [
     ("--config other.json", "not --config other.json. Leave it out."),
     ("--model other", "the run began with no --model, not --model other. Leave it out."),
     ("--dtype float64", "the run began with no --dtype, not --dtype float64. Leave it out."),
-    ("--lora-rank 2", "--resume goes on with a whole model, not with adapters. Leave --lora-rank out."),
+    ("--lora-rank 2", "the run began with no --lora-rank, not --lora-rank 2. Leave it out."),
     ("--data nowhere.txt", "--data nowhere.txt: there is no such file or folder."),
 ]
 
@@ -264,7 +264,10 @@ NOT_SO: list[tuple[str, str]] = [
     ("--no-verify", "--no-verify is for --resume. Leave it out."),
     ("--resume", "--resume goes on from the newest checkpoint in --out DIR. Give --out."),
     ("--resume --out nowhere", "--out nowhere holds no checkpoint of a run to go on from."),
-    ("--save-every 2 --lora-rank 2 --out x", "--save-every keeps whole models, not adapters."),
+    (
+        "--save-every 2 --lora-rank 2 --out x",
+        "keeps adapters alone, and their model must be on disk to go on. Give --model,",
+    ),
 ]
 
 

@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from partita.errors import CheckpointError, ModelError
-from partita.torch.adapt import add_lora
 from partita.torch.apply import local_tensors, plan_of
 from partita.torch.fresh import fresh
 from partita.torch.groups import single_groups
@@ -259,18 +258,6 @@ def test_a_rank_that_cannot_write_ends_the_run_on_all(tmp_path: Path) -> None:
     assert said[0].startswith("the checkpoint of step 4 could not be written: ")
     assert "cannot be written: File too large; step-000002, from before, is untouched." in said[0]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "latest", "step-000002"]
-
-
-def with_adapters(folder: str) -> None:
-    model = fresh(LLAMA, groups=single_groups())
-    add_lora(model, 2)
-    train(model, tokens(), SETTINGS, saves=Saves(Path(folder), every=2))
-
-
-def test_adapters_are_no_part_of_a_run_that_can_go_on(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="the model has LoRA adapters, which are no part of a checkpoint"):
-        with_adapters(str(tmp_path / "run"))
-    assert not (tmp_path / "run").exists()
 
 
 def cannot_begin(folder: str) -> None:

@@ -15,7 +15,7 @@ from partita.errors import CheckpointError, ModelError
 if TYPE_CHECKING:
     from partita.training.state import TrainingState
 
-NOTED = ("config", "model", "dtype")
+NOTED = ("config", "model", "dtype", "lora_rank")
 """Options that began a run, of which a resumed one has no use; they may be given again as they were."""
 
 KEPT = ("data", "save_every", "keep")
@@ -59,7 +59,7 @@ def resumed_options(folder: Path, state: TrainingState, options: Mapping[str, An
     Args:
         folder: The checkpoint.
         state: Its state.
-        options: All options by their parameters' names.
+        options: All options by their parameters' names; of adapters `--model` may name where their model lies now.
         given: Those that stand on the command line.
 
     Raises:
@@ -67,9 +67,11 @@ def resumed_options(folder: Path, state: TrainingState, options: Mapping[str, An
     """
     notes = state.notes
     for name in NOTED:
+        if name == "model" and state.base is not None:
+            continue  # It may lie elsewhere by now, and is looked at itself.
         if name in given and options[name] != notes.get(name):
             raise CheckpointError(
-                f"{folder}: the run began with {_said(name, notes.get(name))}, not --{name} {options[name]}. Leave it out."
+                f"{folder}: the run began with {_said(name, notes.get(name))}, not {_said(name, options[name])}. Leave it out."
             )
     then = {**asdict(state.settings), **{name: notes[name] for name in KEPT if notes.get(name) is not None}}
     made = {name: options[name] if name in given else then.get(name, value) for name, value in options.items()}
@@ -79,4 +81,5 @@ def resumed_options(folder: Path, state: TrainingState, options: Mapping[str, An
 
 
 def _said(name: str, value: Any) -> str:
-    return f"--{name} {value}" if value is not None else f"no --{name}"
+    option = f"--{name.replace('_', '-')}"
+    return f"{option} {value}" if value is not None else f"no {option}"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from partita.checkpoint.run_folder import RunFolder
-from partita.cli import launch, rank
+from partita.cli import elastic, launch, rank
 from partita.cli.engine import BackendOption, EngineOption, choose_engine
 from partita.cli.model import check_early, for_mlx
 from partita.cli.options import (
@@ -179,13 +179,18 @@ def train(
     as_json: AsJson = False,
 ) -> None:
     """Train a model split over ranks and save it unsplit, as Hugging Face does."""
+    mesh = Mesh(dp=dp, pp=pp, tp=tp)
+    is_restarted = elastic.goes_on(out_folder)
+    if is_restarted:
+        resume, mesh = True, elastic.fitted(mesh)
     options: dict[str, Any] = {
         "steps": steps, "batch_size": batch_size, "sequence_length": sequence_length, "learning_rate": learning_rate,
         "warmup_steps": warmup_steps, "weight_decay": weight_decay, "clip_norm": clip_norm, "seed": seed,
         "autocast": autocast and autocast.value,
     }  # fmt: skip
     notes: dict[str, Any] = {
-        "data": data, "config": config, "model": model, "dtype": dtype and dtype.value, "save_every": save_every, "keep": keep,
+        "data": data, "config": config, "model": model, "dtype": dtype and dtype.value, "lora_rank": lora_rank,
+        "save_every": save_every, "keep": keep, "run_id": elastic.run_id(),
     }  # fmt: skip
     if resume:
         from partita.training.state import kept_settings
@@ -195,34 +200,38 @@ def train(
         options = {**kept_settings(state.settings), **{name: made[name] for name in options}}
         notes = {**{name: made[name] for name in notes}, **{name: state.notes.get(name) for name in NOTED}}
         source = str(found)
+        if state.base is not None:
+            from partita.training.adapter_files import read_adapters
+
+            state.base.find(model)
+            source = model or state.base.path
+            notes["lora_rank"] = notes["lora_rank"] or read_adapters(found).rank
     else:
         source = _source(config, model)
     if notes["data"] is None:
         raise ModelError("there is nothing to train on. Give --data: a text file, a folder of them, or `stdlib`.")
-    mesh = Mesh(dp=dp, pp=pp, tp=tp)
     stages = choose(
         mesh, layout, vpp, schedule, batch_size=options["batch_size"], microbatches=microbatches, group_size=group_size
     )
     name = choose_engine(engine)
     check_early(source, mesh, layout, stages.vpp, stages.placement, engine=name)
-    where = {**stages.plan, "dtype": None if resume else notes["dtype"], "device": device}
+    goes_on_whole = resume and notes["lora_rank"] is None
+    where = {**stages.plan, "dtype": None if goes_on_whole else notes["dtype"], "device": device}
     if name == "mlx":
-        _check_for_mlx(lora_rank, stages.placement)
+        _check_for_mlx(stages.placement)
         where = for_mlx(source, mesh, where)
     if notes["data"] != "stdlib" and not Path(notes["data"]).exists():
         raise ModelError(f"--data {notes['data']}: there is no such file or folder. Give one, or `stdlib`.")
     if not resume:
-        _check_saving(out_folder, save_every, keep, no_verify, lora_rank)
-    elif lora_rank is not None:
-        raise ModelError("--resume goes on with a whole model, not with adapters. Leave --lora-rank out.")
+        _check_saving(out_folder, save_every, keep, no_verify, lora_rank, model)
     if picture is not None:
         check_file("--picture", picture, ".svg", ".png")
     if trace is not None:
         check_file("--trace", trace, ".json")
     options |= {"checkpointing": checkpointing, "zero": zero, **stages.training}
     run = TrainRun(
-        name, backend, mesh, source, config is not None and not resume, notes, where, options, out_folder, resume,
-        not no_verify, lora_rank, as_json,
+        name, backend, mesh, source, notes["config"] is not None and not resume, notes, where, options, out_folder, resume,
+        is_restarted, not no_verify, notes["lora_rank"], as_json,
     )  # fmt: skip
 
     def work() -> int:
@@ -244,10 +253,8 @@ def _source(config: str | None, model: str | None) -> str:
     return source
 
 
-def _check_for_mlx(lora_rank: int | None, placement: str) -> None:
+def _check_for_mlx(placement: str) -> None:
     """Refuse what training on MLX has not."""
-    if lora_rank is not None:
-        raise ModelError("--lora-rank is for torch. On MLX put mlx-lm's LoRA on the model and call partita.mlx.train.")
     if placement != "loop":
         raise ModelError(
             "the command line trains on MLX with stages dealt out in turn. Use another --schedule than zb-v."
@@ -255,7 +262,12 @@ def _check_for_mlx(lora_rank: int | None, placement: str) -> None:
 
 
 def _check_saving(
-    folder: Path | None, save_every: int | None, keep: int | None, no_verify: bool, lora_rank: int | None
+    folder: Path | None,
+    save_every: int | None,
+    keep: int | None,
+    no_verify: bool,
+    lora_rank: int | None,
+    model: str | None,
 ) -> None:
     """Refuse before training where saving would be refused after it."""
     if no_verify:
@@ -264,8 +276,11 @@ def _check_saving(
         raise ModelError("--keep is of the checkpoints that --save-every makes. Give --save-every, or leave it out.")
     if save_every is not None and folder is None:
         raise ModelError("--save-every needs a folder for its checkpoints. Give --out.")
-    if save_every is not None and lora_rank is not None:
-        raise ModelError("--save-every keeps whole models, not adapters. Leave --lora-rank or --save-every out.")
+    if save_every is not None and lora_rank is not None and model is None:
+        raise ModelError(
+            "--save-every with --lora-rank keeps adapters alone, and their model must be on disk to go on. Give --model, or "
+            "leave --save-every out."
+        )
     if folder is not None:
         _check_folder(folder)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -35,13 +36,15 @@ class TrainRun:
         engine: By which.
         backend: Of MLX's communication.
         mesh: All ranks.
-        source: What the model is made or loaded of; of a resumed run the newest checkpoint, whole or not.
+        source: What the model is made or loaded of; of a resumed run the newest checkpoint, whole or not, and of adapters the
+            model that they belong to.
         new: Whether it begins with new weights.
         notes: What is kept with checkpoints for the next command.
         where: Arguments of `load` and `fresh`.
         options: Those of `TrainSettings`.
         out: Where the model or the checkpoints go.
         resume: Whether it goes on from the newest whole checkpoint there.
+        is_restarted: Whether torchrun has started it anew, so that it may be done already.
         verify: Whether that is read as a whole before.
         lora_rank: Of the adapters that are trained, if they are.
         as_json: Whether JSON is printed at the end.
@@ -60,6 +63,7 @@ class TrainRun:
     options: dict[str, Any]
     out: Path | None
     resume: bool
+    is_restarted: bool
     verify: bool
     lora_rank: int | None
     as_json: bool
@@ -76,22 +80,18 @@ class TrainRun:
         split, tokenizer = self._begin(begun)
         self.options["mask_token"] = tokenizer.inner.mask_token_id
         if self.lora_rank is not None:
-            import torch
-
-            from partita.torch.adapt import add_lora
-
-            torch.manual_seed(self.options["seed"])
-            add_lora(split, self.lora_rank)
+            self._adapt(split, begun)
         tokens = _tokens(self.notes["data"], tokenizer, self.engine, split)
         if rank.is_first() and not self.as_json and self.engine == "torch":
             _print_start(split, self.mesh, len(tokens))
         saves = self._saves(tokenizer)
-        with training(self.options["steps"], done) as on_step:
-            self.reports = run(
-                split, tokens, TrainSettings(**self.options), on_step=on_step, on_timeline=watch, saves=saves,
-                on_save=self._on_save, resume=begun,
-            )  # fmt: skip
-        if self.out is not None and saves is None:
+        if done < self.options["steps"]:
+            with training(self.options["steps"], done) as on_step:
+                self.reports = run(
+                    split, tokens, TrainSettings(**self.options), on_step=on_step, on_timeline=watch, saves=saves,
+                    on_save=self._on_save, resume=begun,
+                )  # fmt: skip
+        if self.out is not None and (saves is None or self.lora_rank is not None):
             self._save(split, tokenizer, self.out)
 
     def end(self) -> None:
@@ -117,11 +117,14 @@ class TrainRun:
             verify=self.verify, on_broken=_tell_broken,
         )  # fmt: skip
         step = read_state(found).step
-        if step >= self.options["steps"]:
+        # A run of adapters may have been ended while it wrote the model that they are merged into.
+        lacks_result = self.lora_rank is not None and not any(self.out.glob("*.safetensors"))
+        if step >= self.options["steps"] and not lacks_result and not self.is_restarted:
             raise CheckpointError(
                 f"{found}: all {step} steps of this run are done. Give more --steps to go on, which stretches the fall of the "
                 "learning rate."
             )
+        self.saved = found
         if rank.is_first():
             err().print(f"going on from {found}", style="dim", soft_wrap=True)
         return found, step
@@ -130,8 +133,9 @@ class TrainRun:
         from partita.checkpoint.find import find_model
         from partita.text import load_tokenizer
 
-        found = begun if begun is not None else find_model(self.source, weights=not self.new)
-        tokenizer = load_tokenizer(found if found.is_dir() else found.parent)
+        whole = begun is not None and self.lora_rank is None
+        found = begun if begun is not None and whole else find_model(self.source, weights=not self.new)
+        tokenizer = load_tokenizer(begun or (found if found.is_dir() else found.parent))
         if self.new:
             fresh: Any = importlib.import_module(f"partita.{self.engine}.fresh").fresh
             return fresh(found, seed=self.options["seed"], **self.where), tokenizer
@@ -139,12 +143,27 @@ class TrainRun:
         with loading("loading") as progress:
             return load(found, progress=progress, **self.where), tokenizer
 
+    def _adapt(self, split: nn.Module, begun: Path | None) -> None:
+        """Put on new adapters, or those of a checkpoint."""
+        if begun is not None:
+            importlib.import_module(f"partita.{self.engine}.peft_format").load_adapters(split, begun)
+            return
+        adapt: Any = importlib.import_module(f"partita.{self.engine}.adapt")
+        if self.engine == "torch":
+            import torch
+
+            torch.manual_seed(self.options["seed"])
+            adapt.add_lora(split, self.lora_rank)
+        else:
+            adapt.add_lora(split, self.lora_rank, seed=self.options["seed"])
+
     def _saves(self, tokenizer: Tokenizer) -> Saves | None:
         from partita.training.saving import Saves
 
         if self.out is None or (self.notes["save_every"] is None and not self.resume):
             return None
-        return Saves(self.out, self.notes["save_every"], self.notes["keep"], tokenizer, notes=self.notes)
+        base = self.source if self.lora_rank is not None else None
+        return Saves(self.out, self.notes["save_every"], self.notes["keep"], tokenizer, notes=self.notes, base=base)
 
     def _on_save(self, report: SaveReport) -> None:
         self.checkpoints.append(report)
@@ -152,17 +171,31 @@ class TrainRun:
         saved(report)
 
     def _save(self, split: nn.Module, tokenizer: Tokenizer, folder: Path) -> None:
-        """Save the model alone, as its last step left it."""
+        """Save the model alone, as its last step left it: adapters beside the model that they are merged into."""
         save: Any = importlib.import_module(f"partita.{self.engine}.save").save
         if self.lora_rank is not None:
-            from partita.torch.adapt import merge_lora
-            from partita.torch.peft_format import save_adapters
+            from partita.training.base import place_of
 
-            save_adapters(split, folder / ADAPTERS)
-            merge_lora(split)
+            if self.resume and rank.is_first():
+                _remove_result(folder)
+            base = None if self.new else place_of(self.source)
+            importlib.import_module(f"partita.{self.engine}.peft_format").save_adapters(
+                split, folder / ADAPTERS, base=base
+            )
+            importlib.import_module(f"partita.{self.engine}.adapt").merge_lora(split)
         with saving(str(folder)) as progress:
             save(split, folder, tokenizer=tokenizer, progress=progress)
         self.saved = folder
+
+
+def _remove_result(folder: Path) -> None:
+    """Remove what the run left at its end before it was given more steps; its checkpoints stay."""
+    from partita.checkpoint.durable import failing_as
+
+    with failing_as(folder, "what the run had left cannot be removed"):
+        for file in sorted(folder.glob("*.safetensors*")):
+            file.unlink()
+        shutil.rmtree(folder / ADAPTERS, ignore_errors=True)
 
 
 def _tell_broken(why: str) -> None:
@@ -206,9 +239,10 @@ def _print_end(reports: list[StepReport], mesh: Mesh, folder: Path | None) -> No
     seconds = sum(report.seconds for report in reports)
     tokens = sum(report.tokens for report in reports)
     console = out()
-    console.print(f"loss {losses[0]:.4f} {sparkline(losses)} {losses[-1]:.4f}", soft_wrap=True)
-    rate = f"{tokens:,} tokens in {seconds:.1f} s: {tokens / seconds:,.0f} tokens/s"
-    console.print(f"{plural(len(reports), 'step')}, {rate} on {mesh_name(mesh)}", soft_wrap=True)
+    if reports:
+        console.print(f"loss {losses[0]:.4f} {sparkline(losses)} {losses[-1]:.4f}", soft_wrap=True)
+        rate = f"{tokens:,} tokens in {seconds:.1f} s: {tokens / seconds:,.0f} tokens/s"
+        console.print(f"{plural(len(reports), 'step')}, {rate} on {mesh_name(mesh)}", soft_wrap=True)
     if folder is not None:
         console.print(f"saved to {folder}", soft_wrap=True)
     else:
@@ -220,7 +254,7 @@ def _print_json(reports: list[StepReport], mesh: Mesh, folder: Path | None, chec
         {
             "mesh": asdict(mesh),
             "out": str(folder) if folder is not None else None,
-            "loss": reports[-1].loss,
+            "loss": reports[-1].loss if reports else None,
             "steps": [asdict(report) for report in reports],
             "checkpoints": [{**asdict(one), "folder": str(one.folder)} for one in checkpoints],
         }

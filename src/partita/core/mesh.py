@@ -9,6 +9,8 @@ from partita.errors import PlanError
 
 Axis = Literal["dp", "pp", "tp"]
 AXES: tuple[Axis, ...] = ("dp", "pp", "tp")
+MAX_RANKS = 1 << 20
+"""Ranks of a mesh at most: a plan can list them all."""
 
 
 class Coordinate(NamedTuple):
@@ -36,6 +38,8 @@ class Mesh:
             size = getattr(self, axis)
             if type(size) is not int or size < 1:
                 raise PlanError(f"{axis} must be a whole number of at least 1, but is {size!r}.")
+        if self.size > MAX_RANKS:
+            raise PlanError(f"dp x pp x tp must come to at most {MAX_RANKS:,} ranks, but {self} are {self.size:,}.")
 
     @property
     def size(self) -> int:
@@ -44,6 +48,8 @@ class Mesh:
 
     def axis_size(self, axis: Axis) -> int:
         """Ranks of one group along `axis`."""
+        if axis not in AXES:
+            raise PlanError(f"axis must be one of {', '.join(AXES)}, but is {axis!r}.")
         return int(getattr(self, axis))
 
     def coordinate(self, rank: int) -> Coordinate:

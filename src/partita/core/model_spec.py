@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,6 +19,12 @@ DTYPE_BYTES = MappingProxyType(
     {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1,
      "int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1, "bool": 1}
 )  # fmt: skip
+
+
+MAX_LAYERS = 100_000
+"""Layers of a model at most: a list of more takes longer to make than anyone waits."""
+
+_POSITIONS = re.compile(r"(^|\.)(wpe|embed_positions|position_embeddings?)\.weight$")
 
 
 @dataclass(frozen=True)
@@ -105,6 +112,30 @@ class ModelSpec:
         return config_quantization_group(self.config)
 
     @cached_property
+    def positions(self) -> int:
+        """How many positions the model has a table of; 0 where it computes them, so that a text may be of any length."""
+        tables = [t.shape[0] for name, t in self.tensors.items() if _POSITIONS.search(name) and len(t.shape) == 2]
+        if not tables:
+            return 0
+        named = config_number(text_config(self.config), "max_position_embeddings", "n_positions")
+        return min(*tables, named or tables[0], tables[0])
+
+    def refuse_beyond_positions(self, length: int, what: str) -> None:
+        """Refuse a text that has more tokens than the model has positions.
+
+        Args:
+            length: Its tokens.
+            what: What it is, for the message.
+
+        Raises:
+            ModelError: It has.
+        """
+        if 0 < self.positions < length:
+            raise ModelError(
+                f"{what} needs {length} positions, but {self.family} has {self.positions}. Let it be shorter."
+            )
+
+    @cached_property
     def prefix(self) -> str:
         """What stands before the base model's paths: `model.` where the layers are at `model.layers`."""
         head, _, _ = self.layers.rpartition(".")
@@ -136,9 +167,15 @@ class ModelSpec:
 def read_config(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
     """A model's config as plain data, from a mapping, a `config.json` or a folder that holds one."""
     if isinstance(source, Mapping):
+        if not isinstance(source.get("model_type"), str):
+            raise ModelError("config is not a model's: it has no `model_type`.")
         return dict(source)
+    if not isinstance(source, (str, os.PathLike)):
+        raise ModelError(f"config must be a file, a folder, a hub id or plain data, but is {source!r:.100}.")
     path = Path(source)
     file = path / "config.json" if path.is_dir() else path
+    if file.suffix == ".safetensors":
+        raise ModelError(f"{file} holds weights, not a config. Give the folder that holds it with its config.json.")
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -151,7 +188,45 @@ def read_config(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
         raise ModelError(f"{file} is not JSON: {error}.") from error
     if not isinstance(data, dict) or not isinstance(data.get("model_type"), str):
         raise ModelError(f"{file} is not a model's config: it has no `model_type`.")
+    check_layers(text_config(data).get("num_hidden_layers"))
+    check_architectures(data.get("architectures"))
     return data
+
+
+def check_architectures(names: object) -> None:
+    """Refuse `architectures` that are no list of names. Raises `ModelError`."""
+    if names is not None and not (isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names)):
+        raise ModelError(f"architectures must be a list of names of classes, but is {names!r:.100}.")
+
+
+def read_ends(folder: Path) -> list[int]:
+    """The ids that end a text, of the `generation_config.json` in a folder; none without one.
+
+    Raises:
+        ModelError: It is malformed.
+    """
+    file = folder / "generation_config.json"
+    if not file.is_file():
+        return []
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ModelError(f"{file} cannot be read: {error.strerror}.") from error
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{file} is not JSON: {error}.") from error
+    if not isinstance(data, dict):
+        raise ModelError(f"{file} must be a JSON object, but is {data!r:.100}.")
+    named = data.get("eos_token_id")
+    ends = named if isinstance(named, list) else [] if named is None else [named]
+    if not all(type(i) is int for i in ends):
+        raise ModelError(f"{file}: eos_token_id must be an id or a list of ids, but is {named!r:.100}.")
+    return ends
+
+
+def check_layers(number: object) -> None:
+    """Refuse a `num_hidden_layers` of which no model can be built. Raises `ModelError`; None and lists are left alone."""
+    if isinstance(number, int) and not 1 <= number <= MAX_LAYERS:
+        raise ModelError(f"num_hidden_layers must be a whole number from 1 to {MAX_LAYERS:,}, but is {number!r}.")
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -18,8 +18,8 @@ from partita.core.mtp import with_mtp
 from partita.core.placement import PLACEMENTS, Placement, home_of, stage_at
 from partita.core.resolve import AttentionPlan, ModulePlan, TensorPlan, resolve
 from partita.core.rules import Rules, rules_for
-from partita.core.split import deal
-from partita.errors import PlanError
+from partita.core.split import check_sizes, deal
+from partita.errors import PartitaError, PlanError
 
 
 @dataclass(frozen=True)
@@ -73,11 +73,16 @@ class Plan:
             PlanError: The model cannot be split so; the text says why and what is nearest.
             LayoutError: The layout does not fit the model.
         """
+        for name, value, kind in (("spec", spec, ModelSpec), ("mesh", mesh, Mesh), ("rules", rules, Rules)):
+            if not isinstance(value, kind) and (name, value) != ("rules", None):
+                raise PlanError(f"{name} must be a {kind.__name__}, but is of type {type(value).__name__}.")
+        if vpp is not None:
+            check_sizes(vpp=vpp)
         rules = rules or rules_for(spec)
         if placement not in PLACEMENTS:
             raise PlanError(f"placement must be one of {', '.join(PLACEMENTS)}, but is {placement!r}.")
         if layout is None:
-            layout = default_layout(spec, mesh.pp, vpp or 1)
+            layout = default_layout(spec, mesh.pp, 1 if vpp is None else vpp)
         elif not isinstance(layout, PipelineParallelLayerLayout):
             layout = PipelineParallelLayerLayout(layout, mesh.pp)
         elif layout.pipeline_model_parallel_size != mesh.pp:
@@ -93,6 +98,10 @@ class Plan:
         _check_layout(layout, spec)
         spec = with_mtp(spec, layout.flatten_layout.count(LayerType.mtp))
         modules, attention, cuts = resolve(spec, mesh.tp, rules)
+        if mesh.tp > 1 and rules.table and all(cut.split is None for cut in cuts.values()):
+            raise PlanError(
+                f"tp={mesh.tp} is more than anything in the model ({spec.family}) can be cut into. Use fewer."
+            )
         return cls(spec, mesh, layout, rules, modules, attention, cuts, placement)
 
     # --- asking it ----------------------------------------------------------------------------------------------------
@@ -126,6 +135,9 @@ class Plan:
 
     def stage_index(self, pp: int, vpp: int = 0) -> int:
         """The place in the pipeline, from 0, of virtual stage `vpp` of pipeline rank `pp`."""
+        for name, index, count in (("pp", pp, self.mesh.pp), ("vpp", vpp, self.vpp)):
+            if not 0 <= index < count:
+                raise PlanError(f"{name} must be in [0, {count}) of this plan, but is {index}.")
         return stage_at(self.placement, self.mesh.pp, pp, vpp)
 
     def stage_rank(self, index: int) -> int:
@@ -257,7 +269,7 @@ class Plan:
         """The inverse of `to_json`. Raises `PlanError` where `text` is not such a plan."""
         try:
             data = json.loads(text)
-        except (ValueError, RecursionError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             raise PlanError(f"a plan must be JSON as `partita plan --save` writes it: {error}.") from error
         if not isinstance(data, dict) or data.get("partita_plan") != 1:
             raise PlanError(
@@ -267,12 +279,13 @@ class Plan:
             facts = plan_data.from_data(data)
             _check_layout(facts.layout, facts.spec)
             return cls(**vars(facts))
-        except PlanError:
+        except PartitaError:
             raise
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-            raise PlanError(
-                f"the plan is incomplete or changed: {type(error).__name__} at {error}. Make it anew."
-            ) from error
+        except KeyError as error:
+            raise PlanError(f"the plan is incomplete: {error!s:.100} is missing. Make it anew.") from error
+        except (TypeError, ValueError, IndexError, AttributeError) as error:
+            why = " ".join(str(error).split())
+            raise PlanError(f"the plan was changed: {type(error).__name__} at {why:.200}. Make it anew.") from error
 
     def __deepcopy__(self, memo: object) -> Plan:
         return self
@@ -282,6 +295,15 @@ class Plan:
 
     def __hash__(self) -> int:
         return hash((self.spec.family, self.mesh, self.layout, len(self.cuts)))
+
+
+def mesh_of(plan: Plan | None, dp: int, pp: int, tp: int) -> Mesh:
+    """The mesh of `plan`, or where there is none that of the sizes. Raises `PlanError` where `plan` is something else."""
+    if plan is None:
+        return Mesh(dp, pp, tp)
+    if not isinstance(plan, Plan):
+        raise PlanError(f"plan must be a Plan, but is {plan!r:.100}. Read a file with Plan.from_json(text).")
+    return plan.mesh
 
 
 _AT_THE_START = re.compile(r"embed|wte|wpe|project_in|word_embeddings")

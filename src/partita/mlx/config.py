@@ -1,19 +1,19 @@
 """A model's config as mlx-lm reads it: what newer versions of transformers write under other keys is put under those it knows.
 
-mlx-lm takes a key that is not there at its default. transformers 5 writes `rope_parameters` where there were `rope_theta` and
+mlx-lm takes a key that is not there at its own default, which need not be transformers', by which the checkpoint was meant: its
+Llama ties the embeddings, its Qwen2 has another rotary base. So what is not there is filled in. transformers 5 writes `rope_parameters` where there were `rope_theta` and
 `rope_scaling`, so that mlx-lm would compute with another base than the model was trained with, and say nothing.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from partita.core.model_spec import read_config, text_config
+from partita.core.model_spec import read_config, read_ends, text_config
 from partita.errors import ModelError
 
 FORMATS: Mapping[str, dict[str, Any]] = MappingProxyType(
@@ -43,6 +43,7 @@ def read_mlx_config(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
         ModelError: It cannot be read, or it is quantized in a way that mlx-lm must convert first.
     """
     config = _plain(read_config(source))
+    _complete(config)
     _rename(config)
     _add_ends(config, source)
     for part in ("text_config", "llm_config", "language_config"):
@@ -56,12 +57,8 @@ def read_mlx_config(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
 
 def _add_ends(config: dict[str, Any], source: str | Path | Mapping[str, Any]) -> None:
     """The ids that end a text, of the config and of the `generation_config.json` beside it."""
-    beside = Path(source) / "generation_config.json" if not isinstance(source, Mapping) else None
-    if beside is None or not beside.is_file():
-        return
-    try:
-        more = json.loads(beside.read_text(encoding="utf-8")).get("eos_token_id")
-    except (OSError, ValueError, AttributeError):
+    more = read_ends(Path(source)) if not isinstance(source, Mapping) else []
+    if not more:
         return
     ids = [i for named in (config.get("eos_token_id"), more) for i in (named if isinstance(named, list) else [named])]
     ends = sorted({i for i in ids if type(i) is int})
@@ -76,6 +73,29 @@ def _plain(value: Any) -> Any:
             return float(value["__float__"])
         return {key: _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _complete(config: dict[str, Any]) -> None:
+    """Fill in what the config leaves to transformers' defaults, where transformers knows the family."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    try:
+        whole = _plain(CONFIG_MAPPING[config["model_type"]].from_dict(config).to_dict())
+    except Exception:  # it has no such family, or reads the config otherwise than mlx-lm
+        return
+    _fill(config, whole)
+
+
+def _fill(config: dict[str, Any], whole: Mapping[str, Any]) -> None:
+    has_rope = any(name in config for name in ("rope_parameters", "rope_theta", "rope_scaling"))
+    for name, value in whole.items():
+        if isinstance(value, dict) and isinstance(config.get(name), dict):
+            if name.endswith("_config") and name != "quantization_config":
+                _fill(config[name], value)
+        elif name not in config and (
+            isinstance(value, bool | int | float | str) or (name == "rope_parameters" and not has_rope)
+        ):
+            config[name] = value
 
 
 def _rename(config: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ from partita.checkpoint.header import TensorInfo
 from partita.checkpoint.index import open_checkpoint
 from partita.checkpoint.read import Reader
 from partita.errors import CheckpointError
+from partita.mlx.adapt import adapter_places
 from partita.mlx.apply import local_ranges, plan_of
 from partita.mlx.homes import Ranges
 from partita.mlx.names import DTYPES, Box
@@ -44,16 +45,17 @@ def restore_optimizer(model: nn.Module, trainable: Trainable, optimizer: AdamW, 
     """
     plan, groups = plan_of(model)
     origin: Origin = model.partita_origin
-    boxes, checkpoint = origin.boxes(), open_checkpoint(folder, stem=OPTIMIZER)
+    adapters = adapter_places(model)
+    boxes, checkpoint = origin.boxes() | dict(adapters.boxes), open_checkpoint(folder, stem=OPTIMIZER)
     optimizer.steps = step
     with Reader(checkpoint) as reader:
         for kind, moments in moments_of(optimizer).items():
             for name, (home, key) in trainable.homes.items():
                 array = home[key]
                 _check(folder, kind, name, boxes[name], array.dtype, checkpoint.tensors)
-                ranges = local_ranges(home, key, name, plan, groups.tp.rank)
+                ranges = adapters.held.get(name) or local_ranges(home, key, name, plan, groups.tp.rank)
                 ranges = ranges or tuple(((0, size),) for size in array.shape)
-                moments[name] = _read(reader, kind, boxes[name], ranges, array.dtype)
+                moments[name] = read_array(reader, f"{kind}.", boxes[name], ranges, array.dtype)
 
 
 def _check(
@@ -71,8 +73,16 @@ def _check(
             )
 
 
-def _read(reader: Reader, kind: str, boxes: tuple[Box, ...], ranges: Ranges, dtype: mx.Dtype) -> mx.array:
-    """The local part of an array, whose axes run as those of the model's do."""
+def read_array(reader: Reader, prefix: str, boxes: tuple[Box, ...], ranges: Ranges, dtype: mx.Dtype) -> mx.array:
+    """The local part of an array, whose axes run as those of the model's do.
+
+    Args:
+        reader: Of the checkpoint.
+        prefix: What stands before the names of `boxes` there.
+        boxes: Where it lies.
+        ranges: What of it this rank has.
+        dtype: Of the tensors there.
+    """
     there = np.empty([sum(b - a for a, b in one) for one in ranges], _BITS[dtype.size])
     for box in boxes:
         overlap = box.overlap(ranges)
@@ -80,7 +90,7 @@ def _read(reader: Reader, kind: str, boxes: tuple[Box, ...], ranges: Ranges, dty
             continue
         take, put = overlap
         on_disk = np.empty([sum(b - a for a, b in one) for one in take], there.dtype)
-        reader.read(f"{kind}.{box.name}", take, memoryview(on_disk).cast("B"))  # type: ignore[arg-type]
+        reader.read(f"{prefix}{box.name}", take, memoryview(on_disk).cast("B"))  # type: ignore[arg-type]
         kept = [axis for axis in box.axes if axis is not None]
         dropped = tuple(axis for axis in range(on_disk.ndim) if axis not in kept)
         moved = np.transpose(np.squeeze(on_disk, dropped), np.argsort(np.argsort(kept)))

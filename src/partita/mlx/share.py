@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from partita.checkpoint.index import MODEL
 from partita.checkpoint.write import FilePlan, plan_files
+from partita.errors import ModelError
+from partita.mlx.adapt import adapters
 from partita.mlx.apply import plan_of
 from partita.mlx.moments import moments_of
 from partita.mlx.optimizer import AdamW
-from partita.mlx.save import on_disk
+from partita.mlx.peft_format import AdaptersOnDisk, adapters_on_disk
+from partita.mlx.save import OnDisk, on_disk
 from partita.mlx.together import together
 from partita.mlx.trainable import Trainable
+from partita.training.adapter_files import STEM
 from partita.training.background import Part
-from partita.training.saving import OPTIMIZER, Saves
+from partita.training.base import place_of
+from partita.training.saving import OPTIMIZER, Saves, check_base, files_beside
 
 
 class Share:
-    """See `partita.training.saving.Share`.
+    """See `partita.training.saving.Share`. Of a model with adapters only these are written.
 
     Attributes:
         files: The files of weights and of moments, the same on every rank, by how their names begin.
@@ -33,27 +36,31 @@ class Share:
         """Of a model in training; every rank of the run calls it.
 
         Raises:
-            ModelError: The model has arrays that the unsplit one has not, such as adapters.
+            ModelError: The model has adapters, and `saves` does not say of which model; or some that are no plain LoRA, or more
+                is trained than them; or other arrays that the unsplit model has not.
         """
         self.model, self.trainable, self.optimizer = model, trainable, optimizer
         self.plan, self.groups = plan_of(model)
-        self.disk = on_disk(model)
+        adapted = any(self.groups.pp.all_gather_object(bool(adapters(model))))
+        check_base(saves, adapted=adapted)
+        self.disk: OnDisk | AdaptersOnDisk = (
+            adapters_on_disk(model, place_of(saves.base)) if saves.base is not None else on_disk(model)
+        )
         trained = {n for names in self.groups.pp.all_gather_object(list(trainable.names)) for n in names}
         with together(self.groups):
+            if adapted:
+                _refuse_others(trained - self.disk.boxes.keys())
             tensors = self.disk.tensors(trained.__contains__)
             moments = [(f"{kind}.{name}", *facts) for kind in moments_of(optimizer) for name, *facts in tensors]
             self.files: Mapping[str, tuple[FilePlan, ...]] = {
-                MODEL: plan_files(self.disk.tensors(), saves.max_shard_bytes),
+                STEM if adapted else MODEL: self.disk.files(saves.max_shard_bytes),
                 OPTIMIZER: plan_files(moments, saves.max_shard_bytes, stem=OPTIMIZER),  # type: ignore[arg-type]
             }
-            self.beside: Mapping[str, bytes] = self._beside(saves) if self.groups.rank == 0 else {}
-
-    def _beside(self, saves: Saves) -> dict[str, bytes]:
-        with TemporaryDirectory() as made:
-            folder = Path(made)
-            self.disk.write_beside(folder, saves.tokenizer)
-            files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
-            return {file.relative_to(folder).as_posix(): file.read_bytes() for file in files}
+            self.beside: Mapping[str, bytes] = (
+                files_beside(lambda folder: self.disk.write_beside(folder, saves.tokenizer))
+                if self.groups.rank == 0
+                else {}
+            )
 
     def copy(self) -> list[Part]:
         """The present values of all that this rank writes: of what replicas hold alike each writes its share."""
@@ -70,3 +77,10 @@ class Share:
                 for box, take, data in self.disk.parts(name, home, key, array, self.plan, self.groups):
                     parts.append(Part(prefix + box, take, data))
         return parts
+
+
+def _refuse_others(names: set[str]) -> None:
+    if names:
+        raise ModelError(
+            f"{min(names)} is trained beside the adapters, but only these are kept. Freeze it, or train the whole model."
+        )

@@ -32,10 +32,12 @@ from partita.mlx.share import Share
 from partita.mlx.together import together
 from partita.mlx.trainable import Trainable
 from partita.mlx.windows import refuse_beyond_window
+from partita.peers import doing
 from partita.schedule import Timeline
 from partita.training import StepReport, TrainSettings, row_starts, schedule_of
+from partita.training.ids import check_ids
 from partita.training.random import step_seed
-from partita.training.saving import Saver, SaveReport, Saves
+from partita.training.saving import Saver, SaveReport, Saves, state_of
 from partita.training.state import TrainingState, read_state
 
 
@@ -52,11 +54,12 @@ def train(
 ) -> list[StepReport]:
     """Train a split causal language model in place; every rank calls it with the same tokens and settings.
 
-    What is frozen (`model.freeze()`, quantized weights) stays; so mlx-lm's LoRA on the split model is trained alone. LoRA's
-    dropout draws from MLX's own random numbers, seeded by `settings.seed`, the step and the replica.
+    What is frozen (`model.freeze()`, quantized weights) stays; so LoRA on the split model, by `add_lora` or by mlx-lm, is
+    trained alone. LoRA's dropout draws from MLX's own random numbers, seeded by `settings.seed`, the step and the replica.
 
     With `saves` checkpoints are written while training goes on, of which each holds all that the run needs to go on, on
-    either engine. A run that is resumed on the same layout is bit for bit the one that was never stopped.
+    either engine. A run that is resumed on the same layout is bit for bit the one that was never stopped. Of a model with
+    adapters only these are kept, and go on with `load_adapters(model, checkpoint)` on the model that they belong to.
 
     Args:
         model: What `load` or `shard` made.
@@ -66,7 +69,8 @@ def train(
         on_timeline: Told, on every rank, when each action of the last step began and ended.
         saves: Where and how often checkpoints are kept.
         on_save: Told, on every rank, of each checkpoint that is whole, between two steps.
-        resume: The checkpoint of a run (`.../step-000100`) that `model` was loaded from, to go on from it.
+        resume: The checkpoint of a run (`.../step-000100`) that `model`, or what `load_adapters` put on it, was loaded from, to
+            go on from it.
 
     Returns:
         A report a step that was done here, the same on every rank but for the seconds.
@@ -79,6 +83,8 @@ def train(
     """
     plan, groups = plan_of(model)
     schedule = schedule_of(plan, settings)
+    plan.spec.refuse_beyond_positions(settings.sequence_length, "a sequence")
+    check_ids(np.asarray(tokens), plan.spec.vocab_size)
     _check(settings)
     refuse_beyond_window(plan.spec, settings.sequence_length, "a sequence")
     trainable = Trainable(model)
@@ -87,7 +93,8 @@ def train(
     pipeline = Pipeline(model, schedule)
     optimizer = AdamW(settings.weight_decay, settings.epsilon)
     text = np.asarray(tokens, np.int64)
-    run = TrainingState.of(settings, text, saves.notes if saves is not None else None)
+    with together(groups):
+        run = state_of(settings, text, saves)
     if resume is not None:
         folder = Path(resume)
         with together(groups):
@@ -98,7 +105,8 @@ def train(
     reports = []
     with saver if saver is not None else nullcontext():
         for step in range(run.step, settings.steps):
-            report = _step(pipeline, optimizer, trainable, text, step, settings, saver, on_timeline)
+            with doing(f"training step {step + 1} of {settings.steps}"):
+                report = _step(pipeline, optimizer, trainable, text, step, settings, saver, on_timeline)
             reports.append(report)
             if on_step is not None:
                 on_step(report)
@@ -122,7 +130,7 @@ def make_saver(
 
     Raises:
         CheckpointError: The run's folder cannot be made.
-        ModelError: The model has arrays that the unsplit one has not, such as adapters.
+        ModelError: The model has arrays that cannot be kept (see `Share`).
     """
     _, groups = plan_of(model)
     axes = [comm for comm in (groups.tp, groups.pp, groups.dp) if comm.size > 1]

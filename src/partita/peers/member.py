@@ -55,7 +55,7 @@ class _Member(threading.Thread):
     def _watch(self) -> None:
         clock, lines = Uptime(self.limit_s), Lines()
         tick_s = min(beat_s(self.limit_s), self.stall_s / 4)
-        self.send(self.first)
+        self.send({**self.first, **_now()})
         while not self.done.is_set():
             readable = bool(select.select([self.channel], [], [], tick_s)[0])
             now_s = clock.now_s()
@@ -71,7 +71,7 @@ class _Member(threading.Thread):
                     self._end_of_channel()
                     return
             if not readable or now_s - self._told_s >= tick_s:
-                self.send({"stage": ME.stage, "doing": str(ME)})
+                self.send(_now())
                 self._told_s = now_s
             if self.hub is not None and now_s - self.hub.heard_s > self.limit_s:
                 self.hub.kill_if_stopped(self.first["pids"])
@@ -176,7 +176,7 @@ def join(
     if ranks == 1:
         return
     mine = lost_after_s() if limit_s is None else limit_s
-    machines = gather([_machine(), mine if math.isfinite(mine) else 0.0])
+    machines = gather([_machine("net"), mine if math.isfinite(mine) else 0.0])
     limit_s = float(machines[0][1])
     if not limit_s:
         return
@@ -250,14 +250,23 @@ def is_echo(message: str) -> bool:
 
 
 def _me() -> dict[str, Any]:
-    return {"host": socket.gethostname(), "machine": _machine(), "pids": _machine("pid"), "pid": os.getpid()}
+    return {
+        "host": socket.gethostname(),
+        "machine": _machine("net"),
+        "pids": _machine("net", "pid"),
+        "pid": os.getpid(),
+    }
 
 
-def _machine(space: str = "net") -> str:
-    """What tells this machine from others: containers and network namespaces of one count as several."""
+def _now() -> dict[str, Any]:
+    return {"stage": ME.stage, "doing": str(ME)}
+
+
+def _machine(*spaces: str) -> str:
+    """What tells this machine from others: two of its containers count as two, if they differ in one of these namespaces."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot}/{Path(f'/proc/self/ns/{space}').stat().st_ino}"
+        return "/".join([boot, *(str(Path(f"/proc/self/ns/{space}").stat().st_ino) for space in spaces)])
     except OSError:
         return socket.gethostname()
 

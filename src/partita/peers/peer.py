@@ -57,7 +57,7 @@ class Peer:
     Attributes:
         rank: Which.
         host: The name of its machine.
-        pids: In whose numbers its process has `pid`.
+        pids: What the machine is called on which its process is `pid`.
         pid: Its process.
         stage: Its place in the pipeline.
         doing: What it was doing when it was heard last.

@@ -49,7 +49,7 @@ def add_lora(model: nn.Module, rank: int, *, alpha: float | None = None) -> list
                 parent, _, name = path.rpartition(".")
                 setattr(model.get_submodule(parent), name, LoraLinear(module, rank, alpha))
                 adapted.append(path)
-    if not adapted:
+    if not any(groups.pp.comm.all_gather_object(bool(adapted))):
         raise ModelError(
             f"{plan.spec.family}: no linear layer was found inside {plan.spec.layers or 'the model'} to adapt."
         )

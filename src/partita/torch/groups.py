@@ -110,17 +110,24 @@ def init_process_group(
     _timeout = timedelta(seconds=timeout_s)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    mpi.meet()
     backend = backend or ("cuda:nccl,cpu:gloo" if torch.cuda.is_available() else "gloo")
     is_alone = "RANK" not in os.environ or os.environ.get("WORLD_SIZE") == "1"
-    store = dist.HashStore() if is_alone else None  # type: ignore[attr-defined]
-    dist.init_process_group(
-        backend,
-        timeout=_timeout,
-        store=store,
-        rank=0 if store else -1,
-        world_size=1 if store else -1,
-    )
+    store, rank, world = (dist.HashStore(), 0, 1) if is_alone else _store_of_attempt()  # type: ignore[attr-defined]
+    dist.init_process_group(backend, timeout=_timeout, store=store, rank=rank, world_size=world)
     _watch_peers(timeout_s, lost_after_s)
+
+
+def _store_of_attempt() -> tuple[Any, int, int]:
+    """The store by which ranks meet that torchrun has started anew, their number, and how many there are.
+
+    torchrun keeps one store for all attempts, where gloo would find the addresses of ranks that are gone (torch 2.13).
+    """
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if attempt == "0":
+        return None, -1, -1
+    store, rank, world = next(dist.rendezvous("env://", timeout=_timeout))  # type: ignore[attr-defined]
+    return dist.PrefixStore(f"attempt {attempt}", store), rank, world  # type: ignore[attr-defined]
 
 
 def _watch_peers(stall_s: float, limit_s: float | None = None) -> None:

@@ -16,20 +16,25 @@ from partita.checkpoint.read import Range, Reader
 from partita.core.plan import Plan
 from partita.errors import CheckpointError
 from partita.torch.apply import local_tensors, plan_of
+from partita.torch.groups import ParallelGroups
 from partita.torch.load import CheckpointFill
 from partita.torch.names import Source, sources_for_reading
+from partita.torch.peft_format import adapter_cut, adapter_sources, adapter_tensors
 from partita.torch.save import unsplit_on_meta
 from partita.torch.together import together
 from partita.training.saving import MOMENTS, OPTIMIZER
 
 
 def trained_tensors(model: nn.Module, plan: Plan) -> dict[str, Tensor]:
-    """This rank's part of what is trained, by its name in the unsplit model; of tied ones under the first name alone."""
+    """This rank's part of what is trained, by its name in the unsplit model; of tied ones under the first name alone.
+
+    Raises `ModelError` for adapters that are no plain LoRA.
+    """
     trained: dict[str, Tensor] = {}
     for name, tensor in local_tensors(model, plan).items():
         if tensor.requires_grad:
             trained.setdefault(plan.spec.tensors[name].tied_to or name, tensor)
-    return trained
+    return trained | {name: tensor for name, tensor in adapter_tensors(model) if tensor.requires_grad}
 
 
 def held_by(optimizer: torch.optim.Optimizer | None) -> tuple[torch.optim.Optimizer | None, set[int]]:
@@ -53,22 +58,35 @@ def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer | None,
     """
     plan, groups = plan_of(model)
     with together(groups):
-        weights, moments = open_checkpoint(folder), open_checkpoint(folder, stem=OPTIMIZER)
-        unsplit = unsplit_on_meta(model.config, plan)
-        shapes = {name: info.shape for name, info in weights.tensors.items()}
-        sources, _ = sources_for_reading(unsplit, shapes)
+        moments = open_checkpoint(folder, stem=OPTIMIZER)
+        trained = trained_tensors(model, plan)
+        unsplit, sources = _sources(model, plan, groups, trained, folder)
         inner, held = held_by(optimizer)
         with Reader(moments) as reader:
             for kind in MOMENTS:
                 part = _Kind(reader, moments, kind)
                 fill = CheckpointFill(part, part.infos, sources, unsplit, None, 0)  # type: ignore[arg-type]
-                for name, tensor in trained_tensors(model, plan).items():
+                for name, tensor in trained.items():
                     if inner is not None and id(tensor) in held:
                         _check(folder, kind, name, sources, part.infos)
                         state = inner.state[tensor]
                         state["step"] = torch.tensor(float(step), dtype=torch.float32)
                         state[kind] = torch.zeros_like(tensor, memory_format=torch.preserve_format).detach()
-                        fill(name, plan.tensor(name), groups.mp.rank, state[kind])
+                        cut = (
+                            plan.tensor(name) if name in plan.spec.tensors else adapter_cut(name, tensor, plan, groups)
+                        )
+                        fill(name, cut, groups.mp.rank, state[kind])
+
+
+def _sources(
+    model: nn.Module, plan: Plan, groups: ParallelGroups, trained: Mapping[str, Tensor], folder: Path
+) -> tuple[nn.Module, dict[str, Source]]:
+    """Where what is trained lies in a checkpoint, and the unsplit model that converters of it ask: none for adapters."""
+    if not trained.keys() & plan.spec.tensors.keys():
+        return nn.Module(), adapter_sources(trained, plan, groups)
+    unsplit = unsplit_on_meta(model.config, plan)
+    shapes = {name: info.shape for name, info in open_checkpoint(folder).tensors.items()}
+    return unsplit, sources_for_reading(unsplit, shapes)[0]
 
 
 def _check(folder: Path, kind: str, name: str, sources: Mapping[str, Source], infos: Mapping[str, TensorInfo]) -> None:

@@ -5,7 +5,10 @@ Whether a process is a rank of Open MPI is told by its environment. What is not 
 
 from __future__ import annotations
 
+import contextlib
 import os
+import socket
+import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any
@@ -31,6 +34,24 @@ def _mpi() -> Any:
     from mpi4py import MPI
 
     return MPI
+
+
+def meet() -> None:
+    """Set what torch.distributed looks for in the environment, where mpirun started the ranks, which does not."""
+    if not is_there() or "RANK" in os.environ:
+        return
+    world = _mpi().COMM_WORLD
+    machine = socket.gethostname()
+    is_local = len(set(world.allgather(machine))) == 1
+    with contextlib.closing(socket.socket()) as probe:
+        probe.bind(("", 0))
+        address, port = world.bcast(("127.0.0.1" if is_local else machine, probe.getsockname()[1]))
+    if is_local:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
+    os.environ.update(
+        RANK=str(world.rank), WORLD_SIZE=str(world.size), LOCAL_RANK=os.environ.get("OMPI_COMM_WORLD_LOCAL_RANK", "0"),
+        MASTER_ADDR=address, MASTER_PORT=str(port),
+    )  # fmt: skip
 
 
 class _Request:

@@ -1,40 +1,49 @@
-"""LoRA adapters on disk, unsplit, in peft's format: what `PeftModel.from_pretrained` puts on transformers' own model.
-
-Source: https://huggingface.co/docs/peft/developer_guides/checkpoint.
-"""
+"""LoRA adapters on disk, unsplit, in peft's format: what `PeftModel.from_pretrained` puts on transformers' own model."""
 
 from __future__ import annotations
 
-import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from partita.checkpoint.write import Writer, plan_files
+from partita.checkpoint.index import open_checkpoint, weights_name
+from partita.checkpoint.read import Reader
+from partita.checkpoint.write import FilePlan, Writer, plan_files
 from partita.core.plan import Plan
 from partita.core.resolve import TensorPlan
-from partita.core.split import Split
-from partita.errors import ModelError
-from partita.torch.adapt import adapters
+from partita.core.split import Range, Split
+from partita.errors import CheckpointError, ModelError
+from partita.text import Tokenizer
+from partita.torch.adapt import adapters, add_lora
 from partita.torch.apply import parameter_homes, plan_of
 from partita.torch.groups import ParallelGroups
-from partita.torch.load import memory_of
-from partita.torch.names import Piece
+from partita.torch.load import CheckpointFill, memory_of
+from partita.torch.names import Piece, Source
 from partita.torch.save import DTYPE_NAMES, own_part, unsplit_on_meta, write_together
 from partita.torch.together import together
-
-STEM = "adapter_model"
-CONFIG_NAME = "adapter_config.json"
+from partita.training.adapter_files import (
+    CONFIG_NAME,
+    STEM,
+    Adapters,
+    Side,
+    name_on_disk,
+    only,
+    path_of,
+    read_adapters,
+    targets_of,
+)
 
 _LORA = re.compile(r"(?P<path>.*)\.lora_(?P<side>[AB])(\.default)?\.weight")
 _CUT_SIDE = {"column": "B", "row": "A"}
 
 
-def save_adapters(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+def save_adapters(model: nn.Module, folder: str | os.PathLike[str], *, base: str | None = None) -> None:
     """Write the LoRA adapters of a split model, unsplit, as peft does; every rank of the run calls it.
 
     The folder, with `adapter_config.json` and `adapter_model.safetensors`, appears whole or not at all. It does not depend
@@ -43,45 +52,155 @@ def save_adapters(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     Args:
         model: A model with what `add_lora` put on it.
         folder: Where to; made if it is not there. It must not hold weights already.
+        base: The model that they belong to, for peft to find; by default where `model` was loaded from.
 
     Raises:
         ModelError: The model has no adapters, or some that are no plain LoRA of one rank and scale.
         CheckpointError: The folder holds weights already, or cannot be written.
     """
     plan, groups = plan_of(model)
-    with together(groups):
-        tensors = dict(_tensors(model))
-        facts = sorted({_facts(adapter) for _, _, adapter in adapters(model)})
-        mine = [[name, DTYPE_NAMES[t.dtype], list(_cut(name, t, plan, groups).shape)] for name, t in tensors.items()]
-    told: list[Any] = groups.pp.comm.all_gather_object((mine, facts))
-    everywhere = sorted(one for theirs, _ in told for one in theirs)
-    kinds = {kind for _, theirs in told for kind in theirs}
-    with together(groups):
-        rank, alpha = _only(kinds)
-        files = plan_files([(_on_disk(n), dtype, shape) for n, dtype, shape in everywhere], 1 << 62, stem=STEM)
-        paths = {_parsed(name)["path"] for name, _, _ in everywhere}
-        config = _config(model, plan, paths, rank, alpha)
+    disk = adapters_on_disk(model, base)
 
     def write(writer: Writer) -> None:
+        for name, tensor in disk.own(model, plan, groups).items():
+            for piece, take, part in disk.parts(name, tensor, plan, groups):
+                writer.write(piece, take, memory_of(part))
+
+    write_together(Path(folder), groups, disk.files(), lambda partial: disk.write_beside(model, partial, None), write)
+
+
+def load_adapters(model: nn.Module, folder: str | os.PathLike[str]) -> list[str]:
+    """Put adapters on a split model that peft or `save_adapters` wrote, ready to be trained; every rank of the run calls it.
+
+    Each rank reads its own part. All else is frozen.
+
+    Args:
+        model: What `load`, `shard` or `fresh` made, in any layout: the model that they belong to, without adapters.
+        folder: With `adapter_config.json` and `adapter_model.safetensors`.
+
+    Returns:
+        The paths of this rank's layers that were adapted.
+
+    Raises:
+        CheckpointError: There are none, or they are no plain LoRA, or not for this model; on every rank.
+        ModelError: The model has adapters already.
+    """
+    plan, groups = plan_of(model)
+    place = Path(folder)
+    with together(groups):
+        if adapters(model):
+            raise ModelError("the model has adapters already. Merge them (merge_lora), or load it without.")
+        kind = read_adapters(place)
+        checkpoint = open_checkpoint(place / weights_name(STEM))
+        wanted = {path_of(name) for name in checkpoint.tensors}
+    put_on = add_lora(model, kind.rank, alpha=kind.alpha)
+    with together(groups), Reader(checkpoint) as reader:
+        paths = {id(tensor): _parsed(name)["path"] for name, tensor in adapter_tensors(model)}
+        for parent, name, adapter in adapters(model):
+            if paths[id(adapter.lora_A.weight)] not in wanted:  # type: ignore[union-attr]
+                setattr(parent, name, adapter.base_layer)
+        tensors = dict(adapter_tensors(model))
+        sources = adapter_sources(tensors, plan, groups)
+        _check_shapes(place, sources, {name: info.shape for name, info in checkpoint.tensors.items()})
+        fill = CheckpointFill(reader, checkpoint.tensors, sources, nn.Module(), None, 0)
         for name, tensor in tensors.items():
-            cut = _cut(name, tensor, plan, groups)
-            piece = Piece(_on_disk(name), cut.shape, (0,) * len(cut.shape))
-            owned = piece.overlap(cut.owned_ranges(groups.mp.rank))
-            if owned is not None:
+            fill(name, adapter_cut(name, tensor, plan, groups), groups.mp.rank, tensor.detach())
+    mine = sorted({_parsed(name)["path"] for name in tensors})
+    placed = {path for theirs in groups.pp.comm.all_gather_object(mine) for path in theirs}  # type: ignore[attr-defined]
+    if wanted - placed:
+        raise CheckpointError(
+            f"{place}: adapts {min(wanted - placed)}, which is no linear layer inside the layers of {plan.spec.family}. Put "
+            "these adapters on with peft."
+        )
+    return [path for path in put_on if path in wanted]
+
+
+def _check_shapes(folder: Path, sources: Mapping[str, Source], there: Mapping[str, tuple[int, ...]]) -> None:
+    for source in sources.values():
+        for piece in source.pieces:
+            found = there.get(piece.name)
+            if found != piece.shape:
+                raise CheckpointError(
+                    f"{folder}: {piece.name} must be {list(piece.shape)} for this model, but is "
+                    f"{'not there' if found is None else list(found)}. Give the model that these adapters were trained on."
+                )
+
+
+@dataclass(frozen=True)
+class AdaptersOnDisk:
+    """The unsplit adapters that the ranks hold together, as they are on disk: the same on every rank; see `save.OnDisk`.
+
+    Attributes:
+        config: The text of `adapter_config.json`.
+        pieces: For each tensor the one on disk.
+        dtypes: The dtype of each.
+    """
+
+    config: str
+    pieces: Mapping[str, tuple[Piece, ...]]
+    dtypes: Mapping[str, torch.dtype]
+
+    def files(self, max_shard_bytes: int = 0) -> tuple[FilePlan, ...]:
+        """The one file that peft reads, whatever its size."""
+        tensors = [(p.name, DTYPE_NAMES[dtype], p.shape) for n, dtype in self.dtypes.items() for p in self.pieces[n]]
+        return plan_files(tensors, 1 << 62, stem=STEM)
+
+    def own(self, model: nn.Module, plan: Plan, groups: ParallelGroups) -> dict[str, Tensor]:
+        """This rank's parts of the adapters."""
+        return dict(adapter_tensors(model))
+
+    def parts(
+        self, name: str, tensor: Tensor, plan: Plan, groups: ParallelGroups
+    ) -> Iterator[tuple[str, list[list[Range]], Tensor]]:
+        """What this rank owns of a part: its name on disk, the ranges there, and the elements."""
+        cut = adapter_cut(name, tensor, plan, groups)
+        for piece in self.pieces[name]:
+            overlap = piece.overlap(cut.owned_ranges(groups.mp.rank))
+            if overlap is not None:
                 held = piece.overlap(cut.ranges(groups.mp.rank))
-                part = own_part(tensor, held, owned[0], stacked=False)
-                writer.write(piece.name, owned[0], memory_of(part))
+                yield piece.name, overlap[0], own_part(tensor, held, overlap[0], stacked=False)
 
-    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    write_together(Path(folder), groups, files, lambda partial: _write_config(partial, text), write)
-
-
-def _write_config(folder: Path, text: str) -> None:
-    (folder / CONFIG_NAME).write_text(text, encoding="utf-8")
+    def write_beside(self, model: nn.Module, folder: Path, tokenizer: Tokenizer | None) -> None:
+        """Write the config, and the tokenizer if there is one."""
+        (folder / CONFIG_NAME).write_text(self.config, encoding="utf-8")
+        if tokenizer is not None:
+            tokenizer.save(folder)
 
 
-def _tensors(model: nn.Module) -> Iterable[tuple[str, Tensor]]:
-    """The adapters' parts on this rank, by the names that they have in the unsplit model."""
+def adapters_on_disk(model: nn.Module, base: str | None = None) -> AdaptersOnDisk:
+    """The unsplit adapters of a split model, as they are on disk; every rank of the run calls it.
+
+    Raises:
+        ModelError: There are none, or some that are no plain LoRA of one rank and scale.
+    """
+    plan, groups = plan_of(model)
+    with together(groups):
+        tensors = dict(adapter_tensors(model))
+        kinds = sorted({_kind(adapter) for _, _, adapter in adapters(model)}, key=lambda kind: (kind.rank, kind.alpha))
+        sources = adapter_sources(tensors, plan, groups)
+        mine = [(name, tensor.dtype, sources[name].pieces) for name, tensor in tensors.items()]
+    told: list[Any] = groups.pp.comm.all_gather_object((mine, kinds))
+    everywhere = sorted((one for theirs, _ in told for one in theirs), key=lambda one: one[0])
+    with together(groups):
+        kind = only({kind for _, theirs in told for kind in theirs})
+        paths = {_parsed(name)["path"] for name, _, _ in everywhere}
+        unsplit = unsplit_on_meta(model.config, plan)
+        others = {path for path, module in unsplit.named_modules() if hasattr(module, "weight") and path not in paths}
+        config = kind.to_json(
+            base=base or getattr(model.config, "_name_or_path", None) or None,
+            targets=targets_of(paths, others),
+            transposed={type(unsplit.get_submodule(path)).__name__ == "Conv1D" for path in paths} == {True},
+        )
+    pieces = {name: there for name, _, there in everywhere}
+    return AdaptersOnDisk(config, pieces, {name: dtype for name, dtype, _ in everywhere})
+
+
+def adapter_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The adapters' parts on this rank, by the names that they have in the unsplit model.
+
+    Raises:
+        ModelError: Some are of no plain LoRA.
+    """
     for name, (module, attribute) in parameter_homes(model).items():
         if ".lora_" in name:
             if _LORA.fullmatch(name) is None:
@@ -89,18 +208,18 @@ def _tensors(model: nn.Module) -> Iterable[tuple[str, Tensor]]:
             yield name, getattr(module, attribute)
 
 
-def _parsed(name: str) -> re.Match[str]:
-    match = _LORA.fullmatch(name)
-    assert match is not None
-    return match
+def adapter_sources(tensors: Mapping[str, Tensor], plan: Plan, groups: ParallelGroups) -> dict[str, Source]:
+    """Where each of the adapters' parts lies on disk: the whole of one tensor."""
+    sources = {}
+    for name, tensor in tensors.items():
+        match = _parsed(name)
+        side: Side = "A" if match["side"] == "A" else "B"
+        shape = adapter_cut(name, tensor, plan, groups).shape
+        sources[name] = Source((Piece(name_on_disk(match["path"], side), shape, (0,) * len(shape)),))
+    return sources
 
 
-def _on_disk(name: str) -> str:
-    match = _parsed(name)
-    return f"base_model.model.{match['path']}.lora_{match['side']}.weight"
-
-
-def _cut(name: str, tensor: Tensor, plan: Plan, groups: ParallelGroups) -> TensorPlan:
+def adapter_cut(name: str, tensor: Tensor, plan: Plan, groups: ParallelGroups) -> TensorPlan:
     """How a part is cut: of a column layer `lora_B [out, rank]` along its rows, of a row layer `lora_A [rank, in]`."""
     match = _parsed(name)
     module = plan.modules.get(match["path"])
@@ -114,7 +233,13 @@ def _cut(name: str, tensor: Tensor, plan: Plan, groups: ParallelGroups) -> Tenso
     return TensorPlan(name, tuple(shape), dim, split)
 
 
-def _facts(adapter: Any) -> tuple[int, float]:
+def _parsed(name: str) -> re.Match[str]:
+    match = _LORA.fullmatch(name)
+    assert match is not None
+    return match
+
+
+def _kind(adapter: Any) -> Adapters:
     """Rank and alpha of an adapter, ours or peft's."""
     scaling, side = adapter.scaling, adapter.lora_A
     if isinstance(scaling, dict):
@@ -122,37 +247,4 @@ def _facts(adapter: Any) -> tuple[int, float]:
             raise ModelError(f"one adapter a layer can be saved, called `default`, but there are {sorted(scaling)}.")
         scaling, side = scaling["default"], side["default"]
     rank = int(side.weight.shape[0])
-    return rank, float(scaling) * rank
-
-
-def _only(kinds: set[tuple[int, float]]) -> tuple[int, float]:
-    if not kinds:
-        raise ModelError("the model has no LoRA adapters to save. Put some on with add_lora(model, rank).")
-    if len(kinds) > 1:
-        raise ModelError(f"all adapters must have one rank and alpha, but there are {sorted(kinds)}.")
-    return next(iter(kinds))
-
-
-def _config(model: nn.Module, plan: Plan, paths: set[str], rank: int, alpha: float) -> dict[str, Any]:
-    unsplit = unsplit_on_meta(model.config, plan)
-    transposed = {type(unsplit.get_submodule(path)).__name__ == "Conv1D" for path in paths}
-    return {
-        "base_model_name_or_path": getattr(model.config, "_name_or_path", None) or None,
-        "bias": "none",
-        "fan_in_fan_out": transposed == {True},
-        "inference_mode": True,
-        "init_lora_weights": True,
-        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
-        "lora_dropout": 0.0,
-        "peft_type": "LORA",
-        "r": rank,
-        "target_modules": _targets(unsplit, paths),
-        "task_type": "CAUSAL_LM",
-    }
-
-
-def _targets(unsplit: nn.Module, paths: set[str]) -> list[str]:
-    """What names the adapted modules and no other: the ends of their paths where that is enough."""
-    ends = {path.rpartition(".")[2] for path in paths}
-    others = {path for path, module in unsplit.named_modules() if hasattr(module, "weight") and path not in paths}
-    return sorted(paths if any(path.rpartition(".")[2] in ends for path in others) else ends)
+    return Adapters(rank, float(scaling) * rank)

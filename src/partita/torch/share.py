@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor, nn
 
 from partita.checkpoint.index import MODEL
 from partita.checkpoint.write import FilePlan, plan_files
+from partita.errors import ModelError
+from partita.torch.adapt import adapters
 from partita.torch.apply import plan_of
 from partita.torch.load import memory_of
 from partita.torch.moments import held_by, trained_tensors
-from partita.torch.save import DTYPE_NAMES, is_first, on_disk
+from partita.torch.peft_format import AdaptersOnDisk, adapters_on_disk
+from partita.torch.save import DTYPE_NAMES, OnDisk, is_first, on_disk
 from partita.torch.together import together
+from partita.training.adapter_files import STEM
 from partita.training.background import Part
-from partita.training.saving import MOMENTS, OPTIMIZER, Saves
+from partita.training.base import place_of
+from partita.training.saving import MOMENTS, OPTIMIZER, Saves, check_base, files_beside
 
 
 class Share:
-    """See `partita.training.saving.Share`.
+    """See `partita.training.saving.Share`. Of a model with adapters only these are written.
 
     Attributes:
         files: The files of weights and of moments, the same on every rank, by how their names begin.
@@ -32,16 +35,23 @@ class Share:
         """Of a model in training; every rank of the run calls it.
 
         Raises:
-            ModelError: The model has adapters.
+            ModelError: The model has adapters, and `saves` does not say of which model; or some that are no plain LoRA, or more
+                is trained than them.
         """
         self.model, self.optimizer = model, optimizer
         self.plan, self.groups = plan_of(model)
-        self.disk = on_disk(model)
+        adapted = any(self.groups.pp.comm.all_gather_object(bool(adapters(model))))
+        check_base(saves, adapted=adapted)
+        self.disk: OnDisk | AdaptersOnDisk = (
+            adapters_on_disk(model, place_of(saves.base)) if saves.base is not None else on_disk(model)
+        )
         self.zero = hasattr(optimizer, "optim")
         trained: set[str] = set()
         for names in self.groups.pp.comm.all_gather_object(list(trained_tensors(model, self.plan))):
             trained |= set(names)  # type: ignore[call-overload]
         with together(self.groups):
+            if adapted:
+                _refuse_others(trained - self.disk.dtypes.keys())
             moments = [
                 (f"{kind}.{piece.name}", DTYPE_NAMES[dtype], piece.shape)
                 for kind in MOMENTS
@@ -50,17 +60,14 @@ class Share:
                 for piece in self.disk.pieces[name]
             ]
             self.files: Mapping[str, tuple[FilePlan, ...]] = {
-                MODEL: self.disk.files(saves.max_shard_bytes),
+                STEM if adapted else MODEL: self.disk.files(saves.max_shard_bytes),
                 OPTIMIZER: plan_files(moments, saves.max_shard_bytes, stem=OPTIMIZER),
             }
-            self.beside: Mapping[str, bytes] = self._beside(saves) if is_first(self.groups) else {}
-
-    def _beside(self, saves: Saves) -> dict[str, bytes]:
-        with TemporaryDirectory() as made:
-            folder = Path(made)
-            self.disk.write_beside(self.model, folder, saves.tokenizer)
-            files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
-            return {file.relative_to(folder).as_posix(): file.read_bytes() for file in files}
+            self.beside: Mapping[str, bytes] = (
+                files_beside(lambda folder: self.disk.write_beside(model, folder, saves.tokenizer))
+                if is_first(self.groups)
+                else {}
+            )
 
     @torch.no_grad()
     def copy(self) -> list[Part]:
@@ -89,6 +96,14 @@ class Share:
                 moment = torch.zeros_like(tensor) if moment is None else moment
                 for piece, take, part in self.disk.parts(name, moment, plan, groups):
                     yield f"{kind}.{piece}", take, part, moment
+
+
+def _refuse_others(names: set[str]) -> None:
+    if names:
+        raise ModelError(
+            f"{min(names)} is trained beside the adapters, but only these are kept. Freeze it (requires_grad_(False)), or "
+            "train the whole model."
+        )
 
 
 def _shares_memory(part: Tensor, tensor: Tensor) -> bool:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from partita.errors import ModelError
+from partita.peers import doing
 from partita.schedule import Timeline
 from partita.torch.apply import plan_of
 from partita.torch.copies import summed_copies
@@ -29,8 +30,9 @@ from partita.torch.replicas import clip_gradients, sum_over_replicas
 from partita.torch.share import Share
 from partita.torch.together import together
 from partita.training import StepReport, TrainSettings, schedule_of
+from partita.training.ids import check_ids
 from partita.training.random import step_seed
-from partita.training.saving import Saver, SaveReport, Saves
+from partita.training.saving import Saver, SaveReport, Saves, state_of
 from partita.training.state import TrainingState, read_state
 
 __all__ = ["StepReport", "TrainSettings", "accumulate_gradients", "make_optimizer", "schedule_of", "train"]
@@ -51,7 +53,8 @@ def train(
 
     With `saves` checkpoints are written while training goes on, of which each holds all that the run needs to go on. A run
     that is resumed on the same layout is bit for bit the one that was never stopped; on another it differs by rounding, and
-    by dropout, whose draws depend on the layout.
+    by dropout, whose draws depend on the layout. Of a model with adapters only these are kept, and go on with
+    `load_adapters(model, checkpoint)` on the model that they belong to.
 
     Args:
         model: What `load`, `shard` or `fresh` made.
@@ -61,7 +64,8 @@ def train(
         on_timeline: Told, on every rank, when each action of the last step began and ended.
         saves: Where and how often checkpoints are kept.
         on_save: Told, on every rank, of each checkpoint that is whole, between two steps.
-        resume: The checkpoint of a run (`.../step-000100`) that `model` was loaded from, to go on from it.
+        resume: The checkpoint of a run (`.../step-000100`) that `model`, or what `load_adapters` put on it, was loaded from, to
+            go on from it.
 
     Returns:
         A report a step that was done here, the same on every rank but for the seconds.
@@ -73,6 +77,8 @@ def train(
     """
     plan, groups = plan_of(model)
     schedule = schedule_of(plan, settings)
+    plan.spec.refuse_beyond_positions(settings.sequence_length, "a sequence")
+    check_ids(tokens.numpy(force=True), plan.spec.vocab_size)
     check_trainable(model)
     if settings.checkpointing:
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
@@ -80,7 +86,8 @@ def train(
     optimizer = make_optimizer(model, settings, groups)
     pipeline = Pipeline(model, schedule)
     model.zero_grad(set_to_none=True)
-    run = TrainingState.of(settings, tokens.cpu().numpy(), saves.notes if saves is not None else None)
+    with together(groups):
+        run = state_of(settings, tokens.cpu().numpy(), saves)
     if resume is not None:
         folder = Path(resume)
         with together(groups):
@@ -91,7 +98,8 @@ def train(
     reports = []
     with saver if saver is not None else nullcontext():
         for step in range(run.step, settings.steps):
-            report = _step(pipeline, optimizer, tokens, step, settings, saver, on_timeline)
+            with doing(f"training step {step + 1} of {settings.steps}"):
+                report = _step(pipeline, optimizer, tokens, step, settings, saver, on_timeline)
             reports.append(report)
             if on_step is not None:
                 on_step(report)
@@ -114,7 +122,7 @@ def make_saver(
 
     Raises:
         CheckpointError: The run's folder cannot be made.
-        ModelError: The model has adapters.
+        ModelError: The model has adapters that cannot be kept (see `Share`).
     """
     _, groups = plan_of(model)
     axes = [info.comm for info in (groups.mp, groups.pp, groups.dp) if info.world_size > 1]

@@ -5,19 +5,25 @@ At each step that follows the ranks ask each other how the writing stands, so th
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Protocol
+
+import numpy as np
 
 from partita.checkpoint.run_folder import RunFolder
 from partita.checkpoint.write import FilePlan
-from partita.errors import CheckpointError
+from partita.errors import CheckpointError, ModelError
 from partita.text import Tokenizer
 from partita.training.agreement import Hears, standing, worst
 from partita.training.background import POLL_S, BackgroundWrite, Job, Part
+from partita.training.base import Base
+from partita.training.settings import TrainSettings
 from partita.training.state import STATE_NAME, TrainingState
 
 OPTIMIZER = "optimizer"
@@ -35,6 +41,7 @@ class Saves:
         tokenizer: Saved with each.
         max_shard_bytes: Largest size of one file.
         notes: Kept in the training state, as JSON can say it.
+        base: Of adapters the model that they are put on, a folder or a hub id: of such a run only the adapters are kept.
     """
 
     folder: Path
@@ -43,6 +50,7 @@ class Saves:
     tokenizer: Tokenizer | None = None
     max_shard_bytes: int = 5_000_000_000
     notes: Mapping[str, Any] = field(default_factory=dict)
+    base: str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
         for name in ("every", "keep"):
@@ -83,6 +91,39 @@ class Share(Protocol):
 
     def copy(self) -> list[Part]:
         """The present values of all that this rank writes."""
+
+
+def state_of(settings: TrainSettings, text: np.ndarray[Any, Any], saves: Saves | None) -> TrainingState:
+    """The state of a run that has not begun, with what its checkpoints are to say.
+
+    Raises:
+        PartitaError: The base of its adapters is not there.
+    """
+    if saves is None:
+        return TrainingState.of(settings, text)
+    return TrainingState.of(settings, text, saves.notes, Base.of(saves.base) if saves.base is not None else None)
+
+
+def files_beside(write: Callable[[Path], None]) -> dict[str, bytes]:
+    """The files that `write` writes into a folder, by their paths in it."""
+    with TemporaryDirectory() as made:
+        folder = Path(made)
+        write(folder)
+        files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
+        return {file.relative_to(folder).as_posix(): file.read_bytes() for file in files}
+
+
+def check_base(saves: Saves, *, adapted: bool) -> None:
+    """Raise `ModelError` unless a run that keeps adapters, and only such a run, says what they belong to."""
+    if adapted and saves.base is None:
+        raise ModelError(
+            "of a model with LoRA adapters only these are kept, which need their model to go on. Name it on disk, with "
+            "Saves(base=...), or merge_lora(model) first."
+        )
+    if not adapted and saves.base is not None:
+        raise ModelError(
+            f"base={str(saves.base)!r} is for runs that train adapters, but the model has none. Leave it out."
+        )
 
 
 class Saver:

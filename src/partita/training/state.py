@@ -13,6 +13,7 @@ import numpy as np
 
 from partita.checkpoint.header import brief, parse_json, reason
 from partita.errors import CheckpointError
+from partita.training.base import Base
 from partita.training.settings import TrainSettings
 
 STATE_NAME = "training_state.json"
@@ -34,6 +35,7 @@ class TrainingState:
         tokens: Ids of the text.
         digest: SHA-256 of the text's ids, little-endian int64.
         notes: What the caller wants to find again, such as where the text came from; not compared.
+        base: The model that adapters are trained on, None where the whole model is.
     """
 
     step: int
@@ -41,14 +43,19 @@ class TrainingState:
     tokens: int
     digest: str
     notes: Mapping[str, Any]
+    base: Base | None = None
 
     @classmethod
     def of(
-        cls, settings: TrainSettings, text: np.ndarray[Any, Any], notes: Mapping[str, Any] | None = None
+        cls,
+        settings: TrainSettings,
+        text: np.ndarray[Any, Any],
+        notes: Mapping[str, Any] | None = None,
+        base: Base | None = None,
     ) -> TrainingState:
         """The state of a run that has not begun, on a text of ids `[tokens]`."""
         ids = np.ascontiguousarray(text, dtype="<i8")
-        return cls(0, settings, len(ids), hashlib.sha256(ids.data).hexdigest(), dict(notes or {}))
+        return cls(0, settings, len(ids), hashlib.sha256(ids.data).hexdigest(), dict(notes or {}), base)
 
     @property
     def sequences(self) -> int:
@@ -70,6 +77,10 @@ class TrainingState:
         self.refuse_other(asdict(run.settings), folder)
         if (self.tokens, self.digest) != (run.tokens, run.digest):
             _refuse(folder, [f"the text ({self.tokens} tokens then, {run.tokens} now, of other content)"])
+        if run.base is not None and self.base is None:
+            raise CheckpointError(f"{folder}: holds a whole model, not adapters. Go on without adapters.")
+        if run.base is not None and self.base is not None and run.base.sha256 != self.base.sha256:
+            _refuse(folder, [f"the base model ({self.base.path} then, {run.base.path} now, of other content)"])
         return self.step
 
     def refuse_other(self, settings: Mapping[str, Any], folder: Path) -> None:
@@ -95,6 +106,7 @@ class TrainingState:
             "step": self.step,
             "settings": {"steps": self.settings.steps, **kept_settings(self.settings)},
             "data": {"tokens": self.tokens, "sha256": self.digest, "sequences": self.sequences},
+            **({"base": asdict(self.base)} if self.base is not None else {}),
             "notes": dict(self.notes),
         }
         return json.dumps(data, indent=2) + "\n"
@@ -133,7 +145,7 @@ def read_state(folder: Path) -> TrainingState:
     try:
         return TrainingState(
             int(data["step"]), TrainSettings(**data["settings"]), int(data["data"]["tokens"]),
-            str(data["data"]["sha256"]), dict(data["notes"]),
+            str(data["data"]["sha256"]), dict(data["notes"]), Base(**data["base"]) if "base" in data else None,
         )  # fmt: skip
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{file}: is incomplete or changed: {type(error).__name__} at {error}") from error

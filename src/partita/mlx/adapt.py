@@ -1,0 +1,214 @@
+"""mlx-lm's LoRA on a whole split model: put on, trained, and merged into the weights again; and where each part lies in peft's.
+
+mlx-lm keeps `lora_a [in, rank]` and `lora_b [rank, out]`, peft `lora_A [rank, in]` and `lora_B [out, rank]`.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from partita.core.plan import Plan
+from partita.core.resolve import TensorPlan
+from partita.core.split import Split
+from partita.errors import ModelError
+from partita.mlx.apply import plan_of
+from partita.mlx.groups import ParallelGroups
+from partita.mlx.homes import INNER_NAMES, Ranges, parameter_homes, unsplit_modules
+from partita.mlx.inner import is_quantized, slice_array
+from partita.mlx.inside import EntersRegion
+from partita.mlx.linear import ColumnParallelLinear, RowParallelLinear
+from partita.mlx.lora import split_axis
+from partita.mlx.names import Box
+from partita.mlx.origin import Origin
+from partita.mlx.tree import Home, get_module
+from partita.training.adapter_files import Side, name_on_disk
+
+_ROUTERS = ("gate", "router")
+"""What a linear layer beside stacked experts is called that transformers has not as a layer, so that peft cannot adapt it."""
+
+
+def add_lora(model: nn.Module, rank: int, *, alpha: float | None = None, seed: int = 0) -> list[str]:
+    """Put mlx-lm's LoRA on every linear layer inside the layers of a split model and freeze all else.
+
+    Every rank calls it; the unsplit adapters depend on the seed alone. They have the dtype of the weights.
+
+    Args:
+        model: What `load`, `shard` or `fresh` made; it may be quantized.
+        rank: Of the adapters.
+        alpha: The scale is `alpha / rank`; by default 1.
+        seed: Of `lora_a`; `lora_b` is zero, so that at first nothing changes.
+
+    Returns:
+        The paths of this rank's layers that were adapted.
+
+    Raises:
+        ModelError: There is no linear layer to adapt, or one that on disk is not one tensor.
+    """
+    from mlx_lm.tuner.lora import LoRALinear
+
+    plan, groups = plan_of(model)
+    if type(rank) is not int or rank < 1:
+        raise ModelError(f"the rank of LoRA must be a whole number of at least 1, but is {rank!r}.")
+    model.freeze()
+    adapted, on_disk = [], paths_on_disk(model)
+    for path, (holder, key) in _linears(model, plan).items():
+        _on_disk(on_disk, path)
+        inner = holder[key]
+        adapter: Any = LoRALinear.from_base(inner, r=rank, scale=(alpha if alpha is not None else rank) / rank)
+        dtype = inner["scales"].dtype if is_quantized(inner) else inner["weight"].dtype
+        dtype = dtype if mx.issubdtype(dtype, mx.floating) else mx.float32
+        inputs = holder.split if isinstance(holder, RowParallelLinear) else Split.even(adapter["lora_a"].shape[0], 1)
+        part = groups.tp.rank if isinstance(holder, RowParallelLinear) else 0
+        whole = _draw(inputs.size, rank, seed ^ zlib.crc32(path.encode()))
+        adapter.lora_b = adapter["lora_b"].astype(dtype)
+        holder[key] = adapter
+        # Fitting it to the split has drawn numbers that depend on the split.
+        adapter.lora_a = slice_array(whole, 0, inputs.ranges(part)).astype(dtype)
+        mx.eval(adapter["lora_a"], adapter["lora_b"])
+        adapted.append(path)
+    if not any(groups.pp.all_gather_object(bool(adapted))):
+        raise ModelError(
+            f"{plan.spec.family}: no linear layer was found inside {plan.spec.layers or 'the model'} to adapt."
+        )
+    return adapted
+
+
+def _draw(inputs: int, rank: int, seed: int) -> mx.array:
+    bound = 1 / math.sqrt(inputs)
+    return mx.random.uniform(-bound, bound, (inputs, rank), key=mx.random.key(seed))
+
+
+def _linears(model: nn.Module, plan: Plan) -> dict[str, Home]:
+    """The linear layers inside the layers, by their paths in the unsplit model: what holds each, and its key there."""
+    modules = unsplit_modules(model)
+    found: dict[str, Home] = {}
+    for path, module in modules.items():
+        if plan.spec.layer_of(path) is None or _is_router(path, modules):
+            continue
+        if isinstance(module, ColumnParallelLinear | RowParallelLinear):
+            found[path] = module, "linear"
+        elif isinstance(module, EntersRegion) and isinstance(module["inner"], nn.Linear | nn.QuantizedLinear):
+            found[path] = module, "inner"
+        elif isinstance(module, nn.Linear | nn.QuantizedLinear):
+            parent, _, name = path.rpartition(".")
+            holder = modules[parent] if parent in modules else get_module(model, parent)
+            while type(holder) in INNER_NAMES:
+                holder = holder[INNER_NAMES[type(holder)]]
+            found[path] = holder, int(name) if isinstance(holder, list) else name
+    return found
+
+
+def _is_router(path: str, modules: Mapping[str, nn.Module]) -> bool:
+    parent, _, name = path.rpartition(".")
+    if name not in _ROUTERS:
+        return False
+    beside = {type(module).__name__ for one, module in modules.items() if one.rpartition(".")[0] == parent}
+    return bool(beside & {"SwitchGLU", "SwitchMLP", "SplitExperts"})
+
+
+def merge_lora(model: nn.Module) -> None:
+    """Add every LoRA adapter into the weight it sits on, and take it off; no rank needs another for it.
+
+    A quantized weight is quantized anew.
+    """
+    for holder, key, adapter in adapters(model):
+        inner = adapter["linear"]
+        fused = adapter.fuse()
+        mx.eval(fused.parameters())
+        for name in ("weight", "scales", "biases"):
+            if name in inner and inner[name] is not None:
+                inner[name] = fused[name]
+        holder[key] = inner
+
+
+def adapters(model: nn.Module) -> list[tuple[Any, Any, nn.Module]]:
+    """mlx-lm's adapters on this rank: what holds each, its key there, and the adapter."""
+    found: list[tuple[Any, Any, nn.Module]] = []
+
+    def walk(node: Any) -> None:
+        for key, child in list(node.items() if isinstance(node, dict) else enumerate(node)):
+            if isinstance(child, nn.Module) and "lora_a" in child:
+                found.append((node, key, child))
+            elif isinstance(child, dict | list):
+                walk(child)
+
+    walk(model)
+    return found
+
+
+@dataclass(frozen=True)
+class AdapterPlaces:
+    """The adapters' arrays on this rank, by their names in the unsplit model.
+
+    Attributes:
+        homes: Where each lives.
+        boxes: Where each lies on disk, where it is the other way round.
+        shapes: The unsplit shape of each.
+        held: What this rank has of it.
+        owned: What of that it writes.
+    """
+
+    homes: Mapping[str, Home]
+    boxes: Mapping[str, tuple[Box, ...]]
+    shapes: Mapping[str, tuple[int, ...]]
+    held: Mapping[str, Ranges]
+    owned: Mapping[str, Ranges]
+
+
+def adapter_places(model: nn.Module) -> AdapterPlaces:
+    """Where the adapters of a split model live and lie.
+
+    Raises:
+        ModelError: Some are of no plain LoRA, or of a layer that on disk is not one tensor.
+    """
+    _, groups = plan_of(model)
+    kept = {id(adapter) for _, _, adapter in adapters(model)}
+    homes = {name: home for name, home in parameter_homes(model).items() if id(home[0]) in kept}
+    modules, on_disk = unsplit_modules(model), paths_on_disk(model)
+    boxes, shapes, held, owned = {}, {}, {}, {}
+    for name, (home, key) in homes.items():
+        if key not in ("lora_a", "lora_b"):
+            raise ModelError(f"{name} is no part of a plain LoRA adapter, which are what can be saved.")
+        path, side = name.rpartition(".")[0], _SIDES[key]
+        cut = _cut(name, tuple(home[key].shape), modules[path], groups)
+        boxes[name] = (Box(name_on_disk(_on_disk(on_disk, path), side), (0, 0), cut.shape, (1, 0), (0, 0)),)
+        shapes[name], held[name], owned[name] = cut.shape, cut.ranges(groups.tp.rank), cut.owned_ranges(groups.tp.rank)
+    return AdapterPlaces(homes, boxes, shapes, held, owned)
+
+
+_SIDES: Mapping[str, Side] = {"lora_a": "A", "lora_b": "B"}
+
+
+def _cut(name: str, shape: tuple[int, ...], layer: nn.Module, groups: ParallelGroups) -> TensorPlan:
+    """How an adapter's array is cut: as its layer is."""
+    if groups.tp.size == 1 or not isinstance(layer, ColumnParallelLinear | RowParallelLinear):
+        return TensorPlan(name, shape)
+    axis = split_axis("column" if isinstance(layer, ColumnParallelLinear) else "row", name.rpartition(".")[2])
+    if axis is None:
+        return TensorPlan(name, shape)
+    return TensorPlan(name, (*shape[:axis], layer.split.size, *shape[axis + 1 :]), axis, layer.split)
+
+
+def paths_on_disk(model: nn.Module) -> dict[str, str]:
+    """What the checkpoint that a model came from calls its modules of which the weight is one tensor there."""
+    origin: Origin = model.partita_origin
+    found = {}
+    for name, boxes in origin.boxes().items():
+        there = boxes[0].name if len(boxes) == 1 else ""
+        is_whole = bool(there) and math.prod(origin.shape(boxes[0])) == math.prod(boxes[0].shape)
+        if is_whole and name.endswith(".weight") and there.endswith(".weight"):
+            found[name.removesuffix(".weight")] = there.removesuffix(".weight")
+    return found
+
+
+def _on_disk(paths: Mapping[str, str], path: str) -> str:
+    if path not in paths:
+        raise ModelError(f"{path} is not one tensor on disk, so that an adapter of it would have no name there.")
+    return paths[path]

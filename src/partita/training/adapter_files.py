@@ -1,0 +1,135 @@
+"""LoRA adapters on disk, in peft's format: its names and its config, the same for either engine.
+
+Source: https://huggingface.co/docs/peft/developer_guides/checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from partita.checkpoint.header import parse_json, reason
+from partita.errors import CheckpointError, ModelError
+
+STEM = "adapter_model"
+"""How the name of the file of adapters begins; peft reads one file."""
+
+CONFIG_NAME = "adapter_config.json"
+
+Side = Literal["A", "B"]
+"""`lora_A [rank, in]` or `lora_B [out, rank]`."""
+
+_PREFIX = "base_model.model."
+_NAME = re.compile(re.escape(_PREFIX) + r"(?P<path>.+)\.lora_(?P<side>[AB])\.weight")
+
+_PLAIN: Mapping[str, Any] = {
+    "use_dora": False, "use_rslora": False, "bias": "none", "lora_bias": False, "rank_pattern": {}, "alpha_pattern": {},
+    "modules_to_save": None, "trainable_token_indices": None, "target_parameters": None,
+}  # fmt: skip
+"""What peft's config says of a plain adapter; what is not there is so too."""
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """The config of plain LoRA adapters.
+
+    Attributes:
+        rank: Rows of `lora_A`.
+        alpha: The scale is `alpha / rank`.
+    """
+
+    rank: int
+    alpha: float
+
+    def to_json(self, *, base: str | None, targets: list[str], transposed: bool) -> str:
+        """The text of `adapter_config.json`.
+
+        Args:
+            base: The model that they belong to.
+            targets: What names the adapted modules (see `targets_of`).
+            transposed: Whether all these have their weight as `[in, out]`.
+        """
+        data = {
+            "base_model_name_or_path": base,
+            "bias": "none",
+            "fan_in_fan_out": transposed,
+            "inference_mode": True,
+            "init_lora_weights": True,
+            "lora_alpha": int(self.alpha) if self.alpha == int(self.alpha) else self.alpha,
+            "lora_dropout": 0.0,
+            "peft_type": "LORA",
+            "r": self.rank,
+            "target_modules": targets,
+            "task_type": "CAUSAL_LM",
+        }
+        return json.dumps(data, indent=2, sort_keys=True) + "\n"
+
+
+def only(kinds: Collection[Adapters]) -> Adapters:
+    """The one kind of adapters that a model has, of those found on it.
+
+    Raises:
+        ModelError: There are none, or several.
+    """
+    if not kinds:
+        raise ModelError("the model has no LoRA adapters to save. Put some on with add_lora(model, rank).")
+    if len(set(kinds)) > 1:
+        found = sorted({(kind.rank, kind.alpha) for kind in kinds})
+        raise ModelError(f"all adapters must have one rank and alpha, but there are {found}.")
+    return next(iter(kinds))
+
+
+def name_on_disk(path: str, side: Side) -> str:
+    """What a part of the adapter of a module is called."""
+    return f"{_PREFIX}{path}.lora_{side}.weight"
+
+
+def path_of(name: str) -> str:
+    """The module of a part of an adapter, by its name on disk.
+
+    Raises:
+        CheckpointError: It is no part of a plain one.
+    """
+    match = _NAME.fullmatch(name)
+    if match is None:
+        raise CheckpointError(
+            f"{name} is no part of a plain LoRA adapter of a linear layer, which are what can be read."
+        )
+    return match["path"]
+
+
+def targets_of(paths: Collection[str], others: Collection[str]) -> list[str]:
+    """What names the adapted modules and none of the `others`: the ends of their paths where that is enough."""
+    ends = {path.rpartition(".")[2] for path in paths}
+    return sorted(paths if any(path.rpartition(".")[2] in ends for path in others) else ends)
+
+
+def read_adapters(folder: Path) -> Adapters:
+    """The config of adapters that peft or Partita wrote.
+
+    Raises:
+        CheckpointError: There is none, or it is not of plain LoRA adapters of one rank.
+    """
+    file = folder / CONFIG_NAME
+    try:
+        raw = file.read_bytes()
+    except OSError as error:
+        raise CheckpointError(
+            f"{file}: cannot be read: {reason(error)}. Give a folder that holds adapters in peft's format."
+        ) from error
+    data: dict[str, Any] = parse_json(raw, f"{file}: the config")
+    if data.get("peft_type") != "LORA":
+        raise CheckpointError(f"{file}: peft_type must be LORA, but is {data.get('peft_type')!r}.")
+    for name, plain in _PLAIN.items():
+        if data.get(name, plain) not in (plain, None, {}, []):
+            raise CheckpointError(
+                f"{file}: only plain LoRA can be read, with {name} = {plain!r}, but it is {data[name]!r}."
+            )
+    rank, alpha = data.get("r"), data.get("lora_alpha")
+    if type(rank) is not int or rank < 1 or not isinstance(alpha, int | float):
+        raise CheckpointError(f"{file}: must have a whole r and a number lora_alpha, but has {rank!r} and {alpha!r}.")
+    return Adapters(rank, float(alpha))
