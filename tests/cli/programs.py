@@ -74,6 +74,12 @@ def echo_comes_first() -> None:
     raise ValueError("the cause")
 
 
+def one_runs_out_of_memory() -> None:
+    if rank.number() == 1:
+        bytearray(1 << 60)
+    time.sleep(60)
+
+
 def one_exits_silently() -> None:
     if rank.number() == 1:
         os._exit(7)

@@ -8,12 +8,14 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from partita.cli import launch
 from partita.cli.console import _console
+from partita.cli.failure import explain
 from partita.errors import DistributedError
 from partita.peers import LOST
 from tests.cli.launcher import PROGRAM
@@ -91,6 +93,27 @@ def test_a_killed_rank_is_named_with_its_last_words(capfd: pytest.CaptureFixture
     said = capfd.readouterr().err
     assert "last words" in said
     assert f"rank 1 (host {socket.gethostname()}, stage 0) was lost while starting: it was ended by SIGKILL" in said
+
+
+def test_a_rank_out_of_memory_is_named(capfd: pytest.CaptureFixture[str]) -> None:
+    assert start("one_runs_out_of_memory") == 2
+    said = capfd.readouterr().err
+    assert said.startswith(
+        "error: out of memory on rank 1. Split the model over more ranks (--tp, --pp), or take smaller batches"
+    )
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "allocate", [lambda: __import__("torch").empty(1 << 58), lambda: __import__("numpy").empty(1 << 58)]
+)
+def test_what_frameworks_say_of_memory_is_known(allocate: Callable[[], object]) -> None:
+    with pytest.raises((RuntimeError, MemoryError)) as caught:
+        allocate()
+    failure = explain(caught.value)
+    assert failure is not None
+    assert failure.code == 2
+    assert "out of memory (" in failure.message
 
 
 def test_a_silent_exit_is_named(capfd: pytest.CaptureFixture[str]) -> None:

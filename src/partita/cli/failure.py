@@ -35,6 +35,7 @@ class Failure:
     INTERRUPTED: ClassVar[int] = 130
 
 
+_OUT_OF_MEMORY = re.compile(r"can't allocate memory|unable to allocate|out of memory|bad_alloc", re.IGNORECASE)
 _MISSING_EXTRA = (
     "torch",
     "transformers",
@@ -66,6 +67,14 @@ def explain(error: BaseException) -> Failure | None:
         )
     if isinstance(error, OSError) and error.filename is not None:
         return Failure(Failure.MISUSED, f"{os.fsdecode(error.filename)}: {error.strerror}")
+    if isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(str(error)):
+        where = f" on rank {rank.number()}" if rank.is_one_of_several() else ""
+        what = f" ({' '.join(str(error).split())[:160]})" if str(error) else ""
+        return Failure(
+            Failure.MISUSED,
+            f"out of memory{where}{what}. Split the model over more ranks (--tp, --pp), or take smaller batches, shorter "
+            "sequences or a narrower --dtype; `partita plan` shows what each rank holds.",
+        )
     message = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
     return Failure(Failure.FAILED, message, is_echo(message))
 

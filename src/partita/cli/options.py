@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from enum import Enum
 from typing import Annotated
 
 import typer
+
+from partita.peers import LOST_AFTER
 
 PIPELINE = "Pipeline"
 
@@ -56,6 +59,26 @@ Microbatches = Annotated[
         "--accumulate",
         min=1,
         help="Into how many pieces a replica cuts its part of a step; by default 1, or what keeps a pipeline busy.",
+        show_default=False,
+    ),
+]
+
+
+def _set_lost_after(seconds: float | None) -> float | None:
+    """Ranks and their launcher find it in the environment."""
+    if seconds is not None:
+        os.environ[LOST_AFTER] = f"{seconds:g}"
+    return seconds
+
+
+LostAfter = Annotated[
+    float | None,
+    typer.Option(
+        "--lost-after",
+        min=0.0,
+        metavar="SECONDS",
+        callback=_set_lost_after,
+        help=f"A rank that is silent for so long is lost, which ends the run; 0 for never. By default {LOST_AFTER}, else 30.",
         show_default=False,
     ),
 ]

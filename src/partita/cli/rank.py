@@ -90,6 +90,11 @@ def number() -> int:
     return int(next((os.environ[name] for name in _RANKS if name in os.environ), "0"))
 
 
+def is_one_of_several() -> bool:
+    """Whether a launcher started other ranks too."""
+    return any(os.environ.get(name, "1") != "1" for name in _RANKS.values())
+
+
 def is_first() -> bool:
     """Whether this is the rank that speaks for the run."""
     return number() == 0

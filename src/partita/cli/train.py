@@ -17,6 +17,7 @@ from partita.cli.options import (
     AsJson,
     Device,
     LayoutText,
+    LostAfter,
     Microbatches,
     PipelineRanks,
     Replicas,
@@ -176,6 +177,7 @@ def train(
     device: Device = None,
     engine: EngineOption = None,
     backend: BackendOption = None,
+    lost_after: LostAfter = None,
     as_json: AsJson = False,
 ) -> None:
     """Train a model split over ranks and save it unsplit, as Hugging Face does."""

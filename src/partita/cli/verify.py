@@ -18,6 +18,7 @@ from partita.cli.options import (
     AsJson,
     Dtype,
     LayoutText,
+    LostAfter,
     Microbatches,
     ModelArgument,
     PipelineRanks,
@@ -50,6 +51,7 @@ def verify(
     ] = None,
     engine: EngineOption = None,
     backend: BackendOption = None,
+    lost_after: LostAfter = None,
     all_rows: Annotated[
         bool, typer.Option("--all", help="A row for every layer, not for layers that are alike.")
     ] = False,

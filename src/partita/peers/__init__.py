@@ -12,10 +12,11 @@ No framework.
 
 from partita.peers.activity import ME, Activity, doing, waits_in
 from partita.peers.member import attach, farewell, has_joined, is_echo, join, tell_failure, wait_for_verdict
-from partita.peers.peer import LOST, Lines, Peer, Uptime, beat_s, line_of, lost_after_s, silence
+from partita.peers.peer import LOST, LOST_AFTER, Lines, Peer, Uptime, beat_s, line_of, lost_after_s, silence
 
 __all__ = [
     "LOST",
+    "LOST_AFTER",
     "ME",
     "Activity",
     "Lines",
