@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -247,3 +250,20 @@ def fail_on_one() -> None:
 def test_the_pool_tells_which_rank_failed() -> None:
     with pytest.raises(RankError, match=r"^rank 1: (.|\n)*DistributedError"):
         ranks(2).run(fail_on_one)
+
+
+def _listening() -> list[str]:
+    """Addresses on which this process listens, in the hexadecimal of Linux."""
+    mine = set()
+    for fd in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):
+            mine.add(os.readlink(fd).removeprefix("socket:[").removesuffix("]"))
+    rows = [line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]]
+    return [row[1].partition(":")[0] for row in rows if row[3] == "0A" and row[9] in mine]
+
+
+@pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="needs Linux")
+def test_ranks_of_one_machine_listen_on_the_loopback_only() -> None:
+    found = ranks(2).run(_listening)
+    assert found[0]
+    assert {address for one in found for address in one} == {"0100007F"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -113,21 +114,28 @@ def init_process_group(
     mpi.meet()
     backend = backend or ("cuda:nccl,cpu:gloo" if torch.cuda.is_available() else "gloo")
     is_alone = "RANK" not in os.environ or os.environ.get("WORLD_SIZE") == "1"
-    store, rank, world = (dist.HashStore(), 0, 1) if is_alone else _store_of_attempt()  # type: ignore[attr-defined]
+    store, rank, world = (dist.HashStore(), 0, 1) if is_alone else _store(_timeout)  # type: ignore[attr-defined]
     dist.init_process_group(backend, timeout=_timeout, store=store, rank=rank, world_size=world)
     _watch_peers(timeout_s, lost_after_s)
 
 
-def _store_of_attempt() -> tuple[Any, int, int]:
-    """The store by which ranks meet that torchrun has started anew, their number, and how many there are.
+def _store(timeout: timedelta) -> tuple[Any, int, int]:
+    """The store by which the ranks meet, this one's number, and how many there are; none where torch's own is right.
 
-    torchrun keeps one store for all attempts, where gloo would find the addresses of ranks that are gone (torch 2.13).
+    torch's listens on all networks, even where the ranks are on one machine. And torchrun keeps one for all attempts, where
+    gloo would find the addresses of ranks that are gone (torch 2.13).
     """
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    if attempt == "0":
+    if attempt != "0":
+        store, rank, world = next(dist.rendezvous("env://", timeout=timeout))  # type: ignore[attr-defined]
+        return dist.PrefixStore(f"attempt {attempt}", store), rank, world  # type: ignore[attr-defined]
+    address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT", "")
+    if address != "127.0.0.1" or not port.isdigit() or "TORCHELASTIC_USE_AGENT_STORE" in os.environ:
         return None, -1, -1
-    store, rank, world = next(dist.rendezvous("env://", timeout=_timeout))  # type: ignore[attr-defined]
-    return dist.PrefixStore(f"attempt {attempt}", store), rank, world  # type: ignore[attr-defined]
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    door = socket.create_server((address, int(port))).detach() if rank == 0 else None
+    store = dist.TCPStore(address, int(port), world, rank == 0, timeout, master_listen_fd=door)  # type: ignore[attr-defined]
+    return store, rank, world
 
 
 def _watch_peers(stall_s: float, limit_s: float | None = None) -> None:
