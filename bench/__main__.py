@@ -14,7 +14,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from bench import block, decode, load, messages, mlx_decode, mlx_load, pipeline, pipeline_decode, startup
+from bench import block, checkpoint, decode, load, messages, mlx_decode, mlx_load, pipeline, pipeline_decode, startup
 from bench.contest import OnRound
 from bench.ranks import RankError, Ranks
 from bench.report import show, write_docs
@@ -27,6 +27,7 @@ COMPARISONS = {
     "pipeline": pipeline.run,
     "pipeline-decode": pipeline_decode.run,
     "load": load.run,
+    "checkpoint": checkpoint.run,
     "startup": startup.run,
     "mlx-decode": mlx_decode.run,
     "mlx-load": mlx_load.run,

@@ -17,6 +17,7 @@ from partita.checkpoint.manifest import (
     Manifest,
     check_contents,
     check_sizes,
+    deal,
     digest,
     digests,
     read_manifest,
@@ -102,6 +103,25 @@ def test_one_of_the_readers_finds_what_is_changed(folder: Path) -> None:
             found.append(str(error))
     assert len(found) == 1
     assert "config.json" in found[0]
+
+
+def test_files_are_dealt_out_by_their_size() -> None:
+    sizes = {"a": 7, "b": 6, "c": 5, "d": 4, "e": 1}
+    assert [deal(sizes, parts) for parts in (1, 2, 3, 6)] == [
+        [["a", "b", "c", "d", "e"]],
+        [["a", "d", "e"], ["b", "c"]],
+        [["a"], ["b", "e"], ["c", "d"]],
+        [["a"], ["b"], ["c"], ["d"], ["e"], []],
+    ]  # fmt: skip
+
+
+@given(st.dictionaries(st.text(max_size=3), st.integers(0, 1000)), st.integers(1, 9))
+def test_every_file_is_dealt_to_one_and_none_has_much_more(sizes: dict[str, int], parts: int) -> None:
+    dealt = deal(sizes, parts)
+    assert sorted(name for mine in dealt for name in mine) == sorted(sizes)
+    assert deal(dict(reversed(sizes.items())), parts) == dealt
+    loads = [sum(sizes[name] for name in mine) for mine in dealt]
+    assert max(loads) - min(loads) <= max(sizes.values(), default=0)
 
 
 @pytest.mark.parametrize(

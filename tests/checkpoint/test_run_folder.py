@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from partita.checkpoint.find import find_model
@@ -39,6 +39,7 @@ def test_keep(tmp_path: Path) -> None:
     assert os.readlink(tmp_path / "latest") == "step-000040"
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 10**7), unique=True, min_size=1, max_size=6), st.integers(1, 4))
 def test_the_newest_stay_whatever_the_order(
     tmp_path_factory: pytest.TempPathFactory, steps: list[int], keep: int
@@ -85,6 +86,58 @@ def test_what_a_killed_run_has_left_is_removed(tmp_path: Path) -> None:
     (run.path / ".mine").mkdir()
     run.begin()
     assert sorted(os.listdir(run.path)) == [".mine", "config.json", "latest", "step-000003"]
+
+
+def killed_before_the_link(run: RunFolder, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint is in its place, and nothing behind that was done."""
+
+    def kill(self: RunFolder, place: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "_point_to", kill)
+        with pytest.raises(KeyboardInterrupt):
+            publish(run, step)
+
+
+def finish_at(run: RunFolder, step: int, seconds: float) -> None:
+    """Let a checkpoint have been finished so long after its run's link was made."""
+    at = (run.path / "latest").lstat().st_mtime + seconds
+    os.utime(run.step_folder(step) / MANIFEST_NAME, (at, at))
+
+
+def test_a_link_that_a_killed_run_has_left_behind_is_mended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = RunFolder(tmp_path)
+    publish(run, 3)
+    killed_before_the_link(run, 6, monkeypatch)
+    finish_at(run, 6, 60)
+    assert run.newest() == run.step_folder(3)  # the older one, which is whole
+    run.begin()
+    assert run.newest() == run.step_folder(6)
+    assert os.readlink(tmp_path / "latest") == "step-000006"
+
+
+def test_a_run_that_was_killed_before_its_first_link_gets_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = RunFolder(tmp_path)
+    killed_before_the_link(run, 3, monkeypatch)
+    assert run.newest() == run.step_folder(3)
+    run.begin()
+    assert os.readlink(tmp_path / "latest") == "step-000003"
+    assert (tmp_path / "config.json").exists()
+
+
+def test_what_is_not_whole_or_of_an_earlier_attempt_is_not_linked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RunFolder(tmp_path)
+    publish(run, 9)
+    publish(run, 3)
+    finish_at(run, 9, -60)
+    killed_before_the_link(run, 6, monkeypatch)
+    finish_at(run, 6, 60)
+    (run.step_folder(6) / "config.json").unlink()
+    run.begin()
+    assert os.readlink(tmp_path / "latest") == "step-000003"
 
 
 def test_without_a_link_the_last_is_the_newest(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from partita.checkpoint.run_folder import RunFolder
 from partita.checkpoint.write import FilePlan, plan_files
 from partita.errors import CheckpointError
 from partita.training import TrainSettings
-from partita.training.background import Part
+from partita.training.background import Job, Part
 from partita.training.resume import newest_whole
 from partita.training.saving import OPTIMIZER, Saver, SaveReport, Saves
 from partita.training.state import TrainingState
@@ -232,13 +232,29 @@ def test_data_that_changes_while_it_is_written_makes_no_checkpoint(tmp_path: Pat
     """A file that grows behind the writer's back: its size is not the plan's."""
 
     def grow(partial: Path, rows: Rows) -> None:
-        with (partial / "optimizer.safetensors").open("ab") as file:
+        with (partial / "model.safetensors").open("ab") as file:
             file.write(b"more")
 
-    # The writer takes the last part first, which is of the optimizer: it has its file open when the second is taken.
+    # The writer begins with the weights: it has their file open when it takes the second part.
     acts = iter([lambda partial, rows: None, grow])
     errors = failing(1, 0, tmp_path, lambda partial, rows: next(acts)(partial, rows))
-    assert "optimizer.safetensors: was changed while it was written" in errors[0]
+    assert "model.safetensors: was changed while it was written" in errors[0]
+
+
+def test_each_rank_begins_at_another_place_of_the_files(tmp_path: Path) -> None:
+    """In the order in which they lie there: of two ranks that write one file each waits for the other in every call."""
+    plan = plan_files([(name, "U8", (4,)) for name in "abcdef"], 8)
+    taken = []
+    for rank in range(3):
+        parts = [Part(name, [[(0, 4)]], memoryview(bytes(4))) for name in "fbdace"]
+        job = Job(RunFolder(tmp_path), 1, None, rank, 3, {MODEL: plan}, parts, {})
+        job._order(list(plan))
+        taken.append("".join(job.parts.pop().name for _ in range(6)))
+    assert taken == [
+        "abcdef",
+        "cdefab",
+        "efabcd",
+    ]  # fmt: skip
 
 
 @contextmanager

@@ -110,7 +110,7 @@ def test_a_launcher_with_another_number_of_ranks(
     config = write(tmp_path_factory.mktemp("tiny"), TINY)
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", world)
-    said = partita("generate", config, "hello", "--tp", "2")
+    said = partita("verify", config, "--tp", "2")
     assert said.code == 2
     assert ("the launcher started 3" if world == "3" else "WORLD_SIZE") in said.err
     assert said.err.count("\n") == 1

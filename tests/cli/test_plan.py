@@ -154,7 +154,9 @@ def test_a_hub_id_without_the_hub(partita: Run, monkeypatch: pytest.MonkeyPatch)
 def test_a_plan_that_cannot_be_written(partita: Run, tmp_path: Path) -> None:
     said = partita("plan", write(tmp_path, TINY), "--save", str(tmp_path / "no" / "such" / "plan.json"))
     assert said.code == 2
-    assert said.err == f"error: {tmp_path}/no/such/plan.json: No such file or directory\n"
+    assert said.err == (
+        f"error: --save {tmp_path}/no/such/plan.json cannot be written: there is no folder {tmp_path}/no/such. Make it first.\n"
+    )
 
 
 @pytest.mark.fresh
@@ -228,6 +230,7 @@ def test_the_plan_of_mlx_is_the_one_that_loads(partita: Run, tmp_path: Path) -> 
     import mlx.core as mx
 
     from partita.core.mesh import Mesh
+    from partita.mlx.config import read_mlx_config
     from partita.mlx.hub import build, quantize
     from partita.mlx.load import shard
     from partita.mlx.probe import fill, plan_of_model
@@ -241,6 +244,7 @@ def test_the_plan_of_mlx_is_the_one_that_loads(partita: Run, tmp_path: Path) -> 
     file = tmp_path / "plan.json"
     assert partita("plan", write(tmp_path, config), "--engine", "mlx", "--save", str(file)).code == 0
     plan = Plan.from_json(file.read_text())
+    config = read_mlx_config(config)
     model = fill(build(config), mx.float32)
     quantize(model, config)
     assert plan == plan_of_model(model, Mesh(), config=plan.spec.config)

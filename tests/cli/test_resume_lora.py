@@ -180,3 +180,19 @@ def test_a_base_that_is_gone_or_another(partita: Run, place: Path, run: Path, tm
         assert (said.code, said.out) == (2, "")
         assert message in said.err
         assert said.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("engine", ["torch", "mlx"])
+def test_adapters_are_put_on_to_generate(engine: str, partita: Run, place: Path, run: Path) -> None:
+    if engine == "mlx":
+        pytest.importorskip("mlx_lm")
+    asks = ["import", "--max-new-tokens", "6", "--json", "--engine", engine]
+    merged = partita("generate", str(run), *asks)
+    for folder in ("adapters", "step-000008"):
+        apart = partita("generate", str(place / "base"), "--adapters", str(run / folder), *asks)
+        assert (merged.code, apart.code) == (0, 0), merged.err + apart.err
+        assert json.loads(merged.out)["generations"] == json.loads(apart.out)["generations"]
+    (run / "model.safetensors").unlink()
+    unmerged = partita("generate", str(run), *asks)
+    assert unmerged.code == 2
+    assert f"holds adapters, and no model. Give the model, and --adapters {run}/step-000008" in unmerged.err

@@ -41,7 +41,8 @@ def train(tmp_path: Path) -> list[str]:
         "--json",
     ]
     config = write(tmp_path, TINY)
-    return ["-m", "partita", "train", "--config", config, "--data", str(text), *options, "--save-every", "20", "--dtype", "float64"]
+    options += ["--save-every", "20", "--dtype", "float64"]
+    return ["-m", "partita", "train", "--config", config, "--data", str(text), *options]
 
 
 def torchrun(*options: str) -> list[str]:

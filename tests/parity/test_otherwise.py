@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from partita.errors import ModelError
 from partita.mlx import config as mlx_config
+from partita.mlx import hub
 from partita.mlx.compare import main_output
 from partita.mlx.groups import single_groups
 from partita.mlx.load import load
@@ -47,3 +48,20 @@ def test_it_is_refused_and_would_differ(
 
 def test_every_family_of_the_table_is_measured() -> None:
     assert set(mlx_config.COMPUTED_OTHERWISE) == {"glm", "afmoe"}
+
+
+@pytest.mark.parametrize("asked", ["relu", "gelu"])
+def test_an_activation_that_is_not_built_in_is_refused_and_would_differ(
+    asked: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", hidden_act=asked, **SIZES)).eval()
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=f"asks for hidden_act '{asked}', but mlx-lm's model always computes 'silu'"):
+        load(tmp_path, groups=single_groups())
+    monkeypatch.setattr(hub, "check_activation", lambda config, arguments: None)
+    ids = [[3, 1, 4, 1, 5, 9, 2, 6]]
+    with torch.no_grad():
+        want = model(torch.tensor(ids)).logits.numpy()
+    got = np.array(main_output(load(tmp_path, groups=single_groups())(mx.array(ids))))
+    assert np.abs(got - want).max() > 0.01 * np.abs(want).max()

@@ -61,10 +61,12 @@ def open_checkpoint(path: str | os.PathLike[str], *, stem: str = MODEL) -> Check
     Raises CheckpointError if a file is missing or malformed, or if the index and the files do not agree.
     """
     place = Path(path)
-    if not os.path.exists(place):
+    if not os.fspath(path) or not os.path.exists(place):
         raise CheckpointError(f"{place}: there is no such file or folder: give a model's folder or a .safetensors file")
     if not os.path.isdir(place):
         _refuse_pickled(place, [place.name])
+        if place.suffix == ".json":
+            raise CheckpointError(f"{place}: is a config, which has no weights: give the folder that holds both")
         return _merge(place.parent, [place.name])
     index = place / index_name(stem)
     if os.path.exists(index):

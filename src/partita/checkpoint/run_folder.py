@@ -19,7 +19,7 @@ from pathlib import Path
 
 from partita.checkpoint.durable import appear, failing_as, sync, write_whole
 from partita.checkpoint.header import reason
-from partita.checkpoint.manifest import check_sizes, read_manifest
+from partita.checkpoint.manifest import MANIFEST_NAME, check_sizes, read_manifest
 from partita.errors import CheckpointError
 
 LATEST_NAME = "latest"
@@ -68,11 +68,17 @@ class RunFolder:
         link = self.path / LATEST_NAME
         named = _STEP.fullmatch(os.readlink(link)) if link.is_symlink() else None
         folder = self.step_folder(int(named[1]) if named and int(named[1]) in steps else steps[-1])
-        check_sizes(folder, read_manifest(folder))
+        try:
+            check_sizes(folder, read_manifest(folder))
+        except CheckpointError as error:
+            older = [self.step_folder(step) for step in steps if step < int(folder.name.removeprefix("step-"))]
+            raise CheckpointError(
+                f"{error}. {f'Name an older one: {older[-1]}' if older else 'There is no older one'}"
+            ) from error
         return folder
 
     def begin(self) -> None:
-        """Make the folder, and remove what saves that were cut off have left in it. Raises CheckpointError."""
+        """Make the folder, and finish or remove what saves that were cut off have left in it. Raises CheckpointError."""
         with failing_as(self.path, "cannot be made"):
             self.path.mkdir(parents=True, exist_ok=True)
             for name in os.listdir(self.path):
@@ -80,6 +86,7 @@ class RunFolder:
                     shutil.rmtree(self.path / name)
             if not os.access(self.path, os.W_OK | os.X_OK):
                 raise PermissionError(errno.EACCES, "no permission to write", str(self.path))
+            self._mend_latest()
 
     def publish(self, step: int, keep: int | None) -> Path:
         """Give the checkpoint that was written its place, let `latest` lead to it, and remove all but the newest `keep`.
@@ -117,6 +124,27 @@ class RunFolder:
                 return
             os.replace(new, self.path / LATEST_NAME)
             sync(self.path)
+
+    def _mend_latest(self) -> None:
+        """Let `latest` lead to a checkpoint that was finished behind it: its run was killed before it moved the link.
+
+        A later step that is older than the link is of an earlier attempt, and stays aside.
+        """
+        link = self.path / LATEST_NAME
+        pointed_ns = link.lstat().st_mtime_ns if link.is_symlink() else 0
+        finished_ns = {step: self._finished_ns(step) for step in self.steps()}
+        last = max(finished_ns, key=lambda step: finished_ns[step], default=None)
+        if last is not None and finished_ns[last] > pointed_ns:
+            self._point_to(self.step_folder(last))
+
+    def _finished_ns(self, step: int) -> int:
+        """When a checkpoint was finished, in nanoseconds; 0 of one that is not whole."""
+        folder = self.step_folder(step)
+        try:
+            check_sizes(folder, read_manifest(folder))
+            return (folder / MANIFEST_NAME).stat().st_mtime_ns
+        except CheckpointError:
+            return 0
 
     def _remove(self, step: int) -> None:
         """Take a checkpoint out of sight first, so that none is ever seen in part."""

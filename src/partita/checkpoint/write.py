@@ -14,6 +14,7 @@ from types import MappingProxyType, TracebackType
 from partita.checkpoint.header import DTYPE_BITS, TensorInfo, brief, encode_header, reason, tensor_bytes
 from partita.checkpoint.index import MODEL, index_name, weights_name
 from partita.checkpoint.read import Range, byte_runs, flat_bytes
+from partita.checkpoint.window import has_windows, is_short, write_runs
 from partita.errors import CheckpointError
 
 _METADATA = {"format": "pt"}  # transformers refuses files without it
@@ -130,6 +131,7 @@ class Writer:
         self._tensors = {name: info for file in plan for name, info in file.tensors.items()}
         self._sizes_bytes = {file.name: file.size_bytes for file in plan}
         self._fds: dict[str, int] = {}
+        self._with_windows: set[str] = set()
         self._lock = threading.Lock()
 
     def write(self, name: str, ranges_by_dim: Sequence[Sequence[Range]], data: memoryview) -> None:
@@ -149,9 +151,12 @@ class Writer:
         fd = self._open(info.file.name)
         done = 0
         try:
-            for start, run_bytes in runs:
-                _write_all(fd, data[done : done + run_bytes], start)
-                done += run_bytes
+            if is_short(runs) and info.file.name in self._with_windows:
+                write_runs(fd, runs, data)
+            else:
+                for start, run_bytes in runs:
+                    _write_all(fd, data[done : done + run_bytes], start)
+                    done += run_bytes
         except OSError as error:
             raise CheckpointError(
                 f"{self.folder / info.file}: tensor {brief(name)}: cannot be written: {reason(error)}"
@@ -192,7 +197,7 @@ class Writer:
                 return self._fds[name]
             file = self.folder / name
             try:
-                fd = os.open(file, os.O_WRONLY | os.O_CLOEXEC)
+                fd = os.open(file, os.O_RDWR | os.O_CLOEXEC)
             except OSError as error:
                 raise CheckpointError(
                     f"{file}: cannot be opened to write: {reason(error)}: one rank must call create_files first"
@@ -205,6 +210,8 @@ class Writer:
                     "every rank must use the plan that create_files had"
                 )
             self._fds[name] = fd
+            if has_windows(fd):
+                self._with_windows.add(name)
             return fd
 
 

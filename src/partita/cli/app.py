@@ -29,10 +29,18 @@ class _Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except BaseException as error:
+            _tell_value(error)
             code = fail(error, debug=bool(ctx.params.get("debug")))
             if code is None:
                 raise
             raise typer.Exit(code) from None
+
+
+def _tell_value(error: Any) -> None:
+    """Of a value that typer refuses say what was given, where it only says what is wanted."""
+    found: list[dict[str, Any]] = getattr(error.__cause__, "errors", list)()
+    if found and hasattr(error, "message") and repr(given := found[0].get("input")) not in error.message:
+        error.message = f"{error.message.rstrip('.')}, but is {given!r}."
 
 
 app = typer.Typer(

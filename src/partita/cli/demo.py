@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from partita.backends import local_mlx_backend
+from partita.checkpoint.durable import failing_as
 from partita.cli import launch
 from partita.cli.console import out, plural
 from partita.cli.failure import Failure
@@ -93,7 +94,8 @@ class _Story:
         config = self.folder / "config.json"
         if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
             raise CheckpointError(f"--out {self.folder} is there already and not empty. Name a new folder.")
-        self.folder.mkdir(parents=True, exist_ok=True)
+        with failing_as(self.folder, "cannot be made (--out)"):
+            self.folder.mkdir(parents=True, exist_ok=True)
         config.write_text(json.dumps(CONFIG, indent=2) + "\n", encoding="utf-8")
         self._chapter("A plan: which of four ranks holds what of a small Llama, two stages of two tensor ranks each")
         _command("plan", str(config), *SPLIT)

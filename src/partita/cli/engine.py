@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from partita.backends import MLX_BACKENDS
 from partita.cli.rank import Engine
 from partita.errors import ModelError
 
@@ -27,11 +28,21 @@ EngineOption = Annotated[
         show_default=False,
     ),
 ]
+
+
+def _known_backend(name: str | None) -> str | None:
+    known = sorted({"gloo", *MLX_BACKENDS})
+    if name is not None and name not in known:
+        raise typer.BadParameter(f"must be one of {', '.join(known)}, but is {name!r}.")
+    return name
+
+
 BackendOption = Annotated[
     str | None,
     typer.Option(
         "--backend",
         metavar="NAME",
+        callback=_known_backend,
         help="How ranks of this machine talk: gloo or mpi (torch), mpi or ring (mlx).",
         show_default=False,
     ),

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from partita.checkpoint.find import find_model, is_local
+from partita.checkpoint.index import open_checkpoint
 from partita.cli import launch, rank
 from partita.cli.console import err, mesh_name, out, plural, print_json
 from partita.cli.engine import BackendOption, EngineOption, choose_engine
@@ -20,6 +22,7 @@ from partita.cli.options import (
     AsJson,
     Device,
     LayoutText,
+    LostAfter,
     ModelArgument,
     PipelineRanks,
     Replicas,
@@ -30,9 +33,10 @@ from partita.cli.options import (
 from partita.cli.progress import loading
 from partita.core.mesh import Mesh
 from partita.errors import ModelError
+from partita.text import Sampling
 
 if TYPE_CHECKING:
-    from partita.text import Generation, Sampling
+    from partita.text import Generation
 
 SAMPLING = "Sampling"
 
@@ -82,10 +86,22 @@ def generate(
         typer.Option("--stop", metavar="TEXT", help="End where this text appears. Repeatable.", show_default=False),
     ] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Do not end at the model's end token.")] = False,
+    adapters: Annotated[
+        Path | None,
+        typer.Option(
+            "--adapters",
+            metavar="DIR",
+            help="LoRA adapters for the model, in peft's form, as `train --lora-rank` leaves them.",
+            exists=True,
+            file_okay=False,
+            show_default=False,
+        ),
+    ] = None,
     dtype: WeightsDtype = None,
     device: Device = None,
     engine: EngineOption = None,
     backend: BackendOption = None,
+    lost_after: LostAfter = None,
     no_stream: Annotated[bool, typer.Option("--no-stream", help="Print a text when it is complete.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -93,6 +109,9 @@ def generate(
     texts = [*(prompts or []), *map(_read_prompt, prompt_file or [])]
     if not texts:
         raise ModelError('there is no prompt. Give one behind the model ("Once upon a time") or with --prompt-file.')
+    for place, text in enumerate(texts):
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise ModelError(f"prompt {place} is not UTF-8 text: {text!a:.60}.")
     mesh = Mesh(dp=dp, pp=pp, tp=tp)
     name = choose_engine(engine)
     check_early(model, mesh, layout, vpp, engine=name)
@@ -105,12 +124,17 @@ def generate(
         "max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
         "repetition_penalty": repetition_penalty, "seed": seed, "stop": tuple(stop or ()), "ignore_eos": ignore_eos,
     }  # fmt: skip
+    sampling = Sampling(**options)
+    if is_local(model):
+        open_checkpoint(find_model(model))
+    if adapters is not None:
+        from partita.training.adapter_files import read_adapters
+
+        read_adapters(adapters)
     stream = not no_stream and not as_json and len(texts) == 1
 
     def work() -> int:
-        from partita.text import Sampling
-
-        run = _generate(model, mesh, texts, Sampling(**options), name, where, stream)
+        run = _generate(model, adapters, mesh, texts, sampling, name, where, stream)
         if rank.is_first():
             (_print_json if as_json else _print_texts)(run, stream)
         return 0
@@ -141,9 +165,15 @@ class _Run:
 
 
 def _generate(
-    model: str, mesh: Mesh, texts: list[str], sampling: Sampling, name: str, where: dict[str, Any], stream: bool
+    model: str,
+    adapters: Path | None,
+    mesh: Mesh,
+    texts: list[str],
+    sampling: Sampling,
+    name: str,
+    where: dict[str, Any],
+    stream: bool,
 ) -> _Run:
-    from partita.checkpoint.find import find_model
     from partita.text import load_tokenizer
 
     engine: Any = importlib.import_module(f"partita.{name}.generate").generate
@@ -154,6 +184,8 @@ def _generate(
     prompts = [tokenizer.encode(text) for text in texts]
     with loading(f"loading, {mesh_name(mesh)}") as progress:
         split = load(folder, progress=progress, **where)
+    if adapters is not None:
+        importlib.import_module(f"partita.{name}.peft_format").load_adapters(split, adapters)
     loaded_s = time.perf_counter()
     on_text: Callable[[int, str], None] | None = None
     if stream:

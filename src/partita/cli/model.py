@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import socket
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
-from urllib.request import getproxies
 
+from partita.checkpoint.find import hub_is_near, is_local, not_fetched
 from partita.cli.rank import Engine
 from partita.core.layout import Layout
 from partita.core.mesh import Mesh
@@ -85,44 +82,19 @@ def find_config(model: str) -> Path:
     Raises:
         ModelError: It is no folder and no file, and the hub has no such model or cannot be reached.
     """
-    path = Path(model)
-    if path.exists():
-        return path
-    if not looks_like_hub_id(model):
-        raise ModelError(
-            f"{model} does not exist. Give a folder with a config.json, a config file or a hub id (owner/name)."
-        )
+    if is_local(model):
+        return Path(model)
     if find_spec("huggingface_hub") is None:
         raise ModelError(
             f"{model} is no local folder, and huggingface_hub is not installed to look further: pip install 'partita[torch]'"
         )
-    offline = not _hub_is_near()
+    near = hub_is_near()
     from huggingface_hub import hf_hub_download
 
     try:
-        return Path(hf_hub_download(model, "config.json", local_files_only=offline))
+        return Path(hf_hub_download(model, "config.json", local_files_only=not near))
     except Exception as error:
-        line = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-        raise ModelError(
-            f"{model} is no local folder, and it cannot be fetched from the hub: {line[:200]}. "
-            "Give a folder, or a hub id (owner/name) with the network at hand."
-        ) from error
-
-
-def _hub_is_near() -> bool:
-    """Whether the hub's name can be looked up. Where not, huggingface_hub is told (in the ranks too): it tries for long."""
-    if "HF_HUB_OFFLINE" not in os.environ and not getproxies():
-        host = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co")).hostname
-        try:
-            socket.getaddrinfo(host, None)
-        except OSError:
-            os.environ["HF_HUB_OFFLINE"] = "1"
-    return os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("", "0", "false", "no", "off")
-
-
-def looks_like_hub_id(model: str) -> bool:
-    """Whether MODEL, which is not there as a file, can be a model of the hub."""
-    return model.count("/") <= 1 and not model.startswith((".", "/", "~")) and not model.endswith((".json", os.sep))
+        raise not_fetched(model, error) from error
 
 
 def for_mlx(model: str, mesh: Mesh, where: dict[str, Any]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from partita.cli.options import (
     TensorRanks,
     VirtualStages,
 )
+from partita.cli.timeline import check_file
 from partita.core.mesh import Mesh
 from partita.core.plan import Plan
 
@@ -46,6 +47,8 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Show what each rank would hold of a model: layers, parameters, bytes, and how tensors are cut. Needs no weights."""
+    if save is not None:
+        check_file("--save", save)
     name = choose_engine(engine) if engine == EngineName.mlx else "torch"
     made = make_plan(model, Mesh(dp, pp, tp), layout, vpp, engine=name)
     if save is not None:

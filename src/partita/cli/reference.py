@@ -12,7 +12,7 @@ from partita.cli.options import Dtype
 
 
 def reference(
-    folder: Path,
+    folder: Annotated[Path, typer.Argument(exists=True, file_okay=False)],
     prompts: list[str],
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
     dtype: Annotated[Dtype, typer.Option("--dtype")] = Dtype.float32,

@@ -10,6 +10,7 @@ import typer
 
 from partita.cli.console import out, print_json
 from partita.cli.options import AsJson
+from partita.cli.timeline import check_file
 from partita.errors import ScheduleError
 from partita.schedule import (
     KINDS,
@@ -113,6 +114,10 @@ def schedule(
     """
     if as_json and as_csv:
         raise ScheduleError("give --json or --csv, not both.")
+    if image is not None:
+        check_file("--picture", image, ".svg", ".png")
+    if trace is not None:
+        check_file("--trace", trace)
     costs = Costs(_times("--f", f), _times("--b", b), _times("--w", w), comm)
     made = _make(source, kind, pp, microbatches, vpp, group_size)
     if lowered:
@@ -157,6 +162,8 @@ def _read(source: Path) -> Schedule:
         check(made)
     except UnicodeDecodeError as error:
         raise ScheduleError(f"--from {source} is not UTF-8 text: {error.reason} at byte {error.start}.") from None
+    except OSError as error:
+        raise ScheduleError(f"--from {source} cannot be read: {error.strerror}.") from None
     except ScheduleError as error:
         raise ScheduleError(f"--from {source}: {error}") from None
     return made

@@ -11,11 +11,13 @@ from partita.schedule import Timeline, chrome_trace, measured_costs, picture, si
 
 
 def check_file(option: str, file: Path, *suffixes: str) -> None:
-    """Refuse before a run where a picture or trace could not be written after it."""
-    if file.suffix not in suffixes:
+    """Refuse before a run where a file could not be written after it."""
+    if suffixes and file.suffix not in suffixes:
         raise ScheduleError(f"{option} must name a file that ends in {' or '.join(suffixes)}, but is {file}.")
+    if file.is_dir():
+        raise ScheduleError(f"{option} must name a file, but {file} is a folder.")
     if not file.resolve().parent.is_dir():
-        raise ScheduleError(f"{file} cannot be written: there is no folder {file.parent}. Make it first.")
+        raise ScheduleError(f"{option} {file} cannot be written: there is no folder {file.parent}. Make it first.")
 
 
 def show_timeline(measured: Timeline, image: Path | None, trace: Path | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -181,6 +182,8 @@ def train(
     as_json: AsJson = False,
 ) -> None:
     """Train a model split over ranks and save it unsplit, as Hugging Face does."""
+    from partita.training import TrainSettings, texts
+
     mesh = Mesh(dp=dp, pp=pp, tp=tp)
     is_restarted = elastic.goes_on(out_folder)
     if is_restarted:
@@ -210,7 +213,7 @@ def train(
             notes["lora_rank"] = notes["lora_rank"] or read_adapters(found).rank
     else:
         source = _source(config, model)
-    if notes["data"] is None:
+    if not notes["data"]:
         raise ModelError("there is nothing to train on. Give --data: a text file, a folder of them, or `stdlib`.")
     stages = choose(
         mesh, layout, vpp, schedule, batch_size=options["batch_size"], microbatches=microbatches, group_size=group_size
@@ -222,8 +225,8 @@ def train(
     if name == "mlx":
         _check_for_mlx(stages.placement)
         where = for_mlx(source, mesh, where)
-    if notes["data"] != "stdlib" and not Path(notes["data"]).exists():
-        raise ModelError(f"--data {notes['data']}: there is no such file or folder. Give one, or `stdlib`.")
+    for _ in texts(notes["data"]):
+        """What cannot be read is told before ranks start."""
     if not resume:
         _check_saving(out_folder, save_every, keep, no_verify, lora_rank, model)
     if picture is not None:
@@ -231,6 +234,7 @@ def train(
     if trace is not None:
         check_file("--trace", trace, ".json")
     options |= {"checkpointing": checkpointing, "zero": zero, **stages.training}
+    TrainSettings(**options)
     run = TrainRun(
         name, backend, mesh, source, notes["config"] is not None and not resume, notes, where, options, out_folder, resume,
         is_restarted, not no_verify, notes["lora_rank"], as_json,
@@ -249,10 +253,13 @@ def train(
 
 
 def _source(config: str | None, model: str | None) -> str:
-    source = config if model is None else model if config is None else None
-    if source is None:
+    if config is not None and model is not None:
+        raise ModelError(
+            f"--config {config} begins with new weights and --model {model} with a checkpoint. Give one of them."
+        )
+    if not (config or model):
         raise ModelError("give either --config (new weights) or --model (a checkpoint).")
-    return source
+    return config or model or ""
 
 
 def _check_for_mlx(placement: str) -> None:
@@ -290,6 +297,10 @@ def _check_saving(
 def _check_folder(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"--out {folder} is a file. Name a folder, which is made if it is not there.")
+    there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        why = "is not a folder" if not there.is_dir() else "cannot be written to"
+        raise CheckpointError(f"--out {folder} cannot be made, as {there} {why}. Name another folder.")
     weights = sorted(folder.glob("*.safetensors*")) if folder.exists() else []
     if weights:
         raise CheckpointError(

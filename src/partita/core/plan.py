@@ -19,7 +19,7 @@ from partita.core.placement import PLACEMENTS, Placement, home_of, stage_at
 from partita.core.resolve import AttentionPlan, ModulePlan, TensorPlan, resolve
 from partita.core.rules import Rules, rules_for
 from partita.core.split import check_sizes, deal
-from partita.errors import PartitaError, PlanError
+from partita.errors import PlanError
 
 
 @dataclass(frozen=True)
@@ -279,7 +279,7 @@ class Plan:
             facts = plan_data.from_data(data)
             _check_layout(facts.layout, facts.spec)
             return cls(**vars(facts))
-        except PartitaError:
+        except PlanError:
             raise
         except KeyError as error:
             raise PlanError(f"the plan is incomplete: {error!s:.100} is missing. Make it anew.") from error

@@ -16,6 +16,13 @@ Range = tuple[int, int]
 """Start and stop, half open."""
 
 
+def check_sizes(least: int = 1, **sizes: object) -> None:
+    """Raise `PlanError`, which names it, for a size that is no whole number of at least `least`."""
+    for name, size in sizes.items():
+        if type(size) is not int or size < least:
+            raise PlanError(f"{name} must be a whole number of at least {least}, but is {size!r}.")
+
+
 def deal(count: int, parts: int, weights: Sequence[float] | None = None, *, allow_empty: bool = False) -> list[int]:
     """How many of `count` indivisible units each of `parts` ranks gets, in rank order.
 
@@ -120,6 +127,9 @@ class Split:
                 is split by itself and a rank holds its part of each.
             allow_empty: Whether a rank may hold nothing.
         """
+        for name, number in (("size", size), ("parts", parts), ("unit", unit)):
+            if type(number) is not int:
+                raise PlanError(f"{name} must be a whole number, but is {number!r}.")
         if segments is not None:
             if sum(segments) != size or any(length < 1 for length in segments):
                 raise PlanError(f"segments must be positive and add up to {size}, but are {tuple(segments)}.")
@@ -211,6 +221,7 @@ class Split:
 
     def ranges(self, rank: int) -> tuple[Range, ...]:
         """What `rank` holds, in local order."""
+        self._check_rank(rank)
         return self.by_rank[rank]
 
     @cached_property
@@ -220,7 +231,12 @@ class Split:
 
     def local_size(self, rank: int) -> int:
         """Elements that `rank` holds."""
+        self._check_rank(rank)
         return self.local_sizes[rank]
+
+    def _check_rank(self, rank: int) -> None:
+        if not 0 <= rank < self.parts:
+            raise PlanError(f"rank must be in [0, {self.parts}), but is {rank!r}.")
 
     def owner(self, index: int) -> int:
         """The rank that owns element `index`: the lowest of those that hold it."""

@@ -7,6 +7,7 @@ except ModuleNotFoundError as error:
         "partita.mlx needs MLX, which is not installed: pip install 'partita[mlx]'", name="mlx"
     ) from error
 
+from partita.mlx.adapt import add_lora, merge_lora
 from partita.mlx.auto import pipeline_auto_parallel
 from partita.mlx.checked import CheckedCommunicator
 from partita.mlx.comm import Communicator
@@ -18,6 +19,7 @@ from partita.mlx.linear import ColumnParallelLinear, RowParallelLinear
 from partita.mlx.load import load, shard
 from partita.mlx.loss import vocab_parallel_cross_entropy
 from partita.mlx.mappings import all_gather, copy_to, gather_from, reduce_from, reduce_scatter, scatter_to
+from partita.mlx.peft_format import load_adapters, save_adapters
 from partita.mlx.pipeline import Pipeline
 from partita.mlx.save import save
 from partita.mlx.sharded import (
@@ -49,6 +51,7 @@ __all__ = [
     "StepReport",
     "TrainSettings",
     "VocabParallelEmbedding",
+    "add_lora",
     "all_gather",
     "copy_to",
     "fresh",
@@ -56,11 +59,14 @@ __all__ = [
     "generate",
     "init",
     "load",
+    "load_adapters",
     "make_groups",
+    "merge_lora",
     "pipeline_auto_parallel",
     "reduce_from",
     "reduce_scatter",
     "save",
+    "save_adapters",
     "scatter_to",
     "shard",
     "shard_inplace",

@@ -57,6 +57,8 @@ def pipeline_auto_parallel(
     slices: list[Any] = comm.all_gather_object((start_layer, end_layer))
     with together(groups):
         spec = spec_of(model)
+        if not spec.layers:
+            raise ModelError(f"no list of layers was found in {type(model).__name__}, so it cannot be cut into stages.")
         counts = _counts(slices, spec.num_layers)
         layout = [[LayerType.decoder] * count for count in counts]
         layout[0] = [LayerType.embedding, *layout[0]]

@@ -13,6 +13,7 @@ import mlx.nn as nn
 
 from partita.core.plan import Plan
 from partita.core.resolve import ModulePlan
+from partita.errors import ModelError
 from partita.mlx.apply import local_ranges, take
 from partita.mlx.groups import ParallelGroups
 from partita.mlx.head import local_logits
@@ -68,9 +69,16 @@ def compare(
     Returns:
         Differences in the order of execution: modules, the outputs, then gradients in the model's order. The same on every
         rank.
+
+    Raises:
+        ModelError: The unsplit model's output holds NaN, to which nothing is equal.
     """
     rank = groups.tp.rank
     expected, reference = _forward(unsplit, inputs)
+    if bool(mx.isnan(reference).any().item()):
+        raise ModelError(
+            "the unsplit model's own output holds NaN, to which nothing is equal. Look at its weights and its dtype."
+        )
     found, output = _forward(split, inputs)
     differences = [
         Difference("module", path, relative_error(whole, found[path]))

@@ -1,20 +1,23 @@
 """A model's config as mlx-lm reads it: what newer versions of transformers write under other keys is put under those it knows.
 
 mlx-lm takes a key that is not there at its own default, which need not be transformers', by which the checkpoint was meant: its
-Llama ties the embeddings, its Qwen2 has another rotary base. So what is not there is filled in. transformers 5 writes `rope_parameters` where there were `rope_theta` and
-`rope_scaling`, so that mlx-lm would compute with another base than the model was trained with, and say nothing.
+Llama ties the embeddings, its Qwen2 has another rotary base. So what is not there is filled in. transformers 5 writes
+`rope_parameters` where there were `rope_theta` and `rope_scaling`, so that mlx-lm would compute with another base than was
+trained, and say nothing.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from partita.checkpoint.index import open_checkpoint
 from partita.core.model_spec import read_config, read_ends, text_config
-from partita.errors import ModelError
+from partita.errors import CheckpointError, ModelError
 
 FORMATS: Mapping[str, dict[str, Any]] = MappingProxyType(
     {
@@ -43,6 +46,7 @@ def read_mlx_config(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
         ModelError: It cannot be read, or it is quantized in a way that mlx-lm must convert first.
     """
     config = _plain(read_config(source))
+    _add_tie(config, source)
     _complete(config)
     _rename(config)
     _add_ends(config, source)
@@ -75,14 +79,34 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
+def _add_tie(config: dict[str, Any], source: str | Path | Mapping[str, Any]) -> None:
+    """Of weights on disk without a word about it, whether there is a head tells whether it is the embedding."""
+    if isinstance(source, Mapping) or not Path(source).is_dir() or "tie_word_embeddings" in text_config(config):
+        return
+    try:
+        names = open_checkpoint(Path(source)).tensors
+    except CheckpointError:
+        return  # a config alone, or weights that will be refused where they are read
+    part: Any = text_config(config)
+    part["tie_word_embeddings"] = not any(_HEAD.search(name) for name in names)
+
+
+_HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output)\.weight$")
+
+
 def _complete(config: dict[str, Any]) -> None:
     """Fill in what the config leaves to transformers' defaults, where transformers knows the family."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers.utils import logging
 
+    told = logging.get_verbosity()
+    logging.set_verbosity_error()
     try:
         whole = _plain(CONFIG_MAPPING[config["model_type"]].from_dict(config).to_dict())
     except Exception:  # it has no such family, or reads the config otherwise than mlx-lm
         return
+    finally:
+        logging.set_verbosity(told)
     _fill(config, whole)
 
 
@@ -173,6 +197,35 @@ def check_rope(config: Mapping[str, Any], arguments: Any) -> None:
             f"the layers of this {config['model_type']} have rotary embeddings of {len(kinds)} kinds, but mlx-lm's model knows "
             "one only, so it would compute something else. Use the torch engine."
         )
+
+
+def check_activation(config: Mapping[str, Any], arguments: Any) -> None:
+    """See that the activation that a config asks for is the one that mlx-lm has built into its model.
+
+    Raises:
+        ModelError: It is another than the family's usual one, and mlx-lm's `arguments` have no place for it.
+    """
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    text = text_config(config)
+    fields = {field.name for field in dataclasses.fields(arguments)} if dataclasses.is_dataclass(arguments) else set()
+    try:
+        usual = CONFIG_MAPPING[text["model_type"]]()
+    except Exception:  # transformers does not know the family
+        return
+    for name in ("hidden_act", "hidden_activation", "activation_function"):
+        asked, known = text.get(name), getattr(usual, name, None)
+        if isinstance(asked, str) and isinstance(known, str) and _alike(asked) != _alike(known) and name not in fields:
+            raise ModelError(
+                f"the config of this {config['model_type']} asks for {name} {asked!r}, but mlx-lm's model always computes "
+                f"{known!r}. Use the torch engine."
+            )
+
+
+def _alike(activation: str) -> str:
+    """Another name of an activation that has several, or one that differs by rounding."""
+    same = {"swish": "silu", "gelu_new": "gelu", "gelu_fast": "gelu", "gelu_pytorch_tanh": "gelu"}
+    return same.get(activation, activation)
 
 
 def _name_quantization(config: dict[str, Any]) -> None:

@@ -10,10 +10,10 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from partita.checkpoint.find import find_model
-from partita.core.mesh import Mesh
 from partita.core.model_spec import read_config
 from partita.core.placement import Placement
-from partita.core.plan import Plan
+from partita.core.plan import Plan, mesh_of
+from partita.core.split import check_sizes
 from partita.errors import ModelError
 from partita.mlx.apply import apply_plan, finish
 from partita.mlx.config import read_mlx_config
@@ -65,7 +65,8 @@ def fresh(
     Raises:
         PartitaError: The model cannot be split so, or saved under the names of transformers, or is to be quantized.
     """
-    mesh = plan.mesh if plan is not None else Mesh(dp, pp, tp)
+    check_sizes(0, seed=seed)
+    mesh = mesh_of(plan, dp, pp, tp)
     groups = groups if groups is not None else make_groups(mesh, backend=backend)
     with together(groups):
         source = find_model(config, weights=False) if isinstance(config, (str, os.PathLike)) else config

@@ -97,6 +97,8 @@ def _check(
     for place, prompt in enumerate(prompts):
         if not prompt:
             raise PlanError(f"prompt {place} is empty: it must have at least one token.")
+        if not all(isinstance(i, int) for i in prompt):
+            raise PlanError(f"prompt {place} must be ids, but is {prompt!r:.60}. tokenizer.encode(text) makes them.")
         strange = [i for i in prompt if not 0 <= i < (vocab_size or 1 << 62)]
         if strange:
             raise PlanError(f"prompt {place} holds the id {strange[0]}, but the model has ids 0 to {vocab_size - 1}.")

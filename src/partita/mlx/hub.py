@@ -25,7 +25,7 @@ from partita.core.model_spec import (
 )
 from partita.core.rules import MLX_PROVEN, MLX_TABLES, MLX_USUAL, Rules, isolated_rules, rules_for
 from partita.errors import ModelError
-from partita.mlx.config import check_family, check_rope
+from partita.mlx.config import check_activation, check_family, check_rope
 from partita.mlx.homes import is_packed, parameter_homes
 from partita.mlx.inner import dense_width, is_quantized
 from partita.mlx.tree import named_modules
@@ -76,6 +76,7 @@ def build(config: Mapping[str, Any]) -> nn.Module:
     cls, arguments = model_classes(config)
     check_family(config)
     check_rope(config, arguments)
+    check_activation(config, arguments)
     try:
         model: nn.Module = cls(arguments.from_dict(copy.deepcopy(dict(config))))
     except (Exception, SystemExit) as error:

@@ -138,6 +138,13 @@ def new_quantized_linear(
     linear.mode = mode
     if inputs % linear.group_size:
         raise PlanError(f"input_dims must be a multiple of group_size ({linear.group_size}), but is {inputs}.")
+    try:
+        mx.quantize(mx.zeros((32, 128)), linear.group_size, linear.bits, mode)
+    except ValueError as error:
+        raise PlanError(
+            f"MLX has no {mode} quantization of group_size {linear.group_size} and bits {linear.bits}. Leave them out for the "
+            "usual ones."
+        ) from error
     scales = outputs, inputs // linear.group_size
     linear.weight = mx.zeros((outputs, inputs * linear.bits // PACKED_BITS), mx.uint32)
     linear.scales = mx.zeros(scales, mx.float32 if mode == "affine" else mx.uint8)

@@ -14,8 +14,7 @@ import numpy as np
 from partita.checkpoint.find import find_model
 from partita.checkpoint.index import Checkpoint, open_checkpoint
 from partita.checkpoint.read import Reader
-from partita.core.mesh import Mesh
-from partita.core.plan import Plan
+from partita.core.plan import Plan, mesh_of
 from partita.errors import CheckpointError, ModelError
 from partita.mlx.apply import apply_plan, finish, local_ranges, take
 from partita.mlx.config import read_mlx_config
@@ -74,7 +73,7 @@ def load(
     Raises:
         PartitaError: The model cannot be split so, or is not whole on disk; on every rank.
     """
-    mesh = plan.mesh if plan is not None else Mesh(dp, pp, tp)
+    mesh = mesh_of(plan, dp, pp, tp)
     groups = groups if groups is not None else make_groups(mesh, backend=backend)
     with together(groups):
         wanted = as_dtype(dtype)
@@ -123,7 +122,9 @@ def shard(
     Raises:
         PartitaError: The model cannot be split so; on every rank.
     """
-    mesh = plan.mesh if plan is not None else Mesh(dp, pp, tp)
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"model must be a module in memory, but is {model!r:.100}. load() takes a folder or a hub id.")
+    mesh = mesh_of(plan, dp, pp, tp)
     groups = groups if groups is not None else make_groups(mesh)
     with together(groups):
         if plan is None:
@@ -216,6 +217,16 @@ def _check_whole(model: nn.Module, sources: Mapping[str, Source], checkpoint: Ch
                 f"tensor {name} has the shape {sources[name].shape} in {checkpoint.folder}, but {tuple(home[attribute].shape)} "
                 "in the model. The config does not belong to this checkpoint."
             )
+        wanted, found = home[attribute].dtype, sources[name].dtype
+        if mx.issubdtype(wanted, mx.floating) != mx.issubdtype(found, mx.floating):
+            raise CheckpointError(
+                f"{checkpoint.folder}: tensor {name} is {_name(found)}, which without its scales is not the model's "
+                f"{_name(wanted)}. Save it dequantized, and load that."
+            )
+
+
+def _name(dtype: mx.Dtype) -> str:
+    return str(dtype).rpartition(".")[2]
 
 
 def _and_more(names: Sequence[str]) -> str:

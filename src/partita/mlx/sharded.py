@@ -14,10 +14,11 @@ from collections.abc import Sequence
 import mlx.core as mx
 import mlx.nn as nn
 
-from partita.core.split import Split
+from partita.core.split import Split, check_sizes
+from partita.errors import ModelError
 from partita.mlx.comm import Communicator
 from partita.mlx.groups import as_communicator
-from partita.mlx.inner import linear_shape, new_linear, new_quantized_linear, quantization_unit
+from partita.mlx.inner import is_quantized, linear_shape, new_linear, new_quantized_linear, quantization_unit
 from partita.mlx.linear import ColumnParallelLinear, RowParallelLinear, paired_unit
 from partita.mlx.segments import Segments, segment_split
 
@@ -39,6 +40,7 @@ class AllToShardedLinear(ColumnParallelLinear):
         Raises:
             PlanError: There are fewer outputs than ranks.
         """
+        check_sizes(input_dims=input_dims, output_dims=output_dims)
         comm = as_communicator(group)
         split = Split.even(output_dims, comm.size)
         ((start, stop),) = split.ranges(comm.rank)
@@ -99,6 +101,7 @@ class QuantizedAllToShardedLinear(ColumnParallelLinear):
         Raises:
             PlanError: There are fewer outputs than ranks, or the quantization is none of MLX's.
         """
+        check_sizes(input_dims=input_dims, output_dims=output_dims)
         comm = as_communicator(group)
         split = Split.even(output_dims, comm.size)
         rows = split.local_size(comm.rank)
@@ -114,6 +117,7 @@ class QuantizedAllToShardedLinear(ColumnParallelLinear):
         group: Group = None,
     ) -> QuantizedAllToShardedLinear:
         """This rank's outputs of an unsplit `nn.QuantizedLinear`, as `AllToShardedLinear.from_linear`."""
+        _check_quantized(quantized_linear_layer)
         return cls._cut(quantized_linear_layer, *outputs_of(quantized_linear_layer, segments, sizes, group))
 
 
@@ -132,6 +136,7 @@ class ShardedToAllLinear(RowParallelLinear):
         Raises:
             PlanError: There are fewer inputs than ranks.
         """
+        check_sizes(input_dims=input_dims, output_dims=output_dims)
         comm = as_communicator(group)
         split = Split.even(input_dims, comm.size)
         ((start, stop),) = split.ranges(comm.rank)
@@ -171,6 +176,7 @@ class QuantizedShardedToAllLinear(RowParallelLinear):
         Raises:
             PlanError: There are fewer quantization groups than ranks, or the quantization is none of MLX's.
         """
+        check_sizes(input_dims=input_dims, output_dims=output_dims)
         comm = as_communicator(group)
         unit = quantization_unit(new_quantized_linear(0, 0, False, group_size, bits, mode))
         split = Split.even(input_dims, comm.size, unit=unit)
@@ -188,7 +194,13 @@ class QuantizedShardedToAllLinear(RowParallelLinear):
         group: Group = None,
     ) -> QuantizedShardedToAllLinear:
         """This rank's inputs of an unsplit `nn.QuantizedLinear`, in whole groups, as `AllToShardedLinear.from_linear`."""
+        _check_quantized(quantized_linear_layer)
         return cls._cut(quantized_linear_layer, *inputs_of(quantized_linear_layer, segments, sizes, group))
+
+
+def _check_quantized(linear: nn.Module) -> None:
+    if not isinstance(linear, nn.Module) or not is_quantized(linear):
+        raise ModelError(f"{type(linear).__name__} is not quantized. from_linear takes plain layers.")
 
 
 def outputs_of(

@@ -85,6 +85,8 @@ def shard_inplace(
         if cut is None:
             continue
         axis, fused = cut if isinstance(cut, tuple) else (cut, 1)
+        if not -parameter.ndim <= axis < parameter.ndim:
+            raise PlanError(f"{path} has {parameter.ndim} axes, but sharding gives axis {axis} for it.")
         prefix, _, name = path.rpartition(".")
         parts.append((path, _part(owners.get(prefix), name, parameter, axis, fused, comm)))
     module.update(tree_unflatten(parts))

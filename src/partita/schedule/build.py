@@ -30,6 +30,9 @@ KINDS: dict[str, str] = {
 }
 """The kinds of schedules, each in a line."""
 
+MAX_PASSES = 2_000_000
+"""Micro-batches times stages at most: such a schedule takes about a gigabyte."""
+
 _SEVERAL = {"interleaved-1f1b": 2, "zb-v": 2, "forward-only": 1}  # default vpp of kinds that may have more than 1
 
 
@@ -79,6 +82,11 @@ def check_kind(kind: str, pp: int, microbatches: int, vpp: int | None = None, gr
     if group_size is not None and group_size < pp:
         raise ScheduleError(
             f"group_size must be at least pp ({pp}), or ranks would wait for their own outputs, but is {group_size}."
+        )
+    if (passes := pp * vpp_of(kind, vpp) * microbatches) > MAX_PASSES:
+        raise ScheduleError(
+            f"pp x vpp x microbatches must come to at most {MAX_PASSES:,}, but {pp} x {vpp_of(kind, vpp)} x {microbatches} is "
+            f"{passes:,}. Use fewer microbatches."
         )
 
 

@@ -41,18 +41,33 @@ class Sampling:
 
     def __post_init__(self) -> None:
         rules: tuple[tuple[str, bool, str], ...] = (
-            ("max_new_tokens", type(self.max_new_tokens) is int and self.max_new_tokens >= 1, "at least 1"),
-            ("temperature", 0 <= self.temperature < math.inf, "at least 0"),
-            ("top_k", type(self.top_k) is int and self.top_k >= 0, "at least 0 (0 for all)"),
-            ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
-            ("min_p", 0 <= self.min_p <= 1, "in [0, 1]"),
-            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "more than 0 (1 for none)"),
+            ("max_new_tokens", _is_whole(self.max_new_tokens, 1), "a whole number of at least 1"),
+            ("temperature", _is_in(self.temperature, 0, math.inf), "a finite number of at least 0 (0 is greedy)"),
+            ("top_k", _is_whole(self.top_k), "a whole number of at least 0 (0 for all)"),
+            ("top_p", _is_in(self.top_p, 0, 1) and self.top_p > 0, "in (0, 1] (1 for all)"),
+            ("min_p", _is_in(self.min_p, 0, 1), "in [0, 1] (0 for all)"),
+            (
+                "repetition_penalty",
+                _is_in(self.repetition_penalty, 0, math.inf) and self.repetition_penalty > 0,
+                "a finite number of more than 0 (1 for none)",
+            ),
+            ("seed", _is_whole(self.seed), "a whole number of at least 0"),
         )
         for name, ok, rule in rules:
             if not ok:
                 raise PlanError(f"{name} must be {rule}, but is {getattr(self, name)!r}.")
-        if "" in self.stop:
-            raise PlanError("stop must hold texts of at least one character.")
+        stop: object = self.stop
+        if isinstance(stop, str) or not all(isinstance(text, str) and text for text in self.stop):
+            raise PlanError(f"stop must hold texts of at least one character, as in ('END',), but is {self.stop!r}.")
+
+
+def _is_whole(value: object, least: int = 0) -> bool:
+    return type(value) is int and value >= least
+
+
+def _is_in(value: object, low: float, high: float) -> bool:
+    """Whether it is a finite number from `low` to `high`."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high and value < math.inf
 
 
 @dataclass(frozen=True)

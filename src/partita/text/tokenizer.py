@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,9 @@ from typing import Any
 from partita.errors import CheckpointError
 
 END_OF_TEXT = "<|endoftext|>"
+
+_OF_READING = ("is_local", "local_files_only")
+"""What transformers notes of where a tokenizer was read from, which is nothing of the tokenizer's."""
 
 
 class Tokenizer:
@@ -38,6 +42,12 @@ class Tokenizer:
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write it as transformers does, so that `AutoTokenizer` reads it."""
         self.inner.save_pretrained(folder)
+        file = Path(folder) / "tokenizer_config.json"
+        config = json.loads(file.read_text(encoding="utf-8"))
+        if any(config.pop(name, None) is not None for name in _OF_READING):
+            for name in _OF_READING:
+                config.pop(name, None)
+            file.write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def byte_tokenizer() -> Tokenizer:
@@ -79,5 +89,6 @@ def load_tokenizer(folder: str | os.PathLike[str], *, trust_remote_code: bool = 
     try:
         inner = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:
-        raise CheckpointError(f"the tokenizer in {path} cannot be read: {error}") from error
+        why = " ".join(str(error).split()) or type(error).__name__
+        raise CheckpointError(f"the tokenizer in {path} cannot be read: {why[:300]}") from error
     return Tokenizer(inner)

@@ -23,7 +23,7 @@ from partita.torch.linear import ColumnParallelLinear, RowParallelLinear
 from partita.torch.load import load, shard
 from partita.torch.lora import LoraLinear
 from partita.torch.loss import vocab_parallel_cross_entropy
-from partita.torch.peft_format import save_adapters
+from partita.torch.peft_format import load_adapters, save_adapters
 from partita.torch.pipeline import Pipeline
 from partita.torch.save import save
 from partita.torch.seed import mp_copy, mp_gather, mp_reduce, mp_scatter
@@ -56,6 +56,7 @@ __all__ = [
     "initialize_model_parallel_affine_weight_",
     "initialize_parallelism",
     "load",
+    "load_adapters",
     "load_tokenizer",
     "load_tokens",
     "make_groups",

@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from partita.core.plan import Plan
 from partita.core.resolve import ModulePlan
+from partita.errors import ModelError
 from partita.torch.apply import local_tensors
 from partita.torch.comm import Communicator
 from partita.torch.groups import ParallelGroups
@@ -73,6 +74,9 @@ def compare(
     Returns:
         Differences in the order of execution: modules, the output, then gradients in the model's order. The same on every
         rank.
+
+    Raises:
+        ModelError: The unsplit model's output holds NaN, to which nothing is equal.
     """
     for model in (unsplit, split):
         model.zero_grad(set_to_none=True)
@@ -80,6 +84,10 @@ def compare(
     found: dict[str, float] = {}
     with _watch(unsplit, plan, lambda path, out: expected.setdefault(path, out.clone())):
         reference = main_output(unsplit(**inputs))
+    if bool(reference.isnan().any()):
+        raise ModelError(
+            "the unsplit model's own output holds NaN, to which nothing is equal. Look at its weights and its dtype."
+        )
     with _watch(split, plan, lambda path, out: _note(path, out, expected, found, plan, groups.mp.comm)):
         output = main_output(split(**inputs))
     modules = [Difference("module", path, error) for path, error in found.items()]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from partita.core.split import Split
+from partita.core.split import Split, check_sizes
 from partita.errors import ModelError, PlanError
 from partita.torch.comm import Communicator
 from partita.torch.groups import parallel_group_info
@@ -64,6 +64,7 @@ class ParallelEmbedding(nn.Module):
             PlanError: There are fewer columns than ranks, `padding_idx` is no row, or `norm_type` is not positive.
         """
         super().__init__()
+        check_sizes(num_embeddings=num_embeddings, embedding_dim=embedding_dim)
         if padding_idx is not None and not -num_embeddings <= padding_idx < num_embeddings:
             raise PlanError(f"padding_idx must be in [{-num_embeddings}, {num_embeddings}), but is {padding_idx}.")
         if not norm_type > 0:

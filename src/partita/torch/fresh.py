@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from partita.checkpoint.find import find_model
-from partita.core.mesh import Mesh
 from partita.core.placement import Placement
-from partita.core.plan import Plan
+from partita.core.plan import Plan, mesh_of
+from partita.core.split import check_sizes
 from partita.torch.apply import apply_plan
 from partita.torch.finish import finish
 from partita.torch.groups import ParallelGroups, init_process_group, make_groups
@@ -59,7 +59,8 @@ def fresh(
         PartitaError: The model cannot be split so, or does not say how a tensor of it begins.
     """
     init_process_group()
-    mesh = plan.mesh if plan is not None else Mesh(dp, pp, tp)
+    check_sizes(0, seed=seed)
+    mesh = mesh_of(plan, dp, pp, tp)
     groups = groups if groups is not None else make_groups(mesh)
     with together(groups):
         source = find_model(config, weights=False) if isinstance(config, (str, os.PathLike)) else config

@@ -104,9 +104,17 @@ def init_process_group(
 
     Does nothing where a process group is there already. `backend` is gloo on CPU and NCCL on CUDA unless given; the other
     arguments are those of `init_parallelism`.
+
+    Raises:
+        DistributedError: A process group is there, of another backend than is asked for.
     """
     global _timeout
     if dist.is_initialized():
+        there = dist.get_backend_config()
+        if backend is not None and backend not in (dist.get_backend(), there):
+            raise DistributedError(
+                f"backend is {backend!r}, but torch.distributed is initialized already, with {there}. Leave it out."
+            )
         return
     _timeout = timedelta(seconds=timeout_s)
     if torch.cuda.is_available():

@@ -13,7 +13,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from partita.core.model_spec import ModelSpec, TensorSpec, config_number, find_layers, spec_from_tensors, text_config
+from partita.core.model_spec import (
+    ModelSpec,
+    TensorSpec,
+    check_architectures,
+    check_layers,
+    config_number,
+    find_layers,
+    spec_from_tensors,
+    text_config,
+)
 from partita.core.rules import Rules, isolated_rules, rules_for
 from partita.errors import ModelError
 
@@ -33,6 +42,10 @@ def read_hf_config(source: str | os.PathLike[str] | Mapping[str, Any] | Any, *, 
 
     if isinstance(source, PretrainedConfig):
         return copy.deepcopy(source)
+    if not isinstance(source, (str, os.PathLike, Mapping)):
+        raise ModelError(
+            f"config must be a file, a folder, plain data or transformers' config, but is {source!r:.100}."
+        )
     try:
         if isinstance(source, Mapping):
             return AutoConfig.for_model(**dict(source))
@@ -81,6 +94,8 @@ def build_on_meta(config: Any, dtype: torch.dtype | None = None, cls: Any = None
 
     float64 takes the plain implementation of experts, since the grouped ones have no float64.
     """
+    check_layers(getattr(config, "num_hidden_layers", None))
+    check_architectures(getattr(config, "architectures", None))
     cls = cls if cls is not None else model_class(config)
     if dtype == torch.float64:
         config._experts_implementation = "eager"

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from partita.core.split import Split
+from partita.core.split import Split, check_sizes
 from partita.errors import PlanError
 from partita.torch.groups import parallel_group_info
 
@@ -70,11 +70,15 @@ def initialize_model_parallel_affine_weight_(
         rank, world_size = group.rank, group.world_size
     if partition_dim not in (0, 1):
         raise PlanError(f"partition_dim must be 0 or 1, but is {partition_dim}.")
+    check_sizes(out_features=out_features, in_features=in_features)
     split = strided_split((out_features, in_features)[partition_dim], world_size, stride)
     if split.local_size(rank) != per_partition_size:
         raise PlanError(
             f"per_partition_size must be {split.local_size(rank)} on rank {rank} of {world_size}, but is {per_partition_size}."
         )
+    shape = (per_partition_size, in_features) if partition_dim == 0 else (out_features, per_partition_size)
+    if weight.shape != shape:
+        raise PlanError(f"weight must be {shape} on rank {rank} of {world_size}, but is {tuple(weight.shape)}.")
     init_affine_(weight, (out_features, in_features), partition_dim, split.ranges(rank), init_type)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from partita.core.split import Split
+from partita.core.split import Split, check_sizes
 from partita.errors import PlanError
 from partita.torch.comm import Communicator
 from partita.torch.groups import parallel_group_info
@@ -133,6 +133,7 @@ class ColumnParallelLinear(_ShardedLinear):
             PlanError: There are fewer outputs than ranks, or `stride` does not divide them.
         """
         super().__init__()
+        check_sizes(in_features=in_features, out_features=out_features)
         comm = _default_comm(group)
         split = strided_split(out_features, comm.size, stride)
         mine = split.ranges(comm.rank)
@@ -296,6 +297,7 @@ class RowParallelLinear(_ShardedLinear):
             PlanError: There are fewer inputs than ranks, or `stride` does not divide them.
         """
         super().__init__()
+        check_sizes(in_features=in_features, out_features=out_features)
         comm = _default_comm(group)
         split = strided_split(in_features, comm.size, stride)
         inner = empty_linear(split.local_size(comm.rank), out_features, bias=False, device=device, dtype=dtype)

@@ -7,6 +7,7 @@ import ctypes
 import math
 import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,15 +18,16 @@ from partita.checkpoint.header import TensorInfo
 from partita.checkpoint.index import Checkpoint, open_checkpoint
 from partita.checkpoint.read import Reader
 from partita.core.mesh import Mesh
+from partita.core.model_spec import read_ends
 from partita.core.placement import Placement
-from partita.core.plan import Plan
+from partita.core.plan import Plan, mesh_of
 from partita.core.resolve import TensorPlan
 from partita.errors import CheckpointError, ModelError
 from partita.peers import doing
 from partita.torch.apply import apply_plan
 from partita.torch.finish import finish
 from partita.torch.groups import ParallelGroups, init_process_group, make_groups
-from partita.torch.hub import build_on_meta, read_hf_config
+from partita.torch.hub import build_on_meta, quiet, read_hf_config
 from partita.torch.materialize import materialize
 from partita.torch.mtp import attach_mtp
 from partita.torch.names import Source, convert_whole, sources_for_reading
@@ -87,13 +89,14 @@ def load(
         PartitaError: The model cannot be split so, or is not whole on disk; on every rank.
     """
     init_process_group()
-    mesh = plan.mesh if plan is not None else Mesh(dp, pp, tp)
+    mesh = mesh_of(plan, dp, pp, tp)
     groups = groups if groups is not None else make_groups(mesh)
     with together(groups):
         folder = find_model(model)
         checkpoint = open_checkpoint(folder)
         config = read_hf_config(folder, trust_remote_code=trust_remote_code)
         built = build_on_meta(config, as_dtype(dtype))
+        _read_generation_config(built, folder)
         plan = choose_plan(built, plan, mesh, layout, vpp, placement)
         attach_mtp(built, plan)
         shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
@@ -136,7 +139,9 @@ def shard(
     Raises:
         PartitaError: The model cannot be split so; on every rank.
     """
-    mesh = plan.mesh if plan is not None else Mesh(dp, pp, tp)
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"model must be a module in memory, but is {model!r:.100}. load() takes a folder or a hub id.")
+    mesh = mesh_of(plan, dp, pp, tp)
     groups = groups if groups is not None else make_groups(mesh)
     with together(groups):
         plan = choose_plan(model, plan, mesh, layout, vpp, placement)
@@ -161,6 +166,21 @@ def choose_plan(
         prove_unless_proven(model, plan)
     prove_stages(model, plan)
     return plan
+
+
+def _read_generation_config(model: nn.Module, folder: Path) -> None:
+    """Give a model what lies beside it of how to generate: which ids end a text. Raises `ModelError` where it is malformed."""
+    read_ends(folder)
+    if getattr(model, "generation_config", None) is None or not (folder / "generation_config.json").is_file():
+        return
+    from transformers import GenerationConfig
+
+    try:
+        with quiet():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+    except Exception as error:
+        why = " ".join(str(error).split()) or type(error).__name__
+        raise ModelError(f"{folder}/generation_config.json cannot be read: {why[:300]}") from error
 
 
 def _check_readable(config: Any, plan: Plan, checkpoint: Checkpoint, unused: list[str]) -> None:
@@ -217,7 +237,9 @@ def as_device(device: torch.device | str | None) -> torch.device:
                 f"{str(device)!r}. Leave it out for the usual one."
             ) from error
         if found.type == "meta":
-            raise ModelError("device must be one with memory for weights, but is 'meta'. Leave it out for the usual one.")
+            raise ModelError(
+                "device must be one with memory for weights, but is 'meta'. Leave it out for the usual one."
+            )
         return found
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
@@ -271,7 +293,8 @@ class CheckpointFill:
         """Read ranges of a tensor on disk into a view of a local one, a chunk of its first dim at a time."""
         info = self.infos[name]
         dtype = _dtype(info)
-        if dtype.itemsize == 1 and dtype != there.dtype:
+        is_other_kind = dtype.itemsize == 1 or dtype.is_floating_point != there.dtype.is_floating_point
+        if is_other_kind and dtype != there.dtype:
             raise CheckpointError(
                 f"{info.file}: tensor {name} is {info.dtype}, which without its scales is not the model's {there.dtype}. "
                 "Save it dequantized, and load that."

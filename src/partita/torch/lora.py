@@ -49,6 +49,8 @@ class LoraLinear(nn.Module):
         super().__init__()
         if type(rank) is not int or rank < 1:
             raise ModelError(f"the rank of LoRA must be a whole number of at least 1, but is {rank!r}.")
+        if alpha is not None and not math.isfinite(alpha):
+            raise ModelError(f"the alpha of LoRA must be a finite number, but is {alpha!r}.")
         weight: Tensor = base_layer.weight  # type: ignore[assignment]
         out_features, in_features = weight.shape[::-1] if hasattr(base_layer, "nf") else weight.shape
         self.base_layer = base_layer.requires_grad_(False)

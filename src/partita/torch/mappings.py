@@ -144,13 +144,13 @@ def copy_to(x: Tensor, comm: Communicator, op: Any = dist.ReduceOp.SUM) -> Tenso
     """
     if comm.size == 1:
         return x
-    entered: Tensor = _Copy.apply(x, comm) if _checked(op) == dist.ReduceOp.SUM else _CopyOnce.apply(x, comm, op)
+    entered: Tensor = _Copy.apply(x, comm) if check_op(op) == dist.ReduceOp.SUM else _CopyOnce.apply(x, comm, op)
     return entered
 
 
 def reduce_from(x: Tensor, comm: Communicator, op: Any = dist.ReduceOp.SUM) -> Tensor:
     """Leave a split region: forward reduces over the ranks, backward as it is. Shape `(*)` to `(*)`; `x` is not changed."""
-    return x if comm.size == 1 else _Reduce.apply(x, comm, _checked(op))
+    return x if comm.size == 1 else _Reduce.apply(x, comm, check_op(op))
 
 
 def reduce_from_(x: Tensor, comm: Communicator) -> Tensor:
@@ -164,31 +164,33 @@ def reduce_from_(x: Tensor, comm: Communicator) -> Tensor:
 
 def scatter_to(x: Tensor, comm: Communicator, dim: int = -1, sizes: Sizes = None) -> Tensor:
     """Each rank its part: `[..., sum(sizes), ...]` to `[..., sizes[rank], ...]`. Backward gathers."""
-    return x if comm.size == 1 else _Scatter.apply(x, comm, dim, _whole_sizes(x, comm, dim, sizes))
+    return x if comm.size == 1 else _Scatter.apply(x, comm, dim, whole_sizes(x, comm, dim, sizes))
 
 
 def gather_from(x: Tensor, comm: Communicator, dim: int = -1, sizes: Sizes = None) -> Tensor:
     """The parts together: `[..., sizes[rank], ...]` to `[..., sum(sizes), ...]`. Backward takes the own part."""
-    return x if comm.size == 1 else _Gather.apply(x, comm, dim, _part_sizes(x, comm, dim, sizes))
+    return x if comm.size == 1 else _Gather.apply(x, comm, dim, part_sizes(x, comm, dim, sizes))
 
 
 def all_gather(x: Tensor, comm: Communicator, dim: int = 0, sizes: Sizes = None) -> Tensor:
     """Enter a region from a sequence shard: `[..., sizes[rank], ...]` to `[..., sum(sizes), ...]`. Backward reduce-scatters."""
-    return x if comm.size == 1 else _AllGather.apply(x, comm, dim, _part_sizes(x, comm, dim, sizes))
+    return x if comm.size == 1 else _AllGather.apply(x, comm, dim, part_sizes(x, comm, dim, sizes))
 
 
 def reduce_scatter(x: Tensor, comm: Communicator, dim: int = 0, sizes: Sizes = None) -> Tensor:
     """Leave a region to a sequence shard: `[..., sum(sizes), ...]` to `[..., sizes[rank], ...]`. Backward all-gathers."""
-    return x if comm.size == 1 else _ReduceScatter.apply(x, comm, dim, _whole_sizes(x, comm, dim, sizes))
+    return x if comm.size == 1 else _ReduceScatter.apply(x, comm, dim, whole_sizes(x, comm, dim, sizes))
 
 
-def _checked(op: Any) -> Any:
+def check_op(op: Any) -> Any:
+    """`op`, unless it is one whose gradients are not known: `DistributedError`."""
     if op not in (dist.ReduceOp.SUM, dist.ReduceOp.AVG, dist.ReduceOp.MAX, dist.ReduceOp.MIN):
         raise DistributedError(f"op must be SUM, AVG, MAX or MIN, whose gradients are known, but is {op}.")
     return op
 
 
-def _whole_sizes(x: Tensor, comm: Communicator, dim: int, sizes: Sizes) -> tuple[int, ...]:
+def whole_sizes(x: Tensor, comm: Communicator, dim: int, sizes: Sizes) -> tuple[int, ...]:
+    """Each rank's part of dimension `dim` of `x`, which is whole. Raises `DistributedError` where `sizes` are not that."""
     sizes = tuple(sizes) if sizes is not None else comm.even_sizes(x.shape[dim])
     if len(sizes) != comm.size or sum(sizes) != x.shape[dim] or min(sizes) < 0:
         raise DistributedError(
@@ -197,7 +199,8 @@ def _whole_sizes(x: Tensor, comm: Communicator, dim: int, sizes: Sizes) -> tuple
     return sizes
 
 
-def _part_sizes(x: Tensor, comm: Communicator, dim: int, sizes: Sizes) -> tuple[int, ...]:
+def part_sizes(x: Tensor, comm: Communicator, dim: int, sizes: Sizes) -> tuple[int, ...]:
+    """Each rank's part of dimension `dim`, of which `x` is one. Raises `DistributedError` where `sizes` are not that."""
     sizes = tuple(sizes) if sizes is not None else (x.shape[dim],) * comm.size
     if len(sizes) != comm.size or sizes[comm.rank] != x.shape[dim]:
         raise DistributedError(

@@ -8,6 +8,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
+from partita.errors import DistributedError
 from partita.torch import mappings
 from partita.torch.comm import Communicator
 from partita.torch.groups import parallel_group_info
@@ -24,6 +25,7 @@ def mp_copy(x: Tensor, op: Any = dist.ReduceOp.SUM, *, group: Communicator | Non
     Returns:
         `(*)`.
     """
+    mappings.check_op(op)
     return mappings.copy_to(x, _group(group), op)
 
 
@@ -40,6 +42,7 @@ def mp_reduce(x: Tensor, op: Any = dist.ReduceOp.SUM, *, group: Communicator | N
     Returns:
         `(*)`, the same on every rank.
     """
+    mappings.check_op(op)
     return mappings.reduce_from(x, _group(group), op)
 
 
@@ -57,7 +60,10 @@ def mp_scatter(
     Returns:
         `(..., N / world_size, ...)`, or `(..., sizes[rank], ...)`.
     """
-    return mappings.scatter_to(x, _group(group), dim, sizes)
+    _check_dim(x, dim)
+    comm = _group(group)
+    mappings.whole_sizes(x, comm, dim, sizes)
+    return mappings.scatter_to(x, comm, dim, sizes)
 
 
 def mp_gather(
@@ -74,7 +80,15 @@ def mp_gather(
     Returns:
         `(..., N * world_size, ...)`, or `(..., sum(sizes), ...)`.
     """
-    return mappings.gather_from(x, _group(group), dim, sizes)
+    _check_dim(x, dim)
+    comm = _group(group)
+    mappings.part_sizes(x, comm, dim, sizes)
+    return mappings.gather_from(x, comm, dim, sizes)
+
+
+def _check_dim(x: Tensor, dim: int) -> None:
+    if not -x.dim() <= dim < x.dim():
+        raise DistributedError(f"dim must be in [{-x.dim()}, {x.dim()}) for x of shape {tuple(x.shape)}, but is {dim}.")
 
 
 def _group(group: Communicator | None) -> Communicator:

@@ -1,7 +1,7 @@
 """What training needs on either engine: settings, the schedule of a step, which text each step sees, checkpoints of a run."""
 
-from partita.training.data import read_ids, row_starts
+from partita.training.data import read_ids, row_starts, texts
 from partita.training.saving import SaveReport, Saves
 from partita.training.settings import StepReport, TrainSettings, schedule_of
 
-__all__ = ["SaveReport", "Saves", "StepReport", "TrainSettings", "read_ids", "row_starts", "schedule_of"]
+__all__ = ["SaveReport", "Saves", "StepReport", "TrainSettings", "read_ids", "row_starts", "schedule_of", "texts"]

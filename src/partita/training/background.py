@@ -1,7 +1,7 @@
 """The writing of one checkpoint in the background, by a thread of each rank.
 
-    rank 0: make files     write own bytes     digest files     rank 0: manifest, rename
-          begun -------------^  written ----------^  digested ------^
+    rank 0: make files     write own bytes     flush them, digest files     rank 0: manifest, rename
+          begun -------------^  written ----------^         digested ---------^
 
 The threads wait for each other by small files, marks, in the folder that is written. They use no collectives: those are the
 main thread's, and would meet training's in another order on each rank.
@@ -15,17 +15,19 @@ import shutil
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
 
 from partita.checkpoint.durable import failing_as, write_all
 from partita.checkpoint.index import index_name
-from partita.checkpoint.manifest import MANIFEST_NAME, Digest, Manifest, digest, digest_of, digests
+from partita.checkpoint.manifest import MANIFEST_NAME, Digest, Manifest, deal, digest, digest_of, digests
 from partita.checkpoint.read import Range
 from partita.checkpoint.run_folder import RunFolder
 from partita.checkpoint.write import FilePlan, Writer, create_files, write_index
 from partita.errors import CheckpointError
+from partita.peers import ME
 
 POLL_S = 0.01
 """How often a thread looks for what it waits for."""
@@ -84,18 +86,33 @@ class Job:
             self._make(plan)
         self._wait_for(["begun"])
         with Writer(self.partial, plan) as writer:
+            self._order(plan)
             while self.parts:
                 part = self.parts.pop()
                 self._go_on()
                 writer.write(part.name, part.ranges_by_dim, part.data)
             self.bytes_written = writer.bytes_written
-        self._mark(f"written-{self.rank}")
-        self._wait_for([f"written-{rank}" for rank in range(self.ranks)])
-        names = [file.name for file in sorted(plan, key=lambda file: -file.size_bytes)][self.rank :: self.ranks]
-        found = {name: (one.size_bytes, one.sha256) for name, one in digests(self.partial, names).items()}
+            self._mark(f"written-{self.rank}")
+            with ThreadPoolExecutor(1) as flush:  # the disk is slow and digests need none
+                flushed = flush.submit(writer.finish)
+                found = self._digest(plan)
+                flushed.result()
         self._mark(f"digested-{self.rank}", json.dumps(found))
         if self.rank == 0:
             self._publish(plan)
+
+    def _order(self, plan: list[FilePlan]) -> None:
+        """Sort the parts as they lie on disk, each rank beginning elsewhere: those that write one file wait for each other."""
+        places = {name: (file.name, info.start_bytes) for file in plan for name, info in file.tensors.items()}
+        self.parts.sort(key=lambda part: places[part.name], reverse=True)  # the last is the first to be written
+        first = len(self.parts) * self.rank // self.ranks
+        self.parts[:] = self.parts[len(self.parts) - first :] + self.parts[: len(self.parts) - first]
+
+    def _digest(self, plan: list[FilePlan]) -> dict[str, tuple[int, str]]:
+        """The size and the SHA-256 of this rank's share of the files, which all ranks have written."""
+        self._wait_for([f"written-{rank}" for rank in range(self.ranks)])
+        names = deal({file.name: file.size_bytes for file in plan}, self.ranks)[self.rank]
+        return {name: (one.size_bytes, one.sha256) for name, one in digests(self.partial, names).items()}
 
     def _make(self, plan: list[FilePlan]) -> None:
         """Make all but the data."""
@@ -171,12 +188,15 @@ class BackgroundWrite:
         self.thread.start()
 
     def _do(self) -> None:
+        ME.aside = f"writing the checkpoint of step {self.job.step}"
         try:
             self.job.do()
             self.end_s = time.perf_counter()
             self.is_done = True
         except Exception as error:
             self.error = str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
+        finally:
+            ME.aside = ""
 
     @property
     def seconds(self) -> float:

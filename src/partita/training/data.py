@@ -29,24 +29,46 @@ def read_ids(source: str, tokenizer: Tokenizer, *, limit_bytes: int = 64 << 20) 
         int64 ids `[tokens]`, the same on every machine that has the same files.
 
     Raises:
-        ModelError: There is no such source, or no text in it.
+        ModelError: As `texts` does.
     """
     ids: list[Ids] = []
     end = np.array(sorted(tokenizer.eos_ids)[:1], np.int64)
-    total = 0
+    for text in texts(source, limit_bytes=limit_bytes):
+        ids += [np.array(tokenizer.inner.encode(text, verbose=False), np.int64), end]
+    return np.concatenate(ids)
+
+
+def texts(source: str, *, limit_bytes: int = 64 << 20) -> Iterator[str]:
+    """The texts of a source that are not empty, at least one. The arguments are those of `read_ids`.
+
+    Raises:
+        ModelError: There is no such source, no text in it, or one that is no UTF-8.
+    """
+    total, found = 0, False
     for file in _files(source):
-        text = file.read_bytes()
-        total += len(text)
-        if ids and total > limit_bytes:
+        try:
+            raw = file.read_bytes()
+        except OSError as error:
+            raise ModelError(
+                f"--data {source}: {file} cannot be read: {error.strerror}. Leave it out, or mend it."
+            ) from error
+        total += len(raw)
+        if found and total > limit_bytes:
             break
-        decoded = text.decode("utf-8", errors="replace")
-        if decoded:
-            ids += [np.array(tokenizer.inner.encode(decoded, verbose=False), np.int64), end]
-    if not ids:
+        try:
+            text = raw.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise ModelError(
+                f"--data {source}: {file} must be text in UTF-8, but its byte {error.start} is 0x{raw[error.start]:02x}. "
+                "Convert it (iconv -t utf-8), or leave it out."
+            ) from error
+        if text:
+            found = True
+            yield text
+    if not found:
         raise ModelError(
             f"--data {source}: there is no text in it. Give a text file, or a folder with {', '.join(TEXT_ENDINGS)}."
         )
-    return np.concatenate(ids)
 
 
 def _files(source: str) -> Iterator[Path]:

@@ -68,7 +68,7 @@ class TrainSettings:
         for name in _NOT_NEGATIVE:
             value = getattr(self, name)
             if not 0 <= value < math.inf:
-                raise PlanError(f"{name} must be a number of at least 0, but is {value!r}.")
+                raise PlanError(f"{name} must be a finite number of at least 0, but is {value!r}.")
         if self.autocast not in (None, "bfloat16", "float16"):
             raise PlanError(f"autocast must be bfloat16, float16 or none, but is {self.autocast!r}.")
 

@@ -13,7 +13,7 @@ from partita.core.families import bloom, deepseek, dense, encoder, gpt, llama, m
 from partita.core.families.config import Config
 from partita.core.families.family import Architecture, Family
 from partita.core.model_spec import ModelSpec, TensorSpec, spec_from_tensors
-from partita.errors import UnknownFamilyError
+from partita.errors import ModelError, UnknownFamilyError
 
 FAMILIES: Mapping[str, Family] = {
     **llama.FAMILIES,
@@ -44,6 +44,8 @@ def spec_from_config(config: Mapping[str, Any]) -> ModelSpec:
         UnknownFamilyError: The family or the class is not one of those written down here.
         ModelError: A value makes no shapes.
     """
+    if not isinstance(config, Mapping):
+        raise ModelError(f"config must be plain data, as config.json has it, but is {config!r:.100}.")
     model_type = config.get("model_type")
     family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
     if family is None:
