@@ -118,7 +118,29 @@ TRAIN = [
         "train --data words.txt",
         "give either --config (new weights) or --model (a checkpoint).",
     ),
-    Case("config and model", f"{NEW} --model model", "give either --config (new weights) or --model (a checkpoint)."),
+    Case(
+        "config and model",
+        f"{NEW} --model model",
+        "--config config.json begins with new weights and --model model with a checkpoint. Give one of them.",
+    ),
+    Case("data without a name", "train --config config.json --data ''", "there is nothing to train on. Give --data"),
+    Case(
+        "data in another encoding",
+        "train --config config.json --data latin.txt",
+        "--data latin.txt: latin.txt must be text in UTF-8, but its byte 3 is 0xe9. Convert it (iconv -t utf-8)",
+    ),
+    Case(
+        "an endless learning rate",
+        f"{NEW} --learning-rate inf",
+        "learning_rate must be a finite number of at least 0, but is inf.",
+    ),
+    Case(
+        "a folder inside a file",
+        f"{NEW} --out words.txt/x",
+        "--out words.txt/x cannot be made, as...words.txt is not a folder. Name another folder.",
+    ),
+    Case("a silence in words", f"{NEW} --lost-after soon", "'--lost-after'...valid number...but is 'soon'"),
+    Case("a silence below zero", f"{NEW} --lost-after -1", "'--lost-after'...greater than or equal to 0, but is '-1'"),
     Case("no data", "train --config config.json", "there is nothing to train on. Give --data"),
     Case(
         "data that is not there", "train --config config.json --data no", "--data no: there is no such file or folder."

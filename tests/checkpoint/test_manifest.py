@@ -49,7 +49,7 @@ def test_more_than_a_chunk_is_read(tmp_path: Path) -> None:
 
 @given(
     st.dictionaries(
-        st.text(st.characters(codec="utf-8"), min_size=1),
+        st.text(st.characters(codec="utf-8", exclude_characters="./\0"), min_size=1),
         st.builds(Digest, st.integers(0, 2**60), st.text("0123456789abcdef", min_size=64, max_size=64)),
     )
 )
@@ -57,6 +57,13 @@ def test_a_manifest_reads_back(tmp_path_factory: pytest.TempPathFactory, files: 
     folder = tmp_path_factory.mktemp("made")
     (folder / MANIFEST_NAME).write_text(Manifest(files).to_json(), encoding="utf-8")
     assert dict(read_manifest(folder).files) == files
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc/passwd", "a/../../x", ".", "", "a\0b"])
+def test_what_is_outside_of_its_folder_is_refused(name: str, tmp_path: Path) -> None:
+    (tmp_path / MANIFEST_NAME).write_text(Manifest({name: Digest(1, "0" * 64)}).to_json(), encoding="utf-8")
+    with pytest.raises(CheckpointError, match="must name files of its own folder, but names"):
+        read_manifest(tmp_path)
 
 
 def test_a_whole_one_passes_whoever_reads_which_share(folder: Path) -> None:

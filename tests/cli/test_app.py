@@ -55,7 +55,7 @@ def test_usage_errors(partita: Run, arguments: tuple[str, ...]) -> None:
         (("generate", "./nowhere", "hello", "--tp", "2"), "./nowhere does not exist"),
         (("generate", "./nowhere"), "there is no prompt"),
         (("train", "--data", "stdlib"), "either --config"),
-        (("train", "--config", "a.json", "--model", "b", "--data", "stdlib"), "either --config"),
+        (("train", "--config", "a.json", "--model", "b", "--data", "stdlib"), "Give one of them"),
         (("train", "--config", "a.json", "--data", "stdlib"), "a.json does not exist"),
         (("verify", "./nowhere", "--tp", "2"), "./nowhere does not exist"),
     ],

@@ -32,10 +32,10 @@ def torch_work(work: str, folder: Path) -> None:
     torch.set_num_threads(1)
     ranks = rank.world() or 1
     everyone = init_parallelism(ranks).mp.comm
-    pipeline = make_groups(Mesh(pp=ranks)).pp.comm
     if work == "collective":
         repeat(folder, everyone.rank, lambda: everyone.all_reduce_(torch.ones(1000)))
     if work == "send":
+        pipeline = make_groups(Mesh(pp=ranks)).pp.comm
         right, left = (pipeline.rank + 1) % ranks, (pipeline.rank - 1) % ranks
 
         def pass_on() -> None:

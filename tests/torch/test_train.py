@@ -101,7 +101,7 @@ def test_data_order_depends_on_seed_and_step_alone() -> None:
     ("change", "text"),
     [
         ({"steps": 0}, "steps must be a whole number of at least 1, but is 0"),
-        ({"learning_rate": float("nan")}, "learning_rate must be a number of at least 0"),
+        ({"learning_rate": float("nan")}, "learning_rate must be a finite number of at least 0"),
         ({"autocast": "int8"}, "autocast must be bfloat16"),
     ],
 )

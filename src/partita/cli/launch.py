@@ -246,7 +246,7 @@ class _Crew:
                     pass_fds=[theirs.fileno()],
                     start_new_session=True,
                 )
-            member = _Rank(number, process, ours, Peer(number, heard_s=self.clock.now_s()))
+            member = _Rank(number, process, ours, Peer(number, socket.gethostname(), heard_s=self.clock.now_s()))
             self.ranks.append(member)
             self._listen(ours, partial(self._told, member))
             if process.stdout is not None:

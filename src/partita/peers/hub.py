@@ -68,11 +68,9 @@ class Hub(threading.Thread):
             now_s = self.clock.now_s()
             verdict = self._verdict(now_s)
             if verdict is not None:
-                self._send(verdict)
-                break
-        else:
-            self._send({"is_done": True})
-        self._close()
+                self._end(verdict)
+                return
+        self._end({"is_done": True})
 
     def close(self) -> None:
         """Say farewell to all ranks, and return when they have heard it."""
@@ -140,23 +138,31 @@ class Hub(threading.Thread):
         else:
             seat.peer.heard_s = -1.0
 
-    def _send(self, told: dict[str, Any]) -> None:
-        """Tell all who are there. Who cannot take it has not read for long, and will be found silent."""
+    def _send(self, told: dict[str, Any], seats: list[_Seat] | None = None) -> None:
+        """Tell all who are there, or `seats` of them. Who cannot take it has not read for long, and will be found silent."""
         line = line_of(told)
-        for seat in self.seats:
+        for seat in self.seats if seats is None else seats:
             if seat.peer is not None and not seat.peer.is_done:
                 with contextlib.suppress(OSError):
                     seat.channel.send(line)
 
-    def _close(self) -> None:
-        """Let all hear the last word: what is closed with bytes unread is reset, and takes with it what was sent."""
-        for seat in self.seats:
-            with contextlib.suppress(OSError):
-                seat.channel.shutdown(socket.SHUT_WR)
-        deadline_s = time.monotonic() + CLOSE_S
-        while any(seat.channel.fileno() >= 0 for seat in self.seats) and time.monotonic() < deadline_s:
-            self._hear(0.1)
+    def _end(self, last: dict[str, Any]) -> None:
+        """Tell all the last word; rank 0 behind the others, as this process ends when it hears it."""
+        own = [seat for seat in self.seats if seat.peer is not None and seat.peer.rank == 0]
+        others = [seat for seat in self.seats if seat not in own]
+        for seats in (others, own):
+            self._send(last, seats)
+            self._wait_for(seats)
         self.closed.set()
         for seat in self.seats:
             seat.channel.close()
         self.door.close()
+
+    def _wait_for(self, seats: list[_Seat]) -> None:
+        """Until they have heard: what is closed with bytes unread is reset, and takes with it what was sent."""
+        for seat in seats:
+            with contextlib.suppress(OSError):
+                seat.channel.shutdown(socket.SHUT_WR)
+        deadline_s = time.monotonic() + CLOSE_S
+        while any(seat.channel.fileno() >= 0 for seat in seats) and time.monotonic() < deadline_s:
+            self._hear(0.1)

@@ -45,6 +45,7 @@ class _Member(threading.Thread):
         self.first: dict[str, Any] = {**_me(), "rank": rank}
         self.sending = threading.Lock()
         self.done = threading.Event()
+        self.is_leaving = False
         self._told_s = 0.0
 
     def run(self) -> None:
@@ -63,7 +64,7 @@ class _Member(threading.Thread):
                 data = b""
                 with contextlib.suppress(OSError):
                     data = self.channel.recv(1 << 16)
-                if self.done.is_set():
+                if self.is_leaving or self.done.is_set():
                     return
                 for told in lines.take(data):
                     self._take(told, now_s)
@@ -231,6 +232,7 @@ def farewell() -> None:
     _member = _hub = None
     if hub is not None:
         hub.closing.set()
+    member.is_leaving = True
     member.send({"is_done": True})
     member.done.set()
     if hub is not None:

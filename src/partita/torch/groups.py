@@ -186,7 +186,7 @@ def make_groups(mesh: Mesh) -> ParallelGroups:
                 if rank in ranks:
                     infos[axis] = GroupInfo(mpi.MpiCommunicator(group) if mpi.is_there() else Communicator(group))
         _made[mesh] = ParallelGroups(mesh, infos["tp"], infos["pp"], infos["dp"])
-        peers.ME.stage = infos["pp"].rank
+    peers.ME.stage = _made[mesh].pp.rank
     return _made[mesh]
 
 
