@@ -130,6 +130,7 @@ def test_with_fewer_ranks_there_are_fewer_replicas(train: list[str], tmp_path: P
     assert read_state(run.step_folder(STEPS)).notes["run_id"] == "the-run"
 
 
+@pytest.mark.slow
 def test_a_run_that_was_done_is_done(train: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = RunFolder(tmp_path / "run")
     losses_alone(train, run.path)

@@ -151,7 +151,10 @@ def by_torch(base: str, folder: Path, resume: Path | None) -> list[StepReport]:
     return reports
 
 
-@pytest.mark.parametrize(("family", "mesh"), [("llama", (1, 2, 2)), ("gpt2", ALONE), ("qwen3_moe", ALONE)])
+@pytest.mark.parametrize(
+    ("family", "mesh"),
+    [("llama", (1, 2, 2)), ("gpt2", ALONE), pytest.param("qwen3_moe", ALONE, marks=pytest.mark.slow)],
+)
 def test_what_torch_began_goes_on_here_and_ends_there(
     family: str,
     mesh: Mesh,

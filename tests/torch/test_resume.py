@@ -75,12 +75,12 @@ def stopped(folder: Path) -> str:
     [
         ("dropping", ALONE),
         ("dropping", {"tp": 2}),
-        ("dropping", {"dp": 2, "zero": True}),
         ("dropping", {"pp": 2, "schedule": "zb-h1"}),
-        ("llama", {"tp": 2, "pp": 2}),
-        ("llama", {"pp": 2, "vpp": 2}),
         ("llama", {"dp": 2, "tp": 2, "zero": True}),
-        ("qwen3-moe", {"tp": 3}),
+        pytest.param("dropping", {"dp": 2, "zero": True}, marks=pytest.mark.slow),
+        pytest.param("llama", {"tp": 2, "pp": 2}, marks=pytest.mark.slow),
+        pytest.param("llama", {"pp": 2, "vpp": 2}, marks=pytest.mark.slow),
+        pytest.param("qwen3-moe", {"tp": 3}, marks=pytest.mark.slow),
     ],
 )
 def test_on_the_same_layout_bit_for_bit(name: str, layout: Layout, tmp_path: Path) -> None:
@@ -173,7 +173,7 @@ def write_again(layout: Layout, source: str, folder: str) -> None:
         saver.wait()
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3-moe"])
+@pytest.mark.parametrize("name", ["llama", *(pytest.param(n, marks=pytest.mark.slow) for n in ("gpt2", "qwen3-moe"))])
 def test_bytes_do_not_depend_on_the_layout(name: str, tmp_path: Path) -> None:
     config = {**CONFIGS, "llama": LLAMA}[name]
     run(config, ALONE, str(tmp_path / "source"), None, "float32")

@@ -97,11 +97,11 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     ("name", "layout"),
     [
         ("dropping", ALONE),
-        ("dropping", {"tp": 2}),
         ("llama", {"tp": 2, "pp": 2}),
-        ("llama", {"pp": 2, "layout": "E|ttttL"}),
         ("llama", {"dp": 2, "zero": True}),
-        ("qwen3-moe", {"tp": 3}),
+        pytest.param("dropping", {"tp": 2}, marks=pytest.mark.slow),
+        pytest.param("llama", {"pp": 2, "layout": "E|ttttL"}, marks=pytest.mark.slow),
+        pytest.param("qwen3-moe", {"tp": 3}, marks=pytest.mark.slow),
     ],
 )
 def test_on_the_same_layout_bit_for_bit(name: str, layout: Layout, bases: dict[str, str], tmp_path: Path) -> None:
@@ -176,7 +176,9 @@ def write_again(layout: Layout, base: str, source: str, folder: str) -> None:
         saver.wait()
 
 
-@pytest.mark.parametrize("name", list(MODELS))
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name == "llama" else pytest.mark.slow) for name in MODELS]
+)
 def test_bytes_do_not_depend_on_the_layout(name: str, bases: dict[str, str], tmp_path: Path) -> None:
     run(ALONE, bases[name], "float32", str(tmp_path / "source"), None)
     source = tmp_path / "source" / STOPPED
