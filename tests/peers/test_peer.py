@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from partita.errors import DistributedError
-from partita.peers import ME, Activity, Lines, Peer, Uptime, beat_s, doing, line_of, lost_after_s, waits_in
+from partita.peers import ME, Activity, Lines, Peer, Uptime, beat_s, doing, is_echo, line_of, lost_after_s, waits_in
 
 
 def test_an_activity_tells_the_call_that_it_waits_in() -> None:
@@ -96,3 +96,16 @@ def test_a_process_of_another_machine_is_not_killed() -> None:
         assert child.poll() is None
         Peer(1, pids="here", pid=child.pid).kill_if_stopped("here")
         assert child.wait(10) == -9
+
+
+@pytest.mark.parametrize(
+    ("message", "is_one"),
+    [
+        ("RuntimeError: [gloo] Connection closed by peer [127.0.0.1]:1234", True),
+        ("RuntimeError: [ring] connection to a peer was lost", True),
+        ("DistributedError: rank 3 failed", True),
+        ("ValueError: the peer group has 3 ranks", False),
+    ],
+)
+def test_what_only_echoes_a_loss_is_known(message: str, is_one: bool) -> None:
+    assert is_echo(message) == is_one

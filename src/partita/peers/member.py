@@ -241,7 +241,7 @@ def farewell() -> None:
 
 _ECHO = re.compile(
     r"connection (was )?(closed|reset)|broken pipe|socket closed|rank \d+ failed|recvvalue failed|failed to recv|"
-    r"connection refused|peer .*(closed|gone)",
+    r"connection refused|peer .*(closed|gone|lost)",
     re.IGNORECASE,
 )
 
