@@ -210,3 +210,47 @@ def test_none_is_watched_where_that_is_not_wanted(monkeypatch: pytest.MonkeyPatc
     assert not peers.has_joined()
     peers.join(0, 1, gather)
     assert len(asked) == 1
+
+
+_SPAWNED = """
+import sys, time
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def work(rank, fails):
+    import os
+
+    from partita.torch import init_parallelism
+
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=sys.argv[1])
+    init_parallelism(2, lost_after_s=20)
+    if rank == fails:
+        raise ValueError("this rank has had enough")
+    time.sleep(1.5 * rank)
+    print(f"rank {rank} is done", flush=True)
+
+
+if __name__ == "__main__":
+    mp.spawn(work, (int(sys.argv[2]),), 2)
+"""
+
+
+@pytest.mark.parametrize("fails", [-1, 1])
+def test_processes_of_multiprocessing_say_farewell(fails: int, tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(_SPAWNED)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, str(script), str(port), str(fails)]
+    ended = subprocess.run(
+        command, capture_output=True, text=True, timeout=50, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    if fails < 0:
+        assert (ended.returncode, ended.stderr) == (0, "")
+        assert ended.stdout == "rank 0 is done\nrank 1 is done\n"
+    else:
+        assert ended.returncode == 1
+        assert "ValueError: this rank has had enough" in ended.stderr
+        assert "was lost" not in ended.stderr

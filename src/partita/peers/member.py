@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +201,8 @@ def join(
         _hub.start()
     _member.start()
     atexit.register(farewell)
+    # A process of multiprocessing (and of torch's spawn) ends without atexit.
+    Finalize(None, farewell, exitpriority=0)
 
 
 def tell_failure(failure: dict[str, Any]) -> None:
@@ -223,7 +226,7 @@ def farewell() -> None:
     member, hub = _member, _hub
     if member is None or member.hub is None:
         return
-    error = getattr(sys, "last_value", None)
+    error = getattr(sys, "last_value", None) or sys.exc_info()[1]
     if error is not None and not isinstance(error, KeyboardInterrupt | SystemExit):
         if is_echo(str(error)):
             wait_for_verdict()
