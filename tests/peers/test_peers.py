@@ -60,7 +60,7 @@ class Run:
         for rank in range(len(self.processes)):
             self.order(rank, "sleep")
         assert set(self.hear()) == {"asleep"}
-        time.sleep(1.5)  # until that was told
+        time.sleep(2.2)  # until that was told
 
     def ends(self) -> list[tuple[int, str]]:
         """Exit code and standard error of each rank, once all have ended."""
