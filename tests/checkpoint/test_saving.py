@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 from partita.checkpoint.index import MODEL, open_checkpoint
-from partita.checkpoint.manifest import check_contents, read_manifest
+from partita.checkpoint.manifest import OPTIMIZER, check_contents, read_manifest
 from partita.checkpoint.read import Reader
 from partita.checkpoint.run_folder import RunFolder
 from partita.checkpoint.write import FilePlan, plan_files
@@ -28,7 +28,7 @@ from partita.errors import CheckpointError
 from partita.training import TrainSettings
 from partita.training.background import Job, Part
 from partita.training.resume import newest_whole
-from partita.training.saving import OPTIMIZER, Saver, SaveReport, Saves
+from partita.training.saving import Saver, SaveReport, Saves
 from partita.training.state import TrainingState
 from tests.support.ranks import ROOT
 

@@ -331,3 +331,24 @@ def test_a_loss_that_is_no_number_is_one_line(partita: Run, tmp_path: Path, text
     assert said.err.splitlines()[-1].startswith("error: step 2: the loss is ")
     assert "Traceback" not in said.err
     assert RunFolder(tmp_path / "run").newest() == tmp_path / "run" / "step-000001"
+
+
+@pytest.mark.parametrize("engine", ["torch", "mlx"])
+def test_a_changed_checkpoint_is_no_model(engine: str, partita: Run, run: Path) -> None:
+    if engine == "mlx":
+        pytest.importorskip("mlx_lm")
+    newest = RunFolder(run).newest()
+    file = newest / "model.safetensors"
+    raw = bytearray(file.read_bytes())
+    raw[-3] ^= 1
+    file.write_bytes(raw)
+    asks = ["import", "--max-new-tokens", "2", "--engine", engine]
+    for model in (run, newest):
+        said = partita("generate", str(model), *asks)
+        assert said.code == 2
+        assert "model.safetensors: must have the SHA-256" in said.err
+        assert said.err.count("\n") == 1
+    assert partita("generate", str(run), *asks, "--no-verify").code == 0
+    (newest / "optimizer.safetensors").write_bytes(b"")  # which has nothing to do with the model
+    file.write_bytes(bytes([*raw[:-3], raw[-3] ^ 1, *raw[-2:]]))
+    assert partita("generate", str(newest), *asks).code == 0

@@ -208,7 +208,7 @@ def test_another_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"differs in learning_rate \(0\.003 then, 0\.001 now\)"):
         refused(str(tmp_path / "two"), stopped(tmp_path / "one"), {"learning_rate": 1e-3})
     (tmp_path / "one" / "step-000004" / "training_state.json").unlink()
-    with pytest.raises(CheckpointError, match=r"has no training_state\.json"):
+    with pytest.raises(CheckpointError, match=r"training_state\.json: is in the manifest, but cannot be found"):
         refused(str(tmp_path / "two"), stopped(tmp_path / "one"), {})
     assert not (tmp_path / "two").exists()
 

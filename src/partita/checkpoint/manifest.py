@@ -16,6 +16,9 @@ from partita.errors import CheckpointError
 
 MANIFEST_NAME = "manifest.json"
 
+OPTIMIZER = "optimizer"
+"""How the names of the files of the optimizer's state begin."""
+
 _CHUNK_BYTES = 4 << 20
 _MAX_THREADS = 4
 
@@ -110,6 +113,26 @@ def deal(sizes_bytes: Mapping[str, int], parts: int) -> list[list[str]]:
         dealt[least].append(name)
         loads[least] += sizes_bytes[name]
     return dealt
+
+
+def check_model(folder: Path, part: int = 0, parts: int = 1) -> None:
+    """Raise CheckpointError unless the model in a checkpoint of a run is as it was written; other folders have no manifest.
+
+    The optimizer's state is not looked at. The other arguments are those of `check_contents`.
+    """
+    if folder.is_dir() and _is_ours(folder):
+        files = read_manifest(folder).files
+        model = {name: one for name, one in files.items() if not name.startswith(OPTIMIZER)}
+        check_contents(folder, Manifest(model), part, parts)
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether a folder has a manifest of ours: others call files of their own so."""
+    try:
+        with (folder / MANIFEST_NAME).open("rb") as file:
+            return b'"partita_manifest"' in file.read(200)
+    except OSError:
+        return False
 
 
 def check_sizes(folder: Path, manifest: Manifest) -> None:

@@ -97,6 +97,12 @@ def generate(
             show_default=False,
         ),
     ] = None,
+    no_verify: Annotated[
+        bool,
+        typer.Option(
+            "--no-verify", help="Of a training run's checkpoint: do not compare its files with their checksums."
+        ),
+    ] = False,
     dtype: WeightsDtype = None,
     device: Device = None,
     engine: EngineOption = None,
@@ -131,6 +137,7 @@ def generate(
         from partita.training.adapter_files import read_adapters
 
         read_adapters(adapters)
+    where["verify"] = not no_verify
     stream = not no_stream and not as_json and len(texts) == 1
 
     def work() -> int:

@@ -141,7 +141,8 @@ class TrainRun:
             return fresh(found, seed=self.options["seed"], **self.where), tokenizer
         load: Any = importlib.import_module(f"partita.{self.engine}.load").load
         with loading("loading") as progress:
-            return load(found, progress=progress, **self.where), tokenizer
+            # What a run goes on from was looked at when it was found.
+            return load(found, progress=progress, verify=begun is None, **self.where), tokenizer
 
     def _adapt(self, split: nn.Module, begun: Path | None) -> None:
         """Put on new adapters, or those of a checkpoint."""

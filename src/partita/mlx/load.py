@@ -13,6 +13,7 @@ import numpy as np
 
 from partita.checkpoint.find import find_model
 from partita.checkpoint.index import Checkpoint, open_checkpoint
+from partita.checkpoint.manifest import check_model
 from partita.checkpoint.read import Reader
 from partita.core.plan import Plan, mesh_of
 from partita.errors import CheckpointError, ModelError
@@ -52,6 +53,7 @@ def load(
     backend: str | None = None,
     progress: Progress | None = None,
     groups: ParallelGroups | None = None,
+    verify: bool = True,
 ) -> nn.Module:
     """This rank's part of a model, called like the unsplit one, with the same results on every rank.
 
@@ -69,6 +71,7 @@ def load(
         backend: Of MLX's communication; by default what the launcher has prepared.
         progress: Told of every array that is read.
         groups: The groups of the mesh; by default made from the run.
+        verify: Whether a checkpoint of a run is read whole before, by all ranks together, and compared with its manifest.
 
     Raises:
         PartitaError: The model cannot be split so, or is not whole on disk; on every rank.
@@ -78,6 +81,8 @@ def load(
     with together(groups):
         wanted = as_dtype(dtype)
         folder = find_model(model)
+        if verify:
+            check_model(folder, groups.rank, groups.mesh.size)
         checkpoint = open_checkpoint(folder)
         config = read_mlx_config(folder)
         built = build(config)

@@ -11,6 +11,7 @@ import numpy as np
 
 from partita.checkpoint.header import TensorInfo
 from partita.checkpoint.index import open_checkpoint
+from partita.checkpoint.manifest import OPTIMIZER
 from partita.checkpoint.read import Reader
 from partita.errors import CheckpointError
 from partita.mlx.adapt import adapter_places
@@ -20,7 +21,7 @@ from partita.mlx.names import DTYPES, Box
 from partita.mlx.optimizer import AdamW
 from partita.mlx.origin import Origin
 from partita.mlx.trainable import Trainable
-from partita.training.saving import MOMENTS, OPTIMIZER
+from partita.training.saving import MOMENTS
 
 _BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 

@@ -8,6 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from partita.checkpoint.index import MODEL
+from partita.checkpoint.manifest import OPTIMIZER
 from partita.checkpoint.write import FilePlan, plan_files
 from partita.errors import ModelError
 from partita.mlx.adapt import adapters
@@ -21,7 +22,7 @@ from partita.mlx.trainable import Trainable
 from partita.training.adapter_files import STEM
 from partita.training.background import Part
 from partita.training.base import place_of
-from partita.training.saving import OPTIMIZER, Saves, check_base, files_beside
+from partita.training.saving import Saves, check_base, files_beside
 
 
 class Share:

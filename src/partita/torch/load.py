@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from partita.checkpoint.find import find_model
 from partita.checkpoint.header import TensorInfo
 from partita.checkpoint.index import Checkpoint, open_checkpoint
+from partita.checkpoint.manifest import check_model
 from partita.checkpoint.read import Reader
 from partita.core.mesh import Mesh
 from partita.core.model_spec import read_ends
@@ -65,6 +66,7 @@ def load(
     trust_remote_code: bool = False,
     progress: Progress | None = None,
     groups: ParallelGroups | None = None,
+    verify: bool = True,
 ) -> nn.Module:
     """This rank's part of a model, called like the unsplit one, with the same results on every rank.
 
@@ -84,6 +86,7 @@ def load(
         trust_remote_code: Whether to run code that comes with the model.
         progress: Told of every chunk that is read.
         groups: The groups of the mesh; by default made from the initialized process group.
+        verify: Whether a checkpoint of a run is read whole before, by all ranks together, and compared with its manifest.
 
     Raises:
         PartitaError: The model cannot be split so, or is not whole on disk; on every rank.
@@ -93,6 +96,10 @@ def load(
     groups = groups if groups is not None else make_groups(mesh)
     with together(groups):
         folder = find_model(model)
+        if verify:
+            check_model(
+                folder, groups.mesh.rank(dp=groups.dp.rank, pp=groups.pp.rank, tp=groups.mp.rank), groups.mesh.size
+            )
         checkpoint = open_checkpoint(folder)
         config = read_hf_config(folder, trust_remote_code=trust_remote_code)
         built = build_on_meta(config, as_dtype(dtype))

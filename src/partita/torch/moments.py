@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from partita.checkpoint.header import TensorInfo
 from partita.checkpoint.index import Checkpoint, open_checkpoint
+from partita.checkpoint.manifest import OPTIMIZER
 from partita.checkpoint.read import Range, Reader
 from partita.core.plan import Plan
 from partita.errors import CheckpointError
@@ -22,7 +23,7 @@ from partita.torch.names import Source, sources_for_reading
 from partita.torch.peft_format import adapter_cut, adapter_sources, adapter_tensors
 from partita.torch.save import unsplit_on_meta
 from partita.torch.together import together
-from partita.training.saving import MOMENTS, OPTIMIZER
+from partita.training.saving import MOMENTS
 
 
 def trained_tensors(model: nn.Module, plan: Plan) -> dict[str, Tensor]:

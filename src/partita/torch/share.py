@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from partita.checkpoint.index import MODEL
+from partita.checkpoint.manifest import OPTIMIZER
 from partita.checkpoint.write import FilePlan, plan_files
 from partita.errors import ModelError
 from partita.torch.adapt import adapters
@@ -20,7 +21,7 @@ from partita.torch.together import together
 from partita.training.adapter_files import STEM
 from partita.training.background import Part
 from partita.training.base import place_of
-from partita.training.saving import MOMENTS, OPTIMIZER, Saves, check_base, files_beside
+from partita.training.saving import MOMENTS, Saves, check_base, files_beside
 
 
 class Share:

@@ -26,9 +26,6 @@ from partita.training.base import Base
 from partita.training.settings import TrainSettings
 from partita.training.state import STATE_NAME, TrainingState
 
-OPTIMIZER = "optimizer"
-"""How the names of the files of the optimizer's state begin."""
-
 
 @dataclass(frozen=True)
 class Saves:
