@@ -81,6 +81,7 @@ def ring(tmp_path: Path, hosts: tuple[Host, Host], node: int) -> dict[str, str]:
     return {"MLX_HOSTFILE": str(file), "MLX_RANK": str(node)}
 
 
+@pytest.mark.slow
 def test_both_generate_what_one_does(hosts: tuple[Host, Host], model: Path) -> None:
     asks = ["-m", "partita", "generate", str(model), "Once upon", "--max-new-tokens", "12"]
     one = subprocess.run([sys.executable, *asks], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)

@@ -78,8 +78,10 @@ class _Member(threading.Thread):
                 self.send(_now())
                 self._told_s = now_s
             if self.hub is not None and now_s - self.hub.heard_s > self.limit_s:
+                self._say(self.hub.lost(silence(self.limit_s)))
+                time.sleep(3 * tick_s)  # until the others have noticed too, and do not take the killing for the loss
                 self.hub.kill_if_stopped(self.first["pids"])
-                self._end(self.hub.lost(silence(self.limit_s)), LOST)
+                os._exit(LOST)
             since_s = ME.since_s
             if since_s is not None and time.monotonic() - since_s > self.stall_s:
                 self._stalled()
@@ -119,10 +121,14 @@ class _Member(threading.Thread):
     def _end(self, message: str, code: int) -> None:
         """End this process, in whatever its threads are."""
         if message:
-            begin = "\r\x1b[K\x1b[?25h" if sys.stderr is not None and sys.stderr.isatty() else ""
-            with contextlib.suppress(OSError):
-                os.write(2, f"{begin}error: rank {self.rank}: {message}\n".encode())
+            self._say(message)
         os._exit(code)
+
+    def _say(self, message: str) -> None:
+        """Tell the user, past a progress bar and past what other threads hold."""
+        begin = "\r\x1b[K\x1b[?25h" if sys.stderr is not None and sys.stderr.isatty() else ""
+        with contextlib.suppress(OSError):
+            os.write(2, f"{begin}error: rank {self.rank}: {message}\n".encode())
 
     def send(self, told: dict[str, Any]) -> None:
         """Tell the other end, which may be gone: that is found out by hearing."""
