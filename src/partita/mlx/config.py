@@ -9,7 +9,9 @@ trained, and say nothing.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -203,7 +205,7 @@ def check_activation(config: Mapping[str, Any], arguments: Any) -> None:
     """See that the activation that a config asks for is the one that mlx-lm has built into its model.
 
     Raises:
-        ModelError: It is another than the family's usual one, and mlx-lm's `arguments` have no place for it.
+        ModelError: It is another than the family's usual one, mlx-lm's `arguments` have no place for it, and its model no word.
     """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -215,7 +217,9 @@ def check_activation(config: Mapping[str, Any], arguments: Any) -> None:
         return
     for name in ("hidden_act", "hidden_activation", "activation_function"):
         asked, known = text.get(name), getattr(usual, name, None)
-        if isinstance(asked, str) and isinstance(known, str) and _alike(asked) != _alike(known) and name not in fields:
+        if not isinstance(asked, str) or not isinstance(known, str) or _alike(asked) == _alike(known) or name in fields:
+            continue
+        if asked not in inspect.getsource(sys.modules[arguments.__module__]):
             raise ModelError(
                 f"the config of this {config['model_type']} asks for {name} {asked!r}, but mlx-lm's model always computes "
                 f"{known!r}. Use the torch engine."
