@@ -44,10 +44,9 @@ class Tokenizer:
         self.inner.save_pretrained(folder)
         file = Path(folder) / "tokenizer_config.json"
         config = json.loads(file.read_text(encoding="utf-8"))
-        if any(config.pop(name, None) is not None for name in _OF_READING):
-            for name in _OF_READING:
-                config.pop(name, None)
-            file.write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+        kept = {name: value for name, value in config.items() if name not in _OF_READING}
+        if kept != config:
+            file.write_text(json.dumps(kept, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def byte_tokenizer() -> Tokenizer:

@@ -18,6 +18,7 @@ from partita.checkpoint.write import FilePlan, Writer, create_files, plan_files,
 from partita.core.plan import Plan
 from partita.core.split import Range
 from partita.errors import ModelError
+from partita.peers import doing
 from partita.text import Tokenizer
 from partita.torch.adapt import adapters
 from partita.torch.apply import local_tensors, plan_of
@@ -31,6 +32,7 @@ from partita.torch.together import together
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
+@doing("saving the model")
 def save(
     model: nn.Module,
     folder: str | os.PathLike[str],
