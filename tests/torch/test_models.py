@@ -12,8 +12,9 @@ import torch
 from partita.core.mesh import Mesh
 from partita.torch import Sampling, generate
 from partita.torch.apply import apply_plan, local_tensors, plan_of
-from partita.torch.compare import Float64Everywhere, compare
+from partita.torch.compare import compare
 from partita.torch.finish import finish
+from partita.torch.float64 import Float64Everywhere
 from partita.torch.fresh import fresh
 from partita.torch.groups import make_groups, single_groups
 from partita.torch.hub import build_on_meta, model_class, read_hf_config

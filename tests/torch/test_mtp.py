@@ -13,7 +13,8 @@ from torch.nn import functional as F
 
 from partita.schedule import build
 from partita.torch.apply import plan_of
-from partita.torch.compare import Float64Everywhere, compare_parameters
+from partita.torch.compare import compare_parameters
+from partita.torch.float64 import Float64Everywhere
 from partita.torch.fresh import fresh
 from partita.torch.groups import single_groups
 from partita.torch.load import load

@@ -16,8 +16,9 @@ from partita.core.plan import Plan
 from partita.errors import DistributedError, ModelError
 from partita.torch.apply import apply_plan, local_tensors, plan_of
 from partita.torch.cache import advance_cache
-from partita.torch.compare import Float64Everywhere, compare
+from partita.torch.compare import compare
 from partita.torch.finish import finish
+from partita.torch.float64 import Float64Everywhere
 from partita.torch.fresh import fresh
 from partita.torch.groups import make_groups, single_groups
 from partita.torch.hub import build_on_meta, read_hf_config, spec_of

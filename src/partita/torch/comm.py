@@ -50,6 +50,12 @@ def _memory_of(tensor: Tensor) -> Iterator[Tensor]:
         tensor.copy_(copy)
 
 
+def exactly_empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An uninitialized tensor of exactly `dtype`, to receive into, also while `Float64Everywhere` widens other tensors."""
+    with torch._C.DisableTorchFunction():
+        return torch.empty(tuple(shape), dtype=dtype, device=device)
+
+
 class Communicator:
     """A group of ranks of torch.distributed (gloo, NCCL, MPI), or one rank alone.
 

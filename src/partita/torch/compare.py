@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from partita.core.plan import Plan
 from partita.core.resolve import ModulePlan
@@ -41,20 +40,6 @@ class Difference:
     kind: str
     name: str
     error: float
-
-
-class Float64Everywhere(TorchFunctionMode):
-    """Lets what a model narrows to float32 for speed stay in float64, so that equality can be told to its last digits."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if args and isinstance(args[0], Tensor) and args[0].dtype == torch.float64:
-            if func is Tensor.float:
-                return args[0]
-            args = (args[0], *(torch.float64 if a is torch.float32 else a for a in args[1:]))
-            if kwargs.get("dtype") is torch.float32:
-                kwargs = {**kwargs, "dtype": torch.float64}
-        return func(*args, **kwargs)
 
 
 def compare(

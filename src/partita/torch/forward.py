@@ -22,10 +22,12 @@ from partita.core.plan import Plan
 from partita.errors import ModelError
 from partita.torch.apply import plan_of
 from partita.torch.cache import check_cache
+from partita.torch.comm import exactly_empty
 from partita.torch.copies import summed_copies
 from partita.torch.groups import ParallelGroups
 from partita.torch.links import Links
 from partita.torch.stage import Message, is_cut, run_stage
+from partita.torch.transformers_internals import cache_argument, rename_cache
 
 
 def call_as_whole(model: nn.Module, plan: Plan, groups: ParallelGroups) -> None:
@@ -56,7 +58,7 @@ def _forward(model: Any, *args: Any, **kwargs: Any) -> Any:
     if call.is_last:
         tensors = [t.detach().contiguous() for t in made]
     else:
-        tensors = [torch.empty(shape, dtype=dtype, device=call.links.device) for dtype, shape in shapes]
+        tensors = [exactly_empty(shape, dtype, call.links.device) for dtype, shape in shapes]
     for tensor in tensors:
         comm.broadcast_(tensor, last)
     if call.trains:
@@ -78,15 +80,16 @@ def _bound(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict
             inputs.update(value)
         elif name != "self":
             inputs[name] = value
+    inputs, cache_name = rename_cache(model, inputs), cache_argument(model)
     for name in ("output_hidden_states", "output_attentions", "output_router_logits"):
         if inputs.get(name) or (name not in inputs and getattr(getattr(model, "config", None), name, False)):
             raise ModelError(f"{name}=True asks for what every stage has a part of. Leave it out, or use pp=1.")
-    cache = inputs.get("past_key_values")
+    cache = inputs.get(cache_name)
     if hasattr(cache, "layers") and plan_of(model)[0].num_stages > 1:
         check_cache(cache)
     if cache is not None and plan_of(model)[0].vpp > 1:
         raise ModelError(
-            "past_key_values would be shared by several stages of one rank, each of which counts its tokens. Call "
+            f"{cache_name}=... would share one cache between several stages of a rank, each of which counts its tokens. Call "
             "partita.torch.generate(), or use vpp=1."
         )
     return inputs

@@ -24,6 +24,7 @@ from partita.torch.few_rows import decoding
 from partita.torch.head import likeliest, local_logits
 from partita.torch.pipeline import Pipeline
 from partita.torch.stage_probe import refuse_undecodable
+from partita.torch.transformers_internals import cache_argument
 
 _IDS = 1 << 20
 """Tags of messages with token ids begin here, one a group of sequences, apart from those with hidden states."""
@@ -127,7 +128,7 @@ class _Group:
 
     def __init__(self, model: nn.Module, sequences: list[Sequence], device: torch.device) -> None:
         self.sequences = sequences
-        self.takes = _takes(model)
+        self.takes, self.cache_name = _takes(model), cache_argument(model)
         longest = max(len(s.prompt) for s in sequences)
         pads = torch.tensor([longest - len(s.prompt) for s in sequences])
         self.ids = torch.tensor(
@@ -143,7 +144,7 @@ class _Group:
     def inputs(self, stage: int) -> dict[str, Any]:
         """What the model is called with at `stage`."""
         given: dict[str, Any] = {
-            "input_ids": self.ids, "past_key_values": self.caches.get(stage), "use_cache": True,
+            "input_ids": self.ids, self.cache_name: self.caches.get(stage), "use_cache": True,
         }  # fmt: skip
         if self.is_padded:
             given["attention_mask"] = self.mask

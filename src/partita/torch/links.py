@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from partita.errors import DistributedError
-from partita.torch.comm import Communicator, Work
+from partita.torch.comm import Communicator, Work, exactly_empty
 from partita.torch.stage import Message
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int32, torch.bool)
@@ -124,7 +124,7 @@ class Links:
         self._sent.append((tensor, self.comm.start_send(tensor, to)))
 
     def _post(self, form: _Form, source: int) -> Pending:
-        tensors = tuple(torch.empty(shape, dtype=dtype, device=self.device) for dtype, shape in form.tensors)
+        tensors = tuple(exactly_empty(shape, dtype, self.device) for dtype, shape in form.tensors)
         return Pending(Message(tensors, form.arity), [self.comm.start_recv_(tensor, source) for tensor in tensors])
 
     def flush(self) -> None:

@@ -16,8 +16,9 @@ from partita.core.rules import Rules, isolated_rules
 from partita.core.shrink import shrunk_configs
 from partita.errors import ModelError, PartitaError
 from partita.torch.apply import apply_plan
-from partita.torch.compare import Difference, Float64Everywhere, compare
+from partita.torch.compare import Difference, compare
 from partita.torch.finish import finish
+from partita.torch.float64 import Float64Everywhere
 from partita.torch.groups import single_groups
 from partita.torch.hub import build_on_meta, quiet, read_hf_config, rules_of, spec_of
 from partita.torch.initial import FreshFill, record_initialization

@@ -24,6 +24,7 @@ from partita.core.mtp import final_norm
 from partita.core.plan import Plan, Stage
 from partita.errors import ModelError
 from partita.torch.cache import advance_cache, find_cache
+from partita.torch.transformers_internals import cache_of
 
 
 @dataclass(frozen=True)
@@ -378,7 +379,7 @@ def run_stage(
     """
     if not is_cut(plan):
         output = type(model).forward(model, **inputs)
-        return output, getattr(output, "past_key_values", None)
+        return output, cache_of(output)
     layers = stage_layers(model, plan)
     stage = layers.stages[index]
     if stage.embedding:

@@ -19,11 +19,13 @@ from partita.core.rules import Rules
 from partita.errors import ModelError, PartitaError
 from partita.torch.apply import apply_plan, local_tensors
 from partita.torch.comm import Communicator
-from partita.torch.compare import FLOOR, Float64Everywhere, main_output, relative_error
+from partita.torch.compare import FLOOR, main_output, relative_error
+from partita.torch.float64 import Float64Everywhere
 from partita.torch.groups import GroupInfo, ParallelGroups, single_groups
 from partita.torch.hub import spec_of
 from partita.torch.probe import TOLERANCE, sample_inputs, small_model
 from partita.torch.stage import Message, refuse_uncuttable, run_stage, wire_stages
+from partita.torch.transformers_internals import cache_argument, cache_of
 
 _verdicts: dict[Any, tuple[str, str]] = {}
 
@@ -107,8 +109,8 @@ class _Parts:
         message, steps = Message(()), []
         for index, part in enumerate(self.parts):
             given = message.as_leaves() if torch.is_grad_enabled() else message
-            made, cache = run_stage(part, self.plan, index, given, {**inputs, "past_key_values": caches[index]}
-                                    if caches[index] is not None else inputs)  # fmt: skip
+            named = {} if caches[index] is None else {cache_argument(part): caches[index]}
+            made, cache = run_stage(part, self.plan, index, given, {**inputs, **named})
             caches[index] = cache
             steps.append((given, made))
             message = made if isinstance(made, Message) else Message(())
@@ -161,8 +163,8 @@ class _Parts:
         cache: Any = None
         for start, stop in ((0, 5), (5, 6), (6, 7), (7, 8)):
             inputs = {"input_ids": ids[:, start:stop], "use_cache": True}
-            whole = self.unsplit(**inputs, past_key_values=cache)
-            cache = getattr(whole, "past_key_values", None)
+            whole = self.unsplit(**inputs, **{cache_argument(self.unsplit): cache})
+            cache = cache_of(whole)
             if cache is None:
                 return ""  # It does not generate token by token at all.
             _, made = self.run(inputs, caches)

@@ -19,8 +19,9 @@ from partita.errors import CheckpointError, ModelError
 from partita.peers import doing
 from partita.text import Sampling
 from partita.torch.apply import apply_plan, plan_of
-from partita.torch.compare import Float64Everywhere, compare, compare_parameters
+from partita.torch.compare import compare, compare_parameters
 from partita.torch.finish import finish
+from partita.torch.float64 import Float64Everywhere
 from partita.torch.generate import generate
 from partita.torch.groups import ParallelGroups, init_process_group, make_groups, single_groups
 from partita.torch.hub import build_on_meta, read_hf_config, spec_of

@@ -1,0 +1,90 @@
+"""Running a model entirely in float64, so that a split and an unsplit model can be compared to the last digits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+_WIDER = {
+    torch.float32: torch.float64,
+    torch.float16: torch.float64,
+    torch.bfloat16: torch.float64,
+    torch.complex64: torch.complex128,
+}
+
+_CASTS = {Tensor.float, Tensor.half, Tensor.bfloat16}
+"""Casts whose name is the dtype."""
+
+_LIKE_OTHER = {Tensor.to, Tensor.type_as}
+"""Casts that may take the dtype of another tensor."""
+
+_REINTERPRETING = {Tensor.view, torch.frombuffer}
+"""Functions to which a dtype describes memory: another would change the result."""
+
+
+class Float64Everywhere(TorchFunctionMode):
+    """Keep float64 where a model asks for a narrower floating-point dtype.
+
+    The weights and inputs of the model must be float64. Model code narrows in many ways, mostly to float32 and for speed;
+    while the mode is active each gives float64, or complex128:
+
+    - a dtype among the arguments: `x.to(torch.float32)`, `x.type(torch.float32)`, `softmax(x, -1, dtype=torch.float32)`,
+      `torch.zeros(n, dtype=torch.float32)`;
+    - a cast by name: `x.float()`, `x.half()`, `x.bfloat16()`, `x.type("torch.FloatTensor")`;
+    - a cast to the dtype of another tensor: `x.to(other)`, `x.type_as(other)`;
+    - the default dtype: `torch.zeros(n)`, `torch.tensor(0.5)`, `ids / 2`.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _REINTERPRETING:
+            return func(*args, **kwargs)
+        if func in _CASTS:
+            return Tensor.double(*args, **kwargs)
+        if func in _LIKE_OTHER:
+            other = next((t for t in (*args[1:2], *kwargs.values()) if isinstance(t, Tensor)), None)
+            if other is not None and other.dtype in _WIDER:
+                return Tensor.to(args[0], other.device, _WIDER[other.dtype])
+        args = tuple(_widened(a) for a in args)
+        kwargs = {name: _widened(value) for name, value in kwargs.items()}
+        if func is Tensor.type and len(args) > 1:
+            args = (args[0], _widened_type(args[1]), *args[2:])
+        result = func(*args, **kwargs)
+        return _widened_default(result, [*args, *kwargs.values()])
+
+
+def _widened_default(result: Any, given: Sequence[Any]) -> Any:
+    """`result`, widened where its dtype is torch's default: where no tensor that was `given` has such a dtype.
+
+    So a view of an argument, and an argument changed in place, stay what they are.
+    """
+    if not isinstance(result, Tensor) or result.dtype not in _WIDER or result.requires_grad:
+        return result
+    if any(tensor.dtype in _WIDER for tensor in _tensors(given)):
+        return result
+    return result.to(_WIDER[result.dtype])
+
+
+def _widened(value: Any) -> Any:
+    return _WIDER.get(value, value) if isinstance(value, torch.dtype) else value
+
+
+def _widened_type(kind: Any) -> Any:
+    """The argument of `Tensor.type` where it is a class of tensors or the name of one."""
+    name = kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__name__}" if isinstance(kind, type) else ""
+    for narrow in ("FloatTensor", "HalfTensor", "BFloat16Tensor"):
+        if name.endswith(f".{narrow}"):
+            return name.removesuffix(narrow) + "DoubleTensor"
+    return kind
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value)
