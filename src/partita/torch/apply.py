@@ -200,11 +200,12 @@ def _split_experts(module: nn.Module, comm: Communicator, split: Split) -> None:
         module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         floats = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.is_floating_point()]
-        # Routing weights may be float32 in a float64 model; their parts are summed in the wider of the two.
+        # A router often computes in float32 in a model of another dtype. Each value enters in its own dtype, as it does
+        # unsplit, and the ranks' gradients are summed in the widest.
         widest = max((v.dtype for v in floats), key=lambda dtype: dtype.itemsize)
 
         def entered(value: Any) -> Any:
-            return copy_to(value.to(widest), comm) if any(value is v for v in floats) else value
+            return copy_to(value.to(widest), comm).to(value.dtype) if any(value is v for v in floats) else value
 
         return tuple(entered(a) for a in args), {key: entered(value) for key, value in kwargs.items()}
 

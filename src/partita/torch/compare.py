@@ -67,13 +67,13 @@ def compare(
         model.zero_grad(set_to_none=True)
     expected: dict[str, Tensor] = {}
     found: dict[str, float] = {}
-    with _watch(unsplit, plan, lambda path, out: expected.setdefault(path, out.clone())):
+    with watch(unsplit, plan, lambda path, out: expected.setdefault(path, out.clone())):
         reference = main_output(unsplit(**inputs))
     if bool(reference.isnan().any()):
         raise ModelError(
             "the unsplit model's own output holds NaN, to which nothing is equal. Look at its weights and its dtype."
         )
-    with _watch(split, plan, lambda path, out: _note(path, out, expected, found, plan, groups.mp.comm)):
+    with watch(split, plan, lambda path, out: _note(path, out, expected, found, plan, groups.mp.comm)):
         output = main_output(split(**inputs))
     modules = [Difference("module", path, error) for path, error in found.items()]
     differences = [Difference("output", "the model", relative_error(reference.detach(), output.detach()))]
@@ -110,7 +110,7 @@ def compare_parameters(unsplit: nn.Module, split: nn.Module, plan: Plan, groups:
     for name, local in local_tensors(split, plan).items():
         if name in whole:
             expected = whole[name].detach()
-            part = _local_part_of(expected, plan, name, groups.mp.rank)
+            part = local_part_of(expected, plan, name, groups.mp.rank)
             found.append(
                 Difference(
                     "parameter", name, relative_error(part, local.detach(), max(float(expected.abs().max()), least))
@@ -119,7 +119,8 @@ def compare_parameters(unsplit: nn.Module, split: nn.Module, plan: Plan, groups:
     return _largest(found, groups, list(plan.spec.tensors))
 
 
-def _local_part_of(tensor: Tensor, plan: Plan, name: str, rank: int) -> Tensor:
+def local_part_of(tensor: Tensor, plan: Plan, name: str, rank: int) -> Tensor:
+    """What a tensor rank holds of an unsplit tensor of the plan's model."""
     for dim, ranges in enumerate(plan.tensor(name).ranges(rank)):
         tensor = torch.cat([tensor.narrow(dim, a, b - a) for a, b in ranges], dim)
     return tensor
@@ -138,13 +139,13 @@ def _gradients(unsplit: nn.Module, split: nn.Module, plan: Plan, comm: Communica
             none = grad is local or all(g is None or not bool(g.any()) for g in (grad, local))
             yield Difference("gradient", name, 0.0 if none else float("inf"))
             continue
-        part = _local_part_of(grad, plan, name, comm.rank)
+        part = local_part_of(grad, plan, name, comm.rank)
         scale = max(float(grad.abs().max()), FLOOR * largest)
         yield Difference("gradient", name, relative_error(part, local, scale))
 
 
 @contextmanager
-def _watch(model: nn.Module, plan: Plan, see: Callable[[str, Tensor], object]) -> Iterator[None]:
+def watch(model: nn.Module, plan: Plan, see: Callable[[str, Tensor], object]) -> Iterator[None]:
     """Show `see` the first output of every module of the unsplit model's, by its path."""
     paths = {path for name in plan.spec.modules for path in _with_parents(name)}
     handles = []
@@ -181,11 +182,15 @@ def _note(
     whole = expected.get(path)
     if whole is None or path in found:
         return
-    module = plan.modules.get(path)
-    if module is not None and _is_local(module):
-        whole = _local_part(whole, module, comm.rank)
+    whole = local_output(whole, path, plan, comm.rank)
     if whole.shape == output.shape:
         found[path] = relative_error(whole, output)
+
+
+def local_output(whole: Tensor, path: str, plan: Plan, rank: int) -> Tensor:
+    """The part of a module's unsplit output that the module at `path` gives on a tensor rank."""
+    module = plan.modules.get(path)
+    return _local_part(whole, module, rank) if module is not None and _is_local(module) else whole
 
 
 def _is_local(module: ModulePlan) -> bool:

@@ -1,0 +1,99 @@
+"""The rule for a dtype that is run: a split model may round at most twice as much as the unsplit one.
+
+Both run in the same dtype from the same stored weights, and the errors of both are measured against the unsplit model in
+float64. An error is the root mean square over all elements of a tensor and all ranks that hold it. The largest error of one
+element would not do: it depends on the order of a few sums, and by chance is more than twice as large in one of two models
+that round equally well. Of an adding of two rounded parts the root mean square is expected to be sqrt(2) times larger.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from statistics import median
+
+FACTOR = 2.0
+"""How many times the unsplit model's error the split model's may be."""
+
+SMALL = 1e-3
+"""Errors are relative to no less than this fraction of the largest tensor of the same kind, since the gradient of a key's bias
+is zero in exact arithmetic and rounding is all that is left of it."""
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """One tensor in three runs: sums of squares over its elements on all ranks.
+
+    Attributes:
+        kind: `module`, `output`, `gradient`, `loss` or `parameter`.
+        name: Its path in the unsplit model.
+        elements: The number of elements.
+        exact: The sum of squares of the float64 values.
+        unsplit: The sum of squares of the unsplit model's errors.
+        split: The sum of squares of the split model's errors; infinite or not a number where it has no such value.
+    """
+
+    kind: str
+    name: str
+    elements: int
+    exact: float
+    unsplit: float
+    split: float
+
+    def __add__(self, other: Rounding) -> Rounding:
+        """The same tensor on more ranks."""
+        return replace(
+            self,
+            elements=self.elements + other.elements,
+            exact=self.exact + other.exact,
+            unsplit=self.unsplit + other.unsplit,
+            split=self.split + other.split,
+        )
+
+
+@dataclass(frozen=True)
+class Judged:
+    """The error of a split tensor and the largest error that is allowed, both relative to the tensor's magnitude."""
+
+    kind: str
+    name: str
+    error: float
+    allowed: float
+
+
+def add_ranks(ranks: Iterable[Sequence[Rounding]]) -> list[Rounding]:
+    """The measurements of several ranks as one, in the order in which they are first seen."""
+    total: dict[tuple[str, str], Rounding] = {}
+    for one in (one for rank in ranks for one in rank):
+        key = one.kind, one.name
+        total[key] = total[key] + one if key in total else one
+    return list(total.values())
+
+
+def judge(measured: Sequence[Rounding], unit_roundoff: float) -> list[Judged]:
+    """Compare each error with the one that is allowed.
+
+    That is twice the unsplit model's own error of the same tensor. A tensor of a few elements may be rounded well by chance, so
+    no tensor has to be better than the median of its kind, nor than one rounding.
+
+    Args:
+        measured: All tensors of a comparison.
+        unit_roundoff: The largest relative error of one rounding in the dtype.
+    """
+    judged = []
+    for kind in dict.fromkeys(one.kind for one in measured):
+        tensors = [one for one in measured if one.kind == kind]
+        largest = max((_mean(one.exact, one) for one in tensors), default=0.0)
+        scales = [max(_mean(one.exact, one), SMALL * largest) or 1.0 for one in tensors]
+        own = [_mean(one.unsplit, one) / scale for one, scale in zip(tensors, scales, strict=True)]
+        usual = median(own)
+        judged += [
+            Judged(kind, one.name, _mean(one.split, one) / scale, FACTOR * max(error, usual, unit_roundoff))
+            for one, scale, error in zip(tensors, scales, own, strict=True)
+        ]
+    return judged
+
+
+def _mean(squares: float, one: Rounding) -> float:
+    return math.sqrt(squares / one.elements) if one.elements else 0.0
