@@ -11,7 +11,7 @@ import torch
 from partita.core.mesh import Mesh
 from partita.core.rounding import FACTOR
 from partita.torch import Sampling, generate
-from partita.torch.compare import Float64Everywhere
+from partita.torch.float64 import Float64Everywhere
 from partita.torch.groups import single_groups
 from partita.torch.hub import build_on_meta, read_hf_config
 from partita.torch.load import shard

@@ -17,7 +17,8 @@ from partita.core.plan import Plan
 from partita.core.rounding import Judged, Rounding, add_ranks, judge
 from partita.errors import ModelError
 from partita.torch.apply import local_tensors, unsplit_name
-from partita.torch.compare import Float64Everywhere, local_output, local_part_of, main_output, watch
+from partita.torch.compare import local_output, local_part_of, main_output, watch
+from partita.torch.float64 import Float64Everywhere
 from partita.torch.groups import ParallelGroups
 
 SAMPLES = 4
