@@ -6,6 +6,7 @@ from partita.torch.auto import pipeline_auto_parallel
 from partita.torch.comm import Communicator
 from partita.torch.data import load_tokens
 from partita.torch.embedding import ParallelEmbedding, VocabParallelEmbedding
+from partita.torch.float64 import Float64Everywhere
 from partita.torch.fresh import fresh
 from partita.torch.generate import generate
 from partita.torch.groups import (
@@ -33,6 +34,7 @@ from partita.training import SaveReport, Saves
 __all__ = [
     "ColumnParallelLinear",
     "Communicator",
+    "Float64Everywhere",
     "Generation",
     "GroupInfo",
     "InitType",
