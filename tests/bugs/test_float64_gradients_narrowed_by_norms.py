@@ -22,6 +22,7 @@ CONFIG = {
     "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 64,
 }  # fmt: skip
 
+
 def _accumulate(model: nn.Module, *, exact: bool) -> list[float]:
     """Gradients of four padded batches of different lengths, added up; their losses."""
     model.zero_grad()

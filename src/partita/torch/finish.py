@@ -11,6 +11,7 @@ from torch import nn
 from partita.core.plan import Plan
 from partita.errors import ModelError
 from partita.torch.apply import parameter_homes, sum_partial_gradients, tie
+from partita.torch.attentions import gather_attentions
 from partita.torch.forward import call_as_whole
 from partita.torch.groups import ParallelGroups
 from partita.torch.stage import wire_stages
@@ -25,6 +26,7 @@ def finish(model: nn.Module, plan: Plan, groups: ParallelGroups) -> nn.Module:
     model.partita_plan = plan  # type: ignore[assignment]
     model.partita_groups = groups  # type: ignore[assignment]
     call_as_whole(model, plan, groups)
+    gather_attentions(model, plan, groups.mp.comm)
     if plan.mesh.tp * plan.mesh.pp > 1 and hasattr(type(model), "generate"):
         model.generate = MethodType(_generate_alike, model)  # type: ignore[assignment]
     if plan.mesh.tp * plan.mesh.pp > 1 and hasattr(type(model), "save_pretrained"):

@@ -1,0 +1,237 @@
+"""What a caller can ask of a forward, over every kind of mesh: complete and equal to the unsplit model's, or an error."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from partita.torch import Float64Everywhere
+from partita.torch.hub import build_on_meta, read_hf_config
+from partita.torch.load import shard
+from partita.torch.probe import fill_unsplit
+from tests.support.ranks import ranks
+from tests.torch.test_stage import deep
+
+EXACT = 1e-12
+
+IDS = torch.tensor([[5, 17, 3, 29, 11, 8], [2, 40, 7, 19, 23, 31]])
+MASK = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
+LENGTH = IDS.shape[1]
+
+ENCODER_DECODER: dict[str, dict[str, Any]] = {
+    "t5": {"model_type": "t5", "vocab_size": 101, "d_model": 24, "d_kv": 8, "d_ff": 37, "num_layers": 2, "num_heads": 3,
+           "architectures": ["T5ForConditionalGeneration"], "decoder_start_token_id": 0},
+    "bart": {"model_type": "bart", "vocab_size": 101, "d_model": 24, "encoder_layers": 2, "decoder_layers": 2,
+             "encoder_attention_heads": 3, "decoder_attention_heads": 3, "encoder_ffn_dim": 37, "decoder_ffn_dim": 37,
+             "max_position_embeddings": 64, "architectures": ["BartForConditionalGeneration"]},
+}  # fmt: skip
+
+
+def pair(name: str, where: Mapping[str, Any], **config: Any) -> tuple[nn.Module, nn.Module]:
+    """A float64 model that computes attention plainly, and its copy that is split over the ranks of the run."""
+    data = ENCODER_DECODER[name] if name in ENCODER_DECODER else deep(name)
+    attention = config.pop("attention", "eager")
+    unsplit = fill_unsplit(build_on_meta(read_hf_config({**data, **config}), torch.float64))
+    unsplit.set_attn_implementation(attention)  # type: ignore[operator]
+    return unsplit, shard(copy.deepcopy(unsplit), **where)
+
+
+# --- what is asked, as a call of a model that returns its outputs ---------------------------------------------------------
+
+
+def _plain(model: Any, **asked: Any) -> Any:
+    given = {"input_ids": IDS, "attention_mask": MASK, **asked}
+    if model.config.is_encoder_decoder:
+        given["decoder_input_ids"] = IDS
+    return model(**given)
+
+
+def asking(**asked: Any) -> Callable[[Any], Any]:
+    return lambda model: _plain(model, **asked)
+
+
+def _embeds(model: Any) -> Any:
+    embeds = torch.randn(
+        2, LENGTH, model.get_input_embeddings().embedding_dim, generator=torch.Generator().manual_seed(1)
+    )
+    return _plain(model, input_ids=None, inputs_embeds=embeds.double())
+
+
+def _additive(heads: int) -> Callable[[Any], Any]:
+    """An additive mask of four dimensions, causal, of one head for all or one each."""
+
+    def call(model: Any) -> Any:
+        count = model.config.num_attention_heads if heads else 1
+        bias = torch.randn(2, count, LENGTH, LENGTH, generator=torch.Generator().manual_seed(2)).double()
+        causal = torch.full((LENGTH, LENGTH), -1e30, dtype=torch.float64).triu(1)
+        return _plain(model, attention_mask=bias + causal)
+
+    return call
+
+
+def _cached(model: Any) -> list[Any]:
+    """Three calls that hand their cache on."""
+    outputs, cache = [], None
+    for begin, end in ((0, 3), (3, 4), (4, 6)):
+        output = model(input_ids=IDS[:, begin:end], past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        assert cache.get_seq_length() == end
+        outputs.append({"logits": output.logits})
+    return outputs
+
+
+def _given_cache(model: Any) -> list[Any]:
+    """A cache of the caller's, which one call fills and the next extends."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=model.config)
+    first = model(input_ids=IDS[:, :4], past_key_values=cache)
+    assert cache.get_seq_length() == 4
+    second = model(input_ids=IDS[:, 4:], past_key_values=cache)
+    return [{"logits": first.logits}, {"logits": second.logits}]
+
+
+def _static_cache(model: Any) -> list[Any]:
+    from transformers import StaticCache
+
+    cache = StaticCache(config=model.config, max_cache_len=8)
+    first = model(input_ids=IDS[:, :4], past_key_values=cache)
+    second = model(input_ids=IDS[:, 4:], past_key_values=cache)
+    return [{"logits": first.logits}, {"logits": second.logits}]
+
+
+REQUESTS: dict[str, Callable[[Any], Any]] = {
+    "attentions": asking(output_attentions=True),
+    "hidden states": asking(output_hidden_states=True),
+    "router logits": asking(output_router_logits=True),
+    "everything": asking(output_attentions=True, output_hidden_states=True, use_cache=False),
+    "some hidden states": asking(output_hidden_states=[0, -1]),
+    "a tuple": asking(return_dict=False),
+    "a tuple of everything": asking(output_attentions=True, output_hidden_states=True, return_dict=False),
+    "the last logits": asking(logits_to_keep=1),
+    "chosen logits": asking(logits_to_keep=torch.tensor([1, 4])),
+    "embeddings": _embeds,
+    "no mask": asking(attention_mask=None),
+    "an additive mask": _additive(0),
+    "a mask of each head": _additive(1),
+    "positions": asking(position_ids=torch.arange(3, 3 + LENGTH).expand(2, -1)),
+    "labels": asking(labels=IDS.masked_fill(MASK == 0, -100)),
+    "labels of a larger batch": asking(labels=IDS.masked_fill(MASK == 0, -100), num_items_in_batch=torch.tensor(37)),
+    "a returned cache": _cached,
+    "a given cache": _given_cache,
+    "a static cache": _static_cache,
+}
+
+
+def flat(value: Any, name: str = "") -> dict[str, Tensor]:
+    """Every tensor of an output by its place; caches, whose form is a rank's own, are left out."""
+    from transformers.cache_utils import Cache
+
+    if isinstance(value, Tensor):
+        return {name: value.detach()}
+    if isinstance(value, Cache):
+        return {}
+    if isinstance(value, Mapping):
+        items: Any = value.items()
+    elif isinstance(value, (tuple, list)):
+        items = enumerate(value)
+    else:
+        return {}
+    return {place: tensor for key, part in items for place, tensor in flat(part, f"{name}.{key}").items()}
+
+
+def _compared(name: str, where: dict[str, Any], requests: list[str], config: dict[str, Any]) -> dict[str, str]:
+    """By request what is wrong with the answer: nothing, a difference, or an error."""
+    unsplit, split = pair(name, where, **config)
+    found = {}
+    for request in requests:
+        try:
+            with Float64Everywhere(), torch.no_grad():
+                expected = flat(REQUESTS[request](unsplit))
+        except Exception as error:
+            found[request] = f"unsplit: {type(error).__name__}: {error}"
+            continue
+        try:
+            with Float64Everywhere(), torch.no_grad():
+                answer = flat(REQUESTS[request](split))
+        except Exception as error:
+            found[request] = f"{type(error).__name__}: {error}"
+            continue
+        found[request] = difference(expected, answer)
+    return found
+
+
+def difference(expected: Mapping[str, Tensor], answer: Mapping[str, Tensor]) -> str:
+    """The first thing that differs, or nothing."""
+    if list(expected) != list(answer):
+        return f"has {sorted(set(answer) - set(expected))}, lacks {sorted(set(expected) - set(answer))}"
+    for place, tensor in expected.items():
+        if tensor.shape != answer[place].shape or tensor.dtype != answer[place].dtype:
+            return f"{place} is {tuple(answer[place].shape)} {answer[place].dtype}, not {tuple(tensor.shape)} {tensor.dtype}"
+        if tensor.isnan().any():
+            return f"{place} holds NaN, unsplit"
+        error = float(
+            (tensor.double() - answer[place].double()).abs().max() / tensor.double().abs().max().clamp_min(1e-30)
+        )
+        if not error <= EXACT:
+            return f"{place} differs by {error:.1e}"
+    return ""
+
+
+OF_LANGUAGE_MODELS = [name for name in REQUESTS if name != "router logits"]
+BATCHED = [name for name in OF_LANGUAGE_MODELS if "cache" not in name]
+CASES: dict[str, list[str]] = {
+    "llama-7-heads-1-kv": OF_LANGUAGE_MODELS, "qwen3": OF_LANGUAGE_MODELS, "gpt2": OF_LANGUAGE_MODELS,
+    "gpt-neox": OF_LANGUAGE_MODELS, "gemma2": OF_LANGUAGE_MODELS, "gemma3-mixed": OF_LANGUAGE_MODELS,
+    "mixtral": list(REQUESTS), "qwen3-moe": list(REQUESTS),
+    "opt": [name for name in OF_LANGUAGE_MODELS if name not in ("an additive mask", "a mask of each head")],
+    "bert": BATCHED, "bert-masked-lm": BATCHED,
+    "bart": [name for name in BATCHED if name not in ("an additive mask", "a mask of each head")],
+    "falcon": OF_LANGUAGE_MODELS, "mpt": OF_LANGUAGE_MODELS,
+    "bloom": [name for name in OF_LANGUAGE_MODELS if name not in ("an additive mask", "a mask of each head")],
+}  # fmt: skip
+"""By family what it takes: OPT and BLOOM make positions of the mask, BERT and BART have no cache of a causal model."""
+
+TP = {"tp": 2}
+COPIED = {"tp": 3}
+"""Three ranks have 3, 2 and 2 of seven heads, and a copy each of one KV head."""
+
+
+def check(name: str, where: dict[str, Any], requests: list[str], **config: Any) -> None:
+    size = where.get("tp", 1) * where.get("pp", 1)
+    for found in ranks(size).run(_compared, name, where, requests, config):
+        assert found == dict.fromkeys(requests, "")
+
+
+@pytest.mark.parametrize("name", ["llama-7-heads-1-kv", "gpt2", "mixtral"])
+def test_tensor_ranks_answer_every_request(name: str) -> None:
+    check(name, TP, CASES[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in CASES if name not in ("llama-7-heads-1-kv", "gpt2", "mixtral")])
+def test_tensor_ranks_of_more_families_answer_every_request(name: str) -> None:
+    check(name, TP, CASES[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(CASES))
+def test_uneven_heads_and_copied_kv_heads_answer_every_request(name: str) -> None:
+    check(name, COPIED, CASES[name])
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("llama-7-heads-1-kv", {"output_attentions": True, "output_hidden_states": True}),
+        ("bert", {"output_attentions": True, "return_dict": False}),
+        ("llama-7-heads-1-kv", {"attention": "sdpa"}),
+    ],
+)
+def test_what_the_config_asks_for(name: str, config: dict[str, Any]) -> None:
+    check(name, TP, ["no mask", "attentions"], **config)
