@@ -33,3 +33,20 @@ class CheckpointError(PartitaError, ValueError):
 
 class DistributedError(PartitaError, RuntimeError):
     """Ranks that are missing, disagree, or were asked for what their group cannot do."""
+
+
+class PeerFailed(DistributedError):
+    """Another rank failed and reports its own error; the rank that raises this one only repeats it.
+
+    Attributes:
+        rank: The rank of the run that failed.
+        reason: The type and the text of its error.
+    """
+
+    def __init__(self, rank: int, reason: str) -> None:
+        """Repeat `reason`, the error of rank `rank`."""
+        super().__init__(rank, reason)
+        self.rank, self.reason = rank, reason
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} failed: {self.reason}"

@@ -337,7 +337,7 @@ def _fails_alike(folder: str, rank: int) -> str:
 def test_what_fails_on_one_rank_fails_on_all(written: dict[str, Path]) -> None:
     first, second = mlx_ranks(2).run(_fails_alike, str(written["llama"]), 0)
     assert second.startswith("ModelError")
-    assert first.startswith("DistributedError: another rank failed: ModelError")
+    assert first.startswith("PeerFailed: rank 1 failed: ModelError")
 
 
 def test_facts_of_a_quantized_model_are_those_of_the_plain_one() -> None:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from partita.errors import DistributedError
+from partita.errors import DistributedError, PeerFailed
 from partita.peers import ME, Activity, Lines, Peer, Uptime, beat_s, doing, is_echo, line_of, lost_after_s, waits_in
 
 
@@ -99,13 +99,14 @@ def test_a_process_of_another_machine_is_not_killed() -> None:
 
 
 @pytest.mark.parametrize(
-    ("message", "is_one"),
+    ("error", "is_one"),
     [
-        ("RuntimeError: [gloo] Connection closed by peer [127.0.0.1]:1234", True),
-        ("RuntimeError: [ring] connection to a peer was lost", True),
-        ("DistributedError: rank 3 failed", True),
-        ("ValueError: the peer group has 3 ranks", False),
+        (RuntimeError("[gloo] Connection closed by peer [127.0.0.1]:1234"), True),
+        (RuntimeError("[ring] connection to a peer was lost"), True),
+        (PeerFailed(3, "ValueError: the cause"), True),
+        (DistributedError("rank 3 failed, and its connection was closed"), False),
+        (ValueError("the peer group has 3 ranks"), False),
     ],
 )
-def test_what_only_echoes_a_loss_is_known(message: str, is_one: bool) -> None:
-    assert is_echo(message) == is_one
+def test_what_only_echoes_a_loss_is_known(error: Exception, is_one: bool) -> None:
+    assert is_echo(error) == is_one

@@ -52,8 +52,8 @@ _MISSING_EXTRA = (
 def explain(error: BaseException) -> Failure | None:
     """The failure that `error` is, or None for what the command line itself deals with (a usage error, an exit)."""
     if isinstance(error, PartitaError):
-        text = str(error)
-        return Failure(Failure.MISUSED, text, re.match(r"rank \d+ failed", text) is not None)
+        echo = is_echo(error)
+        return Failure(Failure.FAILED if echo else Failure.MISUSED, str(error), echo)
     if isinstance(error, KeyboardInterrupt):
         return Failure(Failure.INTERRUPTED, "interrupted")
     if not isinstance(error, Exception) or isinstance(error, typer.Exit | typer.Abort) or hasattr(error, "exit_code"):
@@ -76,7 +76,7 @@ def explain(error: BaseException) -> Failure | None:
             "sequences or a narrower --dtype; `partita plan` shows what each rank holds.",
         )
     message = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-    return Failure(Failure.FAILED, message, is_echo(message))
+    return Failure(Failure.FAILED, message, is_echo(error))
 
 
 def fail(error: BaseException, *, debug: bool = False) -> int | None:

@@ -80,9 +80,10 @@ class Hub(threading.Thread):
     def _verdict(self, now_s: float) -> dict[str, Any] | None:
         """What ends the run, if anything does."""
         peers = [seat.peer for seat in self.seats if seat.peer is not None and not seat.peer.is_done]
-        for peer in peers:
-            if peer.failure is not None:
-                return {"failed": {"rank": peer.rank, "who": str(peer), "doing": peer.doing, **peer.failure}}
+        failed = [(peer, peer.failure) for peer in peers if peer.failure is not None]
+        if failed:
+            peer, failure = min(failed, key=lambda pair: bool(pair[1].get("echo")))
+            return {"failed": {"rank": peer.rank, "who": str(peer), "doing": peer.doing, **failure}}
         gone = [peer for peer in peers if peer.heard_s < 0]
         if gone:
             return {"lost": "; ".join(peer.lost("its process has ended") for peer in gone)}

@@ -20,6 +20,7 @@ from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any
 
+from partita.errors import PartitaError, PeerFailed
 from partita.peers.activity import ME, STARTING
 from partita.peers.hub import Hub
 from partita.peers.peer import LOST, Lines, Peer, Uptime, beat_s, line_of, lost_after_s, silence
@@ -236,9 +237,9 @@ def farewell() -> None:
         return
     error = getattr(sys, "last_value", None) or sys.exc_info()[1]
     if error is not None and not isinstance(error, KeyboardInterrupt | SystemExit):
-        if is_echo(str(error)):
+        if is_echo(error):
             wait_for_verdict()
-        tell_failure({"code": 1, "message": f"{type(error).__name__}: {error}"})
+        tell_failure({"code": 1, "message": f"{type(error).__name__}: {error}", "echo": is_echo(error)})
         return
     _member = _hub = None
     if hub is not None:
@@ -250,16 +251,19 @@ def farewell() -> None:
         hub.close()
 
 
+# What gloo, Open MPI, NCCL and MLX's ring say of a connection whose other end has gone.
 _ECHO = re.compile(
-    r"connection (was )?(closed|reset)|broken pipe|socket closed|rank \d+ failed|recvvalue failed|failed to recv|"
-    r"connection refused|peer .*(closed|gone|lost)",
+    r"connection (was )?(closed|reset)|broken pipe|socket closed|recvvalue failed|failed to recv|connection refused|"
+    r"peer .*(closed|gone|lost)",
     re.IGNORECASE,
 )
 
 
-def is_echo(message: str) -> bool:
-    """Whether an error only tells that another rank is gone."""
-    return _ECHO.search(message) is not None
+def is_echo(error: BaseException) -> bool:
+    """Whether an error only tells that another rank has failed or is gone: ours by its type, a backend's by its words."""
+    if isinstance(error, PartitaError):
+        return isinstance(error, PeerFailed)
+    return _ECHO.search(str(error)) is not None
 
 
 def _me() -> dict[str, Any]:

@@ -8,39 +8,37 @@ from typing import Any
 
 import torch
 
-from partita.errors import DistributedError
 from partita.torch.comm import Communicator
 from partita.torch.groups import ParallelGroups
+from partita.training.agreement import failure_record, raise_failure_of_peer
 
 
 class _Together(AbstractContextManager[None]):
-    def __init__(self, gather: Callable[[object], list[object]]) -> None:
-        self.gather = gather
+    def __init__(self, gather: Callable[[object], list[Any]], rank: int) -> None:
+        self.gather, self.rank = gather, rank
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if error is not None and not isinstance(error, Exception):
             return
-        reports = self.gather(None if error is None else f"{type(error).__name__}: {error}")
+        records = self.gather(failure_record(self.rank, error))
         if error is None:
-            for rank, report in enumerate(reports):
-                if report is not None:
-                    raise DistributedError(f"rank {rank} failed: {report}")
+            raise_failure_of_peer(records)
 
 
 def together(groups: ParallelGroups) -> AbstractContextManager[None]:
     """A block at whose end every rank hears whether it went well everywhere; it holds no collective of its own.
 
-    A rank that raised raises its own error; the others raise `DistributedError` with the first failing rank's.
+    A rank that raised raises its own error; the others raise `PeerFailed` with the first failing rank's.
     """
-    return _Together(_gather_from_all) if groups.mesh.size > 1 else nullcontext()
+    return _Together(_gather_from_all, torch.distributed.get_rank()) if groups.mesh.size > 1 else nullcontext()
 
 
 def together_in(comm: Communicator) -> AbstractContextManager[None]:
     """The same among the ranks of `comm` alone."""
-    return _Together(comm.all_gather_object)
+    return _Together(comm.all_gather_object, comm.global_ranks[comm.rank])
 
 
-def _gather_from_all(report: object) -> list[object]:
-    reports: list[object] = [None] * torch.distributed.get_world_size()
+def _gather_from_all(report: object) -> list[Any]:
+    reports: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(reports, report)
     return reports
