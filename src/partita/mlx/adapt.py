@@ -13,21 +13,23 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 from partita.core.plan import Plan
 from partita.core.resolve import TensorPlan
 from partita.core.split import Split
 from partita.errors import ModelError
 from partita.mlx.apply import plan_of
+from partita.mlx.embedding import VocabParallelEmbedding
 from partita.mlx.groups import ParallelGroups
 from partita.mlx.homes import INNER_NAMES, Ranges, parameter_homes, unsplit_modules
-from partita.mlx.inner import is_quantized, slice_array
+from partita.mlx.inner import copy_module, is_quantized, slice_array
 from partita.mlx.inside import EntersRegion
 from partita.mlx.linear import ColumnParallelLinear, RowParallelLinear
-from partita.mlx.lora import split_axis
+from partita.mlx.lora import Style, split_axis
 from partita.mlx.names import Box
 from partita.mlx.origin import Origin
-from partita.mlx.tree import Home, get_module
+from partita.mlx.tree import Home, get_module, named_modules, set_module
 from partita.training.adapter_files import Side, name_on_disk
 
 _ROUTERS = ("gate", "router")
@@ -141,6 +143,76 @@ def adapters(model: nn.Module) -> list[tuple[Any, Any, nn.Module]]:
 
     walk(model)
     return found
+
+
+def take_off(model: nn.Module) -> dict[str, nn.Module]:
+    """Replace each adapter of an unsplit model by the layer that it adapts, and return the adapters by these layers' paths.
+
+    So the model is planned and split as it is without them; `put_back` splits them along. Where one of them is no LoRA or
+    DoRA of mlx-lm on a linear layer or an embedding, nothing is done: all layers then keep their adapters, and are split one
+    by one.
+    """
+    found = {path: module for path, module in named_modules(model).items() if "lora_a" in module}
+    if any(not _is_known(adapter) for adapter in found.values()):
+        return {}
+    for path, adapter in found.items():
+        set_module(model, path, adapter["embedding" if "embedding" in adapter else "linear"])
+    return found
+
+
+def _is_known(adapter: nn.Module) -> bool:
+    inner = adapter.get("linear", adapter.get("embedding"))
+    own = {name for name, _ in tree_flatten(adapter.parameters()) if not name.startswith(("linear.", "embedding."))}
+    kinds = nn.Linear | nn.QuantizedLinear | nn.Embedding | nn.QuantizedEmbedding
+    return isinstance(inner, kinds) and own <= {"lora_a", "lora_b", "m"} and adapter["lora_a"].ndim == 2
+
+
+def put_back(model: nn.Module, taken: Mapping[str, nn.Module], tp_rank: int) -> None:
+    """Put adapters on the layers of a split model that `take_off` took them off: this rank's part of each.
+
+    Args:
+        model: Split; layers of other stages have none.
+        taken: The unsplit adapters by path.
+        tp_rank: The tensor rank.
+    """
+    modules = unsplit_modules(model)
+    for path, whole in taken.items():
+        layer = modules.get(path)
+        holder, key = _holder(model, path, layer)
+        if holder is None:
+            continue
+        adapter = copy_module(whole)
+        if isinstance(layer, ColumnParallelLinear | RowParallelLinear | VocabParallelEmbedding):
+            style = _style(layer)
+            for name in ("lora_a", "lora_b", "m"):
+                axis = split_axis(style, name)
+                if name in adapter and axis is not None:
+                    adapter[name] = slice_array(adapter[name], axis, layer.split.ranges(tp_rank))
+            # What several ranks hold of it is equal: they were given an equal model.
+            adapter._is_adopted = True
+        adapter["embedding" if "embedding" in adapter else "linear"] = holder[key]
+        holder[key] = adapter
+
+
+def _holder(model: nn.Module, path: str, layer: nn.Module | None) -> tuple[Any, Any]:
+    """What holds the plain layer at a path of the unsplit model, and its key there; (None, None) where this rank has none."""
+    kinds = nn.Linear | nn.QuantizedLinear | nn.Embedding | nn.QuantizedEmbedding
+    if type(layer) in INNER_NAMES:
+        key = INNER_NAMES[type(layer)]
+        return (layer, key) if isinstance(layer[key], kinds) else (None, None)
+    if not isinstance(layer, kinds):
+        return None, None
+    parent, _, name = path.rpartition(".")
+    holder = unsplit_modules(model).get(parent) or get_module(model, parent)
+    while type(holder) in INNER_NAMES:
+        holder = holder[INNER_NAMES[type(holder)]]
+    return holder, int(name) if isinstance(holder, list) else name
+
+
+def _style(layer: nn.Module) -> Style:
+    if isinstance(layer, VocabParallelEmbedding):
+        return "vocab"
+    return "column" if isinstance(layer, ColumnParallelLinear) else "row"
 
 
 @dataclass(frozen=True)

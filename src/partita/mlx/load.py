@@ -17,6 +17,7 @@ from partita.checkpoint.manifest import check_model
 from partita.checkpoint.read import Reader
 from partita.core.plan import Plan, mesh_of
 from partita.errors import CheckpointError, ModelError
+from partita.mlx.adapt import put_back, take_off
 from partita.mlx.apply import apply_plan, finish, local_ranges, take
 from partita.mlx.config import read_mlx_config
 from partita.mlx.groups import ParallelGroups, make_groups
@@ -132,6 +133,7 @@ def shard(
     mesh = mesh_of(plan, dp, pp, tp)
     groups = groups if groups is not None else make_groups(mesh)
     with together(groups):
+        adapters = take_off(model)
         if plan is None:
             plan = plan_of_model(model, mesh, layout)
         else:
@@ -139,6 +141,7 @@ def shard(
         prove_stages(model, plan)
         origin = Origin.in_memory(model)
         split = apply_plan(model, plan, groups.tp, groups.pp.rank)
+        put_back(split, adapters, groups.tp.rank)
     for home, attribute in parameter_homes(split).values():
         # One at a time, so that an unsplit array can go before the next part is made.
         if attribute == "weight" and multiplies_by_columns(home, home[attribute].dtype):
