@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ from partita.training.adapter_files import (
     read_adapters,
     targets_of,
 )
+from partita.training.mlx_adapters import in_peft_format
 
 
 def save_adapters(model: nn.Module, folder: str | os.PathLike[str], *, base: str | None = None) -> None:
@@ -66,13 +68,13 @@ def save_adapters(model: nn.Module, folder: str | os.PathLike[str], *, base: str
 
 
 def load_adapters(model: nn.Module, folder: str | os.PathLike[str]) -> list[str]:
-    """Put adapters on a split model that peft or `save_adapters` wrote, ready to be trained; every rank of the run calls it.
+    """Put adapters on a split model that peft, `mlx_lm.lora` or `save_adapters` wrote, ready to be trained; every rank of the run calls it.
 
     Each rank reads its own part. All else is frozen.
 
     Args:
         model: What `load`, `shard` or `fresh` made, in any layout: the model that they belong to, without adapters.
-        folder: With `adapter_config.json` and `adapter_model.safetensors`.
+        folder: With `adapter_config.json`, and `adapter_model.safetensors` or mlx-lm's `adapters.safetensors`.
 
     Returns:
         The paths of this rank's layers that were adapted.
@@ -83,11 +85,21 @@ def load_adapters(model: nn.Module, folder: str | os.PathLike[str]) -> list[str]
     """
     plan, groups = plan_of(model)
     place = Path(folder)
+    with contextlib.ExitStack() as stack:
+        with together(groups):
+            if adapters(model):
+                raise ModelError("the model has adapters already. Merge them (merge_lora), or load it without.")
+            known = paths_on_disk(model)
+            source = stack.enter_context(in_peft_format(place, lambda path: known.get(path, path)))
+        return _put_on(model, place, source)
+
+
+def _put_on(model: nn.Module, place: Path, source: Path) -> list[str]:
+    """Put the adapters in `source`, which is in peft's format and read from `place`, on a split model."""
+    plan, groups = plan_of(model)
     with together(groups):
-        if adapters(model):
-            raise ModelError("the model has adapters already. Merge them (merge_lora), or load it without.")
-        kind = read_adapters(place)
-        checkpoint = open_checkpoint(place / weights_name(STEM))
+        kind = read_adapters(source)
+        checkpoint = open_checkpoint(source / weights_name(STEM))
         wanted = {path_of(name) for name in checkpoint.tensors}
     put_on = add_lora(model, kind.rank, alpha=kind.alpha)
     with together(groups), Reader(checkpoint) as reader:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -38,6 +39,7 @@ from partita.training.adapter_files import (
     read_adapters,
     targets_of,
 )
+from partita.training.mlx_adapters import in_peft_format
 
 _LORA = re.compile(r"(?P<path>.*)\.lora_(?P<side>[AB])(\.default)?\.weight")
 _CUT_SIDE = {"column": "B", "row": "A"}
@@ -70,13 +72,13 @@ def save_adapters(model: nn.Module, folder: str | os.PathLike[str], *, base: str
 
 
 def load_adapters(model: nn.Module, folder: str | os.PathLike[str]) -> list[str]:
-    """Put adapters on a split model that peft or `save_adapters` wrote, ready to be trained; every rank of the run calls it.
+    """Put adapters on a split model that peft, `mlx_lm.lora` or `save_adapters` wrote, ready to be trained; every rank of the run calls it.
 
     Each rank reads its own part. All else is frozen.
 
     Args:
         model: What `load`, `shard` or `fresh` made, in any layout: the model that they belong to, without adapters.
-        folder: With `adapter_config.json` and `adapter_model.safetensors`.
+        folder: With `adapter_config.json`, and `adapter_model.safetensors` or mlx-lm's `adapters.safetensors`.
 
     Returns:
         The paths of this rank's layers that were adapted.
@@ -87,11 +89,20 @@ def load_adapters(model: nn.Module, folder: str | os.PathLike[str]) -> list[str]
     """
     plan, groups = plan_of(model)
     place = Path(folder)
+    with contextlib.ExitStack() as stack:
+        with together(groups):
+            if adapters(model):
+                raise ModelError("the model has adapters already. Merge them (merge_lora), or load it without.")
+            source = stack.enter_context(in_peft_format(place, lambda path: _path_here(plan, path)))
+        return _put_on(model, place, source)
+
+
+def _put_on(model: nn.Module, place: Path, source: Path) -> list[str]:
+    """Put the adapters in `source`, which is in peft's format and read from `place`, on a split model."""
+    plan, groups = plan_of(model)
     with together(groups):
-        if adapters(model):
-            raise ModelError("the model has adapters already. Merge them (merge_lora), or load it without.")
-        kind = read_adapters(place)
-        checkpoint = open_checkpoint(place / weights_name(STEM))
+        kind = read_adapters(source)
+        checkpoint = open_checkpoint(source / weights_name(STEM))
         wanted = {path_of(name) for name in checkpoint.tensors}
     put_on = add_lora(model, kind.rank, alpha=kind.alpha)
     with together(groups), Reader(checkpoint) as reader:
@@ -113,6 +124,11 @@ def load_adapters(model: nn.Module, folder: str | os.PathLike[str]) -> list[str]
             "these adapters on with peft."
         )
     return [path for path in put_on if path in wanted]
+
+
+def _path_here(plan: Plan, path: str) -> str:
+    """The path of a module in transformers' model, by that in mlx-lm's, which leaves out the beginning of some."""
+    return next((one for one in plan.spec.modules if one == path or one.endswith(f".{path}")), path)
 
 
 def _check_shapes(folder: Path, sources: Mapping[str, Source], there: Mapping[str, tuple[int, ...]]) -> None:

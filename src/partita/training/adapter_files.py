@@ -108,20 +108,35 @@ def targets_of(paths: Collection[str], others: Collection[str]) -> list[str]:
     return sorted(paths if any(path.rpartition(".")[2] in ends for path in others) else ends)
 
 
-def read_adapters(folder: Path) -> Adapters:
-    """The config of adapters that peft or Partita wrote.
+def is_of_mlx_lm(folder: Path) -> bool:
+    """Whether a folder holds adapters that `mlx_lm.lora` wrote.
 
     Raises:
-        CheckpointError: There is none, or it is not of plain LoRA adapters of one rank.
+        CheckpointError: It holds none.
     """
+    return "fine_tune_type" in _read_config(folder)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
     file = folder / CONFIG_NAME
     try:
         raw = file.read_bytes()
     except OSError as error:
         raise CheckpointError(
-            f"{file}: cannot be read: {reason(error)}. Give a folder that holds adapters in peft's format."
+            f"{file}: cannot be read: {reason(error)}. Give a folder that holds adapters in peft's or mlx-lm's format."
         ) from error
-    data: dict[str, Any] = parse_json(raw, f"{file}: the config")
+    return dict(parse_json(raw, f"{file}: the config"))
+
+
+def read_adapters(folder: Path) -> Adapters:
+    """The config of adapters that peft, `mlx_lm.lora` or Partita wrote.
+
+    Raises:
+        CheckpointError: There is none, or it is not of plain LoRA adapters of one rank.
+    """
+    file, data = folder / CONFIG_NAME, _read_config(folder)
+    if "fine_tune_type" in data:
+        return _of_mlx_lm(file, data)
     if data.get("peft_type") != "LORA":
         raise CheckpointError(f"{file}: peft_type must be LORA, but is {data.get('peft_type')!r}.")
     for name, plain in _PLAIN.items():
@@ -133,3 +148,19 @@ def read_adapters(folder: Path) -> Adapters:
     if type(rank) is not int or rank < 1 or not isinstance(alpha, int | float):
         raise CheckpointError(f"{file}: must have a whole r and a number lora_alpha, but has {rank!r} and {alpha!r}.")
     return Adapters(rank, float(alpha))
+
+
+def _of_mlx_lm(file: Path, data: Mapping[str, Any]) -> Adapters:
+    if data["fine_tune_type"] != "lora":
+        raise CheckpointError(
+            f"{file}: only plain LoRA can be read, with fine_tune_type = 'lora', but it is {data['fine_tune_type']!r}. Fuse the "
+            "model with mlx_lm.fuse, and load that."
+        )
+    parameters = data.get("lora_parameters")
+    given = parameters if isinstance(parameters, Mapping) else {}
+    rank, scale = given.get("rank"), given.get("scale")
+    if type(rank) is not int or rank < 1 or not isinstance(scale, int | float):
+        raise CheckpointError(
+            f"{file}: lora_parameters must have a whole rank and a number scale, but has {rank!r} and {scale!r}."
+        )
+    return Adapters(rank, round(float(scale) * rank, 9))
