@@ -166,7 +166,7 @@ def _half(folder: Path, with_moments: bool) -> dict[str, Any]:
     import torch
     import torch.distributed as dist
 
-    from partita.torch.load import memory_of
+    from partita.torch.fill import memory_of
 
     found = {}
     for file in _files(folder, with_moments):

@@ -211,7 +211,7 @@ def _copy(place: Path) -> dict[str, float]:
 def _by_hand(place: Path) -> dict[str, float]:
     import torch.distributed as dist
 
-    from partita.torch.load import memory_of
+    from partita.torch.fill import memory_of
 
     size, rank = _held.half.numel(), dist.get_rank()
     if rank == 0:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 
-from partita.checkpoint.index import open_checkpoint
+from partita.checkpoint.index import Checkpoint, open_checkpoint
 from partita.core.model_spec import ModelSpec, TensorSpec, read_config, spec_from_tensors
 
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -26,8 +27,16 @@ def spec_from_checkpoint(path: str | os.PathLike[str]) -> ModelSpec:
         name: TensorSpec(name, info.shape, is_buffer=info.dtype not in _DTYPES and not info.dtype.startswith("F8"))
         for name, info in checkpoint.tensors.items()
     }
-    sizes: dict[str, int] = {}
+    return spec_from_tensors(tensors, config, dtype=stored_dtype(checkpoint) or "float32")
+
+
+def stored_dtype(checkpoint: Checkpoint) -> str | None:
+    """The floating dtype in which a checkpoint holds most of its elements, or None where it has no such tensor.
+
+    Few tensors may be wider than the rest (a router's bias), and eight-bit floats need scales to be numbers.
+    """
+    counts: dict[str, int] = {}
     for info in checkpoint.tensors.values():
-        sizes[info.dtype] = sizes.get(info.dtype, 0) + info.nbytes
-    most = max(sizes, key=lambda dtype: sizes[dtype], default="F32")
-    return spec_from_tensors(tensors, config, dtype=_DTYPES.get(most, "float32"))
+        if info.dtype in _DTYPES:
+            counts[info.dtype] = counts.get(info.dtype, 0) + math.prod(info.shape)
+    return _DTYPES[max(counts, key=lambda dtype: counts[dtype])] if counts else None

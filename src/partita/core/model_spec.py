@@ -86,6 +86,12 @@ class ModelSpec:
         """Parameters of the unsplit model; tied ones count once, buffers do not count."""
         return sum(t.numel for t in self.tensors.values() if t.tied_to is None and not t.is_buffer)
 
+    @cached_property
+    def tied(self) -> frozenset[str]:
+        """The tensors that share memory with another."""
+        ties = {t.name: t.tied_to for t in self.tensors.values() if t.tied_to is not None}
+        return frozenset((*ties, *ties.values()))
+
     @property
     def dtype_bytes(self) -> int:
         """Bytes of one element."""

@@ -19,7 +19,7 @@ from partita.torch.groups import ParallelGroups, init_process_group, make_groups
 from partita.torch.hub import build_on_meta, read_hf_config
 from partita.torch.initial import FreshFill, record_initialization
 from partita.torch.load import as_device, as_dtype, choose_plan
-from partita.torch.materialize import materialize
+from partita.torch.materialize import make_unsaved_buffers, materialize
 from partita.torch.mtp import attach_mtp
 from partita.torch.together import together
 
@@ -69,6 +69,8 @@ def fresh(
         attach_mtp(built, plan)
         recipes = record_initialization(built)
     with together(groups):
+        place = as_device(device)
+        make_unsaved_buffers(built, place)
         split = apply_plan(built, plan, groups)
-        materialize(split, plan, groups, FreshFill(recipes, seed), as_device(device))
-    return finish(split, plan, groups)
+        filled = materialize(split, plan, groups, FreshFill(recipes, seed), place)
+    return filled.check(finish(split, plan, groups))

@@ -6,12 +6,13 @@ import contextlib
 import copy
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from partita.core.model_spec import (
     ModelSpec,
@@ -89,6 +90,16 @@ def quiet() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
+@contextlib.contextmanager
+def initializing(model: nn.Module) -> Iterator[None]:
+    """Let `model.initialize_weights()` reach every module, whatever was initialized before."""
+    for module in model.modules():
+        module.__dict__.pop("_is_hf_initialized", None)
+    yield
+    for module in model.modules():
+        module.__dict__.pop("_is_hf_initialized", None)
+
+
 def build_on_meta(config: Any, dtype: torch.dtype | None = None, cls: Any = None) -> nn.Module:
     """The unsplit model of a config without any weight, in eval mode.
 
@@ -106,7 +117,41 @@ def build_on_meta(config: Any, dtype: torch.dtype | None = None, cls: Any = None
         raise ModelError(
             f"{cls.__name__} cannot be built from its config: {type(error).__name__}: {_first_line(error)}"
         ) from error
+    _leave_no_memory(model)
+    _keep_in_float32(model)
     return model.eval()
+
+
+def _keep_in_float32(model: Any) -> None:
+    """Widen on the meta device the tensors that transformers' `from_pretrained` keeps in float32 (a router's weights)."""
+    wide = model._get_dtype_plan(model.config.dtype) if hasattr(model, "_get_dtype_plan") else {}
+    if not wide:
+        return
+    names = re.compile("|".join(pattern.replace("*", ".*") for pattern in wide))
+    moved: dict[int, tuple[Tensor, Tensor]] = {}
+    for path, module in model.named_modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is None or name in module._non_persistent_buffers_set or not names.search(f"{path}.{name}"):
+                    continue
+                new: Tensor = torch.empty_like(tensor, dtype=torch.float32)
+                if isinstance(tensor, nn.Parameter):
+                    new = nn.Parameter(new, requires_grad=tensor.requires_grad)
+                tensors[name] = moved.setdefault(id(tensor), (tensor, new))[1]
+
+
+def _leave_no_memory(model: nn.Module) -> None:
+    """Move to the meta device what a model's constructor made elsewhere: torch.normal ignores the default device."""
+    moved: dict[int, tuple[Tensor, Tensor]] = {}
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is None or tensor.device.type == "meta" or name in module._non_persistent_buffers_set:
+                    continue
+                empty = torch.empty_like(tensor, device="meta")
+                if isinstance(tensor, nn.Parameter):
+                    empty = nn.Parameter(empty, requires_grad=tensor.requires_grad)
+                tensors[name] = moved.setdefault(id(tensor), (tensor, empty))[1]  # type: ignore[assignment]
 
 
 def spec_of(model: nn.Module) -> ModelSpec:

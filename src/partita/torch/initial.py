@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from partita.core.resolve import TensorPlan
 from partita.errors import ModelError
-from partita.torch.hub import quiet
+from partita.torch.hub import initializing, quiet
 
 BLOCK_ELEMENTS = 1 << 22
 """About how many elements are drawn from one generator."""
@@ -81,14 +81,8 @@ def record_initialization(model: nn.Module) -> dict[str, Recipe]:
     recorder = _Recorder(tensors)
     if not hasattr(model, "initialize_weights"):
         raise ModelError(f"{type(model).__name__} is no model of transformers, so nobody knows how its weights begin.")
-    flags = [m for m in model.modules() if getattr(m, "_is_hf_initialized", False)]
-    for module in flags:
-        del module._is_hf_initialized
-    with quiet(), torch.no_grad(), recorder:
+    with quiet(), torch.no_grad(), recorder, initializing(model):
         model.initialize_weights()  # type: ignore[operator]
-    for module in model.modules():
-        if hasattr(module, "_is_hf_initialized"):
-            del module._is_hf_initialized
     return recorder.recipes
 
 

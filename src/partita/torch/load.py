@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import copy
-import ctypes
-import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from partita.checkpoint.facts import stored_dtype
 from partita.checkpoint.find import find_model
-from partita.checkpoint.header import TensorInfo
 from partita.checkpoint.index import Checkpoint, open_checkpoint
 from partita.checkpoint.manifest import check_model
 from partita.checkpoint.read import Reader
@@ -22,32 +20,21 @@ from partita.core.mesh import Mesh
 from partita.core.model_spec import read_ends
 from partita.core.placement import Placement
 from partita.core.plan import Plan, mesh_of
-from partita.core.resolve import TensorPlan
-from partita.errors import CheckpointError, ModelError
+from partita.errors import ModelError
+from partita.notes import note
 from partita.peers import doing
 from partita.torch.apply import apply_plan
+from partita.torch.fill import CheckpointFill, Progress
 from partita.torch.finish import finish
 from partita.torch.groups import ParallelGroups, init_process_group, make_groups
 from partita.torch.hub import build_on_meta, quiet, read_hf_config
-from partita.torch.materialize import materialize
+from partita.torch.materialize import make_unsaved_buffers, materialize
 from partita.torch.mtp import attach_mtp
-from partita.torch.names import Source, convert_whole, sources_for_reading
+from partita.torch.names import Source, sources_for_reading
 from partita.torch.probe import plan_of_model, prove_unless_proven
 from partita.torch.stage_probe import prove_stages
+from partita.torch.ties import add_twins, differing, tied_names, untie
 from partita.torch.together import together
-
-DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-}  # fmt: skip
-"""torch's dtypes by their safetensors names."""
-
-CHUNK_BYTES = 8 << 20
-"""How much is read at once before it is converted and put in place."""
-
-Progress = Callable[[int, int], None]
-"""Called with the bytes of this rank that are in place and those of all."""
 
 
 @doing("loading the model")
@@ -102,20 +89,26 @@ def load(
             )
         checkpoint = open_checkpoint(folder)
         config = read_hf_config(folder, trust_remote_code=trust_remote_code)
-        built = build_on_meta(config, as_dtype(dtype))
+        built = build_on_meta(config, as_dtype(dtype) or _stored_dtype(checkpoint, config, groups))
         _read_generation_config(built, folder)
+        shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
+    if tied_names(built):
+        _compare_tied(built, checkpoint, shapes, groups)
+    with together(groups):
         plan = choose_plan(built, plan, mesh, layout, vpp, placement)
         attach_mtp(built, plan)
-        shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
         sources, unused = sources_for_reading(built, shapes)
+        add_twins(built, sources)
         _check_readable(config, plan, checkpoint, unused)
         unsplit = _for_conversion(built, sources)
     with together(groups), Reader(checkpoint) as reader:
+        place = as_device(device)
+        make_unsaved_buffers(built, place)
         split = apply_plan(built, plan, groups)
         total = sum(t.numel() * t.itemsize for t in split.state_dict(keep_vars=True).values())
         fill = CheckpointFill(reader, checkpoint.tensors, sources, unsplit, progress, total)
-        materialize(split, plan, groups, fill, as_device(device))
-    return finish(split, plan, groups)
+        filled = materialize(split, plan, groups, fill, place)
+    return filled.check(finish(split, plan, groups))
 
 
 def shard(
@@ -169,10 +162,47 @@ def choose_plan(
     """
     if plan is None:
         plan = plan_of_model(model, mesh, layout, vpp=vpp, placement=placement)
+    elif plan.spec.tied != {*(ties := tied_names(model)), *ties.values()}:
+        # It was made of a config that does not agree with the model about what is tied.
+        plan = plan_of_model(model, plan.mesh, plan.layout, plan.rules, placement=plan.placement)
     else:
         prove_unless_proven(model, plan)
     prove_stages(model, plan)
     return plan
+
+
+def _stored_dtype(checkpoint: Checkpoint, config: Any, groups: ParallelGroups) -> torch.dtype | None:
+    """The dtype of a checkpoint's weights; None where only the config can tell. A note says where the two disagree."""
+    stored = stored_dtype(checkpoint)
+    if stored is None:
+        return None
+    named = str(getattr(config, "dtype", None) or stored).removeprefix("torch.")
+    if named != stored and is_first(groups):
+        note(f"{checkpoint.folder}: the weights are {stored}, but config.json says {named}: loaded as {stored}.")
+    return as_dtype(stored)
+
+
+def _compare_tied(
+    built: nn.Module, checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]], groups: ParallelGroups
+) -> None:
+    """Untie in `built` what its config ties although the checkpoint holds different values. Every rank calls it."""
+    with together(groups):
+        sources, _ = sources_for_reading(built, shapes)
+    with Reader(checkpoint) as reader:
+        read = CheckpointFill(reader, checkpoint.tensors, sources, built).read
+        apart = differing(built, sources, read, groups)
+    ties = tied_names(built)
+    untie(built, apart)
+    for name in sorted(apart) if is_first(groups) else ():
+        note(
+            f"{checkpoint.folder}: config.json ties {name} to {ties[name]}, but the weights hold both and they differ: "
+            "loaded untied."
+        )
+
+
+def is_first(groups: ParallelGroups) -> bool:
+    """Whether this is the first rank of the mesh."""
+    return groups.dp.rank == groups.pp.rank == groups.mp.rank == 0
 
 
 def _read_generation_config(model: nn.Module, folder: Path) -> None:
@@ -249,113 +279,3 @@ def as_device(device: torch.device | str | None) -> torch.device:
             )
         return found
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-
-
-class CheckpointFill:
-    """Fills local tensors from the byte ranges of a checkpoint."""
-
-    def __init__(
-        self,
-        reader: Reader,
-        infos: Mapping[str, TensorInfo],
-        sources: Mapping[str, Source],
-        unsplit: nn.Module,
-        progress: Progress | None,
-        total_bytes: int,
-    ) -> None:
-        self.reader, self.infos, self.sources, self.unsplit = reader, infos, sources, unsplit
-        self.progress, self.total_bytes = progress, total_bytes
-        self.done_bytes = 0
-
-    def __call__(self, name: str, cut: TensorPlan, rank: int, local: Tensor) -> None:
-        """Fill the part that tensor rank `rank` holds of tensor `name`."""
-        source = self.sources.get(name)
-        if source is None:
-            folder = self.reader.checkpoint.folder
-            raise CheckpointError(
-                f"tensor {name} of the model is not in {folder}. The checkpoint is of another model, or not whole."
-            )
-        if source.converter is not None:
-            whole = convert_whole(source, name, {n: self._read_whole(n) for n, _ in source.inputs}, self.unsplit)
-            for dim, ranges in enumerate(cut.ranges(rank)):
-                whole = torch.cat([whole.narrow(dim, a, b - a) for a, b in ranges], dim)
-            local.copy_(whole)
-            return
-        for piece in source.pieces:
-            overlap = piece.overlap(cut.ranges(rank))
-            if overlap is not None:
-                take, put = overlap
-                there = local
-                for dim, (a, b) in enumerate(put):
-                    there = there.narrow(dim, a, b - a)
-                self._read(piece.name, take, there.squeeze(0) if piece.stacked else there)
-
-    def _read_whole(self, name: str) -> Tensor:
-        info = self.infos[name]
-        whole = torch.empty(info.shape, dtype=_dtype(info))
-        self._read(name, [[(0, size)] for size in info.shape], whole)
-        return whole
-
-    def _read(self, name: str, take: list[list[tuple[int, int]]], there: Tensor) -> None:
-        """Read ranges of a tensor on disk into a view of a local one, a chunk of its first dim at a time."""
-        info = self.infos[name]
-        dtype = _dtype(info)
-        is_other_kind = dtype.itemsize == 1 or dtype.is_floating_point != there.dtype.is_floating_point
-        if is_other_kind and dtype != there.dtype:
-            raise CheckpointError(
-                f"{info.file}: tensor {name} is {info.dtype}, which without its scales is not the model's {there.dtype}. "
-                "Save it dequantized, and load that."
-            )
-        direct = dtype == there.dtype and there.is_contiguous() and there.device.type == "cpu"
-        if direct or there.dim() == 0:
-            into = there if direct else torch.empty(there.shape, dtype=dtype)
-            self.reader.read(name, take, memory_of(into))
-            if not direct:
-                there.copy_(into)
-        else:
-            row_bytes = max(1, math.prod(there.shape[1:]) * dtype.itemsize)
-            rows = max(1, CHUNK_BYTES // row_bytes)
-            buffer = torch.empty((min(rows, there.shape[0]), *there.shape[1:]), dtype=dtype)
-            done = 0
-            for piece in _in_steps(take[0], rows):
-                count = sum(b - a for a, b in piece)
-                into = buffer[:count]
-                self.reader.read(name, [piece, *take[1:]], memory_of(into))
-                there[done : done + count].copy_(into)
-                done += count
-        if self.progress is not None:
-            self.done_bytes += there.numel() * there.itemsize
-            self.progress(self.done_bytes, self.total_bytes)
-
-
-def _dtype(info: TensorInfo) -> torch.dtype:
-    try:
-        return DTYPES[info.dtype]
-    except KeyError:
-        raise CheckpointError(f"{info.file}: tensor {info.name}: torch has no dtype for {info.dtype}.") from None
-
-
-def _in_steps(ranges: list[tuple[int, int]], rows: int) -> list[list[tuple[int, int]]]:
-    """Ranges cut so that each step has at most `rows` elements."""
-    steps: list[list[tuple[int, int]]] = []
-    room = 0
-    for start, stop in ranges:
-        while start < stop:
-            if room == 0:
-                steps.append([])
-                room = rows
-            end = min(stop, start + room)
-            steps[-1].append((start, end))
-            room -= end - start
-            start = end
-    return steps
-
-
-def memory_of(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous CPU tensor as writable memory; the tensor must outlive it."""
-    assert tensor.is_contiguous()
-    assert tensor.device.type == "cpu"
-    size = tensor.numel() * tensor.itemsize
-    if size == 0:
-        return memoryview(bytearray())
-    return memoryview((ctypes.c_char * size).from_address(tensor.data_ptr())).cast("B")

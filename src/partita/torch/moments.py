@@ -17,8 +17,8 @@ from partita.checkpoint.read import Range, Reader
 from partita.core.plan import Plan
 from partita.errors import CheckpointError
 from partita.torch.apply import local_tensors, plan_of
+from partita.torch.fill import CheckpointFill
 from partita.torch.groups import ParallelGroups
-from partita.torch.load import CheckpointFill
 from partita.torch.names import Source, sources_for_reading
 from partita.torch.peft_format import adapter_cut, adapter_sources, adapter_tensors
 from partita.torch.save import unsplit_on_meta

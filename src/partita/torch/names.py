@@ -66,11 +66,13 @@ class Source:
         pieces: The boxes that make it up; empty where `converter` makes it.
         converter: A copy of transformers' converter.
         inputs: The tensors on disk that it takes: name and the pattern that it matched.
+        first: The first tensor of the model that `converter` makes, by which transformers calls it.
     """
 
     pieces: tuple[Piece, ...] = ()
     converter: Any = None
     inputs: tuple[tuple[str, str], ...] = ()
+    first: str = ""
 
 
 def sources_for_reading(
@@ -104,8 +106,11 @@ def sources_for_reading(
         if pieces is not None and _covers(pieces, targets[target]):
             sources[target] = Source(pieces)
         else:
-            for made in _converted_names(converter, target, targets):
-                sources[made] = Source(converter=converter, inputs=inputs)
+            made = _converted_names(converter, target, targets)
+            for name in made:
+                sources[name] = Source(converter=converter, inputs=inputs, first=target)
+            if not made:
+                unused.extend(name for name, _ in members)
     return sources, unused
 
 
@@ -214,8 +219,8 @@ def convert_whole(source: Source, target: str, tensors: Mapping[str, torch.Tenso
     """The unsplit tensor `target` that transformers' converter makes of whole tensors from disk."""
     converter = copy.deepcopy(source.converter)
     for name, pattern in source.inputs:
-        converter.add_tensor(target, name, pattern, tensors[name])
-    made = converter.convert(target, model=model, config=getattr(model, "config", None))
+        converter.add_tensor(source.first, name, pattern, tensors[name])
+    made = converter.convert(source.first, model=model, config=getattr(model, "config", None))
     value = made.get(target)
     if isinstance(value, list):
         value = value[0]

@@ -23,8 +23,8 @@ from partita.errors import CheckpointError, ModelError
 from partita.text import Tokenizer
 from partita.torch.adapt import adapters, add_lora
 from partita.torch.apply import parameter_homes, plan_of
+from partita.torch.fill import CheckpointFill, memory_of
 from partita.torch.groups import ParallelGroups
-from partita.torch.load import CheckpointFill, memory_of
 from partita.torch.names import Piece, Source
 from partita.torch.save import DTYPE_NAMES, own_part, unsplit_on_meta, write_together
 from partita.torch.together import together

@@ -22,7 +22,7 @@ from partita.torch.float64 import Float64Everywhere
 from partita.torch.groups import single_groups
 from partita.torch.hub import build_on_meta, quiet, read_hf_config, rules_of, spec_of
 from partita.torch.initial import FreshFill, record_initialization
-from partita.torch.materialize import materialize
+from partita.torch.materialize import make_unsaved_buffers, materialize
 from partita.torch.threads import run_as_threads
 
 TOLERANCE = 1e-9
@@ -169,8 +169,9 @@ def fill_unsplit(built: nn.Module, seed: int = 0) -> nn.Module:
     groups = single_groups()
     plan = Plan.make(spec_of(built), Mesh())
     fill = FreshFill(record_initialization(built), seed, perturb=0.1)
-    materialize(built, plan, groups, fill, torch.device("cpu"))
-    return finish(built, plan, groups)
+    make_unsaved_buffers(built, torch.device("cpu"))
+    filled = materialize(built, plan, groups, fill, torch.device("cpu"))
+    return filled.check(finish(built, plan, groups))
 
 
 def compare_on_threads(unsplit: nn.Module, plan: Plan) -> list[Difference]:

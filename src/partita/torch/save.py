@@ -22,9 +22,10 @@ from partita.peers import doing
 from partita.text import Tokenizer
 from partita.torch.adapt import adapters
 from partita.torch.apply import local_tensors, plan_of
+from partita.torch.fill import DTYPES, memory_of
 from partita.torch.groups import ParallelGroups
 from partita.torch.hub import build_on_meta, quiet
-from partita.torch.load import DTYPES, memory_of
+from partita.torch.load import is_first
 from partita.torch.mtp import attach_mtp, repeated_pieces
 from partita.torch.names import Piece, pieces_for_writing
 from partita.torch.together import together
@@ -196,11 +197,6 @@ def unsplit_on_meta(config: Any, plan: Plan) -> nn.Module:
     unsplit = build_on_meta(config)
     attach_mtp(unsplit, plan)
     return unsplit
-
-
-def is_first(groups: ParallelGroups) -> bool:
-    """Whether this is the first rank of the mesh."""
-    return groups.dp.rank == groups.pp.rank == groups.mp.rank == 0
 
 
 def own_part(

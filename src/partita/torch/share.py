@@ -13,10 +13,11 @@ from partita.checkpoint.write import FilePlan, plan_files
 from partita.errors import ModelError
 from partita.torch.adapt import adapters
 from partita.torch.apply import plan_of
-from partita.torch.load import memory_of
+from partita.torch.fill import memory_of
+from partita.torch.load import is_first
 from partita.torch.moments import held_by, trained_tensors
 from partita.torch.peft_format import AdaptersOnDisk, adapters_on_disk
-from partita.torch.save import DTYPE_NAMES, OnDisk, is_first, on_disk
+from partita.torch.save import DTYPE_NAMES, OnDisk, on_disk
 from partita.torch.together import together
 from partita.training.adapter_files import STEM
 from partita.training.background import Part

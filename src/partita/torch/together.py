@@ -30,7 +30,7 @@ def together(groups: ParallelGroups) -> AbstractContextManager[None]:
 
     A rank that raised raises its own error; the others raise `PeerFailed` with the first failing rank's.
     """
-    return _Together(_gather_from_all, torch.distributed.get_rank()) if groups.mesh.size > 1 else nullcontext()
+    return _Together(_gather_from_world, torch.distributed.get_rank()) if groups.mesh.size > 1 else nullcontext()
 
 
 def together_in(comm: Communicator) -> AbstractContextManager[None]:
@@ -38,7 +38,12 @@ def together_in(comm: Communicator) -> AbstractContextManager[None]:
     return _Together(comm.all_gather_object, comm.global_ranks[comm.rank])
 
 
-def _gather_from_all(report: object) -> list[Any]:
+def gather_from_all(groups: ParallelGroups, value: Any) -> list[Any]:
+    """The value of every rank of the mesh, in rank order; every rank calls it."""
+    return _gather_from_world(value) if groups.mesh.size > 1 else [value]
+
+
+def _gather_from_world(report: object) -> list[Any]:
     reports: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(reports, report)
     return reports

@@ -1,0 +1,54 @@
+"""A bfloat16 file whose config names no dtype was loaded as float32, at twice the memory. The file tells its dtype."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from partita.torch import load
+from tests.support.loaded import differences, random_model
+
+CONFIG: dict[str, Any] = {
+    "vocab_size": 61, "hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 1, "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}  # fmt: skip
+
+
+def in_bfloat16(folder: Path, named: str | None) -> None:
+    """A model in bfloat16 on disk whose config names the dtype `named`."""
+    random_model(transformers.LlamaForCausalLM, transformers.LlamaConfig(**CONFIG)).bfloat16().save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    del config["dtype"]
+    (folder / "config.json").write_text(json.dumps({**config, **({"dtype": named} if named else {})}))
+
+
+@pytest.mark.parametrize("named", [None, "bfloat16", "float32"])
+def test_it_is_the_file_s(tmp_path: Path, named: str | None, caplog: pytest.LogCaptureFixture) -> None:
+    in_bfloat16(tmp_path, named)
+    with caplog.at_level(logging.WARNING, "partita"):
+        model = load(tmp_path)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert model.config.dtype == torch.bfloat16  # type: ignore[union-attr]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{tmp_path}: the weights are bfloat16, but config.json says float32: loaded as bfloat16."
+    ] * (named == "float32")
+    assert {p.dtype for p in load(tmp_path, dtype="float32").parameters()} == {torch.float32}
+
+
+def test_what_transformers_keeps_wide_is_wide(tmp_path: Path) -> None:
+    """A router's weights stay float32 in a bfloat16 DeepSeek-V3, as `from_pretrained` has them."""
+    config = transformers.DeepseekV3Config(
+        **{**CONFIG, "num_hidden_layers": 2, "num_key_value_heads": 4}, n_routed_experts=4, n_group=2, topk_group=1,
+        num_experts_per_tok=2, moe_intermediate_size=8, first_k_dense_replace=1, q_lora_rank=8, kv_lora_rank=8,
+        qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=6,
+    )  # fmt: skip
+    random_model(transformers.DeepseekV3ForCausalLM, config).bfloat16().save_pretrained(tmp_path)
+    assert differences(tmp_path, 1, 1) == []
+    wide = {name for name, tensor in load(tmp_path).state_dict().items() if tensor.dtype == torch.float32}
+    assert wide == {f"model.layers.1.mlp.gate.{name}" for name in ("weight", "e_score_correction_bias")}
