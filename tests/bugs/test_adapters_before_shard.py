@@ -85,7 +85,14 @@ def sharded(kind: str, bits: int | None, tp: int, pp: int) -> tuple[float, float
 
 @pytest.mark.parametrize(
     ("kind", "bits", "tp", "pp"),
-    [("lora", None, 2, 1), ("dora", None, 2, 1), ("dora", None, 3, 1), ("lora", 4, 2, 1), ("dora", 8, 2, 1), ("dora", None, 1, 2)],
+    [
+        ("lora", None, 2, 1),
+        ("dora", None, 2, 1),
+        ("dora", None, 3, 1),
+        ("lora", 4, 2, 1),
+        ("dora", 8, 2, 1),
+        ("dora", None, 1, 2),
+    ],
 )
 def test_an_adapted_model_splits_as_a_plain_one(kind: str, bits: int | None, tp: int, pp: int) -> None:
     for error, gradient_error, gathers in mlx_ranks(tp * pp).run(sharded, kind, bits, tp, pp):

@@ -67,6 +67,8 @@ class ModelSpec:
         dtype: The dtype that the checkpoint or config names.
         config: The model's config as plain JSON data.
         linears: Paths of the modules that are linear layers, where a model was at hand to tell; else None.
+        towers: Paths of what turns images and sound into features for the text model: vision and audio towers, their
+            projectors, and single tensors that belong to them. They run before the layers, and no rank splits them.
     """
 
     family: str
@@ -80,6 +82,7 @@ class ModelSpec:
     dtype: str
     config: Mapping[str, Any] = field(repr=False, hash=False)
     linears: frozenset[str] | None = field(default=None, repr=False, hash=False)
+    towers: tuple[str, ...] = field(default=(), repr=False)
 
     @cached_property
     def parameters(self) -> int:
@@ -120,7 +123,11 @@ class ModelSpec:
     @cached_property
     def positions(self) -> int:
         """How many positions the model has a table of; 0 where it computes them, so that a text may be of any length."""
-        tables = [t.shape[0] for name, t in self.tensors.items() if _POSITIONS.search(name) and len(t.shape) == 2]
+        tables = [
+            t.shape[0]
+            for name, t in self.tensors.items()
+            if _POSITIONS.search(name) and len(t.shape) == 2 and not self.is_in_tower(name)
+        ]
         if not tables:
             return 0
         named = config_number(text_config(self.config), "max_position_embeddings", "n_positions")
@@ -152,6 +159,17 @@ class ModelSpec:
         if not self.layers or not name.startswith(self.layers + "."):
             return None
         return int(name[len(self.layers) + 1 :].split(".", 1)[0])
+
+    def is_in_tower(self, name: str) -> bool:
+        """Whether tensor or module `name` belongs to a vision or audio tower, rather than to the text model."""
+        return any(name == tower or name.startswith(f"{tower}.") for tower in self.towers)
+
+    @property
+    def feature_layers(self) -> int:
+        """How many of the first layers add features of images to what leaves them (Qwen3-VL's deepstack); usually 0."""
+        vision = self.config.get("vision_config")
+        indexes = vision.get("deepstack_visual_indexes") if isinstance(vision, Mapping) else None
+        return len(indexes) if self.towers and isinstance(indexes, (list, tuple)) else 0
 
     def module_tensors(self, path: str) -> list[TensorSpec]:
         """The tensors that module `path` holds itself."""

@@ -231,6 +231,8 @@ class Plan:
                 layer = self.spec.layer_of(name)
                 if layer is not None:
                     here = layer in layers
+                elif self.spec.is_in_tower(name):
+                    here = first
                 elif self._with_embedding[name]:
                     here = first or mtp
                 else:
@@ -249,6 +251,8 @@ class Plan:
         start, end = (in_layers[0], in_layers[-1]) if in_layers else (len(names), len(names))
 
         def is_before(i: int, name: str) -> bool:
+            if self.spec.is_in_tower(name):
+                return True
             starts, ends = (pattern.search(name) is not None for pattern in (_AT_THE_START, _AT_THE_END))
             if starts and i < start:
                 return True  # ModernBERT's `embeddings.norm`

@@ -73,7 +73,7 @@ def as_data(plan: Plan) -> dict[str, Any]:
             "family": spec.family, "architecture": spec.architecture, "dtype": spec.dtype, "layers": spec.layers,
             "num_layers": spec.num_layers, "num_heads": spec.num_heads, "num_kv_heads": spec.num_kv_heads,
             "vocab_size": spec.vocab_size, "config": dict(spec.config),
-            "linears": None if spec.linears is None else sorted(spec.linears),
+            "linears": None if spec.linears is None else sorted(spec.linears), "towers": list(spec.towers),
             "tensors": {
                 t.name: {"shape": list(t.shape), **({"tied_to": t.tied_to} if t.tied_to else {}),
                          **({"is_buffer": True} if t.is_buffer else {}),
@@ -153,6 +153,7 @@ def _spec_from_data(model: Mapping[str, Any]) -> ModelSpec:
         tensors=MappingProxyType(tensors),
         config=MappingProxyType(dict(model["config"])),
         linears=None if linears is None else frozenset(_is(str, "linears", path) for path in linears),
+        towers=tuple(_is(str, "towers", path) for path in model.get("towers", ())),
     )
     if spec.dtype not in DTYPE_BYTES:
         raise PlanError(f"the model's dtype must be one of {', '.join(DTYPE_BYTES)}, but is {spec.dtype!r:.40}.")

@@ -138,7 +138,8 @@ def resolve(spec: ModelSpec, tp: int, rules: Rules) -> Resolved:
     A dimension with fewer units than ranks is not cut; where it is the heads, each projection of the attention is split by
     itself instead, so that the memory is still shared.
     """
-    found = {path: rules.find(path) or _rule_of_tied_head(spec, path, rules) for path in spec.modules if tp > 1}
+    text = [path for path in spec.modules if tp > 1 and not spec.is_in_tower(path)]
+    found = {path: rules.find(path) or _rule_of_tied_head(spec, path, rules) for path in text}
     resolver = _Resolver(spec, tp, _heads_together(spec, found))
     for path, rule in found.items():
         if rule is not None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from partita.core.model_spec import config_number
+from partita.core.shrink_towers import with_small_towers
 
 _LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 _HIDDEN = ("hidden_size", "n_embd", "d_model", "word_embed_proj_dim", "hidden_dim")
@@ -39,13 +40,14 @@ _NESTED = ("text_config", "llm_config", "language_config")
 def shrunk_configs(config: Mapping[str, Any], num_heads: int) -> Iterator[dict[str, Any]]:
     """Smaller and smaller changes of `config`, to be tried in turn until one can be built.
 
-    Head counts, kinds of layers and every switch stay, since they are what a split may get wrong. Of a multimodal config it
-    is the text model's that is made small.
+    Head counts, kinds of layers and every switch stay, since they are what a split may get wrong. Of a multimodal config the
+    text model's is made small, and its towers' shallow, then narrow too.
     """
     nested = next((key for key in _NESTED if isinstance(config.get(key), Mapping) and config[key]), None)
     if nested is not None:
         for small in shrunk_configs(config[nested], num_heads):
-            yield {**config, nested: small, **{k: min(v, small.get(k, v)) for k, v in _numbers(config, _VOCABULARY)}}
+            same = {k: min(v, small.get(k, v)) for k, v in _numbers(config, _VOCABULARY)}
+            yield from with_small_towers({**config, **same}, nested, small)
         return
     layers, more = _few_layers(config), _few_layers(config, 8)
     inner = {**layers, **{k: min(v, _WIDTH) for k, v in _numbers(layers, _INNER)}, **_small_vocabulary(layers)}

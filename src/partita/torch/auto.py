@@ -18,8 +18,9 @@ from partita.torch.comm import Communicator
 from partita.torch.finish import finish
 from partita.torch.groups import GroupInfo, ParallelGroups, single_groups
 from partita.torch.hub import spec_of
-from partita.torch.stage_probe import prove_stages
+from partita.torch.stage_probe import media_without_stages, prove_stages
 from partita.torch.together import together_in
+from partita.torch.towers import forbid_media
 
 
 def pipeline_auto_parallel(
@@ -66,6 +67,7 @@ def pipeline_auto_parallel(
         plan = Plan.make(spec, mesh, layout, Rules(()))
         if hasattr(model, "config"):
             prove_stages(model, plan)
+            forbid_media(model, media_without_stages(model, plan))
         split = apply_plan(model, plan, groups)
     return finish(split, plan, groups)
 

@@ -26,6 +26,7 @@ from partita.core.model_spec import (
 )
 from partita.core.rules import Rules, isolated_rules, rules_for
 from partita.errors import ModelError
+from partita.torch.towers import tower_paths
 
 
 def _first_line(error: BaseException) -> str:
@@ -165,7 +166,8 @@ def spec_of(model: nn.Module) -> ModelSpec:
     config: Any = getattr(model, "config", None)
     data = json.loads(config.to_json_string(use_diff=False)) if hasattr(config, "to_json_string") else {}
     linears = frozenset(p for p, m in model.named_modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D")
-    layers, num_layers = _find_layer_list(model)
+    towers = tower_paths(model)
+    layers, num_layers = _find_layer_list(model, towers)
     dtype = str(next((t.dtype for t in model.parameters()), torch.float32)).removeprefix("torch.")
     heads = _heads(config)
     return spec_from_tensors(
@@ -180,6 +182,7 @@ def spec_of(model: nn.Module) -> ModelSpec:
         vocab_size=config_number(text_config(data), "vocab_size"),
         dtype=dtype,
         linears=linears,
+        towers=towers,
     )
 
 
@@ -200,10 +203,12 @@ def _heads(config: Any) -> tuple[int, int]:
     return heads, kv_heads if type(kv_heads) is int else heads
 
 
-def _find_layer_list(model: nn.Module) -> tuple[str, int]:
-    """The longest list of modules of one class that holds the most parameters: the model's layers."""
+def _find_layer_list(model: nn.Module, towers: tuple[str, ...]) -> tuple[str, int]:
+    """The longest list of modules of one class that holds the most parameters, outside of `towers`: the model's layers."""
     best, weight = ("", 0), 0
     for path, module in model.named_modules():
+        if any(path == tower or path.startswith(f"{tower}.") for tower in towers):
+            continue
         if isinstance(module, nn.ModuleList) and len(module) > 0 and not any(p.isdigit() for p in path.split(".")):
             parameters = sum(p.numel() for p in module.parameters())
             if parameters > weight:

@@ -31,10 +31,11 @@ from partita.torch.hub import build_on_meta, quiet, read_hf_config
 from partita.torch.materialize import make_unsaved_buffers, materialize
 from partita.torch.mtp import attach_mtp
 from partita.torch.names import Source, sources_for_reading
-from partita.torch.probe import plan_of_model, prove_unless_proven
-from partita.torch.stage_probe import prove_stages
+from partita.torch.probe import plan_of_model, prove_unless_proven, unmeasured_media
+from partita.torch.stage_probe import media_without_stages, prove_stages
 from partita.torch.ties import add_twins, differing, tied_names, untie
 from partita.torch.together import together
+from partita.torch.towers import forbid_media
 
 
 @doing("loading the model")
@@ -168,6 +169,7 @@ def choose_plan(
     else:
         prove_unless_proven(model, plan)
     prove_stages(model, plan)
+    forbid_media(model, {**unmeasured_media(model, plan), **media_without_stages(model, plan)})
     return plan
 
 

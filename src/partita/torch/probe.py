@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from partita.torch.hub import build_on_meta, quiet, read_hf_config, rules_of, sp
 from partita.torch.initial import FreshFill, record_initialization
 from partita.torch.materialize import make_unsaved_buffers, materialize
 from partita.torch.threads import run_as_threads
+from partita.torch.towers import media_of, sample_media
 
 TOLERANCE = 1e-9
 """Largest relative error of a split that counts as right in float64: far above rounding, far below any mistake."""
@@ -81,21 +83,45 @@ def prove(model: nn.Module, plan: Plan) -> None:
     Raises:
         ModelError: It is not equal to its unsplit self, or cannot be built small.
     """
-    key = (
-        type(model).__name__,
-        plan.spec.family,
-        plan.mesh.tp,
-        # Every switch of the config counts: a verdict on one is none on another.
-        json.dumps(dict(plan.spec.config), sort_keys=True, default=str),
-        plan.rules,
-    )
+    key = _key(model, plan)
     if key not in _proven:
         _proven[key] = _measure(model, plan)
     if _proven[key]:
         raise ModelError(_proven[key])
 
 
+def _key(model: nn.Module, plan: Plan) -> tuple[Any, ...]:
+    # Every switch of the config counts: a verdict on one is none on another.
+    config = json.dumps(dict(plan.spec.config), sort_keys=True, default=str)
+    return type(model).__name__, plan.spec.family, plan.mesh.tp, config, plan.rules
+
+
 _proven: dict[Any, str] = {}
+_media: dict[Any, dict[str, str]] = {}
+
+
+def unmeasured_media(model: nn.Module, plan: Plan) -> Mapping[str, str]:
+    """Of the kinds of media that a model takes those with which `plan` was not found right, and why; `prove` comes first."""
+    return _media.get(_key(model, plan), {}) if plan.mesh.tp > 1 else {}
+
+
+def measure_media(unsplit: nn.Module, measure: Callable[[dict[str, Tensor]], str]) -> dict[str, str]:
+    """Why a small model is not right with some kinds of media; `measure` says what is wrong with given inputs, or nothing."""
+    reasons = {}
+    for medium in media_of(unsplit):
+        try:
+            with Float64Everywhere():
+                inputs = sample_media(unsplit, medium)
+            reason = measure(inputs)
+        except Exception as error:
+            reason = str(error) if isinstance(error, PartitaError) else _line(error)
+        if reason:
+            reasons[medium.name] = reason
+    return reasons
+
+
+def _line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}."
 
 
 def _measure(model: nn.Module, plan: Plan) -> str:
@@ -106,13 +132,19 @@ def _measure(model: nn.Module, plan: Plan) -> str:
     try:
         spec = spec_of(unsplit)
         small = Plan.make(spec, Mesh(tp=plan.mesh.tp), None, plan.rules)
-        differences = compare_on_threads(unsplit, small)
+        reason = _difference(unsplit, small, sample_inputs(unsplit))
     except PartitaError as error:
         return str(error)
     except Exception as error:
-        text = str(error).splitlines()[0][:200] if str(error) else ""
-        return f"With its rules the forward fails: {type(error).__name__}: {text}."
-    wrong = first_wrong(differences, TOLERANCE)
+        return f"With its rules the forward fails: {_line(error)}"
+    if not reason:
+        _media[_key(model, plan)] = measure_media(unsplit, lambda inputs: _difference(unsplit, small, inputs))
+    return reason
+
+
+def _difference(unsplit: nn.Module, plan: Plan, inputs: dict[str, Tensor]) -> str:
+    """What differs first between a small model and itself split, in words."""
+    wrong = first_wrong(compare_on_threads(unsplit, plan, inputs), TOLERANCE)
     if wrong is None:
         return ""
     return f"With its rules the {wrong.kind} {wrong.name} differs from the unsplit model's by {wrong.error:.1e}."
@@ -133,6 +165,7 @@ def small_model(model: nn.Module, num_heads: int) -> nn.Module:
     if config is None or not hasattr(config, "to_dict"):
         raise ModelError(f"{type(model).__name__} has no config of transformers.")
     reasons: list[str] = []
+    runs_on_text: nn.Module | None = None
     for data in shrunk_configs(config.to_dict(), num_heads):
         try:
             small = read_hf_config(data)
@@ -144,11 +177,15 @@ def small_model(model: nn.Module, num_heads: int) -> nn.Module:
             filled = _drawn(small, type(model))
             with torch.no_grad(), Float64Everywhere():
                 filled(**sample_inputs(filled))
-            return filled
+            if not measure_media(filled, lambda inputs: ""):
+                return filled
+            runs_on_text = filled if runs_on_text is None else runs_on_text
         except PartitaError as error:
             reasons.append(str(error))
         except Exception as error:
             reasons.append(f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}")
+    if runs_on_text is not None:
+        return runs_on_text
     raise ModelError(f"no small model of {type(model).__name__} can be built and run ({reasons[0]}).")
 
 
@@ -174,15 +211,15 @@ def fill_unsplit(built: nn.Module, seed: int = 0) -> nn.Module:
     return filled.check(finish(built, plan, groups))
 
 
-def compare_on_threads(unsplit: nn.Module, plan: Plan) -> list[Difference]:
-    """Split copies of `unsplit` by `plan` over threads, and compare them with it."""
-    inputs = sample_inputs(unsplit)
+def compare_on_threads(unsplit: nn.Module, plan: Plan, inputs: dict[str, Tensor] | None = None) -> list[Difference]:
+    """Split copies of `unsplit` by `plan` over threads, and compare them with it on `inputs`, by default text alone."""
+    given = sample_inputs(unsplit) if inputs is None else inputs
 
     def one(comm: Any) -> list[Difference]:
         groups = single_groups(mesh=plan.mesh, tp=comm)
         split = finish(apply_plan(copy.deepcopy(unsplit), plan, groups), plan, groups)
         with Float64Everywhere():
-            return compare(copy.deepcopy(unsplit), split, plan, groups, inputs)
+            return compare(copy.deepcopy(unsplit), split, plan, groups, given)
 
     return run_as_threads(plan.mesh.tp, one)[0]
 

@@ -5,7 +5,7 @@ place of a layer of another rank stands one that passes on what it is given. Whi
 
     [1] the embedding runs where the layout has it; elsewhere zeros of its shape stand for it
     [2] what the stage before sent takes the place of what enters the first layer of the stage
-    [3] what leaves the last layer of the stage ends the forward, unless the loss is with it
+    [3] what would enter the first layer of the stage behind ends the forward
 
 So everything else that a family computes from ids, positions and masks is computed by the family's own code on every stage.
 """
@@ -24,6 +24,7 @@ from partita.core.mtp import final_norm
 from partita.core.plan import Plan, Stage
 from partita.errors import ModelError
 from partita.torch.cache import advance_cache, find_cache
+from partita.torch.towers import without_media
 from partita.torch.transformers_internals import cache_of
 
 
@@ -59,6 +60,7 @@ class _Run:
 
     Attributes:
         items: What stands at each place of the list of layers.
+        arity: How many values the last layer of the stage returned in a tuple; see `Message`.
         embeds: Whether the embedding is with it.
         received: What came from the stage before.
         cache: The key-value cache that the model hands to its layers.
@@ -66,6 +68,7 @@ class _Run:
     """
 
     items: list[Any] = field(default_factory=list)
+    arity: int = 0
     embeds: bool = True
     received: Message | None = None
     cache: Any = None
@@ -118,8 +121,9 @@ class StageLayers(nn.ModuleList):
             enters = own and index == stage.layers[0] and not stage.embedding
             leaves = own and index == stage.layers[-1] and not stage.loss
             if own:
-                items.append(_Gate(self.run, layer, enters, leaves) if enters or leaves else layer)
-            elif not stage.layers and stage.embedding:
+                ends = leaves and index == self.length - 1
+                items.append(_Gate(self.run, layer, enters, ends, leaves) if enters or leaves else layer)
+            elif not stage.loss and (index - 1 == stage.layers[-1] if stage.layers else stage.embedding):
                 items.append(_End(self.run, layer))
             else:
                 items.append(_Skip(self.run, layer))
@@ -180,18 +184,18 @@ class _Skip(_Stand):
 
 
 class _End(_Stand):
-    """The first layer, where a stage has the embedding alone: what would enter it leaves."""
+    """The first layer of the stage behind: what would enter it leaves, with all that the model does between layers."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        raise _Left(self.see(args, kwargs), 0)
+        raise _Left(self.see(args, kwargs), self.run.arity)
 
 
 class _Gate(_Stand):
     """The first or last layer of a stage: lets in what was received, and out what the layer returns."""
 
-    def __init__(self, run: _Run, layer: Any, enters: bool, leaves: bool) -> None:
+    def __init__(self, run: _Run, layer: Any, enters: bool, ends: bool, leaves: bool = True) -> None:
         super().__init__(run, layer)
-        self.enters, self.leaves = enters, leaves
+        self.enters, self.ends, self.leaves = enters, ends, leaves
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         hidden = self.see(args, kwargs)
@@ -203,9 +207,11 @@ class _Gate(_Stand):
             else:
                 kwargs = {**kwargs, "hidden_states": hidden}
         output = self.layer(*args, **kwargs)
-        if not self.leaves:
-            return output
-        raise _Left(*_opened(output))
+        if self.leaves:
+            hidden, self.run.arity = _opened(output)
+        if self.ends:
+            raise _Left(hidden, self.run.arity)
+        return output
 
 
 def _opened(output: Any) -> tuple[Tensor, int]:
@@ -228,9 +234,13 @@ def cut_stages(model: nn.Module, plan: Plan, pp_rank: int) -> None:
         return
     refuse_uncuttable(model)
     stages = {plan.stage_index(pp_rank, vpp): plan.stage(pp_rank, vpp) for vpp in range(plan.vpp)}
+    refuse_features_elsewhere(plan)
+    if not any(stage.embedding for stage in stages.values()):
+        for path in plan.spec.towers:
+            _remove_tower(model, path)
     for path in plan.spec.modules:
-        names = [t.name for t in plan.spec.module_tensors(path)]
-        if plan.spec.layer_of(path) is None and not any(plan.is_held(name, pp_rank) for name in names):
+        names = [t.name for t in plan.spec.module_tensors(path) if not plan.spec.is_in_tower(t.name)]
+        if names and plan.spec.layer_of(path) is None and not any(plan.is_held(name, pp_rank) for name in names):
             if path == "":
                 raise ModelError("the model holds tensors itself, so it cannot be cut into stages. Use pp=1.")
             module = model.get_submodule(path)
@@ -266,6 +276,29 @@ def refuse_uncuttable(model: nn.Module) -> None:
             "output_router_logits=True asks for an auxiliary loss over the routers of all layers, which one stage does not "
             "have. Set it to False, or use pp=1."
         )
+
+
+def refuse_features_elsewhere(plan: Plan) -> None:
+    """Raise `ModelError` where layers to which the model adds features of images are not on the stage that has these."""
+    count = plan.spec.feature_layers
+    with_embedding = next(s for s in map(plan.stage_at, range(plan.num_stages)) if s.embedding)
+    held = len(with_embedding.layers)
+    if held < count or (held == count == plan.spec.num_layers > 0 and not with_embedding.loss):
+        raise ModelError(
+            f"{plan.spec.family} adds features of images (deepstack) behind its first {count} layers, so these must be on the "
+            f"stage of the embedding, which has {held} of {plan.spec.num_layers}. Use a layout that begins with E"
+            f"{'t' * count if count < 6 else f't*{count}'}, or pp=1."
+        )
+
+
+def _remove_tower(model: nn.Module, path: str) -> None:
+    """Take away a module, or a single tensor, that only the stage of the embedding needs."""
+    parent, _, name = path.rpartition(".")
+    holder = model.get_submodule(parent)
+    if name in holder._parameters:
+        holder._parameters[name] = None
+    else:
+        _set(model, path, Absent(holder.get_submodule(name), is_input=False))
 
 
 def _set(model: nn.Module, path: str, module: nn.Module) -> None:
@@ -333,6 +366,7 @@ def wire_stages(model: nn.Module, plan: Plan, pp_rank: int) -> None:
     for path in plan.spec.modules:
         names = [t.name for t in plan.spec.module_tensors(path)]
         before = plan.spec.layer_of(path) is None and any(plan.is_before_layers(name) for name in names)
+        before = before and not plan.spec.is_in_tower(path)
         if before and any(plan.is_held(name, pp_rank) for name in names):
             module = model.get_submodule(path)
             _switch(module, layers.run, is_input=module is _input_embedding(model))
@@ -409,10 +443,12 @@ def run_part(
     """
     run = layers.run
     run.items, run.embeds, run.received, run.cache = layers.items_of(stage), stage.embedding, received, None
+    run.arity = 0
+    given = inputs if stage.embedding else without_media(inputs)
     run.normed = normed
     output: Any
     try:
-        output = type(model).forward(model, **inputs)
+        output = type(model).forward(model, **given)
     except _Left as left:
         output = Message((left.hidden,), left.arity)
     finally:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -23,11 +24,12 @@ from partita.torch.compare import FLOOR, main_output, relative_error
 from partita.torch.float64 import Float64Everywhere
 from partita.torch.groups import GroupInfo, ParallelGroups, single_groups
 from partita.torch.hub import spec_of
-from partita.torch.probe import TOLERANCE, sample_inputs, small_model
-from partita.torch.stage import Message, refuse_uncuttable, run_stage, wire_stages
+from partita.torch.probe import TOLERANCE, measure_media, sample_inputs, small_model
+from partita.torch.stage import Message, refuse_features_elsewhere, refuse_uncuttable, run_stage, wire_stages
 from partita.torch.transformers_internals import cache_argument, cache_of
 
 _verdicts: dict[Any, tuple[str, str]] = {}
+_media: dict[Any, dict[str, str]] = {}
 
 
 def prove_stages(model: nn.Module, plan: Plan) -> None:
@@ -39,6 +41,7 @@ def prove_stages(model: nn.Module, plan: Plan) -> None:
     if plan.num_stages == 1:
         return
     refuse_uncuttable(model)
+    refuse_features_elsewhere(plan)
     if plan.rules.proven:
         return
     key = _key(model, plan)
@@ -46,6 +49,11 @@ def prove_stages(model: nn.Module, plan: Plan) -> None:
         _verdicts[key] = _measure(model, plan)
     if _verdicts[key][0]:
         raise ModelError(f"{plan.spec.family} cannot be cut into stages: {_verdicts[key][0]} Use tp and pp=1.")
+
+
+def media_without_stages(model: nn.Module, plan: Plan) -> Mapping[str, str]:
+    """Of the kinds of media that a model takes those that do not work over stages, and why; `prove_stages` comes first."""
+    return _media.get(_key(model, plan), {}) if plan.num_stages > 1 else {}
 
 
 def refuse_undecodable(model: nn.Module, plan: Plan) -> None:
@@ -70,11 +78,12 @@ def _measure(model: nn.Module, plan: Plan) -> tuple[str, str]:
         return f"it cannot be tried: {_line(error)}", ""
     try:
         with Float64Everywhere():
-            wrong = parts.difference()
+            wrong = parts.difference(sample_inputs(unsplit))
     except Exception as error:
         return f"its stages fail: {_line(error)}", ""
     if wrong:
         return wrong, ""
+    _media[_key(model, plan)] = measure_media(unsplit, parts.difference_in_float64)
     try:
         with Float64Everywhere(), torch.no_grad():
             return "", parts.decoding_difference()
@@ -93,8 +102,9 @@ class _Parts:
         spec = spec_of(unsplit)
         if not spec.layers or spec.num_layers < 1:
             raise ModelError("no list of layers was found in it.")
-        layers = [[LayerType.decoder] for _ in range(spec.num_layers)]
-        layout = [[LayerType.embedding], *layers, [LayerType.loss]]
+        first = [LayerType.decoder] * spec.feature_layers
+        layers = [[LayerType.decoder] for _ in range(spec.num_layers - len(first))]
+        layout = [[LayerType.embedding, *first], *layers, [LayerType.loss]]
         self.unsplit = unsplit
         self.plan = Plan.make(spec, Mesh(pp=len(layout)), layout, Rules(()))
         self.parts = []
@@ -116,9 +126,10 @@ class _Parts:
             message = made if isinstance(made, Message) else Message(())
         return steps, steps[-1][1]
 
-    def difference(self) -> str:
+    def difference(self, inputs: dict[str, Tensor]) -> str:
         """What differs first in a forward and backward, in words."""
-        inputs = sample_inputs(self.unsplit)
+        for model in (self.unsplit, *self.parts):
+            model.zero_grad(set_to_none=True)
         expected = main_output(self.unsplit(**inputs))
         steps, made = self.run(inputs, [None] * len(self.parts))
         output = main_output(made)
@@ -134,6 +145,11 @@ class _Parts:
                 (output * weight).sum().backward()
             given = [torch.zeros_like(t) if t.grad is None else t.grad for t in received.tensors]
         return self._gradient_difference()
+
+    def difference_in_float64(self, inputs: dict[str, Tensor]) -> str:
+        """As `difference`, without narrowing."""
+        with Float64Everywhere():
+            return self.difference(inputs)
 
     def _gradient_difference(self) -> str:
         whole = dict(self.unsplit.named_parameters(remove_duplicate=False))
