@@ -25,6 +25,7 @@ from partita.mlx.load import shard
 from partita.mlx.probe import fill, plan_of_model
 from partita.mlx.threads import run_as_threads
 from partita.text import Sampling, Sequence, byte_tokenizer
+from partita.text.choice import Choice
 from tests.support.mlx_models import tiny_config
 from tests.support.mlx_ranks import mlx_ranks
 
@@ -139,9 +140,9 @@ def test_text_is_streamed_and_stops() -> None:
 def test_a_character_is_shown_when_it_is_whole() -> None:
     tokenizer = byte_tokenizer()
     shown: list[str] = []
-    sequence = Sequence(0, [1])
+    sequence = Sequence(0, [1], 99)
     for token in tokenizer.encode("aé!"):
-        sequence.accept(token, Sampling(max_new_tokens=99), tokenizer, frozenset())
+        sequence.accept(token, Choice(), tokenizer)
         sequence.show(lambda place, text: shown.append(text))
     assert shown == ["a", "é", "!"]
 
@@ -149,11 +150,11 @@ def test_a_character_is_shown_when_it_is_whole() -> None:
 def test_the_beginning_of_a_stop_text_is_held_back() -> None:
     tokenizer = byte_tokenizer()
     shown: list[str] = []
-    sampling = Sampling(max_new_tokens=5, stop=("END",))
-    sequence = Sequence(0, [1])
+    choice = Choice(stop=("END",))
+    sequence = Sequence(0, [1], 5)
     for token in tokenizer.encode("xENxE"):
-        sequence.accept(token, sampling, tokenizer, frozenset())
-        sequence.show(lambda place, text: shown.append(text), sampling.stop)
+        sequence.accept(token, choice, tokenizer)
+        sequence.show(lambda place, text: shown.append(text), choice.stop)
     assert shown == ["x", "ENx", "E"]
     assert sequence.generation.finish_reason == "length"
 

@@ -231,12 +231,6 @@ def test_rotary_bases_that_mlx_lm_cannot_say_are_refused() -> None:
         build(read_mlx_config({**tiny_config("olmo3"), "rope_parameters": by_kind}))
 
 
-def test_ends_of_both_configs_count(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"model_type": "llama", "eos_token_id": 2}')
-    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7, 3]}')
-    assert read_mlx_config(tmp_path)["eos_token_id"] == [2, 3, 7]
-
-
 @pytest.mark.parametrize(
     ("config", "reason"),
     [

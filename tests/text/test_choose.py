@@ -11,12 +11,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from partita.text import Sampling
+from partita.text.choice import Choice
 from partita.text.choose import SHORTLIST, Columns, choose, generator_of
+from partita.text.sampling import Sequence
 
 
-def one(logits: Any, seen: list[int], sampling: Sampling, generator: np.random.Generator) -> int:
-    return choose(logits[None], [seen], sampling, [generator])[0]
+def after(seen: list[list[int]]) -> list[Sequence]:
+    return [Sequence(place, ids, 99) for place, ids in enumerate(seen)]
+
+
+def one(logits: Any, seen: list[int], sampling: Choice, generator: np.random.Generator) -> int:
+    return choose(logits[None], after([seen]), sampling, [generator])[0]
 
 
 LOGITS = np.array([2.0, 1.0, 0.0, -1.0, 3.0])
@@ -36,14 +41,14 @@ LOGITS = np.array([2.0, 1.0, 0.0, -1.0, 3.0])
     ],
 )
 def test_what_can_be_drawn(changes: dict[str, Any], possible: set[int]) -> None:
-    sampling = Sampling(**{"temperature": 1.0, **changes})
+    sampling = Choice(**{"temperature": 1.0, **changes})
     generator = np.random.default_rng(0)
     assert {one(LOGITS, [0, 4], sampling, generator) for _ in range(3000)} == possible
 
 
 def test_draws_follow_the_probabilities() -> None:
     generator = np.random.default_rng(1)
-    draws = [one(LOGITS, [], Sampling(temperature=1.0), generator) for _ in range(20000)]
+    draws = [one(LOGITS, [], Choice(temperature=1.0), generator) for _ in range(20000)]
     expected = np.exp(LOGITS) / np.exp(LOGITS).sum()
     assert np.abs(np.bincount(draws, minlength=5) / 20000 - expected).max() < 0.015
 
@@ -55,7 +60,7 @@ def test_the_same_as_transformers_processors() -> None:
 
     logits = np.random.default_rng(3).standard_normal(50) * 3
     seen = [1, 5, 5, 9]
-    sampling = Sampling(temperature=0.7, top_k=12, top_p=0.9, min_p=0.02, repetition_penalty=1.5)
+    sampling = Choice(temperature=0.7, top_k=12, top_p=0.9, min_p=0.02, repetition_penalty=1.5)
     scores = torch.tensor(logits)[None]
     for processor in (
         hf.RepetitionPenaltyLogitsProcessor(1.5), hf.TemperatureLogitsWarper(0.7), hf.TopKLogitsWarper(12),
@@ -70,7 +75,7 @@ def test_the_same_as_transformers_processors() -> None:
 
 
 def over_ranks(
-    logits: Any, seen: list[list[int]], sampling: Sampling, sizes: list[int], steps: int = 1
+    logits: Any, seen: list[list[int]], sampling: Choice, sizes: list[int], steps: int = 1
 ) -> tuple[list[list[list[int]]], int]:
     """What each of several ranks, one a thread, chooses at each step, and how many numbers the first has told."""
     ranks, barrier = len(sizes), threading.Barrier(len(sizes), timeout=20)
@@ -95,7 +100,7 @@ def over_ranks(
         columns = Columns(int(starts[rank]), max(sizes), rank, gather_of(rank))
         for _ in range(steps):
             mine = logits[:, starts[rank] : starts[rank + 1]]
-            found[rank].append(choose(mine, seen, sampling, generators, columns))
+            found[rank].append(choose(mine, after(seen), sampling, generators, columns))
 
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(ranks)]
     for thread in threads:
@@ -106,27 +111,27 @@ def over_ranks(
 
 
 SAMPLINGS = [
-    Sampling(temperature=1.0),
-    Sampling(temperature=0.7, repetition_penalty=1.3),
-    Sampling(temperature=1.0, top_k=3),
-    Sampling(temperature=1.0, top_k=200),
-    Sampling(temperature=1.3, top_p=0.8),
-    Sampling(temperature=1.0, min_p=0.3),
-    Sampling(temperature=1.0, min_p=1e-9),
-    Sampling(temperature=1.0, top_k=50, top_p=0.9, min_p=0.05, repetition_penalty=1.2),
-    Sampling(temperature=0.0, repetition_penalty=2.0),
+    Choice(temperature=1.0),
+    Choice(temperature=0.7, repetition_penalty=1.3),
+    Choice(temperature=1.0, top_k=3),
+    Choice(temperature=1.0, top_k=200),
+    Choice(temperature=1.3, top_p=0.8),
+    Choice(temperature=1.0, min_p=0.3),
+    Choice(temperature=1.0, min_p=1e-9),
+    Choice(temperature=1.0, top_k=50, top_p=0.9, min_p=0.05, repetition_penalty=1.2),
+    Choice(temperature=0.0, repetition_penalty=2.0),
 ]
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=lambda s: f"{s.top_k}-{s.top_p}-{s.min_p}-{s.temperature}")
 @pytest.mark.parametrize("sharpness", [0.0, 0.01, 1.0, 6.0])
 @pytest.mark.parametrize("sizes", [[301], [150, 151], [1, 300], [76, 75, 75, 75]])
-def test_columns_give_what_whole_logits_give(sampling: Sampling, sharpness: float, sizes: list[int]) -> None:
+def test_columns_give_what_whole_logits_give(sampling: Choice, sharpness: float, sizes: list[int]) -> None:
     # Rounded, so that some are equally likely.
     logits = np.round(np.random.default_rng(7).standard_normal((3, 301)) * sharpness, 2)
     seen = [[3, 299, 150], [], [7]]
     generators = [generator_of(sampling, row) for row in range(3)]
-    expected = [choose(logits, seen, sampling, generators) for _ in range(20)]
+    expected = [choose(logits, after(seen), sampling, generators) for _ in range(20)]
     found, _ = over_ranks(logits, seen, sampling, sizes, steps=20)
     assert found == [expected] * len(sizes)
 
@@ -134,14 +139,14 @@ def test_columns_give_what_whole_logits_give(sampling: Sampling, sharpness: floa
 def test_only_a_shortlist_is_told_where_it_settles_the_matter() -> None:
     logits = np.random.default_rng(0).standard_normal((1, 40_000)) * 5
     for sampling, most in (
-        (Sampling(temperature=1.0), 8),
-        (Sampling(temperature=1.0, top_p=0.5), 2 * SHORTLIST + 8),
-        (Sampling(temperature=1.0, top_k=40), 2 * SHORTLIST + 8),
-        (Sampling(temperature=0.0, repetition_penalty=1.1), 8),
+        (Choice(temperature=1.0), 8),
+        (Choice(temperature=1.0, top_p=0.5), 2 * SHORTLIST + 8),
+        (Choice(temperature=1.0, top_k=40), 2 * SHORTLIST + 8),
+        (Choice(temperature=0.0, repetition_penalty=1.1), 8),
     ):
         assert over_ranks(logits, [[1]], sampling, [20_000, 20_000])[1] <= most
     flat = np.zeros((1, 40_000))
-    assert over_ranks(flat, [[]], Sampling(temperature=1.0, top_p=0.5), [20_000, 20_000])[1] > 20_000
+    assert over_ranks(flat, [[]], Choice(temperature=1.0, top_p=0.5), [20_000, 20_000])[1] > 20_000
 
 
 @settings(deadline=None, max_examples=150)
@@ -152,7 +157,7 @@ def test_only_a_shortlist_is_told_where_it_settles_the_matter() -> None:
 def test_any_filters_over_any_columns(
     sizes: list[int], top_k: int, top_p: float, min_p: float, decimals: int, seed: int
 ) -> None:
-    sampling = Sampling(temperature=1.0, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
+    sampling = Choice(temperature=1.0, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
     logits = np.round(np.random.default_rng(seed).standard_normal((1, sum(sizes))), decimals)
-    expected = choose(logits, [[]], sampling, [generator_of(sampling, 0)])
+    expected = choose(logits, after([[]]), sampling, [generator_of(sampling, 0)])
     assert over_ranks(logits, [[]], sampling, sizes)[0] == [[expected]] * len(sizes)

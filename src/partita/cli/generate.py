@@ -51,7 +51,12 @@ def generate(
     dp: Replicas = 1,
     layout: LayoutText = None,
     vpp: VirtualStages = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of one text at most.")] = 64,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Largest number of new tokens (default: the model's limit, else 64).", show_default=False
+        ),
+    ] = None,
     prompt_file: Annotated[
         list[Path] | None,
         typer.Option(
@@ -64,22 +69,81 @@ def generate(
             show_default=False,
         ),
     ] = None,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.", rich_help_panel=SAMPLING)] = 0.0,
-    top_k: Annotated[
-        int, typer.Option(min=0, help="Only the likeliest so many; 0: all.", rich_help_panel=SAMPLING)
-    ] = 0,
-    top_p: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="Only the likeliest with this total.", rich_help_panel=SAMPLING)
-    ] = 1.0,
-    min_p: Annotated[
-        float,
+    temperature: Annotated[
+        float | None,
         typer.Option(
-            min=0.0, max=1.0, help="Only those this likely, relative to the likeliest.", rich_help_panel=SAMPLING
+            min=0.0,
+            help="Sample at this temperature; 0 chooses greedily (default: as the model's generation_config.json says, "
+            "else greedily).",
+            rich_help_panel=SAMPLING,
+            show_default=False,
         ),
-    ] = 0.0,
+    ] = None,
+    top_k: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="While sampling, only the K most likely tokens; 0 for all (default: the model's, else 50).",
+            rich_help_panel=SAMPLING,
+            show_default=False,
+        ),
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0,
+            max=1.0,
+            help="While sampling, only the most likely tokens with this total probability (default: the model's, else 1).",
+            rich_help_panel=SAMPLING,
+            show_default=False,
+        ),
+    ] = None,
+    min_p: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0,
+            max=1.0,
+            help="While sampling, only tokens at least this likely, relative to the most likely one (default: the "
+            "model's, else 0).",
+            rich_help_panel=SAMPLING,
+            show_default=False,
+        ),
+    ] = None,
     repetition_penalty: Annotated[
-        float, typer.Option(min=0.0, help="Above 1: tokens that were there are less likely.", rich_help_panel=SAMPLING)
-    ] = 1.0,
+        float | None,
+        typer.Option(
+            min=0.0,
+            help="Above 1: make tokens that have appeared less likely (default: the model's, else 1).",
+            rich_help_panel=SAMPLING,
+            show_default=False,
+        ),
+    ] = None,
+    no_repeat_ngram_size: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Never repeat a sequence of this many tokens; 0 for no such rule (default: the model's, else 0).",
+            rich_help_panel=SAMPLING,
+            show_default=False,
+        ),
+    ] = None,
+    min_new_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Do not end before this many new tokens (default: the model's, else 0).",
+            rich_help_panel=SAMPLING,
+            show_default=False,
+        ),
+    ] = None,
+    no_generation_config: Annotated[
+        bool,
+        typer.Option(
+            "--no-generation-config",
+            help="Take only the end tokens from the model's generation_config.json.",
+            rich_help_panel=SAMPLING,
+        ),
+    ] = False,
     seed: Annotated[int, typer.Option(help="Of the draws.", rich_help_panel=SAMPLING)] = 0,
     stop: Annotated[
         list[str] | None,
@@ -129,6 +193,8 @@ def generate(
     options: dict[str, Any] = {
         "max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
         "repetition_penalty": repetition_penalty, "seed": seed, "stop": tuple(stop or ()), "ignore_eos": ignore_eos,
+        "no_repeat_ngram_size": no_repeat_ngram_size, "min_new_tokens": min_new_tokens,
+        "use_generation_config": not no_generation_config,
     }  # fmt: skip
     sampling = Sampling(**options)
     if is_local(model):

@@ -223,30 +223,6 @@ def check_architectures(names: object) -> None:
         raise ModelError(f"architectures must be a list of names of classes, but is {names!r:.100}.")
 
 
-def read_ends(folder: Path) -> list[int]:
-    """The ids that end a text, of the `generation_config.json` in a folder; none without one.
-
-    Raises:
-        ModelError: It is malformed.
-    """
-    file = folder / "generation_config.json"
-    if not file.is_file():
-        return []
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ModelError(f"{file} cannot be read: {error.strerror}.") from error
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{file} is not JSON: {error}.") from error
-    if not isinstance(data, dict):
-        raise ModelError(f"{file} must be a JSON object, but is {data!r:.100}.")
-    named = data.get("eos_token_id")
-    ends = named if isinstance(named, list) else [] if named is None else [named]
-    if not all(type(i) is int for i in ends):
-        raise ModelError(f"{file}: eos_token_id must be an id or a list of ids, but is {named!r:.100}.")
-    return ends
-
-
 def check_layers(number: object) -> None:
     """Refuse a `num_hidden_layers` of which no model can be built. Raises `ModelError`; None and lists are left alone."""
     if isinstance(number, int) and not 1 <= number <= MAX_LAYERS:

@@ -14,8 +14,9 @@ from partita.errors import ModelError
 from partita.mlx.compare import main_output
 from partita.mlx.groups import ParallelGroups
 from partita.mlx.head import likeliest, local_logits
-from partita.text.choose import Columns, choose, generator_of, is_greedy
-from partita.text.sampling import OnText, Sampling, Sequence
+from partita.text.choice import Choice
+from partita.text.choose import Columns, choose, generator_of
+from partita.text.sampling import OnText, Sequence
 from partita.text.tokenizer import Tokenizer
 
 PREFILL_TOKENS = 2048
@@ -30,27 +31,26 @@ class Batches:
         model: nn.Module,
         plan: Plan,
         groups: ParallelGroups,
-        sampling: Sampling,
+        choice: Choice,
         tokenizer: Tokenizer | None,
-        ends: frozenset[int],
         on_text: OnText | None,
     ) -> None:
-        """What the batches of a run share; `ends` are ids that end a sequence."""
-        self.model, self.plan, self.groups, self.comm, self.sampling = model, plan, groups, groups.tp, sampling
-        self.tokenizer, self.ends, self.on_text = tokenizer, ends, on_text
+        """What the batches of a run share."""
+        self.model, self.plan, self.groups, self.comm, self.choice = model, plan, groups, groups.tp, choice
+        self.tokenizer, self.on_text = tokenizer, on_text
 
     def batch(self, batch: list[Sequence]) -> None:
         """Continue sequences whose prompts are of one length."""
-        greedy = is_greedy(self.sampling)
-        generators = [generator_of(self.sampling, s.place) for s in batch]
+        greedy, limit = self.choice.is_plain, max(s.limit for s in batch)
+        generators = [generator_of(self.choice, s.place) for s in batch]
         with local_logits(self.model, self.plan) as split:
             cache = make_cache(self.model)
             logits = self._prefill(mx.array([s.prompt for s in batch]), cache)
             # Greedily, a step is under way while the tokens of the one before are looked at.
             chosen = self._chosen(logits, split, batch, generators)
-            for step in range(self.sampling.max_new_tokens):
+            for step in range(limit):
                 following = None
-                if greedy and step + 1 < self.sampling.max_new_tokens:
+                if greedy and step + 1 < limit:
                     following = self._chosen(self._forward(chosen[:, None], cache), split, batch, generators)
                     mx.async_eval(following)
                 if self._accept(batch, chosen):
@@ -76,16 +76,16 @@ class Batches:
         self, logits: mx.array, split: Split | None, batch: list[Sequence], generators: list[np.random.Generator]
     ) -> mx.array:
         """The next token of each sequence, `[batch]`, the same on all ranks. A draw is made by the first rank for all."""
-        if is_greedy(self.sampling):
+        if self.choice.is_plain:
             return likeliest(logits, split, self.comm)
         wide = mx.float64 if logits.dtype == mx.float64 else mx.float32
-        rows, seen = np.array(logits.astype(wide)), [s.prompt + s.tokens for s in batch]
+        rows = np.array(logits.astype(wide))
         if split is not None and logits.shape[-1] != split.size:
-            return mx.array(choose(rows, seen, self.sampling, generators, self._columns(split)), mx.uint32)
+            return mx.array(choose(rows, batch, self.choice, generators, self._columns(split)), mx.uint32)
         # All tensor ranks have the same logits; the first one's word counts.
         ids = mx.zeros((len(batch),), mx.uint32)
         if self.comm.rank == 0:
-            ids = mx.array(choose(rows, seen, self.sampling, generators), mx.uint32)
+            ids = mx.array(choose(rows, batch, self.choice, generators), mx.uint32)
         return self.comm.broadcast(ids)
 
     def _columns(self, split: Split) -> Columns:
@@ -101,8 +101,8 @@ class Batches:
         tokens: list[int] = chosen.tolist()  # type: ignore[assignment]
         for sequence, token in zip(batch, tokens, strict=True):
             if not sequence.finish_reason:
-                sequence.accept(token, self.sampling, self.tokenizer, self.ends)
-                sequence.show(self.on_text, self.sampling.stop)
+                sequence.accept(token, self.choice, self.tokenizer)
+                sequence.show(self.on_text, self.choice.stop)
         return all(s.finish_reason for s in batch)
 
 

@@ -18,7 +18,7 @@ from types import MappingProxyType
 from typing import Any
 
 from partita.checkpoint.index import open_checkpoint
-from partita.core.model_spec import read_config, read_ends, text_config
+from partita.core.model_spec import read_config, text_config
 from partita.errors import CheckpointError, ModelError
 
 FORMATS: Mapping[str, dict[str, Any]] = MappingProxyType(
@@ -51,7 +51,6 @@ def read_mlx_config(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
     _add_tie(config, source)
     _complete(config)
     _rename(config)
-    _add_ends(config, source)
     for part in ("text_config", "llm_config", "language_config"):
         if isinstance(config.get(part), dict):
             _rename(config[part])
@@ -59,17 +58,6 @@ def read_mlx_config(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
     _add_window(config)
     _name_quantization(config)
     return config
-
-
-def _add_ends(config: dict[str, Any], source: str | Path | Mapping[str, Any]) -> None:
-    """The ids that end a text, of the config and of the `generation_config.json` beside it."""
-    more = read_ends(Path(source)) if not isinstance(source, Mapping) else []
-    if not more:
-        return
-    ids = [i for named in (config.get("eos_token_id"), more) for i in (named if isinstance(named, list) else [named])]
-    ends = sorted({i for i in ids if type(i) is int})
-    if ends:
-        config["eos_token_id"] = ends
 
 
 def _plain(value: Any) -> Any:

@@ -65,13 +65,14 @@ class Flow(Batches):
         with local_logits(self.model, self.plan) as self.split:
             for group in groups:
                 self._prompt(group, is_last=group is groups[-1])
-            for step in range(1, self.sampling.max_new_tokens + 1):
+            limit = max(s.limit for s in batch)
+            for step in range(1, limit + 1):
                 for group in groups:
-                    self._step(group, is_last=step == self.sampling.max_new_tokens)
+                    self._step(group, is_last=step == limit)
             self._tell()
 
     def _group(self, sequences: list[Sequence]) -> _Group:
-        generators = [generator_of(self.sampling, s.place) for s in sequences]
+        generators = [generator_of(self.choice, s.place) for s in sequences]
         return _Group(sequences, generators, {stage: make_cache(self.model) for stage in self.stages})
 
     def _prompt(self, group: _Group, *, is_last: bool) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
+from typing import Any
 
 import mlx.nn as nn
 
-from partita.core.plan import Plan
+from partita.core.generation import generation_of_config
 from partita.errors import PlanError
 from partita.mlx.apply import plan_of
 from partita.mlx.batches import Batches
@@ -14,6 +16,7 @@ from partita.mlx.flow import Flow
 from partita.mlx.stage_probe import refuse_undecodable
 from partita.mlx.windows import refuse_beyond_window
 from partita.peers import doing
+from partita.text.choice import Choice, settle
 from partita.text.sampling import Generation, OnText, Sampling, Sequence
 from partita.text.tokenizer import Tokenizer
 
@@ -37,7 +40,7 @@ def generate(
     Args:
         model: A split causal language model.
         prompts: Ids of each prompt, at least one each; they may be of different lengths.
-        sampling: How tokens are chosen.
+        sampling: How tokens are chosen; what it leaves open is taken from the model's generation config.
         tokenizer: Makes the text; without one the text is empty.
         on_text: Told of new text as it comes, with the prompt's place; on the first rank of the run only, and not for
             prompts of other replicas.
@@ -49,13 +52,15 @@ def generate(
     """
     plan, groups = plan_of(model)
     refuse_undecodable(model, plan)
-    _check(prompts, sampling, tokenizer, plan.spec.vocab_size)
-    longest, new = max(map(len, prompts)), sampling.max_new_tokens
-    # What the last new token would lead to is not asked for.
-    plan.spec.refuse_beyond_positions(longest + new - 1, f"a prompt of {longest} tokens with {new} new ones")
-    refuse_beyond_window(plan.spec, longest + new, f"a prompt of {longest} with {new} new ones")
+    choice = settle(sampling, generation_of(model), tokenizer.eos_ids if tokenizer is not None else frozenset())
+    _check(prompts, choice, tokenizer, plan.spec.vocab_size)
+    for length in sorted({len(prompt) for prompt in prompts}, reverse=True):
+        new = choice.limit(length)
+        # What the last new token would lead to is not asked for.
+        plan.spec.refuse_beyond_positions(length + new - 1, f"a prompt of {length} tokens with {new} new ones")
+        refuse_beyond_window(plan.spec, length + new, f"a prompt of {length} with {new} new ones")
     sequences = [
-        Sequence(place, list(prompt))
+        Sequence(place, list(prompt), choice.limit(len(prompt)))
         for place, prompt in enumerate(prompts)
         if place % groups.dp.size == groups.dp.rank
     ]
@@ -66,7 +71,7 @@ def generate(
     for sequence in sequences:
         lengths.setdefault(len(sequence.prompt), []).append(sequence)
     kind = Batches if plan.num_stages == 1 else Flow
-    run = kind(model, plan, groups, sampling, tokenizer, eos_ids(plan, tokenizer, sampling), listener)
+    run = kind(model, plan, groups, choice, tokenizer, listener)
     for batch in lengths.values():
         run.batch(batch)
     model.train(was_training)
@@ -79,19 +84,13 @@ def generate(
     return [found[place] for place in range(len(prompts))]
 
 
-def eos_ids(plan: Plan, tokenizer: Tokenizer | None, sampling: Sampling) -> frozenset[int]:
-    """The ids that end a sequence: the tokenizer's and the config's."""
-    if sampling.ignore_eos:
-        return frozenset()
-    ids: set[int] = set(tokenizer.eos_ids) if tokenizer is not None else set()
-    named = plan.spec.config.get("eos_token_id")
-    ids.update([named] if isinstance(named, int) else named or [])
-    return frozenset(ids)
+def generation_of(model: nn.Module) -> Mapping[str, Any]:
+    """A model's generation settings by transformers' names: of the checkpoint that it came from, else of its config."""
+    read = model.partita_origin.generation
+    return generation_of_config(plan_of(model)[0].spec.config) if read is None else read
 
 
-def _check(
-    prompts: SequenceOf[SequenceOf[int]], sampling: Sampling, tokenizer: Tokenizer | None, vocab_size: int
-) -> None:
+def _check(prompts: SequenceOf[SequenceOf[int]], choice: Choice, tokenizer: Tokenizer | None, vocab_size: int) -> None:
     if not prompts:
         raise PlanError("prompts must hold at least one prompt.")
     for place, prompt in enumerate(prompts):
@@ -102,5 +101,5 @@ def _check(
         strange = [i for i in prompt if not 0 <= i < (vocab_size or 1 << 62)]
         if strange:
             raise PlanError(f"prompt {place} holds the id {strange[0]}, but the model has ids 0 to {vocab_size - 1}.")
-    if sampling.stop and tokenizer is None:
+    if choice.stop and tokenizer is None:
         raise PlanError("stop needs a tokenizer to see the text.")

@@ -15,6 +15,7 @@ from partita.checkpoint.find import find_model
 from partita.checkpoint.index import Checkpoint, open_checkpoint
 from partita.checkpoint.manifest import check_model
 from partita.checkpoint.read import Reader
+from partita.core.generation import read_generation
 from partita.core.plan import Plan, mesh_of
 from partita.errors import CheckpointError, ModelError
 from partita.mlx.adapt import put_back, take_off
@@ -85,7 +86,7 @@ def load(
         if verify:
             check_model(folder, groups.rank, groups.mesh.size)
         checkpoint = open_checkpoint(folder)
-        config = read_mlx_config(folder)
+        config, generation = read_mlx_config(folder), read_generation(folder)
         built = build(config)
         again = functools.partial(build, config)
         sources = sources_of(built, again, checkpoint.tensors)
@@ -100,7 +101,7 @@ def load(
         computed = _Computed(again, sources, checkpoint)
         split = apply_plan(built, plan, groups.tp, groups.pp.rank)
         _Fill(reader, sources, computed, plan, groups.tp.rank, wanted, progress)(split)
-    split.partita_origin = Origin(sources, checkpoint.tensors, folder)
+    split.partita_origin = Origin(sources, checkpoint.tensors, folder, generation=generation)
     return finish(split, plan, groups)
 
 

@@ -27,12 +27,14 @@ class Origin:
         tensors: What is on disk, by name; nothing of a model that was never there.
         folder: Where that lies.
         config: The config of a model that was never on disk.
+        generation: What the checkpoint says about generating; None where only the config can tell.
     """
 
     sources: Mapping[str, Source]
     tensors: Mapping[str, TensorInfo] = field(default_factory=dict)
     folder: Path | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
+    generation: Mapping[str, Any] | None = None
 
     @classmethod
     def in_memory(cls, model: nn.Module) -> Origin:

@@ -7,14 +7,15 @@ of tokens about as likely as each other, inside the nucleus) the rest is told to
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from partita.text.sampling import Sampling
+from partita.text.choice import Choice
+from partita.text.sampling import Sequence
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 Gather = Callable[[Array], Array]
@@ -41,20 +42,15 @@ class Columns:
     gather: Gather = lambda array: array[None]
 
 
-def is_greedy(sampling: Sampling) -> bool:
-    """Whether the likeliest token is taken as it is, so that nothing but the logits matters."""
-    return sampling.temperature == 0 and sampling.repetition_penalty == 1.0
-
-
-def generator_of(sampling: Sampling, place: int) -> np.random.Generator:
+def generator_of(choice: Choice, place: int) -> np.random.Generator:
     """Where the chance of the sequence at `place` comes from: the same numbers on either engine."""
-    return np.random.default_rng([sampling.seed, place])
+    return np.random.default_rng([choice.seed, place])
 
 
 def choose(
     logits: Array,
-    seen: SequenceOf[SequenceOf[int]],
-    sampling: Sampling,
+    sequences: SequenceOf[Sequence],
+    choice: Choice,
     generators: SequenceOf[np.random.Generator],
     columns: Columns | None = None,
 ) -> list[int]:
@@ -62,33 +58,48 @@ def choose(
 
     Args:
         logits: `[rows, vocab_r]`, this rank's columns; all of them without `columns`.
-        seen: The ids before each row.
-        sampling: How it is chosen.
+        sequences: What each row continues.
+        choice: How it is chosen.
         generators: Where the chance of each row comes from, in the same state on every rank; one number is drawn unless the
             likeliest is taken.
         columns: Which columns these are.
     """
     columns = columns or Columns()
     scores = np.array(logits, np.float64)
-    for row, ids in zip(scores, seen, strict=True):
-        _penalize(row, np.asarray(ids, np.int64) - columns.start, sampling.repetition_penalty)
-    if sampling.temperature == 0:
+    for row, one in zip(scores, sequences, strict=True):
+        _process(row, one, choice, columns.start)
+    if choice.temperature == 0:
         return _likeliest(scores, columns)
-    scores /= sampling.temperature
+    scores /= choice.temperature
     draws = [generator.random() for generator in generators]
-    told = _Told.by_all(scores, sampling, columns)
+    told = _Told.by_all(scores, choice, columns)
     if not told.values.shape[-1]:
         return _from_all(scores, told, draws, columns)
-    ids = [_from_some(told, row, draw, sampling) for row, draw in enumerate(draws)]
+    ids = [_from_some(told, row, draw, choice) for row, draw in enumerate(draws)]
     # The first rank's word counts: of machines of different kinds the last bit of a weight need not agree.
     decided = columns.gather(np.array(ids, np.float64))[0]
     if (decided < 0).any():
         whole = _whole(scores, columns)
         for row in np.flatnonzero(decided < 0):
             kept = np.arange(whole.shape[1])
-            decided[row] = _drawn(*_kept(whole[row], kept, None, sampling)[:2], draws[row])
+            decided[row] = _drawn(*_kept(whole[row], kept, None, choice)[:2], draws[row])
         decided = columns.gather(decided)[0]
     return [int(one) for one in decided]
+
+
+def _process(row: Array, sequence: Sequence, choice: Choice, start: int) -> None:
+    """Change a row of logits, of which the first is that of id `start`, as transformers' processors do before choice."""
+    prompt, tokens = sequence.prompt, sequence.tokens
+    _penalize(row, np.asarray(prompt + tokens, np.int64) - start, choice.repetition_penalty)
+    forced = choice.forced(prompt, tokens)
+    if forced:
+        row[:] = -np.inf
+        row[_inside(forced, start, row.size)] = 0.0
+    row[_inside(choice.banned(prompt, tokens), start, row.size)] = -np.inf
+
+
+def _inside(ids: Iterable[int], start: int, size: int) -> list[int]:
+    return [i - start for i in ids if start <= i < start + size]
 
 
 @dataclass(frozen=True)
@@ -110,13 +121,15 @@ class _Told:
     ids: Array
 
     @staticmethod
-    def by_all(scores: Array, sampling: Sampling, columns: Columns) -> _Told:
+    def by_all(scores: Array, choice: Choice, columns: Columns) -> _Told:
         rows, own = scores.shape
-        filtered = sampling.top_k > 0 or sampling.top_p < 1.0 or sampling.min_p > 0.0
-        count = min(max(sampling.top_k + 1, SHORTLIST), max(columns.width, own)) if filtered else 0
+        filtered = choice.top_k > 0 or choice.top_p < 1.0 or choice.min_p > 0.0
+        count = min(max(choice.top_k + 1, SHORTLIST), max(columns.width, own)) if filtered else 0
         mine = np.full((rows, 3 + 2 * count), -np.inf)
         mine[:, 0] = scores.max(1)
-        mine[:, 1] = np.exp(scores - mine[:, :1]).sum(1)
+        # A rank of which every id is banned has no top to compare with.
+        tops = np.where(np.isfinite(mine[:, :1]), mine[:, :1], 0.0)
+        mine[:, 1] = np.exp(scores - tops).sum(1)
         held = min(count, own)
         if held:
             places = np.argpartition(-scores, held - 1, axis=1)[:, :held]
@@ -165,21 +178,21 @@ def _from_all(scores: Array, told: _Told, draws: list[float], columns: Columns) 
     return [int(chosen[owner, row]) for row, owner in enumerate(owners)]
 
 
-def _from_some(told: _Told, row: int, draw: float, sampling: Sampling) -> int:
+def _from_some(told: _Told, row: int, draw: float, choice: Choice) -> int:
     """The id, or -1 where what was told does not settle it."""
     values, ids = told.values[:, row].ravel(), told.ids[:, row].ravel()
     there = np.isfinite(ids)
     order = np.argsort(ids[there])
     values, whole_ids = values[there][order], ids[there][order].astype(np.int64)
-    total = None if sampling.top_k else float(told.weights(row).sum())
-    kept, weights, least = _kept(values, whole_ids, total, sampling)
+    total = None if choice.top_k else float(told.weights(row).sum())
+    kept, weights, least = _kept(values, whole_ids, total, choice)
     # All scores above the floor were told.
     floor = told.floors[:, row].max()
     return _drawn(kept, weights, draw) if least > floor or floor == -np.inf else -1
 
 
 def _kept(
-    scores: Array, ids: np.ndarray[Any, np.dtype[np.int64]], total: float | None, sampling: Sampling
+    scores: Array, ids: np.ndarray[Any, np.dtype[np.int64]], total: float | None, choice: Choice
 ) -> tuple[np.ndarray[Any, np.dtype[np.int64]], Array, float]:
     """The ids that are left by the filters, in order, what they weigh, and the least score that had to be known for it.
 
@@ -187,27 +200,27 @@ def _kept(
         scores: Of `ids`, which hold at least all that will be kept.
         ids: In order.
         total: What all scores weigh, where the largest weighs 1; None where they are all here, or only the kept count.
-        sampling: The filters.
+        choice: The filters.
     """
-    least = scores.max() + np.log(sampling.min_p) if sampling.min_p > 0.0 else -np.inf
-    if sampling.top_k > 0 or sampling.top_p < 1.0:
+    least = scores.max() + np.log(choice.min_p) if choice.min_p > 0.0 else -np.inf
+    if choice.top_k > 0 or choice.top_p < 1.0:
         least = -np.inf
-    if 0 < sampling.top_k < scores.size:
+    if 0 < choice.top_k < scores.size:
         # What is as likely as the last of them stays, as in transformers.
-        stay = scores >= np.partition(scores, -sampling.top_k)[-sampling.top_k]
+        stay = scores >= np.partition(scores, -choice.top_k)[-choice.top_k]
         scores, ids = scores[stay], ids[stay]
         least = scores.min()
     weights = np.exp(scores - scores.max())
-    if sampling.top_p < 1.0:
+    if choice.top_p < 1.0:
         likely = np.argsort(-scores, kind="stable")
         ordered = weights[likely]
         before = np.cumsum(ordered) - ordered
-        stay = np.sort(likely[before < sampling.top_p * (total if total is not None else ordered.sum())])
+        stay = np.sort(likely[before < choice.top_p * (total if total is not None else ordered.sum())])
         weights, ids = weights[stay], ids[stay]
         # Of the likeliest k every one counts, as they are weighed together.
         least = scores[stay].min() if least == -np.inf else least
-    if sampling.min_p > 0.0:
-        stay = weights >= sampling.min_p
+    if choice.min_p > 0.0:
+        stay = weights >= choice.min_p
         weights, ids = weights[stay], ids[stay]
     return ids, weights, float(least)
 

@@ -3,71 +3,110 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from partita.errors import PlanError
 from partita.text.tokenizer import Tokenizer
 
+if TYPE_CHECKING:
+    from partita.text.choice import Choice
+
 OnText = Callable[[int, str], None]
 """Told of new text as it comes, with the prompt's place."""
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen.
-
-    Attributes:
-        max_new_tokens: After how many tokens a sequence ends at the latest.
-        temperature: Divides the logits; 0 takes the likeliest token every time.
-        top_k: Only so many of the likeliest; 0 for all.
-        top_p: Only the likeliest that have this probability together (nucleus sampling: Holtzman et al. 2020, 1904.09751).
-        min_p: Only those at least so likely as this fraction of the likeliest (2407.01082).
-        repetition_penalty: Divides the logits of tokens that were there already (Keskar et al. 2019, 1909.05858); 1 for none.
-        seed: Each sequence draws from its own generator of this seed and its place among the prompts.
-        stop: A sequence ends before the first of these texts.
-        ignore_eos: Whether a sequence goes on after an end token.
-    """
-
-    max_new_tokens: int = 64
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    seed: int = 0
-    stop: tuple[str, ...] = ()
-    ignore_eos: bool = False
-
-    def __post_init__(self) -> None:
-        rules: tuple[tuple[str, bool, str], ...] = (
-            ("max_new_tokens", _is_whole(self.max_new_tokens, 1), "a whole number of at least 1"),
-            ("temperature", _is_in(self.temperature, 0, math.inf), "a finite number of at least 0 (0 is greedy)"),
-            ("top_k", _is_whole(self.top_k), "a whole number of at least 0 (0 for all)"),
-            ("top_p", _is_in(self.top_p, 0, 1) and self.top_p > 0, "in (0, 1] (1 for all)"),
-            ("min_p", _is_in(self.min_p, 0, 1), "in [0, 1] (0 for all)"),
-            (
-                "repetition_penalty",
-                _is_in(self.repetition_penalty, 0, math.inf) and self.repetition_penalty > 0,
-                "a finite number of more than 0 (1 for none)",
-            ),
-            ("seed", _is_whole(self.seed), "a whole number of at least 0"),
-        )
-        for name, ok, rule in rules:
-            if not ok:
-                raise PlanError(f"{name} must be {rule}, but is {getattr(self, name)!r}.")
-        stop: object = self.stop
-        if isinstance(stop, str) or not all(isinstance(text, str) and text for text in self.stop):
-            raise PlanError(f"stop must hold texts of at least one character, as in ('END',), but is {self.stop!r}.")
 
 
 def _is_whole(value: object, least: int = 0) -> bool:
     return type(value) is int and value >= least
 
 
-def _is_in(value: object, low: float, high: float) -> bool:
+def _is_in(value: Any, low: float, high: float, *, open_below: bool = False) -> bool:
     """Whether it is a finite number from `low` to `high`."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high and value < math.inf
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and low <= value <= high and value < math.inf and not (open_below and value == low)
+
+
+def _are_ids(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and all(_is_whole(i) for i in value)
+
+
+def _are_words(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and all(_are_ids(word) and word for word in value)
+
+
+RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "max_new_tokens": (lambda v: _is_whole(v, 1), "a whole number of at least 1"),
+    "max_length": (lambda v: _is_whole(v, 1), "a whole number of at least 1"),
+    "temperature": (lambda v: _is_in(v, 0, math.inf), "a finite number of at least 0 (0 is greedy)"),
+    "top_k": (_is_whole, "a whole number of at least 0 (0 for all)"),
+    "top_p": (lambda v: _is_in(v, 0, 1, open_below=True), "in (0, 1] (1 for all)"),
+    "min_p": (lambda v: _is_in(v, 0, 1), "in [0, 1] (0 for all)"),
+    "repetition_penalty": (
+        lambda v: _is_in(v, 0, math.inf, open_below=True),
+        "a finite number of more than 0 (1 for none)",
+    ),
+    "no_repeat_ngram_size": (_is_whole, "a whole number of at least 0 (0 for none)"),
+    "bad_words_ids": (_are_words, "a list of lists of ids"),
+    "suppress_tokens": (_are_ids, "a list of ids"),
+    "begin_suppress_tokens": (_are_ids, "a list of ids"),
+    "min_new_tokens": (_is_whole, "a whole number of at least 0"),
+    "min_length": (_is_whole, "a whole number of at least 0"),
+    "seed": (_is_whole, "a whole number of at least 0"),
+}
+"""For each setting, what a value must be, as a test and in words."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen.
+
+    What is None is taken from the model's generation config (`generation_config.json`), and what that leaves open is as in
+    transformers: without `do_sample` tokens are chosen greedily, with it at temperature 1 among the 50 most likely.
+
+    Attributes:
+        max_new_tokens: Tokens after which a sequence ends at the latest; 64 where the model sets no limit either.
+        temperature: Divides the logits; 0 takes the most likely token every time. A number above 0 samples.
+        top_k: Only this many of the most likely tokens; 0 for all. Like `top_p` and `min_p` it matters only for sampling.
+        top_p: Only the most likely tokens that have this probability together (nucleus sampling: Holtzman et al. 2020,
+            1904.09751).
+        min_p: Only tokens at least as likely as this fraction of the most likely one (2407.01082).
+        repetition_penalty: Divides the logits of tokens that were there already (Keskar et al. 2019, 1909.05858); 1 for none.
+        no_repeat_ngram_size: No sequence of so many tokens appears twice; 0 for no such rule.
+        bad_words_ids: Sequences of ids that must not appear.
+        suppress_tokens: Ids that are never chosen.
+        begin_suppress_tokens: Ids that are not chosen as the first new token.
+        min_new_tokens: No sequence ends before it has so many new tokens.
+        seed: Each sequence draws from its own generator of this seed and its place among the prompts.
+        stop: A sequence ends before the first of these texts.
+        ignore_eos: Whether a sequence goes on after an end token.
+        use_generation_config: Whether more than the end tokens is taken from the model's generation config.
+    """
+
+    max_new_tokens: int | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+    no_repeat_ngram_size: int | None = None
+    bad_words_ids: tuple[tuple[int, ...], ...] | None = None
+    suppress_tokens: tuple[int, ...] | None = None
+    begin_suppress_tokens: tuple[int, ...] | None = None
+    min_new_tokens: int | None = None
+    use_generation_config: bool = True
+
+    def __post_init__(self) -> None:
+        for name, (is_right, rule) in RULES.items():
+            value = getattr(self, name, None)
+            if value is not None and not is_right(value):
+                raise PlanError(f"{name} must be {rule}, but is {value!r}.")
+        stop: object = self.stop
+        if isinstance(stop, str) or not all(isinstance(text, str) and text for text in self.stop):
+            raise PlanError(f"stop must hold texts of at least one character, as in ('END',), but is {self.stop!r}.")
 
 
 @dataclass(frozen=True)
@@ -86,6 +125,7 @@ class Sequence:
     Attributes:
         place: Its place among the prompts.
         prompt: The ids that it continues.
+        limit: After how many tokens it ends at the latest.
         tokens: What came after them so far.
         text: Their text; empty without a tokenizer.
         shown: How many characters of it were passed on.
@@ -94,23 +134,24 @@ class Sequence:
 
     place: int
     prompt: list[int]
+    limit: int
     tokens: list[int] = field(default_factory=list)
     text: str = ""
     shown: int = 0
     finish_reason: str = ""
 
-    def accept(self, token: int, sampling: Sampling, tokenizer: Tokenizer | None, eos_ids: frozenset[int]) -> None:
-        """Add a token, and end before a text of `sampling.stop`, behind an end token or at the number of new tokens."""
+    def accept(self, token: int, choice: Choice, tokenizer: Tokenizer | None) -> None:
+        """Add a token, and end before a text of `choice.stop`, behind an end token or at the number of new tokens."""
         self.tokens.append(token)
         if tokenizer is not None:
             self.text = tokenizer.decode(self.tokens)
-            ends = [self.text.find(stop) for stop in sampling.stop if stop in self.text]
+            ends = [self.text.find(stop) for stop in choice.stop if stop in self.text]
             if ends:
                 self.text, self.finish_reason = self.text[: min(ends)], "stop"
                 return
-        if token in eos_ids:
+        if token in choice.eos_ids:
             self.finish_reason = "eos"
-        elif len(self.tokens) >= sampling.max_new_tokens:
+        elif len(self.tokens) >= self.limit:
             self.finish_reason = "length"
 
     def show(self, on_text: OnText | None, stop: tuple[str, ...] = ()) -> None:

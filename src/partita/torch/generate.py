@@ -17,7 +17,8 @@ from partita.errors import ModelError, PlanError
 from partita.peers import doing
 from partita.schedule import Action, Kind, Schedule
 from partita.text import Generation, OnText, Sampling, Sequence, Tokenizer
-from partita.text.choose import Columns, choose, generator_of, is_greedy
+from partita.text.choice import Choice, settle
+from partita.text.choose import Columns, choose, generator_of
 from partita.torch.apply import plan_of
 from partita.torch.comm import Work
 from partita.torch.few_rows import decoding
@@ -48,30 +49,36 @@ def generate(
     Args:
         model: A split causal language model.
         prompts: Ids of each prompt, at least one each; they may be of different lengths.
-        sampling: How tokens are chosen.
+        sampling: How tokens are chosen; what it leaves open is taken from the model's generation config.
         tokenizer: Makes the text; without one the text is empty.
         on_text: Told of new text as it comes, with the prompt's place; on the first rank of the run only, and not for
             prompts of other replicas.
 
     Raises:
         PlanError: A prompt is empty or holds an id that the model has not, or `stop` is given without a tokenizer.
-        ModelError: The model does not generate.
+        ModelError: The model does not generate, or its generation config asks for what is not supported.
     """
     plan, groups = plan_of(model)
     refuse_undecodable(model, plan)
-    _check(model, prompts, sampling, tokenizer, plan.spec.vocab_size)
-    longest, new = max(map(len, prompts)), sampling.max_new_tokens
-    # What the last new token would lead to is not asked for.
-    plan.spec.refuse_beyond_positions(longest + new - 1, f"a prompt of {longest} tokens with {new} new ones")
+    choice = settle(sampling, generation_of(model), tokenizer.eos_ids if tokenizer is not None else frozenset())
+    _check(model, prompts, choice, tokenizer, plan.spec.vocab_size)
+    for length in sorted({len(prompt) for prompt in prompts}, reverse=True):
+        new = choice.limit(length)
+        # What the last new token would lead to is not asked for.
+        plan.spec.refuse_beyond_positions(length + new - 1, f"a prompt of {length} tokens with {new} new ones")
     replicas, replica = groups.dp.world_size, groups.dp.rank
-    sequences = [Sequence(place, list(prompt)) for place, prompt in enumerate(prompts) if place % replicas == replica]
+    sequences = [
+        Sequence(place, list(prompt), choice.limit(len(prompt)))
+        for place, prompt in enumerate(prompts)
+        if place % replicas == replica
+    ]
     listener = on_text if groups.mp.rank == groups.pp.rank == replica == 0 else None
     was_training = model.training
     model.eval()
     for batch in _batches(model, sequences):
         together = max(1, len(batch) // plan.mesh.pp)
-        with decoding(model, together, sampling.max_new_tokens), torch.inference_mode():
-            _Run(model, batch, sampling, tokenizer, listener).run()
+        with decoding(model, together, max(s.limit for s in batch)), torch.inference_mode():
+            _Run(model, batch, choice, tokenizer, listener).run()
     model.train(was_training)
     done = {s.place: s.generation for s in sequences}
     for other in groups.dp.comm.all_gather_object(done):
@@ -82,7 +89,7 @@ def generate(
 def _check(
     model: nn.Module,
     prompts: SequenceOf[SequenceOf[int]],
-    sampling: Sampling,
+    choice: Choice,
     tokenizer: Tokenizer | None,
     vocab_size: int,
 ) -> None:
@@ -100,7 +107,7 @@ def _check(
         strange = [i for i in prompt if not 0 <= i < (vocab_size or 1 << 62)]
         if strange:
             raise PlanError(f"prompt {place} holds the id {strange[0]}, but the model has ids 0 to {vocab_size - 1}.")
-    if sampling.stop and tokenizer is None:
+    if choice.stop and tokenizer is None:
         raise PlanError("stop needs a tokenizer to see the text.")
 
 
@@ -175,30 +182,29 @@ class _Run:
         self,
         model: nn.Module,
         batch: list[Sequence],
-        sampling: Sampling,
+        choice: Choice,
         tokenizer: Tokenizer | None,
         on_text: OnText | None,
     ) -> None:
         plan, groups = plan_of(model)
-        self.model, self.sampling, self.tokenizer, self.on_text = model, sampling, tokenizer, on_text
+        self.model, self.choice, self.tokenizer, self.on_text = model, choice, tokenizer, on_text
         self.pp, self.tp = groups.pp.comm, groups.mp.comm
         self.picker = plan.stage_rank(plan.loss_stage)
         self.stages = {plan.stage_index(self.pp.rank, vpp): plan.stage(self.pp.rank, vpp) for vpp in range(plan.vpp)}
-        self.eos_ids = _eos_ids(model, tokenizer, sampling)
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         count = min(len(batch), plan.mesh.pp)
         edges = [i * len(batch) // count for i in range(count + 1)]
         self.groups = [_Group(model, batch[a:b], device) for a, b in pairwise(edges)]
         self.pipeline = Pipeline(model, _forward_only(plan, count))
         self.sent: list[tuple[Tensor, Work]] = []
-        self.generators = {s.place: generator_of(sampling, s.place) for s in batch}
+        self.generators = {s.place: generator_of(choice, s.place) for s in batch}
         self.split: Split | None = None
         self.step = 0
 
     def run(self) -> None:
         """Continue every sequence to its end."""
         with local_logits(self.model) as self.split:
-            for step in range(self.sampling.max_new_tokens):
+            for step in range(max(s.limit for group in self.groups for s in group.sequences)):
                 self.step = step
                 self.pipeline.run(
                     lambda stage, place: self.groups[place].inputs(stage),
@@ -232,7 +238,7 @@ class _Run:
         """Choose the next token of each sequence of a group, and tell the other stages."""
         group = self.groups[place]
         logits = output.logits[:, -1]
-        if is_greedy(self.sampling):
+        if self.choice.is_plain:
             chosen = likeliest(logits, self.split, self.tp)
         else:
             chosen = self._choose(logits, group.sequences)
@@ -245,13 +251,13 @@ class _Run:
     def _choose(self, logits: Tensor, batch: list[Sequence]) -> Tensor:
         """The next token of each sequence, int64 `[batch]`, the same on every rank."""
         rows = logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32).cpu().numpy()
-        seen, generators = [s.prompt + s.tokens for s in batch], [self.generators[s.place] for s in batch]
+        generators = [self.generators[s.place] for s in batch]
         if self.split is not None:
-            return torch.tensor(choose(rows, seen, self.sampling, generators, self._columns(self.split)))
+            return torch.tensor(choose(rows, batch, self.choice, generators, self._columns(self.split)))
         # All tensor ranks have the same logits; the first one's word counts.
         chosen = torch.zeros(len(batch), dtype=torch.long)
         if self.tp.rank == 0:
-            chosen = torch.tensor(choose(rows, seen, self.sampling, generators))
+            chosen = torch.tensor(choose(rows, batch, self.choice, generators))
         return self.tp.broadcast_(chosen)
 
     def _columns(self, split: Split) -> Columns:
@@ -278,8 +284,8 @@ class _Run:
         group.go_on(ids)
         for sequence, token in zip(group.sequences, ids.tolist(), strict=True):
             if not sequence.finish_reason:
-                sequence.accept(token, self.sampling, self.tokenizer, self.eos_ids)
-                sequence.show(self.on_text, self.sampling.stop)
+                sequence.accept(token, self.choice, self.tokenizer)
+                sequence.show(self.on_text, self.choice.stop)
 
 
 def _forward_only(plan: Plan, count: int) -> Schedule:
@@ -289,11 +295,7 @@ def _forward_only(plan: Plan, count: int) -> Schedule:
     return Schedule(tuple(map(tuple, rows)))
 
 
-def _eos_ids(model: nn.Module, tokenizer: Tokenizer | None, sampling: Sampling) -> frozenset[int]:
-    if sampling.ignore_eos:
-        return frozenset()
-    ids: set[int] = set(tokenizer.eos_ids) if tokenizer is not None else set()
-    for config in (getattr(model, "generation_config", None), model.config):
-        named = getattr(config, "eos_token_id", None)
-        ids.update([named] if isinstance(named, int) else named or [])
-    return frozenset(ids)
+def generation_of(model: nn.Module) -> dict[str, Any]:
+    """A model's generation settings by transformers' names, without those that are null."""
+    config = getattr(model, "generation_config", None)
+    return {name: value for name, value in config.to_dict().items() if value is not None} if config is not None else {}

@@ -16,8 +16,8 @@ from partita.checkpoint.find import find_model
 from partita.checkpoint.index import Checkpoint, open_checkpoint
 from partita.checkpoint.manifest import check_model
 from partita.checkpoint.read import Reader
+from partita.core.generation import FILE_NAME, read_generation
 from partita.core.mesh import Mesh
-from partita.core.model_spec import read_ends
 from partita.core.placement import Placement
 from partita.core.plan import Plan, mesh_of
 from partita.errors import ModelError
@@ -208,18 +208,20 @@ def is_first(groups: ParallelGroups) -> bool:
 
 
 def _read_generation_config(model: nn.Module, folder: Path) -> None:
-    """Give a model what lies beside it of how to generate: which ids end a text. Raises `ModelError` where it is malformed."""
-    read_ends(folder)
-    if getattr(model, "generation_config", None) is None or not (folder / "generation_config.json").is_file():
+    """Give a model the generation settings of its checkpoint, as `from_pretrained` does. Raises `ModelError` if malformed."""
+    read_generation(folder)
+    if getattr(model, "generation_config", None) is None:
         return
     from transformers import GenerationConfig
 
+    has_file = (folder / FILE_NAME).is_file()
+    name, options = (FILE_NAME, {}) if has_file else ("config.json", {"_from_model_config": True})
     try:
         with quiet():
-            model.generation_config = GenerationConfig.from_pretrained(folder)
+            model.generation_config = GenerationConfig.from_pretrained(folder, config_file_name=name, **options)
     except Exception as error:
         why = " ".join(str(error).split()) or type(error).__name__
-        raise ModelError(f"{folder}/generation_config.json cannot be read: {why[:300]}") from error
+        raise ModelError(f"{folder / name} cannot be read: {why[:300]}") from error
 
 
 def _check_readable(config: Any, plan: Plan, checkpoint: Checkpoint, unused: list[str]) -> None:

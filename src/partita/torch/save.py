@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from partita.checkpoint.durable import appear, failing_as, partial_of, start_partial
 from partita.checkpoint.write import FilePlan, Writer, create_files, plan_files, refuse_weights, write_index
+from partita.core.generation import FILE_NAME
 from partita.core.plan import Plan
 from partita.core.split import Range
 from partita.errors import ModelError
@@ -164,8 +164,8 @@ class OnDisk:
             self.config.save_pretrained(folder)
             generation = getattr(model, "generation_config", None)
             if generation is not None:
-                with contextlib.suppress(ValueError):
-                    generation.save_pretrained(folder)
+                # Its own save_pretrained refuses what it reads: settings that matter only for sampling, without do_sample.
+                generation.to_json_file(folder / FILE_NAME, use_diff=True, keys_to_pop=["compile_config"])
         if tokenizer is not None:
             tokenizer.save(folder)
 

@@ -138,7 +138,7 @@ def _unsplit(folder: Path, dtype: Any) -> nn.Module:
 def _tokens(whole: nn.Module, split: nn.Module, ids: mx.array) -> list[Row]:
     """Whether both continue two prompts of different lengths, taken from `ids`, with the same tokens."""
     prompts: list[list[int]] = [ids[0, :6].tolist(), ids[1].tolist()]  # type: ignore[list-item]
-    sampling = Sampling(max_new_tokens=NEW_TOKENS, ignore_eos=True)
+    sampling = Sampling(NEW_TOKENS, temperature=0.0, ignore_eos=True, use_generation_config=False)
     try:
         expected = generate(whole, prompts, sampling)
     except ModelError:

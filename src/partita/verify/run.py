@@ -138,7 +138,7 @@ def _whole(folder: Path, built: nn.Module, dtype: torch.dtype) -> nn.Module:
 def _tokens(unsplit: nn.Module, split: nn.Module, ids: Tensor) -> list[Row]:
     """Whether both continue two prompts of different lengths, taken from `ids`, with the same tokens."""
     prompts = [ids[0, :6].tolist(), ids[1].tolist()]
-    sampling = Sampling(max_new_tokens=NEW_TOKENS, ignore_eos=True)
+    sampling = Sampling(NEW_TOKENS, temperature=0.0, ignore_eos=True, use_generation_config=False)
     try:
         finish(unsplit, Plan.make(spec_of(unsplit), Mesh()), single_groups())
         expected = generate(unsplit, prompts, sampling)
