@@ -1,4 +1,4 @@
-"""A model with mlx-lm's LoRA or DoRA layers, then `shard`: DoRA crashed in the first forward, and with LoRA attention stayed whole."""
+"""`shard` of a model with mlx-lm's adapters: DoRA crashed in the first forward, and with LoRA attention stayed unsplit."""
 
 from __future__ import annotations
 

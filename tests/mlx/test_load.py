@@ -23,6 +23,7 @@ from partita.mlx.hub import build, quantize, spec_of
 from partita.mlx.load import as_dtype, load
 from partita.mlx.names import Box, sanitize, sources_of
 from partita.mlx.probe import fill, plan_of_model
+from partita.mlx.rotary import RotaryEmbedding
 from tests.mlx.test_models import QUANTIZED
 from tests.support.mlx_models import tiny_config
 from tests.support.mlx_ranks import mlx_ranks
@@ -225,10 +226,12 @@ def test_newer_keys_are_read() -> None:
     assert read_mlx_config({"model_type": "x", "a": [{"__float__": "Infinity"}]})["a"] == [float("inf")]
 
 
-def test_rotary_bases_that_mlx_lm_cannot_say_are_refused() -> None:
+def test_rotary_bases_that_mlx_lm_cannot_say_are_given_to_each_layer() -> None:
     by_kind = {"full_attention": {"rope_theta": 1e6}, "sliding_attention": {"rope_theta": 1e4}}
-    with pytest.raises(ModelError, match="rotary embeddings of 2 kinds"):
-        build(read_mlx_config({**tiny_config("olmo3"), "rope_parameters": by_kind}))
+    model = build(read_mlx_config({**tiny_config("olmo3"), "rope_parameters": by_kind}))
+    ropes = [layer.self_attn.rope for layer in model.layers]
+    bases = [rope.form.parameters["rope_theta"] if isinstance(rope, RotaryEmbedding) else rope.base for rope in ropes]
+    assert bases == [1e4, 1e4, 1e4, 1e6]
 
 
 @pytest.mark.parametrize(

@@ -93,6 +93,7 @@ def _as_data(model: str, mesh: Mesh, dtype: Dtype, report: Report) -> dict[str, 
         "first_wrong": report.first_wrong,
         "shrunk": report.shrunk,
         "what": report.what,
+        "reference": report.reference,
         "rows": [
             {
                 "kind": row.kind,
@@ -128,6 +129,8 @@ def _show(report: Report, *, all_rows: bool) -> None:
         shown = kind
     console = out()
     console.print(report.what, style="dim", soft_wrap=True)
+    if report.reference:
+        console.print(f"reference of the unsplit model: {report.reference}", style="dim", soft_wrap=True)
     console.print(table)
     if report.shrunk:
         console.print(

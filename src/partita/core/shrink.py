@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 from partita.core.model_spec import config_number
@@ -92,7 +93,7 @@ def _few_layers(config: Mapping[str, Any], count: int = 2) -> dict[str, Any]:
 
 def _narrow(config: Mapping[str, Any], num_heads: int) -> dict[str, Any]:
     width = 8
-    changes: dict[str, Any] = dict(_small_vocabulary(config))
+    changes = _narrow_inside(config)
     hidden = [value for _, value in _numbers(config, _HIDDEN)]
     head_dim = config.get("head_dim")
     if hidden and num_heads and hidden[0] % num_heads == 0:
@@ -106,9 +107,14 @@ def _narrow(config: Mapping[str, Any], num_heads: int) -> dict[str, Any]:
         # Heads of a width of their own: the model's width is free of them.
         changes |= {key: 64 for key, value in _numbers(config, _HIDDEN) if value == hidden[0]}
         changes["head_dim"] = min(width, head_dim)
+    return changes | {key: min(value, width) for key, value in _numbers(config, ("rotary_dim",))}
+
+
+def _narrow_inside(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Smaller inner widths, ranks, expert counts and vocabulary."""
+    changes: dict[str, Any] = dict(_small_vocabulary(config))
     changes |= {key: min(value, _WIDTH) for key, value in _numbers(config, _INNER)}
     changes |= {key: min(value, 16) for key, value in _numbers(config, _RANKS)}
-    changes |= {key: min(value, width) for key, value in _numbers(config, ("rotary_dim",))}
     groups = config.get("n_group")
     experts = max(16, 2 * groups) if type(groups) is int else 16
     changes |= {key: min(value, experts) for key, value in _numbers(config, _EXPERTS)}
@@ -134,3 +140,118 @@ def _small_vocabulary(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _numbers(config: Mapping[str, Any], keys: tuple[str, ...]) -> list[tuple[str, int]]:
     return [(key, config[key]) for key in keys if type(config.get(key)) is int and config[key] > 0]
+
+
+POSITIONS = 64
+"""Positions of a reference config; compared texts are shorter."""
+
+_HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
+_KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
+_LATENT = ("qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
+_POSITIONS = ("max_position_embeddings", "n_positions", "n_ctx")
+_WINDOWS = ("sliding_window", "attention_chunk_size")
+_ROTARY = ("rope_parameters", "rope_scaling")
+_LENGTH, _WINDOW, _HEAD_WIDTH = 16, 6, 32
+
+
+def reference_configs(config: Mapping[str, Any], *, window: bool = True) -> Iterator[dict[str, Any]]:
+    """Small configs of the same form, in which everything that depends on a text's length changes within `POSITIONS` tokens.
+
+    They have at most 4 heads of at most 32 elements, which share keys and values as in `config`. Sliding windows, and the
+    length after which LongRoPE and dynamic NTK change, become short. Two of `shrunk_configs` follow, for other families.
+
+    Args:
+        config: A text model's config.
+        window: Whether sliding windows become short, or longer than any compared text.
+    """
+    narrowed = _few_heads(config)
+    few = [_few_layers(narrowed), _few_layers(narrowed, 8)]
+    heads = next((value for _, value in _numbers(config, _HEADS)), 0)
+    inside = [{**one, **_narrow_inside(one)} for one in few]
+    # Some families compute their inner width from the hidden one.
+    inner = [(key, value) for key, value in _numbers(few[0], _INNER)]
+    hidden = next((value for _, value in _numbers(config, _HIDDEN)), 0)
+    new = next((value for _, value in _numbers(few[0], _HIDDEN)), 0)
+    inside.append({**inside[0], **{key: value * new // hidden for key, value in inner if hidden}})
+    for small in (*inside, *islice(shrunk_configs(config, heads), 2)):
+        changes: dict[str, Any] = {key: _WINDOW if window else 4 * POSITIONS for key, _ in _numbers(small, _WINDOWS)}
+        kinds = {kind for _, rotary in _rotary_forms(small) for kind in (rotary.get("rope_type"), rotary.get("type"))}
+        positions = _LENGTH if "dynamic" in kinds else POSITIONS
+        changes |= {key: min(value, positions) for key, value in _numbers(small, _POSITIONS)}
+        if kinds & {"longrope", "su"}:
+            changes |= _short_longrope(small)
+        yield {**small, **changes}
+
+
+def _few_heads(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config of at most 4 heads, and of the widths that follow from them."""
+    heads = next((value for _, value in _numbers(config, _HEADS)), 0)
+    shared = next((value for _, value in _numbers(config, _KV_HEADS)), heads)
+    hidden = next((value for _, value in _numbers(config, _HIDDEN)), 0)
+    if not heads or not hidden:
+        return dict(config)
+    own = next((value for _, value in _numbers(config, ("head_dim",))), 0)
+    width = own or hidden // heads
+    few, new_width = min(heads, 4), min(width, _HEAD_WIDTH)
+    changes: dict[str, Any] = {key: few for key, value in _numbers(config, _HEADS) if value == heads}
+    kv_heads = few if shared == heads else min(shared, 2)
+    changes |= {key: kv_heads for key, value in _numbers(config, _KV_HEADS)}
+    changes |= {key: few * new_width for key, value in _numbers(config, _HIDDEN) if value == hidden}
+    if "head_dim" in config:
+        changes["head_dim"] = new_width
+    changes |= {key: max(2, value * new_width // width) for key, value in _numbers(config, ("rotary_dim",))}
+    latent = {key: min(value, _HEAD_WIDTH) for key, value in _numbers(config, _LATENT)}
+    if "qk_rope_head_dim" in latent:
+        # Only part of each head is rotated; transformers calls its width head_dim.
+        width, new_width = config["qk_rope_head_dim"], latent["qk_rope_head_dim"]
+        changes |= {key: new_width for key in ("head_dim",) if key in config}
+        changes |= {key: new_width + latent["qk_nope_head_dim"] for key in ("qk_head_dim",) if key in config}
+    changes |= latent
+    for key, value in config.items():
+        if key in _ROTARY and isinstance(value, Mapping):
+            changes[key] = _narrow_rotary(value, new_width / width)
+    return {**config, **changes}
+
+
+def _narrow_rotary(rotary: Mapping[str, Any], share: float) -> dict[str, Any]:
+    """Rotary parameters for narrower heads: lists with a number for each rotated pair become shorter."""
+    changes: dict[str, Any] = {}
+    for key, value in rotary.items():
+        if isinstance(value, Mapping):
+            changes[key] = _narrow_rotary(value, share)
+        elif key in ("short_factor", "long_factor") and isinstance(value, (list, tuple)):
+            count = round(len(value) * share)
+            changes[key] = [value[i * len(value) // count] for i in range(count)]
+        elif key == "mrope_section" and isinstance(value, (list, tuple)) and len(value) == 3:
+            total, first, second = (round(part * share) for part in (sum(value), value[0], value[1]))
+            changes[key] = [first, second, total - first - second]
+    return {**rotary, **changes}
+
+
+def _rotary_forms(config: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    for key in _ROTARY:
+        value = config.get(key)
+        if isinstance(value, Mapping):
+            yield key, value
+            yield from ((key, part) for part in value.values() if isinstance(part, Mapping))
+
+
+def _short_longrope(config: Mapping[str, Any]) -> dict[str, Any]:
+    """LongRoPE that changes within the compared text, with the same ratio of lengths, which determines its scale."""
+    original = max(
+        (value for _, value in _numbers(config, ("original_max_position_embeddings",))),
+        default=max((n for _, form in _rotary_forms(config) for _, n in _numbers(form, ("original_max_position_embeddings",))),
+                    default=0),
+    )  # fmt: skip
+    if not original:
+        return {}
+
+    def short(rotary: Mapping[str, Any]) -> dict[str, Any]:
+        nested = {key: short(value) for key, value in rotary.items() if isinstance(value, Mapping)}
+        own = {"original_max_position_embeddings": _LENGTH} if "original_max_position_embeddings" in rotary else {}
+        return {**rotary, **nested, **own}
+
+    changes: dict[str, Any] = {key: short(config[key]) for key in _ROTARY if isinstance(config.get(key), Mapping)}
+    changes |= {key: _LENGTH for key, _ in _numbers(config, ("original_max_position_embeddings",))}
+    changes |= {key: max(_LENGTH, value * _LENGTH // original) for key, value in _numbers(config, _POSITIONS)}
+    return changes

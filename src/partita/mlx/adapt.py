@@ -146,11 +146,10 @@ def adapters(model: nn.Module) -> list[tuple[Any, Any, nn.Module]]:
 
 
 def take_off(model: nn.Module) -> dict[str, nn.Module]:
-    """Replace each adapter of an unsplit model by the layer that it adapts, and return the adapters by these layers' paths.
+    """Replace each adapter of an unsplit model by the layer that it adapts, and return the adapters by those layers' paths.
 
-    So the model is planned and split as it is without them; `put_back` splits them along. Where one of them is no LoRA or
-    DoRA of mlx-lm on a linear layer or an embedding, nothing is done: all layers then keep their adapters, and are split one
-    by one.
+    The model is then planned and split as without them, and `put_back` splits the adapters. If any adapter is not mlx-lm's LoRA
+    or DoRA of a linear layer or embedding, all adapters stay, and each layer is split by itself.
     """
     found = {path: module for path, module in named_modules(model).items() if "lora_a" in module}
     if any(not _is_known(adapter) for adapter in found.values()):
@@ -168,10 +167,10 @@ def _is_known(adapter: nn.Module) -> bool:
 
 
 def put_back(model: nn.Module, taken: Mapping[str, nn.Module], tp_rank: int) -> None:
-    """Put adapters on the layers of a split model that `take_off` took them off: this rank's part of each.
+    """Put this rank's part of each adapter that `take_off` returned on its layer of the split model.
 
     Args:
-        model: Split; layers of other stages have none.
+        model: The split model; layers of other stages get no adapter.
         taken: The unsplit adapters by path.
         tp_rank: The tensor rank.
     """
@@ -188,14 +187,14 @@ def put_back(model: nn.Module, taken: Mapping[str, nn.Module], tp_rank: int) -> 
                 axis = split_axis(style, name)
                 if name in adapter and axis is not None:
                     adapter[name] = slice_array(adapter[name], axis, layer.split.ranges(tp_rank))
-            # What several ranks hold of it is equal: they were given an equal model.
+            # Every rank has an equal unsplit model, so the replicated parts are equal already.
             adapter._is_adopted = True
         adapter["embedding" if "embedding" in adapter else "linear"] = holder[key]
         holder[key] = adapter
 
 
-def _holder(model: nn.Module, path: str, layer: nn.Module | None) -> tuple[Any, Any]:
-    """What holds the plain layer at a path of the unsplit model, and its key there; (None, None) where this rank has none."""
+def _holder(model: nn.Module, path: str, layer: Any) -> tuple[Any, Any]:
+    """The module that holds the plain layer at a path of the unsplit model, and its key; (None, None) if this rank lacks it."""
     kinds = nn.Linear | nn.QuantizedLinear | nn.Embedding | nn.QuantizedEmbedding
     if type(layer) in INNER_NAMES:
         key = INNER_NAMES[type(layer)]

@@ -8,6 +8,7 @@ trained, and say nothing.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
 import re
@@ -47,7 +48,7 @@ def read_mlx_config(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ModelError: It cannot be read, or it is quantized in a way that mlx-lm must convert first.
     """
-    config = _plain(read_config(source))
+    config = plain_numbers(read_config(source))
     _add_tie(config, source)
     _complete(config)
     _rename(config)
@@ -60,13 +61,13 @@ def read_mlx_config(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
     return config
 
 
-def _plain(value: Any) -> Any:
+def plain_numbers(value: Any) -> Any:
     """A copy in which numbers that transformers writes as `{"__float__": "Infinity"}` are numbers."""
     if isinstance(value, Mapping):
         if set(value) == {"__float__"}:
             return float(value["__float__"])
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+        return {key: plain_numbers(item) for key, item in value.items()}
+    return [plain_numbers(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _add_tie(config: dict[str, Any], source: str | Path | Mapping[str, Any]) -> None:
@@ -86,18 +87,34 @@ _HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output)\.weight$")
 
 def _complete(config: dict[str, Any]) -> None:
     """Fill in what the config leaves to transformers' defaults, where transformers knows the family."""
+    known = transformers_config(config)
+    if known is not None:
+        _fill(config, plain_numbers(known.to_dict()))
+
+
+def transformers_config(config: Mapping[str, Any]) -> Any:
+    """The config as transformers' own class reads it, without torch; None if transformers lacks the family or rejects it."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     from transformers.utils import logging
 
     told = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        whole = _plain(CONFIG_MAPPING[config["model_type"]].from_dict(config).to_dict())
-    except Exception:  # it has no such family, or reads the config otherwise than mlx-lm
-        return
+        return CONFIG_MAPPING[config["model_type"]].from_dict(_without_old_rotary_keys(config))
+    except Exception:
+        return None
     finally:
         logging.set_verbosity(told)
-    _fill(config, whole)
+
+
+def _without_old_rotary_keys(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config without `rope_scaling` where it has `rope_parameters`, since transformers would prefer the old key."""
+    old = {"rope_scaling"} if isinstance(config.get("rope_parameters"), Mapping) else set()
+    return {
+        key: _without_old_rotary_keys(value) if key.endswith("_config") and isinstance(value, Mapping) else value
+        for key, value in copy.deepcopy(dict(config)).items()
+        if key not in old
+    }
 
 
 def _fill(config: dict[str, Any], whole: Mapping[str, Any]) -> None:
@@ -174,7 +191,8 @@ def check_rope(config: Mapping[str, Any], arguments: Any) -> None:
     """See that mlx-lm's `arguments` of a model can say its rotary bases.
 
     Raises:
-        ModelError: Its kinds of layers have bases of their own, for which the arguments have no place.
+        ModelError: Layer types have different bases, the arguments have no field for them, and the config does not say which
+            layer is of which type.
     """
     text = text_config(config)
     rope = text.get("rope_parameters")
@@ -182,6 +200,8 @@ def check_rope(config: Mapping[str, Any], arguments: Any) -> None:
     if not isinstance(rope, Mapping) or text is not config or {"rope_parameters", "text_config"} & fields:
         return
     kinds = [kind for kind in rope.values() if isinstance(kind, Mapping)]
+    if isinstance(getattr(transformers_config(config), "layer_types", None), list):
+        return  # correct_rotary sets the base of each layer
     if any(kind != kinds[0] for kind in kinds) and "rope_local_base_freq" not in fields:
         raise ModelError(
             f"the layers of this {config['model_type']} have rotary embeddings of {len(kinds)} kinds, but mlx-lm's model knows "

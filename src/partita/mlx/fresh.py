@@ -24,6 +24,7 @@ from partita.mlx.load import as_dtype, fitted
 from partita.mlx.naming import named
 from partita.mlx.origin import Origin
 from partita.mlx.probe import plan_of_model, prove_unless_proven
+from partita.mlx.reference import check_reference
 from partita.mlx.stage_probe import prove_stages
 from partita.mlx.together import together
 
@@ -75,6 +76,8 @@ def fresh(
             raise ModelError(
                 "new weights are not quantized, but the config is. Leave `quantization` and `quantization_config` out of it."
             )
+        if groups.rank == 0:
+            check_reference(data)
         new = named(lambda: _built(data, seed), plain)
         if plan is None:
             plan = plan_of_model(new.model, mesh, layout, config=data, vpp=vpp, placement=placement)

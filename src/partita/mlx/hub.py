@@ -28,6 +28,7 @@ from partita.errors import ModelError
 from partita.mlx.config import check_activation, check_family, check_rope
 from partita.mlx.homes import is_packed, parameter_homes
 from partita.mlx.inner import dense_width, is_quantized
+from partita.mlx.rotary import correct_rotary
 from partita.mlx.tree import named_modules
 
 
@@ -78,10 +79,22 @@ def build(config: Mapping[str, Any]) -> nn.Module:
     check_rope(config, arguments)
     check_activation(config, arguments)
     try:
-        model: nn.Module = cls(arguments.from_dict(copy.deepcopy(dict(config))))
+        model: nn.Module = cls(arguments.from_dict(_completed(copy.deepcopy(dict(config)), arguments)))
     except (Exception, SystemExit) as error:
         raise ModelError(f"mlx-lm cannot build {config['model_type']} from its config: {describe(error)}") from error
+    correct_rotary(model, config)
     return model.eval()
+
+
+def _completed(config: dict[str, Any], arguments: Any) -> dict[str, Any]:
+    """A config with the keys that transformers may leave out and some of mlx-lm's arguments require."""
+    fields = {field.name for field in dataclasses.fields(arguments)} if dataclasses.is_dataclass(arguments) else set()
+    hidden, heads = config_number(config, "hidden_size"), config_number(config, "num_attention_heads")
+    if "head_dim" in fields and config.get("head_dim") is None and hidden and heads:
+        config["head_dim"] = hidden // heads
+    if "rope_scaling" in fields:
+        config.setdefault("rope_scaling", None)
+    return config
 
 
 def quantize(

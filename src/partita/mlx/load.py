@@ -28,6 +28,7 @@ from partita.mlx.inner import in_columns, multiplies_by_columns
 from partita.mlx.names import Source, sanitize, sources_of
 from partita.mlx.origin import Origin
 from partita.mlx.probe import plan_of_model, prove_unless_proven
+from partita.mlx.reference import check_reference
 from partita.mlx.stage_probe import prove_stages
 from partita.mlx.together import together
 from partita.peers import doing
@@ -69,14 +70,16 @@ def load(
         pp: Pipeline stages' ranks.
         dp: Replicas.
         layout: Which layers each stage runs.
-        dtype: Of the weights that are not quantized; by default the checkpoint's.
+        dtype: Of what is computed: of the weights that are not quantized, and of the scales of those that are; by default the
+            checkpoint's.
         backend: Of MLX's communication; by default what the launcher has prepared.
         progress: Told of every array that is read.
         groups: The groups of the mesh; by default made from the run.
         verify: Whether a checkpoint of a run is read whole before, by all ranks together, and compared with its manifest.
 
     Raises:
-        PartitaError: The model cannot be split so, or is not whole on disk; on every rank.
+        PartitaError: The model cannot be split so, is not whole on disk, or mlx-lm computes something else of its config than
+            transformers; on every rank.
     """
     mesh = mesh_of(plan, dp, pp, tp)
     groups = groups if groups is not None else make_groups(mesh, backend=backend)
@@ -88,6 +91,8 @@ def load(
         checkpoint = open_checkpoint(folder)
         config, generation = read_mlx_config(folder), read_generation(folder)
         built = build(config)
+        if groups.rank == 0:
+            check_reference(config)
         again = functools.partial(build, config)
         sources = sources_of(built, again, checkpoint.tensors)
         quantize(built, config, lambda path, module: _stored_packing(path, module, sources))
@@ -299,8 +304,10 @@ class _Fill:
                 self.progress(done, total)
 
     def _converted(self, array: mx.array, *, packed: bool) -> mx.array:
-        floating = mx.issubdtype(array.dtype, mx.floating)
-        return array.astype(self.dtype) if self.dtype is not None and floating and not packed else array
+        if self.dtype is None or not mx.issubdtype(array.dtype, mx.floating):
+            return array
+        # Scales and biases decide the dtype of a quantized product; MLX has none in float64.
+        return array.astype(mx.float32 if packed and self.dtype == mx.float64 else self.dtype)
 
     def _read(self, source: Source, ranges: Ranges, columns: bool) -> mx.array:
         """The local part of an array, read into its own memory, in which its rows or its columns follow each other."""

@@ -163,6 +163,8 @@ def sanitize(model: nn.Module, tensors: Mapping[str, mx.array]) -> dict[str, mx.
     """
     family = type(model).__module__.rpartition(".")[2]
     weights = {name.removeprefix(_UNEXPECTED_PREFIXES.get(family, "")): tensor for name, tensor in tensors.items()}
+    if family == "gpt_oss":
+        weights = _unpacked_experts(weights)
     if not hasattr(model, "sanitize"):
         return weights
     try:
@@ -172,6 +174,35 @@ def sanitize(model: nn.Module, tensors: Mapping[str, mx.array]) -> dict[str, mx.
             f"mlx-lm's {family} cannot take the checkpoint's tensors ({type(error).__name__}: {error}). "
             "The config does not belong to this checkpoint, or it is not whole."
         ) from error
+    return made
+
+
+def _unpacked_experts(weights: Mapping[str, mx.array]) -> dict[str, mx.array]:
+    """Rename the experts of a gpt-oss that is not quantized as mlx-lm does, whose `sanitize` handles quantized ones only.
+
+    On disk `gate_up_proj [experts, hidden, 2 * inner]` alternates columns of gate and up; `down_proj` is `[experts, inner,
+    hidden]`.
+    """
+    made: dict[str, mx.array] = {}
+    for name, array in weights.items():
+        path, _, part = name.rpartition(".")
+        if part == "gate_up_proj":
+            made[f"{path}.gate_proj.weight"] = array[..., ::2].swapaxes(-1, -2)
+            made[f"{path}.up_proj.weight"] = array[..., 1::2].swapaxes(-1, -2)
+        elif part == "down_proj" and array.ndim == 3:
+            made[f"{path}.down_proj.weight"] = array.swapaxes(-1, -2)
+        else:
+            made[name] = array
+    if len(made) == len(weights):
+        return made
+    biases = {name: array for name, array in made.items() if name.endswith("_proj_bias")}
+    for name, array in biases.items():
+        del made[name]
+        if name.endswith("gate_up_proj_bias"):
+            path = name.removesuffix("gate_up_proj_bias")
+            made |= {f"{path}gate_proj.bias": array[..., ::2], f"{path}up_proj.bias": array[..., 1::2]}
+        else:
+            made[f"{name.removesuffix('_bias')}.bias"] = array
     return made
 
 

@@ -72,9 +72,9 @@ def save_adapters(model: nn.Module, folder: str | os.PathLike[str], *, base: str
 
 
 def load_adapters(model: nn.Module, folder: str | os.PathLike[str]) -> list[str]:
-    """Put adapters on a split model that peft, `mlx_lm.lora` or `save_adapters` wrote, ready to be trained; every rank of the run calls it.
+    """Put adapters that peft, `mlx_lm.lora` or `save_adapters` wrote on a split model, ready to be trained.
 
-    Each rank reads its own part. All else is frozen.
+    Every rank of the run calls it. Each rank reads its own part. All else is frozen.
 
     Args:
         model: What `load`, `shard` or `fresh` made, in any layout: the model that they belong to, without adapters.
@@ -98,7 +98,7 @@ def load_adapters(model: nn.Module, folder: str | os.PathLike[str]) -> list[str]
 
 
 def _put_on(model: nn.Module, place: Path, source: Path) -> list[str]:
-    """Put the adapters in `source`, which is in peft's format and read from `place`, on a split model."""
+    """Put the adapters in `source`, which has peft's format, on a split model; errors name `place`."""
     plan, groups = plan_of(model)
     with together(groups):
         kind = read_adapters(source)

@@ -153,8 +153,8 @@ def read_adapters(folder: Path) -> Adapters:
 def _of_mlx_lm(file: Path, data: Mapping[str, Any]) -> Adapters:
     if data["fine_tune_type"] != "lora":
         raise CheckpointError(
-            f"{file}: only plain LoRA can be read, with fine_tune_type = 'lora', but it is {data['fine_tune_type']!r}. Fuse the "
-            "model with mlx_lm.fuse, and load that."
+            f"{file}: only plain LoRA can be read, with fine_tune_type = 'lora', but it is {data['fine_tune_type']!r}. "
+            "Fuse the model with mlx_lm.fuse and load the result."
         )
     parameters = data.get("lora_parameters")
     given = parameters if isinstance(parameters, Mapping) else {}

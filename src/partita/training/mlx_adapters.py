@@ -1,7 +1,7 @@
-"""Adapters that `mlx_lm.lora` wrote, read in peft's format.
+"""Conversion of adapters that `mlx_lm.lora` wrote to peft's format.
 
-mlx-lm keeps `adapters.safetensors` with `PATH.lora_a [in, rank]` and `PATH.lora_b [rank, out]`, and in `adapter_config.json` the
-`lora_parameters` rank and scale. peft has both the other way round, and `alpha = scale * rank`.
+mlx-lm writes `PATH.lora_a [in, rank]` and `PATH.lora_b [rank, out]` to `adapters.safetensors`, and rank and scale to
+`lora_parameters` in `adapter_config.json`. In peft's format both arrays are transposed, and `alpha = scale * rank`.
 Source: https://github.com/ml-explore/mlx-lm/blob/main/mlx_lm/LORA.md.
 """
 
@@ -27,14 +27,14 @@ _SIDES: Mapping[str, Side] = {"lora_a": "A", "lora_b": "B"}
 
 @contextlib.contextmanager
 def in_peft_format(folder: Path, on_disk: Callable[[str], str]) -> Iterator[Path]:
-    """A folder of the same adapters in peft's format: `folder` itself where they are, else one that lasts as long as the block.
+    """A folder of the same adapters in peft's format: `folder` itself, or a temporary one that is removed after the block.
 
     Args:
-        folder: Of adapters.
-        on_disk: What transformers' checkpoint of the model calls a module, by its path in mlx-lm's model.
+        folder: Adapters that peft or mlx-lm wrote.
+        on_disk: Maps a module's path in mlx-lm's model to its name in transformers' checkpoint.
 
     Raises:
-        CheckpointError: They are of mlx-lm and cannot be read, or are no plain LoRA of linear layers.
+        CheckpointError: The adapters cannot be read, or are not plain LoRA of linear layers.
     """
     if not is_of_mlx_lm(folder):
         yield folder
@@ -46,7 +46,7 @@ def in_peft_format(folder: Path, on_disk: Callable[[str], str]) -> Iterator[Path
         path, _, part = name.rpartition(".")
         if part not in _SIDES or len(info.shape) != 2:
             raise CheckpointError(
-                f"{folder}: {name} is no part of a plain LoRA adapter of a linear layer, which are what can be read."
+                f"{folder}: {name} does not belong to a plain LoRA adapter of a linear layer. Only those can be read."
             )
         renamed[name] = name_on_disk(on_disk(path), _SIDES[part])
     plan = plan_files([(renamed[n], i.dtype, i.shape[::-1]) for n, i in checkpoint.tensors.items()], 1 << 62, stem=STEM)
@@ -54,9 +54,9 @@ def in_peft_format(folder: Path, on_disk: Callable[[str], str]) -> Iterator[Path
         create_files(made, plan)
         with Reader(checkpoint) as reader, Writer(made, plan) as writer:
             for name, info in checkpoint.tensors.items():
-                array: np.ndarray[Any, Any] = np.empty(info.shape, f"u{info.itemsize_bits // 8}")
+                array: Any = np.empty(info.shape, f"u{info.itemsize_bits // 8}")
                 reader.read(name, [[(0, size)] for size in info.shape], memoryview(array).cast("B"))
-                turned = np.ascontiguousarray(array.T)
+                turned: Any = np.ascontiguousarray(array.T)
                 writer.write(renamed[name], [[(0, size)] for size in turned.shape], memoryview(turned).cast("B"))
         (Path(made) / CONFIG_NAME).write_text(kind.to_json(base=None, targets=[], transposed=False), encoding="utf-8")
         yield Path(made)

@@ -24,6 +24,7 @@ from partita.mlx.groups import ParallelGroups, make_groups, single_groups
 from partita.mlx.hub import build, describe
 from partita.mlx.load import as_dtype, load, shard
 from partita.mlx.probe import fill, plan_of_model, runs, sample_inputs
+from partita.mlx.reference import reference_of, unchecked
 from partita.mlx.together import together
 from partita.mlx.train import train
 from partita.mlx.windows import refuse_beyond_window
@@ -92,6 +93,12 @@ def verify(
     with together(groups):
         wanted = as_dtype(dtype) or mx.float32
         folder = find_model(model)
+        # Built once before: what mlx-lm cannot run has no reference.
+        build(read_mlx_config(folder))
+        reference = reference_of(read_mlx_config(folder)).text if groups.rank == 0 else ""
+    for comm in (groups.tp, groups.pp, groups.dp):
+        reference = next((text for text in comm.all_gather_object(reference) if text), "")
+    with together(groups), unchecked():
         unsplit = _unsplit(folder, wanted)
         inputs = sample_inputs(unsplit)
         try:
@@ -120,7 +127,7 @@ def verify(
         )  # fmt: skip
         rows += _training(whole, split, groups, settings, STEPS_TOLERANCES[wanted])
     what = f"{type(unsplit).__name__} ({plan.spec.family}), {plan.spec.parameters:,} parameters, {dtype}, {mesh}, MLX"
-    return Report(tuple(rows), what, False)
+    return Report(tuple(rows), what, False, reference)
 
 
 def _unsplit(folder: Path, dtype: Any) -> nn.Module:

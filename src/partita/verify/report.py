@@ -40,11 +40,13 @@ class Report:
         rows: Modules, the output, gradients, tokens.
         what: The model, its size and the mesh, in a line.
         shrunk: Whether a small model of the same family stood for one that does not fit whole.
+        reference: On MLX, what the unsplit model itself was compared with.
     """
 
     rows: tuple[Row, ...]
     what: str
     shrunk: bool
+    reference: str = ""
 
     @property
     def equal(self) -> bool:
