@@ -31,6 +31,10 @@ class CheckpointError(PartitaError, ValueError):
     """Files of a checkpoint that are missing, malformed or not the model's."""
 
 
+class DependencyError(PartitaError, ImportError):
+    """An installed library that lacks what Partita needs of it: a version that is not supported."""
+
+
 class DistributedError(PartitaError, RuntimeError):
     """Ranks that are missing, disagree, or were asked for what their group cannot do."""
 

@@ -22,6 +22,7 @@ from partita.torch.mappings import copy_to, reduce_from
 from partita.torch.random import RegionRandomness, has_dropout
 from partita.torch.region import RegionInput
 from partita.torch.stage import Absent, cut_stages
+from partita.torch.transformers_internals import PLAIN_EXPERTS
 
 WRAPPERS = ("linear", "embedding", "base_layer")
 """Names that split layers and adapters put into a parameter's path."""
@@ -194,7 +195,7 @@ def _split_experts(module: nn.Module, comm: Communicator, split: Split) -> None:
 
     if split.local_size(comm.rank) % 8 and hasattr(module, "config"):
         # The grouped kernels refuse rows that are not whole 16 bytes.
-        module.config = LocalConfig(module.config, {"_experts_implementation": "eager"})  # type: ignore[assignment]
+        module.config = LocalConfig(module.config, PLAIN_EXPERTS)  # type: ignore[assignment]
 
     def enter(
         module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -14,19 +14,22 @@ import torch
 from torch import Tensor
 
 from partita.errors import ModelError
+from partita.torch.transformers_internals import (
+    grows_with_tokens,
+    holds_nothing,
+    is_cache,
+    keeps_state,
+    mark_previous_state,
+)
 
 
 def find_cache(args: Iterable[Any], kwargs: Mapping[str, Any]) -> Any:
     """The cache among the arguments of a layer, or None."""
-    from transformers.cache_utils import Cache
-
-    return next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
+    return next((value for value in (*args, *kwargs.values()) if is_cache(value)), None)
 
 
 def advance_cache(cache: Any, own: Collection[int], inputs: Mapping[str, Any]) -> None:
     """Count the tokens of one forward in the entries of layers that are not `own`."""
-    from transformers.cache_utils import LinearAttentionCacheLayerMixin
-
     check_cache(cache)
     ids = inputs.get("input_ids")
     tokens = ids if isinstance(ids, Tensor) else inputs["inputs_embeds"][..., 0]
@@ -37,10 +40,10 @@ def advance_cache(cache: Any, own: Collection[int], inputs: Mapping[str, Any]) -
     kinds: set[type] = set()
     for index, entry in enumerate(cache.layers):
         if index not in own:
-            if isinstance(entry, LinearAttentionCacheLayerMixin):
-                entry.has_previous_state = dict.fromkeys(entry.has_previous_state, True)
-            if type(entry) not in kinds:
-                _count(entry, narrow)
+            if keeps_state(entry):
+                mark_previous_state(entry)
+            if type(entry) not in kinds and grows_with_tokens(entry):
+                entry.update(narrow, narrow)
         kinds.add(type(entry))
 
 
@@ -50,18 +53,9 @@ def check_cache(cache: Any) -> None:
     Raises:
         ModelError: One cannot.
     """
-    from transformers.cache_utils import DummyLayer, DynamicLayer, LinearAttentionCacheLayerMixin
-
     for entry in cache.layers:
-        if not isinstance(entry, (DynamicLayer, LinearAttentionCacheLayerMixin, DummyLayer)):
+        if not (grows_with_tokens(entry) or keeps_state(entry) or holds_nothing(entry)):
             raise ModelError(
                 f"a cache of {type(entry).__name__} cannot be kept in step over the stages of a pipeline. Use the default "
                 "dynamic cache, or pp=1."
             )
-
-
-def _count(entry: Any, narrow: Tensor) -> None:
-    from transformers.cache_utils import DynamicLayer
-
-    if isinstance(entry, DynamicLayer):
-        entry.update(narrow, narrow)

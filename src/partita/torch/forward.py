@@ -27,7 +27,7 @@ from partita.torch.copies import summed_copies
 from partita.torch.groups import ParallelGroups
 from partita.torch.links import Links
 from partita.torch.stage import Message, is_cut, run_stage
-from partita.torch.transformers_internals import cache_argument, rename_cache
+from partita.torch.transformers_internals import cache_argument, is_cache, rename_cache
 
 
 def call_as_whole(model: nn.Module, plan: Plan, groups: ParallelGroups) -> None:
@@ -204,12 +204,10 @@ _CACHE = "the cache"
 
 def _take_apart(value: Any, tensors: list[Tensor]) -> Any:
     """`value` without its tensors, which go to `tensors`, and without its cache, which every rank has its own of."""
-    from transformers.cache_utils import Cache
-
     if isinstance(value, Tensor):
         tensors.append(value)
         return _Place(len(tensors) - 1)
-    if isinstance(value, Cache):
+    if is_cache(value):
         return _Made(_CACHE, None)
     if isinstance(value, Mapping):
         return _Made(type(value), {name: _take_apart(part, tensors) for name, part in value.items()})

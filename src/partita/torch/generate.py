@@ -25,7 +25,7 @@ from partita.torch.few_rows import decoding
 from partita.torch.head import likeliest, local_logits
 from partita.torch.pipeline import Pipeline
 from partita.torch.stage_probe import refuse_undecodable
-from partita.torch.transformers_internals import cache_argument
+from partita.torch.transformers_internals import cache_argument, is_plain_attention, is_stateful
 
 _IDS = 1 << 20
 """Tags of messages with token ids begin here, one a group of sequences, apart from those with hidden states."""
@@ -117,8 +117,8 @@ def _batches(model: nn.Module, sequences: list[Sequence]) -> list[list[Sequence]
         return []
     # The plain attention of transformers narrows a float64 mask to float32, where a padded row becomes not a number.
     wide = next((p.dtype for p in model.parameters()), None) == torch.float64
-    overflows = wide and getattr(model.config, "_attn_implementation", None) == "eager"
-    if "attention_mask" in _takes(model) and not getattr(model, "_is_stateful", False) and not overflows:
+    overflows = wide and is_plain_attention(model)
+    if "attention_mask" in _takes(model) and not is_stateful(model) and not overflows:
         return [sequences]
     lengths: dict[int, list[Sequence]] = {}
     for sequence in sequences:

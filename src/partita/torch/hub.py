@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import json
 import os
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -27,6 +25,15 @@ from partita.core.model_spec import (
 from partita.core.rules import Rules, isolated_rules, rules_for
 from partita.errors import ModelError
 from partita.torch.towers import tower_paths
+from partita.torch.transformers_internals import (
+    auto_class,
+    float32_tensors,
+    new_model,
+    quiet,
+    text_config_of,
+    tp_plan_of,
+    use_plain_experts,
+)
 
 
 def _first_line(error: BaseException) -> str:
@@ -67,38 +74,13 @@ def model_class(config: Any) -> Any:
         found = getattr(transformers, name, None)
         if found is not None:
             return found
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
-
-    for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING):
-        if type(config) in mapping:
-            return mapping[type(config)]
+    found = auto_class(config)
+    if found is not None:
+        return found
     raise ModelError(
         f"transformers has no model for the config of {getattr(config, 'model_type', '?')} "
         f"({', '.join(getattr(config, 'architectures', None) or ['no architecture named'])})."
     )
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Let transformers say nothing while a model is built on the meta device."""
-    from transformers.utils import logging
-
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
-
-
-@contextlib.contextmanager
-def initializing(model: nn.Module) -> Iterator[None]:
-    """Let `model.initialize_weights()` reach every module, whatever was initialized before."""
-    for module in model.modules():
-        module.__dict__.pop("_is_hf_initialized", None)
-    yield
-    for module in model.modules():
-        module.__dict__.pop("_is_hf_initialized", None)
 
 
 def build_on_meta(config: Any, dtype: torch.dtype | None = None, cls: Any = None) -> nn.Module:
@@ -110,10 +92,10 @@ def build_on_meta(config: Any, dtype: torch.dtype | None = None, cls: Any = None
     check_architectures(getattr(config, "architectures", None))
     cls = cls if cls is not None else model_class(config)
     if dtype == torch.float64:
-        config._experts_implementation = "eager"
+        use_plain_experts(config)
     try:
         with quiet(), torch.device("meta"):
-            model: nn.Module = cls._from_config(config, dtype=dtype or getattr(config, "dtype", None) or torch.float32)
+            model = new_model(cls, config, dtype or getattr(config, "dtype", None) or torch.float32)
     except Exception as error:
         raise ModelError(
             f"{cls.__name__} cannot be built from its config: {type(error).__name__}: {_first_line(error)}"
@@ -125,10 +107,9 @@ def build_on_meta(config: Any, dtype: torch.dtype | None = None, cls: Any = None
 
 def _keep_in_float32(model: Any) -> None:
     """Widen on the meta device the tensors that transformers' `from_pretrained` keeps in float32 (a router's weights)."""
-    wide = model._get_dtype_plan(model.config.dtype) if hasattr(model, "_get_dtype_plan") else {}
-    if not wide:
+    names = float32_tensors(model)
+    if names is None:
         return
-    names = re.compile("|".join(pattern.replace("*", ".*") for pattern in wide))
     moved: dict[int, tuple[Tensor, Tensor]] = {}
     for path, module in model.named_modules():
         for tensors in (module._parameters, module._buffers):
@@ -188,8 +169,7 @@ def spec_of(model: nn.Module) -> ModelSpec:
 
 def _heads(config: Any) -> tuple[int, int]:
     """Head counts by transformers' own common names, (0, 0) where they differ by layer or are not known."""
-    if hasattr(config, "get_text_config"):
-        config = config.get_text_config()
+    config = text_config_of(config)
     try:
         heads = getattr(config, "num_attention_heads", None)
         kv_heads = getattr(config, "num_key_value_heads", None)
@@ -222,8 +202,7 @@ def rules_of(model: nn.Module, spec: ModelSpec) -> Rules:
     Where none of these names a module of the model, every linear layer is split by itself.
     """
     config: Any = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    rules = rules_for(spec, getattr(text, "base_model_tp_plan", None))
+    rules = rules_for(spec, tp_plan_of(config))
     if any(rules.find(path) is not None for path in spec.modules if spec.layer_of(path) is not None):
         return rules
     return isolated_rules(spec)

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from partita.core.resolve import TensorPlan
 from partita.errors import ModelError
-from partita.torch.hub import initializing, quiet
+from partita.torch.transformers_internals import can_initialize, initialize
 
 BLOCK_ELEMENTS = 1 << 22
 """About how many elements are drawn from one generator."""
@@ -79,10 +79,10 @@ def record_initialization(model: nn.Module) -> dict[str, Recipe]:
     """For each tensor of an unsplit model on the meta device, how the model's own initialization fills it."""
     tensors = dict(model.state_dict(keep_vars=True))
     recorder = _Recorder(tensors)
-    if not hasattr(model, "initialize_weights"):
+    if not can_initialize(model):
         raise ModelError(f"{type(model).__name__} is no model of transformers, so nobody knows how its weights begin.")
-    with quiet(), torch.no_grad(), recorder, initializing(model):
-        model.initialize_weights()  # type: ignore[operator]
+    with recorder:
+        initialize(model)
     return recorder.recipes
 
 

@@ -27,7 +27,7 @@ from partita.torch.apply import apply_plan
 from partita.torch.fill import CheckpointFill, Progress
 from partita.torch.finish import finish
 from partita.torch.groups import ParallelGroups, init_process_group, make_groups
-from partita.torch.hub import build_on_meta, quiet, read_hf_config
+from partita.torch.hub import build_on_meta, read_hf_config
 from partita.torch.materialize import make_unsaved_buffers, materialize
 from partita.torch.mtp import attach_mtp
 from partita.torch.names import Source, sources_for_reading
@@ -36,6 +36,7 @@ from partita.torch.stage_probe import media_without_stages, prove_stages
 from partita.torch.ties import add_twins, differing, tied_names, untie
 from partita.torch.together import together
 from partita.torch.towers import forbid_media
+from partita.torch.transformers_internals import quiet
 
 
 @doing("loading the model")

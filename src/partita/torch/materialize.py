@@ -13,7 +13,7 @@ from partita.core.resolve import TensorPlan
 from partita.errors import ModelError
 from partita.torch.apply import parameter_homes, tie
 from partita.torch.groups import ParallelGroups
-from partita.torch.hub import initializing, quiet
+from partita.torch.transformers_internals import can_initialize, initialize, mark_initialized
 
 Fill = Callable[[str, TensorPlan, int, Tensor], None]
 """Given a tensor's name, its cut, the tensor rank and an empty local tensor: fill it."""
@@ -67,7 +67,7 @@ def materialize(model: nn.Module, plan: Plan, groups: ParallelGroups, fill: Fill
             module._parameters[attribute] = local
         else:
             module._buffers[attribute] = local
-        local._is_hf_initialized = True  # type: ignore[attr-defined]
+        mark_initialized(local)
         filled[name] = local, local._version
     tie(homes, plan)
     return Filled(filled)
@@ -93,10 +93,9 @@ def make_unsaved_buffers(model: nn.Module, device: torch.device) -> None:
                 module._buffers[name] = buffer.to(device)
     if not left:
         return
-    if not hasattr(model, "initialize_weights"):
+    if not can_initialize(model):
         raise ModelError(f"{min(left)} is a buffer on the meta device that is not saved, so nobody knows its values.")
-    with quiet(), torch.no_grad(), initializing(model):
-        model.initialize_weights()  # type: ignore[operator]
+    initialize(model)
     for path, (module, name, empty) in left.items():
         if module._buffers[name] is empty and empty._version == 0:
             raise ModelError(
@@ -104,4 +103,4 @@ def make_unsaved_buffers(model: nn.Module, device: torch.device) -> None:
                 "nobody knows its values."
             )
     for module in model.modules():
-        module._is_hf_initialized = True  # type: ignore[assignment]
+        mark_initialized(module)

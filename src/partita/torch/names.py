@@ -6,7 +6,6 @@ Its own conversion tables say how; here they become pieces, so that a rank can r
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +14,8 @@ import torch
 from torch import nn
 
 from partita.core.split import Range
-from partita.errors import CheckpointError
+from partita.errors import CheckpointError, DependencyError
+from partita.torch.transformers_internals import Conversion, convert, names_for_writing, stacks_experts
 
 
 @dataclass(frozen=True)
@@ -84,11 +84,11 @@ def sources_for_reading(
         The sources by the model's names, and the names on disk that the model does not use.
     """
     targets = {name: tuple(t.shape) for name, t in model.state_dict(keep_vars=True).items()}
-    converters, rename = _transforms(model)
-    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    conversion = Conversion.of(model)
+    by_pattern = {pattern: converter for converter in conversion.converters for pattern in converter.source_patterns}
     groups: dict[str, list[tuple[str, str | None]]] = {}
     for name in sorted(on_disk, key=_natural):
-        target, pattern = rename(name, targets)
+        target, pattern = conversion.rename(name, targets)
         groups.setdefault(target, []).append((name, pattern))
     sources: dict[str, Source] = {}
     unused: list[str] = []
@@ -121,12 +121,9 @@ def pieces_for_writing(model: nn.Module) -> dict[str, tuple[Piece, ...]]:
     """
     shapes = {name: tuple(t.shape) for name, t in model.state_dict(keep_vars=True).items()}
     try:
-        from transformers.core_model_loading import revert_weight_conversion
-
-        with torch.device("meta"):
-            tensors = {name: torch.empty(shape) for name, shape in shapes.items()}
-            on_disk = {n: tuple(t.shape) for n, t in revert_weight_conversion(model, dict(tensors)).items()}
-        sources, unused = sources_for_reading(model, on_disk)
+        sources, unused = sources_for_reading(model, names_for_writing(model, shapes))
+    except DependencyError:
+        raise
     except Exception:
         return {name: (Piece(name, shape, (0,) * len(shape)),) for name, shape in shapes.items()}
     pieces = {}
@@ -135,26 +132,6 @@ def pieces_for_writing(model: nn.Module) -> dict[str, tuple[Piece, ...]]:
         plain = source is not None and source.pieces and not unused
         pieces[name] = source.pieces if plain and source else (Piece(name, shape, (0,) * len(shape)),)
     return pieces
-
-
-def _transforms(model: nn.Module) -> tuple[list[Any], Any]:
-    if not hasattr(model, "base_model_prefix"):
-        return [], lambda name, targets: (name, None)
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-    transforms = get_model_conversion_mapping(model)
-    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
-    converters = [t for t in transforms if isinstance(t, WeightConverter)]
-
-    def rename(name: str, targets: Mapping[str, object]) -> tuple[str, str | None]:
-        renamed, pattern = rename_source_key(
-            name, renamings, converters, model.base_model_prefix, dict.fromkeys(targets, 1)
-        )
-        # A name that the model has already is meant as it stands.
-        return (name, None) if name in targets and renamed not in targets else (renamed, pattern)
-
-    return converters, rename
 
 
 def _whole(target: str, shape: tuple[int, ...], name: str, on_disk: Mapping[str, tuple[int, ...]]) -> Source:
@@ -170,11 +147,7 @@ def _stacked_pieces(
     converter: Any, inputs: tuple[tuple[str, str], ...], on_disk: Mapping[str, tuple[int, ...]]
 ) -> tuple[Piece, ...] | None:
     """The pieces of a converter that stacks experts and puts the stacks behind one another, None for any other."""
-    kinds = [(type(op).__name__, getattr(op, "dim", None)) for op in converter.operations]
-    if (
-        kinds not in ([("MergeModulelist", 0)], [("MergeModulelist", 0), ("Concatenate", 1)])
-        or len(converter.target_patterns) != 1
-    ):
+    if not stacks_experts(converter):
         return None
     pieces: list[Piece] = []
     offset = 0
@@ -217,11 +190,7 @@ def _converted_names(converter: Any, target: str, targets: Mapping[str, object])
 
 def convert_whole(source: Source, target: str, tensors: Mapping[str, torch.Tensor], model: nn.Module) -> torch.Tensor:
     """The unsplit tensor `target` that transformers' converter makes of whole tensors from disk."""
-    converter = copy.deepcopy(source.converter)
-    for name, pattern in source.inputs:
-        converter.add_tensor(source.first, name, pattern, tensors[name])
-    made = converter.convert(source.first, model=model, config=getattr(model, "config", None))
-    value = made.get(target)
+    value = convert(source.converter, source.first, source.inputs, tensors, model).get(target)
     if isinstance(value, list):
         value = value[0]
     if not isinstance(value, torch.Tensor):

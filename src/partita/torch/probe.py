@@ -21,11 +21,12 @@ from partita.torch.compare import Difference, compare
 from partita.torch.finish import finish
 from partita.torch.float64 import Float64Everywhere
 from partita.torch.groups import single_groups
-from partita.torch.hub import build_on_meta, quiet, read_hf_config, rules_of, spec_of
+from partita.torch.hub import build_on_meta, read_hf_config, rules_of, spec_of
 from partita.torch.initial import FreshFill, record_initialization
 from partita.torch.materialize import make_unsaved_buffers, materialize
 from partita.torch.threads import run_as_threads
 from partita.torch.towers import media_of, sample_media
+from partita.torch.transformers_internals import new_model, quiet, text_config_of
 
 TOLERANCE = 1e-9
 """Largest relative error of a split that counts as right in float64: far above rounding, far below any mistake."""
@@ -193,7 +194,7 @@ def _drawn(config: Any, cls: Any) -> nn.Module:
     """A new model of a small config with weights of its own making, and noise on norms and biases."""
     with torch.random.fork_rng(devices=[]), quiet():
         torch.manual_seed(0)
-        model: nn.Module = cls._from_config(config, dtype=torch.float64).eval()
+        model = new_model(cls, config, torch.float64).eval()
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.dim() == 1:
@@ -227,7 +228,7 @@ def compare_on_threads(unsplit: nn.Module, plan: Plan, inputs: dict[str, Tensor]
 def sample_inputs(model: nn.Module, *, batch: int = 2, length: int = 9) -> dict[str, Tensor]:
     """Random ids with some padding at the end, as every text model of transformers takes them."""
     config: Any = model.config
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    text = text_config_of(config)
     vocabulary = int(getattr(text, "vocab_size", 0) or 0)
     if vocabulary < 2:
         raise ModelError(f"{type(model).__name__} has no vocabulary, so nobody knows what to feed it.")

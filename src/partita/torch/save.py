@@ -24,11 +24,12 @@ from partita.torch.adapt import adapters
 from partita.torch.apply import local_tensors, plan_of
 from partita.torch.fill import DTYPES, memory_of
 from partita.torch.groups import ParallelGroups
-from partita.torch.hub import build_on_meta, quiet
+from partita.torch.hub import build_on_meta
 from partita.torch.load import is_first
 from partita.torch.mtp import attach_mtp, repeated_pieces
 from partita.torch.names import Piece, pieces_for_writing
 from partita.torch.together import together
+from partita.torch.transformers_internals import quiet
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 

@@ -25,7 +25,7 @@ from partita.core.plan import Plan, Stage
 from partita.errors import ModelError
 from partita.torch.cache import advance_cache, find_cache
 from partita.torch.towers import without_media
-from partita.torch.transformers_internals import cache_of
+from partita.torch.transformers_internals import cache_of, text_config_of
 
 
 @dataclass(frozen=True)
@@ -270,7 +270,7 @@ def refuse_uncuttable(model: nn.Module) -> None:
             f"{type(model).__name__} has an encoder and a decoder, two lists of layers, and cannot be cut into stages. Use "
             "tp and pp=1."
         )
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    text = text_config_of(config)
     if getattr(text, "output_router_logits", False):
         raise ModelError(
             "output_router_logits=True asks for an auxiliary loss over the routers of all layers, which one stage does not "

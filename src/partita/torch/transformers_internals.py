@@ -1,14 +1,31 @@
-"""The parts of transformers that differ between its versions, found by what the installed version has."""
+"""What Partita uses of transformers beyond its documented API, and what differs between its versions.
+
+Each function asks the installed transformers for a feature, never for its version. No other module of the engine names these
+parts of transformers; `tests/torch/test_internals.py` checks it.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import dataclasses
 import functools
 import inspect
-from collections.abc import Mapping
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+from partita.dependencies import find, lacking
+
+LIBRARY = "transformers"
+
+
+# --- the cache of keys and values -------------------------------------------------------------------------------------
 
 _CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 """Names of a model's cache, as an argument of `forward` and as a field of its output; the first since transformers 5.24."""
@@ -23,10 +40,12 @@ def cache_argument(model: nn.Module) -> str:
 @functools.cache
 def _cache_field() -> str:
     """The name of the cache in the outputs of the installed transformers."""
-    from transformers.modeling_outputs import CausalLMOutputWithPast
-
-    fields = {field.name for field in dataclasses.fields(CausalLMOutputWithPast)}
-    return next(name for name in _CACHE_NAMES if name in fields)
+    output = find(LIBRARY, "transformers.modeling_outputs", "CausalLMOutputWithPast", "read a model's cache")
+    fields = {field.name for field in dataclasses.fields(output)}
+    name = next((name for name in _CACHE_NAMES if name in fields), None)
+    if name is None:
+        raise lacking(LIBRARY, f"no cache in CausalLMOutputWithPast ({', '.join(sorted(fields))})", "generate text")
+    return name
 
 
 def rename_cache(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -42,3 +61,221 @@ def cache_of(output: Any) -> Any:
         names = {field.name for field in dataclasses.fields(output)}
         return next((getattr(output, name) for name in _CACHE_NAMES if name in names), None)
     return next((value for name in _CACHE_NAMES if (value := getattr(output, name, None)) is not None), None)
+
+
+def is_cache(value: Any) -> bool:
+    """Whether `value` is the cache of a whole model."""
+    return isinstance(value, find(LIBRARY, "transformers.cache_utils", "Cache", "generate text"))
+
+
+@functools.cache
+def _cache_layer(name: str) -> tuple[type, ...]:
+    """A class of entries of a cache; none where the installed transformers has no such entries."""
+    import transformers.cache_utils as module
+
+    return (getattr(module, name),) if hasattr(module, name) else ()
+
+
+def grows_with_tokens(entry: Any) -> bool:
+    """Whether a layer's entry of a cache holds the keys and values of every token."""
+    return isinstance(entry, _cache_layer("DynamicLayer"))
+
+
+def keeps_state(entry: Any) -> bool:
+    """Whether a layer's entry of a cache holds a state of fixed size: linear attention, a convolution."""
+    return isinstance(entry, _cache_layer("LinearAttentionCacheLayerMixin"))
+
+
+def holds_nothing(entry: Any) -> bool:
+    """Whether an entry of a cache stands for a layer that keeps nothing."""
+    return isinstance(entry, _cache_layer("DummyLayer"))
+
+
+def mark_previous_state(entry: Any) -> None:
+    """Let an entry that keeps a state say that tokens have passed."""
+    flags = entry.has_previous_state
+    entry.has_previous_state = dict.fromkeys(flags, True) if isinstance(flags, dict) else True
+
+
+# --- models and configs -----------------------------------------------------------------------------------------------
+
+PLAIN_EXPERTS: Mapping[str, str] = MappingProxyType({"_experts_implementation": "eager"})
+"""Attributes of a config that choose the loop over experts instead of the grouped kernels."""
+
+
+def use_plain_experts(config: Any) -> None:
+    """Let the model of `config` loop over its experts: the grouped kernels have no float64, and widths of their own."""
+    for name, value in PLAIN_EXPERTS.items():
+        setattr(config, name, value)
+
+
+def is_plain_attention(model: nn.Module) -> bool:
+    """Whether a model's attention is computed by matrix products and a softmax, not by a fused kernel."""
+    return getattr(model.config, "_attn_implementation", None) == "eager"
+
+
+def is_stateful(model: nn.Module) -> bool:
+    """Whether a model keeps a state of fixed size, which padding would change."""
+    return bool(getattr(model, "_is_stateful", False))
+
+
+def text_config_of(config: Any) -> Any:
+    """The part of a model's config that describes its text decoder; the config itself where it has no parts."""
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def tp_plan_of(config: Any) -> Mapping[str, str] | None:
+    """How the config says that modules are split over tensor ranks, by patterns of their paths."""
+    plan: Mapping[str, str] | None = getattr(text_config_of(config), "base_model_tp_plan", None)
+    return plan
+
+
+def auto_class(config: Any) -> Any:
+    """The class of the causal language model of a config, else of its base model; None where transformers has neither."""
+    for name in ("MODEL_FOR_CAUSAL_LM_MAPPING", "MODEL_MAPPING"):
+        mapping = find(LIBRARY, "transformers.models.auto.modeling_auto", name, "choose the class of a model")
+        if type(config) in mapping:
+            return mapping[type(config)]
+    return None
+
+
+def new_model(cls: Any, config: Any, dtype: torch.dtype) -> nn.Module:
+    """A model of class `cls`, initialized by transformers, on the default device."""
+    if not hasattr(cls, "_from_config"):
+        raise lacking(LIBRARY, f"no {cls.__name__}._from_config", "build a model")
+    model: nn.Module = cls._from_config(config, dtype=dtype)
+    return model
+
+
+# --- initialization ---------------------------------------------------------------------------------------------------
+
+
+def can_initialize(model: nn.Module) -> bool:
+    """Whether `model` is one whose initial weights transformers knows."""
+    return hasattr(model, "initialize_weights")
+
+
+def initialize(model: Any) -> None:
+    """Let transformers fill every tensor of `model`, whatever was initialized before."""
+    _forget_initialized(model)
+    with quiet(), torch.no_grad():
+        model.initialize_weights()
+    _forget_initialized(model)
+
+
+def _forget_initialized(model: nn.Module) -> None:
+    for module in model.modules():
+        module.__dict__.pop("_is_hf_initialized", None)
+
+
+def mark_initialized(target: Tensor | nn.Module) -> None:
+    """Let transformers leave a tensor or a module alone when it initializes a model by itself."""
+    target._is_hf_initialized = True  # type: ignore[union-attr]
+
+
+def float32_tensors(model: Any) -> re.Pattern[str] | None:
+    """What matches the names of the tensors that transformers keeps in float32 whatever the model's dtype (a router's weights)."""
+    plan = model._get_dtype_plan(model.config.dtype) if hasattr(model, "_get_dtype_plan") else {}
+    return re.compile("|".join(pattern.replace("*", ".*") for pattern in plan)) if plan else None
+
+
+# --- names and forms of weights on disk -------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversion:
+    """How names on disk become names of the model; transformers' table for one model.
+
+    Attributes:
+        renamings: Rules that change a name alone.
+        converters: Rules that make tensors of the model out of tensors on disk.
+        prefix: The name under which a model with a head holds the model without one.
+    """
+
+    renamings: Sequence[Any] = ()
+    converters: Sequence[Any] = ()
+    prefix: str = ""
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Conversion:
+        """The table of `model`, which is empty for a model that is not transformers'."""
+        if not hasattr(model, "base_model_prefix"):
+            return cls()
+        make = find(LIBRARY, "transformers.conversion_mapping", "get_model_conversion_mapping", _READ)
+        transforms = make(model)
+        renaming, converter = (find(LIBRARY, _LOADING, name, _READ) for name in ("WeightRenaming", "WeightConverter"))
+        return cls(
+            [t for t in transforms if isinstance(t, renaming)],
+            [t for t in transforms if isinstance(t, converter)],
+            model.base_model_prefix,  # type: ignore[arg-type]
+        )
+
+    def rename(self, name: str, targets: Mapping[str, object]) -> tuple[str, str | None]:
+        """The model's name for the tensor `name` on disk, and the pattern of the converter that takes it, if one does.
+
+        `targets` are the names of the model.
+        """
+        if not self.renamings and not self.converters and not self.prefix:
+            return name, None
+        rename_key = find(LIBRARY, _LOADING, "rename_source_key", _READ)
+        renamed, pattern = rename_key(name, self.renamings, self.converters, self.prefix, dict.fromkeys(targets, 1))
+        # A name that the model has already is meant as it stands.
+        return (name, None) if name in targets and renamed not in targets else (renamed, pattern)
+
+
+_LOADING = "transformers.core_model_loading"
+_READ = "read a checkpoint's tensors under the names of the model"
+
+
+def names_for_writing(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """The tensors on disk, shapes by name, as which transformers saves tensors of the model of `shapes`."""
+    revert = find(
+        LIBRARY, _LOADING, "revert_weight_conversion", "write a checkpoint under the names that other tools read"
+    )
+    with torch.device("meta"):
+        tensors = {name: torch.empty(shape) for name, shape in shapes.items()}
+        return {name: tuple(tensor.shape) for name, tensor in revert(model, tensors).items()}
+
+
+def stacks_experts(converter: Any) -> bool:
+    """Whether a converter stacks tensors along a new first dim, and then puts the stacks one behind the other along dim 1."""
+    kinds = [(type(operation).__name__, getattr(operation, "dim", None)) for operation in converter.operations]
+    stacks = kinds in ([("MergeModulelist", 0)], [("MergeModulelist", 0), ("Concatenate", 1)])
+    return stacks and len(converter.target_patterns) == 1
+
+
+def convert(
+    converter: Any, first: str, inputs: Sequence[tuple[str, str]], tensors: Mapping[str, Tensor], model: nn.Module
+) -> dict[str, Any]:
+    """The tensors of the unsplit `model` that a converter makes.
+
+    Args:
+        converter: One of `Conversion.converters`; it is not changed.
+        first: The model's first tensor that it makes.
+        inputs: The tensors on disk that it takes: name and the pattern that it matched.
+        tensors: Their values by name.
+        model: The unsplit model.
+    """
+    converter = copy.deepcopy(converter)
+    for name, pattern in inputs:
+        converter.add_tensor(first, name, pattern, tensors[name])
+    made: dict[str, Any] = converter.convert(first, model=model, config=getattr(model, "config", None))
+    return made
+
+
+# --- messages ---------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Let transformers say nothing: for calls whose messages are about what Partita does itself."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        logging.set_verbosity(before)
