@@ -27,6 +27,7 @@ from partita.mlx.inner import copy_module, is_quantized, slice_array
 from partita.mlx.inside import EntersRegion
 from partita.mlx.linear import ColumnParallelLinear, RowParallelLinear
 from partita.mlx.lora import Style, split_axis
+from partita.mlx.mlx_lm_internals import STACKS, lora_layer
 from partita.mlx.names import Box
 from partita.mlx.origin import Origin
 from partita.mlx.tree import Home, get_module, named_modules, set_module
@@ -53,8 +54,6 @@ def add_lora(model: nn.Module, rank: int, *, alpha: float | None = None, seed: i
     Raises:
         ModelError: There is no linear layer to adapt, or one that on disk is not one tensor.
     """
-    from mlx_lm.tuner.lora import LoRALinear
-
     plan, groups = plan_of(model)
     if type(rank) is not int or rank < 1:
         raise ModelError(f"the rank of LoRA must be a whole number of at least 1, but is {rank!r}.")
@@ -63,7 +62,7 @@ def add_lora(model: nn.Module, rank: int, *, alpha: float | None = None, seed: i
     for path, (holder, key) in _linears(model, plan).items():
         _on_disk(on_disk, path)
         inner = holder[key]
-        adapter: Any = LoRALinear.from_base(inner, r=rank, scale=(alpha if alpha is not None else rank) / rank)
+        adapter: Any = lora_layer().from_base(inner, r=rank, scale=(alpha if alpha is not None else rank) / rank)
         dtype = inner["scales"].dtype if is_quantized(inner) else inner["weight"].dtype
         dtype = dtype if mx.issubdtype(dtype, mx.floating) else mx.float32
         inputs = holder.split if isinstance(holder, RowParallelLinear) else Split.even(adapter["lora_a"].shape[0], 1)
@@ -112,7 +111,7 @@ def _is_router(path: str, modules: Mapping[str, nn.Module]) -> bool:
     if name not in _ROUTERS:
         return False
     beside = {type(module).__name__ for one, module in modules.items() if one.rpartition(".")[0] == parent}
-    return bool(beside & {"SwitchGLU", "SwitchMLP", "SplitExperts"})
+    return bool(beside & {*STACKS, "SplitExperts"})
 
 
 def merge_lora(model: nn.Module) -> None:

@@ -21,12 +21,10 @@ from partita.mlx.hub import spec_of
 from partita.mlx.inner import slice_array, slice_module
 from partita.mlx.inside import EntersRegion, InsideRegion, SplitExperts
 from partita.mlx.linear import ColumnParallelLinear, RowParallelLinear
+from partita.mlx.mlx_lm_internals import STACKS
 from partita.mlx.region import RegionInput
 from partita.mlx.stage import cut_stages, present_modules
 from partita.mlx.tree import get_module, set_module
-
-_STACKS = ("SwitchGLU", "SwitchMLP")
-"""mlx-lm's modules of stacked experts."""
 
 
 def apply_plan(model: nn.Module, plan: Plan, comm: Communicator, pp_rank: int = 0) -> nn.Module:
@@ -147,7 +145,7 @@ def _split_module(
     if module_plan.style == "row" and len(plan.tensor(f"{path}.weight").shape) == 3:
         parent = path.rpartition(".")[0]
         stack = get_module(model, parent)
-        if type(stack).__name__ not in _STACKS:
+        if type(stack).__name__ not in STACKS:
             raise ModelError(
                 f"{path}: stacked layers in a {type(stack).__name__} are not known, so they cannot be split."
             )

@@ -10,10 +10,10 @@ import numpy as np
 
 from partita.core.plan import Plan
 from partita.core.split import Split
-from partita.errors import ModelError
 from partita.mlx.compare import main_output
 from partita.mlx.groups import ParallelGroups
 from partita.mlx.head import likeliest, local_logits
+from partita.mlx.mlx_lm_internals import make_cache
 from partita.text.choice import Choice
 from partita.text.choose import Columns, choose, generator_of
 from partita.text.sampling import OnText, Sequence
@@ -104,20 +104,3 @@ class Batches:
                 sequence.accept(token, self.choice, self.tokenizer)
                 sequence.show(self.on_text, self.choice.stop)
         return all(s.finish_reason for s in batch)
-
-
-def make_cache(model: nn.Module) -> list[Any]:
-    """The model's own cache.
-
-    Raises:
-        ModelError: It has none.
-    """
-    from mlx_lm.models.cache import make_prompt_cache
-
-    try:
-        cache: list[Any] = make_prompt_cache(model)
-    except AttributeError as error:
-        raise ModelError(
-            f"{type(model).__module__} has no cache ({error}), so it cannot generate token by token."
-        ) from error
-    return cache

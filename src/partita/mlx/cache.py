@@ -12,6 +12,8 @@ from typing import Any
 
 import mlx.core as mx
 
+from partita.mlx.mlx_lm_internals import grows_with_tokens, keys_of, kind_of, parts_of
+
 
 def count_tokens(cache: Sequence[Any], filled: Sequence[Any], count: int) -> None:
     """Count the `count` tokens of one forward in the entries of `cache` that no layer was given, those not in `filled`."""
@@ -20,21 +22,14 @@ def count_tokens(cache: Sequence[Any], filled: Sequence[Any], count: int) -> Non
     for entry in cache:
         if entry is not None and id(entry) not in given:
             _count(entry, count, first)
-    mx.eval([entry.keys for entry in first.values() if isinstance(getattr(entry, "keys", None), mx.array)])
-
-
-_KINDS = ("max_size", "keep", "chunk_size", "step", "group_size", "bits")
-"""What tells caches of one class apart."""
+    mx.eval([keys for entry in first.values() if (keys := keys_of(entry)) is not None])
 
 
 def _count(entry: Any, count: int, first: dict[Any, Any]) -> None:
-    parts = getattr(entry, "caches", None)
-    if isinstance(parts, (tuple, list)):
-        for part in parts:
-            _count(part, count, first)
-    elif hasattr(entry, "update_and_fetch"):
-        kind = (type(entry), *(getattr(entry, name, None) for name in _KINDS))
-        leader = first.setdefault(kind, entry)
+    for part in parts_of(entry):
+        _count(part, count, first)
+    if grows_with_tokens(entry) and not parts_of(entry):
+        leader = first.setdefault(kind_of(entry), entry)
         if leader is entry:
             narrow = mx.zeros((1, 1, count, 1))
             entry.update_and_fetch(narrow, narrow)

@@ -18,6 +18,7 @@ from partita.mlx.apply import local_ranges, take
 from partita.mlx.groups import ParallelGroups
 from partita.mlx.head import local_logits
 from partita.mlx.homes import is_packed, parameter_homes, unsplit_modules
+from partita.mlx.mlx_lm_internals import make_cache
 
 FLOOR = 1e-6
 """Gradients this much smaller than the model's largest are rounding (a key's bias has none in exact arithmetic), so errors
@@ -156,9 +157,7 @@ def _compare_steps(unsplit: nn.Module, split: nn.Module, plan: Plan, inputs: mx.
 
 def generate_steps(model: nn.Module, inputs: mx.array) -> mx.array:
     """The logits of the last ids when they come one by one, `[batch, CACHED_STEPS, vocabulary]`."""
-    from mlx_lm.models.cache import make_prompt_cache
-
-    cache = make_prompt_cache(model)
+    cache = make_cache(model)
     first = inputs.shape[1] - CACHED_STEPS
     mx.eval(main_output(model(inputs[:, :first], cache=cache)))
     steps = []

@@ -20,7 +20,8 @@ from typing import Any
 
 from partita.checkpoint.index import open_checkpoint
 from partita.core.model_spec import read_config, text_config
-from partita.errors import CheckpointError, ModelError
+from partita.errors import CheckpointError, DependencyError, ModelError
+from partita.mlx.mlx_lm_internals import config_class, quiet
 
 FORMATS: Mapping[str, dict[str, Any]] = MappingProxyType(
     {
@@ -94,17 +95,13 @@ def _complete(config: dict[str, Any]) -> None:
 
 def transformers_config(config: Mapping[str, Any]) -> Any:
     """The config as transformers' own class reads it, without torch; None if transformers lacks the family or rejects it."""
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-    from transformers.utils import logging
-
-    told = logging.get_verbosity()
-    logging.set_verbosity_error()
     try:
-        return CONFIG_MAPPING[config["model_type"]].from_dict(_without_old_rotary_keys(config))
+        with quiet():
+            return config_class(config["model_type"]).from_dict(_without_old_rotary_keys(config))
+    except DependencyError:
+        raise
     except Exception:
         return None
-    finally:
-        logging.set_verbosity(told)
 
 
 def _without_old_rotary_keys(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -215,12 +212,13 @@ def check_activation(config: Mapping[str, Any], arguments: Any) -> None:
     Raises:
         ModelError: It is another than the family's usual one, mlx-lm's `arguments` have no place for it, and its model no word.
     """
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
     text = text_config(config)
     fields = {field.name for field in dataclasses.fields(arguments)} if dataclasses.is_dataclass(arguments) else set()
     try:
-        usual = CONFIG_MAPPING[text["model_type"]]()
+        with quiet():
+            usual = config_class(text["model_type"])()
+    except DependencyError:
+        raise
     except Exception:  # transformers does not know the family
         return
     for name in ("hidden_act", "hidden_activation", "activation_function"):

@@ -21,10 +21,11 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from partita.mlx.batches import PREFILL_TOKENS, Batches, make_cache
+from partita.mlx.batches import PREFILL_TOKENS, Batches
 from partita.mlx.compare import main_output
 from partita.mlx.head import local_logits
 from partita.mlx.links import Links
+from partita.mlx.mlx_lm_internals import make_cache
 from partita.mlx.stage import Message, run_stage
 from partita.text.choose import generator_of
 from partita.text.sampling import Sequence

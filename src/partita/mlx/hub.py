@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import importlib
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -24,10 +23,11 @@ from partita.core.model_spec import (
     text_config,
 )
 from partita.core.rules import MLX_PROVEN, MLX_TABLES, MLX_USUAL, Rules, isolated_rules, rules_for
-from partita.errors import ModelError
+from partita.errors import DependencyError, ModelError
 from partita.mlx.config import check_activation, check_family, check_rope
 from partita.mlx.homes import is_packed, parameter_homes
 from partita.mlx.inner import dense_width, is_quantized
+from partita.mlx.mlx_lm_internals import arguments_of, classes_of, family_of, module_name, new_model
 from partita.mlx.rotary import correct_rotary
 from partita.mlx.tree import named_modules
 
@@ -38,8 +38,6 @@ def model_classes(config: Mapping[str, Any]) -> tuple[Any, Any]:
     Raises:
         ModelError: The installed mlx-lm has none, or none that can be imported.
     """
-    from mlx_lm.utils import MODEL_ARCHITECTURE_REMAPPING, MODEL_REMAPPING
-
     family = config["model_type"]
     if config.get("model_file") is not None:
         raise ModelError(
@@ -47,15 +45,11 @@ def model_classes(config: Mapping[str, Any]) -> tuple[Any, Any]:
             "Take one of a family that mlx-lm knows."
         )
     names = config.get("architectures") or ()
-    found = (
-        MODEL_ARCHITECTURE_REMAPPING.get((family, name)) for name in ([names] if isinstance(names, str) else names)
-    )
-    module = next((name for name in found if name), None) or MODEL_REMAPPING.get(family, family)
+    module = module_name(family, [names] if isinstance(names, str) else names)
     try:
-        arch = importlib.import_module(f"mlx_lm.models.{module}")
-        return arch.Model, arch.ModelArgs
+        return classes_of(module)
     except ModuleNotFoundError as error:
-        if error.name != f"mlx_lm.models.{module}":
+        if error.name != module:
             raise ModelError(f"mlx-lm's {family} needs {error.name}, which is not installed.") from error
         raise ModelError(
             f"the installed mlx-lm has no model for {family}. See mlx_lm/models for those it has."
@@ -79,7 +73,9 @@ def build(config: Mapping[str, Any]) -> nn.Module:
     check_rope(config, arguments)
     check_activation(config, arguments)
     try:
-        model: nn.Module = cls(arguments.from_dict(_completed(copy.deepcopy(dict(config)), arguments)))
+        model = new_model(cls, arguments, _completed(copy.deepcopy(dict(config)), arguments))
+    except DependencyError:
+        raise
     except (Exception, SystemExit) as error:
         raise ModelError(f"mlx-lm cannot build {config['model_type']} from its config: {describe(error)}") from error
     correct_rotary(model, config)
@@ -131,11 +127,11 @@ def describe(error: BaseException) -> str:
 
 def config_of(model: nn.Module) -> dict[str, Any]:
     """The config of a model of mlx-lm, with every default filled in, as plain data; {} where it keeps none."""
-    arguments = getattr(model, "args", None) or getattr(model, "config", None)
+    arguments = arguments_of(model)
     if not dataclasses.is_dataclass(arguments) or isinstance(arguments, type):
         return {}
     config: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(arguments), default=str))
-    config.setdefault("model_type", getattr(model, "model_type", None) or type(model).__module__.rpartition(".")[2])
+    config.setdefault("model_type", getattr(model, "model_type", None) or family_of(type(model)))
     quantized = {path: m for path, m in named_modules(model).items() if is_quantized(m)}
     if quantized:
         config["quantization"] = {
@@ -173,7 +169,7 @@ def spec_of(model: nn.Module, config: Mapping[str, Any] | None = None) -> ModelS
     return spec_from_tensors(
         tensors,
         data,
-        family=str(data.get("model_type") or type(model).__module__.rpartition(".")[2]),
+        family=str(data.get("model_type") or family_of(type(model))),
         architecture=_architecture(data),
         layers=layers,
         num_layers=num_layers,

@@ -11,6 +11,7 @@ import mlx.nn as nn
 
 from partita.mlx.comm import Communicator
 from partita.mlx.mappings import copy_to, reduce_from
+from partita.mlx.mlx_lm_internals import last_of_stack
 
 
 class _Around(nn.Module):
@@ -75,8 +76,7 @@ class SplitExperts(_Around):
         """What the experts named by `indices` make of `x`."""
         experts = self["inner"]
         x = copy_to(x, self.comm)
-        last = next(experts[name] for name in ("down_proj", "fc2") if name in experts)
-        with _changed(last, lambda bias: _on_first(bias, self.comm), only="bias"):
+        with _changed(last_of_stack(experts), lambda bias: _on_first(bias, self.comm), only="bias"):
             y = experts(x, indices, *args, **kwargs)
         return reduce_from(y, self.comm)
 

@@ -20,6 +20,7 @@ import mlx.nn as nn
 from partita.checkpoint.header import TensorInfo
 from partita.core.split import Range
 from partita.errors import CheckpointError
+from partita.mlx.mlx_lm_internals import family_of
 
 DTYPES: Mapping[str, mx.Dtype] = {
     "F64": mx.float64, "F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16, "C64": mx.complex64, "BOOL": mx.bool_,
@@ -161,7 +162,7 @@ def sanitize(model: nn.Module, tensors: Mapping[str, mx.array]) -> dict[str, mx.
     Raises:
         CheckpointError: They are not what it expects.
     """
-    family = type(model).__module__.rpartition(".")[2]
+    family = family_of(type(model))
     weights = {name.removeprefix(_UNEXPECTED_PREFIXES.get(family, "")): tensor for name, tensor in tensors.items()}
     if family == "gpt_oss":
         weights = _unpacked_experts(weights)

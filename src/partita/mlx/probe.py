@@ -23,6 +23,7 @@ from partita.mlx.comm import Communicator
 from partita.mlx.compare import Difference, compare, generate_steps, gradients, main_output
 from partita.mlx.groups import single_groups
 from partita.mlx.hub import build, config_of, describe, rules_of, spec_of
+from partita.mlx.mlx_lm_internals import family_of
 from partita.mlx.threads import run_as_threads
 from partita.mlx.tree import every_array
 
@@ -168,7 +169,7 @@ def small_model(cls: type[nn.Module], config: Mapping[str, Any], num_heads: int)
     Raises:
         ModelError: None of the small ones can be built and run.
     """
-    family = cls.__module__.rpartition(".")[2]
+    family = family_of(cls)
     if family in CRASHES:
         raise ModelError(f"{CRASHES[family]}.")
     if not config:

@@ -22,6 +22,7 @@ from partita.mlx.apply import apply_plan
 from partita.mlx.comm import Communicator
 from partita.mlx.compare import CACHED_STEPS, FLOOR, generate_steps, gradients, main_output, relative_error
 from partita.mlx.hub import config_of, describe, spec_of
+from partita.mlx.mlx_lm_internals import make_cache
 from partita.mlx.probe import TOLERANCES, Small, sample_inputs, small_model
 from partita.mlx.stage import Message, run_stage
 from partita.mlx.threads import run_as_threads
@@ -166,10 +167,8 @@ class _Parts:
 
     def decoding_difference(self) -> str:
         """What differs first when tokens come one by one, in words."""
-        from mlx_lm.models.cache import make_prompt_cache
-
         expected = generate_steps(self.small.model, self.inputs)
-        caches = [make_prompt_cache(part) for part in self.parts]
+        caches = [make_cache(part) for part in self.parts]
         first = self.inputs.shape[1] - CACHED_STEPS
         self.run(self.inputs[:, :first], caches)
         for step in range(CACHED_STEPS):

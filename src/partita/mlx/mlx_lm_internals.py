@@ -1,0 +1,161 @@
+"""What Partita uses of mlx-lm beyond its documented API, and what differs between its versions.
+
+Each function asks the installed mlx-lm for a feature, never for its version. No other module of the engine names these parts of
+mlx-lm, or of transformers, which mlx-lm brings along; `tests/mlx/test_internals.py` checks it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import logging
+import warnings
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from partita.dependencies import find, lacking
+from partita.errors import ModelError
+
+LIBRARY = "mlx-lm"
+
+
+# --- models -----------------------------------------------------------------------------------------------------------
+
+
+def module_name(family: str, architectures: Sequence[str]) -> str:
+    """The name of the module of mlx-lm's models that runs a config of `family`."""
+    purpose = "find the model of a config"
+    by_family: Mapping[str, str] = find(LIBRARY, "mlx_lm.utils", "MODEL_REMAPPING", purpose)
+    # Versions before 0.32 choose by the family alone.
+    by_architecture: Mapping[tuple[str, str], str] = getattr(
+        importlib.import_module("mlx_lm.utils"), "MODEL_ARCHITECTURE_REMAPPING", {}
+    )
+    found = (by_architecture.get((family, name)) for name in architectures)
+    name = next((name for name in found if name), None) or by_family.get(family, family)
+    return f"mlx_lm.models.{name}"
+
+
+def classes_of(module: str) -> tuple[Any, Any]:
+    """The model of a module of mlx-lm's models and the class of its arguments.
+
+    Raises:
+        ImportError: There is no such module, or it needs another.
+        AttributeError: It has no such classes.
+        SystemExit: It ends the process, for want of a library.
+    """
+    arch = importlib.import_module(module)
+    return arch.Model, arch.ModelArgs
+
+
+def family_of(cls: type[nn.Module]) -> str:
+    """The family that a class of mlx-lm's models is for: the name of its module."""
+    return cls.__module__.rpartition(".")[2]
+
+
+def new_model(cls: Any, arguments: Any, config: Mapping[str, Any]) -> nn.Module:
+    """A model of class `cls` of the `arguments` that `config` gives."""
+    if not hasattr(arguments, "from_dict"):
+        raise lacking(LIBRARY, f"no {arguments.__module__}.{arguments.__name__}.from_dict", "build a model of a config")
+    with quiet():
+        model: nn.Module = cls(arguments.from_dict(dict(config)))
+    return model
+
+
+def arguments_of(model: nn.Module) -> Any:
+    """The arguments that a model was built from, a dataclass; None where it keeps none."""
+    return getattr(model, "args", None) or getattr(model, "config", None)
+
+
+STACKS = ("SwitchGLU", "SwitchMLP")
+"""Names of mlx-lm's modules of stacked experts, which are called with hidden states and the experts of each."""
+
+
+def last_of_stack(experts: nn.Module) -> Any:
+    """The layer of stacked experts that makes their outputs."""
+    return next(experts[name] for name in ("down_proj", "fc2") if name in experts)
+
+
+def lora_layer() -> Any:
+    """mlx-lm's linear layer with a LoRA adapter."""
+    return find(LIBRARY, "mlx_lm.tuner.lora", "LoRALinear", "put LoRA adapters on a model")
+
+
+# --- caches -----------------------------------------------------------------------------------------------------------
+
+
+def make_cache(model: nn.Module) -> list[Any]:
+    """The model's own cache, with an entry a layer.
+
+    Raises:
+        ModelError: It has none.
+    """
+    make = find(LIBRARY, "mlx_lm.models.cache", "make_prompt_cache", "generate text")
+    try:
+        cache: list[Any] = make(model)
+    except AttributeError as error:
+        raise ModelError(
+            f"{type(model).__module__} has no cache ({error}), so it cannot generate token by token."
+        ) from error
+    return cache
+
+
+def parts_of(entry: Any) -> Sequence[Any]:
+    """The entries of which a layer's entry of a cache is made up; none where it is one itself."""
+    parts = getattr(entry, "caches", None)
+    return parts if isinstance(parts, (tuple, list)) else ()
+
+
+def grows_with_tokens(entry: Any) -> bool:
+    """Whether an entry of a cache holds keys and values of every token, or of every token of a window."""
+    return hasattr(entry, "update_and_fetch")
+
+
+_KINDS = ("max_size", "keep", "chunk_size", "step", "group_size", "bits")
+"""What tells caches of one class apart."""
+
+
+def kind_of(entry: Any) -> Hashable:
+    """Equal for entries of a cache that count tokens alike."""
+    return (type(entry), *(getattr(entry, name, None) for name in _KINDS))
+
+
+def keys_of(entry: Any) -> mx.array | None:
+    """The keys in an entry of a cache, where it has an array of them."""
+    keys = getattr(entry, "keys", None)
+    return keys if isinstance(keys, mx.array) else None
+
+
+# --- what mlx-lm knows through transformers ---------------------------------------------------------------------------
+
+
+def config_class(family: str) -> Any:
+    """transformers' class of configs of a family.
+
+    Raises:
+        KeyError: transformers does not know the family.
+    """
+    purpose = "fill in what a config leaves to its family's defaults"
+    return find("transformers", "transformers.models.auto.configuration_auto", "CONFIG_MAPPING", purpose)[family]
+
+
+# --- messages ---------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Let mlx-lm and transformers write nothing while a config is read or a model is built."""
+    loggers = [logging.getLogger(name) for name in ("transformers", "mlx_lm")]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
