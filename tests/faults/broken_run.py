@@ -59,7 +59,8 @@ def break_run(
     No process is left when this returns, or it raises AssertionError.
     """
     surroundings = {
-        **os.environ, "PARTITA_LOST_AFTER": f"{LOST_AFTER_S:g}", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **(env or {}),
+        **os.environ, "PARTITA_LOST_AFTER": f"{LOST_AFTER_S:g}", "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]), **(env or {}),
     }  # fmt: skip
     with (folder / "said").open("wb") as said:
         process = subprocess.Popen(

@@ -90,9 +90,10 @@ class Hub(threading.Thread):
         if not any(peer.silent_s(now_s) > self.limit_s for peer in peers):
             return None
         silent = [peer for peer in peers if peer.silent_s(now_s) > self.limit_s / 2]
-        for peer in silent:
-            peer.kill_if_stopped(self.me["pids"])
-        return {"lost": "; ".join(peer.lost(silence(self.limit_s)) for peer in silent)}
+        return {
+            "lost": "; ".join(peer.lost(silence(self.limit_s)) for peer in silent),
+            "silent": [[peer.rank, peer.pids, peer.pid] for peer in silent],
+        }
 
     def _hear(self, timeout_s: float) -> bool:
         """Take in what has come, waiting for it a while. Returns whether anything has."""
@@ -148,9 +149,16 @@ class Hub(threading.Thread):
                     seat.channel.send(line)
 
     def _end(self, last: dict[str, Any]) -> None:
-        """Tell all the last word; rank 0 behind the others, as this process ends when it hears it."""
-        own = [seat for seat in self.seats if seat.peer is not None and seat.peer.rank == 0]
-        others = [seat for seat in self.seats if seat not in own]
+        """Tell all the last word; rank 0 behind the others, as this process ends when it hears it.
+
+        Silent ranks are not waited for. The members that hear of them end them, once they have reported it: a launcher that
+        sees a process end may end all others, before they have reported anything.
+        """
+        silent = {rank for rank, *_ in last.get("silent", ())}
+        self._send(last, [seat for seat in self.seats if seat.peer is not None and seat.peer.rank in silent])
+        hearing = [seat for seat in self.seats if seat.peer is None or seat.peer.rank not in silent]
+        own = [seat for seat in hearing if seat.peer is not None and seat.peer.rank == 0]
+        others = [seat for seat in hearing if seat not in own]
         for seats in (others, own):
             self._send(last, seats)
             self._wait_for(seats)

@@ -89,7 +89,10 @@ class _Member(threading.Thread):
 
     def _take(self, told: dict[str, Any], now_s: float) -> None:
         if "lost" in told:
-            self._end(told["lost"], LOST)
+            self._say(told["lost"])
+            for rank, pids, pid in told.get("silent", ()):
+                Peer(rank, pids=pids, pid=pid).kill_if_stopped(self.first["pids"])
+            os._exit(LOST)
         elif "failed" in told:
             self._end_with(told["failed"])
         elif self.hub is not None:

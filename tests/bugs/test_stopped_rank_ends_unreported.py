@@ -1,0 +1,54 @@
+"""The hub ended a stopped rank before any rank had reported it, and mlx.launch, which saw it end, ended those that would."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import time
+from typing import Any
+
+from partita.peers import Lines, line_of
+from partita.peers.hub import Hub
+
+LIMIT_S = 0.5
+
+
+def test_a_silent_rank_is_reported_before_it_is_ended() -> None:
+    hub = Hub("127.0.0.1", "token", {"pids": "here"}, LIMIT_S)
+    hub.start()
+    me = {"token": "token", "doing": "working", "pids": "here"}
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as stopped:
+        try:
+            with (
+                socket.create_connection(("127.0.0.1", hub.port)) as first,
+                socket.create_connection(("127.0.0.1", hub.port)) as silent,
+            ):
+                silent.sendall(line_of({**me, "rank": 1, "pid": stopped.pid}))
+                verdict = _verdict_heard_by(first, {**me, "rank": 0, "pid": 0})
+                assert verdict["lost"].startswith(
+                    "rank 1 (stage 0) was lost while working: nothing was heard of it for 0.5 s"
+                )
+                assert verdict["silent"] == [[1, "here", stopped.pid]]
+                assert stopped.poll() is None
+        finally:
+            stopped.kill()
+    hub.join(10.0)
+    assert not hub.is_alive()
+
+
+def _verdict_heard_by(channel: socket.socket, me: dict[str, Any]) -> dict[str, Any]:
+    """The last message of the hub to a rank that tells all the while that it lives."""
+    lines = Lines()
+    channel.settimeout(0.05)
+    until_s = time.monotonic() + 20 * LIMIT_S
+    while time.monotonic() < until_s:
+        channel.sendall(line_of(me))
+        try:
+            told = list(lines.take(channel.recv(1 << 16)))
+        except TimeoutError:
+            continue
+        for one in told:
+            if "lost" in one:
+                return one
+    raise AssertionError("the hub has not ended the run")
