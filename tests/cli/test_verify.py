@@ -25,7 +25,7 @@ def report(*wrong: str) -> Report:
     names = [f"model.layers.{layer}.{name}" for layer in range(3) for name in ("self_attn", "mlp")]
     rows = [Row("module", name, math.inf if name in wrong else 2e-16, 1e-12) for name in names]
     rows += [Row("output", "the model", 0.0, 1e-12), Row("tokens", "6 tokens continued by 12", 0.0, 0.5)]
-    return Report(tuple(rows), "A model on a mesh", shrunk=False)
+    return Report(tuple(rows), "A model on a mesh")
 
 
 @pytest.fixture
@@ -45,7 +45,10 @@ def test_layers_that_are_alike_share_a_row(verify: Run) -> None:
     rows = [line.split() for line in said.out.splitlines()]
     assert ["module", "model.layers.*.self_attn", "0-2", "2.0e-16", "1e-12", "equal"] in rows
     assert ["model.layers.*.mlp", "0-2", "2.0e-16", "1e-12", "equal"] in rows
-    assert "Split equals unsplit in 8 comparisons; the largest error is 2.0e-16." in said.out
+    assert (
+        "Split equals unsplit in 8 comparisons. The largest error is 2.0e-16 (module model.layers.0.self_attn)."
+        in said.out
+    )
 
 
 def test_all_has_a_row_for_every_layer(verify: Run) -> None:
@@ -68,7 +71,9 @@ def test_json_is_json(verify: Run) -> None:
     data = json.loads(said.out, parse_constant=pytest.fail)
     assert (data["equal"], data["first_wrong"]) == (False, "model.layers.1.mlp")
     wrong = [row for row in data["rows"] if not row["ok"]]
-    assert wrong == [{"kind": "module", "name": "model.layers.1.mlp", "error": None, "tolerance": 1e-12, "ok": False}]
+    assert wrong == [
+        {"kind": "module", "name": "model.layers.1.mlp", "error": None, "tolerance": 1e-12, "dtype": "", "ok": False}
+    ]
 
 
 # --- over stages ------------------------------------------------------------------------------------------------------
@@ -159,9 +164,9 @@ ON_MLX = {**TINY, "num_hidden_layers": 4, "rms_norm_eps": 1e-5}
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ("", {"vpp": 1, "layout": None, "steps": 3, "accumulate": 1, "dtype": "float32"}),
+        ("", {"vpp": 1, "layout": None, "steps": 3, "accumulate": 1, "dtype": None}),
         ("--steps 0", {"steps": 0}),
-        ("--dtype float64 --dp 2", {"dp": 2, "tp": 1, "dtype": "float64"}),
+        ("--dtype float64 --dp 2", {"dp": 2, "tp": 1, "dtype": ["float64"]}),
         ("--pp 2 --schedule zb-v", {"vpp": 2, "placement": "v", "schedule": "zb-v", "accumulate": 4}),
         ("--pp 2 --layout E|t|tt|tL --microbatches 2", {"vpp": 2, "layout": "E|t|tt|tL", "accumulate": 2}),
     ],

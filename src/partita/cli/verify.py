@@ -30,7 +30,7 @@ from partita.cli.stages import choose
 from partita.core.mesh import Mesh
 
 if TYPE_CHECKING:
-    from partita.verify import Report
+    from partita.verify import Report, Row
 
 
 def verify(
@@ -46,8 +46,12 @@ def verify(
     microbatches: Microbatches = None,
     steps: Annotated[int, typer.Option("--steps", min=0, help="Training steps to compare too; 0: none.")] = 3,
     dtype: Annotated[
-        Dtype | None,
-        typer.Option("--dtype", help="float64 leaves the least room for doubt; on MLX float32 by default."),
+        list[Dtype] | None,
+        typer.Option(
+            "--dtype",
+            help="Compare in this dtype; may be given several times (default: float64 and the dtype of the weights; on MLX "
+            "float32).",
+        ),
     ] = None,
     engine: EngineOption = None,
     backend: BackendOption = None,
@@ -66,17 +70,17 @@ def verify(
     stages = choose(mesh, layout, vpp, schedule, batch_size=wanted * dp, microbatches=wanted)
     name = choose_engine(engine)
     check_early(model, mesh, layout, stages.vpp, stages.placement, engine=name)
-    computed = dtype if dtype is not None else Dtype.float64 if name == "torch" else Dtype.float32
+    dtypes = [one.value for one in dtype] if dtype else None
 
     def work() -> int:
         if name == "mlx":
             from partita.verify.mlx import verify as compare
         else:
             from partita.verify import verify as compare
-        report = compare(model, **stages.plan, **stages.training, steps=steps, dtype=computed.value)
+        report = compare(model, **stages.plan, **stages.training, steps=steps, dtype=dtypes)
         if rank.is_first():
             if as_json:
-                print_json(_as_data(model, mesh, computed, report))
+                print_json(_as_data(model, mesh, report))
             else:
                 _show(report, all_rows=all_rows)
         return 0 if report.equal else Failure.DIFFERS
@@ -84,14 +88,12 @@ def verify(
     launch.run(mesh, work, engine=name, backend=backend)
 
 
-def _as_data(model: str, mesh: Mesh, dtype: Dtype, report: Report) -> dict[str, Any]:
+def _as_data(model: str, mesh: Mesh, report: Report) -> dict[str, Any]:
     return {
         "model": model,
         "mesh": asdict(mesh),
-        "dtype": dtype.value,
         "equal": report.equal,
         "first_wrong": report.first_wrong,
-        "shrunk": report.shrunk,
         "what": report.what,
         "reference": report.reference,
         "rows": [
@@ -100,14 +102,35 @@ def _as_data(model: str, mesh: Mesh, dtype: Dtype, report: Report) -> dict[str, 
                 "name": row.name,
                 "error": row.error if math.isfinite(row.error) else None,
                 "tolerance": row.tolerance,
+                "dtype": row.dtype,
                 "ok": row.ok,
             }
             for row in report.rows
         ],
+        "skipped": [asdict(skip) for skip in report.skipped],
+        "substituted": list(report.substituted),
     }
 
 
 def _show(report: Report, *, all_rows: bool) -> None:
+    console = out()
+    console.print(report.what, style="dim", soft_wrap=True)
+    if report.reference:
+        console.print(f"reference of the unsplit model: {report.reference}", style="dim", soft_wrap=True)
+    for note in report.substituted:
+        console.print(note, style="yellow", soft_wrap=True)
+    for dtype in report.dtypes:
+        if len(report.dtypes) > 1:
+            console.print(f"In {dtype}:", style="bold")
+        console.print(_table([row for row in report.rows if row.dtype == dtype], all_rows=all_rows))
+    for skip in report.skipped:
+        where = f" in {skip.dtype}" if skip.dtype else ""
+        console.print(f"Not compared{where}: {', '.join(skip.kinds)}: {skip.reason}.", style="yellow", soft_wrap=True)
+    text, style = _verdict(report)
+    console.print(text, style=style, soft_wrap=True)
+
+
+def _table(rows: list[Row], *, all_rows: bool) -> Any:
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -118,32 +141,43 @@ def _show(report: Report, *, all_rows: bool) -> None:
     for head in ("largest error", "allowed", ""):
         table.add_column(head, justify="right", no_wrap=True)
     shown = ""
-    for kind, name, ids, rows in _groups(report.rows, all_rows=all_rows):
-        worst = max(rows, key=lambda row: (not row.ok, row.error))
-        wrong_ids = runs(_layers_of([row for row in rows if not row.ok])) if ids else ""
+    for kind, name, ids, alike in _groups(rows, all_rows=all_rows):
+        worst = max(alike, key=lambda row: (not row.ok, row.error))
+        wrong_ids = runs(_layers_of([row for row in alike if not row.ok])) if ids else ""
         verdict = Text("equal", "green") if worst.ok else Text(f"DIFFERS {wrong_ids}".rstrip(), "bold red")
-        error, allowed = (f"{worst.error:.1e}" if worst.error else "0"), f"{worst.tolerance:.0e}"
-        if kind == "tokens":
+        error, allowed = _number(worst.error), f"{worst.tolerance:.0e}"
+        if kind in ("tokens", "dtype"):
             error, allowed = "", ""
         table.add_row(kind if kind != shown else "", name, ids, error, allowed, verdict)
         shown = kind
-    console = out()
-    console.print(report.what, style="dim", soft_wrap=True)
-    if report.reference:
-        console.print(f"reference of the unsplit model: {report.reference}", style="dim", soft_wrap=True)
-    console.print(table)
-    if report.shrunk:
-        console.print(
-            "The whole does not fit: this was a small model of the same family, with random weights.", style="yellow"
-        )
+    return table
+
+
+def _verdict(report: Report) -> tuple[str, str]:
+    """The last line and its style."""
     compared = plural(len(report.rows), "comparison")
-    if report.equal:
-        text = f"Split equals unsplit in {compared}; the largest error is {report.worst.error:.1e}."
-        console.print(text, style="bold green", soft_wrap=True)
-    else:
+    if not report.rows:
+        return "Nothing was compared, so nothing is known about the split.", "bold red"
+    if not report.equal:
         wrong = sum(not row.ok for row in report.rows)
-        text = f"Split DIFFERS from unsplit in {wrong} of {compared}. The first is {report.first_wrong}."
-        console.print(text, style="bold red", soft_wrap=True)
+        return f"Split DIFFERS from unsplit in {wrong} of {compared}. The first is {report.first_wrong}.", "bold red"
+    text = f"Split equals unsplit in {compared}."
+    for dtype in report.dtypes:
+        largest, nearest = report.largest(dtype), report.nearest(dtype)
+        if largest is None or nearest is None:
+            continue
+        where = f"In {dtype} the" if dtype else "The"
+        text += f" {where} largest error is {_number(largest.error)} ({largest.kind} {largest.name})"
+        if nearest is not largest:
+            text += f", and {_number(nearest.error)} is nearest to what is allowed, {nearest.tolerance:.1e} "
+            text += f"({nearest.kind} {nearest.name})"
+        text += "."
+    missing = sorted({kind for skip in report.skipped for kind in skip.kinds})
+    return text + (f" Not compared: {', '.join(missing)}." if missing else ""), "bold green"
+
+
+def _number(error: float) -> str:
+    return f"{error:.1e}" if error else "0"
 
 
 def _groups(rows: Any, *, all_rows: bool) -> list[tuple[str, str, str, list[Any]]]:

@@ -89,7 +89,7 @@ def judge(measured: Sequence[Rounding], unit_roundoff: float) -> list[Judged]:
         own = [_mean(one.unsplit, one) / scale for one, scale in zip(tensors, scales, strict=True)]
         usual = median(own)
         judged += [
-            Judged(kind, one.name, _mean(one.split, one) / scale, FACTOR * max(error, usual, unit_roundoff))
+            Judged(kind, one.name, _mean(one.split, one) / scale, max(FACTOR * max(error, usual), unit_roundoff))
             for one, scale, error in zip(tensors, scales, own, strict=True)
         ]
     return judged

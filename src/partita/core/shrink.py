@@ -38,28 +38,30 @@ _PERIODS = (
 _NESTED = ("text_config", "llm_config", "language_config")
 
 
-def shrunk_configs(config: Mapping[str, Any], num_heads: int) -> Iterator[dict[str, Any]]:
+def shrunk_configs(config: Mapping[str, Any], num_heads: int, layers: int = 0) -> Iterator[dict[str, Any]]:
     """Smaller and smaller changes of `config`, to be tried in turn until one can be built.
+
+    All have at least `layers` layers, where `config` has as many.
 
     Head counts, kinds of layers and every switch stay, since they are what a split may get wrong. Of a multimodal config the
     text model's is made small, and its towers' shallow, then narrow too.
     """
     nested = next((key for key in _NESTED if isinstance(config.get(key), Mapping) and config[key]), None)
     if nested is not None:
-        for small in shrunk_configs(config[nested], num_heads):
+        for small in shrunk_configs(config[nested], num_heads, layers):
             same = {k: min(v, small.get(k, v)) for k, v in _numbers(config, _VOCABULARY)}
             yield from with_small_towers({**config, **same}, nested, small)
         return
-    layers, more = _few_layers(config), _few_layers(config, 8)
-    inner = {**layers, **{k: min(v, _WIDTH) for k, v in _numbers(layers, _INNER)}, **_small_vocabulary(layers)}
-    yield {**layers, **_narrow(layers, num_heads)}
+    few, more = _few_layers(config, max(2, layers)), _few_layers(config, max(8, layers))
+    inner = {**few, **{k: min(v, _WIDTH) for k, v in _numbers(few, _INNER)}, **_small_vocabulary(few)}
+    yield {**few, **_narrow(few, num_heads)}
     # Where kinds of layers come in a rhythm that no key tells.
     yield {**more, **_narrow(more, num_heads)}
     yield inner
-    yield layers
+    yield few
 
 
-def _few_layers(config: Mapping[str, Any], count: int = 2) -> dict[str, Any]:
+def _few_layers(config: Mapping[str, Any], count: int) -> dict[str, Any]:
     """As many layers as hold one of each kind, at least `count`."""
     small = dict(config)
     total = max((value for _, value in _numbers(config, _LAYERS)), default=0)
@@ -82,7 +84,7 @@ def _few_layers(config: Mapping[str, Any], count: int = 2) -> dict[str, Any]:
         small["num_kv_shared_layers"] = min(config["num_kv_shared_layers"], count // 2)
     count = min(count, total) if total else count
     dense = config.get("first_k_dense_replace")
-    if type(dense) is int and dense > 0:
+    if type(dense) is int and dense > 0 and count < total:
         small["first_k_dense_replace"] = 1
     for key, value in _numbers(config, _LAYERS):
         small[key] = min(value, count)

@@ -53,6 +53,9 @@ class Float64Everywhere(TorchFunctionMode):
         kwargs = {name: _widened(value) for name, value in kwargs.items()}
         if func is Tensor.type and len(args) > 1:
             args = (args[0], _widened_type(args[1]), *args[2:])
+        if func is torch.full and kwargs.get("dtype") is None and isinstance(_fill_value(args, kwargs), float):
+            # The smallest float64, with which masks are filled, overflows the default dtype.
+            kwargs["dtype"] = torch.float64
         result = func(*args, **kwargs)
         return _widened_default(result, [*args, *kwargs.values()])
 
@@ -67,6 +70,10 @@ def _widened_default(result: Any, given: Sequence[Any]) -> Any:
     if any(tensor.dtype in _WIDER for tensor in _tensors(given)):
         return result
     return result.to(_WIDER[result.dtype])
+
+
+def _fill_value(args: Any, kwargs: Any) -> Any:
+    return kwargs.get("fill_value", args[1] if len(args) > 1 else None)
 
 
 def _widened(value: Any) -> Any:

@@ -86,7 +86,8 @@ def model_class(config: Any) -> Any:
 def build_on_meta(config: Any, dtype: torch.dtype | None = None, cls: Any = None) -> nn.Module:
     """The unsplit model of a config without any weight, in eval mode.
 
-    float64 takes the plain implementation of experts, since the grouped ones have no float64.
+    In float64 all parameters and buffers are float64, and experts take the plain implementation, since the grouped ones
+    have no float64.
     """
     check_layers(getattr(config, "num_hidden_layers", None))
     check_architectures(getattr(config, "architectures", None))
@@ -102,6 +103,9 @@ def build_on_meta(config: Any, dtype: torch.dtype | None = None, cls: Any = None
         ) from error
     _leave_no_memory(model)
     _keep_in_float32(model)
+    if dtype == torch.float64:
+        # Some modules make parameters and buffers in float32 whatever the dtype of the model (routers, decays).
+        model.double()
     return model.eval()
 
 

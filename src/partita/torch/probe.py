@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -24,6 +26,7 @@ from partita.torch.groups import single_groups
 from partita.torch.hub import build_on_meta, read_hf_config, rules_of, spec_of
 from partita.torch.initial import FreshFill, record_initialization
 from partita.torch.materialize import make_unsaved_buffers, materialize
+from partita.torch.rounding import Measured, compare_rounding, in_float64, name_of
 from partita.torch.threads import run_as_threads
 from partita.torch.towers import media_of, sample_media
 from partita.torch.transformers_internals import new_model, quiet, text_config_of
@@ -94,7 +97,7 @@ def prove(model: nn.Module, plan: Plan) -> None:
 def _key(model: nn.Module, plan: Plan) -> tuple[Any, ...]:
     # Every switch of the config counts: a verdict on one is none on another.
     config = json.dumps(dict(plan.spec.config), sort_keys=True, default=str)
-    return type(model).__name__, plan.spec.family, plan.mesh.tp, config, plan.rules
+    return type(model).__name__, plan.spec.family, plan.mesh.tp, config, plan.rules, dtype_of(model)
 
 
 _proven: dict[Any, str] = {}
@@ -139,6 +142,8 @@ def _measure(model: nn.Module, plan: Plan) -> str:
     except Exception as error:
         return f"With its rules the forward fails: {_line(error)}"
     if not reason:
+        reason = _rounding_difference(model, plan)
+    if not reason:
         _media[_key(model, plan)] = measure_media(unsplit, lambda inputs: _difference(unsplit, small, inputs))
     return reason
 
@@ -151,13 +156,53 @@ def _difference(unsplit: nn.Module, plan: Plan, inputs: dict[str, Tensor]) -> st
     return f"With its rules the {wrong.kind} {wrong.name} differs from the unsplit model's by {wrong.error:.1e}."
 
 
+def _rounding_difference(model: nn.Module, plan: Plan) -> str:
+    """What a split rounds worse, or in another dtype, than a small model in the dtype of `model`, in words."""
+    dtype = dtype_of(model)
+    if dtype == torch.float64:
+        return ""
+    try:
+        unsplit = small_model(model, plan.spec.num_heads, dtype=dtype)
+    except ModelError:
+        return ""  # The unsplit model does not run in this dtype here, so that nothing can be equal to it.
+    try:
+        small = Plan.make(spec_of(unsplit), Mesh(tp=plan.mesh.tp), None, plan.rules)
+        found = compare_rounding_on_threads(unsplit, small)
+    except Exception as error:
+        return f"With its rules the forward fails in {name_of(dtype)}: {_line(error)}"
+    for path, dtypes in found.dtypes.items():
+        return f"With its rules the output of {path} is {dtypes}."
+    for one in found.judged:
+        if not one.error <= one.allowed:
+            return (
+                f"With its rules the {one.kind} {one.name} is rounded by {one.error:.1e} in {name_of(dtype)}, where "
+                f"{one.allowed:.1e} is allowed."
+            )
+    return ""
+
+
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """The dtype of most of a model's floating parameters."""
+    counts = Counter({torch.float32: 0})
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and parameter.itemsize > 1:
+            counts[parameter.dtype] += parameter.numel()
+    return counts.most_common(1)[0][0]
+
+
 def first_wrong(differences: list[Difference], tolerance: float) -> Difference | None:
     """The first difference above `tolerance`, in order of execution."""
     return next((d for d in differences if not d.error <= tolerance), None)
 
 
-def small_model(model: nn.Module, num_heads: int) -> nn.Module:
-    """A small float64 model of the same class on the CPU, with random weights of which none is zero for all.
+def small_model(model: nn.Module, num_heads: int, *, layers: int = 0, dtype: torch.dtype = torch.float64) -> nn.Module:
+    """A small model of the same class on the CPU, with random weights of which none is zero for all.
+
+    Args:
+        model: The large model, which may be on the meta device.
+        num_heads: The number of attention heads, which is kept.
+        layers: The small model has at least this many layers.
+        dtype: The dtype of the small model.
 
     Raises:
         ModelError: The class has no config to make small, or none of the small ones can be built and run.
@@ -167,18 +212,18 @@ def small_model(model: nn.Module, num_heads: int) -> nn.Module:
         raise ModelError(f"{type(model).__name__} has no config of transformers.")
     reasons: list[str] = []
     runs_on_text: nn.Module | None = None
-    for data in shrunk_configs(config.to_dict(), num_heads):
+    for data in shrunk_configs(config.to_dict(), num_heads, layers):
         try:
             small = read_hf_config(data)
             small.architectures = [type(model).__name__]
-            built = build_on_meta(small, torch.float64, type(model))
+            built = build_on_meta(small, dtype, type(model))
             if sum(p.numel() for p in built.parameters()) > LARGEST_PARAMETERS:
                 reasons.append("it is too large even when made small")
                 continue
-            filled = _drawn(small, type(model))
-            with torch.no_grad(), Float64Everywhere():
+            filled = _drawn(small, built, dtype)
+            with torch.no_grad(), Float64Everywhere() if dtype == torch.float64 else nullcontext():
                 filled(**sample_inputs(filled))
-            if not measure_media(filled, lambda inputs: ""):
+            if dtype != torch.float64 or not measure_media(filled, lambda inputs: ""):
                 return filled
             runs_on_text = filled if runs_on_text is None else runs_on_text
         except PartitaError as error:
@@ -190,11 +235,16 @@ def small_model(model: nn.Module, num_heads: int) -> nn.Module:
     raise ModelError(f"no small model of {type(model).__name__} can be built and run ({reasons[0]}).")
 
 
-def _drawn(config: Any, cls: Any) -> nn.Module:
-    """A new model of a small config with weights of its own making, and noise on norms and biases."""
+def _drawn(config: Any, built: Any, dtype: torch.dtype) -> nn.Module:
+    """What `built` is on the meta device, with weights of its own making, and noise on norms and biases."""
     with torch.random.fork_rng(devices=[]), quiet():
         torch.manual_seed(0)
-        model = new_model(cls, config, torch.float64).eval()
+        model: nn.Module = new_model(type(built), config, dtype).eval()
+        if dtype == torch.float64:
+            model.double()
+        # Some tensors are kept in float32 where the model is narrower.
+        for tensor, like in zip(model.state_dict(keep_vars=True).values(), built.state_dict().values(), strict=True):
+            tensor.data = tensor.data.to(like.dtype)
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.dim() == 1:
@@ -221,6 +271,18 @@ def compare_on_threads(unsplit: nn.Module, plan: Plan, inputs: dict[str, Tensor]
         split = finish(apply_plan(copy.deepcopy(unsplit), plan, groups), plan, groups)
         with Float64Everywhere():
             return compare(copy.deepcopy(unsplit), split, plan, groups, given)
+
+    return run_as_threads(plan.mesh.tp, one)[0]
+
+
+def compare_rounding_on_threads(unsplit: nn.Module, plan: Plan) -> Measured:
+    """Split copies of `unsplit` by `plan` over threads, and compare their rounding with that of `unsplit`."""
+    inputs, exact = sample_inputs(unsplit), in_float64(unsplit)
+
+    def one(comm: Any) -> Measured:
+        groups = single_groups(mesh=plan.mesh, tp=comm)
+        split = finish(apply_plan(copy.deepcopy(unsplit), plan, groups), plan, groups)
+        return compare_rounding(copy.deepcopy(exact), copy.deepcopy(unsplit), split, plan, groups, inputs)
 
     return run_as_threads(plan.mesh.tp, one)[0]
 

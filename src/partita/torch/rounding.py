@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from partita.core.plan import Plan
-from partita.core.rounding import Judged, Rounding, add_ranks, judge
+from partita.core.rounding import FACTOR, Judged, Rounding, add_ranks, judge
 from partita.errors import ModelError
 from partita.torch.apply import local_tensors, unsplit_name
 from partita.torch.compare import local_output, local_part_of, main_output, watch
@@ -143,6 +143,21 @@ def compare_rounding(
     return Measured(judged, dtypes, outputs)
 
 
+def trained_rounding(
+    exact: nn.Module, unsplit: nn.Module, split: nn.Module, plan: Plan, groups: ParallelGroups
+) -> list[Rounding]:
+    """The rounding of every parameter after all three models were trained; every rank calls it, and gets the same."""
+    wide, whole = (dict(m.named_parameters(remove_duplicate=False)) for m in (exact, unsplit))
+    measured = []
+    for name, local in local_tensors(split, plan).items():
+        if name in whole:
+            exact_part, own = (local_part_of(m[name].detach(), plan, name, groups.mp.rank) for m in (wide, whole))
+            measured.append(_rounding("parameter", name, exact_part, own, local))
+    found, _, _ = _over_ranks((measured, {}, 0), groups)
+    places = {name: place for place, name in enumerate(plan.spec.tensors)}
+    return sorted(found, key=lambda one: places[one.name])
+
+
 def _sample(inputs: Mapping[str, Tensor], sample: int) -> dict[str, Tensor]:
     """`inputs` for the first sample, with the ids in another order for others; beside images their places have a meaning."""
     if sample == 0 or set(inputs) - {"input_ids", "attention_mask"}:
@@ -176,7 +191,7 @@ def _run_all(
         first = _forward(exact, plan, inputs, choices)
     second = _forward(unsplit, plan, inputs, choices)
     if not bool(torch.isfinite(second.output).any()):
-        raise ModelError(f"the unsplit model's output is not finite in {_name(second.output.dtype)}.")
+        raise ModelError(f"the unsplit model's output is not finite in {name_of(second.output.dtype)}.")
     third = _forward(split, plan, inputs, choices)
     runs = _Runs(first, second, third)
     if all(run.output.requires_grad for run in (first, second, third)):
@@ -213,11 +228,11 @@ def _measure(runs: _Runs, plan: Plan, rank: int) -> Found:
             continue
         exact, unsplit = (local_output(run.outputs[path], path, plan, rank) for run in (runs.exact, runs.unsplit))
         if unsplit.dtype != output.dtype:
-            dtypes[path] = f"{_name(output.dtype)} instead of {_name(unsplit.dtype)}"
+            dtypes[path] = f"{name_of(output.dtype)} instead of {name_of(unsplit.dtype)}"
         if exact.shape == output.shape:
             measured.append(_rounding("module", path, exact, unsplit, output))
     if runs.unsplit.output.dtype != runs.split.output.dtype:
-        dtypes["the model"] = f"{_name(runs.split.output.dtype)} instead of {_name(runs.unsplit.output.dtype)}"
+        dtypes["the model"] = f"{name_of(runs.split.output.dtype)} instead of {name_of(runs.unsplit.output.dtype)}"
     measured.append(_rounding("output", "the model", runs.exact.output, runs.unsplit.output, runs.split.output))
     measured += _gradients(runs, plan, rank)
     return measured, dtypes, len(runs.split.outputs) + 1
@@ -262,5 +277,21 @@ def _rounding(kind: str, name: str, exact: Tensor, unsplit: Tensor, split: Tenso
     return Rounding(kind, name, exact.numel(), *squares)
 
 
-def _name(dtype: torch.dtype) -> str:
+def is_tie(exact: nn.Module, unsplit: nn.Module, prefix: Sequence[int], one: int, other: int) -> bool:
+    """Whether after the ids `prefix` two tokens' logits are closer than what rounding may move them.
+
+    Either token may be the most likely one where the unsplit model's error in one logit, and the split model's, which may be
+    `FACTOR` times as large, in the other, are together larger than their difference.
+    """
+    ids = torch.tensor([list(prefix)], device=next(unsplit.parameters()).device)
+    with torch.no_grad():
+        with Float64Everywhere():
+            wide = main_output(exact(input_ids=ids))[0, -1].double()
+        own = main_output(unsplit(input_ids=ids))[0, -1].double()
+    error = float((own - wide).abs().max())
+    return abs(float(wide[one] - wide[other])) <= 2 * FACTOR * error
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """The name of a dtype without its package."""
     return str(dtype).removeprefix("torch.")

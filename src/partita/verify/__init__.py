@@ -2,12 +2,12 @@
 
 from typing import TYPE_CHECKING, Any
 
-from partita.verify.report import Report, Row
+from partita.verify.report import Report, Row, Skip
 
 if TYPE_CHECKING:
     from partita.verify.run import verify
 
-__all__ = ["Report", "Row", "verify"]
+__all__ = ["Report", "Row", "Skip", "verify"]
 
 
 def __getattr__(name: str) -> Any:

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import copy
 import os
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from partita.checkpoint.facts import stored_dtype
 from partita.checkpoint.find import find_model
+from partita.checkpoint.index import open_checkpoint
 from partita.core.mesh import Mesh
 from partita.core.placement import Placement
 from partita.core.plan import Plan
+from partita.core.rounding import judge
 from partita.errors import CheckpointError, ModelError
 from partita.peers import doing
 from partita.text import Sampling
 from partita.torch.apply import apply_plan, plan_of
-from partita.torch.compare import compare, compare_parameters
+from partita.torch.compare import compare, compare_parameters, main_output
 from partita.torch.finish import finish
 from partita.torch.float64 import Float64Everywhere
 from partita.torch.generate import generate
@@ -27,23 +31,42 @@ from partita.torch.groups import ParallelGroups, init_process_group, make_groups
 from partita.torch.hub import build_on_meta, read_hf_config, spec_of
 from partita.torch.load import as_dtype, choose_plan, load
 from partita.torch.probe import fill_unsplit, sample_inputs, small_model
+from partita.torch.rounding import (
+    Choices,
+    compare_rounding,
+    in_float64,
+    is_tie,
+    name_of,
+    trained_rounding,
+)
+from partita.torch.stage_probe import refuse_undecodable
 from partita.torch.together import together
 from partita.torch.train import TrainSettings, train
-from partita.verify.report import Report, Row, loss_rows, token_rows
+from partita.training import StepReport
+from partita.verify.report import (
+    Collected,
+    Report,
+    Row,
+    Skip,
+    dtype_rows,
+    first_line,
+    loss_rounding,
+    loss_rows,
+    rounding_rows,
+    token_rows,
+)
 
-TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.05, torch.float16: 0.01}
-"""Of outputs and gradients by dtype, relative to the largest magnitude."""
+TOLERANCE = 1e-12
+"""The largest error in float64, relative to the largest magnitude; narrower dtypes are judged by `partita.core.rounding`."""
 
 MEMORY_SHARE = 0.5
-"""The part of the free memory that whole models on all ranks may take."""
-
-STEPS_TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
-"""Of losses and parameters after some steps."""
+"""The part of the free memory that unsplit models on all ranks may take."""
 
 EPSILON = 1e-4
 """AdamW divides a gradient by its own size and this: were it much smaller, rounding of small gradients would be blown up."""
 
 NEW_TOKENS = 12
+SEQUENCE_LENGTH = 8
 
 
 @doing("verifying")
@@ -60,13 +83,14 @@ def verify(
     group_size: int | None = None,
     accumulate: int = 1,
     steps: int = 3,
-    dtype: str = "float64",
+    dtype: str | Sequence[str] | None = None,
     trust_remote_code: bool = False,
 ) -> Report:
     """Compare the split model with the unsplit one: every module's output, every gradient, generated tokens, and training.
 
-    Every rank of the run calls it. Where the whole model, once a rank, does not fit into half the free memory, a small one
-    of the same family with the same heads stands for it. A config without weights gets random ones.
+    Every rank of the run calls it. Where the unsplit model, once a rank, does not fit into half the free memory, a small one
+    of the same family with the same heads, layout and schedule is compared in its place. A config without weights gets
+    random ones.
 
     Args:
         model: A folder, a config file or a hub id.
@@ -80,7 +104,9 @@ def verify(
         group_size: Of interleaved schedules.
         accumulate: Micro-batches of a training step.
         steps: Training steps; 0 for none.
-        dtype: In which it is computed; in float64 nothing is narrowed to float32, so that equality can be told to 1e-12.
+        dtype: One dtype or several, which are compared in turn. In float64 nothing is narrowed to float32, so that errors are
+            at most 1e-12. In narrower dtypes the split model may round at most twice as much as the unsplit one. By default
+            float64 and the dtype of the weights.
         trust_remote_code: Whether to run code that comes with the model.
 
     Returns:
@@ -92,36 +118,140 @@ def verify(
     init_process_group()
     mesh = Mesh(dp, pp, tp)
     groups = make_groups(mesh)
+    settings = TrainSettings(
+        steps=max(steps, 1), batch_size=accumulate * dp, sequence_length=SEQUENCE_LENGTH, accumulate=accumulate,
+        warmup_steps=1, learning_rate=1e-3, epsilon=EPSILON, schedule=schedule, group_size=group_size,
+    )  # fmt: skip
     with together(groups):
-        wanted = as_dtype(dtype) or torch.float64
         folder = find_model(model)
-        built = build_on_meta(read_hf_config(folder, trust_remote_code=trust_remote_code), wanted)
-        parameters = sum(p.numel() for p in built.parameters())
-        shrunk = parameters * wanted.itemsize * 3 * mesh.size > _free_bytes() * MEMORY_SHARE
-    if shrunk:
+        dtypes = _dtypes(dtype, folder, read_hf_config(folder, trust_remote_code=trust_remote_code))
+    rows: list[Row] = []
+    skipped: list[Skip] = []
+    substituted: list[str] = []
+    for wanted in dtypes:
         with together(groups):
-            unsplit = small_model(built, spec_of(built).num_heads).to(wanted)
-    else:
-        unsplit = _whole(folder, built, wanted)
-    for parameter in unsplit.parameters():
-        parameter.requires_grad_(parameter.is_floating_point())
-    with together(groups):
-        plan = choose_plan(unsplit, None, mesh, layout if not shrunk else None, vpp, placement)
-        split = finish(apply_plan(copy.deepcopy(unsplit), plan, groups), plan, groups)
-        inputs = sample_inputs(unsplit)
-    tolerance = TOLERANCES[wanted]
-    with Float64Everywhere() if wanted == torch.float64 else nullcontext():
-        differences = compare(unsplit, split, plan, groups, inputs)
-        rows = [Row(d.kind, d.name, d.error, tolerance) for d in differences]
-        rows += _tokens(unsplit, split, inputs["input_ids"])
-        settings = TrainSettings(
-            steps=steps or 1, batch_size=accumulate * dp, sequence_length=8, accumulate=accumulate, warmup_steps=1,
-            learning_rate=1e-3, epsilon=EPSILON, schedule=schedule, group_size=group_size,
-        )  # fmt: skip
-        rows += _training(unsplit, split, groups, settings, STEPS_TOLERANCES[wanted]) if steps else []
+            built = build_on_meta(read_hf_config(folder, trust_remote_code=trust_remote_code), wanted)
+            small, note = _small_instead(built, mesh, layout, vpp, wanted)
+        unsplit = small if small is not None else _whole(folder, built, wanted)
+        for parameter in unsplit.parameters():
+            parameter.requires_grad_(parameter.is_floating_point())
+        with together(groups):
+            plan = choose_plan(unsplit, None, mesh, layout, vpp, placement)
+            split = finish(apply_plan(copy.deepcopy(unsplit), plan, groups), plan, groups)
+        found = Collected(name_of(wanted))
+        compare_in = _compare_in_float64 if wanted == torch.float64 else _compare_rounding
+        compare_in(unsplit, split, settings if steps else None, found)
+        found.expect("module", "output", "gradient", "tokens", *(("loss", "parameter") if steps else ()))
+        rows += found.rows
+        skipped += found.skipped
+        substituted += [] if note in (*substituted, "") else [note]
     size = sum(p.numel() for p in unsplit.parameters())
-    what = f"{type(unsplit).__name__} ({plan.spec.family}), {size:,} parameters, {dtype}, {mesh}"
-    return Report(tuple(rows), what, shrunk)
+    names = ", ".join(name_of(one) for one in dtypes)
+    what = f"{type(unsplit).__name__} ({plan.spec.family}), {size:,} parameters, {names}, {mesh}"
+    return Report(tuple(rows), what, tuple(skipped), tuple(substituted))
+
+
+def _dtypes(dtype: str | Sequence[str] | None, folder: Path, config: Any) -> list[torch.dtype]:
+    """The dtypes to compare in, each once; by default float64 and that of the weights, or of a config without weights."""
+    if dtype is not None:
+        names = [dtype] if isinstance(dtype, str) else list(dtype)
+        return list(dict.fromkeys(as_dtype(name) or torch.float64 for name in names))
+    stored: Any = None
+    if folder.is_dir() and any(folder.glob("*.safetensors*")):
+        stored = stored_dtype(open_checkpoint(folder))
+    stored = stored or getattr(config, "dtype", None)
+    return list(dict.fromkeys([torch.float64, as_dtype(stored) or torch.float64]))
+
+
+def _small_instead(
+    built: nn.Module, mesh: Mesh, layout: str | None, vpp: int | None, dtype: torch.dtype
+) -> tuple[nn.Module | None, str]:
+    """A small model and a note of it where `built` is too large to be compared as it is, else None.
+
+    It has as many layers as the layout names, or as there are stages, and so the plan of the large model's shape.
+    """
+    parameters = sum(p.numel() for p in built.parameters())
+    # The unsplit and the split model and their gradients; below float64 a float64 model too.
+    per_rank = parameters * (3 * dtype.itemsize + (0 if dtype == torch.float64 else 2 * torch.float64.itemsize))
+    if per_rank * mesh.size <= _free_bytes() * MEMORY_SHARE:
+        return None, ""
+    spec = spec_of(built)
+    stages = mesh.pp * (vpp or 1)
+    small = small_model(built, spec.num_heads, layers=spec.num_layers if layout is not None else stages, dtype=dtype)
+    layers = spec_of(small).num_layers
+    return small, (
+        f"A small model with {layers} of {spec.num_layers} layers, the same heads and random weights was compared: the "
+        f"{parameters:,} parameters of {type(built).__name__} do not fit into {MEMORY_SHARE:.0%} of the free memory on "
+        f"{mesh.size} rank{'s' if mesh.size > 1 else ''}."
+    )
+
+
+def _compare_in_float64(unsplit: nn.Module, split: nn.Module, settings: TrainSettings | None, found: Collected) -> None:
+    """Compare everything in float64; the weights of both are left trained."""
+    plan, groups = plan_of(split)
+    with Float64Everywhere():
+        inputs = _inputs(unsplit, groups, found)
+        if inputs is not None:
+            differences = compare(unsplit, split, plan, groups, inputs)
+            found.add(Row(d.kind, d.name, d.error, TOLERANCE) for d in differences)
+        finish(unsplit, Plan.make(spec_of(unsplit), Mesh()), single_groups())
+        _compare_tokens(unsplit, split, found)
+        if settings is None:
+            return
+        tokens = _training_tokens(unsplit, split)
+        expected = _trained(unsplit, tokens, settings, found)
+        if expected is not None:
+            found.add(loss_rows(expected, train(split, tokens, settings), TOLERANCE))
+            parameters = compare_parameters(unsplit, split, plan, groups)
+            found.add(Row(d.kind, d.name, d.error, TOLERANCE) for d in parameters)
+
+
+def _compare_rounding(unsplit: nn.Module, split: nn.Module, settings: TrainSettings | None, found: Collected) -> None:
+    """Compare everything in a narrower dtype; the weights of both are left trained."""
+    plan, groups = plan_of(split)
+    exact = in_float64(unsplit)
+    inputs = _inputs(unsplit, groups, found)
+    if inputs is not None:
+        measured = compare_rounding(exact, unsplit, split, plan, groups, inputs)
+        found.add(rounding_rows(measured.judged))
+        found.add(dtype_rows(measured.outputs, measured.dtypes))
+    for model in (exact, unsplit):
+        finish(model, Plan.make(spec_of(model), Mesh()), single_groups())
+    _compare_tokens(unsplit, split, found, lambda prefix, one, other: is_tie(exact, unsplit, prefix, one, other))
+    if settings is None:
+        return
+    tokens, choices = _training_tokens(exact, unsplit, split), Choices()
+    with Float64Everywhere(), choices.of(exact):
+        wide = _trained(exact, tokens, settings, found)
+    if wide is None:
+        return
+    with choices.of(unsplit):
+        expected = _trained(unsplit, tokens, settings, found)
+    if expected is None:
+        return
+    with choices.of(split):
+        losses = loss_rounding(wide, expected, train(split, tokens, settings))
+    rounding = [*losses, *trained_rounding(exact, unsplit, split, plan, groups)]
+    found.add(rounding_rows(judge(rounding, torch.finfo(getattr(torch, found.dtype)).eps / 2)))
+
+
+def _inputs(unsplit: nn.Module, groups: ParallelGroups, found: Collected) -> dict[str, Tensor] | None:
+    """What both models are called with; None, which is noted, where the unsplit model gives nothing to compare with."""
+    kinds = ("module", "output", "gradient")
+    with together(groups):
+        try:
+            inputs = sample_inputs(unsplit)
+            with torch.no_grad():
+                output = main_output(unsplit(**inputs))
+        except Exception as error:
+            found.skip(*kinds, why=f"the unsplit model does not run: {first_line(error)}")
+            return None
+        if bool(output.isnan().any()):
+            found.skip(*kinds, why="the unsplit model's own output holds NaN, to which nothing is equal")
+            return None
+        if not output.is_floating_point() or not any(p.requires_grad for p in unsplit.parameters()):
+            found.skip("gradient", why="the unsplit model's output has no gradient")
+    return inputs
 
 
 def _whole(folder: Path, built: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -135,35 +265,44 @@ def _whole(folder: Path, built: nn.Module, dtype: torch.dtype) -> nn.Module:
     return fill_unsplit(built)
 
 
-def _tokens(unsplit: nn.Module, split: nn.Module, ids: Tensor) -> list[Row]:
-    """Whether both continue two prompts of different lengths, taken from `ids`, with the same tokens."""
-    prompts = [ids[0, :6].tolist(), ids[1].tolist()]
-    sampling = Sampling(NEW_TOKENS, temperature=0.0, ignore_eos=True, use_generation_config=False)
+def _compare_tokens(
+    unsplit: nn.Module,
+    split: nn.Module,
+    found: Collected,
+    is_tie: Callable[[Sequence[int], int, int], bool] = lambda prefix, one, other: False,
+) -> None:
+    """Whether both continue two prompts of different lengths with the same tokens."""
     try:
-        finish(unsplit, Plan.make(spec_of(unsplit), Mesh()), single_groups())
+        ids = sample_inputs(unsplit)["input_ids"]
+        prompts = [ids[0, :6].tolist(), ids[1].tolist()]
+        sampling = Sampling(NEW_TOKENS, temperature=0.0, ignore_eos=True, use_generation_config=False)
         expected = generate(unsplit, prompts, sampling)
-    except ModelError:
-        return []
-    found = generate(split, prompts, sampling)
-    return token_rows(prompts, expected, found, NEW_TOKENS)
-
-
-def _training(
-    unsplit: nn.Module, split: nn.Module, groups: ParallelGroups, settings: TrainSettings, tolerance: float
-) -> list[Row]:
-    """The loss of each step, and every parameter after the last, of both models trained on the same random tokens."""
-    plan, _ = plan_of(split)
-    tokens = torch.randint(0, plan.spec.vocab_size, (512,), generator=torch.Generator().manual_seed(0))
+    except Exception as error:
+        found.skip("tokens", why=f"the unsplit model does not generate: {first_line(error)}")
+        return
     try:
-        finish(unsplit, Plan.make(spec_of(unsplit), Mesh()), single_groups())
-        for model in (unsplit, split):
-            _without_dropout(model)
-        expected = train(unsplit, tokens, replace(settings, schedule=None, group_size=None))
-    except ModelError:
-        return []
-    found = train(split, tokens, settings)
-    rows = loss_rows(expected, found, tolerance)
-    return rows + [Row(d.kind, d.name, d.error, tolerance) for d in compare_parameters(unsplit, split, plan, groups)]
+        refuse_undecodable(split, plan_of(split)[0])
+    except ModelError as error:
+        found.skip("tokens", why=first_line(error))
+        return
+    found.add(token_rows(prompts, expected, generate(split, prompts, sampling), is_tie))
+
+
+def _training_tokens(*models: nn.Module) -> Tensor:
+    """Random tokens to train `models` on, which drop nothing from now on."""
+    for model in models:
+        _without_dropout(model)
+    vocabulary = plan_of(models[-1])[0].spec.vocab_size
+    return torch.randint(0, max(vocabulary, 1), (512,), generator=torch.Generator().manual_seed(0))
+
+
+def _trained(unsplit: nn.Module, tokens: Tensor, settings: TrainSettings, found: Collected) -> list[StepReport] | None:
+    """The reports of training the unsplit model; None, which is noted, where it does not train."""
+    try:
+        return train(unsplit, tokens, replace(settings, schedule=None, group_size=None))
+    except Exception as error:
+        found.skip("loss", "parameter", why=f"the unsplit model does not train: {first_line(error)}")
+        return None
 
 
 def _without_dropout(model: nn.Module) -> None:
