@@ -14,6 +14,7 @@ from partita.torch import Float64Everywhere
 from partita.torch.hub import build_on_meta, read_hf_config
 from partita.torch.load import shard
 from partita.torch.probe import fill_unsplit
+from partita.torch.transformers_internals import cache_argument, cache_of
 from tests.support.ranks import ranks
 from tests.torch.test_stage import deep
 
@@ -56,9 +57,9 @@ def asking(**asked: Any) -> Callable[[Any], Any]:
 
 
 def _embeds(model: Any) -> Any:
-    embeds = torch.randn(
-        2, LENGTH, model.get_input_embeddings().embedding_dim, generator=torch.Generator().manual_seed(1)
-    )
+    # OPT's and ELECTRA's embedding is not as wide as their layers.
+    width = getattr(model.config, "word_embed_proj_dim", model.config.hidden_size)
+    embeds = torch.randn(2, LENGTH, width, generator=torch.Generator().manual_seed(1))
     return _plain(model, input_ids=None, inputs_embeds=embeds.double())
 
 
@@ -78,8 +79,8 @@ def _cached(model: Any) -> list[Any]:
     """Three calls that hand their cache on."""
     outputs, cache = [], None
     for begin, end in ((0, 3), (3, 4), (4, 6)):
-        output = model(input_ids=IDS[:, begin:end], past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
+        output = model(input_ids=IDS[:, begin:end], use_cache=True, **{cache_argument(model): cache})
+        cache = cache_of(output)
         assert cache.get_seq_length() == end
         outputs.append({"logits": output.logits})
     return outputs
@@ -90,9 +91,9 @@ def _given_cache(model: Any) -> list[Any]:
     from transformers import DynamicCache
 
     cache = DynamicCache(config=model.config)
-    first = model(input_ids=IDS[:, :4], past_key_values=cache)
+    first = model(input_ids=IDS[:, :4], **{cache_argument(model): cache})
     assert cache.get_seq_length() == 4
-    second = model(input_ids=IDS[:, 4:], past_key_values=cache)
+    second = model(input_ids=IDS[:, 4:], **{cache_argument(model): cache})
     return [{"logits": first.logits}, {"logits": second.logits}]
 
 
@@ -100,8 +101,8 @@ def _static_cache(model: Any) -> list[Any]:
     from transformers import StaticCache
 
     cache = StaticCache(config=model.config, max_cache_len=8)
-    first = model(input_ids=IDS[:, :4], past_key_values=cache)
-    second = model(input_ids=IDS[:, 4:], past_key_values=cache)
+    first = model(input_ids=IDS[:, :4], **{cache_argument(model): cache})
+    second = model(input_ids=IDS[:, 4:], **{cache_argument(model): cache})
     return [{"logits": first.logits}, {"logits": second.logits}]
 
 
@@ -109,6 +110,7 @@ REQUESTS: dict[str, Callable[[Any], Any]] = {
     "attentions": asking(output_attentions=True),
     "hidden states": asking(output_hidden_states=True),
     "router logits": asking(output_router_logits=True),
+    "a router's loss": asking(output_router_logits=True, labels=IDS.masked_fill(MASK == 0, -100)),
     "everything": asking(output_attentions=True, output_hidden_states=True, use_cache=False),
     "some hidden states": asking(output_hidden_states=[0, -1]),
     "a tuple": asking(return_dict=False),
@@ -183,17 +185,15 @@ def difference(expected: Mapping[str, Tensor], answer: Mapping[str, Tensor]) -> 
     return ""
 
 
-OF_LANGUAGE_MODELS = [name for name in REQUESTS if name != "router logits"]
+OF_LANGUAGE_MODELS = [name for name in REQUESTS if "router" not in name]
 BATCHED = [name for name in OF_LANGUAGE_MODELS if "cache" not in name]
+MASKED = [name for name in OF_LANGUAGE_MODELS if name not in ("an additive mask", "a mask of each head")]
 CASES: dict[str, list[str]] = {
     "llama-7-heads-1-kv": OF_LANGUAGE_MODELS, "qwen3": OF_LANGUAGE_MODELS, "gpt2": OF_LANGUAGE_MODELS,
     "gpt-neox": OF_LANGUAGE_MODELS, "gemma2": OF_LANGUAGE_MODELS, "gemma3-mixed": OF_LANGUAGE_MODELS,
-    "mixtral": list(REQUESTS), "qwen3-moe": list(REQUESTS),
-    "opt": [name for name in OF_LANGUAGE_MODELS if name not in ("an additive mask", "a mask of each head")],
-    "bert": BATCHED, "bert-masked-lm": BATCHED,
-    "bart": [name for name in BATCHED if name not in ("an additive mask", "a mask of each head")],
-    "falcon": OF_LANGUAGE_MODELS, "mpt": OF_LANGUAGE_MODELS,
-    "bloom": [name for name in OF_LANGUAGE_MODELS if name not in ("an additive mask", "a mask of each head")],
+    "mixtral": list(REQUESTS), "qwen3-moe": list(REQUESTS), "deepseek-v3": OF_LANGUAGE_MODELS, "opt": MASKED,
+    "bert": BATCHED, "bert-masked-lm": BATCHED, "falcon": OF_LANGUAGE_MODELS, "bloom": MASKED, "mpt": OF_LANGUAGE_MODELS,
+    "bart": [name for name in BATCHED if name in MASKED],
 }  # fmt: skip
 """By family what it takes: OPT and BLOOM make positions of the mask, BERT and BART have no cache of a causal model."""
 
@@ -202,29 +202,85 @@ COPIED = {"tp": 3}
 """Three ranks have 3, 2 and 2 of seven heads, and a copy each of one KV head."""
 
 
+PP = {"pp": 2}
+BOTH = {"pp": 2, "tp": 2}
+TWICE = {"pp": 2, "vpp": 2}
+EMPTY = {"pp": 3, "layout": "Ett||ttL"}
+ALONE = {"pp": 2, "layout": "E|ttttL"}
+LAST = {"pp": 2, "layout": "EttttL|"}
+
+UNRECORDED = ("falcon", "bloom", "mpt")
+"""Families that pass what is asked of every layer from layer to layer themselves."""
+
+
+def refusal(name: str, where: dict[str, Any], request: str) -> str:
+    """How the error begins that a request gets, or nothing where it is answered."""
+    if "pp" not in where:
+        return ""
+    if request == "a static cache":
+        return "ModelError: cache=... would share one cache" if "vpp" in where else "ModelError: a cache of Static"
+    if "vpp" in where and "cache" in request:
+        return (
+            "ModelError: use_cache=True would share"
+            if request == "a returned cache"
+            else "ModelError: cache=... would share"
+        )
+    asks_layers = request in (
+        "attentions",
+        "hidden states",
+        "everything",
+        "some hidden states",
+        "a tuple of everything",
+    )
+    return "ModelError: output_" if name in UNRECORDED and asks_layers else ""
+
+
 def check(name: str, where: dict[str, Any], requests: list[str], **config: Any) -> None:
     size = where.get("tp", 1) * where.get("pp", 1)
     for found in ranks(size).run(_compared, name, where, requests, config):
-        assert found == dict.fromkeys(requests, "")
+        for request in requests:
+            expected = refusal(name, where, request)
+            assert found[request].startswith(expected), (name, request, found[request])
+            assert bool(found[request]) == bool(expected), (name, request, found[request])
 
 
-@pytest.mark.parametrize("name", ["llama-7-heads-1-kv", "gpt2", "mixtral"])
-def test_tensor_ranks_answer_every_request(name: str) -> None:
-    check(name, TP, CASES[name])
+FAST = ("llama-7-heads-1-kv", "gpt2", "mixtral")
+CAUSAL = [name for name in CASES if name != "bart"]
+"""Encoders with decoders are not split into stages."""
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in CASES if name not in ("llama-7-heads-1-kv", "gpt2", "mixtral")])
-def test_tensor_ranks_of_more_families_answer_every_request(name: str) -> None:
-    check(name, TP, CASES[name])
+@pytest.mark.parametrize("where", [TP, PP], ids=["tp", "pp"])
+@pytest.mark.parametrize("name", FAST)
+def test_every_request_is_answered(name: str, where: dict[str, Any]) -> None:
+    check(name, where, CASES[name])
+
+
+def test_a_family_that_records_nothing_is_refused() -> None:
+    check("falcon", PP, ["attentions", "hidden states", "a returned cache"])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", list(CASES))
-def test_uneven_heads_and_copied_kv_heads_answer_every_request(name: str) -> None:
-    check(name, COPIED, CASES[name])
+@pytest.mark.parametrize("where", [TP, COPIED], ids=["tp", "copied"])
+def test_tensor_ranks_of_every_family_answer(name: str, where: dict[str, Any]) -> None:
+    check(name, where, CASES[name])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CAUSAL)
+@pytest.mark.parametrize("where", [PP, BOTH], ids=["pp", "both"])
+def test_stages_of_every_family_answer(name: str, where: dict[str, Any]) -> None:
+    check(name, where, CASES[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", [TWICE, EMPTY, ALONE, LAST], ids=["twice", "empty", "alone", "last"])
+@pytest.mark.parametrize("name", ["llama-7-heads-1-kv", "mixtral", "gemma3-mixed"])
+def test_stages_of_every_layout_answer(name: str, where: dict[str, Any]) -> None:
+    check(name, where, CASES[name])
+
+
+@pytest.mark.parametrize("where", [TP, PP], ids=["tp", "pp"])
 @pytest.mark.parametrize(
     ("name", "config"),
     [
@@ -233,5 +289,5 @@ def test_uneven_heads_and_copied_kv_heads_answer_every_request(name: str) -> Non
         ("llama-7-heads-1-kv", {"attention": "sdpa"}),
     ],
 )
-def test_what_the_config_asks_for(name: str, config: dict[str, Any]) -> None:
-    check(name, TP, ["no mask", "attentions"], **config)
+def test_what_the_config_asks_for(name: str, config: dict[str, Any], where: dict[str, Any]) -> None:
+    check(name, where, ["no mask", "attentions"], **config)

@@ -47,6 +47,15 @@ def advance_cache(cache: Any, own: Collection[int], inputs: Mapping[str, Any]) -
         kinds.add(type(entry))
 
 
+def counting_cache(model: Any, inputs: Mapping[str, Any]) -> Any:
+    """A cache for the caller on a rank without layers, that counts the tokens of one forward."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=model.config)
+    advance_cache(cache, (), inputs)
+    return cache
+
+
 def check_cache(cache: Any) -> None:
     """See that every entry of a cache can be counted where its layer is not; before the ranks begin, as only some would see.
 

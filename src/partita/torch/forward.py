@@ -1,7 +1,8 @@
 """Calling a model that is cut into stages: every rank calls it like the unsplit one, and every rank gets the whole output.
 
         forward    each rank runs its stages when what they need arrives; the last one's output goes to all
-        backward   from the output on the last stage, stage by stage to the first; other ranks' gradients of it are not asked
+        backward   from the output on the last stage, stage by stage to the first; other ranks' gradients of it are not asked.
+                   Gradients of inputs (embeddings, masks) are summed over the stages, so that every rank has them
 
 A model called so has one micro-batch under way; `pipeline.Pipeline` runs schedules of many.
 """
@@ -21,13 +22,14 @@ from torch.autograd import Function
 from partita.core.plan import Plan
 from partita.errors import ModelError
 from partita.torch.apply import plan_of
-from partita.torch.cache import check_cache
+from partita.torch.attentions import innermost_model
+from partita.torch.cache import check_cache, counting_cache, find_cache
 from partita.torch.comm import exactly_empty
 from partita.torch.copies import summed_copies
 from partita.torch.groups import ParallelGroups
 from partita.torch.links import Links
-from partita.torch.stage import Message, is_cut, run_stage
-from partita.torch.transformers_internals import cache_argument, is_cache, rename_cache
+from partita.torch.stage import RECORDED, Message, is_cut, run_stage
+from partita.torch.transformers_internals import cache_argument, is_cache, recordable, rename_cache
 
 
 def call_as_whole(model: nn.Module, plan: Plan, groups: ParallelGroups) -> None:
@@ -63,7 +65,9 @@ def _forward(model: Any, *args: Any, **kwargs: Any) -> Any:
         comm.broadcast_(tensor, last)
     if call.trains:
         call.made = made
-        tensors = list(_Output.apply(torch.zeros((), requires_grad=True), call, *tensors))
+        tensors = list(_Output.apply(torch.zeros((), requires_grad=True), call, *call.given, *tensors))
+    if call.cache is None and call.plan.vpp == 1 and not call.has_layers and _has_cache(form):
+        call.cache = counting_cache(model, call.inputs)
     return _put_together(form, tensors, call.cache)
 
 
@@ -81,18 +85,53 @@ def _bound(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict
         elif name != "self":
             inputs[name] = value
     inputs, cache_name = rename_cache(model, inputs), cache_argument(model)
-    for name in ("output_hidden_states", "output_attentions", "output_router_logits"):
-        if inputs.get(name) or (name not in inputs and getattr(getattr(model, "config", None), name, False)):
-            raise ModelError(f"{name}=True asks for what every stage has a part of. Leave it out, or use pp=1.")
-    cache = inputs.get(cache_name)
-    if hasattr(cache, "layers") and plan_of(model)[0].num_stages > 1:
-        check_cache(cache)
-    if cache is not None and plan_of(model)[0].vpp > 1:
+    plan = plan_of(model)[0]
+    _refuse_unrecorded(model, plan, inputs)
+    if plan.num_mtp and model.training and inputs.get("input_ids") is None:
         raise ModelError(
-            f"{cache_name}=... would share one cache between several stages of a rank, each of which counts its tokens. Call "
+            "layers that predict more tokens embed the ids of later positions, so training them needs input_ids, not "
+            "inputs_embeds."
+        )
+    cache = inputs.get(cache_name)
+    if hasattr(cache, "layers") and plan.num_stages > 1:
+        check_cache(cache)
+    if (cache is not None or inputs.get("use_cache")) and plan.vpp > 1:
+        name = f"{cache_name}=..." if cache is not None else "use_cache=True"
+        raise ModelError(
+            f"{name} would share one cache between several stages of a rank, each of which counts its tokens. Call "
             "partita.torch.generate(), or use vpp=1."
         )
     return inputs
+
+
+def _refuse_unrecorded(model: Any, plan: Plan, inputs: Mapping[str, Any]) -> None:
+    """Raise `ModelError` for outputs of every layer that are asked for and cannot be handed on from stage to stage."""
+    can = recordable(model.get_submodule(innermost_model(model, plan.spec.layers)))
+    for name, wanted in _requests(model, plan, inputs).items():
+        label = name.removeprefix("output_")
+        if not wanted or (can and label not in can):
+            # transformers, too, ignores a request for what a model has not.
+            continue
+        if label not in can.intersection(RECORDED):
+            raise ModelError(
+                f"{name}=True asks for what every stage has a part of, and {type(model).__name__} does not record it in a way "
+                "that stages can hand on. Leave it out, or use pp=1."
+            )
+        if plan.num_mtp and model.training:
+            raise ModelError(
+                f"{name}=True cannot be answered while layers that predict more tokens train. Leave it out, or call eval()."
+            )
+
+
+def _requests(model: Any, plan: Plan, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """What a call asks for of the outputs of every layer, by the argument's name, whether by it or by a config."""
+    inner = model.get_submodule(innermost_model(model, plan.spec.layers))
+    configs = [getattr(module, "config", None) for module in (model, inner)]
+    names = {f"output_{name}" for name in RECORDED} | {name for name in inputs if name.startswith("output_")}
+    return {
+        name: inputs[name] if name in inputs else next((v for c in configs if (v := getattr(c, name, False))), False)
+        for name in sorted(names)
+    }
 
 
 class _Call:
@@ -100,14 +139,23 @@ class _Call:
 
     def __init__(self, model: Any, inputs: Mapping[str, Any]) -> None:
         self.plan, self.groups = plan_of(model)
-        self.model, self.inputs, self.links = model, inputs, model.partita_links
-        trains = torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters())
+        self.model, self.links = model, model.partita_links
+        # A stage's own backward ends at the inputs; the gradients of all stages are summed after it.
+        self.given = [v for v in inputs.values() if isinstance(v, Tensor) and v.requires_grad]
+        self.leaves = [v.detach().requires_grad_() for v in self.given]
+        leaf_of = {id(v): leaf for v, leaf in zip(self.given, self.leaves, strict=True)}
+        self.inputs = {name: leaf_of.get(id(v), v) for name, v in inputs.items()}
+        trains = torch.is_grad_enabled() and bool(self.given or any(p.requires_grad for p in model.parameters()))
         self.trains = torch.is_grad_enabled() and any(self.groups.pp.comm.all_gather_object(trains))
         rank = self.groups.pp.rank
         self.stages = sorted(self.plan.stage_index(rank, vpp) for vpp in range(self.plan.vpp))
         self.is_last = self.plan.loss_stage in self.stages
+        self.has_layers = any(self.plan.stage(rank, vpp).layers for vpp in range(self.plan.vpp))
         self.cache: Any = None
-        self.key = (model.training, *_autocast(), *_shapes(inputs))
+        requests = tuple((name, str(wanted)) for name, wanted in _requests(model, self.plan, inputs).items() if wanted)
+        # Attention weights are as long as the cache.
+        past = find_cache((), inputs).get_seq_length() if requests and find_cache((), inputs) is not None else 0
+        self.key = (model.training, requests, past, *_autocast(), *_shapes(inputs))
         self.made: list[Tensor] = []
         self._alive: dict[int, tuple[tuple[Tensor, ...], tuple[Tensor, ...]]] = {}
 
@@ -135,8 +183,12 @@ class _Call:
         self.links.flush()
         return result
 
-    def backward(self, output_grads: tuple[Tensor | None, ...]) -> None:
-        """Backward of this rank's stages, from the output's gradients on the last, from what the next sends on others."""
+    def backward(self, output_grads: tuple[Tensor | None, ...]) -> list[Tensor]:
+        """Backward of this rank's stages, from the output's gradients on the last, from what the next sends on others.
+
+        Returns:
+            The gradients of the inputs that need them, the same on every rank.
+        """
         with summed_copies(self.model, self.plan, self.groups):
             left: list[Tensor] = []
             for stage in reversed(self.stages):
@@ -158,6 +210,8 @@ class _Call:
                 if stage > 0 and not self._is_here(stage - 1):
                     self.links.send_gradient(self.plan.stage_rank(stage - 1), left)
             self.links.flush()
+        grads = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in self.leaves]
+        return [self.groups.pp.comm.all_reduce_(grad) for grad in grads]
 
 
 def _autocast() -> tuple[torch.dtype | None, ...]:
@@ -171,6 +225,7 @@ class _Output(Function):
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, call: _Call, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.call = call
+        tensors = tensors[len(call.given) :]
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*(t for t in tensors if not t.is_floating_point()))
         return tuple(t.view_as(t) for t in tensors)
@@ -178,8 +233,8 @@ class _Output(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         with torch.enable_grad():
-            ctx.call.backward(grads)
-        return (torch.zeros(()), None, *(None for _ in grads))
+            given = ctx.call.backward(grads)
+        return (torch.zeros(()), None, *given, *(None for _ in grads))
 
 
 def _shapes(inputs: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -214,6 +269,13 @@ def _take_apart(value: Any, tensors: list[Tensor]) -> Any:
     if isinstance(value, (tuple, list)):
         return _Made(type(value), [_take_apart(part, tensors) for part in value])
     return value
+
+
+def _has_cache(form: Any) -> bool:
+    parts = (
+        form.parts.values() if isinstance(form, _Made) and isinstance(form.parts, dict) else getattr(form, "parts", ())
+    )
+    return isinstance(form, _Made) and (form.kind == _CACHE or any(_has_cache(part) for part in parts or ()))
 
 
 def _put_together(form: Any, tensors: list[Tensor], cache: Any) -> Any:

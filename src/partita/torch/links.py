@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,13 +11,14 @@ from torch import Tensor
 
 from partita.errors import DistributedError
 from partita.torch.comm import Communicator, Work, exactly_empty
-from partita.torch.stage import Message
+from partita.torch.stage import RECORDED, Message
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int32, torch.bool)
 _MAX_DIMS = 6
-_MAX_TENSORS = 8
-_HEADER = 2 + _MAX_TENSORS * (2 + _MAX_DIMS)
-"""Numbers of a header: tensors, arity, then dtype, dims and sizes of each tensor."""
+_FIRST = 8
+"""Tensors that a header has room for. A message of more, which carries recorded outputs, has a second header."""
+_ENTRY = 3 + _MAX_DIMS
+"""Numbers of a header for each tensor: dtype, label, dims, sizes. Before these stand the number of tensors and the arity."""
 
 
 @dataclass(frozen=True)
@@ -26,31 +27,40 @@ class _Form:
 
     arity: int
     tensors: tuple[tuple[torch.dtype, tuple[int, ...]], ...]
+    labels: tuple[str, ...] = ()
 
-    def header(self, device: torch.device) -> Tensor:
-        numbers = [len(self.tensors), self.arity]
-        for dtype, shape in self.tensors:
-            numbers += [_DTYPES.index(dtype), len(shape), *shape, *[0] * (_MAX_DIMS - len(shape))]
-        return torch.tensor(numbers + [0] * (_HEADER - len(numbers)), dtype=torch.int64, device=device)
+    def headers(self, device: torch.device) -> list[Tensor]:
+        entries: list[int] = []
+        kinds = (0,) * (len(self.tensors) - len(self.labels)) + tuple(1 + RECORDED.index(n) for n in self.labels)
+        for (dtype, shape), kind in zip(self.tensors, kinds, strict=True):
+            entries += [_DTYPES.index(dtype), kind, len(shape), *shape, *[0] * (_MAX_DIMS - len(shape))]
+        entries += [0] * (_FIRST * _ENTRY - len(entries))
+        first = [len(self.tensors), self.arity, *entries[: _FIRST * _ENTRY]]
+        rest = entries[_FIRST * _ENTRY :]
+        return [torch.tensor(part, dtype=torch.int64, device=device) for part in (first, rest) if part]
 
     @classmethod
-    def of_header(cls, header: Tensor) -> _Form:
-        numbers = header.tolist()
-        tensors = []
-        for place in range(numbers[0]):
-            dtype, dims, *sizes = numbers[2 + place * (2 + _MAX_DIMS) : 2 + (place + 1) * (2 + _MAX_DIMS)]
+    def received(cls, receive: Callable[[int], list[int]]) -> _Form:
+        """The form whose headers arrive; `receive` gives the next header, of so many numbers."""
+        count, arity, *entries = receive(2 + _FIRST * _ENTRY)
+        if count > _FIRST:
+            entries += receive((count - _FIRST) * _ENTRY)
+        tensors, labels = [], []
+        for begin in range(0, count * _ENTRY, _ENTRY):
+            dtype, kind, dims, *sizes = entries[begin : begin + _ENTRY]
             tensors.append((_DTYPES[dtype], tuple(sizes[:dims])))
-        return cls(numbers[1], tuple(tensors))
+            labels += [RECORDED[kind - 1]] if kind else []
+        return cls(arity, tuple(tensors), tuple(labels))
 
     @classmethod
     def of(cls, message: Message) -> _Form:
         tensors = tuple((t.dtype, tuple(t.shape)) for t in message.tensors)
-        if len(tensors) > _MAX_TENSORS or any(d not in _DTYPES or len(s) > _MAX_DIMS for d, s in tensors):
+        if any(d not in _DTYPES or len(s) > _MAX_DIMS for d, s in tensors):
             raise DistributedError(
-                f"stages can hand on up to {_MAX_TENSORS} tensors of up to {_MAX_DIMS} dims in torch's usual dtypes, but these "
-                f"are {tensors}. Use pp=1."
+                f"stages can hand on tensors of up to {_MAX_DIMS} dims in torch's usual dtypes, but these are {tensors}. Use "
+                "pp=1."
             )
-        return cls(message.arity, tensors)
+        return cls(message.arity, tensors, message.labels)
 
 
 @dataclass
@@ -91,10 +101,11 @@ class Links:
             key: What the form of the message depends on and both ends know, such as the shape of the ids.
         """
         form = _Form.of(message)
-        known = self._forms.setdefault(("sent", stage, key), form)
-        if ("told", stage, key) not in self._forms:
-            self._forms["told", stage, key] = form
-            self._start(form.header(self.device), to)
+        known = self._forms.get(("sent", stage, key))
+        if known is None:
+            self._forms["sent", stage, key] = form
+            for header in form.headers(self.device):
+                self._start(header, to)
         elif known != form:
             raise DistributedError(f"stage {stage} hands on {form}, but for the same inputs it was {known}.")
         for tensor in message.tensors:
@@ -104,10 +115,13 @@ class Links:
         """Begin to receive from rank `source` what the stage before `stage` sends; arguments as in `send`."""
         form = self._forms.get(("received", stage, key))
         if form is None:
-            header = torch.empty(_HEADER, dtype=torch.int64, device=self.device)
-            self.comm.start_recv_(header, source).wait()
-            form = self._forms["received", stage, key] = _Form.of_header(header)
+            form = self._forms["received", stage, key] = _Form.received(lambda numbers: self._header(numbers, source))
         return self._post(form, source)
+
+    def _header(self, numbers: int, source: int) -> list[int]:
+        header = torch.empty(numbers, dtype=torch.int64, device=self.device)
+        self.comm.start_recv_(header, source).wait()
+        return header.tolist()
 
     def send_gradient(self, to: int, gradients: Sequence[Tensor]) -> None:
         """Begin to send the gradients of a message that was received."""
@@ -125,7 +139,9 @@ class Links:
 
     def _post(self, form: _Form, source: int) -> Pending:
         tensors = tuple(exactly_empty(shape, dtype, self.device) for dtype, shape in form.tensors)
-        return Pending(Message(tensors, form.arity), [self.comm.start_recv_(tensor, source) for tensor in tensors])
+        return Pending(
+            Message(tensors, form.arity, form.labels), [self.comm.start_recv_(tensor, source) for tensor in tensors]
+        )
 
     def flush(self) -> None:
         """Return when everything that was sent has left."""

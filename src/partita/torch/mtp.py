@@ -61,10 +61,9 @@ def run_predicting(
 ) -> tuple[Any, Any]:
     """Run a stage that has prediction layers, or the loss behind some; as `stage.run_stage` says."""
     if not model.training:
-        given = None if received is None else Message(received.tensors[:1], received.arity)
         if not (stage.layers or stage.embedding or stage.loss):
-            return given, None
-        return run_part(model, layers, replace(stage, mtp_layers=()), given, inputs)
+            return received, None
+        return run_part(model, layers, replace(stage, mtp_layers=()), received, inputs)
     if stage.layers or stage.embedding:
         main, _ = run_part(model, layers, replace(stage, mtp_layers=(), loss=False), received, inputs)
         hidden, predicted = main.tensors[0], []

@@ -25,7 +25,10 @@ from partita.core.plan import Plan, Stage
 from partita.errors import ModelError
 from partita.torch.cache import advance_cache, find_cache
 from partita.torch.towers import without_media
-from partita.torch.transformers_internals import cache_of, text_config_of
+from partita.torch.transformers_internals import cache_of, recorded, text_config_of
+
+RECORDED = ("hidden_states", "attentions", "cross_attentions", "router_logits")
+"""What transformers records in the layers for a caller that asks for it, and stages hand on."""
 
 
 @dataclass(frozen=True)
@@ -33,17 +36,25 @@ class Message:
     """What a stage hands to the next.
 
     Attributes:
-        tensors: The hidden state `[batch, sequence, hidden]`, then those of multi-token prediction.
+        tensors: The hidden state `[batch, sequence, hidden]`, then those of multi-token prediction, then recorded outputs.
         arity: How many values a layer of the model returns in a tuple, the hidden state first; 0 where it returns it bare.
+        labels: What the last tensors are, each one of `RECORDED`: outputs of earlier layers that the caller asks for.
     """
 
     tensors: tuple[Tensor, ...]
     arity: int = 0
+    labels: tuple[str, ...] = ()
 
     def as_leaves(self) -> Message:
         """The same values, at which a backward ends and leaves its gradients."""
         leaves = tuple(t.detach().requires_grad_(t.is_floating_point()) for t in self.tensors)
-        return Message(leaves, self.arity)
+        return Message(leaves, self.arity, self.labels)
+
+    @property
+    def recorded(self) -> list[tuple[str, Tensor | None]]:
+        """The recorded outputs with their labels; None for one that the caller does not select."""
+        last = self.tensors[len(self.tensors) - len(self.labels) :]
+        return [(label, None if t.dtype == torch.bool else t) for label, t in zip(self.labels, last, strict=True)]
 
 
 class _Left(BaseException):
@@ -51,7 +62,13 @@ class _Left(BaseException):
 
     def __init__(self, hidden: Tensor, arity: int) -> None:
         super().__init__()
-        self.hidden, self.arity = hidden, arity
+        values = [(label, value) for label in RECORDED for value in recorded().get(label, ())]
+        tensors = (_NOT_SELECTED.to(hidden.device) if value is None else value for _, value in values)
+        self.message = Message((hidden, *tensors), arity, tuple(label for label, _ in values))
+
+
+_NOT_SELECTED = torch.zeros(1, dtype=torch.bool)
+"""In place of a recorded output that the caller does not select, so that those after it keep their numbers."""
 
 
 @dataclass
@@ -65,6 +82,7 @@ class _Run:
         received: What came from the stage before.
         cache: The key-value cache that the model hands to its layers.
         normed: Whether what was received has passed the last norm already.
+        restored: Whether what earlier layers recorded stands where those of this stage record.
     """
 
     items: list[Any] = field(default_factory=list)
@@ -73,6 +91,15 @@ class _Run:
     received: Message | None = None
     cache: Any = None
     normed: bool = False
+    restored: bool = False
+
+    def restore(self) -> None:
+        """Put what earlier stages recorded before what this stage's layers record."""
+        if self.restored or self.received is None:
+            return
+        self.restored = True
+        for label, value in self.received.recorded:
+            recorded()[label].append(value)
 
 
 class StageLayers(nn.ModuleList):
@@ -160,7 +187,8 @@ class _Stand:
         return getattr(self.layer, name)
 
     def see(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-        """The hidden state that a layer is called with; the cache is noted."""
+        """The hidden state that a layer is called with; the cache is noted, and earlier layers' outputs are restored."""
+        self.run.restore()
         if self.run.cache is None:
             self.run.cache = find_cache(args, kwargs)
         hidden = args[0] if args else kwargs.get("hidden_states")
@@ -424,7 +452,10 @@ def run_stage(
 
         return run_predicting(model, plan, layers, stage, received, inputs)
     if not (stage.layers or stage.embedding or stage.loss):
-        return received if received is not None else Message(()), None
+        cache = find_cache((), inputs)
+        if cache is not None:
+            advance_cache(cache, (), inputs)
+        return received if received is not None else Message(()), cache
     return run_part(model, layers, stage, received, inputs)
 
 
@@ -445,15 +476,18 @@ def run_part(
     run.items, run.embeds, run.received, run.cache = layers.items_of(stage), stage.embedding, received, None
     run.arity = 0
     given = inputs if stage.embedding else without_media(inputs)
-    run.normed = normed
+    run.normed, run.restored = normed, False
     output: Any
     try:
         output = type(model).forward(model, **given)
     except _Left as left:
-        output = Message((left.hidden,), left.arity)
+        output = left.message
     finally:
         cache, run.received, run.embeds, run.normed = run.cache, None, True, False
         run.items = layers._outside()
+    if cache is None and not isinstance(output, Message):
+        # Where one stage has all layers, nothing stands among them that sees the cache.
+        cache = find_cache(output, {}) if isinstance(output, tuple) else cache_of(output)
     if cache is not None:
         advance_cache(cache, stage.layers, inputs)
     return output, cache

@@ -174,7 +174,7 @@ def mark_initialized(target: Tensor | nn.Module) -> None:
 
 
 def float32_tensors(model: Any) -> re.Pattern[str] | None:
-    """What matches the names of the tensors that transformers keeps in float32 whatever the model's dtype (a router's weights)."""
+    """A pattern of the tensors that transformers keeps in float32 in a model of any dtype (a router's weights)."""
     plan = model._get_dtype_plan(model.config.dtype) if hasattr(model, "_get_dtype_plan") else {}
     return re.compile("|".join(pattern.replace("*", ".*") for pattern in plan)) if plan else None
 
@@ -279,3 +279,31 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         logging.set_verbosity(before)
+
+
+# --- what a forward records --------------------------------------------------------------------------------------------
+
+
+def recordable(model: nn.Module) -> frozenset[str]:
+    """The names of what hooks of transformers record while `model` runs its layers (`attentions` and the like).
+
+    None for a model that passes these from layer to layer itself.
+    """
+    try:
+        from transformers.utils import output_capturing
+    except ImportError:
+        return frozenset()
+    forward: Any = type(model).forward
+    while forward.__code__.co_filename != output_capturing.__file__:
+        if not hasattr(forward, "__wrapped__"):
+            return frozenset()
+        forward = forward.__wrapped__
+    return frozenset(output_capturing._CAN_RECORD_REGISTRY.get(model))
+
+
+def recorded() -> dict[str, list[Any]]:
+    """What hooks of transformers have recorded so far in the forward that runs, by name; lists that may be changed."""
+    from transformers.utils import output_capturing
+
+    found: Any = output_capturing._active_collector.get() or {}
+    return {name: values for name, values in found.items() if isinstance(values, list)}
