@@ -236,12 +236,6 @@ def test_an_encoder_and_a_decoder_are_refused() -> None:
         cut_stages(model, plan, 0)
 
 
-def test_a_loss_over_the_routers_of_all_layers_is_refused() -> None:
-    model = build_on_meta(read_hf_config({**deep("mixtral"), "output_router_logits": True}))
-    with pytest.raises(ModelError, match=r"output_router_logits=True asks for an auxiliary loss.*Set it to False"):
-        cut_stages(model, Plan.make(spec_of(model), Mesh(pp=2)), 0)
-
-
 class _Odd(nn.Module):
     """Layers that are called, or answer, in a way of their own."""
 

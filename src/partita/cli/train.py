@@ -45,6 +45,13 @@ class Autocast(str, Enum):
     float16 = "float16"
 
 
+class AuxLossScope(str, Enum):
+    """Over which tokens the auxiliary loss of routers is computed."""
+
+    microbatch = "microbatch"
+    sequence = "sequence"
+
+
 OPTIMIZER, MEMORY, CHECKPOINTS = "Optimizer", "Memory and precision", "Checkpoints"
 
 
@@ -154,6 +161,15 @@ def train(
     ] = 10,
     weight_decay: Annotated[float, typer.Option(min=0.0, help="AdamW's.", rich_help_panel=OPTIMIZER)] = 0.1,
     clip_norm: Annotated[float, typer.Option(min=0.0, help="Largest gradient norm.", rich_help_panel=OPTIMIZER)] = 1.0,
+    aux_loss_scope: Annotated[
+        AuxLossScope,
+        typer.Option(
+            "--aux-loss-scope",
+            help="Compute the routers' auxiliary loss over each micro-batch, as transformers does, or over each sequence, "
+            "where the layout does not change it. The config's `output_router_logits` asks for that loss.",
+            rich_help_panel=OPTIMIZER,
+        ),
+    ] = AuxLossScope.microbatch,
     lora_rank: Annotated[
         int | None,
         typer.Option(
@@ -191,7 +207,7 @@ def train(
     options: dict[str, Any] = {
         "steps": steps, "batch_size": batch_size, "sequence_length": sequence_length, "learning_rate": learning_rate,
         "warmup_steps": warmup_steps, "weight_decay": weight_decay, "clip_norm": clip_norm, "seed": seed,
-        "autocast": autocast and autocast.value,
+        "autocast": autocast and autocast.value, "aux_loss_scope": aux_loss_scope.value,
     }  # fmt: skip
     notes: dict[str, Any] = {
         "data": data, "config": config, "model": model, "dtype": dtype and dtype.value, "lora_rank": lora_rank,

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from partita.schedule import Timeline
     from partita.text import Tokenizer
-    from partita.training import StepReport
+    from partita.training import StepReport, TrainSettings
     from partita.training.saving import SaveReport, Saves
 
 ADAPTERS = "adapters"
@@ -83,7 +83,7 @@ class TrainRun:
             self._adapt(split, begun)
         tokens = _tokens(self.notes["data"], tokenizer, self.engine, split)
         if rank.is_first() and not self.as_json and self.engine == "torch":
-            _print_start(split, self.mesh, len(tokens))
+            _print_start(split, self.mesh, len(tokens), TrainSettings(**self.options))
         saves = self._saves(tokenizer)
         if done < self.options["steps"]:
             with training(self.options["steps"], done) as on_step:
@@ -221,8 +221,9 @@ def _tokens(data: str, tokenizer: Tokenizer, name: str, split: nn.Module) -> Any
     return tokens
 
 
-def _print_start(split: nn.Module, mesh: Mesh, tokens: int) -> None:
+def _print_start(split: nn.Module, mesh: Mesh, tokens: int, settings: TrainSettings) -> None:
     from partita.torch.apply import plan_of
+    from partita.torch.balance import asks_for_balance
 
     plan, _ = plan_of(split)
     trained = sum(p.numel() for p in split.parameters() if p.requires_grad)
@@ -233,6 +234,15 @@ def _print_start(split: nn.Module, mesh: Mesh, tokens: int) -> None:
         f"{count(held)} on rank 0{only}; {count(tokens)} tokens of text",
         style="dim", soft_wrap=True,
     )  # fmt: skip
+    if asks_for_balance(split):
+        rows, what = 1, "sequence"
+        if settings.aux_loss_scope == "microbatch":
+            rows = settings.batch_size // (mesh.dp * settings.accumulate)
+            what = f"micro-batch of {plural(rows, 'sequence')}"
+        tokens_of_each = f"the {rows * settings.sequence_length:,} tokens of each {what}"
+        err().print(
+            f"The auxiliary loss of the routers is computed over {tokens_of_each}.", style="dim", soft_wrap=True
+        )
 
 
 def _print_end(reports: list[StepReport], mesh: Mesh, folder: Path | None) -> None:

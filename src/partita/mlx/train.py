@@ -15,6 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from partita.core.plan import Plan
 from partita.core.split import Split
 from partita.errors import ModelError, PlanError
 from partita.mlx.apply import plan_of
@@ -77,15 +78,15 @@ def train(
 
     Raises:
         PlanError: The batch cannot be dealt out to the replicas and micro-batches, or a setting is not for this engine.
-        ModelError: There is nothing to train, or the loss is not finite; or a sequence is longer than a sliding window that
-            mlx-lm leaves out.
+        ModelError: There is nothing to train, or the loss is not finite; a sequence is longer than a sliding window that
+            mlx-lm leaves out; or the config asks for the auxiliary loss of routers.
         CheckpointError: A checkpoint cannot be written, or the one to go on from is of another run; on every rank.
     """
     plan, groups = plan_of(model)
     schedule = schedule_of(plan, settings)
     plan.spec.refuse_beyond_positions(settings.sequence_length, "a sequence")
     check_ids(np.asarray(tokens), plan.spec.vocab_size)
-    _check(settings)
+    _check(settings, plan)
     refuse_beyond_window(plan.spec, settings.sequence_length, "a sequence")
     trainable = Trainable(model)
     if not any(groups.pp.all_gather_object(bool(trainable.names))):
@@ -170,8 +171,14 @@ def _step(
     return StepReport(step + 1, loss, rate, norm, count, time.perf_counter() - begin)
 
 
-def _check(settings: TrainSettings) -> None:
-    """Raise `PlanError` for what this engine does not do."""
+def _check(settings: TrainSettings, plan: Plan) -> None:
+    """Raise `PlanError`, or of the model `ModelError`, for what this engine does not do."""
+    if settings.aux_loss_scope != "microbatch" or plan.spec.config.get("output_router_logits"):
+        raise ModelError(
+            "the models of mlx-lm do not compute the auxiliary loss of their routers, for which the config asks "
+            "(output_router_logits) or aux_loss_scope is set. Set output_router_logits to False and leave aux_loss_scope out, "
+            "or use the torch engine."
+        )
     for name, instead in (
         ("autocast", "load the model in that dtype"),
         ("zero", "every replica keeps the whole optimizer's state"),

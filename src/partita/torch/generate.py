@@ -20,6 +20,7 @@ from partita.text import Generation, OnText, Sampling, Sequence, Tokenizer
 from partita.text.choice import Choice, settle
 from partita.text.choose import Columns, choose, generator_of
 from partita.torch.apply import plan_of
+from partita.torch.balance import SWITCH, asks_for_balance
 from partita.torch.comm import Work
 from partita.torch.few_rows import decoding
 from partita.torch.head import likeliest, local_logits
@@ -136,6 +137,7 @@ class _Group:
     def __init__(self, model: nn.Module, sequences: list[Sequence], device: torch.device) -> None:
         self.sequences = sequences
         self.takes, self.cache_name = _takes(model), cache_argument(model)
+        self.asks_for_balance = asks_for_balance(model)
         longest = max(len(s.prompt) for s in sequences)
         pads = torch.tensor([longest - len(s.prompt) for s in sequences])
         self.ids = torch.tensor(
@@ -155,6 +157,8 @@ class _Group:
         }  # fmt: skip
         if self.is_padded:
             given["attention_mask"] = self.mask
+        if self.asks_for_balance:
+            given[SWITCH] = False
         if "position_ids" in self.takes:
             given["position_ids"] = self.positions
         if "logits_to_keep" in self.takes:

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from partita.core.split import Split
 from partita.errors import ModelError
+from partita.torch.balance import coefficient_of
 from partita.torch.comm import Communicator
 from partita.torch.loss import vocab_parallel_cross_entropy
 
@@ -62,8 +63,7 @@ def loss_of(
     """
     auxiliary = getattr(output, "aux_loss", None)
     if auxiliary is not None:
-        config: Any = model.config
-        auxiliary = auxiliary * getattr(config, "router_aux_loss_coef", 0.0)
+        auxiliary = auxiliary * coefficient_of(model)
     summed = summed_cross_entropy(output.logits, targets, split, comm)
     ahead = getattr(output, "mtp_logits", [])
     for k, logits in enumerate(ahead, 1):

@@ -20,6 +20,7 @@ from partita.schedule.fit import check_schedule
 from partita.schedule.lower import lower
 from partita.schedule.timeline import Timeline
 from partita.torch.apply import plan_of
+from partita.torch.balance import Balance
 from partita.torch.deferred import WeightGradients, complete, deferrable
 from partita.torch.links import Links, Pending
 from partita.torch.stage import Message, run_stage
@@ -79,6 +80,7 @@ class Pipeline:
         skips: Callable[[int], bool] | None = None,
         keep_cache: Callable[[int, int, Any], None] | None = None,
         around: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        balance: Balance | None = None,
     ) -> None:
         """Do every action of this rank once; every rank of the pipeline calls it.
 
@@ -91,9 +93,10 @@ class Pipeline:
             skips: Whether a micro-batch is left out; the same on every rank.
             keep_cache: Told of a stage, a micro-batch and the cache that the layers used.
             around: A context for each forward.
+            balance: The auxiliary loss, as `run_stage` takes it.
         """
         self._finish, self._inputs, self._key = finish, inputs, key
-        self._keep_cache, self._around = keep_cache, around
+        self._keep_cache, self._around, self._balance = keep_cache, around, balance
         self._reset()
         split = deferrable(self.model, self.gradients) if self._keeps_gradients else nullcontext()
         with split:
@@ -133,7 +136,8 @@ class Pipeline:
         if self.trains:
             received = received.as_leaves()
         with self._around(), _grad(self.trains):
-            output, cache = run_stage(self.model, self.plan, stage, received, self._inputs(stage, microbatch))
+            inputs = self._inputs(stage, microbatch)
+            output, cache = run_stage(self.model, self.plan, stage, received, inputs, self._balance)
             if self._keep_cache is not None and cache is not None:
                 self._keep_cache(stage, microbatch, cache)
             if stage == self.plan.loss_stage:

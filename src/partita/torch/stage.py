@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,9 +23,10 @@ from torch import Tensor, nn
 from partita.core.mtp import final_norm
 from partita.core.plan import Plan, Stage
 from partita.errors import ModelError
+from partita.torch.balance import SWITCH, Balance
 from partita.torch.cache import advance_cache, find_cache
 from partita.torch.towers import without_media
-from partita.torch.transformers_internals import cache_of, recorded, text_config_of
+from partita.torch.transformers_internals import cache_of, recorded
 
 RECORDED = ("hidden_states", "attentions", "cross_attentions", "router_logits")
 """What transformers records in the layers for a caller that asks for it, and stages hand on."""
@@ -298,12 +299,6 @@ def refuse_uncuttable(model: nn.Module) -> None:
             f"{type(model).__name__} has an encoder and a decoder, two lists of layers, and cannot be cut into stages. Use "
             "tp and pp=1."
         )
-    text = text_config_of(config)
-    if getattr(text, "output_router_logits", False):
-        raise ModelError(
-            "output_router_logits=True asks for an auxiliary loss over the routers of all layers, which one stage does not "
-            "have. Set it to False, or use pp=1."
-        )
 
 
 def refuse_features_elsewhere(plan: Plan) -> None:
@@ -425,7 +420,12 @@ def stage_layers(model: nn.Module, plan: Plan) -> StageLayers:
 
 
 def run_stage(
-    model: nn.Module, plan: Plan, index: int, received: Message | None, inputs: Mapping[str, Any]
+    model: nn.Module,
+    plan: Plan,
+    index: int,
+    received: Message | None,
+    inputs: Mapping[str, Any],
+    balance: Balance | None = None,
 ) -> tuple[Any, Any]:
     """Run stage `index` of the pipeline, which must be one of this rank's.
 
@@ -435,10 +435,29 @@ def run_stage(
         index: The stage's place in the pipeline.
         received: What the stage before handed on; None for the first.
         inputs: What the unsplit model is called with.
+        balance: The auxiliary loss, where it is not the model's forward that computes it. Messages end with its sums, and the
+            output's `aux_loss` is that of all stages.
 
     Returns:
         A `Message` for the next stage, or of the last stage the model's own output; and the cache that the layers used.
     """
+    if balance is None:
+        return _run_stage(model, plan, index, received, inputs)
+    sums: tuple[Tensor, ...] = ()
+    if received is not None and received.tensors:
+        received, sums = replace(received, tensors=received.tensors[:-2]), received.tensors[-2:]
+    with balance.recorded() as logits:
+        output, cache = _run_stage(model, plan, index, received, {**inputs, SWITCH: False})
+    sums = balance.sums(logits, inputs, sums)
+    if isinstance(output, Message):
+        return replace(output, tensors=(*output.tensors, *sums)), cache
+    output.aux_loss = balance.loss(*sums)
+    return output, cache
+
+
+def _run_stage(
+    model: nn.Module, plan: Plan, index: int, received: Message | None, inputs: Mapping[str, Any]
+) -> tuple[Any, Any]:
     if not is_cut(plan):
         output = type(model).forward(model, **inputs)
         return output, cache_of(output)

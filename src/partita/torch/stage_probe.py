@@ -19,6 +19,7 @@ from partita.core.plan import Plan
 from partita.core.rules import Rules
 from partita.errors import ModelError, PartitaError
 from partita.torch.apply import apply_plan, local_tensors
+from partita.torch.balance import SWITCH, asks_for_balance
 from partita.torch.comm import Communicator
 from partita.torch.compare import FLOOR, main_output, relative_error
 from partita.torch.float64 import Float64Everywhere
@@ -128,10 +129,13 @@ class _Parts:
 
     def difference(self, inputs: dict[str, Tensor]) -> str:
         """What differs first in a forward and backward, in words."""
+        given_inputs: dict[str, Any] = dict(inputs)
+        if asks_for_balance(self.unsplit):
+            given_inputs[SWITCH] = False  # the auxiliary loss has a proof of its own
         for model in (self.unsplit, *self.parts):
             model.zero_grad(set_to_none=True)
-        expected = main_output(self.unsplit(**inputs))
-        steps, made = self.run(inputs, [None] * len(self.parts))
+        expected = main_output(self.unsplit(**given_inputs))
+        steps, made = self.run(given_inputs, [None] * len(self.parts))
         output = main_output(made)
         if (error := relative_error(expected.detach(), output.detach())) > TOLERANCE or error != error:
             return f"the output differs from the unsplit model's by {error:.1e}."
@@ -179,6 +183,8 @@ class _Parts:
         cache: Any = None
         for start, stop in ((0, 5), (5, 6), (6, 7), (7, 8)):
             inputs = {"input_ids": ids[:, start:stop], "use_cache": True}
+            if asks_for_balance(self.unsplit):
+                inputs[SWITCH] = False
             whole = self.unsplit(**inputs, **{cache_argument(self.unsplit): cache})
             cache = cache_of(whole)
             if cache is None:

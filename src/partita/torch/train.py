@@ -18,6 +18,7 @@ from partita.errors import ModelError
 from partita.peers import doing
 from partita.schedule import Timeline
 from partita.torch.apply import plan_of
+from partita.torch.balance_probe import balance_of
 from partita.torch.copies import summed_copies
 from partita.torch.data import batch
 from partita.torch.groups import ParallelGroups
@@ -72,7 +73,8 @@ def train(
 
     Raises:
         PlanError: The batch cannot be dealt out to the replicas and micro-batches.
-        ModelError: The model is no causal language model, or the loss is not finite.
+        ModelError: The model is no causal language model, the loss is not finite, or its config asks for an auxiliary loss that
+            cannot be computed over stages or sequences.
         CheckpointError: A checkpoint cannot be written, or the one to go on from is of another run; on every rank.
     """
     plan, groups = plan_of(model)
@@ -80,6 +82,7 @@ def train(
     plan.spec.refuse_beyond_positions(settings.sequence_length, "a sequence")
     check_ids(tokens.numpy(force=True), plan.spec.vocab_size)
     check_trainable(model)
+    balance_of(model, plan, settings.aux_loss_scope)  # which raises before anything is done
     if settings.checkpointing:
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})  # type: ignore[operator]
@@ -198,6 +201,8 @@ def accumulate_gradients(
 ) -> float:
     """Backward of the mean loss over the whole batch `rows` `[batch_size, length + 1]`, of which a replica takes its part.
 
+    The auxiliary loss of routers is the mean over micro-batches, or over sequences, as `settings.aux_loss_scope` says.
+
     Returns:
         The mean loss of the whole batch.
     """
@@ -228,6 +233,7 @@ def accumulate_gradients(
                 finish,
                 key=lambda microbatch: tuple(parts[0][microbatch].shape),
                 around=lambda: _autocast(settings, device),
+                balance=balance_of(model, plan, settings.aux_loss_scope),
             )
     if on_timeline is not None:
         on_timeline(pipeline.timeline(origin_s))

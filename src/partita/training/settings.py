@@ -14,6 +14,9 @@ _NOT_NEGATIVE = (
 )  # fmt: skip
 
 
+AUX_LOSS_SCOPES = ("microbatch", "sequence")
+
+
 @dataclass(frozen=True)
 class TrainSettings:
     """How to train.
@@ -39,6 +42,8 @@ class TrainSettings:
         seed: Of the order of the data and of dropout.
         autocast: `bfloat16` to compute in it, with weights, reductions of the loss and the optimizer in the model's dtype.
         checkpointing: Whether activations are computed again in backward instead of kept.
+        aux_loss_scope: Over which tokens the auxiliary loss of routers is computed, where the model's config asks for one:
+            `microbatch`, as transformers does with a batch, or `sequence`, which is the same for all meshes and micro-batches.
     """
 
     steps: int = 100
@@ -59,6 +64,7 @@ class TrainSettings:
     zero: bool = False
     mtp_weight: float = 0.3
     mask_token: int | None = None
+    aux_loss_scope: str = "microbatch"
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "sequence_length", "accumulate"):
@@ -69,6 +75,8 @@ class TrainSettings:
             value = getattr(self, name)
             if not 0 <= value < math.inf:
                 raise PlanError(f"{name} must be a finite number of at least 0, but is {value!r}.")
+        if self.aux_loss_scope not in AUX_LOSS_SCOPES:
+            raise PlanError(f"aux_loss_scope must be {' or '.join(AUX_LOSS_SCOPES)}, but is {self.aux_loss_scope!r}.")
         if self.autocast not in (None, "bfloat16", "float16"):
             raise PlanError(f"autocast must be bfloat16, float16 or none, but is {self.autocast!r}.")
 

@@ -27,7 +27,8 @@ from partita.mlx.hub import describe
 from partita.mlx.load import load
 from partita.mlx.reference import unchecked
 from partita.mlx.windows import window_left_out
-from partita.torch.hub import model_class, quiet, read_hf_config
+from partita.torch.hub import model_class, read_hf_config
+from partita.torch.transformers_internals import quiet
 
 LENGTHS = (12, 40)
 """Tokens of the two texts, below and above the length at which a reference config changes."""
