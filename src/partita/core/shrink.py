@@ -167,7 +167,7 @@ def reference_configs(config: Mapping[str, Any], *, window: bool = True) -> Iter
         window: Whether sliding windows become short, or longer than any compared text.
     """
     narrowed = _few_heads(config)
-    few = [_few_layers(narrowed), _few_layers(narrowed, 8)]
+    few = [_few_layers(narrowed, 2), _few_layers(narrowed, 8)]
     heads = next((value for _, value in _numbers(config, _HEADS)), 0)
     inside = [{**one, **_narrow_inside(one)} for one in few]
     # Some families compute their inner width from the hidden one.

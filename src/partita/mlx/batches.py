@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -14,6 +15,7 @@ from partita.mlx.compare import main_output
 from partita.mlx.groups import ParallelGroups
 from partita.mlx.head import likeliest, local_logits
 from partita.mlx.mlx_lm_internals import make_cache
+from partita.mlx.rotary import recomputed_beyond, text_length
 from partita.text.choice import Choice
 from partita.text.choose import Columns, choose, generator_of
 from partita.text.sampling import OnText, Sequence
@@ -21,6 +23,14 @@ from partita.text.tokenizer import Tokenizer
 
 PREFILL_TOKENS = 2048
 """How many tokens of a prompt go through the model at once."""
+
+
+@dataclass
+class _Text:
+    """The ids of a batch, `[batch, tokens]`, and the model's cache of all but the last."""
+
+    ids: mx.array
+    cache: list[Any]
 
 
 class Batches:
@@ -38,35 +48,45 @@ class Batches:
         """What the batches of a run share."""
         self.model, self.plan, self.groups, self.comm, self.choice = model, plan, groups, groups.tp, choice
         self.tokenizer, self.on_text = tokenizer, on_text
+        self.recomputed_beyond = recomputed_beyond(plan.spec.config)
 
     def batch(self, batch: list[Sequence]) -> None:
         """Continue sequences whose prompts are of one length."""
         greedy, limit = self.choice.is_plain, max(s.limit for s in batch)
         generators = [generator_of(self.choice, s.place) for s in batch]
         with local_logits(self.model, self.plan) as split:
-            cache = make_cache(self.model)
-            logits = self._prefill(mx.array([s.prompt for s in batch]), cache)
+            text = _Text(mx.array([s.prompt for s in batch]), make_cache(self.model))
+            logits = self._prefill(text.ids, text.cache)
             # Greedily, a step is under way while the tokens of the one before are looked at.
             chosen = self._chosen(logits, split, batch, generators)
             for step in range(limit):
                 following = None
                 if greedy and step + 1 < limit:
-                    following = self._chosen(self._forward(chosen[:, None], cache), split, batch, generators)
+                    following = self._chosen(self._advance(text, chosen), split, batch, generators)
                     mx.async_eval(following)
                 if self._accept(batch, chosen):
                     mx.eval(following if following is not None else chosen)
                     return
                 if following is None:
-                    following = self._chosen(self._forward(chosen[:, None], cache), split, batch, generators)
+                    following = self._chosen(self._advance(text, chosen), split, batch, generators)
                 chosen = following
+
+    def _advance(self, text: _Text, chosen: mx.array) -> mx.array:
+        """The logits behind the chosen ids `[batch]`, which are added to the text."""
+        text.ids = mx.concatenate([text.ids, chosen[:, None].astype(text.ids.dtype)], axis=1)
+        if text.ids.shape[1] - 1 == self.recomputed_beyond:
+            text.cache = make_cache(self.model)
+            return self._prefill(text.ids, text.cache)
+        return self._forward(chosen[:, None], text.cache)
 
     def _prefill(self, ids: mx.array, cache: list[Any]) -> mx.array:
         """The logits behind the prompts. All but the last token only fill the cache: of these no logits are computed."""
         last = ids.shape[1] - 1
-        for start in range(0, last, PREFILL_TOKENS):
-            self.model(ids[:, start : min(start + PREFILL_TOKENS, last)], cache=cache)
-            mx.eval([c.state for c in cache])
-        return self._forward(ids[:, last:], cache)
+        with text_length(self.model, ids.shape[1]):
+            for start in range(0, last, PREFILL_TOKENS):
+                self.model(ids[:, start : min(start + PREFILL_TOKENS, last)], cache=cache)
+                mx.eval([c.state for c in cache])
+            return self._forward(ids[:, last:], cache)
 
     def _forward(self, ids: mx.array, cache: list[Any]) -> mx.array:
         """The logits behind the last ids, `[batch, vocab]` or this rank's columns."""

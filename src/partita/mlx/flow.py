@@ -26,6 +26,7 @@ from partita.mlx.compare import main_output
 from partita.mlx.head import local_logits
 from partita.mlx.links import Links
 from partita.mlx.mlx_lm_internals import make_cache
+from partita.mlx.rotary import text_length
 from partita.mlx.stage import Message, run_stage
 from partita.text.choose import generator_of
 from partita.text.sampling import Sequence
@@ -80,9 +81,10 @@ class Flow(Batches):
         """Fill the caches, and pick the first tokens. Of none is told before the last prompt has come in."""
         ids = mx.array([s.prompt for s in group.sequences])
         last = ids.shape[1] - 1
-        for start in range(0, last, PREFILL_TOKENS):
-            self._pass(group, ids[:, start : min(start + PREFILL_TOKENS, last)], picks=False, tells=False)
-        self._pass(group, ids[:, last:], picks=True, tells=is_last)
+        with text_length(self.model, ids.shape[1]):
+            for start in range(0, last, PREFILL_TOKENS):
+                self._pass(group, ids[:, start : min(start + PREFILL_TOKENS, last)], picks=False, tells=False)
+            self._pass(group, ids[:, last:], picks=True, tells=is_last)
 
     def _step(self, group: _Group, *, is_last: bool) -> None:
         """Take up the tokens of the step before, and compute those that follow."""
@@ -92,16 +94,21 @@ class Flow(Batches):
             if any(waiting is group for waiting, _ in self.pending):
                 self._tell()
             if not group.is_done and not is_last:
-                self._pass(group, self._last_ids(group), picks=True)
+                self._pass(group, self._next_ids(group), picks=True)
             return
         ids = self.groups.pp.recv((len(group.sequences),), mx.uint32, (self.groups.pp.rank - 1) % self.groups.pp.size)
         group.is_done = self._accept(group.sequences, ids)
         if group.is_done or is_last:
             self._pass_on(ids)
         else:
-            self._pass(group, self._last_ids(group), picks=True, ids_to_tell=ids)
+            self._pass(group, self._next_ids(group), picks=True, ids_to_tell=ids)
 
-    def _last_ids(self, group: _Group) -> mx.array:
+    def _next_ids(self, group: _Group) -> mx.array:
+        """The last ids, or the whole text where the family drops its cache."""
+        texts = [s.prompt + s.tokens for s in group.sequences]
+        if len(texts[0]) - 1 == self.recomputed_beyond:
+            group.caches = {stage: make_cache(self.model) for stage in self.stages}
+            return mx.array(texts)
         return mx.array([[s.tokens[-1]] for s in group.sequences])
 
     def _pass(

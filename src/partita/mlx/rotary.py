@@ -6,7 +6,8 @@ Each family of mlx-lm reads the rotary keys itself and ignores some: YaRN's `tru
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import mlx.core as mx
@@ -32,6 +33,7 @@ class RotaryEmbedding(nn.Module):
         """`traditional` rotates neighbouring elements as a pair, else element `i` with element `i + dims / 2`."""
         super().__init__()
         self.form, self.dims, self.traditional = form, form.dims, traditional
+        self.text_length = 0
         self._short, self._short_scale = self._at(1)
         self._long, self._long_scale = self._at((form.limit or 0) + 1)
 
@@ -50,7 +52,7 @@ class RotaryEmbedding(nn.Module):
             rows = [self(x[i : i + 1], start) for i, start in enumerate(starts)]
             return mx.concatenate(rows)
         start: Any = offset.item() if isinstance(offset, mx.array) else offset
-        length = int(start) + x.shape[-2]
+        length = max(int(start) + x.shape[-2], self.text_length)
         if length <= limit:
             return self._rotated(x, offset, self._short, self._short_scale)
         if self.form.kind != "dynamic":
@@ -68,6 +70,31 @@ class RotaryEmbedding(nn.Module):
         return mx.fast.rope(
             x, self.dims, traditional=self.traditional, base=None, scale=1.0, offset=offset, freqs=periods
         )
+
+
+@contextlib.contextmanager
+def text_length(model: nn.Module, length: int) -> Iterator[None]:
+    """A block in which a text of `length` tokens passes through `model` in parts, with the frequencies of the whole text."""
+    changed = [m for m in model.modules() if isinstance(m, RotaryEmbedding) and m.form.limit is not None]
+    for module in changed:
+        module.text_length = length
+    try:
+        yield
+    finally:
+        for module in changed:
+            module.text_length = 0
+
+
+_CACHE_DROPPED = frozenset(("phi3", "phimoe"))
+"""Families that transformers computes from the first token again when a text reaches LongRoPE's limit."""
+
+
+def recomputed_beyond(config: Mapping[str, Any]) -> int | None:
+    """The number of tokens at which a family drops its cache, since all frequencies change; None if it keeps the cache."""
+    known = transformers_config(config) if config.get("model_type") in _CACHE_DROPPED else None
+    parameters = getattr(known, "rope_parameters", None) or {}
+    limit = parameters.get("original_max_position_embeddings") if parameters.get("rope_type") == "longrope" else None
+    return limit if type(limit) is int else None
 
 
 def correct_rotary(model: nn.Module, config: Mapping[str, Any]) -> None:
