@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -149,7 +149,7 @@ def machine_facts() -> dict[str, Any]:
         "torch": version("torch"),
         "transformers": version("transformers"),
         "partita": version("partita"),
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "command": " ".join(["python -m bench", *sys.argv[1:]]),
         "load_before": round(os.getloadavg()[0], 2),
     }

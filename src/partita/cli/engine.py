@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import StrEnum
 from importlib.util import find_spec
 from typing import Annotated
 
@@ -13,7 +13,7 @@ from partita.cli.rank import Engine
 from partita.errors import ModelError
 
 
-class EngineName(str, Enum):
+class EngineName(StrEnum):
     """The engines."""
 
     torch = "torch"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from enum import Enum
+from enum import StrEnum
 from typing import Annotated
 
 import typer
@@ -85,7 +85,7 @@ LostAfter = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
-class Dtype(str, Enum):
+class Dtype(StrEnum):
     """The dtypes that a model can be run in."""
 
     float64 = "float64"

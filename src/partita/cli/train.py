@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -38,14 +38,14 @@ if TYPE_CHECKING:
     from partita.schedule import Timeline
 
 
-class Autocast(str, Enum):
+class Autocast(StrEnum):
     """What autocast computes in."""
 
     bfloat16 = "bfloat16"
     float16 = "float16"
 
 
-class AuxLossScope(str, Enum):
+class AuxLossScope(StrEnum):
     """Over which tokens the auxiliary loss of routers is computed."""
 
     microbatch = "microbatch"

@@ -8,14 +8,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 from functools import cached_property
 from typing import NamedTuple
 
 from partita.errors import ScheduleError
 
 
-class Kind(str, Enum):
+class Kind(StrEnum):
     """What an action does. The value is its text in a cell."""
 
     F = "F"
