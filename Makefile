@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 PACKAGE := .[torch,mlx,mpi,lora,dev]
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: install lock demo test test-slow test-all bench lint clean
+.PHONY: install lock demo test test-slow test-all test-gpu test-versions test-oldest test-newest bench lint clean
 
 install: $(STAMP)
 
@@ -44,6 +44,41 @@ test-slow: install
 
 test-all: install
 	$(BIN)/python -m pytest -m 'slow or not slow'
+
+test-gpu: install
+	$(BIN)/python -m pytest -n 0 -m gpu -rs tests/gpu
+
+# The part of the tests that meets transformers, mlx-lm, torch and peft, with the oldest and the newest releases that
+# pyproject.toml allows, each in an environment of its own.
+VERSION_TESTS := tests/torch/test_models.py tests/torch/test_forward.py tests/torch/test_peft_format.py \
+  tests/mlx/test_models.py tests/mlx/test_load.py tests/mlx/test_generate.py
+VERSIONS := python -c 'import importlib.metadata as m; print(*(f"{p} {m.version(p)}" for p in ("torch", "transformers", "peft", "mlx", "mlx-lm")), sep=", ")'
+
+test-versions: test-oldest test-newest
+
+test-oldest: $(VENV)-oldest/.installed
+	@echo "The oldest allowed releases: $$($(VENV)-oldest/bin/$(VERSIONS))"
+	$(VENV)-oldest/bin/python -m pytest -W ignore::DeprecationWarning $(VERSION_TESTS)
+
+test-newest: $(BIN)/python
+	@test -x $(VENV)-newest/bin/python || $(BIN)/python -m venv $(VENV)-newest
+	@echo "Installing the newest allowed releases into $(VENV)-newest"
+	@$(VENV)-newest/bin/python -m pip --disable-pip-version-check install --quiet --upgrade pip setuptools
+	@$(VENV)-newest/bin/python -m pip --disable-pip-version-check install --quiet --upgrade --upgrade-strategy eager \
+	  --no-build-isolation --editable '$(PACKAGE)'
+	@echo "The newest allowed releases: $$($(VENV)-newest/bin/$(VERSIONS))"
+	$(VENV)-newest/bin/python -m pytest $(VERSION_TESTS)
+
+$(VENV)-oldest/.installed: pyproject.toml | $(STAMP)
+	@test -x $(VENV)-oldest/bin/python || $(BIN)/python -m venv $(VENV)-oldest
+	@echo "Installing the oldest allowed releases into $(VENV)-oldest"
+	@$(BIN)/uv pip compile --quiet --resolution lowest-direct --no-python-downloads --python $(BIN)/python --all-extras \
+	  pyproject.toml --output-file $(VENV)-oldest/requirements.txt
+	@$(VENV)-oldest/bin/python -m pip --disable-pip-version-check install --quiet \
+	  --constraint $(VENV)-oldest/requirements.txt pip setuptools
+	@$(VENV)-oldest/bin/python -m pip --disable-pip-version-check install --quiet \
+	  --constraint $(VENV)-oldest/requirements.txt --no-build-isolation --editable '$(PACKAGE)'
+	@touch $@
 
 bench: install
 	$(BIN)/python -m bench
