@@ -11,6 +11,8 @@ import pytest
 import torch
 import transformers
 
+from partita.cli.model import make_plan
+from partita.core.mesh import Mesh
 from partita.torch import load
 from tests.support.loaded import differences, random_model
 
@@ -36,7 +38,7 @@ def test_it_is_the_file_s(tmp_path: Path, named: str | None, caplog: pytest.LogC
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert model.config.dtype == torch.bfloat16  # type: ignore[union-attr]
     assert [record.getMessage() for record in caplog.records] == [
-        f"{tmp_path}: the weights are bfloat16, but config.json says float32: loaded as bfloat16."
+        f"{tmp_path}: the weights are bfloat16, but config.json says float32: bfloat16 counts."
     ] * (named == "float32")
     assert {p.dtype for p in load(tmp_path, dtype="float32").parameters()} == {torch.float32}
 
@@ -52,3 +54,25 @@ def test_what_transformers_keeps_wide_is_wide(tmp_path: Path) -> None:
     assert differences(tmp_path, 1, 1) == []
     wide = {name for name, tensor in load(tmp_path).state_dict().items() if tensor.dtype == torch.float32}
     assert wide == {f"model.layers.1.mlp.gate.{name}" for name in ("weight", "e_score_correction_bias")}
+
+
+@pytest.mark.parametrize("named", [None, "float32"])
+def test_on_mlx(tmp_path: Path, named: str | None, caplog: pytest.LogCaptureFixture) -> None:
+    mx = pytest.importorskip("mlx.core")
+    from partita.mlx.apply import plan_of
+    from partita.mlx.load import load as mlx_load
+
+    in_bfloat16(tmp_path, named)
+    with caplog.at_level(logging.WARNING, "partita"):
+        model = mlx_load(tmp_path)
+    assert model.lm_head.weight.dtype == mx.bfloat16
+    assert plan_of(model)[0].spec.dtype == "bfloat16"
+    assert len(caplog.records) == (named == "float32")
+
+
+@pytest.mark.parametrize("engine", ["torch", "mlx"])
+def test_a_plan_shows_its_bytes(tmp_path: Path, engine: Any) -> None:
+    pytest.importorskip("mlx.core" if engine == "mlx" else "torch")
+    in_bfloat16(tmp_path, None)
+    made = make_plan(str(tmp_path), Mesh(tp=2), engine=engine)
+    assert (made.spec.dtype, made.spec.parameter_bytes) == ("bfloat16", 2 * made.spec.parameters)

@@ -15,6 +15,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from partita.errors import ModelError
 from partita.torch import fresh, load, save
 from partita.torch.apply import plan_of
 from tests.support.loaded import differences, random_model, reference
@@ -82,3 +83,45 @@ def test_a_plan_of_the_config_is_made_anew(tmp_path: Path) -> None:
     model = load(tmp_path, plan)
     assert plan_of(model)[0].spec.tensors[HEAD].tied_to is None
     assert torch.equal(model.lm_head.weight, load_file(tmp_path / "model.safetensors")[HEAD])  # type: ignore[union-attr]
+
+
+def saved_by_mlx(folder: str, target: str, tp: int, pp: int) -> list[Any]:
+    """As `saved`, of MLX: the logits as a list, nothing from stages that have none."""
+    import mlx.core as mx
+
+    from partita.mlx.apply import plan_of as mlx_plan_of
+    from partita.mlx.load import load as mlx_load
+    from partita.mlx.save import save as mlx_save
+
+    model = mlx_load(folder, tp=tp, pp=pp)
+    logits = model(mx.arange(1, 8)[None])
+    mlx_save(model, target)
+    return [HEAD in mlx_plan_of(model)[0].spec.tensors, logits.astype(mx.float32).tolist()]
+
+
+@MESHES
+@pytest.mark.parametrize("head", ["other", "equal"])
+def test_on_mlx(tmp_path: Path, head: str, tp: int, pp: int) -> None:
+    pytest.importorskip("mlx.core")
+    from tests.support.mlx_ranks import mlx_ranks
+
+    tied(tmp_path / "a", head)
+    arguments = (str(tmp_path / "a"), str(tmp_path / "b"), tp, pp)
+    found = mlx_ranks(tp * pp).run(saved_by_mlx, *arguments) if tp * pp > 1 else [saved_by_mlx(*arguments)]
+    expected = reference(tmp_path / "a")(torch.arange(1, 8)[None]).logits.detach()
+    for has_head, logits in found:
+        assert has_head == (head == "other")
+        torch.testing.assert_close(torch.tensor(logits), expected, rtol=0, atol=1e-4)
+    config = json.loads((tmp_path / "b" / "config.json").read_text())
+    assert config["tie_word_embeddings"] is (head != "other")
+    assert torch.equal(reference(tmp_path / "b")(torch.arange(1, 8)[None]).logits, expected)
+
+
+def test_a_model_of_mlx_lm_that_always_ties_is_refused(tmp_path: Path) -> None:
+    mlx_load = pytest.importorskip("partita.mlx.load").load
+    config = transformers.GemmaConfig(**{**CONFIG, "head_dim": 6})
+    random_model(transformers.GemmaForCausalLM, config).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file({**tensors, HEAD: tensors[EMBEDDING] + 1}, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=r"lm_head.weight differs .* gemma always uses the embedding as its head"):
+        mlx_load(tmp_path)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from partita.checkpoint.index import Checkpoint, open_checkpoint
 from partita.core.model_spec import ModelSpec, TensorSpec, read_config, spec_from_tensors
+from partita.errors import CheckpointError
 
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
@@ -40,3 +43,19 @@ def stored_dtype(checkpoint: Checkpoint) -> str | None:
         if info.dtype in _DTYPES:
             counts[info.dtype] = counts.get(info.dtype, 0) + math.prod(info.shape)
     return _DTYPES[max(counts, key=lambda dtype: counts[dtype])] if counts else None
+
+
+def stored_dtype_at(path: Path) -> str | None:
+    """The `stored_dtype` of the checkpoint in a folder; None where there is none that can be read."""
+    try:
+        return stored_dtype(open_checkpoint(path)) if path.is_dir() else None
+    except CheckpointError:
+        return None
+
+
+def dtype_note(path: Path, stored: str | None, config: Mapping[str, Any]) -> str:
+    """The line to show where a config names another dtype than the weights beside it have; empty where it does not."""
+    named = str(config.get("dtype") or config.get("torch_dtype") or stored).removeprefix("torch.")
+    if stored is None or named == stored:
+        return ""
+    return f"{path}: the weights are {stored}, but config.json says {named}: {stored} counts."

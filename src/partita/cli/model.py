@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from partita.checkpoint.facts import stored_dtype_at
 from partita.checkpoint.find import hub_is_near, is_local, not_fetched
 from partita.cli.rank import Engine
 from partita.core.layout import Layout
@@ -43,7 +44,11 @@ def read_spec(model: str) -> tuple[ModelSpec, Rules | None]:
     """The facts of MODEL, and its rules where transformers had to be asked."""
     from partita.core.families import spec_from_config
 
-    config = read_config(find_config(model))
+    path = find_config(model)
+    config = read_config(path)
+    stored = stored_dtype_at(path)
+    if stored is not None:
+        config["dtype"] = stored
     try:
         return spec_from_config(config), None
     except UnknownFamilyError:

@@ -8,9 +8,10 @@ from typing import Annotated, Any
 
 import typer
 
+from partita.checkpoint.facts import dtype_note, stored_dtype_at
 from partita.cli.console import err, print_json
 from partita.cli.engine import EngineName, choose_engine
-from partita.cli.model import make_plan
+from partita.cli.model import find_config, make_plan
 from partita.cli.options import (
     AsJson,
     LayoutText,
@@ -22,7 +23,9 @@ from partita.cli.options import (
 )
 from partita.cli.timeline import check_file
 from partita.core.mesh import Mesh
+from partita.core.model_spec import read_config
 from partita.core.plan import Plan
+from partita.notes import note
 
 
 def plan(
@@ -51,6 +54,10 @@ def plan(
         check_file("--save", save)
     name = choose_engine(engine) if engine == EngineName.mlx else "torch"
     made = make_plan(model, Mesh(dp, pp, tp), layout, vpp, engine=name)
+    path = find_config(model)
+    line = dtype_note(path, stored_dtype_at(path), read_config(path))
+    if line:
+        note(line)
     if save is not None:
         save.write_text(made.to_json() + "\n", encoding="utf-8")
     if as_json:

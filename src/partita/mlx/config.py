@@ -80,10 +80,11 @@ def _add_tie(config: dict[str, Any], source: str | Path | Mapping[str, Any]) -> 
     except CheckpointError:
         return  # a config alone, or weights that will be refused where they are read
     part: Any = text_config(config)
-    part["tie_word_embeddings"] = not any(_HEAD.search(name) for name in names)
+    part["tie_word_embeddings"] = not any(HEAD.search(name) for name in names)
 
 
-_HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output)\.weight$")
+HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output)\.weight$")
+"""The names that heads have."""
 
 
 def _complete(config: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from partita.checkpoint.facts import dtype_note, stored_dtype
 from partita.checkpoint.find import find_model
 from partita.checkpoint.index import Checkpoint, open_checkpoint
 from partita.checkpoint.manifest import check_model
@@ -30,7 +31,9 @@ from partita.mlx.origin import Origin
 from partita.mlx.probe import plan_of_model, prove_unless_proven
 from partita.mlx.reference import check_reference
 from partita.mlx.stage_probe import prove_stages
+from partita.mlx.ties import check_head, differ, stored_twice, untie
 from partita.mlx.together import together
+from partita.notes import note
 from partita.peers import doing
 
 Progress = Callable[[int, int], None]
@@ -90,6 +93,18 @@ def load(
             check_model(folder, groups.rank, groups.mesh.size)
         checkpoint = open_checkpoint(folder)
         config, generation = read_mlx_config(folder), read_generation(folder)
+        _name_dtype(config, checkpoint, groups, asked=wanted is not None)
+        twice = stored_twice(config, checkpoint)
+    untied = twice is not None and differ(twice, checkpoint, groups)
+    with together(groups):
+        if untied and twice is not None:
+            untie(config)
+            check_head(build(config), twice)
+            if groups.rank == 0:
+                note(
+                    f"{folder}: config.json ties {twice[0]} to {twice[1]}, but the weights hold both and they differ: "
+                    "loaded untied."
+                )
         built = build(config)
         if groups.rank == 0:
             check_reference(config)
@@ -106,7 +121,7 @@ def load(
         computed = _Computed(again, sources, checkpoint)
         split = apply_plan(built, plan, groups.tp, groups.pp.rank)
         _Fill(reader, sources, computed, plan, groups.tp.rank, wanted, progress)(split)
-    split.partita_origin = Origin(sources, checkpoint.tensors, folder, generation=generation)
+    split.partita_origin = Origin(sources, checkpoint.tensors, folder, generation=generation, is_untied=untied)
     return finish(split, plan, groups)
 
 
@@ -192,6 +207,16 @@ def as_dtype(dtype: mx.Dtype | str | None) -> mx.Dtype | None:
             "MLX computes in float64 on the CPU only. Take float32, or mx.set_default_device(mx.cpu) first."
         )
     return found
+
+
+def _name_dtype(config: dict[str, Any], checkpoint: Checkpoint, groups: ParallelGroups, *, asked: bool) -> None:
+    """Let a config say the dtype of the weights on disk. A note says where it said another, unless a dtype was asked for."""
+    stored = stored_dtype(checkpoint)
+    line = dtype_note(checkpoint.folder, stored, config)
+    if line and not asked and groups.rank == 0:
+        note(line)
+    if stored is not None:
+        config["dtype"] = stored
 
 
 def _stored_packing(path: str, module: nn.Module, sources: Mapping[str, Source]) -> dict[str, Any] | bool:

@@ -16,6 +16,7 @@ from partita.checkpoint.header import TensorInfo
 from partita.mlx.homes import parameter_homes
 from partita.mlx.hub import config_of
 from partita.mlx.names import Box, Source
+from partita.mlx.ties import untie
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Origin:
         tensors: What is on disk, by name; nothing of a model that was never there.
         folder: Where that lies.
         config: The config of a model that was never on disk.
+        is_untied: Whether the config on disk ties the head, which has values of its own.
         generation: What the checkpoint says about generating; None where only the config can tell.
     """
 
@@ -35,6 +37,7 @@ class Origin:
     folder: Path | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
     generation: Mapping[str, Any] | None = None
+    is_untied: bool = False
 
     @classmethod
     def in_memory(cls, model: nn.Module) -> Origin:
@@ -73,6 +76,8 @@ class Origin:
         if file is not None and file.is_file():
             config = json.loads(file.read_text(encoding="utf-8"))
         key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
+        if self.is_untied:
+            untie(config)
         config[key] = str(dtype).removeprefix("mlx.core.")
         return config
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from partita.checkpoint.facts import stored_dtype_at
 from partita.core.mesh import Mesh
 from partita.core.placement import Placement
 from partita.core.plan import Plan
@@ -37,6 +38,9 @@ def plan_of_config(
         ModelError: mlx-lm has no such model, or it cannot be split or cut so that it stays right.
     """
     config = read_mlx_config(source)
+    stored = None if isinstance(source, Mapping) else stored_dtype_at(Path(source))
+    if stored is not None:
+        config["dtype"] = stored
     built = build(config)
     quantize(built, config)
     plan = plan_of_model(built, mesh, layout, config=config, vpp=vpp, placement=placement)

@@ -51,7 +51,9 @@ def slice_linear(linear: nn.Module, dim: int, ranges: Sequence[Range], *, bias: 
         if whole_bias is not None and not bias:
             # Conv1D's forward always adds a bias; the row layer adds the true one after the sum.
             del inner._parameters["bias"]
-            zeros = torch.zeros(local.shape[1], dtype=local.dtype, device=local.device)
+            # A weight without memory gets it later, but nobody computes this buffer later.
+            device = "cpu" if local.device.type == "meta" else local.device
+            zeros = torch.zeros(local.shape[1], dtype=local.dtype, device=device)
             inner.register_buffer("bias", zeros, persistent=False)
     else:
         inner.out_features, inner.in_features = local.shape  # type: ignore[assignment]

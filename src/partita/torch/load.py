@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from partita.checkpoint.facts import stored_dtype
+from partita.checkpoint.facts import dtype_note, stored_dtype
 from partita.checkpoint.find import find_model
 from partita.checkpoint.index import Checkpoint, open_checkpoint
 from partita.checkpoint.manifest import check_model
@@ -177,11 +177,9 @@ def choose_plan(
 def _stored_dtype(checkpoint: Checkpoint, config: Any, groups: ParallelGroups) -> torch.dtype | None:
     """The dtype of a checkpoint's weights; None where only the config can tell. A note says where the two disagree."""
     stored = stored_dtype(checkpoint)
-    if stored is None:
-        return None
-    named = str(getattr(config, "dtype", None) or stored).removeprefix("torch.")
-    if named != stored and is_first(groups):
-        note(f"{checkpoint.folder}: the weights are {stored}, but config.json says {named}: loaded as {stored}.")
+    line = dtype_note(checkpoint.folder, stored, {"dtype": getattr(config, "dtype", None)})
+    if line and is_first(groups):
+        note(line)
     return as_dtype(stored)
 
 

@@ -70,6 +70,11 @@ def materialize(model: nn.Module, plan: Plan, groups: ParallelGroups, fill: Fill
         mark_initialized(local)
         filled[name] = local, local._version
     tie(homes, plan)
+    for path, module in model.named_modules():
+        for attribute in module._non_persistent_buffers_set:
+            buffer = module._buffers.get(attribute)
+            assert buffer is None or buffer.device.type != "meta", f"{path}.{attribute}"
+            module._buffers[attribute] = None if buffer is None else buffer.to(device)
     return Filled(filled)
 
 
