@@ -79,15 +79,24 @@ class Pipeline:
 
         return is_used
 
-    def run(self, inputs: Inputs, finish: Finish, *, key: Callable[[int], Any] = lambda microbatch: None) -> None:
+    def run(
+        self,
+        inputs: Inputs,
+        finish: Finish,
+        *,
+        key: Callable[[int], Any] = lambda microbatch: None,
+        seed: Callable[[int, int], int] | None = None,
+    ) -> None:
         """Do every action of this rank once; every rank of the pipeline calls it.
 
         Args:
             inputs: What the model is called with.
             finish: What becomes of the model's output, on the stage with the loss only.
             key: What the shapes of a micro-batch depend on; the same on every rank.
+            seed: What MLX's random numbers are seeded with before a stage computes a micro-batch, also where it computes it
+                again in backward; by default they go on.
         """
-        self._inputs, self._finish, self._key = inputs, finish, key
+        self._inputs, self._finish, self._key, self._seed = inputs, finish, key, seed
         self._messages: dict[tuple[int, int], Message | None] = {}
         self._back: dict[tuple[int, int], list[mx.array]] = {}
         self._received: dict[tuple[int, int], Message | None] = {}
@@ -120,7 +129,7 @@ class Pipeline:
             self._back[stage, microbatch] = self._differentiate(stage, microbatch, received, None)
             made, received = None, None
         else:
-            made = run_stage(self.model, self.plan, stage, received, self._inputs(microbatch))
+            made = self._made(stage, microbatch, received)
             if stage == self.plan.loss_stage:
                 self.losses.append(self._finish(made, microbatch))
                 mx.eval(self.losses[-1])
@@ -131,6 +140,12 @@ class Pipeline:
             self._messages[stage, microbatch] = made
         if self.trains:
             self._received[stage, microbatch] = received
+
+    def _made(self, stage: int, microbatch: int, received: Message | None) -> Any:
+        """What a stage makes of a micro-batch, with the same random numbers each time."""
+        if self._seed is not None:
+            mx.random.seed(self._seed(stage, microbatch))
+        return run_stage(self.model, self.plan, stage, received, self._inputs(microbatch))
 
     def _given(self, stage: int, microbatch: int) -> Message | None:
         if stage == 0:
@@ -143,11 +158,11 @@ class Pipeline:
         self, stage: int, microbatch: int, received: Message | None, cotangents: list[mx.array] | None
     ) -> list[mx.array]:
         """Add to the gradients of a stage's parameters; the gradients of what it received. Cotangents are None for the loss."""
-        trainable, ids = self._trainable[stage], self._inputs(microbatch)
+        trainable = self._trainable[stage]
 
         def made_of(arrays: list[mx.array]) -> list[mx.array]:
             message = None if received is None else Message(tuple(arrays), received.places)
-            made = run_stage(self.model, self.plan, stage, message, ids)
+            made = self._made(stage, microbatch, message)
             if cotangents is None:
                 return [self._finish(made, microbatch)]
             return list(made.arrays) if made is not None else []

@@ -56,7 +56,8 @@ def train(
     """Train a split causal language model in place; every rank calls it with the same tokens and settings.
 
     What is frozen (`model.freeze()`, quantized weights) stays; so LoRA on the split model, by `add_lora` or by mlx-lm, is
-    trained alone. LoRA's dropout draws from MLX's own random numbers, seeded by `settings.seed`, the step and the replica.
+    trained alone. LoRA's dropout draws from MLX's own random numbers, seeded by `settings.seed`, the step, the replica, the
+    micro-batch and the stage.
 
     With `saves` checkpoints are written while training goes on, of which each holds all that the run needs to go on, on
     either engine. A run that is resumed on the same layout is bit for bit the one that was never stopped. Of a model with
@@ -152,11 +153,10 @@ def _step(
     """Do step `step`, counted from 0."""
     model, plan, groups = pipeline.model, pipeline.plan, pipeline.groups
     begin = time.perf_counter()
-    mx.random.seed(step_seed(settings.seed, step, groups.dp.rank))
     starts = row_starts(len(text), step, settings.batch_size, settings.sequence_length, settings.seed)
     rows = np.stack([text[start : start + settings.sequence_length + 1] for start in starts])
     timed = on_timeline if step == settings.steps - 1 else None
-    loss, gradients = gradients_of(pipeline, rows, settings, on_timeline=timed)
+    loss, gradients = gradients_of(pipeline, rows, settings, step, on_timeline=timed)
     norm = clip_gradients(gradients, model, plan, groups, settings.clip_norm)
     if not math.isfinite(loss) or not math.isfinite(norm):
         if saver is not None:
@@ -195,6 +195,7 @@ def gradients_of(
     pipeline: Pipeline,
     rows: np.ndarray[Any, Any],
     settings: TrainSettings,
+    step: int = 0,
     *,
     on_timeline: Callable[[Timeline], None] | None = None,
 ) -> tuple[float, dict[str, mx.array]]:
@@ -215,6 +216,9 @@ def gradients_of(
                 _summed_loss(main_output(output), parts[microbatch][:, 1:], split, groups.tp) / count
             ),
             key=lambda microbatch: tuple(parts[microbatch].shape),
+            seed=lambda stage, microbatch: step_seed(
+                settings.seed, step, groups.dp.rank * settings.accumulate + microbatch, stage
+            ),
         )
     if on_timeline is not None:
         on_timeline(pipeline.timeline(origin_s))

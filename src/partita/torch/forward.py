@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 from types import MethodType
 from typing import Any, NamedTuple
@@ -28,6 +29,7 @@ from partita.torch.comm import exactly_empty
 from partita.torch.copies import summed_copies
 from partita.torch.groups import ParallelGroups
 from partita.torch.links import Links
+from partita.torch.random import layer_randomness
 from partita.torch.stage import RECORDED, Message, is_cut, run_stage
 from partita.torch.transformers_internals import cache_argument, is_cache, recordable, rename_cache
 
@@ -51,7 +53,8 @@ def _forward(model: Any, *args: Any, **kwargs: Any) -> Any:
     """Run the pipeline once; arguments and result are the unsplit model's."""
     call = _Call(model, _bound(model, args, kwargs))
     made: list[Tensor] = []
-    output = call.forward()
+    with call.randomness():
+        output = call.forward()
     form = _take_apart(output, made) if call.is_last else None
     comm, last = call.groups.pp.comm, call.plan.stage_rank(call.plan.loss_stage)
     described: Any = ([(t.dtype, tuple(t.shape)) for t in made], form)
@@ -162,6 +165,10 @@ class _Call:
     def _is_here(self, stage: int) -> bool:
         return self.plan.stage_rank(stage) == self.groups.pp.rank
 
+    def randomness(self) -> AbstractContextManager[None]:
+        """Around forward and backward: layers of different stages drop different elements."""
+        return layer_randomness(self.model, self.plan) if self.trains else nullcontext()
+
     def forward(self) -> Any:
         """Run this rank's stages; the output of the last stage, a message of any other."""
         result: Any = None
@@ -232,7 +239,7 @@ class _Output(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        with torch.enable_grad():
+        with torch.enable_grad(), ctx.call.randomness():
             given = ctx.call.backward(grads)
         return (torch.zeros(()), None, *given, *(None for _ in grads))
 

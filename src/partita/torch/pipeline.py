@@ -23,6 +23,7 @@ from partita.torch.apply import plan_of
 from partita.torch.balance import Balance
 from partita.torch.deferred import WeightGradients, complete, deferrable
 from partita.torch.links import Links, Pending
+from partita.torch.random import layer_randomness
 from partita.torch.stage import Message, run_stage
 
 Inputs = Callable[[int, int], Mapping[str, Any]]
@@ -81,6 +82,7 @@ class Pipeline:
         keep_cache: Callable[[int, int, Any], None] | None = None,
         around: Callable[[], AbstractContextManager[Any]] = nullcontext,
         balance: Balance | None = None,
+        seed: Callable[[int], int] | None = None,
     ) -> None:
         """Do every action of this rank once; every rank of the pipeline calls it.
 
@@ -94,12 +96,13 @@ class Pipeline:
             keep_cache: Told of a stage, a micro-batch and the cache that the layers used.
             around: A context for each forward.
             balance: The auxiliary loss, as `run_stage` takes it.
+            seed: What the generator is seeded with before the forward of a micro-batch; by default it goes on.
         """
         self._finish, self._inputs, self._key = finish, inputs, key
-        self._keep_cache, self._around, self._balance = keep_cache, around, balance
+        self._keep_cache, self._around, self._balance, self._seed = keep_cache, around, balance, seed
         self._reset()
         split = deferrable(self.model, self.gradients) if self._keeps_gradients else nullcontext()
-        with split:
+        with split, layer_randomness(self.model, self.plan) if self.trains else nullcontext():
             for action in self.actions:
                 if skips is None or not skips(action.microbatch):
                     self._do(action)
@@ -137,6 +140,8 @@ class Pipeline:
             received = received.as_leaves()
         with self._around(), _grad(self.trains):
             inputs = self._inputs(stage, microbatch)
+            if self._seed is not None:
+                torch.manual_seed(self._seed(microbatch))
             output, cache = run_stage(self.model, self.plan, stage, received, inputs, self._balance)
             if self._keep_cache is not None and cache is not None:
                 self._keep_cache(stage, microbatch, cache)

@@ -1,13 +1,18 @@
-"""Random numbers of dropout: the same on all ranks where they hold the same, their own inside a split region."""
+"""Random numbers of dropout: the same on all ranks where they hold the same, their own inside a split region and a layer."""
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from partita.core.plan import Plan
 from partita.torch.comm import Communicator
+from partita.training.random import mixed_seed
 
 
 class RegionRandomness:
@@ -39,12 +44,66 @@ class RegionRandomness:
             torch.rand((), device=self._device)
             self._outside = None
 
+    def forget(self) -> None:
+        """The layer has ended, perhaps inside a region: activations are computed again only as far as they are needed."""
+        self._outside = None
+
     def _generator(self) -> Any:
         return (
             torch.cuda.default_generators[self._device.index or 0]
             if self._device.type == "cuda"
             else torch.default_generator
         )
+
+
+@contextmanager
+def layer_randomness(model: nn.Module, plan: Plan) -> Iterator[None]:
+    """While it lasts, each layer of `model` draws from a generator of its own, seeded by one draw and the layer's number.
+
+    Stages whose generators begin alike drop different elements in different layers, and a layer the same ones on whatever
+    stage it is: a stage draws once for a layer of another stage too (see `StageLayers`). A layer that is computed again in
+    backward is seeded alike, as checkpointing restores the generator that it found.
+    """
+    layers = model.get_submodule(plan.spec.layers) if plan.spec.layers else nn.ModuleList()
+    run = getattr(layers, "run", None)
+    if run is not None:
+        run.draws = model.training
+    changed = []
+    for name, layer in layers.named_children():
+        if name.isdigit() and "forward" not in layer.__dict__:
+            layer.forward = partial(_seeded, layer, int(name), _regions(layer))
+            changed.append(layer)
+    try:
+        yield
+    finally:
+        for layer in changed:
+            del layer.forward
+        if run is not None:
+            run.draws = False
+
+
+def _seeded(layer: Any, index: int, regions: Collection[RegionRandomness], *args: Any, **kwargs: Any) -> Any:
+    if not layer.training:
+        return type(layer).forward(layer, *args, **kwargs)
+    seed = skip_draw()
+    device = next((p.device for p in layer.parameters()), torch.device("cpu"))
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(mixed_seed(seed, index))
+        try:
+            return type(layer).forward(layer, *args, **kwargs)
+        finally:
+            for region in regions:
+                region.forget()
+
+
+def skip_draw() -> int:
+    """What a layer draws to be seeded with; a stage calls it in place of each layer that it does not have."""
+    return int(torch.randint(1 << 62, ()))
+
+
+def _regions(layer: nn.Module) -> Collection[RegionRandomness]:
+    found = (getattr(module, "randomness", None) for module in layer.modules())
+    return {one for one in found if isinstance(one, RegionRandomness)}
 
 
 def has_dropout(config: Any) -> bool:

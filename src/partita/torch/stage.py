@@ -25,6 +25,7 @@ from partita.core.plan import Plan, Stage
 from partita.errors import ModelError
 from partita.torch.balance import SWITCH, Balance
 from partita.torch.cache import advance_cache, find_cache
+from partita.torch.random import skip_draw
 from partita.torch.towers import without_media
 from partita.torch.transformers_internals import cache_of, recorded
 
@@ -84,6 +85,7 @@ class _Run:
         cache: The key-value cache that the model hands to its layers.
         normed: Whether what was received has passed the last norm already.
         restored: Whether what earlier layers recorded stands where those of this stage record.
+        draws: Whether layers are seeded by a draw each (see `layer_randomness`).
     """
 
     items: list[Any] = field(default_factory=list)
@@ -93,6 +95,7 @@ class _Run:
     cache: Any = None
     normed: bool = False
     restored: bool = False
+    draws: bool = False
 
     def restore(self) -> None:
         """Put what earlier stages recorded before what this stage's layers record."""
@@ -205,6 +208,8 @@ class _Skip(_Stand):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         hidden = self.see(args, kwargs)
+        if self.run.draws:
+            skip_draw()
         received = self.run.received
         if received is None:
             return hidden

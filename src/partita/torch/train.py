@@ -53,9 +53,9 @@ def train(
     """Train a split causal language model in place; every rank calls it with the same tokens and settings.
 
     With `saves` checkpoints are written while training goes on, of which each holds all that the run needs to go on. A run
-    that is resumed on the same layout is bit for bit the one that was never stopped; on another it differs by rounding, and
-    by dropout, whose draws depend on the layout. Of a model with adapters only these are kept, and go on with
-    `load_adapters(model, checkpoint)` on the model that they belong to.
+    that is resumed on the same layout is bit for bit the one that was never stopped; on another it differs by rounding. The
+    same micro-batches have the same dropout on every mesh, but for dropout inside layers that tensor ranks split. Of a model
+    with adapters only these are kept, and go on with `load_adapters(model, checkpoint)` on the model that they belong to.
 
     Args:
         model: What `load`, `shard` or `fresh` made.
@@ -145,7 +145,6 @@ def _step(
     """Do step `step`, counted from 0."""
     model, plan, groups = pipeline.model, pipeline.plan, pipeline.groups
     begin = time.perf_counter()
-    torch.manual_seed(step_seed(settings.seed, step, groups.dp.rank))
     rows = batch(tokens, step, settings.batch_size, settings.sequence_length, settings.seed)
     timed = on_timeline if step == settings.steps - 1 else None
     loss = accumulate_gradients(pipeline, rows, step, settings, on_timeline=timed)
@@ -234,6 +233,7 @@ def accumulate_gradients(
                 key=lambda microbatch: tuple(parts[0][microbatch].shape),
                 around=lambda: _autocast(settings, device),
                 balance=balance_of(model, plan, settings.aux_loss_scope),
+                seed=lambda microbatch: step_seed(settings.seed, step, replica * settings.accumulate + microbatch),
             )
     if on_timeline is not None:
         on_timeline(pipeline.timeline(origin_s))

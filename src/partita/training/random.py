@@ -1,18 +1,27 @@
-"""The random numbers of a step: they depend on the seed, the step and the replica alone, so that none have to be kept."""
+"""The random numbers of a step: they follow from the seed, the step and the place in the run, so that none have to be kept."""
 
 from __future__ import annotations
 
 _MASK = (1 << 64) - 1
 
 
-def step_seed(seed: int, step: int, replica: int) -> int:
-    """What to seed a generator with at step `step`, counted from 0, of a replica: 63 bits.
+def step_seed(seed: int, step: int, microbatch: int, *places: int) -> int:
+    """What to seed a generator with at step `step`, counted from 0.
 
-    Three rounds of SplitMix64 (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators"), so that
-    neighbouring steps, replicas and seeds have nothing in common.
+    Micro-batches are counted over all replicas, so that the same ones draw the same numbers however they are distributed.
+    `places` are what a seed also depends on, such as a stage.
+    """
+    return mixed_seed(seed, step, microbatch, *places)
+
+
+def mixed_seed(*numbers: int) -> int:
+    """A seed of 63 bits that depends on every one of `numbers` and on their order.
+
+    A round of SplitMix64 for each (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators"), so that
+    the seeds of neighbouring numbers have nothing in common.
     """
     state = 0
-    for number in (seed, step, replica):
+    for number in numbers:
         state = _mix((state + number + 0x9E3779B97F4A7C15) & _MASK)
     return state >> 1
 
