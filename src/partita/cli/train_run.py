@@ -150,13 +150,7 @@ class TrainRun:
             importlib.import_module(f"partita.{self.engine}.peft_format").load_adapters(split, begun)
             return
         adapt: Any = importlib.import_module(f"partita.{self.engine}.adapt")
-        if self.engine == "torch":
-            import torch
-
-            torch.manual_seed(self.options["seed"])
-            adapt.add_lora(split, self.lora_rank)
-        else:
-            adapt.add_lora(split, self.lora_rank, seed=self.options["seed"])
+        adapt.add_lora(split, self.lora_rank, seed=self.options["seed"])
 
     def _saves(self, tokenizer: Tokenizer) -> Saves | None:
         from partita.training.saving import Saves

@@ -18,6 +18,7 @@ from partita.mlx.groups import ParallelGroups
 from partita.mlx.homes import unsplit_modules
 from partita.mlx.linear import ColumnParallelLinear, RowParallelLinear
 from partita.mlx.lora import Style, split_axis
+from partita.mlx.trainable import Trainable
 
 BUCKET_BYTES = 25 << 20
 """Gradients travel between replicas in buffers of about this size."""
@@ -28,6 +29,21 @@ _STYLES: Mapping[type[Any], Style] = {
     RowParallelLinear: "row",
     VocabParallelEmbedding: "vocab",
 }
+
+
+def start_alike(trainable: Trainable, comm: Communicator) -> None:
+    """Give all replicas the first one's values of arrays that differ between them, such as adapters that mlx-lm drew."""
+    if comm.size == 1:
+        return
+    # Sums instead of the values themselves, which may be large.
+    sums = [[mx.sum(array).item(), mx.sum(mx.abs(array)).item()] for array in trainable.arrays]
+    told = comm.all_gather_object(sums)
+    arrays = list(trainable.arrays)
+    for place, array in enumerate(arrays):
+        if any(one[place] != told[0][place] for one in told[1:]):
+            arrays[place] = comm.broadcast(array)
+    trainable.set(arrays)
+    mx.eval(arrays)
 
 
 def sum_over_replicas(gradients: dict[str, mx.array], comm: Communicator) -> None:

@@ -28,7 +28,7 @@ from partita.mlx.loss import vocab_parallel_cross_entropy
 from partita.mlx.moments import restore_optimizer
 from partita.mlx.optimizer import AdamW
 from partita.mlx.pipeline import Pipeline
-from partita.mlx.replicas import clip_gradients, sum_over_replicas
+from partita.mlx.replicas import clip_gradients, start_alike, sum_over_replicas
 from partita.mlx.share import Share
 from partita.mlx.together import together
 from partita.mlx.trainable import Trainable
@@ -92,6 +92,7 @@ def train(
     trainable = Trainable(model)
     if not any(groups.pp.all_gather_object(bool(trainable.names))):
         raise ModelError("no parameter of the model is to be trained: all are frozen.")
+    start_alike(trainable, groups.dp)
     pipeline = Pipeline(model, schedule)
     optimizer = AdamW(settings.weight_decay, settings.epsilon)
     text = np.asarray(tokens, np.int64)

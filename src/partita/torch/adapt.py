@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import zlib
+from typing import Any
 
 import torch
 from torch import nn
 
 from partita.errors import ModelError
 from partita.torch.apply import plan_of
+from partita.torch.groups import ParallelGroups
 from partita.torch.inner import base_layer
 from partita.torch.linear import ColumnParallelLinear, RowParallelLinear
 from partita.torch.lora import LoraLinear
 
 
-def add_lora(model: nn.Module, rank: int, *, alpha: float | None = None) -> list[str]:
+def add_lora(model: nn.Module, rank: int, *, alpha: float | None = None, seed: int | None = None) -> list[str]:
     """Put a LoRA adapter on every linear layer inside the layers of a split model and freeze all else.
 
-    Every rank calls it; the unsplit adapters do not depend on how the model is split, given the same seed.
+    Every rank calls it. The unsplit adapters depend on the seed alone, whatever the mesh.
 
     Args:
         model: What `load`, `shard` or `fresh` made.
         rank: Of the adapters.
         alpha: The scale is `alpha / rank`; by default 1.
+        seed: Of `lora_A`; `lora_B` is zero, so that at first nothing changes. By default one drawn by rank 0.
 
     Returns:
         The paths of the layers that were adapted.
@@ -32,14 +35,14 @@ def add_lora(model: nn.Module, rank: int, *, alpha: float | None = None) -> list
     """
     plan, groups = plan_of(model)
     model.requires_grad_(False)
-    seed = int(torch.randint(1 << 62, ()))
+    seed = _seed_of_first(groups) if seed is None else seed
     adapted = []
     for path, module in list(model.named_modules()):
         if plan.spec.layer_of(path) is None:
             continue
         # Each layer draws from numbers of its own: which layers lie on the same stage must not matter.
         with torch.random.fork_rng():
-            torch.manual_seed(seed ^ zlib.crc32(path.encode()))
+            torch.manual_seed((seed ^ zlib.crc32(path.encode())) & ((1 << 63) - 1))
             if isinstance(module, (ColumnParallelLinear, RowParallelLinear)):
                 row = isinstance(module, RowParallelLinear)
                 inputs, part = (module.split, groups.mp.rank) if row else (None, 0)
@@ -54,6 +57,14 @@ def add_lora(model: nn.Module, rank: int, *, alpha: float | None = None) -> list
             f"{plan.spec.family}: no linear layer was found inside {plan.spec.layers or 'the model'} to adapt."
         )
     return adapted
+
+
+def _seed_of_first(groups: ParallelGroups) -> int:
+    """A seed that rank 0 draws, on every rank: the ranks' generators need not agree."""
+    seed: Any = int(torch.randint(1 << 62, ()))
+    for info in (groups.mp, groups.pp, groups.dp):
+        seed = info.comm.broadcast_object(seed)
+    return int(seed)
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -30,7 +30,7 @@ from partita.torch.copies import summed_copies
 from partita.torch.groups import ParallelGroups
 from partita.torch.links import Links
 from partita.torch.random import layer_randomness
-from partita.torch.stage import RECORDED, Message, is_cut, run_stage
+from partita.torch.stage import RECORDED, Message, is_cut, refuse_layer_drop, run_stage
 from partita.torch.transformers_internals import cache_argument, is_cache, recordable, rename_cache
 
 
@@ -52,6 +52,8 @@ def call_as_whole(model: nn.Module, plan: Plan, groups: ParallelGroups) -> None:
 def _forward(model: Any, *args: Any, **kwargs: Any) -> Any:
     """Run the pipeline once; arguments and result are the unsplit model's."""
     call = _Call(model, _bound(model, args, kwargs))
+    if model.training and call.plan.num_stages > 1:
+        refuse_layer_drop(model)
     made: list[Tensor] = []
     with call.randomness():
         output = call.forward()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,35 @@ from partita.torch.groups import ParallelGroups
 
 BUCKET_BYTES = 25 << 20
 """Gradients travel between replicas in buffers of about this size."""
+
+
+@torch.no_grad()
+def start_alike(parameters: Sequence[Tensor], comm: Communicator) -> None:
+    """Give all replicas the first one's values of parameters that differ between them, such as another library's adapters."""
+    if comm.size == 1 or not parameters:
+        return
+    # Sums instead of the values themselves, which may be large.
+    mine = torch.stack(
+        [torch.stack((p.sum(dtype=torch.float64), p.abs().sum(dtype=torch.float64))).cpu() for p in parameters]
+    ).to(parameters[0].device)
+    differs = (mine != comm.broadcast_(mine.clone())).any(1).int()
+    for parameter, one in zip(parameters, comm.all_reduce_(differs).tolist(), strict=True):
+        if one:
+            parameter.copy_(comm.broadcast_(parameter.detach().clone(memory_format=torch.contiguous_format)))
+
+
+def sum_gradients(parameters: Sequence[Tensor], comm: Communicator) -> None:
+    """Sum the parameters' gradients over the replicas.
+
+    One that a replica has no gradient of, as it left out a layer, counts as zero there if another replica has it.
+    """
+    if comm.size == 1 or not parameters:
+        return
+    has = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32, device=parameters[0].device)
+    for parameter, anywhere in zip(parameters, comm.all_reduce_(has).tolist(), strict=True):
+        if anywhere and parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    sum_over_replicas([parameter.grad for parameter in parameters], comm)
 
 
 def sum_over_replicas(grads: Iterable[Tensor | None], comm: Communicator) -> None:

@@ -85,6 +85,7 @@ class _Run:
         cache: The key-value cache that the model hands to its layers.
         normed: Whether what was received has passed the last norm already.
         restored: Whether what earlier layers recorded stands where those of this stage record.
+        entered: Whether what was received has entered the first layer.
         draws: Whether layers are seeded by a draw each (see `layer_randomness`).
     """
 
@@ -96,6 +97,7 @@ class _Run:
     normed: bool = False
     restored: bool = False
     draws: bool = False
+    entered: bool = False
 
     def restore(self) -> None:
         """Put what earlier stages recorded before what this stage's layers record."""
@@ -235,7 +237,7 @@ class _Gate(_Stand):
         hidden = self.see(args, kwargs)
         if self.enters:
             assert self.run.received is not None
-            hidden = self.run.received.tensors[0]
+            hidden, self.run.entered = self.run.received.tensors[0], True
             if args:
                 args = (hidden, *args[1:])
             else:
@@ -327,6 +329,17 @@ def _remove_tower(model: nn.Module, path: str) -> None:
         holder._parameters[name] = None
     else:
         _set(model, path, Absent(holder.get_submodule(name), is_input=False))
+
+
+def refuse_layer_drop(model: nn.Module) -> None:
+    """Raise `ModelError` for a model that leaves out whole layers in training, to be trained over stages."""
+    config: Any = getattr(model, "config", None)
+    for name in ("layerdrop", "decoder_layerdrop", "encoder_layerdrop"):
+        if getattr(config, name, 0.0):
+            raise ModelError(
+                f"{name}={getattr(config, name)} leaves out whole layers in training, and the first and the last layer of a "
+                f"stage cannot be left out. Set {name} to 0 in the config, or use pp=1."
+            )
 
 
 def _set(model: nn.Module, path: str, module: nn.Module) -> None:
@@ -500,7 +513,7 @@ def run_part(
     run.items, run.embeds, run.received, run.cache = layers.items_of(stage), stage.embedding, received, None
     run.arity = 0
     given = inputs if stage.embedding else without_media(inputs)
-    run.normed, run.restored = normed, False
+    run.normed, run.restored, run.entered = normed, False, False
     output: Any
     try:
         output = type(model).forward(model, **given)
@@ -512,6 +525,11 @@ def run_part(
     if cache is None and not isinstance(output, Message):
         # Where one stage has all layers, nothing stands among them that sees the cache.
         cache = find_cache(output, {}) if isinstance(output, tuple) else cache_of(output)
+    if stage.layers and not ((run.entered or stage.embedding) and (stage.loss or isinstance(output, Message))):
+        raise ModelError(
+            f"{type(model).__name__} left out the first or the last layer of a stage. Use a model that runs every layer, or "
+            "pp=1."
+        )
     if cache is not None:
         advance_cache(cache, stage.layers, inputs)
     return output, cache

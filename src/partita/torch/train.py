@@ -27,8 +27,9 @@ from partita.torch.load import as_dtype
 from partita.torch.moments import restore_optimizer
 from partita.torch.objective import IGNORED, check_trainable, examples, loss_of
 from partita.torch.pipeline import Pipeline
-from partita.torch.replicas import clip_gradients, sum_over_replicas
+from partita.torch.replicas import clip_gradients, start_alike, sum_gradients
 from partita.torch.share import Share
+from partita.torch.stage import refuse_layer_drop
 from partita.torch.together import together
 from partita.training import StepReport, TrainSettings, schedule_of
 from partita.training.ids import check_ids
@@ -86,6 +87,9 @@ def train(
     if settings.checkpointing:
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})  # type: ignore[operator]
+    if plan.num_stages > 1:
+        refuse_layer_drop(model)
+    start_alike([p for p in model.parameters() if p.requires_grad], groups.dp.comm)
     optimizer = make_optimizer(model, settings, groups)
     pipeline = Pipeline(model, schedule)
     model.zero_grad(set_to_none=True)
@@ -237,7 +241,7 @@ def accumulate_gradients(
             )
     if on_timeline is not None:
         on_timeline(pipeline.timeline(origin_s))
-    sum_over_replicas([p.grad for p in model.parameters() if p.grad is not None], groups.dp.comm)
+    sum_gradients([p for p in model.parameters() if p.requires_grad], groups.dp.comm)
     total = groups.pp.comm.broadcast_(total, plan.stage_rank(plan.loss_stage))
     return float(groups.dp.comm.all_reduce_(total))
 
