@@ -32,7 +32,7 @@ from partita.cli.options import (
 )
 from partita.cli.progress import loading
 from partita.core.mesh import Mesh
-from partita.errors import ModelError
+from partita.errors import ModelError, PlanError
 from partita.text import Sampling
 
 if TYPE_CHECKING:
@@ -136,6 +136,50 @@ def generate(
             show_default=False,
         ),
     ] = None,
+    presence_penalty: Annotated[
+        float,
+        typer.Option(help="Subtract this from the logits of tokens that appeared.", rich_help_panel=SAMPLING),
+    ] = 0.0,
+    frequency_penalty: Annotated[
+        float,
+        typer.Option(
+            help="Subtract this from a token's logit for each time that it appeared.", rich_help_panel=SAMPLING
+        ),
+    ] = 0.0,
+    penalty_window: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Penalties count only the last N tokens of the text; 0 for all.", rich_help_panel=SAMPLING
+        ),
+    ] = 0,
+    logit_bias: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--logit-bias",
+            metavar="ID=VALUE",
+            help="Add a number to the logit of a token id. Repeatable.",
+            rich_help_panel=SAMPLING,
+            show_default=False,
+        ),
+    ] = None,
+    xtc_probability: Annotated[
+        float,
+        typer.Option(
+            min=0.0,
+            max=1.0,
+            help="While sampling, exclude the most likely tokens with this probability (XTC).",
+            rich_help_panel=SAMPLING,
+        ),
+    ] = 0.0,
+    xtc_threshold: Annotated[
+        float,
+        typer.Option(
+            min=0.0,
+            max=0.5,
+            help="XTC excludes tokens above this probability, but for the least likely of them.",
+            rich_help_panel=SAMPLING,
+        ),
+    ] = 0.1,
     no_generation_config: Annotated[
         bool,
         typer.Option(
@@ -194,7 +238,9 @@ def generate(
         "max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
         "repetition_penalty": repetition_penalty, "seed": seed, "stop": tuple(stop or ()), "ignore_eos": ignore_eos,
         "no_repeat_ngram_size": no_repeat_ngram_size, "min_new_tokens": min_new_tokens,
-        "use_generation_config": not no_generation_config,
+        "use_generation_config": not no_generation_config, "presence_penalty": presence_penalty,
+        "frequency_penalty": frequency_penalty, "penalty_window": penalty_window, "logit_bias": _biases(logit_bias or []),
+        "xtc_probability": xtc_probability, "xtc_threshold": xtc_threshold,
     }  # fmt: skip
     sampling = Sampling(**options)
     if is_local(model):
@@ -213,6 +259,17 @@ def generate(
         return 0
 
     launch.run(mesh, work, engine=name, backend=backend)
+
+
+def _biases(texts: list[str]) -> dict[int, float]:
+    biases: dict[int, float] = {}
+    for text in texts:
+        name, _, value = text.partition("=")
+        try:
+            biases[int(name)] = float(value)
+        except ValueError as error:
+            raise PlanError(f"--logit-bias must be ID=VALUE, as in 17=-2.5; got {text!r}.") from error
+    return biases
 
 
 def _read_prompt(file: Path) -> str:

@@ -101,5 +101,8 @@ def _check(prompts: SequenceOf[SequenceOf[int]], choice: Choice, tokenizer: Toke
         strange = [i for i in prompt if not 0 <= i < (vocab_size or 1 << 62)]
         if strange:
             raise PlanError(f"prompt {place} holds the id {strange[0]}, but the model has ids 0 to {vocab_size - 1}.")
+    strange = [i for i, _ in choice.logit_bias if not 0 <= i < (vocab_size or 1 << 62)]
+    if strange:
+        raise PlanError(f"logit_bias names the id {strange[0]}, but the model has ids 0 to {vocab_size - 1}.")
     if choice.stop and tokenizer is None:
         raise PlanError("stop needs a tokenizer to see the text.")

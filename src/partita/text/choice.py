@@ -40,6 +40,12 @@ class Choice:
         eos_ids: Ids that end a sequence.
         seed: Of the samples.
         stop: A sequence ends before the first of these texts.
+        presence_penalty: 0 for none.
+        frequency_penalty: 0 for none.
+        penalty_window: 0 for all tokens.
+        logit_bias: Ids, and what is added to their logits.
+        xtc_probability: 0 for none.
+        xtc_threshold: See `Sampling`.
     """
 
     max_new_tokens: int | None = DEFAULT_NEW_TOKENS
@@ -60,6 +66,12 @@ class Choice:
     eos_ids: frozenset[int] = frozenset()
     seed: int = 0
     stop: tuple[str, ...] = ()
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    penalty_window: int = 0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    xtc_probability: float = 0.0
+    xtc_threshold: float = 0.1
 
     @property
     def is_plain(self) -> bool:
@@ -67,6 +79,7 @@ class Choice:
         changes = (
             self.no_repeat_ngram_size, self.bad_words_ids, self.suppress_tokens, self.begin_suppress_tokens,
             self.forced_bos_token_id is not None, self.forced_eos_token_ids, self.min_new_tokens, self.min_length,
+            self.presence_penalty, self.frequency_penalty, self.logit_bias,
         )  # fmt: skip
         return self.temperature == 0 and self.repetition_penalty == 1.0 and not any(changes)
 
@@ -173,6 +186,12 @@ def settle(sampling: Sampling, generation: Mapping[str, Any], tokenizer_ends: fr
         min_length=value("min_length", 0) if new is None else 0,
         eos_ids=eos_ids,
         seed=sampling.seed,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        penalty_window=sampling.penalty_window,
+        logit_bias=tuple(sampling.logit_bias),
+        xtc_probability=sampling.xtc_probability if samples else 0.0,
+        xtc_threshold=sampling.xtc_threshold,
         stop=sampling.stop or ((stop_strings,) if isinstance(stop_strings, str) else tuple(stop_strings)),
     )
 

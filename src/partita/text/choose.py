@@ -61,7 +61,7 @@ def choose(
         sequences: What each row continues.
         choice: How it is chosen.
         generators: Where the chance of each row comes from, in the same state on every rank; one number is drawn unless the
-            likeliest is taken.
+            likeliest is taken, and a second one with XTC.
         columns: Which columns these are.
     """
     columns = columns or Columns()
@@ -72,6 +72,9 @@ def choose(
         return _likeliest(scores, columns)
     scores /= choice.temperature
     draws = [generator.random() for generator in generators]
+    excludes = [choice.xtc_probability > 0 and g.random() < choice.xtc_probability for g in generators]
+    if any(excludes):
+        return _excluding(scores, excludes, draws, choice, columns)
     told = _Told.by_all(scores, choice, columns)
     if not told.values.shape[-1]:
         return _from_all(scores, told, draws, columns)
@@ -90,7 +93,10 @@ def choose(
 def _process(row: Array, sequence: Sequence, choice: Choice, start: int) -> None:
     """Change a row of logits, of which the first is that of id `start`, as transformers' processors do before choice."""
     prompt, tokens = sequence.prompt, sequence.tokens
-    _penalize(row, np.asarray(prompt + tokens, np.int64) - start, choice.repetition_penalty)
+    for token, bias in choice.logit_bias:
+        row[_inside((token,), start, row.size)] += bias
+    seen = np.asarray((prompt + tokens)[-choice.penalty_window :], np.int64) - start
+    _penalize(row, seen, choice)
     forced = choice.forced(prompt, tokens)
     if forced:
         row[:] = -np.inf
@@ -147,10 +153,28 @@ class _Told:
         return weights
 
 
-def _penalize(row: Array, seen: np.ndarray[Any, np.dtype[np.int64]], penalty: float) -> None:
+def _penalize(row: Array, seen: np.ndarray[Any, np.dtype[np.int64]], choice: Choice) -> None:
+    """Apply the penalties for ids that appeared, in mlx-lm's order: repetition, presence, frequency."""
+    there, counts = np.unique(seen[(seen >= 0) & (seen < row.size)], return_counts=True)
+    penalty = choice.repetition_penalty
     if penalty != 1.0:
-        there = np.unique(seen[(seen >= 0) & (seen < row.size)])
         row[there] = np.where(row[there] < 0, row[there] * penalty, row[there] / penalty)
+    row[there] -= choice.presence_penalty + choice.frequency_penalty * counts
+
+
+def _excluding(scores: Array, excludes: list[bool], draws: list[float], choice: Choice, columns: Columns) -> list[int]:
+    """The next ids where XTC excludes the most likely ids of some rows, which takes the scores of all ranks."""
+    ids = []
+    for row, draw, excluded in zip(_whole(scores, columns), draws, excludes, strict=True):
+        kept, weights, _ = _kept(row, np.arange(row.size), None, choice)
+        if excluded:
+            likely = weights > choice.xtc_threshold * weights.sum()
+            least = weights[likely].min(initial=np.inf)
+            stay = ~(likely & (weights > least)) | np.isin(kept, list(choice.eos_ids))
+            kept, weights = kept[stay], weights[stay]
+        ids.append(_drawn(kept, weights, draw))
+    # The first rank's word counts, as in `choose`.
+    return [int(one) for one in columns.gather(np.array(ids, np.float64))[0]]
 
 
 def _likeliest(scores: Array, columns: Columns) -> list[int]:

@@ -31,6 +31,11 @@ def _are_ids(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and all(_is_whole(i) for i in value)
 
 
+def _is_bias(value: Any) -> bool:
+    pairs = value.items() if isinstance(value, Mapping) else value
+    return all(_is_whole(i) and _is_in(abs(b), 0, math.inf) for i, b in pairs)
+
+
 def _are_words(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and all(_are_ids(word) and word for word in value)
 
@@ -46,6 +51,12 @@ RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
         lambda v: _is_in(v, 0, math.inf, open_below=True),
         "a finite number of more than 0 (1 for none)",
     ),
+    "presence_penalty": (lambda v: _is_in(abs(v), 0, math.inf), "a finite number (0 for none)"),
+    "frequency_penalty": (lambda v: _is_in(abs(v), 0, math.inf), "a finite number (0 for none)"),
+    "penalty_window": (_is_whole, "a whole number of at least 0 (0 for all tokens)"),
+    "logit_bias": (_is_bias, "finite numbers by id, as in {17: -2.5}"),
+    "xtc_probability": (lambda v: _is_in(v, 0, 1), "in [0, 1] (0 for none)"),
+    "xtc_threshold": (lambda v: _is_in(v, 0, 0.5), "in [0, 0.5]"),
     "no_repeat_ngram_size": (_is_whole, "a whole number of at least 0 (0 for none)"),
     "bad_words_ids": (_are_words, "a list of lists of ids"),
     "suppress_tokens": (_are_ids, "a list of ids"),
@@ -72,6 +83,14 @@ class Sampling:
             1904.09751).
         min_p: Only tokens at least as likely as this fraction of the most likely one (2407.01082).
         repetition_penalty: Divides the logits of tokens that were there already (Keskar et al. 2019, 1909.05858); 1 for none.
+        presence_penalty: Subtracted from the logits of tokens that appeared; 0 for none.
+        frequency_penalty: Subtracted from the logit of a token for each time that it appeared; 0 for none.
+        penalty_window: The three penalties count only this many of the last tokens, the prompt included; 0 for all.
+        logit_bias: Numbers that are added to the logits of ids, before the penalties.
+        xtc_probability: The probability with which a token is chosen without the most likely ones (XTC, "exclude top choices"):
+            after all other filters, every token of at least `xtc_threshold` is excluded but the least likely of them. End
+            tokens are never excluded. It matters only for sampling; 0 for none.
+        xtc_threshold: The probability from which XTC excludes tokens, at most 0.5.
         no_repeat_ngram_size: No sequence of so many tokens appears twice; 0 for no such rule.
         bad_words_ids: Sequences of ids that must not appear.
         suppress_tokens: Ids that are never chosen.
@@ -98,12 +117,25 @@ class Sampling:
     begin_suppress_tokens: tuple[int, ...] | None = None
     min_new_tokens: int | None = None
     use_generation_config: bool = True
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    penalty_window: int = 0
+    logit_bias: Mapping[int, float] | tuple[tuple[int, float], ...] = ()
+    xtc_probability: float = 0.0
+    xtc_threshold: float = 0.1
 
     def __post_init__(self) -> None:
         for name, (is_right, rule) in RULES.items():
             value = getattr(self, name, None)
-            if value is not None and not is_right(value):
+            try:
+                ok = value is None or is_right(value)
+            except (TypeError, ValueError):
+                ok = False
+            if not ok:
                 raise PlanError(f"{name} must be {rule}, but is {value!r}.")
+        if isinstance(self.logit_bias, Mapping):
+            # A frozen dataclass must be hashable.
+            object.__setattr__(self, "logit_bias", tuple(self.logit_bias.items()))
         stop: object = self.stop
         if isinstance(stop, str) or not all(isinstance(text, str) and text for text in self.stop):
             raise PlanError(f"stop must hold texts of at least one character, as in ('END',), but is {self.stop!r}.")
