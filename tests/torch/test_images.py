@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from partita.core.mesh import Mesh
 from partita.torch.apply import apply_plan
-from partita.torch.compare import Float64Everywhere, compare
+from partita.torch.compare import compare
 from partita.torch.finish import finish
+from partita.torch.float64 import Float64Everywhere
 from partita.torch.groups import make_groups
 from partita.torch.hub import build_on_meta, read_hf_config
 from partita.torch.probe import fill_unsplit, plan_of_model
