@@ -204,5 +204,5 @@ def test_two_ranks_of_mlx_prove_a_v_of_stages_without_torch(tmp_path: Path) -> N
     data = json.loads(ended.stdout)
     assert data["equal"]
     assert {(row["kind"], row["tolerance"]) for row in data["rows"]} == {
-        ("output", 1e-6), ("tokens", 0.5), ("loss", 1e-12), ("parameter", 1e-12),
+        ("module", 1e-6), ("output", 1e-6), ("gradient", 1e-6), ("tokens", 0.5), ("loss", 1e-12), ("parameter", 1e-12),
     }  # fmt: skip

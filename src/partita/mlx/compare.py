@@ -14,11 +14,15 @@ import mlx.nn as nn
 from partita.core.plan import Plan
 from partita.core.resolve import ModulePlan
 from partita.errors import ModelError
-from partita.mlx.apply import local_ranges, take
+from partita.mlx.apply import local_ranges, plan_of, take
+from partita.mlx.copies import sum_copies
 from partita.mlx.groups import ParallelGroups
 from partita.mlx.head import local_logits
 from partita.mlx.homes import is_packed, parameter_homes, unsplit_modules
 from partita.mlx.mlx_lm_internals import make_cache
+from partita.mlx.pipeline import Pipeline
+from partita.mlx.stage import AbsentLayer, AbsentModule
+from partita.schedule import Schedule
 
 FLOOR = 1e-6
 """Gradients this much smaller than the model's largest are rounding (a key's bias has none in exact arithmetic), so errors
@@ -55,8 +59,12 @@ def compare(
     *,
     backward: bool = True,
     cached: bool = True,
+    schedule: Schedule | None = None,
 ) -> list[Difference]:
     """Run both models on the same ids, forward, with a cache, and backward, and compare what comes; every rank calls it.
+
+    Over several stages nothing is compared with a cache, and the backward follows `schedule`, every micro-batch of which has
+    the same ids.
 
     Args:
         unsplit: The whole model, on this rank too.
@@ -66,6 +74,7 @@ def compare(
         inputs: Ids `[batch, length]`, `length` more than `CACHED_STEPS`.
         backward: Whether gradients are compared; not all models have any.
         cached: Whether generation with a cache is.
+        schedule: Of a model that is cut into stages, how its backward runs.
 
     Returns:
         Differences in the order of execution: modules, the outputs, then gradients in the model's order. The same on every
@@ -80,18 +89,26 @@ def compare(
         raise ModelError(
             "the unsplit model's own output holds NaN, to which nothing is equal. Look at its weights and its dtype."
         )
-    found, output = _forward(split, inputs)
+    found, output = _forward(split, inputs, plan)
     differences = [
         Difference("module", path, relative_error(whole, found[path]))
         for path, whole in _comparable(expected, plan, rank)
         if path in found and found[path].shape == whole.shape
     ]
     differences.append(Difference("output", "the model", relative_error(reference, output)))
-    if cached:
+    if cached and plan.num_stages == 1:
         differences.append(_compare_steps(unsplit, split, plan, inputs, rank))
+    whole: dict[str, mx.array] = {}
     if backward and reference.shape == output.shape:
-        differences += _compare_gradients(gradients(unsplit, inputs), split, inputs, plan, rank)
-    return _largest(differences, groups)
+        whole = gradients(unsplit, inputs)
+        mine = gradients(split, inputs) if schedule is None else pipeline_gradients(split, inputs, schedule)
+        differences += _compare_gradients(whole, mine, split, plan, rank)
+    largest = _largest(differences, groups)
+    named = {d.name for d in largest if d.kind == "gradient"}
+    largest += [Difference("gradient", name, float("inf")) for name in whole if name not in named]
+    order = {name: place for place, name in enumerate([*expected, *whole])}
+    kinds = ("module", "output", "gradient")
+    return sorted(largest, key=lambda d: (kinds.index(d.kind), order.get(d.name, 0)))
 
 
 def compare_parameters(unsplit: nn.Module, split: nn.Module, plan: Plan, groups: ParallelGroups) -> list[Difference]:
@@ -136,10 +153,19 @@ def _largest(mine: list[Difference], groups: ParallelGroups) -> list[Difference]
     return mine
 
 
-def _forward(model: nn.Module, inputs: mx.array) -> tuple[dict[str, mx.array], mx.array]:
-    """The first output of every module by its path in the unsplit model, and the model's."""
+def _forward(model: nn.Module, inputs: mx.array, plan: Plan | None = None) -> tuple[dict[str, mx.array], mx.array]:
+    """The first output of every module by its path in the unsplit model, and the model's.
+
+    Of a model that `plan` cuts into stages those modules alone whose outputs depend on no stand-in: layers, what is inside
+    them, and what holds arrays.
+    """
     outputs: dict[str, mx.array] = {}
-    with _watch(model, lambda path, out: outputs.setdefault(path, out)):
+
+    def see(path: str, output: mx.array) -> None:
+        if plan is None or plan.num_stages == 1 or plan.spec.layer_of(path) is not None or path in plan.spec.modules:
+            outputs.setdefault(path, output)
+
+    with _watch(model, see):
         output = main_output(model(inputs))
     mx.eval(output, list(outputs.values()))
     return outputs, output
@@ -181,9 +207,7 @@ def gradients(model: nn.Module, inputs: mx.array) -> dict[str, mx.array]:
     def loss(arrays: list[mx.array]) -> mx.array:
         for (home, attribute), array in zip(homes.values(), arrays, strict=True):
             home[attribute] = array
-        logits = main_output(model(inputs))
-        weight = mx.random.normal(logits.shape, key=mx.random.key(0)).astype(logits.dtype)
-        return (logits * weight).sum()
+        return _weighted_sum(main_output(model(inputs)))
 
     try:
         found = mx.grad(loss)(kept) if kept else []
@@ -194,15 +218,33 @@ def gradients(model: nn.Module, inputs: mx.array) -> dict[str, mx.array]:
     return dict(zip(homes, found, strict=True))
 
 
+def pipeline_gradients(model: nn.Module, inputs: mx.array, schedule: Schedule) -> dict[str, mx.array]:
+    """As `gradients`, of a model that is cut into stages: of what this rank holds; every rank calls it."""
+    plan, groups = plan_of(model)
+    pipeline = Pipeline(model, schedule)
+    count = schedule.num_microbatches
+
+    def finish(output: Any, microbatch: int) -> mx.array:
+        weighted = _weighted_sum(main_output(output)) / count
+        return weighted if weighted.dtype == mx.float64 else weighted.astype(mx.float32)
+
+    pipeline.run(lambda microbatch: inputs, finish)
+    sum_copies(pipeline.gradients, model, plan, groups)
+    return pipeline.gradients
+
+
+def _weighted_sum(logits: mx.array) -> mx.array:
+    weight = mx.random.normal(logits.shape, key=mx.random.key(0)).astype(logits.dtype)
+    return (logits * weight).sum()
+
+
 def _compare_gradients(
-    whole: dict[str, mx.array], split: nn.Module, inputs: mx.array, plan: Plan, rank: int
+    whole: dict[str, mx.array], mine: dict[str, mx.array], split: nn.Module, plan: Plan, rank: int
 ) -> Iterator[Difference]:
-    mine = gradients(split, inputs)
     homes = parameter_homes(split)
     largest = max((float(mx.abs(g).max()) for g in whole.values()), default=0.0)
     for name, gradient in whole.items():
         if name not in mine:
-            yield Difference("gradient", name, float("inf"))
             continue
         part = take(gradient, local_ranges(*homes[name], name, plan, rank))
         yield Difference(
@@ -216,7 +258,8 @@ def _watch(model: nn.Module, see: Callable[[str, mx.array], object]) -> Iterator
 
     Python finds `__call__` on classes only, so each module becomes one of a class of its own for the while.
     """
-    modules = {path: module for path, module in unsplit_modules(model).items() if path}
+    absent = (AbsentLayer, AbsentModule)
+    modules = {p: module for p, module in unsplit_modules(model).items() if p and not issubclass(type(module), absent)}
     classes = {path: type(module) for path, module in modules.items()}
     for path, module in modules.items():
         module.__class__ = _watched(classes[path], path, see)

@@ -25,7 +25,8 @@ from partita.torch.compare import FLOOR, main_output, relative_error
 from partita.torch.float64 import Float64Everywhere
 from partita.torch.groups import GroupInfo, ParallelGroups, single_groups
 from partita.torch.hub import spec_of
-from partita.torch.probe import TOLERANCE, measure_media, sample_inputs, small_model
+from partita.torch.probe import TOLERANCE, dtype_of, measure_media, sample_inputs, small_model
+from partita.torch.rounding import name_of
 from partita.torch.stage import Message, refuse_features_elsewhere, refuse_uncuttable, run_stage, wire_stages
 from partita.torch.transformers_internals import cache_argument, cache_of
 
@@ -64,8 +65,8 @@ def refuse_undecodable(model: nn.Module, plan: Plan) -> None:
         raise ModelError(f"{plan.spec.family} cannot generate over several stages: {reason} Use tp and pp=1.")
 
 
-def _key(model: nn.Module, plan: Plan) -> tuple[str, str]:
-    return type(model).__name__, json.dumps(dict(plan.spec.config), sort_keys=True, default=str)
+def _key(model: nn.Module, plan: Plan) -> tuple[Any, ...]:
+    return type(model).__name__, dtype_of(model), json.dumps(dict(plan.spec.config), sort_keys=True, default=str)
 
 
 def _measure(model: nn.Module, plan: Plan) -> tuple[str, str]:
@@ -82,6 +83,7 @@ def _measure(model: nn.Module, plan: Plan) -> tuple[str, str]:
             wrong = parts.difference(sample_inputs(unsplit))
     except Exception as error:
         return f"its stages fail: {_line(error)}", ""
+    wrong = wrong or _difference_in(dtype_of(model), model, plan)
     if wrong:
         return wrong, ""
     _media[_key(model, plan)] = measure_media(unsplit, parts.difference_in_float64)
@@ -90,6 +92,21 @@ def _measure(model: nn.Module, plan: Plan) -> tuple[str, str]:
             return "", parts.decoding_difference()
     except Exception as error:
         return "", f"its stages fail with a cache: {_line(error)}"
+
+
+def _difference_in(dtype: torch.dtype, model: nn.Module, plan: Plan) -> str:
+    """What differs in the dtype of the model, in words; nothing where the unsplit model does not run in it."""
+    if dtype == torch.float64:
+        return ""
+    try:
+        unsplit = small_model(model, plan.spec.num_heads, dtype=dtype)
+    except ModelError:
+        return ""
+    try:
+        wrong = _Parts(unsplit).difference(sample_inputs(unsplit))
+    except Exception as error:
+        return f"its stages fail in {name_of(dtype)}: {_line(error)}"
+    return f"in {name_of(dtype)} {wrong}" if wrong else ""
 
 
 def _line(error: BaseException) -> str:
@@ -107,6 +124,9 @@ class _Parts:
         layers = [[LayerType.decoder] for _ in range(spec.num_layers - len(first))]
         layout = [[LayerType.embedding, *first], *layers, [LayerType.loss]]
         self.unsplit = unsplit
+        dtype = dtype_of(unsplit)
+        # Stages compute what the unsplit model does in the same order, but for the sum of a tied tensor's two gradients.
+        self.tolerance = TOLERANCE if dtype == torch.float64 else 4 * torch.finfo(dtype).eps
         self.plan = Plan.make(spec, Mesh(pp=len(layout)), layout, Rules(()))
         self.parts = []
         for rank in range(len(layout)):
@@ -137,7 +157,9 @@ class _Parts:
         expected = main_output(self.unsplit(**given_inputs))
         steps, made = self.run(given_inputs, [None] * len(self.parts))
         output = main_output(made)
-        if (error := relative_error(expected.detach(), output.detach())) > TOLERANCE or error != error:
+        if output.dtype != expected.dtype:
+            return f"the output is {name_of(output.dtype)} instead of {name_of(expected.dtype)}."
+        if (error := relative_error(expected.detach(), output.detach())) > self.tolerance or error != error:
             return f"the output differs from the unsplit model's by {error:.1e}."
         weight = torch.randn(expected.shape, generator=torch.Generator().manual_seed(0), dtype=expected.dtype)
         (expected * weight).sum().backward()
@@ -172,7 +194,7 @@ class _Parts:
                 continue
             got = found.get(name, torch.zeros_like(parameter.grad))
             scale = max(float(parameter.grad.abs().max()), FLOOR * largest)
-            if (error := relative_error(parameter.grad, got, scale)) > TOLERANCE or error != error:
+            if (error := relative_error(parameter.grad, got, scale)) > self.tolerance or error != error:
                 return f"the gradient of {name} differs from the unsplit model's by {error:.1e}."
         return ""
 
@@ -191,7 +213,7 @@ class _Parts:
                 return ""  # It does not generate token by token at all.
             _, made = self.run(inputs, caches)
             error = relative_error(main_output(whole), main_output(made))
-            if not error <= TOLERANCE:
+            if not error <= self.tolerance:
                 return f"token {start} differs from the unsplit model's by {error:.1e}."
         return ""
 

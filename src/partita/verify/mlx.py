@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from partita.core.mesh import Mesh
 from partita.core.placement import Placement
 from partita.errors import CheckpointError, ModelError
 from partita.mlx.apply import plan_of
-from partita.mlx.compare import compare, compare_parameters, gradients, main_output, relative_error
+from partita.mlx.compare import compare, compare_parameters, gradients, main_output
 from partita.mlx.config import read_mlx_config
 from partita.mlx.generate import generate
 from partita.mlx.groups import ParallelGroups, make_groups, single_groups
@@ -25,13 +26,14 @@ from partita.mlx.hub import build, describe
 from partita.mlx.load import as_dtype, load, shard
 from partita.mlx.probe import fill, plan_of_model, runs, sample_inputs
 from partita.mlx.reference import reference_of, unchecked
+from partita.mlx.stage_probe import refuse_undecodable
 from partita.mlx.together import together
 from partita.mlx.train import train
 from partita.mlx.windows import refuse_beyond_window
 from partita.peers import doing
 from partita.text import Sampling
-from partita.training import TrainSettings
-from partita.verify.report import Report, Row, loss_rows, token_rows
+from partita.training import TrainSettings, schedule_of
+from partita.verify.report import Collected, Report, Row, Skip, first_line, loss_rows, token_rows
 
 TOLERANCES = {mx.float64: 1e-6, mx.float32: 1e-4, mx.bfloat16: 0.05, mx.float16: 0.02}
 """Of outputs and gradients by dtype: models of mlx-lm narrow to float32 inside, whatever their dtype."""
@@ -41,6 +43,8 @@ STEPS_TOLERANCES = {mx.float64: 1e-12, mx.float32: 1e-5, mx.bfloat16: 0.1, mx.fl
 
 EPSILON = 1e-4
 """AdamW divides a gradient by its own size and this: were it much smaller, rounding of small gradients would be blown up."""
+
+NO_GRADIENTS = "MLX does not compute all gradients of the unsplit model"
 
 NEW_TOKENS = 12
 SEQUENCE_LENGTH = 8
@@ -60,12 +64,11 @@ def verify(
     group_size: int | None = None,
     accumulate: int = 1,
     steps: int = 3,
-    dtype: str = "float32",
+    dtype: str | Sequence[str] | None = None,
 ) -> Report:
     """Compare the split model with the unsplit one: every module's output, every gradient, generated tokens, and training.
 
-    Every rank of the run calls it. Over several stages it is the output, the tokens and the training that are compared. A
-    config without weights gets random ones. What MLX has no gradient of is not trained.
+    Every rank of the run calls it. A config without weights gets random ones. What MLX has no gradient of is not trained.
 
     Args:
         model: A folder, a config file or a hub id.
@@ -79,7 +82,7 @@ def verify(
         group_size: Of interleaved schedules.
         accumulate: Micro-batches of a training step.
         steps: Training steps; 0 for none.
-        dtype: Of the weights that are not quantized.
+        dtype: The dtype of the weights that are not quantized, or several that are compared in turn; by default float32.
 
     Returns:
         The report, the same on every rank.
@@ -90,44 +93,71 @@ def verify(
     """
     mesh = Mesh(dp, pp, tp)
     groups = make_groups(mesh)
+    settings = TrainSettings(
+        steps=max(steps, 1), batch_size=accumulate * dp, sequence_length=SEQUENCE_LENGTH, accumulate=accumulate,
+        warmup_steps=1, learning_rate=1e-3, epsilon=EPSILON, schedule=schedule, group_size=group_size,
+    )  # fmt: skip
+    names = list(dict.fromkeys([dtype] if isinstance(dtype, str) else dtype or ["float32"]))
     with together(groups):
-        wanted = as_dtype(dtype) or mx.float32
         folder = find_model(model)
         # Built once before: what mlx-lm cannot run has no reference.
         build(read_mlx_config(folder))
         reference = reference_of(read_mlx_config(folder)).text if groups.rank == 0 else ""
     for comm in (groups.tp, groups.pp, groups.dp):
         reference = next((text for text in comm.all_gather_object(reference) if text), "")
-    with together(groups), unchecked():
-        unsplit = _unsplit(folder, wanted)
-        inputs = sample_inputs(unsplit)
-        try:
-            mx.eval(main_output(unsplit(inputs)))
-        except Exception as error:
-            raise ModelError(f"mlx-lm itself does not run this model: {describe(error)}") from error
-        # Whether it is quantized is for the model to say: random weights are not.
-        config = {key: value for key, value in read_mlx_config(folder).items() if key != "quantization"}
-        plan = plan_of_model(unsplit, mesh, layout, config=config, vpp=vpp, placement=placement)
-        refuse_beyond_window(plan.spec, inputs.shape[1] + NEW_TOKENS, "what is compared")
-        whole = shard(copy.deepcopy(unsplit), groups=single_groups())
-        can_learn = runs(gradients, unsplit, inputs)
-    split = shard(copy.deepcopy(unsplit), plan, groups=groups)
-    tolerance = TOLERANCES[wanted]
-    if pp == 1:
-        differences = compare(unsplit, split, plan, groups, inputs, backward=can_learn)
-        rows = [Row(d.kind, d.name, d.error, tolerance) for d in differences]
-    else:
-        apart = relative_error(main_output(unsplit(inputs)), main_output(split(inputs)))
-        rows = [Row("output", "the model", apart, tolerance)]
-    rows += _tokens(whole, split, inputs)
-    if steps and can_learn:
-        settings = TrainSettings(
-            steps=steps, batch_size=accumulate * dp, sequence_length=SEQUENCE_LENGTH, accumulate=accumulate,
-            warmup_steps=1, learning_rate=1e-3, epsilon=EPSILON, schedule=schedule, group_size=group_size,
-        )  # fmt: skip
-        rows += _training(whole, split, groups, settings, STEPS_TOLERANCES[wanted])
-    what = f"{type(unsplit).__name__} ({plan.spec.family}), {plan.spec.parameters:,} parameters, {dtype}, {mesh}, MLX"
-    return Report(tuple(rows), what, False, reference)
+    rows: list[Row] = []
+    skipped: list[Skip] = []
+    for name in names:
+        with together(groups), unchecked():
+            wanted = as_dtype(name) or mx.float32
+            unsplit = _unsplit(folder, wanted)
+            inputs = sample_inputs(unsplit)
+            try:
+                mx.eval(main_output(unsplit(inputs)))
+            except Exception as error:
+                raise ModelError(f"mlx-lm itself does not run this model: {describe(error)}") from error
+            # Whether it is quantized is for the model to say: random weights are not.
+            config = {key: value for key, value in read_mlx_config(folder).items() if key != "quantization"}
+            plan = plan_of_model(unsplit, mesh, layout, config=config, vpp=vpp, placement=placement)
+            refuse_beyond_window(plan.spec, inputs.shape[1] + NEW_TOKENS, "what is compared")
+            whole = shard(copy.deepcopy(unsplit), groups=single_groups())
+            can_learn = runs(gradients, unsplit, inputs)
+        split = shard(copy.deepcopy(unsplit), plan, groups=groups)
+        found = Collected(name)
+        _compare_forward(unsplit, split, inputs, settings, can_learn, TOLERANCES[wanted], found)
+        _compare_tokens(whole, split, inputs, found)
+        if steps and can_learn:
+            _compare_training(whole, split, groups, settings, STEPS_TOLERANCES[wanted], found)
+        elif steps:
+            found.skip("loss", "parameter", why=NO_GRADIENTS)
+        found.expect("module", "output", "gradient", "tokens", *(("loss", "parameter") if steps else ()))
+        rows += found.rows
+        skipped += found.skipped
+    size = f"{plan.spec.parameters:,} parameters"
+    what = f"{type(unsplit).__name__} ({plan.spec.family}), {size}, {', '.join(names)}, {mesh}, MLX"
+    return Report(tuple(rows), what, tuple(skipped), reference=reference)
+
+
+def _compare_forward(
+    unsplit: nn.Module,
+    split: nn.Module,
+    inputs: mx.array,
+    settings: TrainSettings,
+    can_learn: bool,
+    tolerance: float,
+    found: Collected,
+) -> None:
+    """Compare every module's output and every gradient, over stages by the schedule of the training steps."""
+    plan, groups = plan_of(split)
+    if bool(mx.isnan(main_output(unsplit(inputs))).any().item()):
+        why = "the unsplit model's own output holds NaN, to which nothing is equal"
+        found.skip("module", "output", "gradient", why=why)
+        return
+    schedule = schedule_of(plan, settings) if plan.num_stages > 1 else None
+    differences = compare(unsplit, split, plan, groups, inputs, backward=can_learn, schedule=schedule)
+    found.add(Row(d.kind, d.name, d.error, tolerance) for d in differences)
+    if not can_learn:
+        found.skip("gradient", why=NO_GRADIENTS)
 
 
 def _unsplit(folder: Path, dtype: Any) -> nn.Module:
@@ -142,21 +172,31 @@ def _unsplit(folder: Path, dtype: Any) -> nn.Module:
     return fill(build(read_mlx_config(folder)), dtype)
 
 
-def _tokens(whole: nn.Module, split: nn.Module, ids: mx.array) -> list[Row]:
+def _compare_tokens(whole: nn.Module, split: nn.Module, ids: mx.array, found: Collected) -> None:
     """Whether both continue two prompts of different lengths, taken from `ids`, with the same tokens."""
     prompts: list[list[int]] = [ids[0, :6].tolist(), ids[1].tolist()]  # type: ignore[list-item]
     sampling = Sampling(NEW_TOKENS, temperature=0.0, ignore_eos=True, use_generation_config=False)
     try:
         expected = generate(whole, prompts, sampling)
-    except ModelError:
-        return []
-    found = generate(split, prompts, sampling)
-    return token_rows(prompts, expected, found, NEW_TOKENS)
+    except Exception as error:
+        found.skip("tokens", why=f"the unsplit model does not generate: {first_line(error)}")
+        return
+    try:
+        refuse_undecodable(split, plan_of(split)[0])
+    except ModelError as error:
+        found.skip("tokens", why=first_line(error))
+        return
+    found.add(token_rows(prompts, expected, generate(split, prompts, sampling)))
 
 
-def _training(
-    whole: nn.Module, split: nn.Module, groups: ParallelGroups, settings: TrainSettings, tolerance: float
-) -> list[Row]:
+def _compare_training(
+    whole: nn.Module,
+    split: nn.Module,
+    groups: ParallelGroups,
+    settings: TrainSettings,
+    tolerance: float,
+    found: Collected,
+) -> None:
     """The loss of each step, and every parameter after the last, of both models trained on the same random tokens."""
     plan, _ = plan_of(split)
     tokens = np.random.default_rng(0).integers(0, plan.spec.vocab_size, 512)
@@ -164,11 +204,12 @@ def _training(
         _without_dropout(model)
     try:
         expected = train(whole, tokens, replace(settings, schedule=None, group_size=None))
-    except ModelError:
-        return []
-    found = train(split, tokens, settings)
-    rows = loss_rows(expected, found, tolerance)
-    return rows + [Row(d.kind, d.name, d.error, tolerance) for d in compare_parameters(whole, split, plan, groups)]
+    except Exception as error:
+        found.skip("loss", "parameter", why=f"the unsplit model does not train: {first_line(error)}")
+        return
+    found.add(loss_rows(expected, train(split, tokens, settings), tolerance))
+    parameters = compare_parameters(whole, split, plan, groups)
+    found.add(Row(d.kind, d.name, d.error, tolerance) for d in parameters)
 
 
 def _without_dropout(model: nn.Module) -> None:
