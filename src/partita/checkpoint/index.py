@@ -30,6 +30,7 @@ INDEX_NAME = "model.safetensors.index.json"
 
 _MAX_INDEX_BYTES = 100_000_000
 _PICKLED_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+_OF_MODEL = re.compile(r"model[^/]*\.safetensors")
 _SHARD = re.compile(r"(.*)-([0-9]{1,9})-of-([0-9]{1,9})\.safetensors")
 
 
@@ -56,8 +57,9 @@ def open_checkpoint(path: str | os.PathLike[str], *, stem: str = MODEL) -> Check
     """Read the headers of a Hugging Face folder, or of one safetensors file; data is not read.
 
     In a folder: the files of `model.safetensors.index.json` if it is there, else `model.safetensors`, else every
-    `*.safetensors`; of another `stem` only the first two. The index's total_size is not looked at: published ones are often
-    wrong, and the headers know.
+    `model*.safetensors`, else every `*.safetensors`; of another `stem` only the first two. An index is stale and does not
+    count if none of its files is there, but other files of a model are. The index's total_size is not looked at: published
+    ones are often wrong, and the headers know.
     Raises CheckpointError if a file is missing or malformed, or if the index and the files do not agree.
     """
     place = Path(path)
@@ -69,7 +71,7 @@ def open_checkpoint(path: str | os.PathLike[str], *, stem: str = MODEL) -> Check
             raise CheckpointError(f"{place}: is a config, which has no weights: give the folder that holds both")
         return _merge(place.parent, [place.name])
     index = place / index_name(stem)
-    if os.path.exists(index):
+    if os.path.exists(index) and not (stem == MODEL and _is_stale(index)):
         weight_map = _read_index(index)
         checkpoint = _merge(place, sorted(set(weight_map.values())))
         _check_index(index, weight_map, checkpoint.tensors)
@@ -77,6 +79,16 @@ def open_checkpoint(path: str | os.PathLike[str], *, stem: str = MODEL) -> Check
     if stem != MODEL or os.path.exists(place / weights_name(stem)):
         return _merge(place, [weights_name(stem)])
     return _merge(place, _find_files(place))
+
+
+def _is_stale(index: Path) -> bool:
+    """Whether an index names only files that are not there, while the folder holds other files of a model.
+
+    Raises CheckpointError if it is malformed.
+    """
+    named = set(_read_weight_map(index).values())
+    present = {name for name in os.listdir(index.parent) if _OF_MODEL.fullmatch(name)}
+    return not named & present and bool(present)
 
 
 def _merge(folder: Path, names: Sequence[str]) -> Checkpoint:
@@ -95,6 +107,19 @@ def _merge(folder: Path, names: Sequence[str]) -> Checkpoint:
 
 def _read_index(index: Path) -> dict[str, str]:
     """The index's weight_map, tensor to file. Every file is a plain name in the index's folder, and is there."""
+    weight_map = _read_weight_map(index)
+    names = sorted(set(weight_map.values()))
+    missing = [name for name in names if not os.path.exists(index.parent / name)]
+    if missing:
+        raise CheckpointError(
+            f"{index}: all {len(names)} files it names must be in the folder, but {len(missing)} are not there: "
+            f"{brief(missing)}: finish the download or the copy"
+        )
+    return weight_map
+
+
+def _read_weight_map(index: Path) -> dict[str, str]:
+    """The index's weight_map, tensor to file. Every file is a plain name in the index's folder."""
     fd, size_bytes = open_regular(index)
     try:
         if size_bytes > _MAX_INDEX_BYTES:
@@ -113,12 +138,6 @@ def _read_index(index: Path) -> dict[str, str]:
             )
     names = sorted(set(weight_map.values()))
     _refuse_pickled(index, names)
-    missing = [name for name in names if not os.path.exists(index.parent / name)]
-    if missing:
-        raise CheckpointError(
-            f"{index}: all {len(names)} files it names must be in the folder, but {len(missing)} are not there: "
-            f"{brief(missing)}: finish the download or the copy"
-        )
     return weight_map
 
 
@@ -149,6 +168,8 @@ def _find_files(folder: Path) -> list[str]:
     except OSError as error:
         raise CheckpointError(f"{folder}: cannot be listed: {reason(error)}") from error
     names = [name for name in present if name.endswith(".safetensors")]
+    # Others beside them are the same weights in another form (consolidated.safetensors), or none of the model's.
+    names = [name for name in names if _OF_MODEL.fullmatch(name)] or names
     if not names:
         _refuse_pickled(folder, [name for name in present if name.endswith(_PICKLED_SUFFIXES)])
         raise CheckpointError(f"{folder}: must hold a {INDEX_NAME} or *.safetensors files, but holds neither")

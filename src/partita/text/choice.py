@@ -189,7 +189,7 @@ def settle(sampling: Sampling, generation: Mapping[str, Any], tokenizer_ends: fr
         presence_penalty=sampling.presence_penalty,
         frequency_penalty=sampling.frequency_penalty,
         penalty_window=sampling.penalty_window,
-        logit_bias=tuple(sampling.logit_bias),
+        logit_bias=tuple(dict(sampling.logit_bias).items()),
         xtc_probability=sampling.xtc_probability if samples else 0.0,
         xtc_threshold=sampling.xtc_threshold,
         stop=sampling.stop or ((stop_strings,) if isinstance(stop_strings, str) else tuple(stop_strings)),
