@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection
+from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
+from collections.abc import Set as SetOf
 from itertools import pairwise
 from typing import Any
 
@@ -26,7 +27,8 @@ from partita.torch.few_rows import decoding
 from partita.torch.head import likeliest, local_logits
 from partita.torch.pipeline import Pipeline
 from partita.torch.stage_probe import refuse_undecodable
-from partita.torch.transformers_internals import cache_argument, is_plain_attention, is_stateful
+from partita.torch.towers import refuse_forbidden
+from partita.torch.transformers_internals import cache_argument, first_positions, is_plain_attention, is_stateful
 
 _IDS = 1 << 20
 """Tags of messages with token ids begin here, one a group of sequences, apart from those with hidden states."""
@@ -38,6 +40,7 @@ def generate(
     prompts: SequenceOf[SequenceOf[int]],
     sampling: Sampling,
     *,
+    inputs: SequenceOf[Mapping[str, Tensor] | None] | None = None,
     tokenizer: Tokenizer | None = None,
     on_text: OnText | None = None,
 ) -> list[Generation]:
@@ -51,18 +54,23 @@ def generate(
         model: A split causal language model.
         prompts: Ids of each prompt, at least one each; they may be of different lengths.
         sampling: How tokens are chosen; what it leaves open is taken from the model's generation config.
+        inputs: For each prompt what else the model is called with, as a processor of transformers gives it for this prompt
+            alone (`pixel_values`, `image_grid_thw`, `image_sizes`, `token_type_ids`, ...), or None. A prompt with inputs is
+            computed by itself, not in a batch with others.
         tokenizer: Makes the text; without one the text is empty.
         on_text: Told of new text as it comes, with the prompt's place; on the first rank of the run only, and not for
             prompts of other replicas.
 
     Raises:
         PlanError: A prompt is empty or holds an id that the model has not, or `stop` is given without a tokenizer.
-        ModelError: The model does not generate, or its generation config asks for what is not supported.
+        ModelError: The model does not generate, does not take such inputs, or its generation config asks for what is not
+            supported.
     """
     plan, groups = plan_of(model)
     refuse_undecodable(model, plan)
     choice = settle(sampling, generation_of(model), tokenizer.eos_ids if tokenizer is not None else frozenset())
-    _check(model, prompts, choice, tokenizer, plan.spec.vocab_size)
+    more = _more_inputs(model, prompts, inputs)
+    _check(model, prompts, choice, tokenizer, plan.spec.vocab_size, more)
     for length in sorted({len(prompt) for prompt in prompts}, reverse=True):
         new = choice.limit(length)
         # What the last new token would lead to is not asked for.
@@ -76,10 +84,13 @@ def generate(
     listener = on_text if groups.mp.rank == groups.pp.rank == replica == 0 else None
     was_training = model.training
     model.eval()
-    for batch in _batches(model, sequences):
+    plain = [s for s in sequences if not more[s.place]]
+    special = [s for s in sequences if more[s.place]]
+    alone = [special[i : i + plan.mesh.pp] for i in range(0, len(special), plan.mesh.pp)]
+    for batch in _batches(model, plain) + alone:
         together = max(1, len(batch) // plan.mesh.pp)
         with decoding(model, together, max(s.limit for s in batch)), torch.inference_mode():
-            _Run(model, batch, choice, tokenizer, listener).run()
+            _Run(model, batch, choice, tokenizer, listener, more).run()
     model.train(was_training)
     done = {s.place: s.generation for s in sequences}
     for other in groups.dp.comm.all_gather_object(done):
@@ -93,6 +104,7 @@ def _check(
     choice: Choice,
     tokenizer: Tokenizer | None,
     vocab_size: int,
+    more: SequenceOf[Mapping[str, Tensor]],
 ) -> None:
     if not hasattr(model, "get_output_embeddings") or model.get_output_embeddings() is None:  # type: ignore[operator]
         raise ModelError(f"{type(model).__name__} has no language model head, so it cannot generate.")
@@ -106,13 +118,39 @@ def _check(
         if not all(isinstance(i, int) for i in prompt):
             raise PlanError(f"prompt {place} must be ids, but is {prompt!r:.60}. tokenizer.encode(text) makes them.")
         strange = [i for i in prompt if not 0 <= i < (vocab_size or 1 << 62)]
-        if strange:
+        # An id that stands for an image may be none of the vocabulary's.
+        if strange and not more[place]:
             raise PlanError(f"prompt {place} holds the id {strange[0]}, but the model has ids 0 to {vocab_size - 1}.")
     strange = [i for i, _ in choice.logit_bias if not 0 <= i < (vocab_size or 1 << 62)]
     if strange:
         raise PlanError(f"logit_bias names the id {strange[0]}, but the model has ids 0 to {vocab_size - 1}.")
     if choice.stop and tokenizer is None:
         raise PlanError("stop needs a tokenizer to see the text.")
+
+
+def _more_inputs(
+    model: nn.Module,
+    prompts: SequenceOf[SequenceOf[int]],
+    inputs: SequenceOf[Mapping[str, Tensor] | None] | None,
+) -> list[Mapping[str, Tensor]]:
+    """What each prompt gives the model beside its ids; nothing for most."""
+    if inputs is None:
+        return [{} for _ in prompts]
+    if len(inputs) != len(prompts):
+        raise PlanError(f"inputs must have one entry a prompt ({len(prompts)}), but has {len(inputs)}.")
+    takes = _takes(model)
+    more: list[Mapping[str, Tensor]] = []
+    for place, given in enumerate(inputs):
+        kept = {k: v for k, v in (given or {}).items() if k not in ("input_ids", "attention_mask")}
+        strange = sorted(kept.keys() - takes)
+        if strange:
+            raise ModelError(
+                f"prompt {place} comes with {strange[0]}, which {type(model).__name__} does not take. It takes "
+                f"{', '.join(sorted(takes - {'self', 'kwargs'}))}."
+            )
+        refuse_forbidden(model, kept)
+        more.append(kept)
+    return more
 
 
 def _batches(model: nn.Module, sequences: list[Sequence]) -> list[list[Sequence]]:
@@ -130,14 +168,16 @@ def _batches(model: nn.Module, sequences: list[Sequence]) -> list[list[Sequence]
     return list(lengths.values())
 
 
-def _takes(model: nn.Module) -> Collection[str]:
-    return inspect.signature(type(model).forward).parameters
+def _takes(model: nn.Module) -> SetOf[str]:
+    return inspect.signature(type(model).forward).parameters.keys()
 
 
 class _Group:
     """Sequences that go through the pipeline together, and what the model is called with next."""
 
-    def __init__(self, model: nn.Module, sequences: list[Sequence], device: torch.device) -> None:
+    def __init__(
+        self, model: nn.Module, sequences: list[Sequence], device: torch.device, more: Mapping[str, Tensor]
+    ) -> None:
         self.sequences = sequences
         self.takes, self.cache_name = _takes(model), cache_argument(model)
         self.asks_for_balance = asks_for_balance(model)
@@ -150,6 +190,9 @@ class _Group:
         self.mask = (columns >= pads.unsqueeze(1)).long().to(device)
         self.positions = (columns - pads.unsqueeze(1)).clamp(min=0).to(device)
         self.is_padded = bool(pads.any())
+        self.more = {name: value.to(device) for name, value in more.items()}
+        if more:
+            self.positions = first_positions(model, self.ids, self.mask, self.more, self.positions)
         self.caches: dict[int, Any] = {}
         self.taken = 0
 
@@ -166,13 +209,14 @@ class _Group:
             given["position_ids"] = self.positions
         if "logits_to_keep" in self.takes:
             given["logits_to_keep"] = 1
-        return given
+        return {**given, **self.more}
 
     def go_on(self, chosen: Tensor) -> None:
         """Take up the next token of each sequence, `[sequences]`."""
         self.taken += 1
         self.ids = chosen.view(-1, 1).to(self.ids.device)
-        self.positions = self.positions[:, -1:] + 1
+        self.positions = self.positions[..., -1:] + 1
+        self.more = {}
         if self.is_padded:
             self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.sequences), 1)], 1)
 
@@ -192,6 +236,7 @@ class _Run:
         choice: Choice,
         tokenizer: Tokenizer | None,
         on_text: OnText | None,
+        more: SequenceOf[Mapping[str, Tensor]],
     ) -> None:
         plan, groups = plan_of(model)
         self.model, self.choice, self.tokenizer, self.on_text = model, choice, tokenizer, on_text
@@ -201,7 +246,7 @@ class _Run:
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         count = min(len(batch), plan.mesh.pp)
         edges = [i * len(batch) // count for i in range(count + 1)]
-        self.groups = [_Group(model, batch[a:b], device) for a, b in pairwise(edges)]
+        self.groups = [_Group(model, batch[a:b], device, more[batch[a].place]) for a, b in pairwise(edges)]
         self.pipeline = Pipeline(model, _forward_only(plan, count))
         self.sent: list[tuple[Tensor, Work]] = []
         self.generators = {s.place: generator_of(choice, s.place) for s in batch}

@@ -26,7 +26,7 @@ from partita.errors import ModelError
 from partita.torch.balance import SWITCH, Balance
 from partita.torch.cache import advance_cache, find_cache
 from partita.torch.random import skip_draw
-from partita.torch.towers import without_media
+from partita.torch.towers import give_no_features, without_media
 from partita.torch.transformers_internals import cache_of, recorded
 
 RECORDED = ("hidden_states", "attentions", "cross_attentions", "router_logits")
@@ -274,6 +274,7 @@ def cut_stages(model: nn.Module, plan: Plan, pp_rank: int) -> None:
     if not any(stage.embedding for stage in stages.values()):
         for path in plan.spec.towers:
             _remove_tower(model, path)
+        give_no_features(model)
     for path in plan.spec.modules:
         names = [t.name for t in plan.spec.module_tensors(path) if not plan.spec.is_in_tower(t.name)]
         if names and plan.spec.layer_of(path) is None and not any(plan.is_held(name, pp_rank) for name in names):

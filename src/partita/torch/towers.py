@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 from collections.abc import Iterator, Mapping
@@ -136,13 +137,32 @@ def _refuse_media(model: nn.Module, args: object, kwargs: Mapping[str, Any]) -> 
 
 def refuse_forbidden(model: nn.Module, inputs: Mapping[str, Any]) -> None:
     """Raise `ModelError` where `inputs` hold media with which the split of `model` was not found right."""
+    ready = inputs.get("mm_encoder_outputs") or {}
     for medium in MEDIA:
         reason = forbidden_media(model).get(medium.name)
-        if reason is not None and any(inputs.get(name) is not None for name in medium.pixels):
+        given = ready.get(medium.name) is not None or any(inputs.get(name) is not None for name in medium.pixels)
+        if reason is not None and given:
             raise ModelError(
                 f"{medium.name} inputs of {type(model).__name__} were not found equal to the unsplit model's: {reason} Text "
                 "alone was. Use one rank for them."
             )
+
+
+def give_no_features(model: nn.Module) -> None:
+    """Let a model whose towers are on another stage give none: transformers' own `generate` asks before it begins."""
+    for module in model.modules():
+        for medium in MEDIA:
+            method = getattr(module, medium.features, None)
+            if method is not None:
+                setattr(module, medium.features, _none_like(method))
+
+
+def _none_like(method: Any) -> Any:
+    @functools.wraps(method)
+    def none(*args: object, **kwargs: object) -> None:
+        return None
+
+    return none
 
 
 _FEEDS_A_TOWER = re.compile(r"pixel_values|input_features$|^mm_encoder_outputs$")
@@ -156,8 +176,8 @@ def without_media(inputs: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in inputs.items() if not _FEEDS_A_TOWER.search(name)}
 
 
-def sample_media(model: nn.Module, medium: Medium) -> dict[str, Tensor]:
-    """What a model is called with for rows of text with two images, one and none, of sizes that differ where they may.
+def sample_media(model: nn.Module, medium: Medium, by_row: tuple[int, ...] = IMAGES_BY_ROW) -> dict[str, Tensor]:
+    """What a model is called with for rows of text with `by_row` images each, of sizes that differ where they may.
 
     How many tokens an image takes is told by the model itself, which is asked for the features.
 
@@ -169,11 +189,13 @@ def sample_media(model: nn.Module, medium: Medium) -> dict[str, Tensor]:
     get_features = getattr(model, medium.features, None)
     if token is None or get_features is None:
         raise ModelError(f"{type(model).__name__} does not say which token stands for {medium.name} features.")
+    if not any(by_row):
+        return _text_around(model, medium, token, [[] for _ in by_row])
     reasons = []
-    for form in _forms(model, medium):
+    for form in _forms(model, medium, by_row):
         try:
             with torch.no_grad():
-                runs = _runs_of(get_features(**{k: v for k, v in form.items() if k in _takes(get_features)}))
+                runs = _runs_of(get_features(**{k: v for k, v in form.items() if k in _takes(get_features)}), by_row)
             inputs = {**_text_around(model, medium, token, runs), **form}
             with torch.no_grad():
                 model(**inputs)
@@ -184,17 +206,17 @@ def sample_media(model: nn.Module, medium: Medium) -> dict[str, Tensor]:
     raise ModelError(f"no {medium.name} was found that it takes ({reasons[0] if reasons else 'of no known form'}).")
 
 
-def _forms(model: nn.Module, medium: Medium) -> Iterator[dict[str, Tensor]]:
-    """Ways in which a model may take the images of `IMAGES_BY_ROW`, the likeliest first."""
+def _forms(model: nn.Module, medium: Medium, by_row: tuple[int, ...]) -> Iterator[dict[str, Tensor]]:
+    """Ways in which a model may take images, so many in each row, the most likely first."""
     config: Any = model.config
     takes = _takes(type(model).forward)
     name = next(name for name in medium.pixels if name in takes)
     if medium.name == "audio":
-        yield from _audio_forms(model, name)
+        yield from _audio_forms(model, name, sum(by_row))
         return
     vision = getattr(config, "vision_config", config)
     side, patch, channels = _side(vision, "image_size"), _side(vision, "patch_size"), _channels(vision)
-    number, rows = sum(IMAGES_BY_ROW), len(IMAGES_BY_ROW)
+    number, rows = sum(by_row), len(by_row)
     if medium.grid in takes:
         merge = int(getattr(vision, "spatial_merge_size", 1))
         grids = torch.tensor([(1, merge * (1 + i % 2), merge * (3 - i)) for i in range(number)])
@@ -204,15 +226,15 @@ def _forms(model: nn.Module, medium: Medium) -> Iterator[dict[str, Tensor]]:
     if "image_sizes" in takes:
         odd = torch.tensor([(side - 1 - i, side // 2 + 1 + i) for i in range(number)])
         merged = patch * int(getattr(config, "spatial_merge_size", 1))
-        whole = torch.tensor([(merged, merged * (1 + i % 2)) for i in range(number)])
+        whole = torch.tensor([(merged * (1 + i % 2), 2 * merged) for i in range(number)])
         if pinpoints := getattr(config, "image_grid_pinpoints", None):
             tiles = 1 + max(height * width for height, width in pinpoints) // side**2
             yield {name: _noise(number, tiles, channels, side, side), "image_sizes": odd}
         yield {name: _noise(number, channels, *whole.amax(0).tolist()), "image_sizes": whole}
     if "pixel_attention_mask" in takes:
-        pixels = _noise(rows, max(IMAGES_BY_ROW), channels, side, side)
-        mask = torch.ones(rows, max(IMAGES_BY_ROW), side, side, dtype=torch.bool)
-        for row, images in enumerate(IMAGES_BY_ROW):
+        pixels = _noise(rows, max(by_row), channels, side, side)
+        mask = torch.ones(rows, max(by_row), side, side, dtype=torch.bool)
+        for row, images in enumerate(by_row):
             # An image of zeros is none.
             pixels[row, images:] = 0
             mask[row, :, :, side - patch * row :] = row == 0
@@ -220,12 +242,11 @@ def _forms(model: nn.Module, medium: Medium) -> Iterator[dict[str, Tensor]]:
     yield {name: _noise(number, channels, side, side)}
 
 
-def _audio_forms(model: nn.Module, name: str) -> Iterator[dict[str, Tensor]]:
+def _audio_forms(model: nn.Module, name: str, number: int) -> Iterator[dict[str, Tensor]]:
     config: Any = model.config
     audio = next(
         (c for key in ("audio_config", "encoder_config") if (c := getattr(config, key, None)) is not None), config
     )
-    number = sum(IMAGES_BY_ROW)
     width = next(
         (w for key in ("num_mel_bins", "input_dim", "input_feat_size", "input_size") if (w := getattr(audio, key, 0))),
         0,
@@ -258,21 +279,19 @@ def _takes(function: Any) -> Mapping[str, Any]:
     return inspect.signature(function).parameters
 
 
-def _runs_of(features: Any) -> list[list[int]]:
-    """How many features each image of each row of `IMAGES_BY_ROW` has."""
+def _runs_of(features: Any, by_row: tuple[int, ...]) -> list[list[int]]:
+    """How many features each image of each row has."""
     found = getattr(features, "pooler_output", None)
     found = getattr(features, "last_hidden_state", features) if found is None else found
     found = found[0] if isinstance(found, tuple) and len(found) == 1 else found
     if isinstance(found, Tensor):
-        found = list(found) if found.dim() > 2 else list(found.chunk(sum(IMAGES_BY_ROW)))
+        found = list(found) if found.dim() > 2 else list(found.chunk(sum(by_row)))
     counts = [part.numel() // part.shape[-1] for part in found]
-    if len(counts) == len(IMAGES_BY_ROW) and counts[-1] == IMAGES_BY_ROW[-1] == 0:
+    if len(counts) == len(by_row) and counts[-1] == by_row[-1] == 0:
         # A model may give those of a row together.
-        return [
-            [count // images] * images if images else [] for images, count in zip(IMAGES_BY_ROW, counts, strict=True)
-        ]
+        return [[count // images] * images if images else [] for images, count in zip(by_row, counts, strict=True)]
     each = iter(counts)
-    return [[next(each) for _ in range(images)] for images in IMAGES_BY_ROW]
+    return [[next(each) for _ in range(images)] for images in by_row]
 
 
 def _text_around(model: nn.Module, medium: Medium, token: int, runs: list[list[int]]) -> dict[str, Tensor]:

@@ -307,3 +307,26 @@ def recorded() -> dict[str, list[Any]]:
 
     found: Any = output_capturing._active_collector.get() or {}
     return {name: values for name, values in found.items() if isinstance(values, list)}
+
+
+# --- positions -----------------------------------------------------------------------------------------------------------
+
+
+def first_positions(model: nn.Module, ids: Tensor, mask: Tensor, inputs: Mapping[str, Any], usual: Tensor) -> Tensor:
+    """Positions of a prompt of images and text, as transformers' own `generate` computes them; else `usual`.
+
+    Args:
+        model: The model; some count positions in an image by rows and columns.
+        ids: Ids of the prompt, `[sequences, tokens]`.
+        mask: Its attention mask.
+        inputs: What else the model is called with.
+        usual: Positions one after the other, `[sequences, tokens]`.
+
+    Returns:
+        `[..., sequences, tokens]`, to which each new token adds one.
+    """
+    prepare = getattr(model, "_prepare_position_ids_for_generation", None)
+    if prepare is None:
+        return usual
+    found: Tensor = prepare(ids, {"attention_mask": mask, **inputs})
+    return found
