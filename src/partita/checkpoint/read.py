@@ -91,7 +91,7 @@ class Reader:
                 f"{self.checkpoint.folder}: tensor {brief(name)} is not in this checkpoint, which holds "
                 f"{len(self.checkpoint.tensors)} tensors: {brief(list(self.checkpoint.tensors)[:4])} and so on"
             )
-        size_bytes = read_ranges(self._open(info), info, ranges_by_dim, out)
+        size_bytes = read_ranges(self.open(info), info, ranges_by_dim, out)
         with self._lock:
             self.bytes_read += size_bytes
 
@@ -109,7 +109,8 @@ class Reader:
     ) -> None:
         self.close()
 
-    def _open(self, info: TensorInfo) -> int:
+    def open(self, info: TensorInfo) -> int:
+        """The open file of a tensor, which stays open until `close`."""
         with self._lock:
             fd = self._fds.get(info.file)
             if fd is None:

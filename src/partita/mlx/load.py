@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,7 +17,9 @@ from partita.checkpoint.find import find_model
 from partita.checkpoint.index import Checkpoint, open_checkpoint
 from partita.checkpoint.manifest import check_model
 from partita.checkpoint.read import Reader
+from partita.checkpoint.unused import Unused
 from partita.core.generation import read_generation
+from partita.core.model_spec import config_number, text_config
 from partita.core.plan import Plan, mesh_of
 from partita.errors import CheckpointError, ModelError
 from partita.mlx.adapt import put_back, take_off
@@ -26,7 +29,7 @@ from partita.mlx.groups import ParallelGroups, make_groups
 from partita.mlx.homes import Ranges, is_packed, parameter_homes
 from partita.mlx.hub import build, quantize, spec_of
 from partita.mlx.inner import in_columns, multiplies_by_columns
-from partita.mlx.names import Source, sanitize, sources_of
+from partita.mlx.names import Source, sanitize, sources_of, unused_of
 from partita.mlx.origin import Origin
 from partita.mlx.probe import plan_of_model, prove_unless_proven
 from partita.mlx.reference import check_reference
@@ -111,7 +114,13 @@ def load(
         again = functools.partial(build, config)
         sources = sources_of(built, again, checkpoint.tensors)
         quantize(built, config, lambda path, module: _stored_packing(path, module, sources))
+        beyond = _beyond(config)
+        homes = parameter_homes(built)
+        sources = {name: source for name, source in sources.items() if name in homes or not beyond(name)}
         _check_whole(built, sources, checkpoint)
+        rest = _unused(sources, checkpoint, twice, beyond)
+        if groups.rank == 0 and (line := rest.note(f"mlx-lm's {config['model_type']}")):
+            note(line)
         if plan is None:
             plan = plan_of_model(built, mesh, layout, config=config)
         else:
@@ -121,7 +130,9 @@ def load(
         computed = _Computed(again, sources, checkpoint)
         split = apply_plan(built, plan, groups.tp, groups.pp.rank)
         _Fill(reader, sources, computed, plan, groups.tp.rank, wanted, progress)(split)
-    split.partita_origin = Origin(sources, checkpoint.tensors, folder, generation=generation, is_untied=untied)
+    split.partita_origin = Origin(
+        sources, checkpoint.tensors, folder, generation=generation, is_untied=untied, unused=rest
+    )
     return finish(split, plan, groups)
 
 
@@ -207,6 +218,33 @@ def as_dtype(dtype: mx.Dtype | str | None) -> mx.Dtype | None:
             "MLX computes in float64 on the CPU only. Take float32, or mx.set_default_device(mx.cpu) first."
         )
     return found
+
+
+def _beyond(config: Mapping[str, Any]) -> Callable[[str], bool]:
+    """Whether a name is of a prediction layer: no model of mlx-lm has any."""
+    layers = config_number(text_config(config), "num_hidden_layers")
+
+    def is_beyond(name: str) -> bool:
+        numbered = re.search(r"(?:^|\.)layers\.(\d+)\.", name)
+        return name.startswith(("mtp.", "model.mtp.")) or (numbered is not None and 0 < layers <= int(numbered[1]))
+
+    return is_beyond
+
+
+def _unused(
+    sources: Mapping[str, Source],
+    checkpoint: Checkpoint,
+    twice: tuple[str, str] | None,
+    beyond: Callable[[str], bool],
+) -> Unused:
+    """What the model has no place for, but for a head that is the embedding.
+
+    Where it cannot be told what some array is computed of, only prediction layers are certain to be unused.
+    """
+    names, is_sure = unused_of(sources, checkpoint.tensors)
+    head = (twice[0].removesuffix("weight"),) if twice is not None else ()
+    kept = [name for name in names if (is_sure or beyond(name)) and not name.startswith(head)]
+    return Unused(checkpoint.folder, {name: checkpoint.tensors[name] for name in kept})
 
 
 def _name_dtype(config: dict[str, Any], checkpoint: Checkpoint, groups: ParallelGroups, *, asked: bool) -> None:

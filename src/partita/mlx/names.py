@@ -86,11 +86,13 @@ class Source:
         shape: Its unsplit shape, as it is stored.
         dtype: Its dtype.
         boxes: What on disk makes it up; None where `sanitize` computes it.
+        reads: The tensors on disk that it is computed of, where that can be told; else None.
     """
 
     shape: tuple[int, ...]
     dtype: mx.Dtype
     boxes: tuple[Box, ...] | None
+    reads: frozenset[str] | None = None
 
 
 def sources_of(
@@ -123,12 +125,27 @@ def sources_of(
     # Apart, since not all operations can be told: those that cannot hide only their own kind.
     for names in changed.values():
         for name, traced in zip(names, _trace(again(), placeholders, names), strict=False):
-            sources[name] = replace(sources[name], boxes=traced)
+            sources[name] = replace(sources[name], boxes=traced[0], reads=traced[1])
     return sources
 
 
-def _trace(model: nn.Module, placeholders: Mapping[str, mx.array], wanted: list[str]) -> list[tuple[Box, ...] | None]:
-    """The boxes of each of the arrays `wanted` that `sanitize` makes; nothing where they cannot be told."""
+def unused_of(sources: Mapping[str, Source], on_disk: Mapping[str, TensorInfo]) -> tuple[list[str], bool]:
+    """The tensors on disk that no array of the model is made of, and whether it can be told that nothing else is computed
+    of them.
+    """
+    used: set[str] = set()
+    is_sure = True
+    for source in sources.values():
+        used.update(box.name for box in source.boxes or ())
+        used.update(source.reads or ())
+        is_sure = is_sure and (source.boxes is not None or source.reads is not None)
+    return [name for name in on_disk if name not in used], is_sure
+
+
+def _trace(
+    model: nn.Module, placeholders: Mapping[str, mx.array], wanted: list[str]
+) -> list[tuple[tuple[Box, ...] | None, frozenset[str]]]:
+    """The boxes of each array of `wanted` that `sanitize` makes, and what each reads; nothing where they cannot be told."""
 
     def renamed(*arrays: mx.array) -> list[mx.array]:
         out = sanitize(model, dict(zip(placeholders, arrays, strict=True)))
@@ -141,7 +158,7 @@ def _trace(model: nn.Module, placeholders: Mapping[str, mx.array], wanted: list[
     except Exception:
         # An operation that MLX does not tell, or a look at numbers, which placeholders have not.
         return []
-    return [graph.boxes(letter) for letter in graph.outputs]
+    return [(graph.boxes(letter), graph.reads(letter)) for letter in graph.outputs]
 
 
 @contextmanager
@@ -217,6 +234,7 @@ class _Graph:
 
     def __init__(self, names: Sequence[str]) -> None:
         self.names = names
+        self.inputs: dict[str, str] = {}
         self.outputs: list[str] = []
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.known: dict[str, tuple[Box, ...] | None] = {}
@@ -228,6 +246,7 @@ class _Graph:
         if kind == "inputs":
             for name, (letter, shape, _) in zip(self.names, event["inputs"], strict=True):
                 self.known[letter] = (_whole(name, shape),)
+                self.inputs[letter] = name
                 self.shapes[letter] = tuple(shape)
         elif kind == "outputs":
             self.outputs = [letter for letter, _, _ in event["outputs"]]
@@ -249,6 +268,19 @@ class _Graph:
                 shapes = [self.shapes[i] for i in inputs]
                 self.known[letter] = move(arguments, parts, shapes, self.shapes[letter], place)
         return self.known[letter]
+
+    def reads(self, letter: str) -> frozenset[str]:
+        """The names on disk of the inputs that an array depends on."""
+        found, seen, todo = set(), set(), [letter]
+        while todo:
+            one = todo.pop()
+            if one in seen:
+                continue
+            seen.add(one)
+            if one in self.inputs:
+                found.add(self.inputs[one])
+            todo.extend(self.made_by[one][2] if one in self.made_by else ())
+        return frozenset(found)
 
 
 Boxes = tuple[Box, ...]

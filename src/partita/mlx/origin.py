@@ -13,6 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from partita.checkpoint.header import TensorInfo
+from partita.checkpoint.unused import Unused, announce_nothing
 from partita.mlx.homes import parameter_homes
 from partita.mlx.hub import config_of
 from partita.mlx.names import Box, Source
@@ -29,6 +30,7 @@ class Origin:
         folder: Where that lies.
         config: The config of a model that was never on disk.
         is_untied: Whether the config on disk ties the head, which has values of its own.
+        unused: What of the checkpoint the model has no place for.
         generation: What the checkpoint says about generating; None where only the config can tell.
     """
 
@@ -38,6 +40,7 @@ class Origin:
     config: Mapping[str, Any] = field(default_factory=dict)
     generation: Mapping[str, Any] | None = None
     is_untied: bool = False
+    unused: Unused = field(default_factory=Unused)
 
     @classmethod
     def in_memory(cls, model: nn.Module) -> Origin:
@@ -69,8 +72,8 @@ class Origin:
         """The shape of the tensor on disk that a box lies in."""
         return tuple(self.tensors[box.name].shape) if box.name in self.tensors else box.shape
 
-    def plain_config(self, dtype: mx.Dtype) -> dict[str, Any]:
-        """The config to write, of weights of a dtype."""
+    def plain_config(self, dtype: mx.Dtype, *, announces: bool = True) -> dict[str, Any]:
+        """The config to write, of weights of a dtype; without `announces` it announces no layers that are not saved."""
         config = dict(self.config)
         file = self.folder / "config.json" if self.folder is not None else None
         if file is not None and file.is_file():
@@ -78,6 +81,8 @@ class Origin:
         key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
         if self.is_untied:
             untie(config)
+        if not announces:
+            announce_nothing(config)
         config[key] = str(dtype).removeprefix("mlx.core.")
         return config
 

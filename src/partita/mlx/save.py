@@ -15,6 +15,7 @@ import mlx.nn as nn
 import numpy as np
 
 from partita.checkpoint.durable import appear, failing_as, partial_of, start_partial
+from partita.checkpoint.unused import NOT_SAVED, Unused
 from partita.checkpoint.write import FilePlan, Writer, create_files, plan_files, refuse_weights, write_index
 from partita.core.plan import Plan
 from partita.core.split import Range
@@ -26,6 +27,7 @@ from partita.mlx.homes import Ranges, parameter_homes
 from partita.mlx.names import DTYPES, Box
 from partita.mlx.origin import Origin
 from partita.mlx.together import together
+from partita.notes import note
 from partita.peers import doing
 from partita.text import Tokenizer
 
@@ -73,6 +75,7 @@ def save(
                 writer.write(box, take, data)
             if progress is not None:
                 progress(writer.bytes_written, total)
+        disk.unused.copy(writer.write, groups.pp.rank * plan.mesh.tp + groups.tp.rank, plan.mesh.pp * plan.mesh.tp)
 
     write_together(path, groups, files, lambda partial: disk.write_beside(partial, tokenizer), write)
 
@@ -127,11 +130,15 @@ class OnDisk:
         origin: Where it comes from.
         boxes: For each array of the model the boxes of tensors on disk that hold it.
         dtypes: The dtype of each.
+        unused: What is copied from the checkpoint that the model was loaded from.
+        announces: Whether the config may announce layers that the model has no place for.
     """
 
     origin: Origin
     boxes: Mapping[str, tuple[Box, ...]]
     dtypes: Mapping[str, mx.Dtype]
+    unused: Unused
+    announces: bool
 
     def tensors(self, only: Callable[[str], bool] = lambda name: True) -> list[tuple[str, str, tuple[int, ...]]]:
         """Name, dtype and shape of the tensors of the arrays that are meant, in the order that they had, new ones last."""
@@ -147,7 +154,9 @@ class OnDisk:
 
     def files(self, max_shard_bytes: int) -> tuple[FilePlan, ...]:
         """The files of its weights."""
-        return plan_files(self.tensors(), max_shard_bytes)
+        facts = [*self.tensors(), *self.unused.facts()]
+        order = {name: place for place, name in enumerate(self.origin.tensors)}
+        return plan_files(sorted(facts, key=lambda one: order.get(one[0], len(order))), max_shard_bytes)
 
     def own(self, model: nn.Module, plan: Plan, groups: ParallelGroups) -> dict[str, tuple[Any, Any]]:
         """The homes of the arrays of which this rank writes what it owns. Of copies on stages the owner's is written."""
@@ -164,7 +173,8 @@ class OnDisk:
     def write_beside(self, folder: Path, tokenizer: Tokenizer | None) -> None:
         """Write what belongs to the weights: configs and the tokenizer."""
         floating = [self.dtypes[n] for n in self.origin.sources if mx.issubdtype(self.dtypes[n], mx.floating)]
-        config = self.origin.plain_config(floating[0] if floating else mx.float32)
+        dtype = floating[0] if floating else mx.float32
+        config = self.origin.plain_config(dtype, announces=self.announces)
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         beside = self.origin.folder / "generation_config.json" if self.origin.folder is not None else None
         if beside is not None and beside.is_file():
@@ -190,7 +200,13 @@ def on_disk(model: nn.Module) -> OnDisk:
         dtypes.update({name: getattr(mx, dtype) for name, dtype in part.items()})
     with together(groups):
         boxes = origin.boxes()
-    return OnDisk(origin, boxes, dtypes)
+    unused = origin.unused.without({box.name for places in boxes.values() for box in places})
+    missing = unused.missing()
+    for comm in (groups.tp, groups.pp, groups.dp):
+        missing = next(filter(None, comm.all_gather_object(missing)), "") if comm.size > 1 else missing
+    if missing and groups.rank == 0:
+        note(NOT_SAVED.format(missing))
+    return OnDisk(origin, boxes, dtypes, Unused() if missing else unused, announces=not missing)
 
 
 def _refuse_strange(homes: Mapping[str, Any], origin: Origin) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 
 import mlx.core as mx
@@ -9,6 +10,7 @@ import mlx.nn as nn
 
 from partita.checkpoint.index import MODEL
 from partita.checkpoint.manifest import OPTIMIZER
+from partita.checkpoint.unused import Unused
 from partita.checkpoint.write import FilePlan, plan_files
 from partita.errors import ModelError
 from partita.mlx.adapt import adapters
@@ -57,6 +59,11 @@ class Share:
                 STEM if adapted else MODEL: self.disk.files(saves.max_shard_bytes),
                 OPTIMIZER: plan_files(moments, saves.max_shard_bytes, stem=OPTIMIZER),  # type: ignore[arg-type]
             }
+            # Open from now on: a run that resumed from a checkpoint of its own may remove that one.
+            self.unused = Unused() if isinstance(self.disk, AdaptersOnDisk) else self.disk.unused
+            self.reader = self.unused.opened() if self.unused else None
+            if self.reader is not None:
+                weakref.finalize(self, self.reader.close)
             self.beside: Mapping[str, bytes] = (
                 files_beside(lambda folder: self.disk.write_beside(folder, saves.tokenizer))
                 if self.groups.rank == 0
@@ -77,6 +84,9 @@ class Share:
             for prefix, array in arrays.items():
                 for box, take, data in self.disk.parts(name, home, key, array, self.plan, self.groups):
                     parts.append(Part(prefix + box, take, data))
+        if self.reader is not None:
+            pieces = self.unused.pieces(self.reader, self.groups.rank, self.groups.mesh.size)
+            parts += [Part(*piece) for piece in pieces]
         return parts
 
 

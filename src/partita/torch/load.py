@@ -16,6 +16,7 @@ from partita.checkpoint.find import find_model
 from partita.checkpoint.index import Checkpoint, open_checkpoint
 from partita.checkpoint.manifest import check_model
 from partita.checkpoint.read import Reader
+from partita.checkpoint.unused import Unused
 from partita.core.generation import FILE_NAME, read_generation
 from partita.core.mesh import Mesh
 from partita.core.placement import Placement
@@ -103,6 +104,9 @@ def load(
         add_twins(built, sources)
         _check_readable(config, plan, checkpoint, unused)
         unsplit = _for_conversion(built, sources)
+        rest = Unused(folder, {name: checkpoint.tensors[name] for name in unused})
+        if is_first(groups) and (line := rest.note(type(built).__name__)):
+            note(line)
     with together(groups), Reader(checkpoint) as reader:
         place = as_device(device)
         make_unsaved_buffers(built, place)
@@ -110,6 +114,7 @@ def load(
         total = sum(t.numel() * t.itemsize for t in split.state_dict(keep_vars=True).values())
         fill = CheckpointFill(reader, checkpoint.tensors, sources, unsplit, progress, total)
         filled = materialize(split, plan, groups, fill, place)
+    split.partita_unused = rest  # type: ignore[assignment]
     return filled.check(finish(split, plan, groups))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -13,11 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from partita.checkpoint.durable import appear, failing_as, partial_of, start_partial
+from partita.checkpoint.unused import NOT_SAVED, Unused, announce_nothing
 from partita.checkpoint.write import FilePlan, Writer, create_files, plan_files, refuse_weights, write_index
 from partita.core.generation import FILE_NAME
 from partita.core.plan import Plan
 from partita.core.split import Range
 from partita.errors import ModelError
+from partita.notes import note
 from partita.peers import doing
 from partita.text import Tokenizer
 from partita.torch.adapt import adapters
@@ -28,7 +31,7 @@ from partita.torch.hub import build_on_meta
 from partita.torch.load import is_first
 from partita.torch.mtp import attach_mtp, repeated_pieces
 from partita.torch.names import Piece, pieces_for_writing
-from partita.torch.together import together
+from partita.torch.together import gather_from_all, together
 from partita.torch.transformers_internals import quiet
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -73,6 +76,8 @@ def save(
                 writer.write(piece, take, memory_of(part))
             if progress is not None:
                 progress(writer.bytes_written, total)
+        place = groups.pp.rank * plan.mesh.tp + groups.mp.rank
+        disk.unused.copy(writer.write, place, plan.mesh.pp * plan.mesh.tp)
 
     write_together(Path(folder), groups, files, lambda partial: disk.write_beside(model, partial, tokenizer), write)
 
@@ -128,16 +133,18 @@ class OnDisk:
         config: transformers' config to go with it.
         pieces: For each tensor of the model those on disk that hold it.
         dtypes: The dtype of each that is saved; of tied ones the first.
+        unused: What is copied from the checkpoint that the model was loaded from.
     """
 
     config: Any
     pieces: Mapping[str, tuple[Piece, ...]]
     dtypes: Mapping[str, torch.dtype]
+    unused: Unused
 
     def files(self, max_shard_bytes: int) -> tuple[FilePlan, ...]:
         """The files of its weights."""
         tensors = [(p.name, DTYPE_NAMES[dtype], p.shape) for n, dtype in self.dtypes.items() for p in self.pieces[n]]
-        return plan_files(tensors, max_shard_bytes)
+        return plan_files([*tensors, *self.unused.facts()], max_shard_bytes)
 
     def own(self, model: nn.Module, plan: Plan, groups: ParallelGroups) -> dict[str, Tensor]:
         """The local tensors of which this rank writes what it owns. Of copies on several stages the owner's is written."""
@@ -190,7 +197,15 @@ def on_disk(model: nn.Module) -> OnDisk:
     with together(groups):
         unsplit = unsplit_on_meta(config, plan)
         pieces = repeated_pieces(unsplit, plan, pieces_for_writing(unsplit))
-    return OnDisk(config, pieces, {name: dtypes[name] for name in plan.spec.tensors if name in dtypes})
+    saved = {name: dtypes[name] for name in plan.spec.tensors if name in dtypes}
+    unused = getattr(model, "partita_unused", Unused()).without({p.name for name in saved for p in pieces[name]})
+    missing = next(filter(None, gather_from_all(groups, unused.missing())), "")
+    if missing:
+        config, unused = copy.deepcopy(config), Unused()
+        announce_nothing(config)
+        if is_first(groups):
+            note(NOT_SAVED.format(missing))
+    return OnDisk(config, pieces, saved, unused)
 
 
 def unsplit_on_meta(config: Any, plan: Plan) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from partita.checkpoint.index import MODEL
 from partita.checkpoint.manifest import OPTIMIZER
+from partita.checkpoint.unused import Unused
 from partita.checkpoint.write import FilePlan, plan_files
 from partita.errors import ModelError
 from partita.torch.adapt import adapters
@@ -65,6 +67,11 @@ class Share:
                 STEM if adapted else MODEL: self.disk.files(saves.max_shard_bytes),
                 OPTIMIZER: plan_files(moments, saves.max_shard_bytes, stem=OPTIMIZER),
             }
+            # Open from now on: a run that resumed from a checkpoint of its own may remove that one.
+            self.unused = Unused() if isinstance(self.disk, AdaptersOnDisk) else self.disk.unused
+            self.reader = self.unused.opened() if self.unused else None
+            if self.reader is not None:
+                weakref.finalize(self, self.reader.close)
             self.beside: Mapping[str, bytes] = (
                 files_beside(lambda folder: self.disk.write_beside(model, folder, saves.tokenizer))
                 if is_first(self.groups)
@@ -74,11 +81,16 @@ class Share:
     @torch.no_grad()
     def copy(self) -> list[Part]:
         """The present values of all that this rank writes: of what replicas hold alike each writes its share."""
-        return [
+        parts = [
             Part(name, take, memory_of(kept), kept)
             for name, take, part, tensor in self._parts()
             for kept in [part.clone() if _shares_memory(part, tensor) else part]
         ]
+        if self.reader is not None:
+            mesh, groups = self.groups.mesh, self.groups
+            rank = mesh.rank(dp=groups.dp.rank, pp=groups.pp.rank, tp=groups.mp.rank)
+            parts += [Part(*piece) for piece in self.unused.pieces(self.reader, rank, mesh.size)]
+        return parts
 
     def _parts(self) -> Iterator[tuple[str, list[list[tuple[int, int]]], Tensor, Tensor]]:
         plan, groups = self.plan, self.groups

@@ -14,7 +14,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,11 +37,14 @@ _MARKS = ".marks"
 
 @dataclass(frozen=True)
 class Part:
-    """A piece of a tensor on disk: its name there, the ranges of each dim, and a copy of its bytes in C order."""
+    """A piece of a tensor on disk: its name there, the ranges of each dim, and a copy of its bytes in C order.
+
+    What never changes needs no copy: then `data` reads the bytes when they are written.
+    """
 
     name: str
     ranges_by_dim: Sequence[Sequence[Range]]
-    data: memoryview
+    data: memoryview | Callable[[], memoryview]
     owner: object = None
     """What has to live as long as `data`."""
 
@@ -90,7 +93,7 @@ class Job:
             while self.parts:
                 part = self.parts.pop()
                 self._go_on()
-                writer.write(part.name, part.ranges_by_dim, part.data)
+                writer.write(part.name, part.ranges_by_dim, part.data() if callable(part.data) else part.data)
             self.bytes_written = writer.bytes_written
             self._mark(f"written-{self.rank}")
             with ThreadPoolExecutor(1) as flush:  # the disk is slow and digests need none
