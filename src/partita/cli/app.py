@@ -15,6 +15,7 @@ from partita.cli.demo import demo
 from partita.cli.failure import fail
 from partita.cli.generate import generate
 from partita.cli.layout import layout
+from partita.cli.messages import routed
 from partita.cli.plan import plan
 from partita.cli.reference import reference
 from partita.cli.schedule import schedule
@@ -26,11 +27,13 @@ class _Commands(TyperGroup):
     """Ends a command that raised: one message and an exit code, and a traceback only with `--debug`."""
 
     def invoke(self, ctx: Any) -> Any:
+        debug = bool(ctx.params.get("debug"))
         try:
-            return super().invoke(ctx)
+            with routed(debug=debug):
+                return super().invoke(ctx)
         except BaseException as error:
             _tell_value(error)
-            code = fail(error, debug=bool(ctx.params.get("debug")))
+            code = fail(error, debug=debug)
             if code is None:
                 raise
             raise typer.Exit(code) from None

@@ -17,6 +17,7 @@ from partita.checkpoint.index import open_checkpoint
 from partita.cli import launch, rank
 from partita.cli.console import err, mesh_name, out, plural, print_json
 from partita.cli.engine import BackendOption, EngineOption, choose_engine
+from partita.cli.messages import hold, release
 from partita.cli.model import check_early, for_mlx
 from partita.cli.options import (
     AsJson,
@@ -319,6 +320,7 @@ def _generate(
     loaded_s = time.perf_counter()
     on_text: Callable[[int, str], None] | None = None
     if stream:
+        hold()
         if rank.is_first():
             out().print(texts[0], style="dim", end="", soft_wrap=True)
         on_text = _write
@@ -335,6 +337,7 @@ def _print_texts(run: _Run, stream: bool) -> None:
     if stream:
         sys.stdout.write("\n")
         sys.stdout.flush()
+        release()
     else:
         for index, (text, generation) in enumerate(zip(run.texts, run.generations, strict=True)):
             if len(run.texts) > 1:

@@ -8,6 +8,7 @@ from typing import Any
 
 from partita.checkpoint.facts import stored_dtype_at
 from partita.checkpoint.find import hub_is_near, is_local, not_fetched
+from partita.cli.messages import adopt, adopt_all
 from partita.cli.rank import Engine
 from partita.core.layout import Layout
 from partita.core.mesh import Mesh
@@ -65,6 +66,7 @@ def _need_transformers(config: dict[str, Any]) -> None:
 
 def _ask_transformers(config: dict[str, Any]) -> tuple[ModelSpec, Rules]:
     _need_transformers(config)
+    adopt_all()
     from partita.torch.hub import build_on_meta, read_hf_config, rules_of, spec_of
 
     built = build_on_meta(read_hf_config(config))
@@ -75,6 +77,7 @@ def _ask_transformers(config: dict[str, Any]) -> tuple[ModelSpec, Rules]:
 def _try_stages(config: dict[str, Any], mesh: Mesh, layout: str | None, vpp: int | None, placement: Placement) -> None:
     """Refuse a family that cannot be cut into stages."""
     _need_transformers(config)
+    adopt_all()
     from partita.torch.hub import build_on_meta, read_hf_config
     from partita.torch.load import choose_plan
 
@@ -94,6 +97,7 @@ def find_config(model: str) -> Path:
             f"{model} is no local folder, and huggingface_hub is not installed to look further: pip install 'partita[torch]'"
         )
     near = hub_is_near()
+    adopt("huggingface_hub")
     from huggingface_hub import hf_hub_download
 
     try:

@@ -183,5 +183,8 @@ def work_together(work: Callable[[], int], engine: Engine = "torch", backend: st
 
 
 def _work(work: Callable[[], int]) -> int:
+    from partita.cli.messages import adopt_all
+
+    adopt_all()
     with peers.doing("working"):
         return work()

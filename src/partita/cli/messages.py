@@ -1,0 +1,155 @@
+"""Messages of the libraries under Partita: what the user should know becomes one line of ours, the rest is dropped.
+
+Libraries warn their own developers of deprecated names, and advise on kernels and installs. In a command such a line would end
+up in the middle of the generated text or of the progress bar. `--debug` leaves all messages as they are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import logging
+import os
+import re
+import sys
+import warnings
+from collections.abc import Iterator
+from typing import TextIO
+
+from partita.cli import rank
+from partita.cli.console import err
+
+MAX_CHARACTERS = 240
+"""Characters of a message that are shown."""
+
+_FOR_DEVELOPERS = (
+    DeprecationWarning,
+    PendingDeprecationWarning,
+    FutureWarning,
+    ImportWarning,
+    ResourceWarning,
+    EncodingWarning,
+)
+_ABOUT_CODE = re.compile(r"deprecat|will be removed|no longer needed|to suppress this", re.IGNORECASE)
+
+_ABOUT_FILES = re.compile(
+    r"transformers\.(configuration_utils|modeling_rope_utils|tokenization_\w+|dynamic_module_utils|models\.auto\.\w+"
+    r"|generation\.configuration_utils|models\.\w+\.(configuration|tokenization)_\w+)"
+)
+"""Loggers of transformers whose warnings are about the user's model: its config and its tokenizer. What its other modules warn of
+is chosen by Partita (attention kernels, caches), or advice on speed."""
+
+_OWN_HANDLERS = {"transformers": "transformers.utils.logging", "huggingface_hub": "huggingface_hub.utils.logging"}
+"""Libraries whose root logger writes to stderr itself, and the module that sets it up."""
+
+
+class _Lines(logging.Handler):
+    """Shows each message once, on the first rank; holds them while text is streamed."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.shown: set[str] = set()
+        self.waiting: list[str] = []
+        self.is_held = False
+        self.adopted: list[tuple[logging.Logger, list[logging.Handler], bool]] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        library = record.name.partition(".")[0]
+        text = record.getMessage()
+        if library == "transformers" and record.levelno < logging.ERROR and not _ABOUT_FILES.match(record.name):
+            return
+        self.show(text if library == "partita" else f"{library}: {text}")
+
+    def show(self, text: str) -> None:
+        line = " ".join(text.split())
+        line = line if len(line) <= MAX_CHARACTERS else f"{line[:MAX_CHARACTERS]}..."
+        if _ABOUT_CODE.search(text) or line in self.shown or not rank.is_first():
+            return
+        self.shown.add(line)
+        self.waiting.append(line)
+        if not self.is_held:
+            self.release()
+
+    def release(self) -> None:
+        from rich.text import Text
+
+        self.is_held = False
+        while self.waiting:
+            err().print(Text(f"note: {self.waiting.pop(0)}", style="yellow"), soft_wrap=True)
+
+
+_lines: _Lines | None = None
+
+
+@contextlib.contextmanager
+def routed(*, debug: bool = False) -> Iterator[None]:
+    """Within, libraries' messages go through this module. Not where `debug` or Python's `-W` asks for them as they are."""
+    global _lines
+    if debug or sys.warnoptions or _lines is not None:
+        yield
+        return
+    lines = _lines = _Lines()
+    root, shown = logging.getLogger(), warnings.showwarning
+    root.addHandler(lines)
+    warnings.showwarning = _show_warning
+    try:
+        yield
+    finally:
+        lines.release()
+        _lines = None
+        warnings.showwarning = shown
+        root.removeHandler(lines)
+        for logger, handlers, propagate in lines.adopted:
+            logger.handlers[:], logger.propagate = handlers, propagate
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    if _lines is not None and not issubclass(category, _FOR_DEVELOPERS):
+        _lines.show(f"{_library_of(filename)}: {message}")
+
+
+def _library_of(file: str) -> str:
+    """The package that a source file belongs to."""
+    _, found, inside = file.replace(os.sep, "/").rpartition("/site-packages/")
+    return inside.partition("/")[0] if found else "partita" if "/partita/" in file else "python"
+
+
+def adopt(*libraries: str) -> None:
+    """Import the loggers of `libraries` that write to stderr themselves, and take them over. Does nothing outside `routed`."""
+    if _lines is None:
+        return
+    for name in libraries:
+        if f"{name.upper()}_VERBOSITY" in os.environ or (
+            name == "huggingface_hub" and "HF_HUB_VERBOSITY" in os.environ
+        ):
+            continue
+        with contextlib.suppress(ImportError):
+            importlib.import_module(_OWN_HANDLERS[name])
+        logger = logging.getLogger(name)
+        if logger.handlers or not logger.propagate:
+            _lines.adopted.append((logger, list(logger.handlers), logger.propagate))
+            logger.handlers[:], logger.propagate = [], True
+
+
+def adopt_all() -> None:
+    """Take over every library that a command on ranks uses; it imports them."""
+    adopt(*_OWN_HANDLERS)
+
+
+def hold() -> None:
+    """Keep messages back, because text is streamed to the terminal."""
+    if _lines is not None:
+        _lines.is_held = True
+
+
+def release() -> None:
+    """Show what was kept back."""
+    if _lines is not None:
+        _lines.release()
