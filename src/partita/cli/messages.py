@@ -36,8 +36,8 @@ _ABOUT_FILES = re.compile(
     r"transformers\.(configuration_utils|modeling_rope_utils|tokenization_\w+|dynamic_module_utils|models\.auto\.\w+"
     r"|generation\.configuration_utils|models\.\w+\.(configuration|tokenization)_\w+)"
 )
-"""Loggers of transformers whose warnings are about the user's model: its config and its tokenizer. What its other modules warn of
-is chosen by Partita (attention kernels, caches), or advice on speed."""
+"""Loggers of transformers whose warnings are about the user's model: its config and its tokenizer. Its other modules warn about
+what Partita chooses (attention kernels, caches), or give advice on speed."""
 
 _OWN_HANDLERS = {"transformers": "transformers.utils.logging", "huggingface_hub": "huggingface_hub.utils.logging"}
 """Libraries whose root logger writes to stderr itself, and the module that sets it up."""

@@ -12,7 +12,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from partita.mlx.mlx_lm_internals import grows_with_tokens, keys_of, kind_of, parts_of
+from partita.mlx.mlx_lm_internals import add_tokens, grows_with_tokens, keys_of, kind_of, parts_of
 
 
 def count_tokens(cache: Sequence[Any], filled: Sequence[Any], count: int) -> None:
@@ -32,6 +32,6 @@ def _count(entry: Any, count: int, first: dict[Any, Any]) -> None:
         leader = first.setdefault(kind_of(entry), entry)
         if leader is entry:
             narrow = mx.zeros((1, 1, count, 1))
-            entry.update_and_fetch(narrow, narrow)
+            add_tokens(entry, narrow, narrow)
         else:
             entry.state = leader.state

@@ -79,6 +79,19 @@ def last_of_stack(experts: nn.Module) -> Any:
     return next(experts[name] for name in ("down_proj", "fc2") if name in experts)
 
 
+_OWN_ROTARY = frozenset(("DynamicNTKAlphaRoPE", "ProportionalRoPE"))
+"""Rotary modules of mlx-lm that are computed from keys of their own."""
+
+
+def rotated_dims(module: nn.Module) -> int | None:
+    """The number of elements of a head that a module rotates; None if it is no rotary module of MLX or mlx-lm."""
+    kind = type(module)
+    if kind is not nn.RoPE and (not kind.__module__.startswith("mlx_lm.") or not kind.__name__.endswith("RoPE")):
+        return None
+    dims = getattr(module, "dims", getattr(module, "dim", None))
+    return dims if type(dims) is int and kind.__name__ not in _OWN_ROTARY else None
+
+
 def lora_layer() -> Any:
     """mlx-lm's linear layer with a LoRA adapter."""
     return find(LIBRARY, "mlx_lm.tuner.lora", "LoRALinear", "put LoRA adapters on a model")
@@ -112,6 +125,11 @@ def parts_of(entry: Any) -> Sequence[Any]:
 def grows_with_tokens(entry: Any) -> bool:
     """Whether an entry of a cache holds keys and values of every token, or of every token of a window."""
     return hasattr(entry, "update_and_fetch")
+
+
+def add_tokens(entry: Any, keys: mx.array, values: mx.array) -> None:
+    """Append keys and values `[batch, heads, tokens, width]` to an entry that grows with tokens."""
+    entry.update_and_fetch(keys, values)
 
 
 _KINDS = ("max_size", "keep", "chunk_size", "step", "group_size", "bits")

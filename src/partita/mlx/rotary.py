@@ -16,10 +16,8 @@ import mlx.nn as nn
 from partita.core.model_spec import find_layers
 from partita.core.rotary import KINDS, Rotary
 from partita.mlx.config import transformers_config
+from partita.mlx.mlx_lm_internals import rotated_dims
 from partita.mlx.tree import named_modules, set_module
-
-_OWN_FORMS = frozenset(("DynamicNTKAlphaRoPE", "ProportionalRoPE"))
-"""Forms of mlx-lm that are computed from keys of their own."""
 
 
 class RotaryEmbedding(nn.Module):
@@ -117,22 +115,13 @@ def correct_rotary(model: nn.Module, config: Mapping[str, Any]) -> None:
     modules = named_modules(model)
     layers, _ = find_layers(list(modules))
     for path, module in modules.items():
-        dims = _rotated_dims(module)
+        dims = rotated_dims(module)
         own = _of_layer(parameters, getattr(known, "layer_types", None), path, layers)
         if dims is None or own is None or own.get("rope_type", "default") not in KINDS:
             continue
         form = Rotary(dims, own, int(getattr(known, "max_position_embeddings", 0) or 0))
         if not _is_plainly(module, form):
             set_module(model, path, RotaryEmbedding(form, bool(getattr(module, "traditional", False))))
-
-
-def _rotated_dims(module: nn.Module) -> int | None:
-    """The number of elements of a head that a module rotates; None if it is no rotary module of MLX or mlx-lm."""
-    kind = type(module)
-    if kind is not nn.RoPE and (not kind.__module__.startswith("mlx_lm.") or not kind.__name__.endswith("RoPE")):
-        return None
-    dims = getattr(module, "dims", getattr(module, "dim", None))
-    return dims if type(dims) is int and kind.__name__ not in _OWN_FORMS else None
 
 
 def _of_layer(parameters: Mapping[str, Any], kinds: Any, path: str, layers: str) -> Mapping[str, Any] | None:

@@ -20,6 +20,7 @@ from partita.torch.apply import local_tensors, unsplit_name
 from partita.torch.compare import local_output, local_part_of, main_output, watch
 from partita.torch.float64 import Float64Everywhere
 from partita.torch.groups import ParallelGroups
+from partita.torch.transformers_internals import use_plain_experts
 
 SAMPLES = 4
 """How many samples are taken at most before an error counts as more than rounding."""
@@ -33,7 +34,7 @@ def in_float64(model: nn.Module) -> nn.Module:
         if config is not None and hasattr(config, "to_dict"):
             config.dtype = torch.float64
             # The grouped kernels have no float64.
-            config._experts_implementation = "eager"
+            use_plain_experts(config)
     return wide.double()
 
 

@@ -16,6 +16,7 @@ from partita.core.split import Range
 from partita.torch.groups import ParallelGroups
 from partita.torch.names import Source
 from partita.torch.together import gather_from_all, together
+from partita.torch.transformers_internals import forget_tie, text_config_of
 
 Read = Callable[[str, tuple[tuple[Range, ...], ...], Tensor], None]
 """Given a tensor's name, ranges of each of its dims and a local tensor of their sizes: read the ranges into it."""
@@ -78,7 +79,7 @@ def untie(model: Any, names: Iterable[str]) -> None:
         module = model.get_submodule(path)
         shared = module._parameters[attribute]
         module._parameters[attribute] = nn.Parameter(torch.empty_like(shared), requires_grad=shared.requires_grad)
-        getattr(model, "all_tied_weights_keys", {}).pop(name, None)
+        forget_tie(model, name)
     if not tied_names(model):
-        for config in (model.config, model.config.get_text_config()):
+        for config in (model.config, text_config_of(model.config)):
             config.tie_word_embeddings = False

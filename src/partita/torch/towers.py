@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from partita.errors import ModelError
+from partita.torch.transformers_internals import text_config_of
 
 
 class Medium(NamedTuple):
@@ -297,7 +298,7 @@ def _runs_of(features: Any, by_row: tuple[int, ...]) -> list[list[int]]:
 def _text_around(model: nn.Module, medium: Medium, token: int, runs: list[list[int]]) -> dict[str, Tensor]:
     """Random ids with `runs` of placeholder tokens in each row, one an image; the end is padding."""
     config: Any = model.config
-    vocabulary = int(config.get_text_config().vocab_size)
+    vocabulary = int(text_config_of(config).vocab_size)
     special = {value for key, value in vars(config).items() if re.search(r"_token_(id|index)$", key)}
     usable = torch.tensor([i for i in range(3, vocabulary) if i not in special])
     generator = torch.Generator().manual_seed(0)

@@ -139,12 +139,22 @@ def auto_class(config: Any) -> Any:
     return None
 
 
-def new_model(cls: Any, config: Any, dtype: torch.dtype) -> nn.Module:
-    """A model of class `cls`, initialized by transformers, on the default device."""
+def new_model(cls: Any, config: Any, dtype: torch.dtype, *, plain_attention: bool = False) -> nn.Module:
+    """A model of class `cls`, initialized by transformers, on the default device.
+
+    `plain_attention` computes attention by matrix products and a softmax.
+    """
     if not hasattr(cls, "_from_config"):
         raise lacking(LIBRARY, f"no {cls.__name__}._from_config", "build a model")
-    model: nn.Module = cls._from_config(config, dtype=dtype)
+    options = {"attn_implementation": "eager"} if plain_attention else {}
+    with quiet():
+        model: nn.Module = cls._from_config(config, dtype=dtype, **options)
     return model
+
+
+def forget_tie(model: nn.Module, name: str) -> None:
+    """Let transformers no longer hold the parameter `name` for one that is tied to another."""
+    getattr(model, "all_tied_weights_keys", {}).pop(name, None)
 
 
 # --- initialization ---------------------------------------------------------------------------------------------------
@@ -174,7 +184,7 @@ def mark_initialized(target: Tensor | nn.Module) -> None:
 
 
 def float32_tensors(model: Any) -> re.Pattern[str] | None:
-    """A pattern of the tensors that transformers keeps in float32 in a model of any dtype (a router's weights)."""
+    """A pattern that finds the names of the tensors that transformers keeps in float32 in a model of any dtype (a router's)."""
     plan = model._get_dtype_plan(model.config.dtype) if hasattr(model, "_get_dtype_plan") else {}
     return re.compile("|".join(pattern.replace("*", ".*") for pattern in plan)) if plan else None
 

@@ -28,7 +28,7 @@ from partita.mlx.load import load
 from partita.mlx.reference import unchecked
 from partita.mlx.windows import window_left_out
 from partita.torch.hub import model_class, read_hf_config
-from partita.torch.transformers_internals import quiet
+from partita.torch.transformers_internals import new_model, quiet
 
 LENGTHS = (12, 40)
 """Tokens of the two texts, below and above the length at which a reference config changes."""
@@ -102,10 +102,10 @@ def _write_reference(small: Mapping[str, Any], folder: Path) -> list[tuple[list[
         with torch.random.fork_rng(devices=[]), quiet():
             torch.manual_seed(0)
             with torch.device("meta"):
-                size = sum(p.numel() for p in cls._from_config(config).parameters())
+                size = sum(p.numel() for p in new_model(cls, config, torch.float32).parameters())
             if size > LARGEST_PARAMETERS:
                 raise ModelError("it is too large even when made small.")
-            model = cls._from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
+            model: Any = new_model(cls, config, torch.float32, plain_attention=True).eval()
             _fill(model)
             texts = [torch.randint(3, int(config.vocab_size), (1, length)) for length in LENGTHS]
             with torch.no_grad():
