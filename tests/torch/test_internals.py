@@ -77,7 +77,7 @@ def test_a_missing_conversion_is_no_reason_to_write_other_names(monkeypatch: pyt
 
     model = build_on_meta(read_hf_config(CONFIGS["mixtral"]))
     monkeypatch.delattr(loading, "revert_weight_conversion")
-    with pytest.raises(DependencyError, match="no transformers.core_model_loading.revert_weight_conversion"):
+    with pytest.raises(DependencyError, match=r"no transformers\.core_model_loading\.revert_weight_conversion"):
         pieces_for_writing(model)
 
 

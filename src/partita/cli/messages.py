@@ -55,22 +55,27 @@ class _Lines(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         library = record.name.partition(".")[0]
-        text = record.getMessage()
-        if library == "transformers" and record.levelno < logging.ERROR and not _ABOUT_FILES.match(record.name):
-            return
-        self.show(text if library == "partita" else f"{library}: {text}")
+        if library == "partita":
+            self.show(record.getMessage())
+        elif library != "transformers" or record.levelno >= logging.ERROR or _ABOUT_FILES.match(record.name):
+            self.show_of(library, record.getMessage())
 
-    def show(self, text: str) -> None:
+    def show_of(self, library: str, text: str) -> None:
+        """Show a library's message in one line, unless it is about code."""
         line = " ".join(text.split())
-        line = line if len(line) <= MAX_CHARACTERS else f"{line[:MAX_CHARACTERS]}..."
-        if _ABOUT_CODE.search(text) or line in self.shown or not rank.is_first():
-            return
-        self.shown.add(line)
-        self.waiting.append(line)
-        if not self.is_held:
-            self.release()
+        if rank.is_first() and not _ABOUT_CODE.search(line):
+            self.show(f"{library}: {line if len(line) <= MAX_CHARACTERS else f'{line[:MAX_CHARACTERS]}...'}")
 
-    def release(self) -> None:
+    def show(self, line: str) -> None:
+        """Show a line, once."""
+        if line not in self.shown:
+            self.shown.add(line)
+            self.waiting.append(line)
+        if not self.is_held:
+            self.show_waiting()
+
+    def show_waiting(self) -> None:
+        """Show what was held back, and hold nothing more."""
         from rich.text import Text
 
         self.is_held = False
@@ -95,7 +100,7 @@ def routed(*, debug: bool = False) -> Iterator[None]:
     try:
         yield
     finally:
-        lines.release()
+        lines.show_waiting()
         _lines = None
         warnings.showwarning = shown
         root.removeHandler(lines)
@@ -112,7 +117,7 @@ def _show_warning(
     line: str | None = None,
 ) -> None:
     if _lines is not None and not issubclass(category, _FOR_DEVELOPERS):
-        _lines.show(f"{_library_of(filename)}: {message}")
+        _lines.show_of(_library_of(filename), str(message))
 
 
 def _library_of(file: str) -> str:
@@ -152,4 +157,4 @@ def hold() -> None:
 def release() -> None:
     """Show what was kept back."""
     if _lines is not None:
-        _lines.release()
+        _lines.show_waiting()
