@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import LlavaNextForConditionalGeneration
 
 from partita.core.mesh import Mesh
 from partita.core.plan import Plan
-from partita.torch import Sampling, generate
-from partita.torch.apply import apply_plan, plan_of
+from partita.errors import ModelError, PlanError
+from partita.torch import Sampling, fresh, generate, load, save
+from partita.torch.apply import apply_plan, local_tensors, plan_of
 from partita.torch.compare import compare
 from partita.torch.finish import finish
 from partita.torch.float64 import Float64Everywhere
-from partita.torch.groups import make_groups
+from partita.torch.groups import make_groups, single_groups
 from partita.torch.hub import build_on_meta, read_hf_config, rules_of, spec_of
-from partita.torch.probe import fill_unsplit
-from partita.torch.towers import MEDIA, sample_media
+from partita.torch.probe import fill_unsplit, small_model
+from partita.torch.towers import MEDIA, forbid_media, media_of, sample_media
 from tests.support.images import IMAGES
 from tests.support.ranks import ranks
 
@@ -131,3 +134,71 @@ def test_generates_what_transformers_does(name: str, mesh: tuple[int, int]) -> N
     for expected, ours, called_alike in ranks(2).run(_generated, IMAGES[name], mesh):
         assert ours == expected
         assert called_alike == expected
+
+
+# --- loading, saving, refusing ----------------------------------------------------------------------------------------
+
+
+def _round_trip(data: dict[str, Any], folder: str, mesh: tuple[int, int]) -> bool:
+    """Write what the ranks drew, read it again, and compare it with the same seed's."""
+    made = fresh(data, pp=mesh[0], tp=mesh[1], seed=1)
+    save(made, folder)
+    again = load(folder, pp=mesh[0], tp=mesh[1])
+    plan, _ = plan_of(made)
+    there, here = local_tensors(made, plan), local_tensors(again, plan)
+    return there.keys() == here.keys() and all(torch.equal(there[name], here[name]) for name in there)
+
+
+def test_any_layout_writes_what_transformers_reads(tmp_path: Path) -> None:
+    for mesh in ((1, 2), (2, 1)):
+        folder = tmp_path / str(mesh)
+        assert ranks(2).run(_round_trip, IMAGES["llava-next"], str(folder), mesh) == [True, True]
+    files = [tmp_path / str(mesh) / "model.safetensors" for mesh in ((1, 2), (2, 1))]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    theirs = LlavaNextForConditionalGeneration.from_pretrained(files[0].parent)
+    alone = fresh(IMAGES["llava-next"], seed=1, groups=single_groups())
+    for name, value in theirs.state_dict().items():
+        assert torch.equal(value, alone.state_dict()[name]), name
+
+
+def test_images_that_were_not_measured_are_refused_and_text_is_not() -> None:
+    unsplit = unsplit_of(IMAGES["llava"])
+    inputs = with_images(unsplit)
+    forbid_media(unsplit, {"image": "the forward fails."})
+    text = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    assert unsplit(**text).logits.shape[:2] == inputs["input_ids"].shape
+    why = (
+        r"image inputs of LlavaForConditionalGeneration were not found equal to the unsplit model's: the forward fails"
+    )
+    with pytest.raises(ModelError, match=why):
+        unsplit(**inputs)
+    with pytest.raises(ModelError, match=why):
+        generate(unsplit, [[1, 2]], Sampling(max_new_tokens=1), inputs=[{"pixel_values": inputs["pixel_values"]}])
+
+
+def test_inputs_that_the_model_does_not_take() -> None:
+    unsplit = unsplit_of(IMAGES["llava"])
+    with pytest.raises(
+        ModelError, match="prompt 1 comes with pixels, which LlavaForConditionalGeneration does not take"
+    ):
+        generate(unsplit, [[1], [2]], Sampling(), inputs=[None, {"pixels": torch.ones(1)}])
+    with pytest.raises(PlanError, match=r"inputs must have one entry a prompt \(2\), but has 1"):
+        generate(unsplit, [[1], [2]], Sampling(), inputs=[None])
+
+
+@pytest.mark.parametrize("name", families(("qwen3-vl",)))
+def test_the_proof_tries_images(name: str) -> None:
+    """The verdicts that a split model's images rest on are those of a small model of the same kinds of towers."""
+    built = build_on_meta(read_hf_config(IMAGES[name]))
+    small = small_model(built, spec_of(built).num_heads)
+    for medium in media_of(small):
+        with Float64Everywhere():
+            inputs = sample_media(small, medium)
+        assert _effect(small, inputs) > 1e-3
+
+
+def _effect(small: nn.Module, inputs: dict[str, Tensor]) -> float:
+    """How far the images move the output: what feeds the tower is replaced by other numbers."""
+    changed = {name: -value if value.is_floating_point() else value for name, value in inputs.items()}
+    with Float64Everywhere(), torch.no_grad():
+        return float((small(**inputs).logits - small(**changed).logits).abs().max())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import re
@@ -187,23 +188,22 @@ def sample_media(model: nn.Module, medium: Medium, by_row: tuple[int, ...] = IMA
     """
     config: Any = model.config
     token = next((t for key in medium.tokens if type(t := getattr(config, key, None)) is int), None)
-    get_features = getattr(model, medium.features, None)
-    if token is None or get_features is None:
+    if token is None:
         raise ModelError(f"{type(model).__name__} does not say which token stands for {medium.name} features.")
     if not any(by_row):
         return _text_around(model, medium, token, [[] for _ in by_row])
     reasons = []
     for form in _forms(model, medium, by_row):
         try:
-            with torch.no_grad():
-                runs = _runs_of(get_features(**{k: v for k, v in form.items() if k in _takes(get_features)}), by_row)
-            inputs = {**_text_around(model, medium, token, runs), **form}
+            for runs in _possible_runs(model, medium, form, by_row):
+                inputs = {**_text_around(model, medium, token, runs), **form}
+                with contextlib.suppress(*_WRONG_COUNT), torch.no_grad():
+                    model(**inputs)
+                    return inputs
             with torch.no_grad():
                 model(**inputs)
         except Exception as error:
             reasons.append(f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}")
-        else:
-            return inputs
     raise ModelError(f"no {medium.name} was found that it takes ({reasons[0] if reasons else 'of no known form'}).")
 
 
@@ -278,6 +278,27 @@ def _channels(vision: Any) -> int:
 
 def _takes(function: Any) -> Mapping[str, Any]:
     return inspect.signature(function).parameters
+
+
+_WRONG_COUNT = (ValueError, RuntimeError, IndexError)
+"""What models raise when images and placeholder tokens do not match."""
+
+_MOST_TOKENS = 40
+"""How many tokens an image may have in a model that does not say how many."""
+
+
+def _possible_runs(
+    model: nn.Module, medium: Medium, form: Mapping[str, Tensor], by_row: tuple[int, ...]
+) -> Iterator[list[list[int]]]:
+    """How many tokens each image of each row takes: as the model says, or else one number after the other."""
+    for module in model.modules():
+        method = getattr(module, medium.features, None)
+        if method is not None and any(name in _takes(method) for name in medium.pixels):
+            with torch.no_grad():
+                yield _runs_of(method(**{k: v for k, v in form.items() if k in _takes(method)}), by_row)
+            return
+    # One token alone stood for all features of a recording in older processors.
+    yield from ([[count] * images for images in by_row] for count in range(2, _MOST_TOKENS))
 
 
 def _runs_of(features: Any, by_row: tuple[int, ...]) -> list[list[int]]:
