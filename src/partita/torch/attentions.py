@@ -2,11 +2,12 @@
 
 A model of transformers returns the attention weights `[batch, heads, queries, keys]` of each layer on request. Each rank
 computes those of its own heads. They are gathered where they leave the innermost model around the attention modules. A mask
-with a row for each head is narrowed to the rank's own heads where it enters that model.
+with a row for each head is narrowed to the rank's own heads where it enters an attention module.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -24,12 +25,12 @@ def gather_attentions(model: nn.Module, plan: Plan, comm: Communicator) -> None:
     """Let every model in `model` return the attention weights of all heads, and take masks of all heads."""
     if comm.size == 1:
         return
-    heads: dict[str, set[Split]] = {}
+    inside: dict[str, dict[str, Split]] = {}
     for path, attention in plan.attention.items():
-        heads.setdefault(innermost_model(model, path), set()).add(attention.heads)
-    for path, splits in heads.items():
+        inside.setdefault(innermost_model(model, path), {})[path] = attention.heads
+    for path, heads in inside.items():
         module = model.get_submodule(path)
-        hooks = _Hooks(tuple(sorted(splits, key=lambda split: split.size)), comm)
+        hooks = _Hooks(heads, comm, path)
         module.register_forward_pre_hook(hooks.enter, prepend=True, with_kwargs=True)
         module.register_forward_hook(hooks.leave, with_kwargs=True)
 
@@ -54,38 +55,35 @@ class _AsTuple:
 
 
 class _Hooks:
-    """Around the forward of one model, whose attention modules count heads by one of `splits`."""
+    """Around the forward of one model, whose attention modules hold the heads that `heads` says by their paths."""
 
-    def __init__(self, splits: tuple[Split, ...], comm: Communicator) -> None:
-        self.splits, self.comm = splits, comm
+    def __init__(self, heads: Mapping[str, Split], comm: Communicator, path: str) -> None:
+        self.heads, self.comm, self.path = heads, comm, path
+        self.splits = tuple(sorted(set(heads.values()), key=lambda split: split.size))
+        self.narrows = False
 
     def enter(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Give masks of each head this rank's heads, and let what is returned have names."""
-        parameters = inspect.signature(type(module).forward).parameters.values()
-        names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD][1:]
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
-        changed = {name: self._own_heads(value) for name, value in given.items() if "mask" in name}
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Let attention modules narrow masks once one has rows for heads, and let what is returned have names."""
+        given = by_name(module, args, kwargs)
+        if not self.narrows and any(_has_heads(value) for name, value in given.items() if "mask" in name):
+            self._narrow_masks(module)
         if asks_for(module, given, "output_attentions") and not asks_for(module, given, "return_dict"):
-            changed["return_dict"] = _AsTuple()
-        changed = {name: value for name, value in changed.items() if value is not given.get(name)}
-        place = next((place for place, name in enumerate(names[: len(args)]) if name in changed), len(args))
-        return args[:place], {**dict(zip(names[place:], args[place:], strict=False)), **kwargs, **changed}
+            return (), {**given, "return_dict": _AsTuple()}
+        return None
 
-    def _own_heads(self, mask: Any) -> Any:
-        if isinstance(mask, Mapping):
-            return {name: self._own_heads(part) for name, part in mask.items()}
-        if not isinstance(mask, Tensor) or mask.dim() != 4:
-            return mask
-        if mask.requires_grad:
-            # Each rank sees what its own heads contribute to the gradient.
-            mask = copy_to(mask, self.comm)
-        split = next((s for s in self.splits if s.size == mask.shape[1] > 1), None)
-        if split is None:
-            return mask
-        ((start, stop),) = split.ranges(self.comm.rank)
-        return mask[:, start:stop]
+    def _narrow_masks(self, module: nn.Module) -> None:
+        self.narrows = True
+        for path, split in self.heads.items():
+            inner = path.removeprefix(f"{self.path}.") if self.path else path
+            try:
+                attention = module.get_submodule(inner)
+            except AttributeError:
+                # A layer of another stage.
+                continue
+            narrow = _Narrow(split, self.comm)
+            attention.register_forward_pre_hook(narrow.enter, prepend=True, with_kwargs=True)
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Gather the attention weights of an output, whatever else is in it."""
@@ -111,11 +109,54 @@ class _Hooks:
                 tensor = gather_from(tensor, self.comm, 1, counts)
             elif any(count != s.size for s in self.splits for count in counts):
                 raise ModelError(
-                    f"{name} of {family} has the shape {tuple(tensor.shape)}. Its second dimension is "
-                    "not the number of heads, so the ranks' parts cannot be gathered. Leave it out, or use tp=1."
+                    f"{name} of {family} has the shape {tuple(tensor.shape)}. Its second dimension is not "
+                    "the number of heads, so the ranks' parts cannot be gathered. Leave it out, or use tp=1."
                 )
             whole.append(tensor)
         return _with_tensors(value, iter(whole))
+
+
+class _Narrow:
+    """Gives one attention module the rows of its own rank's heads of every mask."""
+
+    def __init__(self, split: Split, comm: Communicator) -> None:
+        self.split, self.comm = split, comm
+
+    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        given = by_name(module, args, kwargs)
+        return (), {name: self._own(value) if "mask" in name else value for name, value in given.items()}
+
+    def _own(self, mask: Any) -> Any:
+        if not _has_heads(mask):
+            return mask
+        if mask.requires_grad:
+            # Each rank sees what its own heads contribute to the gradient.
+            mask = copy_to(mask, self.comm)
+        if mask.shape[1] != self.split.size:
+            return mask
+        ((start, stop),) = self.split.ranges(self.comm.rank)
+        return mask[:, start:stop]
+
+
+def _has_heads(mask: Any) -> bool:
+    """Whether a mask concerns heads: it has a row for each, or a gradient that each contributes to."""
+    if isinstance(mask, Mapping):
+        return any(_has_heads(part) for part in mask.values())
+    return isinstance(mask, Tensor) and mask.dim() == 4 and (mask.shape[1] > 1 or mask.requires_grad)
+
+
+@functools.cache
+def _signature(cls: type[nn.Module]) -> inspect.Signature:
+    return inspect.signature(cls.forward)
+
+
+def by_name(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call of `module` by their names."""
+    given: dict[str, Any] = {}
+    signature = _signature(type(module))
+    for name, value in list(signature.bind(module, *args, **kwargs).arguments.items())[1:]:
+        given.update(value if signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD else {name: value})
+    return given
 
 
 def asks_for(model: nn.Module, given: Mapping[str, Any], name: str) -> bool:

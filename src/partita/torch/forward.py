@@ -9,7 +9,6 @@ A model called so has one micro-batch under way; `pipeline.Pipeline` runs schedu
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
@@ -23,7 +22,7 @@ from torch.autograd import Function
 from partita.core.plan import Plan
 from partita.errors import ModelError
 from partita.torch.apply import plan_of
-from partita.torch.attentions import innermost_model
+from partita.torch.attentions import by_name, innermost_model
 from partita.torch.cache import check_cache, counting_cache, find_cache
 from partita.torch.comm import exactly_empty
 from partita.torch.copies import summed_copies
@@ -82,14 +81,7 @@ def _bound(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict
     Raises:
         ModelError: They ask for what one stage does not have.
     """
-    signature = inspect.signature(type(model).forward)
-    inputs: dict[str, Any] = {}
-    for name, value in signature.bind(model, *args, **kwargs).arguments.items():
-        if signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
-            inputs.update(value)
-        elif name != "self":
-            inputs[name] = value
-    inputs, cache_name = rename_cache(model, inputs), cache_argument(model)
+    inputs, cache_name = rename_cache(model, by_name(model, args, kwargs)), cache_argument(model)
     plan = plan_of(model)[0]
     _refuse_unrecorded(model, plan, inputs)
     if plan.num_mtp and model.training and inputs.get("input_ids") is None:
