@@ -36,14 +36,18 @@ lock: | $(BIN)/python
 demo: install
 	$(BIN)/python -m partita demo
 
+# Two workers, since many tests wait for processes that start or for limits that pass.
+WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
+
 test: install
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-slow: install
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST) -m 'slow and not sweep'
 
 test-all: install
-	$(BIN)/python -m pytest -m 'slow or not slow'
+	$(PYTEST) -m 'slow or not slow'
 
 test-gpu: install
 	$(BIN)/python -m pytest -n 0 -m gpu -rs tests/gpu

@@ -1,13 +1,40 @@
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from tests.support.ranks import close_all
+
+ROOT = Path(__file__).resolve().parent
+SLOW: dict[str, list[str]] = tomllib.loads((ROOT / "slow.toml").read_text())["kept"]
+
+ONE_WORKER = ("mlx", "torch")
+"""Folders whose tests share pools of ranks. One worker runs each of them, so that no pool starts twice."""
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _close_ranks() -> Iterator[None]:
     yield
     close_all()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        function, _, parameters = item.nodeid.partition("[")
+        kept = SLOW.get(function)
+        if kept is not None and parameters.removesuffix("]") not in kept:
+            item.add_marker(pytest.mark.slow)
+    if config.pluginmanager.hasplugin("xdist"):
+        # The long folders begin first, and files fill the gaps at the end.
+        items.sort(key=lambda item: _folder(item) not in ONE_WORKER)
+        for item in items:
+            folder = _folder(item)
+            item.add_marker(pytest.mark.xdist_group(folder if folder in ONE_WORKER else str(item.path)))
+
+
+def _folder(item: pytest.Item) -> str:
+    return item.path.relative_to(ROOT).parts[0]

@@ -10,7 +10,6 @@ import contextlib
 import importlib
 import os
 import pickle
-import subprocess
 import sys
 import tempfile
 import time
@@ -22,6 +21,7 @@ from typing import Any
 
 from partita.backends import open_mpi
 from partita.cli.meeting import meeting
+from tests.support.nursery import start_rank
 from tests.support.ranks import ROOT, RankError
 
 LIMIT_S = 60.0
@@ -49,8 +49,9 @@ class MlxRanks:
                 "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
                 "PYTHONWARNINGS": "ignore",
             }
-            command = [sys.executable, "-m", "tests.support.mlx_ranks", str(listener.address), str(rank)]
-            self.processes.append(subprocess.Popen(command, env=env, cwd=ROOT))
+            self.processes.append(
+                start_rank("mlx", rank, "tests.support.mlx_ranks", str(listener.address), env, str(ROOT))
+            )
         connections = {}
         for _ in range(size):
             connection = listener.accept()

@@ -10,7 +10,6 @@ import atexit
 import importlib
 import os
 import pickle
-import subprocess
 import sys
 import tempfile
 import traceback
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from partita.cli.meeting import meeting
+from tests.support.nursery import close_nurseries, start_rank
 
 LIMIT_S = 100.0
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,8 +45,9 @@ class Ranks:
                 **os.environ, **met, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore",
                 "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
             }  # fmt: skip
-            command = [sys.executable, "-m", "tests.support.ranks", str(listener.address), str(rank)]
-            self.processes.append(subprocess.Popen(command, env=env, cwd=ROOT))
+            self.processes.append(
+                start_rank("torch", rank, "tests.support.ranks", str(listener.address), env, str(ROOT))
+            )
         connections = {}
         for _ in range(size):
             connection = listener.accept()
@@ -114,6 +115,7 @@ def on(size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
 def close_all() -> None:
     while _pools:
         _pools.popitem()[1].close()
+    close_nurseries()
 
 
 atexit.register(close_all)
