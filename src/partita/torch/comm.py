@@ -14,6 +14,7 @@ from torch import Tensor
 from partita.core.split import Split
 from partita.errors import DistributedError
 from partita.peers import waits_in
+from partita.torch import staged
 
 
 class Work(Protocol):
@@ -82,7 +83,10 @@ class Communicator:
             raise DistributedError(f"rank {dist.get_rank()} is not in this group.")
         self.size: int = dist.get_world_size(self.group)
         self.global_ranks: tuple[int, ...] = tuple(dist.get_process_group_ranks(self.group))
-        self._is_pair = self.size == 2 and "gloo" in dist.get_backend_config(self.group)
+        backends = dict(part.split(":", 1) for part in dist.get_backend_config(self.group).split(","))
+        self._is_pair = self.size == 2 and "gloo" in backends.values()
+        # The kinds of devices whose tensors the group's backends exchange themselves.
+        self._direct = frozenset(device for device, backend in backends.items() if backend != "gloo" or device == "cpu")
 
     @classmethod
     def single(cls) -> Communicator:
@@ -91,13 +95,20 @@ class Communicator:
         alone.group = None
         alone.rank, alone.size, alone.global_ranks = 0, 1, (0,)
         alone._is_pair = False
+        alone._direct = frozenset()
         return alone
+
+    def _is_staged(self, tensor: Tensor) -> bool:
+        """Whether a tensor has to travel through CPU memory."""
+        return self.size > 1 and not tensor.is_cpu and tensor.device.type not in self._direct
 
     @waits_in("an all-reduce")
     def all_reduce_(self, tensor: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
         """Reduce over the ranks, in place."""
         if self.size == 1:
             return tensor
+        if self._is_staged(tensor):
+            return staged.all_reduce_(self, tensor, op)
         if op == dist.ReduceOp.SUM and self._exchanges(tensor, tensor.numel()):
             other = torch.empty_like(tensor, memory_format=torch.contiguous_format)
             self._exchange(tensor.contiguous(), other)
@@ -125,7 +136,7 @@ class Communicator:
         """Begin to sum over the ranks in place; `tensor` holds the sum after `wait()`."""
         if self.size == 1:
             return _DONE
-        if not tensor.is_contiguous():
+        if not tensor.is_contiguous() or self._is_staged(tensor):
             self.all_reduce_(tensor)
             return _DONE
         work = dist.all_reduce(tensor, group=self.group, async_op=True)
@@ -146,6 +157,8 @@ class Communicator:
         """
         if self.size == 1:
             return tensor
+        if self._is_staged(tensor):
+            return staged.all_gather(self, tensor, dim, sizes)
         shape = list(tensor.shape)
         shape[dim] = max(sizes) if sizes is not None else shape[dim]
         # Both ranks must choose alike, so the larger part of the two decides.
@@ -180,6 +193,8 @@ class Communicator:
         """
         if self.size == 1:
             return tensor
+        if self._is_staged(tensor):
+            return staged.reduce_scatter(self, tensor, dim, sizes)
         sizes = sizes if sizes is not None else self.even_sizes(tensor.shape[dim])
         rows = tensor.movedim(dim, 0).contiguous()
         if len(set(sizes)) == 1:
@@ -211,6 +226,8 @@ class Communicator:
     @waits_in("a broadcast")
     def broadcast_(self, tensor: Tensor, source: int = 0) -> Tensor:
         """Give every rank the tensor of rank `source` of the group, in place."""
+        if self._is_staged(tensor):
+            return staged.broadcast_(self, tensor, source)
         if self.size > 1:
             with _memory_of(tensor) as memory:
                 dist.broadcast(memory, group=self.group, group_src=source)
@@ -237,11 +254,15 @@ class Communicator:
     @waits_in("a send")
     def send(self, tensor: Tensor, to: int) -> None:
         """Send to rank `to` of the group; returns when `tensor` may be changed."""
+        if self._is_staged(tensor):
+            return staged.send(self, tensor, to)
         dist.send(tensor.contiguous(), group=self.group, group_dst=to)
 
     @waits_in("a receive")
     def recv_(self, tensor: Tensor, source: int) -> Tensor:
         """Receive from rank `source` of the group into `tensor`."""
+        if self._is_staged(tensor):
+            return staged.recv_(self, tensor, source)
         with _memory_of(tensor) as memory:
             dist.recv(memory, group=self.group, group_src=source)
         return tensor
@@ -251,12 +272,16 @@ class Communicator:
 
         Messages of one tag between two ranks arrive in the order in which they were begun. NCCL has no tags.
         """
+        if self._is_staged(tensor):
+            return staged.start_send(self, tensor, to, tag)
         work = dist.isend(tensor, group=self.group, group_dst=to, tag=tag)
         assert work is not None
         return work
 
     def start_recv_(self, tensor: Tensor, source: int, tag: int = 0) -> Work:
         """Begin to receive from rank `source` of the group into a contiguous tensor, which is there after `wait()`."""
+        if self._is_staged(tensor):
+            return staged.start_recv_(self, tensor, source, tag)
         work = dist.irecv(tensor, group=self.group, group_src=source, tag=tag)
         assert work is not None
         return work

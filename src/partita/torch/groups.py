@@ -102,8 +102,8 @@ def init_process_group(
 ) -> None:
     """Join the ranks that the launcher's environment names (torchrun's RANK, WORLD_SIZE, ...), or be one rank alone.
 
-    Does nothing where a process group is there already. `backend` is gloo on CPU and NCCL on CUDA unless given; the other
-    arguments are those of `init_parallelism`.
+    Does nothing where a process group is there already. `backend` is gloo on CPU and NCCL on CUDA unless given; ranks that
+    share a GPU use gloo there too. The other arguments are those of `init_parallelism`.
 
     Raises:
         DistributedError: A process group is there, of another backend than is asked for.
@@ -120,11 +120,16 @@ def init_process_group(
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     mpi.meet()
-    backend = backend or ("cuda:nccl,cpu:gloo" if torch.cuda.is_available() else "gloo")
+    backend = backend or ("cuda:nccl,cpu:gloo" if _has_own_gpu() else "gloo")
     is_alone = "RANK" not in os.environ or os.environ.get("WORLD_SIZE") == "1"
     store, rank, world = (dist.HashStore(), 0, 1) if is_alone else _store(_timeout)  # type: ignore[attr-defined]
     dist.init_process_group(backend, timeout=_timeout, store=store, rank=rank, world_size=world)
     _watch_peers(timeout_s, lost_after_s)
+
+
+def _has_own_gpu() -> bool:
+    """Whether each rank of this machine has a GPU of its own, which NCCL needs."""
+    return torch.cuda.is_available() and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) <= torch.cuda.device_count()
 
 
 def _store(timeout: timedelta) -> tuple[Any, int, int]:
@@ -216,7 +221,7 @@ def init_parallelism(
     Args:
         model_parallelism: Ranks of a tensor parallel group (tp).
         pipeline_parallelism: Ranks of a pipeline group (pp).
-        backend: Of torch.distributed; gloo on CPU and NCCL on CUDA by default.
+        backend: Of torch.distributed; by default gloo on CPU, and NCCL on CUDA where each rank has a GPU of its own.
         timeout_s: After how many seconds a collective fails that others do not come to, though they live.
         lost_after_s: After how many seconds of silence a rank counts as lost, which ends the processes of all others with
             exit code 75 and a message that names it; by default `PARTITA_LOST_AFTER`, else 30; 0 for never.
