@@ -14,7 +14,9 @@ import transformers
 from partita.cli.model import make_plan
 from partita.core.mesh import Mesh
 from partita.torch import load
+from partita.torch.train import TrainSettings, train
 from tests.support.loaded import differences, random_model
+from tests.support.ranks import on
 
 CONFIG: dict[str, Any] = {
     "vocab_size": 61, "hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 1, "num_attention_heads": 4,
@@ -43,14 +45,18 @@ def test_it_is_the_file_s(tmp_path: Path, named: str | None, caplog: pytest.LogC
     assert {p.dtype for p in load(tmp_path, dtype="float32").parameters()} == {torch.float32}
 
 
-def test_what_transformers_keeps_wide_is_wide(tmp_path: Path) -> None:
-    """A router's weights stay float32 in a bfloat16 DeepSeek-V3, as `from_pretrained` has them."""
+def deepseek(folder: Path) -> None:
     config = transformers.DeepseekV3Config(
         **{**CONFIG, "num_hidden_layers": 2, "num_key_value_heads": 4}, n_routed_experts=4, n_group=2, topk_group=1,
         num_experts_per_tok=2, moe_intermediate_size=8, first_k_dense_replace=1, q_lora_rank=8, kv_lora_rank=8,
         qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=6,
     )  # fmt: skip
-    random_model(transformers.DeepseekV3ForCausalLM, config).bfloat16().save_pretrained(tmp_path)
+    random_model(transformers.DeepseekV3ForCausalLM, config).bfloat16().save_pretrained(folder)
+
+
+def test_what_transformers_keeps_wide_is_wide(tmp_path: Path) -> None:
+    """A router's weights stay float32 in a bfloat16 DeepSeek-V3, as `from_pretrained` has them."""
+    deepseek(tmp_path)
     assert differences(tmp_path, 1, 1) == []
     wide = {name for name, tensor in load(tmp_path).state_dict().items() if tensor.dtype == torch.float32}
     assert wide == {f"model.layers.1.mlp.gate.{name}" for name in ("weight", "e_score_correction_bias")}
@@ -76,3 +82,20 @@ def test_a_plan_shows_its_bytes(tmp_path: Path, engine: Any) -> None:
     in_bfloat16(tmp_path, None)
     made = make_plan(str(tmp_path), Mesh(tp=2), engine=engine)
     assert (made.spec.dtype, made.spec.parameter_bytes) == ("bfloat16", 2 * made.spec.parameters)
+
+
+def losses(folder: Path, layout: dict[str, int]) -> list[float]:
+    settings = TrainSettings(
+        steps=3, batch_size=4, sequence_length=8, warmup_steps=1, learning_rate=0.01, zero=layout.get("dp", 1) > 1
+    )
+    return [report.loss for report in train(load(folder, **layout), torch.arange(600) ** 2 % 53, settings)]
+
+
+@pytest.mark.parametrize("layout", [{"dp": 2}, {"pp": 2}])
+def test_parameters_of_two_dtypes_are_trained(tmp_path: Path, layout: dict[str, int]) -> None:
+    """Replicas that share the optimizer's state (--zero), and stages."""
+    deepseek(tmp_path)
+    expected = losses(tmp_path, {})
+    assert expected[-1] < expected[0]
+    for found in on(2, losses, tmp_path, layout):
+        assert found == pytest.approx(expected, rel=2e-3)

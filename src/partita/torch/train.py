@@ -191,7 +191,13 @@ def make_optimizer(model: nn.Module, settings: TrainSettings, groups: ParallelGr
         return torch.optim.AdamW(split, **given)
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
-    return ZeroRedundancyOptimizer(split, torch.optim.AdamW, process_group=groups.dp.group, **given)
+    class MixedOptimizer(ZeroRedundancyOptimizer):
+        """Takes parameters of several dtypes (a router in float32); only its shared buckets, unused here, need one dtype."""
+
+        def _verify_same_dense_param_type(self) -> None:
+            pass
+
+    return MixedOptimizer(split, torch.optim.AdamW, process_group=groups.dp.group, **given)
 
 
 def accumulate_gradients(
