@@ -119,3 +119,32 @@ LLAMA4: dict[str, Any] = {
                       "projector_input_dim": 32, "projector_output_dim": 32, "pixel_shuffle_ratio": 0.5},
     "image_token_index": 99, "boi_token_index": 97, "eoi_token_index": 98,
 }  # fmt: skip
+
+_AUDIO = {"num_mel_bins": 8, "max_source_positions": 20}
+
+SOUND: dict[str, dict[str, Any]] = {
+    "qwen2-audio": {
+        "model_type": "qwen2_audio", "architectures": ["Qwen2AudioForConditionalGeneration"],
+        "text_config": {"model_type": "qwen2", **_TEXT},
+        "audio_config": {"model_type": "qwen2_audio_encoder", **_AUDIO, "d_model": 24, "encoder_layers": 2,
+                         "encoder_attention_heads": 3, "encoder_ffn_dim": 20},
+        "audio_token_index": 99,
+    },
+    "voxtral": {
+        "model_type": "voxtral", "architectures": ["VoxtralForConditionalGeneration"], "text_config": _LLAMA,
+        "audio_config": {"model_type": "voxtral_encoder", **_AUDIO, "hidden_size": 24, "intermediate_size": 96,
+                         "num_hidden_layers": 2, "num_attention_heads": 3},
+        "audio_token_id": 99,
+    },
+    "granite-speech": {
+        "model_type": "granite_speech", "architectures": ["GraniteSpeechForConditionalGeneration"],
+        "text_config": {"model_type": "granite", **_TEXT},
+        "encoder_config": {"model_type": "granite_speech_encoder", "input_dim": 8, "num_layers": 2, "hidden_dim": 24,
+                           "feedforward_mult": 2, "num_heads": 3, "dim_head": 8, "output_dim": 10, "context_size": 20,
+                           "max_pos_emb": 32},
+        "projector_config": {"model_type": "blip_2_qformer", "hidden_size": 24, "num_hidden_layers": 2,
+                             "num_attention_heads": 3, "intermediate_size": 20, "encoder_hidden_size": 24},
+        "audio_token_index": 99, "has_lora_adapter": False, "window_size": 10, "downsample_rate": 5,
+    },
+}  # fmt: skip
+"""Families that take sound."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -288,7 +289,16 @@ def compare_rounding_on_threads(unsplit: nn.Module, plan: Plan) -> Measured:
 
 
 def sample_inputs(model: nn.Module, *, batch: int = 2, length: int = 9) -> dict[str, Tensor]:
-    """Random ids with some padding at the end, as every text model of transformers takes them."""
+    """Random ids with some padding at the end, as every text model of transformers takes them.
+
+    Raises:
+        ModelError: The model has no vocabulary, or takes no text.
+    """
+    main = getattr(model, "main_input_name", "input_ids")
+    if main != "input_ids" and "input_ids" not in inspect.signature(type(model).forward).parameters:
+        raise ModelError(
+            f"{type(model).__name__} takes {main} and not text, and there is no sample of these to try it on. Use one rank."
+        )
     config: Any = model.config
     text = text_config_of(config)
     vocabulary = int(getattr(text, "vocab_size", 0) or 0)

@@ -329,7 +329,7 @@ def _remove_tower(model: nn.Module, path: str) -> None:
     if name in holder._parameters:
         holder._parameters[name] = None
     else:
-        _set(model, path, Absent(holder.get_submodule(name), is_input=False))
+        _set(model, path, _AbsentTower(holder.get_submodule(name), is_input=False))
 
 
 def refuse_layer_drop(model: nn.Module) -> None:
@@ -368,6 +368,26 @@ class Absent(nn.Module):
         """Stand in for the module."""
         assert self.run is not None
         return self.act(self.run, *args, **kwargs)
+
+
+class _AbsentTower(Absent):
+    """A tower of another stage: a model may ask where it is and what it computes in, also when there is nothing for it."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the hidden state is."""
+        return self._hidden.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the hidden state is."""
+        return self._hidden.dtype
+
+    @property
+    def _hidden(self) -> Tensor:
+        assert self.run is not None
+        assert self.run.received is not None
+        return self.run.received.tensors[0]
 
 
 def _stand_in(module: nn.Module, *, is_input: bool) -> Callable[..., Any]:

@@ -261,6 +261,8 @@ def _audio_forms(model: nn.Module, name: str, number: int) -> Iterator[dict[str,
     lengths = torch.tensor([frames - 8 * i for i in range(number)])
     mask = torch.arange(frames) < lengths[:, None]
     yield {name: _noise(number, frames, width), **dict.fromkeys(masks, mask)}
+    if masks:
+        yield {name: _noise(number, frames, width)}
 
 
 def _noise(*shape: int) -> Tensor:
