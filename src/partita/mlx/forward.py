@@ -5,7 +5,9 @@ A model called so has one batch under way and no gradients; `pipeline.Pipeline` 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Hashable
+from functools import wraps
 from typing import Any
 
 import mlx.core as mx
@@ -13,9 +15,10 @@ import mlx.nn as nn
 
 from partita.core.plan import Plan
 from partita.errors import ModelError
+from partita.mlx.cache import count_tokens
 from partita.mlx.groups import ParallelGroups
 from partita.mlx.links import Links
-from partita.mlx.stage import Message, run_stage
+from partita.mlx.stage import Message, length_of, run_stage
 
 
 def call_as_whole(model: nn.Module, plan: Plan, groups: ParallelGroups) -> None:
@@ -25,9 +28,15 @@ def call_as_whole(model: nn.Module, plan: Plan, groups: ParallelGroups) -> None:
     cls: Any = type(model)
     whole = _Whole(model, plan, groups)
 
+    signature = inspect.signature(cls.__call__)
+
     # Python looks for `__call__` on classes only. To all who ask it is the family's class under its own name.
-    def call(self: Any, inputs: mx.array, cache: Any = None, **options: Any) -> mx.array:
-        return self.partita_whole(self, inputs, cache, options)
+    @wraps(cls.__call__)
+    def call(self: Any, *args: Any, **kwargs: Any) -> mx.array:
+        # Families differ in the names and the order of their arguments: `x`, `tokens`, a mask before the cache.
+        (_, (_, inputs), *rest) = signature.bind(self, *args, **kwargs).arguments.items()
+        options = {name: value for name, value in rest if value is not None}
+        return self.partita_whole(self, inputs, options.pop("cache", None), options)
 
     model.__class__ = type(
         cls.__name__, (cls,), {"__call__": call, "__module__": cls.__module__, "partita_unsplit": cls}
@@ -52,7 +61,7 @@ class _Whole:
                 "a cache would be shared by several stages of one rank, each of which counts its tokens. Call "
                 "partita.mlx.generate(), or use vpp=1."
             )
-        key = tuple(inputs.shape)
+        key = (_form(inputs), *((name, _form(value)) for name, value in sorted(options.items())))
         made: Any = None
         for stage in self.stages:
             received = made
@@ -62,6 +71,8 @@ class _Whole:
             _refuse_tracing(made)
             if stage < self.plan.loss_stage and self.plan.stage_rank(stage + 1) != self.pp.rank:
                 self.links.send(self.plan.stage_rank(stage + 1), stage, made, key)
+        if not self.stages and isinstance(cache, list):
+            count_tokens(cache, [], length_of(inputs, options))
         return self._everywhere(made, key)
 
     def _everywhere(self, output: Any, key: Hashable) -> mx.array:
@@ -73,6 +84,11 @@ class _Whole:
             form = self.forms[key] = getattr(mx, name), shape
         dtype, shape = form
         return self.pp.broadcast(output if self.pp.rank == last else mx.zeros(shape, dtype), last)
+
+
+def _form(value: Any) -> Hashable:
+    """What the form of a message depends on: an array's shape and dtype."""
+    return (value.shape, str(value.dtype)) if isinstance(value, mx.array) else str(type(value))
 
 
 def _refuse_tracing(made: Any) -> None:

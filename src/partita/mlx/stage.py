@@ -428,6 +428,8 @@ def run_stage(
     stage, run = stages.by_index[index], stages.run
     received = None if stage.embedding else received
     if not (stage.layers or stage.embedding or stage.loss):
+        if isinstance(cache, list):
+            count_tokens(cache, [], length_of(inputs, options))
         return received
     run.received, run.cache, run.filled, run.called = received, cache, [], set()
     try:
@@ -440,8 +442,13 @@ def run_stage(
     finally:
         filled, run.received, run.cache, run.filled = run.filled, None, None, []
     if isinstance(cache, list):
-        count_tokens(cache, filled, inputs.shape[1])
+        count_tokens(cache, filled, length_of(inputs, options))
     return made
+
+
+def length_of(inputs: mx.array | None, options: Mapping[str, Any]) -> int:
+    """How many tokens a sequence of a call has, which may be of embeddings `[batch, sequence, hidden]` alone."""
+    return int((options["input_embeddings"] if inputs is None else inputs).shape[1])
 
 
 def _swaps(model: nn.Module, stages: Stages, stage: Stage, output: bool) -> list[tuple[Any, Any, Any]]:

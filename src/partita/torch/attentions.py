@@ -153,7 +153,7 @@ def _signature(cls: type[nn.Module]) -> inspect.Signature:
 def by_name(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of a call of `module` by their names."""
     given: dict[str, Any] = {}
-    signature = _signature(type(module))
+    signature = _signature(type(module))  # type: ignore[arg-type]
     for name, value in list(signature.bind(module, *args, **kwargs).arguments.items())[1:]:
         given.update(value if signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD else {name: value})
     return given
