@@ -29,7 +29,7 @@ def on_mlx(folder: str, tp: int) -> list[float]:
     return main_output(model(mx.array(IDS))).flatten().tolist()  # type: ignore[return-value]
 
 
-@pytest.mark.parametrize("tp", [2, 3])
+@pytest.mark.parametrize("tp", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_it_loads_and_is_transformers(tp: int, tmp_path: Path) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM

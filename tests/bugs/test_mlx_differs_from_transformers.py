@@ -86,13 +86,21 @@ def test_without_torch_the_table_alone_counts(monkeypatch: pytest.MonkeyPatch) -
         reference.check_reference({**LLAMA, "mlp_bias": True})
 
 
+def test_a_comparison_that_fails_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference, "measured", lambda family, form: None)
+    monkeypatch.setattr(reference, "_measured_now", lambda config: None)
+    with pytest.warns(UserWarning, match="is not measured, and the comparison failed"):
+        reference.check_reference({**LLAMA, "mlp_bias": True})
+    assert not (tmp_path / "cache").exists()
+
+
 def test_families_without_a_model_in_transformers_have_no_reference() -> None:
     found = reference_of({"model_type": "no_such_family"})
     assert (found.compared, found.text) == (False, "none, since transformers has no text model of no_such_family")
 
 
 def test_a_form_is_what_is_not_a_size() -> None:
-    assert form_of(LLAMA) == {}
+    assert form_of(LLAMA) == form_of({**LLAMA, "a_key_that_nothing_reads": 3}) == {}
     assert form_of({**LLAMA, "hidden_size": 8, "vocab_size": 5, "rope_theta": 7.0}) == {}
     yarn = {
         "rope_type": "yarn",

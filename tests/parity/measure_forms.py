@@ -20,8 +20,10 @@ from mlx_lm.utils import MODEL_REMAPPING
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from partita.mlx.config import plain_numbers, transformers_config
+from partita.mlx.config import plain_numbers, read_mlx_config, transformers_config
 from partita.mlx.forms import Verdict, form_name, form_of, versions
+from tests.mlx.test_models import MODELS
+from tests.support.mlx_models import tiny_config
 from tests.support.models import CONFIGS, UNMEASURED
 
 FILE = Path(__file__).parents[2] / "src" / "partita" / "mlx" / "measured_forms.json"
@@ -78,7 +80,7 @@ def configs(families: list[str]) -> Iterator[dict[str, Any]]:
         if families and family not in families:
             continue
         yield {"model_type": family}
-        for one in (*CONFIGS.values(), *UNMEASURED.values(), *PUBLISHED):
+        for one in (*CONFIGS.values(), *UNMEASURED.values(), *PUBLISHED, *_of_tests()):
             if one["model_type"] == family:
                 yield {key: value for key, value in one.items() if key != "architectures"}
     for family in sorted(known):
@@ -89,6 +91,12 @@ def configs(families: list[str]) -> Iterator[dict[str, Any]]:
         shared = {key: rotary[key] for key in ("rope_theta", "partial_rotary_factor") if key in rotary}
         for form in ROTARY.values():
             yield {"model_type": family, "rope_parameters": {**shared, **form}}
+
+
+def _of_tests() -> Iterator[dict[str, Any]]:
+    for family, changes in MODELS.values():
+        yield {**tiny_config(family), **changes}
+        yield {**tiny_config(family), "tie_word_embeddings": True}
 
 
 def _usual(family: str) -> dict[str, Any]:
@@ -107,7 +115,7 @@ def measure(config: dict[str, Any]) -> dict[str, Any]:
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    known = transformers_config(config)
+    known = transformers_config(read_mlx_config(config))
     whole = plain_numbers(json.loads(known.to_json_string(use_diff=False)))
     whole.pop("quantization_config", None)
     return compare_with_transformers(whole).to_json()
@@ -119,7 +127,7 @@ def main() -> None:
         table = {"versions": versions(), "families": {}}
     pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
     for config in configs(sys.argv[1:]):
-        form = form_of(config)
+        form = form_of(read_mlx_config(config))
         if form is None:
             continue
         forms = table["families"].setdefault(config["model_type"], {})

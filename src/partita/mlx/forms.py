@@ -6,6 +6,7 @@ versions of both packages. `python -m tests.parity.measure_forms` writes it.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 from collections.abc import Mapping
@@ -14,7 +15,9 @@ from importlib import metadata
 from importlib.resources import files
 from typing import Any
 
+from partita.errors import ModelError
 from partita.mlx.config import transformers_config
+from partita.mlx.hub import model_classes
 
 
 @dataclass(frozen=True)
@@ -67,11 +70,22 @@ def deviations(config: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     usual = type(known)().to_dict()
     data = known.to_dict()
+    # A key that neither side reads, as published configs have many, changes nothing.
+    read = {*usual, *_arguments(config)}
     return {
         key: usual.get(key)
-        for key in sorted({*data, *usual})
+        for key in sorted(read)
         if not _is_left_out(key) and _form(data.get(key), data) != _form(usual.get(key), usual)
     }
+
+
+def _arguments(config: Mapping[str, Any]) -> set[str]:
+    """The keys that mlx-lm's model of a config reads; none if it has no such model."""
+    try:
+        _, arguments = model_classes(config)
+    except ModelError:
+        return set()
+    return {field.name for field in dataclasses.fields(arguments)} if dataclasses.is_dataclass(arguments) else set()
 
 
 def form_of(config: Mapping[str, Any]) -> dict[str, str] | None:

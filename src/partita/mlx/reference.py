@@ -37,10 +37,12 @@ class Reference:
     Attributes:
         text: The reference, or "none" and the reason.
         compared: Whether there is one.
+        is_missing: Whether there could be one, but nothing was compared.
     """
 
     text: str
     compared: bool
+    is_missing: bool = False
 
 
 _checks: contextvars.ContextVar[bool] = contextvars.ContextVar("checks", default=True)
@@ -59,7 +61,7 @@ def unchecked() -> Iterator[None]:
 def check_reference(config: Mapping[str, Any]) -> None:
     """Check that the unsplit model on MLX computes what transformers computes.
 
-    Warns if transformers knows the family, but nothing can be compared because torch is not installed.
+    Warns if transformers knows the family, but nothing could be compared: torch is not installed, or the comparison failed.
 
     Raises:
         ModelError: They differ. The error names the key of the config that mlx-lm reads differently.
@@ -67,7 +69,7 @@ def check_reference(config: Mapping[str, Any]) -> None:
     if not _checks.get():
         return
     found = reference_of(config)
-    if not found.compared and _text(config) is not None and find_spec("torch") is None:
+    if found.is_missing:
         warnings.warn(f"MLX's numbers for this {config['model_type']} have no reference: {found.text}", stacklevel=3)
 
 
@@ -91,7 +93,8 @@ def reference_of(config: Mapping[str, Any]) -> Reference:
         if measured_by_parts(family, form):
             return Reference(f"{by}, each key of its form by itself", True)
         name = form_name(form) or "the family's defaults"
-        return Reference(f"none: the form ({name}) is not measured, and torch is not installed", False)
+        why = "torch is not installed" if find_spec("torch") is None else "the comparison failed"
+        return Reference(f"none: the form ({name}) is not measured, and {why}", False, True)
     if verdict.differs:
         raise ModelError(_why(family, form, verdict))
     if verdict.error is None:
@@ -127,8 +130,8 @@ def _text(config: Mapping[str, Any]) -> dict[str, Any] | None:
     return {key: value for key, value in data.items() if key not in ("quantization", "quantization_config")}
 
 
-def _remembered(family: str, form: Mapping[str, str], config: Mapping[str, Any]) -> Verdict:
-    """The verdict of an earlier comparison on this machine, else of a new one, which is kept."""
+def _remembered(family: str, form: Mapping[str, str], config: Mapping[str, Any]) -> Verdict | None:
+    """The verdict of an earlier comparison on this machine, else of a new one, which is kept; None if that failed."""
     name = "-".join(["forms", *versions().values()])
     file = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "partita" / f"{name}.json"
     key = f"{family}: {form_name(form)}"
@@ -137,15 +140,18 @@ def _remembered(family: str, form: Mapping[str, str], config: Mapping[str, Any])
     except (OSError, ValueError):
         known = {}
     if key not in known:
-        known[key] = _measured_now(config).to_json()
+        verdict = _measured_now(config)
+        if verdict is None:
+            return None
+        known[key] = verdict.to_json()
         with contextlib.suppress(OSError, CheckpointError):
             file.parent.mkdir(parents=True, exist_ok=True)
             write_whole(file, json.dumps(known, indent=1).encode())
     return Verdict.from_json(known[key])
 
 
-def _measured_now(config: Mapping[str, Any]) -> Verdict:
-    """Compare in a new process, so that torch is not imported in this one."""
+def _measured_now(config: Mapping[str, Any]) -> Verdict | None:
+    """Compare in a new process, so that torch is not imported in this one; None if that process fails."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "config.json"
         file.write_text(json.dumps(config, default=str))
@@ -153,6 +159,5 @@ def _measured_now(config: Mapping[str, Any]) -> Verdict:
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
             return Verdict.from_json(json.loads(done.stdout.strip().splitlines()[-1]))
-        except (OSError, ValueError, IndexError, subprocess.TimeoutExpired) as error:
-            said = done.stderr.strip().splitlines()[-1:] if "done" in locals() else [str(error)]
-            return Verdict(None, reason=f"the comparison failed: {' '.join(said)[:300]}")
+        except (OSError, ValueError, IndexError, subprocess.TimeoutExpired):
+            return None
