@@ -141,10 +141,13 @@ def main() -> None:
             for process in list(pool._processes.values()):
                 process.kill()
             pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
-        if "error" in forms[name] and forms[name]["error"]:
-            forms[name]["error"] = float(f"{forms[name]['error']:.1e}")
         print(config["model_type"], name or "-", forms[name], flush=True)
-        table["families"] = dict(sorted(table["families"].items()))
+        if forms[name]["error"] is None:
+            # What cannot be measured here may be with a config of other sizes.
+            del forms[name]
+            continue
+        forms[name]["error"] = float(f"{forms[name]['error']:.1e}")
+        table["families"] = {family: table["families"][family] for family in sorted(table["families"])}
         FILE.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
 
 
