@@ -62,7 +62,9 @@ def test_only_what_the_backend_cannot_reach_is_staged() -> None:
     assert not Communicator.single()._is_staged(torch.empty(1, device="meta"))
 
 
-@pytest.mark.parametrize(("gpus", "ranks_here", "own"), [(0, "1", False), (1, "1", True), (1, "2", False), (2, "2", True)])
+@pytest.mark.parametrize(
+    ("gpus", "ranks_here", "own"), [(0, "1", False), (1, "1", True), (1, "2", False), (2, "2", True)]
+)
 def test_nccl_needs_a_gpu_for_each_rank(gpus: int, ranks_here: str, own: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
