@@ -255,8 +255,9 @@ class Communicator:
     def send(self, tensor: Tensor, to: int) -> None:
         """Send to rank `to` of the group; returns when `tensor` may be changed."""
         if self._is_staged(tensor):
-            return staged.send(self, tensor, to)
-        dist.send(tensor.contiguous(), group=self.group, group_dst=to)
+            staged.send(self, tensor, to)
+        else:
+            dist.send(tensor.contiguous(), group=self.group, group_dst=to)
 
     @waits_in("a receive")
     def recv_(self, tensor: Tensor, source: int) -> Tensor:
