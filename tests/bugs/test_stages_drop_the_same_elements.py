@@ -12,7 +12,8 @@ from torch import Tensor
 
 from partita.core.mesh import Mesh
 from partita.torch.apply import plan_of
-from partita.torch.compare import Float64Everywhere, compare_parameters
+from partita.torch.compare import compare_parameters
+from partita.torch.float64 import Float64Everywhere
 from partita.torch.fresh import fresh
 from partita.torch.groups import single_groups
 from partita.torch.train import TrainSettings, train
@@ -82,16 +83,25 @@ def test_the_same_micro_batches_drop_the_same_on_every_mesh(
         assert max(loss, parameter) <= 1e-12, (loss, parameter)
 
 
-def losses_and_norms(mesh: dict[str, int], checkpointing: bool) -> list[tuple[float, float]]:
-    model = fresh(DATA, dtype="float64", seed=3, **mesh)
+def losses_and_norms(mesh: dict[str, int], data: dict[str, Any], checkpointing: bool) -> list[tuple[float, float]]:
+    model = fresh(data, dtype="float64", seed=3, **mesh)
     reports = train(model, tokens(), replace(SETTINGS, checkpointing=checkpointing))
     return [(report.loss, report.grad_norm) for report in reports]
 
 
+AGAIN = {
+    "gpt2": DATA,
+    # Without residual dropout a layer would be computed again only up to the middle of a split region.
+    "gpt2-attention-alone": {**DATA, "resid_pdrop": 0.0, "attn_pdrop": 0.3},
+    "opt-attention-alone": {**CONFIGS["opt"], "dropout": 0.0, "attention_dropout": 0.3},
+}
+
+
 @pytest.mark.parametrize("mesh", [{"tp": 2}, {"pp": 2}], ids=str)
-def test_what_is_computed_again_drops_the_same(mesh: dict[str, int]) -> None:
-    kept = ranks(2).run(losses_and_norms, mesh, False)
-    again = ranks(2).run(losses_and_norms, mesh, True)
+@pytest.mark.parametrize("name", AGAIN)
+def test_what_is_computed_again_drops_the_same(name: str, mesh: dict[str, int]) -> None:
+    kept = ranks(2).run(losses_and_norms, mesh, AGAIN[name], False)
+    again = ranks(2).run(losses_and_norms, mesh, AGAIN[name], True)
     for one, other in zip(kept, again, strict=True):
         for a, b in zip(one, other, strict=True):
             assert b == pytest.approx(a, rel=1e-12)

@@ -32,7 +32,7 @@ from partita.torch.mappings import (
     reduce_scatter,
     scatter_to,
 )
-from partita.torch.random import RegionRandomness
+from partita.torch.random import RegionRandomness, reached
 from partita.torch.region import RegionInput
 
 
@@ -387,6 +387,7 @@ class RowParallelLinear(_ShardedLinear):
         y = self._compute(x)
         if self.training and self.randomness is not None:
             self.randomness.leave()
+            y = reached(y)
         bias: Tensor | None = self.bias
         if self.sequence_parallel:
             y = reduce_scatter(y, self.comm, self.sequence_dim)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import Function
 
 from partita.core.plan import Plan
 from partita.torch.comm import Communicator
@@ -44,16 +45,32 @@ class RegionRandomness:
             torch.rand((), device=self._device)
             self._outside = None
 
-    def forget(self) -> None:
-        """The layer has ended, perhaps inside a region: activations are computed again only as far as they are needed."""
-        self._outside = None
-
     def _generator(self) -> Any:
         return (
             torch.cuda.default_generators[self._device.index or 0]
             if self._device.type == "cuda"
             else torch.default_generator
         )
+
+
+class _Reached(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x.new_empty(0))
+        ctx.mark_dirty(x)  # no view, which the sum over the ranks could not be made in
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
+
+
+def reached(x: Tensor) -> Tensor:
+    """`x`, a new tensor, which checkpointing computes again too: it stops behind the last tensor that is kept, which is here.
+
+    Called where a region ends, as a recomputation that stopped inside would leave the generator forked.
+    """
+    return _Reached.apply(x) if x.requires_grad else x
 
 
 @contextmanager
@@ -71,7 +88,7 @@ def layer_randomness(model: nn.Module, plan: Plan) -> Iterator[None]:
     changed = []
     for name, layer in layers.named_children():
         if name.isdigit() and "forward" not in layer.__dict__:
-            layer.forward = partial(_seeded, layer, int(name), _regions(layer))
+            layer.forward = partial(_seeded, layer, int(name))
             changed.append(layer)
     try:
         yield
@@ -82,28 +99,19 @@ def layer_randomness(model: nn.Module, plan: Plan) -> Iterator[None]:
             run.draws = False
 
 
-def _seeded(layer: Any, index: int, regions: Collection[RegionRandomness], *args: Any, **kwargs: Any) -> Any:
+def _seeded(layer: Any, index: int, *args: Any, **kwargs: Any) -> Any:
     if not layer.training:
         return type(layer).forward(layer, *args, **kwargs)
     seed = skip_draw()
     device = next((p.device for p in layer.parameters()), torch.device("cpu"))
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(mixed_seed(seed, index))
-        try:
-            return type(layer).forward(layer, *args, **kwargs)
-        finally:
-            for region in regions:
-                region.forget()
+        return type(layer).forward(layer, *args, **kwargs)
 
 
 def skip_draw() -> int:
     """What a layer draws to be seeded with; a stage calls it in place of each layer that it does not have."""
     return int(torch.randint(1 << 62, ()))
-
-
-def _regions(layer: nn.Module) -> Collection[RegionRandomness]:
-    found = (getattr(module, "randomness", None) for module in layer.modules())
-    return {one for one in found if isinstance(one, RegionRandomness)}
 
 
 def has_dropout(config: Any) -> bool:
