@@ -15,8 +15,9 @@ from partita.errors import ModelError
 from partita.text import Sampling
 from partita.torch.apply import plan_of
 from partita.torch.balance_probe import balance_of
-from partita.torch.compare import Float64Everywhere, compare_parameters
+from partita.torch.compare import compare_parameters
 from partita.torch.data import batch
+from partita.torch.float64 import Float64Everywhere
 from partita.torch.fresh import fresh
 from partita.torch.generate import generate
 from partita.torch.groups import single_groups

@@ -11,7 +11,8 @@ import torch
 from partita.errors import ModelError
 from partita.torch.adapt import add_lora
 from partita.torch.apply import plan_of
-from partita.torch.compare import Float64Everywhere, compare_parameters
+from partita.torch.compare import compare_parameters
+from partita.torch.float64 import Float64Everywhere
 from partita.torch.fresh import fresh
 from partita.torch.groups import single_groups
 from partita.torch.train import TrainSettings, train
@@ -158,8 +159,6 @@ def skipping(which: int) -> str:
     return "nothing"
 
 
-@pytest.mark.parametrize(("which", "who"), [(1, 0), (2, 1)])
-def test_a_layer_at_the_edge_of_a_stage_that_is_left_out_is_an_error(which: int, who: int) -> None:
-    said = ranks(2).run(skipping, which)
-    assert "left out the first or the last layer of a stage" in said[who]
-    assert said[1 - who] == "nothing"
+def test_a_layer_at_the_edge_of_a_stage_that_is_left_out_is_an_error() -> None:
+    for said in ranks(2).run(skipping, 2):
+        assert "left out the first or the last layer of a stage" in said
