@@ -23,11 +23,19 @@ def _close_ranks() -> Iterator[None]:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    seen: dict[str, set[str]] = {}
     for item in items:
         function, _, parameters = item.nodeid.partition("[")
-        kept = SLOW.get(function)
-        if kept is not None and parameters.removesuffix("]") not in kept:
-            item.add_marker(pytest.mark.slow)
+        if function in SLOW:
+            seen.setdefault(function, set()).add(parameters.removesuffix("]"))
+            if parameters.removesuffix("]") not in SLOW[function]:
+                item.add_marker(pytest.mark.slow)
+    if not any("::" in argument for argument in config.args):
+        for function, found in seen.items():
+            if not found >= set(SLOW[function]):
+                raise pytest.UsageError(
+                    f"tests/slow.toml keeps {sorted(set(SLOW[function]) - found)} of {function}, which has {sorted(found)}."
+                )
     if config.pluginmanager.hasplugin("xdist"):
         # The long folders begin first, and files fill the gaps at the end.
         items.sort(key=lambda item: _folder(item) not in ONE_WORKER)
