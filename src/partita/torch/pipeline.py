@@ -54,8 +54,11 @@ class Pipeline:
         check_schedule(schedule, plan)
         self.model, self.plan, self.groups = model, plan, groups
         self.schedule = schedule if schedule.is_lowered else lower(schedule)
-        self.actions = self.schedule.ranks[groups.pp.rank]
         self.trains = schedule.trains
+        self.actions = self.schedule.ranks[groups.pp.rank]
+        if not self.trains:
+            # A token may be chosen, and the next one be under way, before an empty stage behind the loss is told.
+            self.actions = tuple(action for action in self.actions if not self._is_behind_loss(action))
         self.gradients = WeightGradients()
         # Gradients that are added in place save an addition; where layers are split, their own backward overlaps with sums.
         splits_backward = any(action.kind is Kind.W for action in self.actions)
@@ -110,6 +113,11 @@ class Pipeline:
             self.flush()
         assert not self._arriving
         assert not self._alive
+
+    def _is_behind_loss(self, action: Action) -> bool:
+        """Whether an action is of one of the empty stages behind the loss, or sends to one."""
+        last = self.plan.loss_stage
+        return action.stage > last or (action.stage == last and action.kind is Kind.SEND_F)
 
     def flush(self) -> None:
         """Return when everything that was sent has left."""
