@@ -145,7 +145,7 @@ def test_stages_that_cannot_be(
 def test_two_ranks_prove_a_v_of_stages(tmp_path: Path) -> None:
     command = (
         sys.executable, "-m", "partita", "verify", write(tmp_path, {**TINY, "num_hidden_layers": 4}), "--pp", "2",
-        "--schedule", "zb-v", "--microbatches", "3", "--json",
+        "--schedule", "zb-v", "--microbatches", "3", "--dtype", "float64", "--json",
     )  # fmt: skip
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=110)
     assert ended.returncode == 0, ended.stderr

@@ -69,4 +69,4 @@ def test_nccl_needs_a_gpu_for_each_rank(gpus: int, ranks_here: str, own: bool, m
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks_here)
-    assert groups._has_own_gpu() is own
+    assert groups.has_own_gpu() is own

@@ -13,9 +13,10 @@ from partita.cli import launch, rank
 from partita.cli.console import out, plural, print_json, runs
 from partita.cli.engine import BackendOption, EngineOption, choose_engine
 from partita.cli.failure import Failure
-from partita.cli.model import check_early
+from partita.cli.model import check_early, for_mlx
 from partita.cli.options import (
     AsJson,
+    Device,
     Dtype,
     LayoutText,
     LostAfter,
@@ -53,6 +54,7 @@ def verify(
             "float32).",
         ),
     ] = None,
+    device: Device = None,
     engine: EngineOption = None,
     backend: BackendOption = None,
     lost_after: LostAfter = None,
@@ -71,13 +73,14 @@ def verify(
     name = choose_engine(engine)
     check_early(model, mesh, layout, stages.vpp, stages.placement, engine=name)
     dtypes = [one.value for one in dtype] if dtype else None
+    where = {"device": device} if name == "torch" else for_mlx(model, mesh, {"device": device})
 
     def work() -> int:
         if name == "mlx":
             from partita.verify.mlx import verify as compare
         else:
             from partita.verify import verify as compare
-        report = compare(model, **stages.plan, **stages.training, steps=steps, dtype=dtypes)
+        report = compare(model, **stages.plan, **stages.training, steps=steps, dtype=dtypes, **where)
         if rank.is_first():
             if as_json:
                 print_json(_as_data(model, mesh, report))

@@ -120,14 +120,14 @@ def init_process_group(
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     mpi.meet()
-    backend = backend or ("cuda:nccl,cpu:gloo" if _has_own_gpu() else "gloo")
+    backend = backend or ("cuda:nccl,cpu:gloo" if has_own_gpu() else "gloo")
     is_alone = "RANK" not in os.environ or os.environ.get("WORLD_SIZE") == "1"
     store, rank, world = (dist.HashStore(), 0, 1) if is_alone else _store(_timeout)  # type: ignore[attr-defined]
     dist.init_process_group(backend, timeout=_timeout, store=store, rank=rank, world_size=world)
     _watch_peers(timeout_s, lost_after_s)
 
 
-def _has_own_gpu() -> bool:
+def has_own_gpu() -> bool:
     """Whether each rank of this machine has a GPU of its own, which NCCL needs."""
     return torch.cuda.is_available() and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) <= torch.cuda.device_count()
 

@@ -86,6 +86,7 @@ class Pipeline:
         around: Callable[[], AbstractContextManager[Any]] = nullcontext,
         balance: Balance | None = None,
         seed: Callable[[int], int] | None = None,
+        timed: bool = False,
     ) -> None:
         """Do every action of this rank once; every rank of the pipeline calls it.
 
@@ -100,9 +101,11 @@ class Pipeline:
             around: A context for each forward.
             balance: The auxiliary loss, as `run_stage` takes it.
             seed: What the generator is seeded with before the forward of a micro-batch; by default it goes on.
+            timed: Whether `timeline` is asked for: on a GPU an action then ends when its kernels have, which takes longer.
         """
         self._finish, self._inputs, self._key = finish, inputs, key
         self._keep_cache, self._around, self._balance, self._seed = keep_cache, around, balance, seed
+        self._synchronize = timed and self._links.device.type == "cuda"
         self._reset()
         split = deferrable(self.model, self.gradients) if self._keeps_gradients else nullcontext()
         with split, layer_randomness(self.model, self.plan) if self.trains else nullcontext():
@@ -124,9 +127,9 @@ class Pipeline:
         self._links.flush()
 
     def timeline(self, origin_s: float) -> Timeline:
-        """When each action of the last run began and ended on every rank, in seconds since `origin_s`; every rank asks.
+        """When each action of the last run, which was `timed`, began and ended on every rank, in seconds since `origin_s`.
 
-        `origin_s` is what `time.perf_counter()` gave on this rank when all ranks left a barrier.
+        Every rank calls it. `origin_s` is what `time.perf_counter()` gave on this rank when all ranks left a barrier.
         """
         mine = [(begin - origin_s, end - origin_s) for begin, end in self._spans]
         spans: list[Any] = self.groups.pp.comm.all_gather_object(mine)
@@ -140,7 +143,12 @@ class Pipeline:
         self._begin_s = time.perf_counter()
         getattr(self, f"_{action.kind.value}")(action.stage, action.microbatch)
         # What was waited for is no part of what was done.
-        self._spans.append((self._begin_s, time.perf_counter()))
+        self._spans.append((self._begin_s, self._now_s()))
+
+    def _now_s(self) -> float:
+        if self._synchronize:
+            torch.cuda.synchronize(self._links.device)
+        return time.perf_counter()
 
     def _F(self, stage: int, microbatch: int) -> None:
         received = self._received(stage, microbatch)
@@ -172,7 +180,7 @@ class Pipeline:
 
     def _wait(self, action: Action) -> Message:
         message = self._arriving.pop(action).wait()
-        self._begin_s = time.perf_counter()
+        self._begin_s = self._now_s()
         return message
 
     def _SEND_F(self, stage: int, microbatch: int) -> None:

@@ -289,7 +289,7 @@ def compare_rounding_on_threads(unsplit: nn.Module, plan: Plan) -> Measured:
 
 
 def sample_inputs(model: nn.Module, *, batch: int = 2, length: int = 9) -> dict[str, Tensor]:
-    """Random ids with some padding at the end, as every text model of transformers takes them.
+    """Random ids with some padding at the end, as every text model of transformers takes them, on the model's device.
 
     Raises:
         ModelError: The model has no vocabulary, or takes no text.
@@ -307,4 +307,5 @@ def sample_inputs(model: nn.Module, *, batch: int = 2, length: int = 9) -> dict[
     ids = torch.randint(0, vocabulary, (batch, length), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     mask[0, -3:] = 0
-    return {"input_ids": ids, "attention_mask": mask}
+    device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
+    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}

@@ -244,6 +244,7 @@ def accumulate_gradients(
                 around=lambda: _autocast(settings, device),
                 balance=balance_of(model, plan, settings.aux_loss_scope),
                 seed=lambda microbatch: step_seed(settings.seed, step, replica * settings.accumulate + microbatch),
+                timed=on_timeline is not None,
             )
     if on_timeline is not None:
         on_timeline(pipeline.timeline(origin_s))
@@ -254,6 +255,8 @@ def accumulate_gradients(
 
 def _start_together(groups: ParallelGroups) -> float:
     """Wait for all ranks of the pipeline, and give the time; of ranks on one machine, the same."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
     groups.pp.comm.barrier()
     now: list[Any] = groups.pp.comm.all_gather_object((socket.gethostname(), time.perf_counter()))
     hosts = {host for host, _ in now}

@@ -27,9 +27,9 @@ from partita.torch.compare import compare, compare_parameters, main_output
 from partita.torch.finish import finish
 from partita.torch.float64 import Float64Everywhere
 from partita.torch.generate import generate
-from partita.torch.groups import ParallelGroups, init_process_group, make_groups, single_groups
+from partita.torch.groups import ParallelGroups, has_own_gpu, init_process_group, make_groups, single_groups
 from partita.torch.hub import build_on_meta, read_hf_config, spec_of
-from partita.torch.load import as_dtype, choose_plan, load
+from partita.torch.load import as_device, as_dtype, choose_plan, load
 from partita.torch.probe import fill_unsplit, sample_inputs, small_model
 from partita.torch.rounding import (
     Choices,
@@ -40,7 +40,7 @@ from partita.torch.rounding import (
     trained_rounding,
 )
 from partita.torch.stage_probe import refuse_undecodable
-from partita.torch.together import together
+from partita.torch.together import gather_from_all, together
 from partita.torch.train import TrainSettings, train
 from partita.training import StepReport
 from partita.verify.report import (
@@ -84,6 +84,7 @@ def verify(
     accumulate: int = 1,
     steps: int = 3,
     dtype: str | Sequence[str] | None = None,
+    device: torch.device | str | None = None,
     trust_remote_code: bool = False,
 ) -> Report:
     """Compare the split model with the unsplit one: every module's output, every gradient, generated tokens, and training.
@@ -107,6 +108,7 @@ def verify(
         dtype: One dtype or several, which are compared in turn. In float64 nothing is narrowed to float32, so that errors are
             at most 1e-12. In narrower dtypes the split model may round at most twice as much as the unsplit one. By default
             float64 and the dtype of the weights.
+        device: Where both models compute; by default this rank's CUDA device, or the CPU.
         trust_remote_code: Whether to run code that comes with the model.
 
     Returns:
@@ -123,6 +125,7 @@ def verify(
         warmup_steps=1, learning_rate=1e-3, epsilon=EPSILON, schedule=schedule, group_size=group_size,
     )  # fmt: skip
     with together(groups):
+        place = as_device(device)
         folder = find_model(model)
         dtypes = _dtypes(dtype, folder, read_hf_config(folder, trust_remote_code=trust_remote_code))
     rows: list[Row] = []
@@ -131,8 +134,11 @@ def verify(
     for wanted in dtypes:
         with together(groups):
             built = build_on_meta(read_hf_config(folder, trust_remote_code=trust_remote_code), wanted)
-            small, note = _small_instead(built, mesh, layout, vpp, wanted)
-        unsplit = small if small is not None else _whole(folder, built, wanted)
+            required = _required_bytes(built, wanted) * _ranks_on(place, mesh)
+        fits = all(gather_from_all(groups, required <= _free_bytes(place) * MEMORY_SHARE))
+        with together(groups):
+            small, note = (None, "") if fits else _small_instead(built, mesh, layout, vpp, wanted)
+        unsplit = small.to(place) if small is not None else _whole(folder, built, wanted, place)
         for parameter in unsplit.parameters():
             parameter.requires_grad_(parameter.is_floating_point())
         with together(groups):
@@ -147,7 +153,7 @@ def verify(
         substituted += [] if note in (*substituted, "") else [note]
     size = sum(p.numel() for p in unsplit.parameters())
     names = ", ".join(name_of(one) for one in dtypes)
-    what = f"{type(unsplit).__name__} ({plan.spec.family}), {size:,} parameters, {names}, {mesh}"
+    what = f"{type(unsplit).__name__} ({plan.spec.family}), {size:,} parameters, {names}, {mesh}, {place.type}"
     return Report(tuple(rows), what, tuple(skipped), tuple(substituted))
 
 
@@ -163,26 +169,32 @@ def _dtypes(dtype: str | Sequence[str] | None, folder: Path, config: Any) -> lis
     return list(dict.fromkeys([torch.float64, as_dtype(stored) or torch.float64]))
 
 
+def _required_bytes(built: nn.Module, dtype: torch.dtype) -> int:
+    """Memory of a rank for the unsplit and the split model and their gradients; below float64 for a float64 model too."""
+    parameters = sum(p.numel() for p in built.parameters())
+    return parameters * (3 * dtype.itemsize + (0 if dtype == torch.float64 else 2 * torch.float64.itemsize))
+
+
+def _ranks_on(device: torch.device, mesh: Mesh) -> int:
+    """How many ranks share the memory of `device`."""
+    return 1 if device.type == "cuda" and has_own_gpu() else mesh.size
+
+
 def _small_instead(
     built: nn.Module, mesh: Mesh, layout: str | None, vpp: int | None, dtype: torch.dtype
-) -> tuple[nn.Module | None, str]:
-    """A small model and a note of it where `built` is too large to be compared as it is, else None.
+) -> tuple[nn.Module, str]:
+    """A small model on the CPU to compare in place of `built`, which is too large, and a note of it.
 
     It has as many layers as the layout names, or as there are stages, and so the plan of the large model's shape.
     """
-    parameters = sum(p.numel() for p in built.parameters())
-    # The unsplit and the split model and their gradients; below float64 a float64 model too.
-    per_rank = parameters * (3 * dtype.itemsize + (0 if dtype == torch.float64 else 2 * torch.float64.itemsize))
-    if per_rank * mesh.size <= _free_bytes() * MEMORY_SHARE:
-        return None, ""
     spec = spec_of(built)
     stages = mesh.pp * (vpp or 1)
     small = small_model(built, spec.num_heads, layers=spec.num_layers if layout is not None else stages, dtype=dtype)
     layers = spec_of(small).num_layers
     return small, (
         f"A small model with {layers} of {spec.num_layers} layers, the same heads and random weights was compared: the "
-        f"{parameters:,} parameters of {type(built).__name__} do not fit into {MEMORY_SHARE:.0%} of the free memory on "
-        f"{mesh.size} rank{'s' if mesh.size > 1 else ''}."
+        f"{sum(p.numel() for p in built.parameters()):,} parameters of {type(built).__name__} do not fit into "
+        f"{MEMORY_SHARE:.0%} of the free memory on {mesh.size} rank{'s' if mesh.size > 1 else ''}."
     )
 
 
@@ -254,15 +266,15 @@ def _inputs(unsplit: nn.Module, groups: ParallelGroups, found: Collected) -> dic
     return inputs
 
 
-def _whole(folder: Path, built: nn.Module, dtype: torch.dtype) -> nn.Module:
+def _whole(folder: Path, built: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Module:
     """The unsplit model with its own weights, or with random ones where there are none."""
     try:
         if folder.is_dir():
-            return load(folder, dtype=dtype, groups=single_groups())
+            return load(folder, dtype=dtype, device=device, groups=single_groups())
     except CheckpointError:
         if any(folder.glob("*.safetensors*")) or any(folder.glob("*.bin")):
             raise
-    return fill_unsplit(built)
+    return fill_unsplit(built).to(device)
 
 
 def _compare_tokens(
@@ -315,8 +327,10 @@ def _without_dropout(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
-def _free_bytes() -> int:
-    """Memory that is free on this machine; without an answer, 4 GiB."""
+def _free_bytes(device: torch.device) -> int:
+    """Memory that is free on a GPU or on this machine; without an answer, 4 GiB."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
