@@ -55,7 +55,8 @@ test-gpu: install
 # The part of the tests that meets transformers, mlx-lm, torch and peft, with the oldest and the newest releases that
 # pyproject.toml allows, each in an environment of its own.
 VERSION_TESTS := tests/torch/test_models.py tests/torch/test_forward.py tests/torch/test_peft_format.py \
-  tests/mlx/test_models.py tests/mlx/test_load.py tests/mlx/test_generate.py
+  tests/torch/test_internals.py tests/cli/test_library_messages.py \
+  tests/mlx/test_models.py tests/mlx/test_load.py tests/mlx/test_generate.py tests/mlx/test_internals.py
 VERSIONS := python -c 'import importlib.metadata as m; print(*(f"{p} {m.version(p)}" for p in ("torch", "transformers", "peft", "mlx", "mlx-lm")), sep=", ")'
 
 test-versions: test-oldest test-newest

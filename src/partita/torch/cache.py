@@ -20,6 +20,7 @@ from partita.torch.transformers_internals import (
     is_cache,
     keeps_state,
     mark_previous_state,
+    new_cache,
 )
 
 
@@ -49,9 +50,7 @@ def advance_cache(cache: Any, own: Collection[int], inputs: Mapping[str, Any]) -
 
 def counting_cache(model: Any, inputs: Mapping[str, Any]) -> Any:
     """A cache for the caller on a rank without layers, that counts the tokens of one forward."""
-    from transformers import DynamicCache
-
-    cache = DynamicCache(config=model.config)
+    cache = new_cache(model.config)
     advance_cache(cache, (), inputs)
     return cache
 

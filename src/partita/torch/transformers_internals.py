@@ -68,6 +68,11 @@ def is_cache(value: Any) -> bool:
     return isinstance(value, find(LIBRARY, "transformers.cache_utils", "Cache", "generate text"))
 
 
+def new_cache(config: Any) -> Any:
+    """An empty cache for the model of `config` that grows with the tokens, with an entry for each of its layers."""
+    return find(LIBRARY, "transformers.cache_utils", "DynamicCache", "generate text")(config=config)
+
+
 @functools.cache
 def _cache_layer(name: str) -> tuple[type, ...]:
     """A class of entries of a cache; none where the installed transformers has no such entries."""
