@@ -120,6 +120,18 @@ def test_two_ranks_of_processes_of_their_own_write_their_own_lines_only(
     assert [line.split(",")[0].split(" in ")[0] for line in said.stderr.splitlines()] == ["3 tokens"]
 
 
+def test_mlx_writes_its_own_lines_only(
+    folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory, partita: Run
+) -> None:
+    pytest.importorskip("mlx_lm")
+    folder = folder_of("llama", CONFIGS["llama-7-heads-1-kv"], folders, tmp_path_factory)
+    command = ("generate", str(folder), "hello", "--max-new-tokens", "3", "--engine", "mlx")
+    said = partita(*command)
+    assert said.code == 0, said.err
+    assert strange_lines(said.err) == []
+    assert said.out == f"hello{json.loads(partita(*command, '--json').out)['generations'][0]['text']}\n"
+
+
 def test_what_transformers_finds_in_the_config_is_a_line_of_ours(
     folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory, partita: Run
 ) -> None:
