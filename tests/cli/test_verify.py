@@ -152,8 +152,11 @@ def test_two_ranks_prove_a_v_of_stages(tmp_path: Path) -> None:
     data = json.loads(ended.stdout)
     assert data["equal"]
     assert data["mesh"] == {"dp": 1, "pp": 2, "tp": 1}
-    assert {row["kind"] for row in data["rows"]} == {"module", "output", "gradient", "tokens", "loss", "parameter"}
-    assert {row["tolerance"] for row in data["rows"]} == {1e-12, 0.5}
+    kinds = {"module", "output", "gradient", "tokens", "loss", "parameter"}
+    assert {row["kind"] for row in data["rows"] if row["dtype"] == "float64"} == kinds
+    assert {row["tolerance"] for row in data["rows"] if row["dtype"] == "float64"} == {1e-12, 0.5}
+    assert {row["dtype"] for row in data["rows"]} == {"float64", "float32"}  # the config's own
+    assert (data["skipped"], data["substituted"]) == ([], [])
 
 
 # --- on MLX -----------------------------------------------------------------------------------------------------------

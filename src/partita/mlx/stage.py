@@ -427,7 +427,7 @@ def run_stage(
     stages = stages_of(model)
     stage, run = stages.by_index[index], stages.run
     received = None if stage.embedding else received
-    if not (stage.layers or stage.embedding or stage.loss):
+    if not (stage.layers or stage.embedding or (stage.loss and output)):
         if isinstance(cache, list):
             count_tokens(cache, [], length_of(inputs, options))
         return received
