@@ -109,6 +109,8 @@ def _narrow(config: Mapping[str, Any], num_heads: int) -> dict[str, Any]:
         # Heads of a width of their own: the model's width is free of them.
         changes |= {key: 64 for key, value in _numbers(config, _HIDDEN) if value == hidden[0]}
         changes["head_dim"] = min(width, head_dim)
+    whole = head_dim if type(head_dim) is int else hidden[0] // num_heads if hidden and num_heads else 0
+    changes |= _small_rotary_sections(config, whole, width)
     return changes | {key: min(value, width) for key, value in _numbers(config, ("rotary_dim",))}
 
 
@@ -121,6 +123,18 @@ def _narrow_inside(config: Mapping[str, Any]) -> dict[str, Any]:
     experts = max(16, 2 * groups) if type(groups) is int else 16
     changes |= {key: min(value, experts) for key, value in _numbers(config, _EXPERTS)}
     return changes
+
+
+def _small_rotary_sections(config: Mapping[str, Any], whole: int, width: int) -> dict[str, Any]:
+    """Sections of rotary frequencies (time, height, width), which add up to a part of a head, for heads of `width`."""
+    small: dict[str, Any] = {}
+    for key in ("rope_parameters", "rope_scaling"):
+        rotary = config.get(key)
+        sections = rotary.get("mrope_section") if isinstance(rotary, Mapping) else None
+        if isinstance(sections, (list, tuple)) and len(sections) == 3 and whole > width:
+            total = sum(sections) * width // whole
+            small[key] = {**rotary, "mrope_section": [total - 2 * (total // 3), total // 3, total // 3]}  # type: ignore[dict-item]
+    return small
 
 
 def _small_vocabulary(config: Mapping[str, Any]) -> dict[str, Any]:
