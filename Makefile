@@ -44,7 +44,7 @@ test: install
 	$(PYTEST)
 
 test-slow: install
-	$(PYTEST) -m 'slow and not sweep'
+	$(PYTEST) -m slow
 
 test-all: install
 	$(PYTEST) -m 'slow or not slow'
