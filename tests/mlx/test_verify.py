@@ -79,6 +79,22 @@ def test_in_float32(family: str, tmp_path: Path) -> None:
     assert {tolerance for kind, _, _, tolerance in rows if kind == "parameter"} == {1e-5}
 
 
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [("llama", {"tp": 2}), ("gpt2", {"tp": 2}), ("llama", {"pp": 2, "accumulate": 2}), ("gemma2", {"tp": 2})],
+)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_rounds_at_most_twice_as_much(family: str, options: dict[str, Any], dtype: str, tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(tiny_config(family)))
+    rows, other = mlx_ranks(2).run(verified, str(file), {**options, "steps": 2, "dtype": dtype})
+    assert rows == other
+    assert {kind for kind, *_ in rows} == {*KINDS, "dtype"}
+    errors = [error for kind, _, error, _ in rows if kind == "gradient"]
+    unit = 2.0**-8 if dtype == "bfloat16" else 2.0**-11
+    assert unit / 4 < max(errors) < 64 * unit
+
+
 def test_no_steps_train_nothing(tmp_path: Path) -> None:
     file = tmp_path / "config.json"
     file.write_text(json.dumps(tiny_config("llama")))

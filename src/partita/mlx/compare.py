@@ -84,15 +84,15 @@ def compare(
         ModelError: The unsplit model's output holds NaN, to which nothing is equal.
     """
     rank = groups.tp.rank
-    expected, reference = _forward(unsplit, inputs)
+    expected, reference = forward(unsplit, inputs)
     if bool(mx.isnan(reference).any().item()):
         raise ModelError(
             "the unsplit model's own output holds NaN, to which nothing is equal. Look at its weights and its dtype."
         )
-    found, output = _forward(split, inputs, plan)
+    found, output = forward(split, inputs, plan)
     differences = [
         Difference("module", path, relative_error(whole, found[path]))
-        for path, whole in _comparable(expected, plan, rank)
+        for path, whole in comparable(expected, plan, rank)
         if path in found and found[path].shape == whole.shape
     ]
     differences.append(Difference("output", "the model", relative_error(reference, output)))
@@ -153,7 +153,7 @@ def _largest(mine: list[Difference], groups: ParallelGroups) -> list[Difference]
     return mine
 
 
-def _forward(model: nn.Module, inputs: mx.array, plan: Plan | None = None) -> tuple[dict[str, mx.array], mx.array]:
+def forward(model: nn.Module, inputs: mx.array, plan: Plan | None = None) -> tuple[dict[str, mx.array], mx.array]:
     """The first output of every module by its path in the unsplit model, and the model's.
 
     Of a model that `plan` cuts into stages those modules alone whose outputs depend on no stand-in: layers, what is inside
@@ -193,8 +193,11 @@ def generate_steps(model: nn.Module, inputs: mx.array) -> mx.array:
     return mx.concatenate(steps, axis=1)
 
 
-def gradients(model: nn.Module, inputs: mx.array) -> dict[str, mx.array]:
-    """The gradients of a weighted sum of the logits, by the parameters' names in the unsplit model."""
+def gradients(model: nn.Module, inputs: mx.array, *, dtype: mx.Dtype | None = None) -> dict[str, mx.array]:
+    """The gradients of a weighted sum of the logits, by the parameters' names in the unsplit model.
+
+    The sum's weights are rounded to `dtype`, by default that of the logits.
+    """
     homes = {
         name: (home, attribute)
         for name, (home, attribute) in parameter_homes(model).items()
@@ -207,7 +210,7 @@ def gradients(model: nn.Module, inputs: mx.array) -> dict[str, mx.array]:
     def loss(arrays: list[mx.array]) -> mx.array:
         for (home, attribute), array in zip(homes.values(), arrays, strict=True):
             home[attribute] = array
-        return _weighted_sum(main_output(model(inputs)))
+        return _weighted_sum(main_output(model(inputs)), dtype)
 
     try:
         found = mx.grad(loss)(kept) if kept else []
@@ -218,14 +221,20 @@ def gradients(model: nn.Module, inputs: mx.array) -> dict[str, mx.array]:
     return dict(zip(homes, found, strict=True))
 
 
-def pipeline_gradients(model: nn.Module, inputs: mx.array, schedule: Schedule) -> dict[str, mx.array]:
+def pipeline_gradients(
+    model: nn.Module,
+    inputs: mx.array,
+    schedule: Schedule,
+    *,
+    dtype: mx.Dtype | None = None,
+) -> dict[str, mx.array]:
     """As `gradients`, of a model that is cut into stages: of what this rank holds; every rank calls it."""
     plan, groups = plan_of(model)
     pipeline = Pipeline(model, schedule)
     count = schedule.num_microbatches
 
     def finish(output: Any, microbatch: int) -> mx.array:
-        weighted = _weighted_sum(main_output(output)) / count
+        weighted = _weighted_sum(main_output(output), dtype) / count
         return weighted if weighted.dtype == mx.float64 else weighted.astype(mx.float32)
 
     pipeline.run(lambda microbatch: inputs, finish)
@@ -233,9 +242,9 @@ def pipeline_gradients(model: nn.Module, inputs: mx.array, schedule: Schedule) -
     return pipeline.gradients
 
 
-def _weighted_sum(logits: mx.array) -> mx.array:
-    weight = mx.random.normal(logits.shape, key=mx.random.key(0)).astype(logits.dtype)
-    return (logits * weight).sum()
+def _weighted_sum(logits: mx.array, dtype: mx.Dtype | None) -> mx.array:
+    weight = mx.random.normal(logits.shape, key=mx.random.key(0)).astype(dtype or logits.dtype)
+    return (logits * weight.astype(logits.dtype)).sum()
 
 
 def _compare_gradients(
@@ -281,7 +290,7 @@ def _watched(cls: type, path: str, see: Callable[[str, mx.array], object]) -> ty
     return type(cls.__name__, (cls,), {"__call__": call})
 
 
-def _comparable(expected: dict[str, mx.array], plan: Plan, rank: int) -> Iterator[tuple[str, mx.array]]:
+def comparable(expected: dict[str, mx.array], plan: Plan, rank: int) -> Iterator[tuple[str, mx.array]]:
     """Those outputs of the unsplit model that the split one has too, whole or this rank's part, in order of execution."""
     for path, whole in expected.items():
         module = plan.modules.get(path)

@@ -6,6 +6,7 @@ import copy
 import os
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 from partita.checkpoint.find import find_model
 from partita.core.mesh import Mesh
 from partita.core.placement import Placement
+from partita.core.rounding import judge
 from partita.errors import CheckpointError, ModelError
 from partita.mlx.apply import plan_of
 from partita.mlx.compare import compare, compare_parameters, gradients, main_output
@@ -26,6 +28,7 @@ from partita.mlx.hub import build, describe
 from partita.mlx.load import as_dtype, load, shard
 from partita.mlx.probe import fill, plan_of_model, runs, sample_inputs
 from partita.mlx.reference import reference_of, unchecked
+from partita.mlx.rounding import compare_rounding, in_wide_dtype, is_quantized, is_tie, trained_rounding, unit_roundoff
 from partita.mlx.stage_probe import refuse_undecodable
 from partita.mlx.together import together
 from partita.mlx.train import train
@@ -33,13 +36,26 @@ from partita.mlx.windows import refuse_beyond_window
 from partita.peers import doing
 from partita.text import Sampling
 from partita.training import TrainSettings, schedule_of
-from partita.verify.report import Collected, Report, Row, Skip, first_line, loss_rows, token_rows
+from partita.verify.report import (
+    Collected,
+    Report,
+    Row,
+    Skip,
+    dtype_rows,
+    first_line,
+    loss_rounding,
+    loss_rows,
+    rounding_rows,
+    token_rows,
+)
 
 TOLERANCES = {mx.float64: 1e-6, mx.float32: 1e-4, mx.bfloat16: 0.05, mx.float16: 0.02}
-"""Of outputs and gradients by dtype: models of mlx-lm narrow to float32 inside, whatever their dtype."""
+"""The largest errors of outputs and gradients by dtype: models of mlx-lm narrow to float32 inside, whatever their dtype.
+
+Those of bfloat16 and float16 are for quantized models; others are judged by `partita.core.rounding`."""
 
 STEPS_TOLERANCES = {mx.float64: 1e-12, mx.float32: 1e-5, mx.bfloat16: 0.1, mx.float16: 0.1}
-"""Of losses and parameters after some steps."""
+"""The largest errors of losses and parameters after some steps; as `TOLERANCES`."""
 
 EPSILON = 1e-4
 """AdamW divides a gradient by its own size and this: were it much smaller, rounding of small gradients would be blown up."""
@@ -124,10 +140,13 @@ def verify(
             can_learn = runs(gradients, unsplit, inputs)
         split = shard(copy.deepcopy(unsplit), plan, groups=groups)
         found = Collected(name)
-        _compare_forward(unsplit, split, inputs, settings, can_learn, TOLERANCES[wanted], found)
-        _compare_tokens(whole, split, inputs, found)
+        exact = in_wide_dtype(unsplit) if wanted.size == 2 and not is_quantized(unsplit) else None
+        _compare_forward(exact, unsplit, split, inputs, settings, can_learn, TOLERANCES[wanted], found)
+        is_close = None if exact is None else partial(is_tie, copy.deepcopy(exact), unsplit)
+        _compare_tokens(whole, split, inputs, is_close, found)
         if steps and can_learn:
-            _compare_training(whole, split, groups, settings, STEPS_TOLERANCES[wanted], found)
+            exact = None if exact is None else shard(exact, groups=single_groups())
+            _compare_training(exact, whole, split, groups, settings, STEPS_TOLERANCES[wanted], found)
         elif steps:
             found.skip("loss", "parameter", why=NO_GRADIENTS)
         found.expect("module", "output", "gradient", "tokens", *(("loss", "parameter") if steps else ()))
@@ -139,6 +158,7 @@ def verify(
 
 
 def _compare_forward(
+    exact: nn.Module | None,
     unsplit: nn.Module,
     split: nn.Module,
     inputs: mx.array,
@@ -154,6 +174,13 @@ def _compare_forward(
         found.skip("module", "output", "gradient", why=why)
         return
     schedule = schedule_of(plan, settings) if plan.num_stages > 1 else None
+    if exact is not None:
+        measured = compare_rounding(exact, unsplit, split, inputs, backward=can_learn, schedule=schedule)
+        found.add(rounding_rows(measured.judged))
+        found.add(dtype_rows(measured.outputs, measured.dtypes))
+        if not can_learn:
+            found.skip("gradient", why=NO_GRADIENTS)
+        return
     differences = compare(unsplit, split, plan, groups, inputs, backward=can_learn, schedule=schedule)
     found.add(Row(d.kind, d.name, d.error, tolerance) for d in differences)
     if not can_learn:
@@ -172,7 +199,7 @@ def _unsplit(folder: Path, dtype: Any) -> nn.Module:
     return fill(build(read_mlx_config(folder)), dtype)
 
 
-def _compare_tokens(whole: nn.Module, split: nn.Module, ids: mx.array, found: Collected) -> None:
+def _compare_tokens(whole: nn.Module, split: nn.Module, ids: mx.array, is_close: Any, found: Collected) -> None:
     """Whether both continue two prompts of different lengths, taken from `ids`, with the same tokens."""
     prompts: list[list[int]] = [ids[0, :6].tolist(), ids[1].tolist()]  # type: ignore[list-item]
     sampling = Sampling(NEW_TOKENS, temperature=0.0, ignore_eos=True, use_generation_config=False)
@@ -186,10 +213,14 @@ def _compare_tokens(whole: nn.Module, split: nn.Module, ids: mx.array, found: Co
     except ModelError as error:
         found.skip("tokens", why=first_line(error))
         return
-    found.add(token_rows(prompts, expected, generate(split, prompts, sampling)))
+    made = generate(split, prompts, sampling)
+    found.add(
+        token_rows(prompts, expected, made) if is_close is None else token_rows(prompts, expected, made, is_close)
+    )
 
 
 def _compare_training(
+    exact: nn.Module | None,
     whole: nn.Module,
     split: nn.Module,
     groups: ParallelGroups,
@@ -200,12 +231,20 @@ def _compare_training(
     """The loss of each step, and every parameter after the last, of both models trained on the same random tokens."""
     plan, _ = plan_of(split)
     tokens = np.random.default_rng(0).integers(0, plan.spec.vocab_size, 512)
-    for model in (whole, split):
+    for model in (whole, split) if exact is None else (exact, whole, split):
         _without_dropout(model)
+    alone = replace(settings, schedule=None, group_size=None)
     try:
-        expected = train(whole, tokens, replace(settings, schedule=None, group_size=None))
+        wide = train(exact, tokens, alone) if exact is not None else []
+        expected = train(whole, tokens, alone)
     except Exception as error:
         found.skip("loss", "parameter", why=f"the unsplit model does not train: {first_line(error)}")
+        return
+    if exact is not None:
+        losses = loss_rounding(wide, expected, train(split, tokens, settings))
+        dtype = as_dtype(found.dtype)
+        assert dtype is not None
+        found.add(rounding_rows(judge([*losses, *trained_rounding(exact, whole, split)], unit_roundoff(dtype))))
         return
     found.add(loss_rows(expected, train(split, tokens, settings), tolerance))
     parameters = compare_parameters(whole, split, plan, groups)
