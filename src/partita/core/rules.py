@@ -273,7 +273,10 @@ def rules_from_tp_plan(tp_plan: Mapping[str, str]) -> Rules:
             attends = re.search(r"(attn|attention)", pattern) is not None
             over: Over = _HF_OVER.get(tail, "features") if attends or tail == "gate_up_proj" else "features"
             rules.append(replace(Rule(pattern, ours, "features" if flags else over), **flags))
-    return Rules((*rules, *VOCABULARY))
+    # Some plans leave out that a norm of each head sees the gradients of a rank's own heads alone.
+    splits_heads = any(rule.style == "column" and rule.over == "heads" and not rule.gather_output for rule in rules)
+    norms = [rule for rule in ATTENTION if rule.partial_grad] if splits_heads else []
+    return Rules((*rules, *norms, *VOCABULARY))
 
 
 def rules_for(
