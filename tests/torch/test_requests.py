@@ -220,7 +220,7 @@ def refusal(name: str, where: dict[str, Any], request: str) -> str:
     if "pp" not in where:
         return ""
     if request == "a static cache":
-        return "ModelError: cache=... would share one cache" if "vpp" in where else "ModelError: a cache of Static"
+        return "ModelError: a cache of Static"
     if "vpp" in where and "cache" in request:
         return (
             "ModelError: use_cache=True would share"
