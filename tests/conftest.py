@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,15 @@ ONE_WORKER = ("mlx", "torch")
 def _close_ranks() -> Iterator[None]:
     yield
     close_all()
+
+
+@pytest.fixture(autouse=True)
+def _leave_no_process_group() -> Iterator[None]:
+    """A test that loads a model here initializes torch.distributed, which the next must not find."""
+    yield
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 @pytest.hookimpl(tryfirst=True)

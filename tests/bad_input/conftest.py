@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -47,7 +46,7 @@ COMMANDS = typer.main.get_command(app)
 
 @pytest.fixture(autouse=True)
 def _there(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Work in the folder, alone and without a hub; and leave no process group."""
+    """Work in the folder, alone and without a hub."""
     monkeypatch.chdir(folder)
     monkeypatch.setattr("typer.main.get_command", lambda _: COMMANDS)
     monkeypatch.setenv("HF_ENDPOINT", "http://hub.invalid")
@@ -56,8 +55,3 @@ def _there(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.delenv(name, raising=False)
     yield
     os.environ.pop("HF_HUB_OFFLINE", None)
-    if "torch.distributed" in sys.modules:
-        import torch.distributed as dist
-
-        if dist.is_initialized():
-            dist.destroy_process_group()

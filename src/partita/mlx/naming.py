@@ -120,7 +120,7 @@ def _what_is_wrong(model: nn.Module, sources: Mapping[str, Source], shapes: Shap
         if sources[name].shape != tuple(home[key].shape):
             return f"{name} would have the shape {sources[name].shape} instead of {tuple(home[key].shape)}"
         if sources[name].boxes is None:
-            return f"{name} is computed of what is on disk"
+            return f"{name} is computed from what is on disk"
     unknown = next((name for name in sources if name not in homes), None)
     if unknown is not None:
         return f"{unknown} has no place in the model"
