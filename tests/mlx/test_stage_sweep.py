@@ -4,15 +4,37 @@ from __future__ import annotations
 
 import contextlib
 import io
+import re
 
 import pytest
 
 from partita.core.mesh import Mesh
 from partita.errors import ModelError
+from partita.mlx.config import COMPUTED_OTHERWISE
 from partita.mlx.hub import build
 from partita.mlx.load import plan_of_model
 from partita.mlx.stage_probe import prove_stages, refuse_undecodable
 from tests.support.mlx_models import families, tiny_config
+
+HANDS_ON_MORE = "its layers hand on more than arrays"
+EXPECTED = {
+    "afm7": ("refused", "has no attribute 'shape'"),  # its last layers take the keys of another layer
+    "bitnet": ("refused", "Metal"),
+    "deepseek_v41": ("no generation", "token 7 differs"),
+    "gemma3n": ("refused", "the output differs"),
+    "gemma4": ("refused", HANDS_ON_MORE),
+    "gemma4_text": ("refused", HANDS_ON_MORE),
+    "hunyuan": ("refused", HANDS_ON_MORE),
+    "iquestloopcoder": ("refused", "without calling each of its layers"),  # it runs its layers several times
+    "kimi_k3": ("refused", HANDS_ON_MORE),
+    "muse_spark": ("refused", "Metal"),
+    "olmo": ("not built", "needs a package of its own"),
+    "phi3small": ("refused", "writes outside of its memory"),
+    "prism_hadamard_qwen35": ("not built", "Hadamard pack"),
+    "talkie": ("refused", "the output differs"),
+    **dict.fromkeys(COMPUTED_OTHERWISE, ("not built", "would give other numbers on MLX")),
+}
+"""Families that are not equal in parts, with what happens to them and a pattern of the reason; all others are equal."""
 
 
 def verdict(family: str) -> tuple[str, str]:
@@ -35,14 +57,17 @@ def verdict(family: str) -> tuple[str, str]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_every_family_is_equal_in_parts_or_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    verdicts = {family: verdict(family) for family in families()}
-    with capsys.disabled():
-        for family, (what, why) in verdicts.items():
-            print(f"{family:24s} {what:14s} {why[:120]}")
-    counts = {what: sum(1 for found, _ in verdicts.values() if found == what) for what, _ in verdicts.values()}
-    print(counts)
-    # mlx-lm itself pipelines 17.
-    assert counts["equal"] >= 105
-    assert all(why for what, why in verdicts.values() if what != "equal")
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("family", families())
+def test_family(family: str) -> None:
+    what, why = verdict(family)
+    print(f"{family:24s} {what:14s} {why[:120]}")
+    expected, reason = EXPECTED.get(family, ("equal", "^$"))
+    assert what == expected, why
+    assert re.search(reason, why)
+
+
+def test_the_floor() -> None:
+    """mlx-lm itself pipelines 17 families."""
+    assert set(EXPECTED) <= set(families())
+    assert len(families()) - len(EXPECTED) >= 110
