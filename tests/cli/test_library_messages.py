@@ -53,16 +53,22 @@ def folder_of(name: str, config: dict[str, Any], folders: dict[str, Path], facto
         folders[name] = factory.mktemp(name)
         AutoModelForCausalLM.from_config(AutoConfig.for_model(**made)).save_pretrained(folders[name])
         library.enable_progress_bar()
+        forget_messages()
     return folders[name]
+
+
+def forget_messages() -> None:
+    """Let transformers repeat what it says once in a process."""
+    from transformers.utils import logging as library
+
+    for function in (library.warning_once, library.info_once):
+        function.cache_clear()  # type: ignore[attr-defined]
 
 
 @pytest.fixture(autouse=True)
 def as_for_users() -> Iterator[None]:
     """Warnings are shown, and what a library says once can be said again."""
-    from transformers.utils import logging as library
-
-    for function in (library.warning_once, library.info_once):
-        function.cache_clear()  # type: ignore[attr-defined]
+    forget_messages()
     with warnings.catch_warnings():
         warnings.simplefilter("default")
         yield
