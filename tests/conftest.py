@@ -12,8 +12,8 @@ from tests.support.ranks import close_all
 ROOT = Path(__file__).resolve().parent
 SLOW: dict[str, list[str]] = tomllib.loads((ROOT / "slow.toml").read_text())["kept"]
 
-ONE_WORKER = ("mlx", "torch")
-"""Folders whose tests share pools of ranks. One worker runs each of them, so that no pool starts twice."""
+POOLS = ("mlx_ranks", "on_mlx", "ranks", "on")
+"""The functions that a test module takes ranks of a shared pool from."""
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -47,12 +47,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                     f"tests/slow.toml keeps {sorted(set(SLOW[function]) - found)} of {function}, which has {sorted(found)}."
                 )
     if config.pluginmanager.hasplugin("xdist"):
-        # The long folders begin first, and files fill the gaps at the end.
-        items.sort(key=lambda item: _folder(item) not in ONE_WORKER)
+        # Ranks of a pool fill the cores by themselves. So one worker runs all tests that use them, first, and beside it the other
+        # workers run the tests that compute in one process or wait for processes of their own, a file at a time.
+        groups = {item: "ranks" if _uses_a_pool(item) else str(item.path) for item in items}
+        items.sort(key=lambda item: groups[item] != "ranks")
         for item in items:
-            folder = _folder(item)
-            item.add_marker(pytest.mark.xdist_group(folder if folder in ONE_WORKER else str(item.path)))
+            item.add_marker(pytest.mark.xdist_group(groups[item]))
 
 
-def _folder(item: pytest.Item) -> str:
-    return item.path.relative_to(ROOT).parts[0]
+def _uses_a_pool(item: pytest.Item) -> bool:
+    names = vars(item.module)  # type: ignore[attr-defined]
+    return any(getattr(names.get(name), "__module__", "").startswith("tests.support") for name in POOLS)
