@@ -155,7 +155,7 @@ def test_two_ranks_prove_a_v_of_stages(tmp_path: Path) -> None:
     kinds = {"module", "output", "gradient", "tokens", "loss", "parameter"}
     assert {row["kind"] for row in data["rows"] if row["dtype"] == "float64"} == kinds
     assert {row["tolerance"] for row in data["rows"] if row["dtype"] == "float64"} == {1e-12, 0.5}
-    assert {row["dtype"] for row in data["rows"]} == {"float64", "float32"}  # the config's own
+    assert {row["dtype"] for row in data["rows"]} == {"float64"}
     assert (data["skipped"], data["substituted"]) == ([], [])
 
 
