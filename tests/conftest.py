@@ -47,8 +47,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                     f"tests/slow.toml keeps {sorted(set(SLOW[function]) - found)} of {function}, which has {sorted(found)}."
                 )
     if config.pluginmanager.hasplugin("xdist"):
-        # Ranks of a pool fill the cores by themselves. So one worker runs all tests that use them, first, and beside it the other
-        # workers run the tests that compute in one process or wait for processes of their own, a file at a time.
+        # Ranks of a pool fill the cores by themselves. So one worker runs all tests that use them, first, and the other workers
+        # run the tests that compute in one process or wait for processes of their own, a file at a time.
         groups = {item: "ranks" if _uses_a_pool(item) else str(item.path) for item in items}
         items.sort(key=lambda item: groups[item] != "ranks")
         for item in items:
