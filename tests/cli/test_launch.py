@@ -192,8 +192,17 @@ def test_a_second_interrupt_does_not_wait_for_the_grace(tmp_path: Path) -> None:
 
 
 def spawn(program: str, ranks: int) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "tests.cli.launcher", program, str(ranks)]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return started([sys.executable, "-m", "tests.cli.launcher", program, str(ranks)])
+
+
+def started(command: list[str]) -> subprocess.Popen[bytes]:
+    """A process that takes signals, also where the tests run in the background, whose processes ignore an interrupt."""
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=_take_signals)
+
+
+def _take_signals() -> None:
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def end(process: subprocess.Popen[bytes]) -> bytes:

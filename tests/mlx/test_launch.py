@@ -20,7 +20,7 @@ from partita.cli.meeting import meeting
 from partita.core.mesh import Mesh
 from partita.errors import DistributedError
 from partita.peers import LOST
-from tests.cli.test_launch import end, gone_by, pids
+from tests.cli.test_launch import end, gone_by, pids, started
 from tests.mlx.launcher import PROGRAM
 from tests.support.mlx_ranks import BACKENDS
 from tests.support.ranks import ROOT
@@ -105,7 +105,7 @@ def test_what_every_rank_refuses_is_said_once(backend: str, capfd: pytest.Captur
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
 def test_nothing_is_left_when_the_launcher_is_ended(backend: str, tmp_path: Path, number: int, code: int) -> None:
     command = [sys.executable, "-m", "tests.mlx.launcher", backend, "wait_in_a_collective", "2"]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = started(command)
     left = [*pids(tmp_path, 2), *descendants(process.pid)]
     assert len(left) > 2
     process.send_signal(number)
