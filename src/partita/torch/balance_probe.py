@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +15,7 @@ from partita.torch.balance import SWITCH, Balance, asks_for_balance, coefficient
 from partita.torch.float64 import Float64Everywhere
 from partita.torch.hub import spec_of
 from partita.torch.probe import sample_inputs, small_model
-from partita.torch.transformers_internals import text_config_of
+from partita.torch.transformers_internals import router_recorders, text_config_of
 
 TOLERANCE = 1e-5
 """Largest relative difference from what the model itself computes, which may be in float32."""
@@ -112,7 +111,7 @@ def _assumed(model: nn.Module, layers: str, length: int) -> Balance:
         (module, place)
         for path, module in model.named_modules()
         if _layer_of(path, layers) < length
-        for kind, place, part in _recorders(model)
+        for kind, place, part in router_recorders(model)
         if isinstance(module, kind) and (not part or f".{part.strip('.')}." in f".{path}.")
     )
     return Balance(experts, top_k, routers)
@@ -122,16 +121,3 @@ def _layer_of(path: str, layers: str) -> float:
     """The number of the layer that `path` is in, infinity for none."""
     number = path.removeprefix(f"{layers}.").partition(".")[0] if path.startswith(f"{layers}.") else ""
     return int(number) if number.isdigit() else float("inf")
-
-
-def _recorders(model: nn.Module) -> Iterator[tuple[type[nn.Module], int, str]]:
-    """Classes of routers, the place of the logits in their output, and a part of their paths, as transformers records them."""
-    seen = set()
-    for module in model.modules():
-        listed: Any = (getattr(type(module), "_can_record_outputs", None) or {}).get("router_logits", [])
-        for one in listed if isinstance(listed, list) else [listed]:
-            kind: Any = getattr(one, "target_class", one)
-            found = kind, int(getattr(one, "index", 1)), str(getattr(one, "layer_name", None) or "")
-            if isinstance(kind, type) and found not in seen:
-                seen.add(found)
-                yield found

@@ -316,6 +316,19 @@ def recordable(model: nn.Module) -> frozenset[str]:
     return frozenset(output_capturing._CAN_RECORD_REGISTRY.get(model))
 
 
+def router_recorders(model: nn.Module) -> Iterator[tuple[type[nn.Module], int, str]]:
+    """Classes of routers, the place of the logits in their output, and a part of their paths, as transformers records them."""
+    seen = set()
+    for module in model.modules():
+        listed: Any = (getattr(type(module), "_can_record_outputs", None) or {}).get("router_logits", [])
+        for one in listed if isinstance(listed, list) else [listed]:
+            kind: Any = getattr(one, "target_class", one)
+            found = kind, int(getattr(one, "index", 1)), str(getattr(one, "layer_name", None) or "")
+            if isinstance(kind, type) and found not in seen:
+                seen.add(found)
+                yield found
+
+
 def recorded() -> dict[str, list[Any]]:
     """What hooks of transformers have recorded so far in the forward that runs, by name; lists that may be changed."""
     from transformers.utils import output_capturing
