@@ -1,7 +1,7 @@
 """Processes that have loaded an engine and fork ranks, each in milliseconds instead of the seconds that loading takes.
 
 There is one for each rank number, so that the ranks of a pool differ in the seed of their hashes as those of a run do: what
-iterates over a set in an order of its own on each rank is found. Without `pidfd_open` (outside Linux) ranks start anew.
+iterates over a set in an order of its own on each rank is found. Without `pidfd_open` (outside Linux) a rank is a new process.
 """
 
 from __future__ import annotations

@@ -21,6 +21,10 @@ SMALL = 1e-3
 is zero in exact arithmetic and rounding is all that is left of it."""
 
 
+SAMPLES = 4
+"""How many samples are taken at most before an error counts as more than rounding."""
+
+
 @dataclass(frozen=True)
 class Rounding:
     """One tensor in three runs: sums of squares over its elements on all ranks.
@@ -60,6 +64,21 @@ class Judged:
     name: str
     error: float
     allowed: float
+
+
+@dataclass
+class Measured:
+    """What a comparison in the dtype that is run gave, the same on every rank.
+
+    Attributes:
+        judged: Modules in the order in which they ran, the output, then gradients.
+        dtypes: Modules whose outputs have another dtype in the split model, with both dtypes, and `the model` for its output.
+        outputs: How many outputs' dtypes were compared.
+    """
+
+    judged: list[Judged]
+    dtypes: dict[str, str]
+    outputs: int
 
 
 def add_ranks(ranks: Iterable[Sequence[Rounding]]) -> list[Rounding]:

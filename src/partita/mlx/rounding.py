@@ -11,15 +11,12 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from partita.core.plan import Plan
-from partita.core.rounding import FACTOR, Judged, Rounding, add_ranks, judge
+from partita.core.rounding import FACTOR, SAMPLES, Measured, Rounding, add_ranks, judge
 from partita.mlx.apply import local_ranges, plan_of, take
 from partita.mlx.compare import comparable, forward, gradients, main_output, pipeline_gradients
 from partita.mlx.groups import ParallelGroups
 from partita.mlx.homes import is_packed, parameter_homes
 from partita.schedule import Schedule
-
-SAMPLES = 4
-"""How many samples are taken at most before an error counts as more than rounding."""
 
 
 def widest() -> mx.Dtype:
@@ -39,21 +36,6 @@ def in_wide_dtype(model: nn.Module) -> nn.Module:
 def is_quantized(model: nn.Module) -> bool:
     """Whether some weight of a model is packed, so that the model cannot run in another dtype."""
     return any(is_packed(home, key) for home, key in parameter_homes(model).values())
-
-
-@dataclass
-class Measured:
-    """What a comparison in the dtype that is run gave, the same on every rank.
-
-    Attributes:
-        judged: Modules in the order in which they ran, the output, then gradients.
-        dtypes: Modules whose outputs have another dtype in the split model, with both dtypes, and `the model` for its output.
-        outputs: How many outputs' dtypes were compared.
-    """
-
-    judged: list[Judged]
-    dtypes: dict[str, str]
-    outputs: int
 
 
 def compare_rounding(

@@ -61,7 +61,7 @@ def choose(
         sequences: What each row continues.
         choice: How it is chosen.
         generators: Where the chance of each row comes from, in the same state on every rank; one number is drawn unless the
-            likeliest is taken, and a second one with XTC.
+            most likely is taken, and a second one with XTC.
         columns: Which columns these are.
     """
     columns = columns or Columns()

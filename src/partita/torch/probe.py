@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from partita.core.mesh import Mesh
 from partita.core.placement import Placement
 from partita.core.plan import Plan
+from partita.core.rounding import Measured
 from partita.core.rules import Rules, isolated_rules
 from partita.core.shrink import shrunk_configs
 from partita.errors import ModelError, PartitaError
@@ -27,7 +28,7 @@ from partita.torch.groups import single_groups
 from partita.torch.hub import build_on_meta, read_hf_config, rules_of, spec_of
 from partita.torch.initial import FreshFill, record_initialization
 from partita.torch.materialize import make_unsaved_buffers, materialize
-from partita.torch.rounding import Measured, compare_rounding, in_float64, name_of
+from partita.torch.rounding import compare_rounding, in_float64, name_of
 from partita.torch.threads import run_as_threads
 from partita.torch.towers import media_of, sample_media
 from partita.torch.transformers_internals import new_model, quiet, text_config_of

@@ -14,16 +14,13 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from partita.core.plan import Plan
-from partita.core.rounding import FACTOR, Judged, Rounding, add_ranks, judge
+from partita.core.rounding import FACTOR, SAMPLES, Measured, Rounding, add_ranks, judge
 from partita.errors import ModelError
 from partita.torch.apply import local_tensors, unsplit_name
 from partita.torch.compare import local_output, local_part_of, main_output, watch
 from partita.torch.float64 import Float64Everywhere
 from partita.torch.groups import ParallelGroups
 from partita.torch.transformers_internals import use_plain_experts
-
-SAMPLES = 4
-"""How many samples are taken at most before an error counts as more than rounding."""
 
 
 def in_float64(model: nn.Module) -> nn.Module:
@@ -89,21 +86,6 @@ class _SameChoices(TorchFunctionMode):
         x: Tensor = args[0] if args else (kwargs or {})["input"]
         dim = (kwargs or {}).get("dim", args[2] if len(args) > 2 else -1)
         return torch.return_types.topk((x.gather(dim, indices), indices))
-
-
-@dataclass
-class Measured:
-    """What a comparison in the dtype that is run gave, the same on every rank.
-
-    Attributes:
-        judged: Modules in the order in which they ran, the output, then gradients.
-        dtypes: Modules whose outputs have another dtype in the split model, with both dtypes, and `the model` for its output.
-        outputs: How many outputs' dtypes were compared.
-    """
-
-    judged: list[Judged]
-    dtypes: dict[str, str]
-    outputs: int
 
 
 def compare_rounding(
