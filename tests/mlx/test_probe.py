@@ -19,7 +19,7 @@ from partita.mlx.compare import compare, generate_steps, gradients
 from partita.mlx.groups import single_groups
 from partita.mlx.hub import build, spec_of
 from partita.mlx.probe import candidates, fill, plan_of_model, prove, sample_inputs
-from partita.mlx.threads import run_as_threads
+from partita.mlx.threads import ThreadCommunicator, run_as_threads
 from tests.support.mlx_models import tiny_config
 
 
@@ -60,6 +60,26 @@ def test_wrong_rules_are_refused_with_what_differs(change: dict[str, str], reaso
     config = tiny_config("qwen3")
     with pytest.raises(ModelError, match=f"qwen3 cannot be split over tp=2: .*{reason}"):
         plan_of_model(build(config), Mesh(tp=2), rules=_rules(**change), config=config)
+
+
+def test_the_dtype_of_the_model_is_measured_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums that are right in float64 and keep five bits in bfloat16 are refused for a model in bfloat16 only."""
+    total = ThreadCommunicator._sum
+
+    def coarse(self: ThreadCommunicator, x: mx.array) -> mx.array:
+        found = total(self, x)
+        if x.dtype != mx.bfloat16:
+            return found
+        step = 2.0 ** (mx.floor(mx.log2(mx.maximum(mx.abs(found), 1e-20))) - 4)
+        return (mx.round(found / step) * step).astype(mx.bfloat16)
+
+    monkeypatch.setattr(ThreadCommunicator, "_sum", coarse)
+    config = tiny_config("qwen3")
+    model = build(config)
+    assert plan_of_model(model, Mesh(tp=2), rules=_rules(), config=config)
+    model.set_dtype(mx.bfloat16)
+    with pytest.raises(ModelError, match=r"is rounded by .* in bfloat16, where .* is allowed"):
+        plan_of_model(model, Mesh(tp=2), rules=_rules(), config=config)
 
 
 def test_what_the_first_rules_get_wrong_is_split_otherwise() -> None:

@@ -6,6 +6,7 @@ import contextlib
 import io
 import re
 
+import mlx.core as mx
 import pytest
 
 from partita.core.mesh import Mesh
@@ -37,11 +38,12 @@ EXPECTED = {
 """Families that are not equal in parts, with what happens to them and a pattern of the reason; all others are equal."""
 
 
-def verdict(family: str) -> tuple[str, str]:
+def verdict(family: str, dtype: mx.Dtype) -> tuple[str, str]:
     """Whether a family is equal in parts, equal but for its cache, refused, or not to be built here; and why."""
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             model = build(tiny_config(family))
+        model.set_dtype(dtype)
         plan = plan_of_model(model, Mesh(pp=2))
     except ModelError as error:
         return "not built", str(error)
@@ -58,9 +60,10 @@ def verdict(family: str) -> tuple[str, str]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", families())
-def test_family(family: str) -> None:
-    what, why = verdict(family)
+def test_family(family: str, dtype: str) -> None:
+    what, why = verdict(family, getattr(mx, dtype))
     print(f"{family:24s} {what:14s} {why[:120]}")
     expected, reason = EXPECTED.get(family, ("equal", "^$"))
     assert what == expected, why

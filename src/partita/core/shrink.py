@@ -111,7 +111,7 @@ def _narrow(config: Mapping[str, Any], num_heads: int) -> dict[str, Any]:
         changes["head_dim"] = min(width, head_dim)
     whole = head_dim if type(head_dim) is int else hidden[0] // num_heads if hidden and num_heads else 0
     changes |= _small_rotary_sections(config, whole, width)
-    return changes | {key: min(value, width) for key, value in _numbers(config, ("rotary_dim",))}
+    return changes | {key: min(value, width) for key, value in _numbers(config, ("rotary_dim", "linear_head_dim"))}
 
 
 def _narrow_inside(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,15 +16,17 @@ from partita.core.mesh import Mesh
 from partita.core.model_spec import ModelSpec
 from partita.core.placement import Placement
 from partita.core.plan import Plan
+from partita.core.rounding import Measured
 from partita.core.rules import Rules, isolated_rules, partly_isolated_rules, without_vocabulary
 from partita.core.shrink import shrunk_configs
 from partita.errors import ModelError, PartitaError, PlanError
-from partita.mlx.apply import apply_plan
+from partita.mlx.apply import apply_plan, finish
 from partita.mlx.comm import Communicator
 from partita.mlx.compare import Difference, compare, generate_steps, gradients, main_output
 from partita.mlx.groups import single_groups
 from partita.mlx.hub import build, config_of, describe, rules_of, spec_of
 from partita.mlx.mlx_lm_internals import family_of
+from partita.mlx.rounding import compare_rounding, in_wide_dtype
 from partita.mlx.threads import run_as_threads
 from partita.mlx.tree import every_array
 
@@ -108,10 +111,11 @@ def prove(model: nn.Module, plan: Plan) -> None:
     """
     config = config_of(model)
     config.pop("quantization", None)
+    dtype = dtype_of(model)
     # Every switch of the config counts: a verdict on one is none on another.
-    key = (type(model), plan.mesh.tp, plan.spec.num_heads, json.dumps(config, sort_keys=True), plan.rules)
+    key = (type(model), plan.mesh.tp, plan.spec.num_heads, json.dumps(config, sort_keys=True), plan.rules, dtype)
     if key not in _proven:
-        _proven[key] = _measure(model, config, plan)
+        _proven[key] = _measure(model, config, plan, dtype)
     if _proven[key]:
         raise ModelError(_proven[key])
 
@@ -119,7 +123,7 @@ def prove(model: nn.Module, plan: Plan) -> None:
 _proven: dict[Any, str] = {}
 
 
-def _measure(model: nn.Module, config: Mapping[str, Any], plan: Plan) -> str:
+def _measure(model: nn.Module, config: Mapping[str, Any], plan: Plan, dtype: mx.Dtype) -> str:
     """Why the rules of `plan` are not right; nothing where they are."""
     try:
         # In a thread of its own, whose random numbers are not the user's.
@@ -128,15 +132,58 @@ def _measure(model: nn.Module, config: Mapping[str, Any], plan: Plan) -> str:
         return f"its rules were not measured, and they cannot be: {error}"
     try:
         spec = spec_of(small.model, {"model_type": plan.spec.family})
-        differences = compare_on_threads(small, Plan.make(spec, Mesh(tp=plan.mesh.tp), None, plan.rules))
+        small_plan = Plan.make(spec, Mesh(tp=plan.mesh.tp), None, plan.rules)
+        differences = compare_on_threads(small, small_plan)
     except (ModelError, PlanError) as error:
         return str(error)
     except Exception as error:
         return f"With its rules the forward fails: {describe(error)}"
     wrong = first_wrong(differences, TOLERANCES[small.dtype])
     if wrong is None:
-        return ""
+        return _rounding_difference(small, small_plan, dtype)
     return f"With its rules the {wrong.kind} {wrong.name} differs from the unsplit model's by {wrong.error:.1e}."
+
+
+def _rounding_difference(small: Small, plan: Plan, dtype: mx.Dtype) -> str:
+    """What a split rounds worse, or in another dtype, than a small model in the dtype of the large one, in words."""
+    unsplit = in_dtype(small, dtype)
+    if unsplit is None:
+        return ""  # MLX does not run the unsplit model in this dtype here, so that nothing can be equal to it.
+    name = str(dtype).removeprefix("mlx.core.")
+    try:
+        found = compare_rounding_on_threads(unsplit, plan, small.dtype)
+    except Exception as error:
+        return f"With its rules the forward fails in {name}: {describe(error)}"
+    for path, dtypes in found.dtypes.items():
+        return f"With its rules the output of {path} is {dtypes}."
+    for one in found.judged:
+        if not one.error <= one.allowed:
+            return (
+                f"With its rules the {one.kind} {one.name} is rounded by {one.error:.1e} in {name}, where {one.allowed:.1e} "
+                "is allowed."
+            )
+    return ""
+
+
+def in_dtype(small: Small, dtype: mx.Dtype) -> Small | None:
+    """A copy of a small model in a narrower dtype, and what it can do there; None where it does not run."""
+    if dtype.size >= small.dtype.size:
+        return None
+    model = copy.deepcopy(small.model)
+    model.set_dtype(dtype)
+    ids = sample_inputs(model)
+    if not runs(lambda model, ids: main_output(model(ids)), model, ids):
+        return None
+    return Small(model, dtype, small.backward and runs(gradients, model, ids), small.cached)
+
+
+def dtype_of(model: nn.Module) -> mx.Dtype:
+    """The dtype of most of a model's floating arrays; of a quantized one, that of its scales."""
+    counts = Counter({mx.float32: 0})
+    for array in every_array(model):
+        if mx.issubdtype(array.dtype, mx.floating):
+            counts[array.dtype] += array.size
+    return counts.most_common(1)[0][0]
 
 
 def first_wrong(differences: list[Difference], tolerance: float) -> Difference | None:
@@ -244,6 +291,20 @@ def compare_on_threads(small: Small, plan: Plan) -> list[Difference]:
         split = apply_plan(copy.deepcopy(small.model), plan, comm)
         unsplit = copy.deepcopy(small.model)
         return compare(unsplit, split, plan, groups, inputs, backward=small.backward, cached=small.cached)
+
+    return run_as_threads(plan.mesh.tp, one)[0]
+
+
+def compare_rounding_on_threads(small: Small, plan: Plan, wide: mx.Dtype) -> Measured:
+    """Split copies of a model by `plan` over threads, and compare their rounding with that of the model, against `wide`."""
+    inputs, exact = sample_inputs(small.model), in_wide_dtype(small.model, wide)
+    mx.eval(inputs, every_array(exact))
+
+    def one(comm: Communicator) -> Measured:
+        split = finish(apply_plan(copy.deepcopy(small.model), plan, comm), plan, single_groups(plan.mesh, tp=comm))
+        return compare_rounding(
+            copy.deepcopy(exact), copy.deepcopy(small.model), split, inputs, backward=small.backward
+        )
 
     return run_as_threads(plan.mesh.tp, one)[0]
 

@@ -24,12 +24,12 @@ def widest() -> mx.Dtype:
     return mx.float64 if mx.default_device() == mx.cpu else mx.float32
 
 
-def in_wide_dtype(model: nn.Module) -> nn.Module:
-    """A copy of an unsplit model, which must not be quantized, with the same weights in the widest dtype."""
+def in_wide_dtype(model: nn.Module, dtype: mx.Dtype | None = None) -> nn.Module:
+    """A copy of an unsplit model, which must not be quantized, with the same weights in `dtype`, by default the widest."""
     wide = copy.deepcopy(model)
     for home, key in parameter_homes(wide).values():
         if mx.issubdtype(home[key].dtype, mx.floating):
-            home[key] = home[key].astype(widest())
+            home[key] = home[key].astype(dtype or widest())
     return wide
 
 

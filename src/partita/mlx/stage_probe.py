@@ -23,7 +23,7 @@ from partita.mlx.comm import Communicator
 from partita.mlx.compare import CACHED_STEPS, FLOOR, generate_steps, gradients, main_output, relative_error
 from partita.mlx.hub import config_of, describe, spec_of
 from partita.mlx.mlx_lm_internals import make_cache
-from partita.mlx.probe import TOLERANCES, Small, sample_inputs, small_model
+from partita.mlx.probe import TOLERANCES, Small, dtype_of, in_dtype, sample_inputs, small_model
 from partita.mlx.stage import Message, run_stage
 from partita.mlx.threads import run_as_threads
 from partita.mlx.trainable import Trainable
@@ -55,9 +55,9 @@ def refuse_undecodable(model: nn.Module, plan: Plan) -> None:
         raise ModelError(f"{plan.spec.family} cannot generate over several stages: {reason} Use tp and pp=1.")
 
 
-def _key(model: nn.Module) -> tuple[Any, str]:
+def _key(model: nn.Module) -> tuple[Any, str, mx.Dtype]:
     cls: Any = getattr(type(model), "partita_unsplit", type(model))
-    return cls, json.dumps(_plain_config(model), sort_keys=True)
+    return cls, json.dumps(_plain_config(model), sort_keys=True), dtype_of(model)
 
 
 def _plain_config(model: nn.Module) -> dict[str, Any]:
@@ -68,10 +68,10 @@ def _plain_config(model: nn.Module) -> dict[str, Any]:
 
 def _measure(model: nn.Module, num_heads: int) -> tuple[str, str]:
     """Why the family of a model cannot be cut, and why it cannot generate when it is; nothing where it can."""
-    config = _plain_config(model)
+    config, dtype = _plain_config(model), dtype_of(model)
     try:
         # In a thread of its own, whose random numbers are not the user's.
-        (verdict,) = run_as_threads(1, lambda _: _verdict(type(model), config, num_heads))
+        (verdict,) = run_as_threads(1, lambda _: _verdict(type(model), config, num_heads, dtype))
     except PartitaError as error:
         return str(error), ""
     except Exception as error:
@@ -79,10 +79,13 @@ def _measure(model: nn.Module, num_heads: int) -> tuple[str, str]:
     return verdict
 
 
-def _verdict(cls: type[nn.Module], config: Mapping[str, Any], num_heads: int) -> tuple[str, str]:
+def _verdict(cls: type[nn.Module], config: Mapping[str, Any], num_heads: int, dtype: mx.Dtype) -> tuple[str, str]:
     small = small_model(cls, config, num_heads)
     parts = _Parts(small)
     reason = parts.difference()
+    narrow = None if reason else in_dtype(small, dtype)
+    if narrow is not None and (wrong := _Parts(narrow).difference()):
+        reason = f"in {str(dtype).removeprefix('mlx.core.')} {wrong}"
     if reason or not small.cached:
         return reason, ""
     try:
@@ -100,7 +103,9 @@ class _Parts:
             raise ModelError("no list of layers was found in it.")
         layers = [[LayerType.decoder] for _ in range(spec.num_layers)]
         layout = [[LayerType.embedding], *layers, [LayerType.loss]]
-        self.small, self.tolerance = small, TOLERANCES[small.dtype]
+        self.small = small
+        # Stages compute what the unsplit model does in the same order, but for the sum of a tied array's two gradients.
+        self.tolerance = TOLERANCES.get(small.dtype, 4 * float(mx.finfo(small.dtype).eps))
         self.plan = Plan.make(spec, Mesh(pp=len(layout)), layout, Rules(()))
         self.inputs = sample_inputs(small.model)
         self.parts = [
