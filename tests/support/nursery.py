@@ -1,7 +1,8 @@
 """Processes that have loaded an engine and fork ranks, each in milliseconds instead of the seconds that loading takes.
 
-There is one for each rank number, so that the ranks of a pool differ in the seed of their hashes as those of a run do: what
-iterates over a set in an order of its own on each rank is found. Without `pidfd_open` (outside Linux) a rank is a new process.
+There are two of each engine, one for even ranks and one for odd, so that neighbours in a pool differ in the seed of their
+hashes as the ranks of a run do: what iterates over a set in an order of its own on each rank is found. Without `pidfd_open`
+(outside Linux) a rank is a new process.
 """
 
 from __future__ import annotations
@@ -17,10 +18,18 @@ import subprocess
 import sys
 from typing import Any
 
+_MODELS = (
+    "transformers.models.llama.modeling_llama",
+    "transformers.models.auto.tokenization_auto",
+    "transformers.generation",
+)
 LOADED = {
-    "torch": ("partita.torch", "partita.torch.train", "transformers.modeling_utils", "tests.support.ranks"),
-    "mlx": ("partita.mlx", "partita.mlx.train", "tests.support.mlx_ranks"),
-}
+    "torch": ("partita.torch", "partita.torch.train", "tests.support.ranks", "peft", "pytest", *_MODELS),
+    "mlx": (
+        "partita.mlx", "partita.mlx.train", "tests.support.mlx_ranks", "mlx_lm.generate", "mlx_lm.tuner.utils", "pytest",
+        *_MODELS,
+    ),
+}  # fmt: skip
 """What the ranks of an engine find loaded."""
 
 
@@ -79,9 +88,10 @@ def start_rank(engine: str, rank: int, module: str, address: str, env: dict[str,
     arguments = [address, str(rank)]
     if not hasattr(os, "pidfd_open"):
         return subprocess.Popen([sys.executable, "-m", module, *arguments], env=env, cwd=folder)
-    nursery = _nurseries.get((engine, rank))
+    seed = rank % 2
+    nursery = _nurseries.get((engine, seed))
     if nursery is None or nursery.process.poll() is not None:
-        nursery = _nurseries[engine, rank] = Nursery(engine, env)
+        nursery = _nurseries[engine, seed] = Nursery(engine, env)
     return nursery.fork(module, arguments, env, folder)
 
 
