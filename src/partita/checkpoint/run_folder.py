@@ -5,7 +5,8 @@ runs/mine/
   config.json               the model's, for who only asks what it is
   step-000100/      model.safetensors, config.json, ..., optimizer.safetensors, training_state.json, manifest.json
   step-000200/
-  .step-000300.partial/     being written; it is no checkpoint until it is renamed
+  .lock                     names the run that writes here, see `run_lock`
+  .step-000300.9f3c01ab.partial/    being written by the run of that identifier; it is no checkpoint until it is renamed
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pathlib import Path
 from partita.checkpoint.durable import appear, failing_as, sync, write_whole
 from partita.checkpoint.header import reason
 from partita.checkpoint.manifest import MANIFEST_NAME, check_sizes, read_manifest
+from partita.checkpoint.run_lock import check_held
 from partita.errors import CheckpointError
 
 LATEST_NAME = "latest"
@@ -29,14 +31,20 @@ _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)
 """What file systems say that have no links; the last checkpoint is then the newest."""
 
 _STEP = re.compile(r"step-([0-9]{6,})")
-_LEFT_OVER = re.compile(r"\.step-[0-9]{6,}\.(partial|old)")
+_LEFT_OVER = re.compile(r"\.step-[0-9]{6,}(\.[0-9a-f]+)?\.(partial|old)")
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The checkpoints of one run."""
+    """The checkpoints of one run.
+
+    Attributes:
+        path: The folder.
+        run: The identifier of the run that writes, which holds the folder's lock; readers have none.
+    """
 
     path: Path
+    run: str = ""
 
     def step_folder(self, step: int) -> Path:
         """The checkpoint after `step` steps."""
@@ -44,7 +52,10 @@ class RunFolder:
 
     def partial(self, step: int) -> Path:
         """Where that checkpoint is written."""
-        return self.path / f".step-{step:06d}.partial"
+        return self._hidden(step, "partial")
+
+    def _hidden(self, step: int, what: str) -> Path:
+        return self.path / ".".join(["", f"step-{step:06d}", *([self.run] if self.run else []), what])
 
     def steps(self) -> list[int]:
         """The steps of which there are checkpoints, in order; whether they are whole is not looked at."""
@@ -78,7 +89,12 @@ class RunFolder:
         return folder
 
     def begin(self) -> None:
-        """Make the folder, and finish or remove what saves that were cut off have left in it. Raises CheckpointError."""
+        """Make the folder, and finish or remove what saves that were cut off have left in it.
+
+        Raises:
+            CheckpointError: The system refuses, or another run holds the lock.
+        """
+        self.check_held()
         with failing_as(self.path, "cannot be made"):
             self.path.mkdir(parents=True, exist_ok=True)
             for name in os.listdir(self.path):
@@ -92,9 +108,10 @@ class RunFolder:
         """Give the checkpoint that was written its place, let `latest` lead to it, and remove all but the newest `keep`.
 
         Raises:
-            CheckpointError: The system refuses. All older checkpoints are then still there.
+            CheckpointError: The system refuses, or another run holds the lock. All older checkpoints are then still there.
         """
-        place, old = self.step_folder(step), self.path / f".step-{step:06d}.old"
+        self.check_held()
+        place, old = self.step_folder(step), self._hidden(step, "old")
         with failing_as(place, "cannot be replaced"):
             if place.exists():
                 os.rename(place, old)
@@ -108,6 +125,11 @@ class RunFolder:
                 self._remove(one)
             sync(self.path)
         return place
+
+    def check_held(self) -> None:
+        """Raise CheckpointError where the run that writes has lost the folder's lock."""
+        if self.run:
+            check_held(self.path, self.run)
 
     def _point_to(self, place: Path) -> None:
         config = place / _CONFIG_NAME
@@ -148,7 +170,7 @@ class RunFolder:
 
     def _remove(self, step: int) -> None:
         """Take a checkpoint out of sight first, so that none is ever seen in part."""
-        old = self.path / f".step-{step:06d}.old"
+        old = self._hidden(step, "old")
         os.rename(self.step_folder(step), old)
         shutil.rmtree(old)
 

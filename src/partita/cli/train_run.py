@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from partita.checkpoint.run_lock import RunLock
 from partita.cli import rank
 from partita.cli.console import count, err, mesh_name, out, plural, print_json, sparkline
 from partita.cli.progress import loading, saved, saving, training
@@ -72,7 +74,11 @@ class TrainRun:
     saved: Path | None = None
 
     def train(self, watch: Callable[[Timeline], None] | None) -> None:
-        """Load, train and save."""
+        """Load, train and save, while no other run may use the folder."""
+        with RunLock(self.out, self.notes["run_id"]) if self.out is not None and rank.is_first() else nullcontext():
+            self._train(watch)
+
+    def _train(self, watch: Callable[[Timeline], None] | None) -> None:
         from partita.training import TrainSettings
 
         run: Any = importlib.import_module(f"partita.{self.engine}.train").train

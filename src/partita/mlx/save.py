@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ import mlx.nn as nn
 import numpy as np
 
 from partita.checkpoint.durable import appear, failing_as, partial_of, start_partial
+from partita.checkpoint.run_lock import RunLock
 from partita.checkpoint.unused import NOT_SAVED, Unused
 from partita.checkpoint.write import FilePlan, Writer, create_files, plan_files, refuse_weights, write_index
 from partita.core.plan import Plan
@@ -97,29 +99,34 @@ def write_together(
         write: Writes a rank's own parts; called on the first replica alone.
 
     Raises:
-        CheckpointError: The folder holds weights already, or cannot be written; on every rank.
+        CheckpointError: The folder holds weights already, another save is writing it, or it cannot be written; on every rank.
     """
-    try:
+    first = groups.rank == 0
+    with contextlib.ExitStack() as lock:
         with together(groups):
-            if groups.rank == 0:
-                with failing_as(path, "cannot be made"):
-                    refuse_weights(path)
-                partial = start_partial(path)
-                create_files(partial, files)
-                write_index(partial, files)
-                beside(partial)
-        partial = partial_of(path)
-        with together(groups):
-            if groups.dp.rank == 0:
-                with Writer(partial, files) as writer:
-                    write(writer)
-        with together(groups):
-            if groups.rank == 0:
-                appear(partial, path)
-    except Exception:
-        if groups.rank == 0:
-            shutil.rmtree(partial_of(path), ignore_errors=True)
-        raise
+            partial = partial_of(path)
+            if first:  # two saves to one place would write into the same files
+                lock.enter_context(RunLock(path, file=partial.with_name(f"{partial.name}.lock")))
+        try:
+            with together(groups):
+                if first:
+                    with failing_as(path, "cannot be made"):
+                        refuse_weights(path)
+                    start_partial(path)
+                    create_files(partial, files)
+                    write_index(partial, files)
+                    beside(partial)
+            with together(groups):
+                if groups.dp.rank == 0:
+                    with Writer(partial, files) as writer:
+                        write(writer)
+            with together(groups):
+                if first:
+                    appear(partial, path)
+        except Exception:
+            if first:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import shutil
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from partita.checkpoint.durable import appear, failing_as, partial_of, start_partial
+from partita.checkpoint.run_lock import RunLock
 from partita.checkpoint.unused import NOT_SAVED, Unused, announce_nothing
 from partita.checkpoint.write import FilePlan, Writer, create_files, plan_files, refuse_weights, write_index
 from partita.core.generation import FILE_NAME
@@ -99,30 +101,34 @@ def write_together(
         write: Writes a rank's own parts; called on the first replica alone.
 
     Raises:
-        CheckpointError: The folder holds weights already, or cannot be written; on every rank.
+        CheckpointError: The folder holds weights already, another save is writing it, or it cannot be written; on every rank.
     """
     first = is_first(groups)
-    try:
+    with contextlib.ExitStack() as lock:
         with together(groups):
+            partial = partial_of(path)
+            if first:  # two saves to one place would write into the same files
+                lock.enter_context(RunLock(path, file=partial.with_name(f"{partial.name}.lock")))
+        try:
+            with together(groups):
+                if first:
+                    with failing_as(path, "cannot be made"):
+                        refuse_weights(path)
+                    start_partial(path)
+                    create_files(partial, files)
+                    write_index(partial, files)
+                    beside(partial)
+            with together(groups):
+                if groups.dp.rank == 0:
+                    with Writer(partial, files) as writer:
+                        write(writer)
+            with together(groups):
+                if first:
+                    appear(partial, path)
+        except Exception:
             if first:
-                with failing_as(path, "cannot be made"):
-                    refuse_weights(path)
-                partial = start_partial(path)
-                create_files(partial, files)
-                write_index(partial, files)
-                beside(partial)
-        partial = partial_of(path)
-        with together(groups):
-            if groups.dp.rank == 0:
-                with Writer(partial, files) as writer:
-                    write(writer)
-        with together(groups):
-            if first:
-                appear(partial, path)
-    except Exception:
-        if first:
-            shutil.rmtree(partial_of(path), ignore_errors=True)
-        raise
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from partita.checkpoint.run_folder import RunFolder
+from partita.checkpoint.run_lock import RunLock
 from partita.checkpoint.write import FilePlan
 from partita.errors import CheckpointError, ModelError
 from partita.text import Tokenizer
@@ -126,7 +127,7 @@ def check_base(saves: Saves, *, adapted: bool) -> None:
 class Saver:
     """Keeps the checkpoints of a run; every rank has one and calls its methods at the same steps.
 
-    A context manager: leaving it ends what is under way, finished or not.
+    A context manager: leaving it ends what is under way, finished or not, and unlocks the run's folder.
     """
 
     def __init__(
@@ -140,7 +141,7 @@ class Saver:
         *,
         on_save: Callable[[SaveReport], None] | None = None,
     ) -> None:
-        """Make the run's folder.
+        """Make the run's folder and lock it.
 
         Args:
             saves: Where and how often.
@@ -152,23 +153,31 @@ class Saver:
             on_save: Told, on every rank, of each checkpoint that is whole.
 
         Raises:
-            CheckpointError: It cannot be made, or holds another run; on every rank.
+            CheckpointError: It cannot be made, holds another run, or another run holds its lock; on every rank.
         """
         self.saves, self.share, self.state, self.on_save = saves, share, state, on_save
         self.axes, self.rank, self.ranks = axes, rank, ranks
-        self.run = RunFolder(saves.folder)
         self.last_step = state.step
         self._write: BackgroundWrite | None = None
-        said = None
-        if rank == 0:
-            try:
-                self._refuse_another()
-                self.run.begin()
-            except CheckpointError as error:
-                said = str(error)
-        said = worst(axes, said)
-        if said is not None:
-            raise CheckpointError(said)
+        self._lock: RunLock | None = None
+        try:
+            said = None
+            if rank == 0:
+                try:
+                    self._lock = RunLock(saves.folder, saves.notes.get("run_id"))
+                    self._refuse_another()
+                    RunFolder(saves.folder, self._lock.run).begin()
+                except CheckpointError as error:
+                    said = str(error)
+            said = worst(axes, said)
+            if said is not None:
+                raise CheckpointError(said)
+            run = worst(axes, self._lock.run if self._lock is not None else None)
+        except BaseException:
+            self.close()
+            raise
+        assert run is not None
+        self.run = RunFolder(saves.folder, run)
 
     def after(self, step: int) -> None:
         """Called behind step `step`, counted from 1: hear of a save under way, and begin the next where it is due.
@@ -191,18 +200,20 @@ class Saver:
         self._settle(wait=True)
 
     def close(self) -> None:
-        """End what is under way, finished or not, without asking other ranks."""
+        """End what is under way, finished or not, without asking other ranks, and unlock the folder."""
         write, self._write = self._write, None
         if write is not None:
             write.stop()
             if self.rank == 0 and not write.is_done:
                 shutil.rmtree(write.job.partial, ignore_errors=True)
+        if self._lock is not None:
+            self._lock.release()
 
     def _refuse_another(self) -> None:
-        steps = self.run.steps()
+        steps = RunFolder(self.saves.folder).steps()
         if self.state.step == 0 and steps:
             raise CheckpointError(
-                f"{self.run.path}: holds a run already (its last checkpoint is of step {steps[-1]}). Resume it, or save "
+                f"{self.saves.folder}: holds a run already (its last checkpoint is of step {steps[-1]}). Resume it, or save "
                 "elsewhere."
             )
 
