@@ -83,7 +83,7 @@ def test_it_goes_on_as_if_it_had_not_been_stopped(partita: Run, place: Path, run
     alone = partita("train", *begin(place), "--json")
     assert alone.code == 0, alone.err
     shutil.rmtree(run / "step-000008")
-    said = partita("train", "--resume", "--out", str(run), "--json")
+    said = partita("train", "--resume", "--tp", "1", "--out", str(run), "--json")
     assert said.code == 0, said.err
     assert losses(said.out) == pytest.approx(losses(alone.out)[4:], rel=1e-5)
     assert RunFolder(run).steps() == [4, 8]
@@ -96,6 +96,8 @@ def test_more_steps_of_a_model_that_was_moved(partita: Run, place: Path, run: Pa
     said = partita(
         "train",
         "--resume",
+        "--tp",
+        "1",
         "--out",
         str(run),
         "--model",
@@ -118,12 +120,12 @@ def test_more_steps_of_a_model_that_was_moved(partita: Run, place: Path, run: Pa
 
 
 def test_one_that_was_ended_before_it_had_merged(partita: Run, run: Path) -> None:
-    done = partita("train", "--resume", "--out", str(run))
+    done = partita("train", "--resume", "--tp", "1", "--out", str(run))
     assert done.code == 2
     assert "all 8 steps of this run are done" in done.err
     before = load_file(run / "model.safetensors")
     (run / "model.safetensors").unlink()
-    said = partita("train", "--resume", "--out", str(run))
+    said = partita("train", "--resume", "--tp", "1", "--out", str(run))
     assert (said.code, said.out) == (0, f"saved to {run}\n"), said.err
     after = load_file(run / "model.safetensors")
     assert after.keys() == before.keys()
@@ -134,7 +136,7 @@ def test_the_other_engine_goes_on(partita: Run, place: Path, run: Path) -> None:
     pytest.importorskip("mlx_lm")
     expected = partita("train", *begin(place), "--json")
     shutil.rmtree(run / "step-000008")
-    by_mlx = partita("train", "--resume", "--out", str(run), "--engine", "mlx", "--json")
+    by_mlx = partita("train", "--resume", "--tp", "1", "--out", str(run), "--engine", "mlx", "--json")
     assert (expected.code, by_mlx.code) == (0, 0), by_mlx.err
     assert losses(by_mlx.out) == pytest.approx(losses(expected.out)[4:], rel=1e-5)
     assert RunFolder(run).steps() == [4, 8]
@@ -144,7 +146,9 @@ def test_the_other_engine_goes_on(partita: Run, place: Path, run: Path) -> None:
         "latest",
     }
     # And torch goes on with what it has written.
-    by_torch = partita("train", "--resume", "--out", str(run), "--engine", "torch", "--steps", "9", "--json")
+    by_torch = partita(
+        "train", "--resume", "--tp", "1", "--out", str(run), "--engine", "torch", "--steps", "9", "--json"
+    )
     assert by_torch.code == 0, by_torch.err
     assert partita("generate", str(run), "import", "--max-new-tokens", "1", "--engine", "torch").code == 0
 
@@ -176,7 +180,7 @@ def test_a_base_that_is_gone_or_another(partita: Run, place: Path, run: Path, tm
         ),
         (["--lora-rank", "2"], "the run began with --lora-rank 3, not --lora-rank 2. Leave it out."),
     ):
-        said = partita("train", "--resume", "--out", str(run), "--steps", "9", *given)
+        said = partita("train", "--resume", "--tp", "1", "--out", str(run), "--steps", "9", *given)
         assert (said.code, said.out) == (2, "")
         assert message in said.err
         assert said.err.count("\n") == 1

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 NOTED = ("config", "model", "dtype", "lora_rank")
 """Options that began a run, of which a resumed one has no use; they may be given again as they were."""
 
+LAYOUT = ("tp", "pp", "dp", "layout", "vpp", "schedule", "microbatches", "group_size")
+"""Options that say how the work is distributed. Where none is given, a resumed run has those of the command that began it."""
+
 KEPT = ("data", "save_every", "keep")
 """Options that are taken from the checkpoint unless they are given anew."""
 
@@ -78,6 +81,11 @@ def resumed_options(folder: Path, state: TrainingState, options: Mapping[str, An
     settings = {name: made[name] for name in asdict(state.settings) if name in made}
     state.refuse_other(settings, folder)
     return made
+
+
+def resumed_layout(state: TrainingState, options: Mapping[str, Any], given: set[str]) -> dict[str, Any]:
+    """Of a resumed run the options of `LAYOUT`: as on the command line if one of them is given there, else the run's own."""
+    return {**options, **({} if given & set(LAYOUT) else state.notes.get("layout") or {})}
 
 
 def _said(name: str, value: Any) -> str:

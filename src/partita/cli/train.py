@@ -27,7 +27,7 @@ from partita.cli.options import (
     VirtualStages,
     WeightsDtype,
 )
-from partita.cli.resume import NOTED, given_options, newest_state, resumed_options
+from partita.cli.resume import NOTED, given_options, newest_state, resumed_layout, resumed_options
 from partita.cli.stages import choose
 from partita.cli.timeline import check_file, show_timeline
 from partita.cli.train_run import TrainRun
@@ -110,7 +110,9 @@ def train(
         bool,
         typer.Option(
             "--resume",
-            help="Go on from the newest whole checkpoint in --out, on any layout and engine; all else is as it was.",
+            help="Resume the newest checkpoint in --out that is complete. Any layout and engine may continue it: with --tp, "
+            "--pp, --dp, --layout, --vpp, --schedule, --microbatches or --group-size the layout is what these say, without "
+            "them the run's own.",
             rich_help_panel=CHECKPOINTS,
         ),
     ] = False,
@@ -200,10 +202,12 @@ def train(
     """Train a model split over ranks and save it unsplit, as Hugging Face does."""
     from partita.training import TrainSettings, texts
 
-    mesh = Mesh(dp=dp, pp=pp, tp=tp)
     is_restarted = elastic.goes_on(out_folder)
-    if is_restarted:
-        resume, mesh = True, elastic.fitted(mesh)
+    resume = resume or is_restarted
+    places: dict[str, Any] = {
+        "tp": tp, "pp": pp, "dp": dp, "layout": layout, "vpp": vpp, "schedule": schedule, "microbatches": microbatches,
+        "group_size": group_size,
+    }  # fmt: skip
     options: dict[str, Any] = {
         "steps": steps, "batch_size": batch_size, "sequence_length": sequence_length, "learning_rate": learning_rate,
         "warmup_steps": warmup_steps, "weight_decay": weight_decay, "clip_norm": clip_norm, "seed": seed,
@@ -217,7 +221,9 @@ def train(
         from partita.training.state import kept_settings
 
         found, state = newest_state(out_folder)
-        made = resumed_options(found, state, {**options, **notes}, given_options(ctx))
+        given = given_options(ctx)
+        made = resumed_options(found, state, {**options, **notes}, given)
+        places = resumed_layout(state, places, given)
         options = {**kept_settings(state.settings), **{name: made[name] for name in options}}
         notes = {**{name: made[name] for name in notes}, **{name: state.notes.get(name) for name in NOTED}}
         source = str(found)
@@ -231,11 +237,16 @@ def train(
         source = _source(config, model)
     if not notes["data"]:
         raise ModelError("there is nothing to train on. Give --data: a text file, a folder of them, or `stdlib`.")
+    mesh = Mesh(dp=places["dp"], pp=places["pp"], tp=places["tp"])
+    if is_restarted:
+        mesh = elastic.fitted(mesh)
+    notes["layout"] = {**places, "dp": mesh.dp}
     stages = choose(
-        mesh, layout, vpp, schedule, batch_size=options["batch_size"], microbatches=microbatches, group_size=group_size
-    )
+        mesh, places["layout"], places["vpp"], places["schedule"], batch_size=options["batch_size"],
+        microbatches=places["microbatches"], group_size=places["group_size"],
+    )  # fmt: skip
     name = choose_engine(engine)
-    check_early(source, mesh, layout, stages.vpp, stages.placement, engine=name)
+    check_early(source, mesh, stages.layout, stages.vpp, stages.placement, engine=name)
     goes_on_whole = resume and notes["lora_rank"] is None
     where = {**stages.plan, "dtype": None if goes_on_whole else notes["dtype"], "device": device}
     if name == "mlx":

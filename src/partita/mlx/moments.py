@@ -20,8 +20,10 @@ from partita.mlx.homes import Ranges
 from partita.mlx.names import DTYPES, Box
 from partita.mlx.optimizer import AdamW
 from partita.mlx.origin import Origin
+from partita.mlx.together import together
 from partita.mlx.trainable import Trainable
-from partita.training.saving import MOMENTS
+from partita.training.resume import refuse_left_out
+from partita.training.saving import MOMENTS, moments_in
 
 _BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
@@ -32,7 +34,7 @@ def moments_of(optimizer: AdamW) -> dict[str, dict[str, mx.array]]:
 
 
 def restore_optimizer(model: nn.Module, trainable: Trainable, optimizer: AdamW, folder: Path, step: int) -> None:
-    """Give an optimizer the state that it had after `step` steps.
+    """Give an optimizer the state that it had after `step` steps; every rank calls it.
 
     Args:
         model: What it trains, in any layout, loaded from the same checkpoint.
@@ -42,14 +44,18 @@ def restore_optimizer(model: nn.Module, trainable: Trainable, optimizer: AdamW, 
         step: Its steps.
 
     Raises:
-        CheckpointError: The checkpoint has no such state, or not of all parameters.
+        CheckpointError: The checkpoint has no such state, or not of all parameters, or of some that the model leaves out.
     """
     plan, groups = plan_of(model)
     origin: Origin = model.partita_origin
-    adapters = adapter_places(model)
-    boxes, checkpoint = origin.boxes() | dict(adapters.boxes), open_checkpoint(folder, stem=OPTIMIZER)
-    optimizer.steps = step
-    with Reader(checkpoint) as reader:
+    with together(groups):
+        adapters = adapter_places(model)
+        boxes, checkpoint = origin.boxes() | dict(adapters.boxes), open_checkpoint(folder, stem=OPTIMIZER)
+    mine = sorted({box.name for name in trainable.names for box in boxes[name]})
+    now = [name for names in groups.pp.all_gather_object(mine) for name in names]
+    with together(groups), Reader(checkpoint) as reader:
+        refuse_left_out(folder, moments_in(checkpoint, MOMENTS[0]), now)
+        optimizer.steps = step
         for kind, moments in moments_of(optimizer).items():
             for name, (home, key) in trainable.homes.items():
                 array = home[key]

@@ -37,10 +37,10 @@ def prove_stages(model: nn.Module, plan: Plan) -> None:
     Raises:
         ModelError: The stages together do not give what the unsplit model gives, or cannot be tried.
     """
-    if plan.num_stages == 1:
-        return
     if plan.num_mtp:
         raise ModelError("mlx-lm's models have no multi-token prediction. Leave `m` out of the layout.")
+    if plan.num_stages == 1:
+        return
     key = _key(model)
     if key not in _verdicts:
         _verdicts[key] = _measure(model, plan.spec.num_heads)

@@ -19,11 +19,13 @@ from partita.errors import CheckpointError
 from partita.torch.apply import local_tensors, plan_of
 from partita.torch.fill import CheckpointFill
 from partita.torch.groups import ParallelGroups
+from partita.torch.mtp import repeated_pieces
 from partita.torch.names import Source, sources_for_reading
 from partita.torch.peft_format import adapter_cut, adapter_sources, adapter_tensors
 from partita.torch.save import unsplit_on_meta
 from partita.torch.together import together
-from partita.training.saving import MOMENTS
+from partita.training.resume import refuse_left_out
+from partita.training.saving import MOMENTS, moments_in
 
 
 def trained_tensors(model: nn.Module, plan: Plan) -> dict[str, Tensor]:
@@ -55,7 +57,7 @@ def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer | None,
         step: Its steps.
 
     Raises:
-        CheckpointError: The checkpoint has no such state, or not of all parameters.
+        CheckpointError: The checkpoint has no such state, or not of all parameters, or of some that the model leaves out.
     """
     plan, groups = plan_of(model)
     with together(groups):
@@ -63,6 +65,10 @@ def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer | None,
         trained = trained_tensors(model, plan)
         unsplit, sources = _sources(model, plan, groups, trained, folder)
         inner, held = held_by(optimizer)
+        now = {one for name in trained for one in _names_on_disk(name, sources)} | _repeated_names(unsplit, plan)
+    now = {name for names in groups.pp.comm.all_gather_object(sorted(now)) for name in names}  # type: ignore[attr-defined]
+    with together(groups):
+        refuse_left_out(folder, moments_in(moments, MOMENTS[0]), now)
         with Reader(moments) as reader:
             for kind in MOMENTS:
                 part = _Kind(reader, moments, kind)
@@ -91,13 +97,24 @@ def _sources(
 
 
 def _check(folder: Path, kind: str, name: str, sources: Mapping[str, Source], infos: Mapping[str, TensorInfo]) -> None:
-    source = sources.get(name, Source())
-    wanted = [piece.name for piece in source.pieces] or [one for one, _ in source.inputs] or [name]
-    missing = [one for one in wanted if one not in infos]
+    missing = [one for one in _names_on_disk(name, sources) if one not in infos]
     if missing:
         raise CheckpointError(
             f"{folder}: has no {kind}.{missing[0]}, so {name} was not trained in that run. Train what it trained."
         )
+
+
+def _names_on_disk(name: str, sources: Mapping[str, Source]) -> list[str]:
+    source = sources.get(name, Source())
+    return [piece.name for piece in source.pieces] or [one for one, _ in source.inputs] or [name]
+
+
+def _repeated_names(unsplit: nn.Module, plan: Plan) -> set[str]:
+    """What a checkpoint repeats for layers of multi-token prediction."""
+    if plan.num_mtp == 0 or not dict(unsplit.named_parameters()):
+        return set()
+    pieces = repeated_pieces(unsplit, plan, dict.fromkeys(plan.spec.tensors, ()))
+    return {piece.name for made in pieces.values() for piece in made}
 
 
 @dataclass(frozen=True)
@@ -110,8 +127,7 @@ class _Kind:
 
     @functools.cached_property
     def infos(self) -> dict[str, TensorInfo]:
-        head = f"{self.kind}."
-        return {n.removeprefix(head): info for n, info in self.checkpoint.tensors.items() if n.startswith(head)}
+        return moments_in(self.checkpoint, self.kind)
 
     def read(self, name: str, ranges_by_dim: Sequence[Sequence[Range]], out: memoryview) -> None:
         self.reader.read(f"{self.kind}.{name}", ranges_by_dim, out)

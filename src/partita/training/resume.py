@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from partita.checkpoint.manifest import check_contents, check_sizes, read_manifest
@@ -60,3 +60,15 @@ def _fault(folder: Path, rank: int, ranks: int, verify: bool) -> str | None:
     except CheckpointError as error:
         return str(error)
     return None
+
+
+def refuse_left_out(folder: Path, trained_then: Collection[str], trained_now: Collection[str]) -> None:
+    """Raise CheckpointError where a run that goes on from `folder` would leave out tensors, by their names on disk."""
+    left_out = sorted(set(trained_then) - set(trained_now))
+    if left_out:
+        more = f" and {len(left_out) - 1} more" if len(left_out) > 1 else ""
+        raise CheckpointError(
+            f"{folder}: the run trained {left_out[0]}{more}, which the model leaves out as it is loaded here. Load it with the "
+            "run's layout (--layout, with an `m` for each layer of multi-token prediction) and on its engine, and freeze "
+            "nothing."
+        )

@@ -16,6 +16,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from partita.checkpoint.header import TensorInfo
+from partita.checkpoint.index import Checkpoint
 from partita.checkpoint.run_folder import RunFolder
 from partita.checkpoint.run_lock import RunLock
 from partita.checkpoint.write import FilePlan
@@ -266,3 +268,9 @@ def _report(write: BackgroundWrite) -> SaveReport:
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """AdamW's means of a parameter's gradients and of their squares, as they are called on disk before its name: torch's words."""
+
+
+def moments_in(checkpoint: Checkpoint, kind: str) -> dict[str, TensorInfo]:
+    """The tensors of one of `MOMENTS` in a checkpoint, by their parameters' names."""
+    head = f"{kind}."
+    return {name.removeprefix(head): info for name, info in checkpoint.tensors.items() if name.startswith(head)}
