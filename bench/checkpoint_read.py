@@ -106,7 +106,7 @@ def _ours(folder: Path, with_moments: bool, *, verify: bool) -> dict[str, Any]:
     if with_moments:
         optimizer = make_optimizer(model, TrainSettings(), groups)
         assert optimizer is not None
-        moments.restore_optimizer(model, optimizer, folder, 1)
+        moments.restore_optimizer(model, optimizer, folder)
         for kind in MOMENTS:
             found |= {f"{kind}.{name}": optimizer.state[tensor][kind] for name, tensor in parameters.items()}
     return found

@@ -76,6 +76,9 @@ class Rows:
         ranges = [[self.rows], [(0, COLUMNS)]]
         return self.parts([Part(name, ranges, memoryview(data.tobytes())) for name in ("w", "exp_avg.w")])
 
+    def counts(self, step: int) -> dict[str, int]:
+        return {}
+
 
 def on_ranks(ranks: int, work: Callable[[int, Any], Any]) -> list[Any]:
     """What `work(rank, comm)` returns or raises on each of so many threads."""

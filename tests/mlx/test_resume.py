@@ -95,7 +95,7 @@ def write_again(source: str, mesh: Mesh, folder: str) -> None:
     model = load(source, dp=dp, pp=pp, tp=tp, groups=single_groups() if mesh == ALONE else None)
     trainable, optimizer = Trainable(model), AdamW(SETTINGS.weight_decay, SETTINGS.epsilon)
     state = read_state(Path(source))
-    restore_optimizer(model, trainable, optimizer, Path(source), state.step)
+    restore_optimizer(model, trainable, optimizer, Path(source))
     with make_saver(model, trainable, optimizer, Saves(Path(folder), every=1, max_shard_bytes=60_000), state) as saver:
         saver.after(state.step)
         saver.wait()

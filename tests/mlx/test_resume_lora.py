@@ -107,7 +107,7 @@ def write_again(base: str, mesh: Mesh, source: str, folder: str) -> None:
     load_adapters(model, source)
     trainable, optimizer = Trainable(model), AdamW(SETTINGS.weight_decay, SETTINGS.epsilon)
     state = read_state(Path(source))
-    restore_optimizer(model, trainable, optimizer, Path(source), state.step)
+    restore_optimizer(model, trainable, optimizer, Path(source))
     with make_saver(model, trainable, optimizer, Saves(Path(folder), every=1, base=base), state) as saver:
         saver.after(state.step)
         saver.wait()

@@ -166,7 +166,7 @@ def write_again(layout: Layout, source: str, folder: str) -> None:
     settings = replace(SETTINGS, zero=layout.get("zero", False))
     optimizer = make_optimizer(model, settings, groups)
     state = read_state(Path(source))
-    restore_optimizer(model, optimizer, Path(source), state.step)
+    restore_optimizer(model, optimizer, Path(source))
     saves = Saves(Path(folder), every=1, max_shard_bytes=60_000)
     with make_saver(model, optimizer, saves, state) as saver:
         saver.after(state.step)

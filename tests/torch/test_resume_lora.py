@@ -170,7 +170,7 @@ def write_again(layout: Layout, base: str, source: str, folder: str) -> None:
     load_adapters(model, source)
     optimizer = make_optimizer(model, settings_of(layout), plan_of(model)[1])
     state = read_state(Path(source))
-    restore_optimizer(model, optimizer, Path(source), state.step)
+    restore_optimizer(model, optimizer, Path(source))
     with make_saver(model, optimizer, Saves(Path(folder), every=1, base=base), state) as saver:
         saver.after(state.step)
         saver.wait()

@@ -24,6 +24,7 @@ from partita.mlx.together import together
 from partita.mlx.trainable import Trainable
 from partita.training.resume import refuse_left_out
 from partita.training.saving import MOMENTS, moments_in
+from partita.training.state import read_state
 
 _BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
@@ -33,15 +34,14 @@ def moments_of(optimizer: AdamW) -> dict[str, dict[str, mx.array]]:
     return dict(zip(MOMENTS, (optimizer.means, optimizer.squares), strict=True))
 
 
-def restore_optimizer(model: nn.Module, trainable: Trainable, optimizer: AdamW, folder: Path, step: int) -> None:
-    """Give an optimizer the state that it had after `step` steps; every rank calls it.
+def restore_optimizer(model: nn.Module, trainable: Trainable, optimizer: AdamW, folder: Path) -> None:
+    """Give an optimizer the state that it had when a checkpoint was written; every rank calls it.
 
     Args:
         model: What it trains, in any layout, loaded from the same checkpoint.
         trainable: What of it.
         optimizer: One that has not stepped yet.
         folder: The checkpoint.
-        step: Its steps.
 
     Raises:
         CheckpointError: The checkpoint has no such state, or not of all parameters, or of some that the model leaves out.
@@ -51,11 +51,12 @@ def restore_optimizer(model: nn.Module, trainable: Trainable, optimizer: AdamW, 
     with together(groups):
         adapters = adapter_places(model)
         boxes, checkpoint = origin.boxes() | dict(adapters.boxes), open_checkpoint(folder, stem=OPTIMIZER)
+        run = read_state(folder)
     mine = sorted({box.name for name in trainable.names for box in boxes[name]})
     now = [name for names in groups.pp.all_gather_object(mine) for name in names]
     with together(groups), Reader(checkpoint) as reader:
         refuse_left_out(folder, moments_in(checkpoint, MOMENTS[0]), now)
-        optimizer.steps = step
+        optimizer.steps = {name: run.count(name, [box.name for box in boxes[name]]) for name in trainable.names}
         for kind, moments in moments_of(optimizer).items():
             for name, (home, key) in trainable.homes.items():
                 array = home[key]

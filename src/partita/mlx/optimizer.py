@@ -22,24 +22,24 @@ class AdamW:
     Attributes:
         weight_decay: Of arrays of two dimensions or more.
         epsilon: Added to what is divided by.
-        steps: Steps done.
+        steps: Steps done, by name. They differ only after a run of torch, where an array may be without a gradient for a while.
         means: Running means of the gradients, by name.
         squares: Running means of their squares.
     """
 
     weight_decay: float
     epsilon: float
-    steps: int = 0
+    steps: dict[str, int] = field(default_factory=dict)
     means: dict[str, mx.array] = field(default_factory=dict)
     squares: dict[str, mx.array] = field(default_factory=dict)
 
     def step(self, trainable: Trainable, gradients: Mapping[str, mx.array], learning_rate: float) -> None:
         """Give the model new parameters, evaluated one at a time."""
-        self.steps += 1
         beta1, beta2 = BETAS
-        size = learning_rate / (1 - beta1**self.steps)
-        scale = (1 - beta2**self.steps) ** 0.5
         for name, (home, key) in trainable.homes.items():
+            steps = self.steps[name] = self.steps.get(name, 0) + 1
+            size = learning_rate / (1 - beta1**steps)
+            scale = (1 - beta2**steps) ** 0.5
             gradient = gradients[name]
             mean = self.means.get(name, mx.zeros_like(gradient))
             square = self.squares.get(name, mx.zeros_like(gradient))

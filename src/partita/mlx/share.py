@@ -89,6 +89,14 @@ class Share:
             parts += [Part(*piece) for piece in pieces]
         return parts
 
+    def counts(self, step: int) -> dict[str, int]:
+        """AdamW's steps of what this rank trains, by the names on disk, where they are not `step`."""
+        counts: dict[str, int] = {}
+        for name in self.disk.own(self.model, self.plan, self.groups).keys() & self.trainable.homes.keys():
+            count = self.optimizer.steps.get(name, 0)
+            counts |= {box.name: count for box in self.disk.boxes[name] if count != step}
+        return counts
+
 
 def _refuse_others(names: set[str]) -> None:
     if names:

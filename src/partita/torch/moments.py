@@ -26,6 +26,7 @@ from partita.torch.save import unsplit_on_meta
 from partita.torch.together import together
 from partita.training.resume import refuse_left_out
 from partita.training.saving import MOMENTS, moments_in
+from partita.training.state import read_state
 
 
 def trained_tensors(model: nn.Module, plan: Plan) -> dict[str, Tensor]:
@@ -47,21 +48,20 @@ def held_by(optimizer: torch.optim.Optimizer | None) -> tuple[torch.optim.Optimi
     return inner, {id(parameter) for group in groups for parameter in group["params"]}
 
 
-def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer | None, folder: Path, step: int) -> None:
-    """Give an optimizer that has not stepped yet the state that it had after `step` steps; every rank calls it.
+def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer | None, folder: Path) -> None:
+    """Give an optimizer that has not stepped yet the state that it had when a checkpoint was written; every rank calls it.
 
     Args:
         model: What it trains, in any layout, loaded from the same checkpoint.
         optimizer: AdamW, or ZeRO's around it; None on a rank that trains nothing.
         folder: The checkpoint.
-        step: Its steps.
 
     Raises:
         CheckpointError: The checkpoint has no such state, or not of all parameters, or of some that the model leaves out.
     """
     plan, groups = plan_of(model)
     with together(groups):
-        moments = open_checkpoint(folder, stem=OPTIMIZER)
+        moments, run = open_checkpoint(folder, stem=OPTIMIZER), read_state(folder)
         trained = trained_tensors(model, plan)
         unsplit, sources = _sources(model, plan, groups, trained, folder)
         inner, held = held_by(optimizer)
@@ -77,7 +77,9 @@ def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer | None,
                     if inner is not None and id(tensor) in held:
                         _check(folder, kind, name, sources, part.infos)
                         state = inner.state[tensor]
-                        state["step"] = torch.tensor(float(step), dtype=torch.float32)
+                        state["step"] = torch.tensor(
+                            float(run.count(name, _names_on_disk(name, sources))), dtype=torch.float32
+                        )
                         state[kind] = torch.zeros_like(tensor, memory_format=torch.preserve_format).detach()
                         cut = (
                             plan.tensor(name) if name in plan.spec.tensors else adapter_cut(name, tensor, plan, groups)

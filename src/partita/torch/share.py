@@ -50,8 +50,10 @@ class Share:
             adapters_on_disk(model, place_of(saves.base)) if saves.base is not None else on_disk(model)
         )
         self.zero = hasattr(optimizer, "optim")
+        mine = trained_tensors(model, self.plan)
+        self.trained = {id(tensor) for tensor in mine.values()}  # whatever is frozen later, for a while
         trained: set[str] = set()
-        for names in self.groups.pp.comm.all_gather_object(list(trained_tensors(model, self.plan))):
+        for names in self.groups.pp.comm.all_gather_object(list(mine)):
             trained |= set(names)  # type: ignore[call-overload]
         with together(self.groups):
             if adapted:
@@ -92,16 +94,26 @@ class Share:
             parts += [Part(*piece) for piece in self.unused.pieces(self.reader, rank, mesh.size)]
         return parts
 
+    def counts(self, step: int) -> dict[str, int]:
+        """AdamW's steps of what this rank trains, by the names on disk, where they are not `step`."""
+        inner, held = held_by(self.optimizer)
+        counts: dict[str, int] = {}
+        for name, tensor in self.disk.own(self.model, self.plan, self.groups).items():
+            if inner is not None and id(tensor) in held:
+                # What never had a gradient has no state yet.
+                count = int(inner.state.get(tensor, {}).get("step", 0))
+                counts |= {piece.name: count for piece in self.disk.pieces[name] if count != step}
+        return counts
+
     def _parts(self) -> Iterator[tuple[str, list[list[tuple[int, int]]], Tensor, Tensor]]:
         plan, groups = self.plan, self.groups
         inner, held = held_by(self.optimizer)
-        trained = {id(tensor) for tensor in trained_tensors(self.model, plan).values()}
         for index, (name, tensor) in enumerate(self.disk.own(self.model, plan, groups).items()):
             mine = index % groups.dp.world_size == groups.dp.rank
             if mine:
                 for piece, take, part in self.disk.parts(name, tensor, plan, groups):
                     yield piece, take, part, tensor
-            if id(tensor) not in trained or not (id(tensor) in held if self.zero else mine):
+            if id(tensor) not in self.trained or not (id(tensor) in held if self.zero else mine):
                 continue
             state = inner.state.get(tensor, {}) if inner is not None else {}
             for kind in MOMENTS:

@@ -99,7 +99,7 @@ def train(
         folder = Path(resume)
         with together(groups):
             run = run.at(read_state(folder).go_on(run, folder))
-        restore_optimizer(model, optimizer, folder, run.step)
+        restore_optimizer(model, optimizer, folder)
     saver = make_saver(model, optimizer, saves, run, on_save) if saves is not None else None
     model.train()
     reports = []

@@ -92,6 +92,9 @@ class Share(Protocol):
     def copy(self) -> list[Part]:
         """The present values of all that this rank writes."""
 
+    def counts(self, step: int) -> dict[str, int]:
+        """AdamW's steps of what this rank trains, by the names on disk, where they are not `step`."""
+
 
 def state_of(settings: TrainSettings, text: np.ndarray[Any, Any], saves: Saves | None) -> TrainingState:
     """The state of a run that has not begun, with what its checkpoints are to say.
@@ -228,12 +231,20 @@ class Saver:
     def _begin(self, step: int) -> None:
         start_s = time.perf_counter()
         self._settle(wait=True)
+        state = self.state.at(step, self._counts(step))
         job = Job(
             self.run, step, self.saves.keep, self.rank, self.ranks, self.share.files, self.share.copy(),
-            {**self.share.beside, STATE_NAME: self.state.at(step).to_json().encode()},
+            {**self.share.beside, STATE_NAME: state.to_json().encode()},
         )  # fmt: skip
         self.last_step = step
         self._write = BackgroundWrite(job, time.perf_counter() - start_s)
+
+    def _counts(self, step: int) -> dict[str, int]:
+        """AdamW's steps of tensors on all ranks, where they are not `step`."""
+        counts = self.share.counts(step)
+        for comm in self.axes:
+            counts = {name: count for theirs in comm.all_gather_object(counts) for name, count in theirs.items()}
+        return counts
 
     def _settle(self, *, wait: bool = False) -> None:
         """Hear how the save under way stands on all ranks; to `wait` for its end is to hold training up."""

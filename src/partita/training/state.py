@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -36,6 +36,7 @@ class TrainingState:
         digest: SHA-256 of the text's ids, little-endian int64.
         notes: What the caller wants to find again, such as where the text came from; not compared.
         base: The model that adapters are trained on, None where the whole model is.
+        counts: AdamW's steps of each tensor, by its name on disk, where they are not the run's: it had no gradient in some.
     """
 
     step: int
@@ -44,6 +45,7 @@ class TrainingState:
     digest: str
     notes: Mapping[str, Any]
     base: Base | None = None
+    counts: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -62,9 +64,27 @@ class TrainingState:
         """The position in the data: sequences seen."""
         return self.step * self.settings.batch_size
 
-    def at(self, step: int) -> TrainingState:
-        """The same run after `step` steps."""
-        return replace(self, step=step)
+    def at(self, step: int, counts: Mapping[str, int] | None = None) -> TrainingState:
+        """The same run after `step` steps, of which some tensors had the `counts` only."""
+        return replace(self, step=step, counts=dict(counts or {}))
+
+    def count(self, name: str, on_disk: Collection[str]) -> int:
+        """AdamW's steps of a tensor of a model.
+
+        Args:
+            name: The model's name of it.
+            on_disk: The names of what it is made of.
+
+        Raises:
+            CheckpointError: Its parts have been stepped differently.
+        """
+        counts = {self.counts.get(one, self.step) for one in on_disk}
+        if len(counts) > 1:
+            raise CheckpointError(
+                f"{name} is made of tensors that must have one count of optimizer steps, but have {sorted(counts)}. Resume an "
+                "older checkpoint: this one was changed."
+            )
+        return counts.pop()
 
     def go_on(self, run: TrainingState, folder: Path) -> int:
         """Of a state that was read from `folder`: the step from which `run`, which has not begun, goes on.
@@ -107,6 +127,7 @@ class TrainingState:
             "settings": {"steps": self.settings.steps, **kept_settings(self.settings)},
             "data": {"tokens": self.tokens, "sha256": self.digest, "sequences": self.sequences},
             **({"base": asdict(self.base)} if self.base is not None else {}),
+            **({"optimizer_steps": dict(sorted(self.counts.items()))} if self.counts else {}),
             "notes": dict(self.notes),
         }
         return json.dumps(data, indent=2) + "\n"
@@ -146,6 +167,7 @@ def read_state(folder: Path) -> TrainingState:
         return TrainingState(
             int(data["step"]), TrainSettings(**data["settings"]), int(data["data"]["tokens"]),
             str(data["data"]["sha256"]), dict(data["notes"]), Base(**data["base"]) if "base" in data else None,
+            {str(name): int(count) for name, count in data.get("optimizer_steps", {}).items()},
         )  # fmt: skip
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{file}: is incomplete or changed: {type(error).__name__} at {error}") from error
