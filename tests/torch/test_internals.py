@@ -31,6 +31,7 @@ PRIVATE = {
     "past_key_values", "cache_params", "has_previous_state", "_experts_implementation", "_attn_implementation",
     "_is_stateful", "_is_hf_initialized", "initialize_weights", "_from_config", "_get_dtype_plan", "base_model_tp_plan",
     "base_model_prefix", "all_tied_weights_keys", "get_text_config", "add_tensor", "get_model_conversion_mapping",
+    "_update_model_kwargs_for_generation", "max_seq_len_cached", "original_max_seq_len",
 }  # fmt: skip
 """Names that have changed between versions, or that may."""
 

@@ -28,7 +28,15 @@ from partita.torch.head import likeliest, local_logits
 from partita.torch.pipeline import Pipeline
 from partita.torch.stage_probe import refuse_undecodable
 from partita.torch.towers import refuse_forbidden
-from partita.torch.transformers_internals import cache_argument, first_positions, is_plain_attention, is_stateful
+from partita.torch.transformers_internals import (
+    advance,
+    first_positions,
+    fixed_positions,
+    forget_lengths,
+    is_plain_attention,
+    is_stateful,
+    next_inputs,
+)
 
 _IDS = 1 << 20
 """Tags of messages with token ids begin here, one a group of sequences, apart from those with hidden states."""
@@ -89,6 +97,7 @@ def generate(
     alone = [special[i : i + plan.mesh.pp] for i in range(0, len(special), plan.mesh.pp)]
     for batch in _batches(model, plain) + alone:
         together = max(1, len(batch) // plan.mesh.pp)
+        forget_lengths(model)
         with decoding(model, together, max(s.limit for s in batch)), torch.inference_mode():
             _Run(model, batch, choice, tokenizer, listener, more).run()
     model.train(was_training)
@@ -154,18 +163,32 @@ def _more_inputs(
 
 
 def _batches(model: nn.Module, sequences: list[Sequence]) -> list[list[Sequence]]:
-    """All at once, padded on the left; one length at a time where the model cannot be told of padding."""
+    """All at once, padded on the left; one length at a time where padding would change what a sequence is continued with."""
     if not sequences:
         return []
-    # The plain attention of transformers narrows a float64 mask to float32, where a padded row becomes not a number.
-    wide = next((p.dtype for p in model.parameters()), None) == torch.float64
-    overflows = wide and is_plain_attention(model)
-    if "attention_mask" in _takes(model) and not is_stateful(model) and not overflows:
+    longest = max(len(s.prompt) + s.limit for s in sequences)
+    if _can_pad(model, longest):
         return [sequences]
     lengths: dict[int, list[Sequence]] = {}
     for sequence in sequences:
         lengths.setdefault(len(sequence.prompt), []).append(sequence)
     return list(lengths.values())
+
+
+def _can_pad(model: nn.Module, longest: int) -> bool:
+    """Whether each of several padded texts, the longest of `longest` tokens, is computed as it is alone."""
+    if "attention_mask" not in _takes(model) or is_stateful(model):
+        return False
+    # The plain attention of transformers narrows a float64 mask to float32, where a padded row becomes not a number.
+    wide = next((p.dtype for p in model.parameters()), None) == torch.float64
+    if wide and is_plain_attention(model):
+        return False
+    # The frequencies of all rows are those of the longest.
+    fixed = fixed_positions(model.config)
+    if fixed is not None and longest > fixed:
+        return False
+    padded = _Group(model, [Sequence(0, [0], 1), Sequence(1, [0, 0], 1)], torch.device("cpu"), {})
+    return {"attention_mask", "position_ids"} <= padded.inputs(0).keys()
 
 
 def _takes(model: nn.Module) -> SetOf[str]:
@@ -178,47 +201,64 @@ class _Group:
     def __init__(
         self, model: nn.Module, sequences: list[Sequence], device: torch.device, more: Mapping[str, Tensor]
     ) -> None:
-        self.sequences = sequences
-        self.takes, self.cache_name = _takes(model), cache_argument(model)
-        self.asks_for_balance = asks_for_balance(model)
+        self.model, self.sequences = model, sequences
         longest = max(len(s.prompt) for s in sequences)
         pads = torch.tensor([longest - len(s.prompt) for s in sequences])
-        self.ids = torch.tensor(
+        self.text = torch.tensor(
             [[s.prompt[0]] * (longest - len(s.prompt)) + s.prompt for s in sequences], device=device
         )
         columns = torch.arange(longest)
-        self.mask = (columns >= pads.unsqueeze(1)).long().to(device)
-        self.positions = (columns - pads.unsqueeze(1)).clamp(min=0).to(device)
-        self.is_padded = bool(pads.any())
-        self.more = {name: value.to(device) for name, value in more.items()}
-        if more:
-            self.positions = first_positions(model, self.ids, self.mask, self.more, self.positions)
+        mask = (columns >= pads.unsqueeze(1)).long().to(device)
+        positions = (columns - pads.unsqueeze(1)).clamp(min=0).to(device)
+        more = {name: value.to(device) for name, value in more.items()}
+        takes = _takes(model)
+        self.state: dict[str, Any] = {"use_cache": True}
+        if pads.any():
+            self.state["attention_mask"] = mask
+        if "position_ids" in takes:
+            self.state["position_ids"] = first_positions(model, self.text, mask, more, positions) if more else positions
+        if "logits_to_keep" in takes:
+            self.state["logits_to_keep"] = 1
+        if asks_for_balance(model):
+            self.state[SWITCH] = False
+        self.state.update(more)
         self.caches: dict[int, Any] = {}
         self.taken = 0
+        self.keeps_state = False
+        self.next: dict[int, dict[str, Any]] = {}
 
     def inputs(self, stage: int) -> dict[str, Any]:
-        """What the model is called with at `stage`."""
-        given: dict[str, Any] = {
-            "input_ids": self.ids, self.cache_name: self.caches.get(stage), "use_cache": True,
-        }  # fmt: skip
-        if self.is_padded:
-            given["attention_mask"] = self.mask
-        if self.asks_for_balance:
-            given[SWITCH] = False
-        if "position_ids" in self.takes:
-            given["position_ids"] = self.positions
-        if "logits_to_keep" in self.takes:
-            given["logits_to_keep"] = 1
-        return {**given, **self.more}
+        """What the model is called with at `stage`.
 
-    def go_on(self, chosen: Tensor) -> None:
-        """Take up the next token of each sequence, `[sequences]`."""
+        Raises:
+            ModelError: The model gave back no cache, but is called with the last token alone.
+        """
+        if stage not in self.next:
+            cache = self.caches.get(stage)
+            found = next_inputs(self.model, self.text, self.state, cache, is_first=self.taken == 0)
+            if (
+                self.taken
+                and cache is None
+                and not self.keeps_state
+                and found["input_ids"].shape[1] < self.text.shape[1]
+            ):
+                raise ModelError(
+                    f"{type(self.model).__name__} gives back no cache, so it cannot generate token by token."
+                )
+            self.next[stage] = found
+        return self.next[stage]
+
+    def go_on(self, chosen: Tensor, output: Any) -> None:
+        """Take up the next token of each sequence, `[sequences]`.
+
+        `output` is the model's, from which some families keep a state of their own; None where stages are elsewhere.
+        """
+        known = self.state.keys()
+        self.state = advance(self.model, output, self.state)
+        self.keeps_state = self.keeps_state or not self.state.keys() <= known
+        self.text = torch.cat([self.text, chosen.view(-1, 1).to(self.text.device)], 1)
         self.taken += 1
-        self.ids = chosen.view(-1, 1).to(self.ids.device)
-        self.positions = self.positions[..., -1:] + 1
-        self.more = {}
-        if self.is_padded:
-            self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.sequences), 1)], 1)
+        self.next.clear()
 
     @property
     def is_done(self) -> bool:
@@ -242,7 +282,8 @@ class _Run:
         self.model, self.choice, self.tokenizer, self.on_text = model, choice, tokenizer, on_text
         self.pp, self.tp = groups.pp.comm, groups.mp.comm
         self.picker = plan.stage_rank(plan.loss_stage)
-        self.stages = {plan.stage_index(self.pp.rank, vpp): plan.stage(self.pp.rank, vpp) for vpp in range(plan.vpp)}
+        self.first = plan.stage_index(self.pp.rank, 0)
+        self.has_outputs = plan.num_stages == 1
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         count = min(len(batch), plan.mesh.pp)
         edges = [i * len(batch) // count for i in range(count + 1)]
@@ -261,12 +302,10 @@ class _Run:
                 self.pipeline.run(
                     lambda stage, place: self.groups[place].inputs(stage),
                     self._pick,
-                    key=lambda place: tuple(self.groups[place].ids.shape),
+                    key=lambda place: tuple(self.groups[place].inputs(self.first)["input_ids"].shape),
                     skips=self._is_done,
                     keep_cache=self._keep_cache,
                 )
-                if self.step == 0:
-                    self._check_caches()
                 if all(group.is_done for group in self.groups):
                     break
             for place, group in enumerate(self.groups):
@@ -278,13 +317,6 @@ class _Run:
 
     def _keep_cache(self, stage: int, place: int, cache: Any) -> None:
         self.groups[place].caches[stage] = cache
-
-    def _check_caches(self) -> None:
-        for index, stage in self.stages.items():
-            if stage.layers and index not in self.groups[0].caches:
-                raise ModelError(
-                    f"{type(self.model).__name__} gives back no cache, so it cannot generate token by token."
-                )
 
     def _pick(self, output: Any, place: int) -> None:
         """Choose the next token of each sequence of a group, and tell the other stages."""
@@ -298,7 +330,7 @@ class _Run:
         for rank in range(self.pp.size):
             if rank != self.pp.rank:
                 self.sent.append((ids, self.pp.start_send(ids, rank, _IDS + place)))
-        self._take(group, ids)
+        self._take(group, ids, output if self.has_outputs else None)
 
     def _choose(self, logits: Tensor, batch: list[Sequence]) -> Tensor:
         """The next token of each sequence, int64 `[batch]`, the same on every rank."""
@@ -332,8 +364,8 @@ class _Run:
         self.pp.start_recv_(ids, self.picker, _IDS + place).wait()
         self._take(group, ids)
 
-    def _take(self, group: _Group, ids: Tensor) -> None:
-        group.go_on(ids)
+    def _take(self, group: _Group, ids: Tensor, output: Any = None) -> None:
+        group.go_on(ids, output)
         for sequence, token in zip(group.sequences, ids.tolist(), strict=True):
             if not sequence.finish_reason:
                 sequence.accept(token, self.choice, self.tokenizer)

@@ -24,7 +24,7 @@ from partita.core.mtp import final_norm
 from partita.core.plan import Plan, Stage
 from partita.errors import ModelError
 from partita.torch.balance import SWITCH, Balance
-from partita.torch.cache import advance_cache, find_cache
+from partita.torch.cache import advance_cache, counting_cache, find_cache
 from partita.torch.random import skip_draw
 from partita.torch.towers import give_no_features, without_media
 from partita.torch.transformers_internals import cache_of, recorded
@@ -513,6 +513,8 @@ def _run_stage(
         cache = find_cache((), inputs)
         if cache is not None:
             advance_cache(cache, (), inputs)
+        elif inputs.get("use_cache"):
+            cache = counting_cache(model, inputs)
         return received if received is not None else Message(()), cache
     return run_part(model, layers, stage, received, inputs)
 

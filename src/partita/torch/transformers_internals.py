@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from partita.core.rotary import Rotary
 from partita.dependencies import find, lacking
 
 LIBRARY = "transformers"
@@ -358,3 +359,85 @@ def first_positions(model: nn.Module, ids: Tensor, mask: Tensor, inputs: Mapping
         return usual
     found: Tensor = prepare(ids, {"attention_mask": mask, **inputs})
     return found
+
+
+# --- generating ----------------------------------------------------------------------------------------------------------
+
+
+def next_inputs(
+    model: nn.Module, text: Tensor, state: Mapping[str, Any], cache: Any, *, is_first: bool
+) -> dict[str, Any]:
+    """What transformers' own `generate` calls `model` with next. A family may drop its cache, or add tokens of its own.
+
+    Args:
+        model: The model.
+        text: All ids so far, `[sequences, tokens]`.
+        state: What else it is called with, of the whole text; see `advance`.
+        cache: The cache of what has passed; None before the first forward, or for a model without one.
+        is_first: Whether nothing has passed yet.
+    """
+    prepare = _generation_method(model, "prepare_inputs_for_generation")
+    taken = inspect.signature(prepare).parameters
+    name = next((name for name in _CACHE_NAMES if name in taken), _cache_field())
+    given = {**state, **({} if cache is None else {name: cache})}
+    with _device_known(model, text.device):
+        found = prepare(text, next_sequence_length=None if is_first else 1, is_first_iteration=is_first, **given)
+    return rename_cache(model, {key: value for key, value in found.items() if value is not None})
+
+
+def fixed_positions(config: Any) -> int | None:
+    """The longest text in tokens whose rotary frequencies do not depend on its length; None if they never do."""
+    text = text_config_of(config)
+    parameters = getattr(text, "rope_parameters", None) or {}
+    forms = [one for one in parameters.values() if isinstance(one, Mapping)] or [parameters]
+    longest = int(getattr(text, "max_position_embeddings", 0) or 0)
+    limits = [Rotary(0, form, longest).limit for form in forms]
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def forget_lengths(model: nn.Module) -> None:
+    """Let dynamic rotary embeddings forget the longest text that has passed, whose frequencies they keep."""
+    for module in model.modules():
+        longest = getattr(module, "original_max_seq_len", None)
+        if longest is None or not hasattr(module, "max_seq_len_cached"):
+            continue
+        originals = [name for name in (*vars(module), *module._buffers) if name.endswith("original_inv_freq")]
+        for prefix in (name.removesuffix("original_inv_freq") for name in originals):
+            if getattr(module, f"{prefix}max_seq_len_cached", longest) > longest:
+                device = getattr(module, f"{prefix}inv_freq").device
+                frequencies = getattr(module, f"{prefix}original_inv_freq").to(device, copy=True)
+                module.register_buffer(f"{prefix}inv_freq", frequencies, persistent=False)
+                setattr(module, f"{prefix}max_seq_len_cached", longest)
+
+
+def advance(model: nn.Module, output: Any, state: Mapping[str, Any]) -> dict[str, Any]:
+    """`state` of a text (masks, positions, kinds of tokens) with one more token, as transformers' own `generate` keeps it.
+
+    Args:
+        model: The model.
+        output: Its last output, from which some families keep a state; None if this rank does not have it.
+        state: Of the text without the token.
+    """
+    update = _generation_method(model, "_update_model_kwargs_for_generation")
+    empty = find(LIBRARY, "transformers.utils", "ModelOutput", "generate text")
+    found = update(empty() if output is None else output, dict(state), is_encoder_decoder=False)
+    return {key: value for key, value in found.items() if key not in _CACHE_NAMES}
+
+
+@contextlib.contextmanager
+def _device_known(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """A block in which a model has a parameter on `device`, of which transformers asks where the model is."""
+    if next(model.parameters(), None) is not None:
+        yield
+        return
+    model.register_parameter("placeholder", nn.Parameter(torch.empty(0, device=device), requires_grad=False))
+    try:
+        yield
+    finally:
+        del model._parameters["placeholder"]
+
+
+def _generation_method(model: nn.Module, name: str) -> Any:
+    """A method of transformers' `generate`, the model's own where it has one."""
+    mixin = find(LIBRARY, "transformers.generation", "GenerationMixin", "generate text")
+    return getattr(model, name, None) or functools.partial(getattr(mixin, name), model)
