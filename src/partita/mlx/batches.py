@@ -73,6 +73,8 @@ class Batches:
 
     def _advance(self, text: _Text, chosen: mx.array) -> mx.array:
         """The logits behind the chosen ids `[batch]`, which are added to the text."""
+        # A code in place of an id is negative.
+        chosen = mx.maximum(chosen, 0)
         text.ids = mx.concatenate([text.ids, chosen[:, None].astype(text.ids.dtype)], axis=1)
         if text.ids.shape[1] - 1 == self.recomputed_beyond:
             text.cache = make_cache(self.model)
@@ -101,11 +103,11 @@ class Batches:
         wide = mx.float64 if logits.dtype == mx.float64 else mx.float32
         rows = np.array(logits.astype(wide))
         if split is not None and logits.shape[-1] != split.size:
-            return mx.array(choose(rows, batch, self.choice, generators, self._columns(split)), mx.uint32)
+            return mx.array(choose(rows, batch, self.choice, generators, self._columns(split)), mx.int32)
         # All tensor ranks have the same logits; the first one's word counts.
-        ids = mx.zeros((len(batch),), mx.uint32)
+        ids = mx.zeros((len(batch),), mx.int32)
         if self.comm.rank == 0:
-            ids = mx.array(choose(rows, batch, self.choice, generators), mx.uint32)
+            ids = mx.array(choose(rows, batch, self.choice, generators), mx.int32)
         return self.comm.broadcast(ids)
 
     def _columns(self, split: Split) -> Columns:

@@ -96,7 +96,7 @@ class Flow(Batches):
             if not group.is_done and not is_last:
                 self._pass(group, self._next_ids(group), picks=True)
             return
-        ids = self.groups.pp.recv((len(group.sequences),), mx.uint32, (self.groups.pp.rank - 1) % self.groups.pp.size)
+        ids = self.groups.pp.recv((len(group.sequences),), mx.int32, (self.groups.pp.rank - 1) % self.groups.pp.size)
         group.is_done = self._accept(group.sequences, ids)
         if group.is_done or is_last:
             self._pass_on(ids)
@@ -106,10 +106,12 @@ class Flow(Batches):
     def _next_ids(self, group: _Group) -> mx.array:
         """The last ids, or the whole text where the family drops its cache."""
         texts = [s.prompt + s.tokens for s in group.sequences]
-        if len(texts[0]) - 1 == self.recomputed_beyond:
+        length = max(len(text) for text in texts)
+        if length - 1 == self.recomputed_beyond:
             group.caches = {stage: make_cache(self.model) for stage in self.stages}
-            return mx.array(texts)
-        return mx.array([[s.tokens[-1]] for s in group.sequences])
+            # A sequence that has ended goes on with its last token.
+            return mx.array([text + text[-1:] * (length - len(text)) for text in texts])
+        return mx.array([text[-1:] for text in texts])
 
     def _pass(
         self, group: _Group, ids: mx.array, *, picks: bool, tells: bool = True, ids_to_tell: mx.array | None = None

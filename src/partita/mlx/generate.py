@@ -9,7 +9,7 @@ from typing import Any
 import mlx.nn as nn
 
 from partita.core.generation import generation_of_config
-from partita.errors import PlanError
+from partita.errors import ModelError, PlanError
 from partita.mlx.apply import plan_of
 from partita.mlx.batches import Batches
 from partita.mlx.flow import Flow
@@ -17,6 +17,7 @@ from partita.mlx.stage_probe import refuse_undecodable
 from partita.mlx.windows import refuse_beyond_window
 from partita.peers import doing
 from partita.text.choice import Choice, settle
+from partita.text.choose import failure_of
 from partita.text.sampling import Generation, OnText, Sampling, Sequence
 from partita.text.tokenizer import Tokenizer
 
@@ -48,7 +49,7 @@ def generate(
     Raises:
         PlanError: A prompt is empty or holds an id that the model has not, or `stop` is given without a tokenizer.
         ModelError: The model was not split by Partita, or has no cache; or a prompt with its new tokens is longer than a
-            sliding window that mlx-lm leaves out.
+            sliding window that mlx-lm leaves out; or logits are not finite: the text names the step and the rank.
     """
     plan, groups = plan_of(model)
     refuse_undecodable(model, plan)
@@ -74,12 +75,15 @@ def generate(
     run = kind(model, plan, groups, choice, tokenizer, listener)
     for batch in lengths.values():
         run.batch(batch)
+        if any(s.failure for s in batch):
+            break
     model.train(was_training)
     done = [[s.place, list(s.tokens), s.text, s.finish_reason] for s in sequences]
+    replies: list[Any] = groups.dp.all_gather_object([done, failure_of(sequences, plan, groups.dp.rank)])
+    if failures := [failure for _, failure in replies if failure]:
+        raise ModelError(failures[0])
     found = {
-        place: Generation(tuple(tokens), text, reason)
-        for part in groups.dp.all_gather_object(done)
-        for place, tokens, text, reason in part
+        place: Generation(tuple(tokens), text, reason) for part, _ in replies for place, tokens, text, reason in part
     }
     return [found[place] for place in range(len(prompts))]
 

@@ -14,6 +14,7 @@ from partita.mlx.comm import Communicator
 from partita.mlx.embedding import VocabParallelEmbedding
 from partita.mlx.homes import unsplit_modules
 from partita.mlx.linear import ColumnParallelLinear
+from partita.text.choose import ALL_EXCLUDED, no_token
 
 
 @contextmanager
@@ -53,15 +54,23 @@ def likeliest(logits: mx.array, split: Split | None, comm: Communicator) -> mx.a
         comm: The tensor ranks; each gives one value and one id a row.
 
     Returns:
-        uint32 `[rows]`, the same on every rank.
+        int32 `[rows]`, the same on every rank. A row whose logits are not finite has a code instead.
     """
-    index = mx.argmax(logits, axis=-1)
+    index, value = mx.argmax(logits, axis=-1), mx.max(logits, axis=-1)
     if split is None or comm.size == 1 or logits.shape[-1] == split.size:
-        return index
-    value = mx.take_along_axis(logits, index[:, None], axis=-1)[:, 0]
+        return _or_code(index, value, mx.zeros_like(index))
     # A logit is exact in float32 or wider, and so is an id below 2 ** 24: one message carries both.
     wide = mx.float64 if logits.dtype == mx.float64 else mx.float32
     start = split.ranges(comm.rank)[0][0]
     best = comm.all_gather(mx.stack([value.astype(wide), (index + start).astype(wide)])[None], 0)
-    rank = mx.argmax(best[:, 0], axis=0)
-    return mx.take_along_axis(best[:, 1], rank[None], axis=0)[0].astype(mx.uint32)
+    value = mx.max(best[:, 0], axis=0)
+    # NaN equals nothing, so that it is looked for by itself.
+    is_top = mx.where(mx.isnan(value), mx.isnan(best[:, 0]), best[:, 0] == value)
+    rank = mx.argmax(is_top.astype(mx.int32), axis=0)
+    return _or_code(mx.take_along_axis(best[:, 1], rank[None], axis=0)[0], value, rank)
+
+
+def _or_code(ids: mx.array, values: mx.array, ranks: mx.array) -> mx.array:
+    """`ids`, or a code where the largest logits `values`, which rank `ranks` has, are not finite; int32."""
+    codes = mx.where(values == -mx.inf, ALL_EXCLUDED, no_token(0) - ranks.astype(mx.int32))
+    return mx.where(mx.isfinite(values), ids.astype(mx.int32), codes)

@@ -14,12 +14,16 @@ from typing import Any
 
 import numpy as np
 
+from partita.core.plan import Plan
 from partita.text.choice import Choice
 from partita.text.sampling import Sequence
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 Gather = Callable[[Array], Array]
 """Given an array of the same shape on every rank: theirs in rank order, `[ranks, ...]`."""
+
+ALL_EXCLUDED = -(1 << 20)
+"""What stands in place of an id where every logit is minus infinity."""
 
 SHORTLIST = 128
 """How many of its likeliest tokens a rank tells where their number is not given."""
@@ -47,6 +51,29 @@ def generator_of(choice: Choice, place: int) -> np.random.Generator:
     return np.random.default_rng([choice.seed, place])
 
 
+def no_token(rank: int) -> int:
+    """What stands in place of an id where logits of tensor rank `rank` are NaN or infinite."""
+    return -1 - rank
+
+
+def failure_of(sequences: Iterable[Sequence], plan: Plan, replica: int) -> str:
+    """What the code of the first of a replica's sequences that has one says, in words; nothing where none has."""
+    failed = next((sequence for sequence in sequences if sequence.failure), None)
+    if failed is None:
+        return ""
+    step = len(failed.tokens) + 1
+    if failed.failure == ALL_EXCLUDED:
+        return (
+            f"at step {step} every logit is minus infinity, so no token can be chosen. The model, or settings such as "
+            "suppress_tokens and bad_words_ids, exclude every token. Change the settings."
+        )
+    rank = plan.mesh.rank(dp=replica, pp=plan.stage_rank(plan.loss_stage), tp=no_token(failed.failure))
+    return (
+        f"at step {step} logits of rank {rank} are NaN or infinite, so no token can be chosen. Check the "
+        "weights, or compute in a wider dtype (--dtype float32)."
+    )
+
+
 def choose(
     logits: Array,
     sequences: SequenceOf[Sequence],
@@ -54,7 +81,7 @@ def choose(
     generators: SequenceOf[np.random.Generator],
     columns: Columns | None = None,
 ) -> list[int]:
-    """The next id of each row; every rank calls it and gets the same.
+    """The next id of each row; every rank calls it and gets the same. Codes where logits are not finite.
 
     Args:
         logits: `[rows, vocab_r]`, this rank's columns; all of them without `columns`.
@@ -66,8 +93,12 @@ def choose(
     """
     columns = columns or Columns()
     scores = np.array(logits, np.float64)
-    for row, one in zip(scores, sequences, strict=True):
-        _process(row, one, choice, columns.start)
+    # A model may exclude tokens by minus infinity.
+    wrong = np.logical_not(np.all(scores < np.inf, axis=1))
+    for row, one, is_wrong in zip(scores, sequences, wrong, strict=True):
+        if not is_wrong:
+            _process(row, one, choice, columns.start)
+    scores[wrong] = np.nan
     if choice.temperature == 0:
         return _likeliest(scores, columns)
     scores /= choice.temperature
@@ -76,18 +107,31 @@ def choose(
     if any(excludes):
         return _excluding(scores, excludes, draws, choice, columns)
     told = _Told.by_all(scores, choice, columns)
+    if (codes := _codes(told.tops)) is not None:
+        return codes
     if not told.values.shape[-1]:
         return _from_all(scores, told, draws, columns)
     ids = [_from_some(told, row, draw, choice) for row, draw in enumerate(draws)]
     # The first rank's word counts: of machines of different kinds the last bit of a weight need not agree.
     decided = columns.gather(np.array(ids, np.float64))[0]
     if (decided < 0).any():
-        whole = _whole(scores, columns)
+        whole = np.concatenate(_parts(scores, columns), 1)
         for row in np.flatnonzero(decided < 0):
             kept = np.arange(whole.shape[1])
             decided[row] = _drawn(*_kept(whole[row], kept, None, choice)[:2], draws[row])
         decided = columns.gather(decided)[0]
     return [int(one) for one in decided]
+
+
+def _codes(tops: Array) -> list[int] | None:
+    """A code in place of each row's id where the largest logits `tops`, `[ranks, rows]`, of any row are not finite."""
+    best = tops.max(0)
+    if np.isfinite(best).all():
+        return None
+    row = int((~np.isfinite(best)).argmax())
+    excluded = best[row] == -np.inf
+    # The run ends, so that no row needs its own id.
+    return [ALL_EXCLUDED if excluded else no_token(int(tops[:, row].argmax()))] * len(best)
 
 
 def _process(row: Array, sequence: Sequence, choice: Choice, start: int) -> None:
@@ -164,8 +208,11 @@ def _penalize(row: Array, seen: np.ndarray[Any, np.dtype[np.int64]], choice: Cho
 
 def _excluding(scores: Array, excludes: list[bool], draws: list[float], choice: Choice, columns: Columns) -> list[int]:
     """The next ids where XTC excludes the most likely ids of some rows, which takes the scores of all ranks."""
+    parts = _parts(scores, columns)
+    if (codes := _codes(np.stack([part.max(1) for part in parts]))) is not None:
+        return codes
     ids = []
-    for row, draw, excluded in zip(_whole(scores, columns), draws, excludes, strict=True):
+    for row, draw, excluded in zip(np.concatenate(parts, 1), draws, excludes, strict=True):
         kept, weights, _ = _kept(row, np.arange(row.size), None, choice)
         if excluded:
             likely = weights > choice.xtc_threshold * weights.sum()
@@ -180,6 +227,8 @@ def _excluding(scores: Array, excludes: list[bool], draws: list[float], choice: 
 def _likeliest(scores: Array, columns: Columns) -> list[int]:
     places = scores.argmax(1)
     told = columns.gather(np.stack([scores.max(1), places + columns.start], 1).astype(np.float64))
+    if (codes := _codes(told[:, :, 0])) is not None:
+        return codes
     best = told[:, :, 0].argmax(0)
     return [int(told[rank, row, 1]) for row, rank in enumerate(best)]
 
@@ -254,10 +303,9 @@ def _drawn(ids: np.ndarray[Any, np.dtype[np.int64]], weights: Array, draw: float
     return int(ids[min(int(np.searchsorted(ends, draw * ends[-1], side="right")), ids.size - 1)])
 
 
-def _whole(scores: Array, columns: Columns) -> Array:
-    """The scores of all ranks, `[rows, vocab]`."""
+def _parts(scores: Array, columns: Columns) -> list[Array]:
+    """The scores of each rank, `[rows, vocab_r]`."""
     own = scores.shape[1]
     wide = np.zeros((scores.shape[0], 1 + max(columns.width, own)))
     wide[:, 0], wide[:, 1 : 1 + own] = own, scores
-    whole: Array = np.concatenate([part[:, 1 : 1 + int(part[0, 0])] for part in columns.gather(wide)], 1)
-    return whole
+    return [part[:, 1 : 1 + int(part[0, 0])] for part in columns.gather(wide)]

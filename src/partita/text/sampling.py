@@ -162,6 +162,7 @@ class Sequence:
         text: Their text; empty without a tokenizer.
         shown: How many characters of it were passed on.
         finish_reason: Why it ended; empty while it goes on.
+        failure: The code that came in place of a token where logits were not finite, else 0.
     """
 
     place: int
@@ -171,9 +172,16 @@ class Sequence:
     text: str = ""
     shown: int = 0
     finish_reason: str = ""
+    failure: int = 0
 
     def accept(self, token: int, choice: Choice, tokenizer: Tokenizer | None) -> None:
-        """Add a token, and end before a text of `choice.stop`, behind an end token or at the number of new tokens."""
+        """Add a token, and end before a text of `choice.stop`, behind an end token or at the number of new tokens.
+
+        A code of `choose`, which is negative, ends it too.
+        """
+        if token < 0:
+            self.failure, self.finish_reason = token, "failure"
+            return
         self.tokens.append(token)
         if tokenizer is not None:
             self.text = tokenizer.decode(self.tokens)

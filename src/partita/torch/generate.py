@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
 from collections.abc import Set as SetOf
@@ -19,7 +20,7 @@ from partita.peers import doing
 from partita.schedule import Action, Kind, Schedule
 from partita.text import Generation, OnText, Sampling, Sequence, Tokenizer
 from partita.text.choice import Choice, settle
-from partita.text.choose import Columns, choose, generator_of
+from partita.text.choose import Columns, choose, failure_of, generator_of
 from partita.torch.apply import plan_of
 from partita.torch.balance import SWITCH, asks_for_balance
 from partita.torch.comm import Work
@@ -71,8 +72,8 @@ def generate(
 
     Raises:
         PlanError: A prompt is empty or holds an id that the model has not, or `stop` is given without a tokenizer.
-        ModelError: The model does not generate, does not take such inputs, or its generation config asks for what is not
-            supported.
+        ModelError: The model does not generate, does not take such inputs, its generation config asks for what is not
+            supported, or its logits are not finite; the text names the step and the rank.
     """
     plan, groups = plan_of(model)
     refuse_undecodable(model, plan)
@@ -100,10 +101,14 @@ def generate(
         forget_lengths(model)
         with decoding(model, together, max(s.limit for s in batch)), torch.inference_mode():
             _Run(model, batch, choice, tokenizer, listener, more).run()
+        if any(s.failure for s in batch):
+            break
     model.train(was_training)
-    done = {s.place: s.generation for s in sequences}
-    for other in groups.dp.comm.all_gather_object(done):
-        done.update(other)  # type: ignore[call-overload]
+    mine = {s.place: s.generation for s in sequences}, failure_of(sequences, plan, replica)
+    replies: list[Any] = groups.dp.comm.all_gather_object(mine)
+    if failures := [failure for _, failure in replies if failure]:
+        raise ModelError(failures[0])
+    done = {place: generation for part, _ in replies for place, generation in part.items()}
     return [done[place] for place in range(len(prompts))]
 
 
@@ -256,7 +261,7 @@ class _Group:
         known = self.state.keys()
         self.state = advance(self.model, output, self.state)
         self.keeps_state = self.keeps_state or not self.state.keys() <= known
-        self.text = torch.cat([self.text, chosen.view(-1, 1).to(self.text.device)], 1)
+        self.text = torch.cat([self.text, chosen.view(-1, 1).to(self.text.device).clamp(min=0)], 1)
         self.taken += 1
         self.next.clear()
 
@@ -293,6 +298,7 @@ class _Run:
         self.generators = {s.place: generator_of(choice, s.place) for s in batch}
         self.split: Split | None = None
         self.step = 0
+        self.failed_step = sys.maxsize
 
     def run(self) -> None:
         """Continue every sequence to its end."""
@@ -306,10 +312,11 @@ class _Run:
                     skips=self._is_done,
                     keep_cache=self._keep_cache,
                 )
-                if all(group.is_done for group in self.groups):
+                # All ranks have heard of what failed in the step before.
+                if all(group.is_done for group in self.groups) or self.failed_step < step:
                     break
             for place, group in enumerate(self.groups):
-                if not group.is_done:
+                if group.taken <= self.step and not group.is_done:
                     self._hear(place)
         self.pipeline.flush()
         for _, work in self.sent:
@@ -366,6 +373,8 @@ class _Run:
 
     def _take(self, group: _Group, ids: Tensor, output: Any = None) -> None:
         group.go_on(ids, output)
+        if bool((ids < 0).any()):
+            self.failed_step = min(self.failed_step, group.taken - 1)
         for sequence, token in zip(group.sequences, ids.tolist(), strict=True):
             if not sequence.finish_reason:
                 sequence.accept(token, self.choice, self.tokenizer)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from partita.core.split import Split
+from partita.text.choose import ALL_EXCLUDED, no_token
 from partita.torch.comm import Communicator
 from partita.torch.linear import ColumnParallelLinear
 
@@ -32,7 +33,7 @@ def local_logits(model: nn.Module) -> Iterator[Split | None]:
 
 
 def likeliest(logits: Tensor, split: Split | None, comm: Communicator) -> Tensor:
-    """The first id of the largest logit of each row, as `argmax` of the unsplit logits gives it.
+    """The first id of the largest logit of each row, as `argmax` of the unsplit logits gives it; below 0 where there is none.
 
     Args:
         logits: `[rows, vocab_r]`, this rank's columns, or all of them where `split` is None.
@@ -40,13 +41,20 @@ def likeliest(logits: Tensor, split: Split | None, comm: Communicator) -> Tensor
         comm: The tensor ranks; each gives one value and one id a row.
 
     Returns:
-        int64 `[rows]`, the same on every rank.
+        int64 `[rows]`, the same on every rank. A row whose logits are not finite has a code instead.
     """
-    if split is None:
-        return logits.argmax(-1)
     value, index = logits.max(-1)
+    if split is None:
+        return _or_code(index, value, torch.zeros_like(index))
     start = split.ranges(comm.rank)[0][0]
     # Logits and ids are exact in float64, so that one message carries both.
     best = comm.all_gather(torch.stack([value.double(), (index + start).double()]).unsqueeze(0), 0)
-    rank = best[:, 0].argmax(0)
-    return best[:, 1].gather(0, rank.unsqueeze(0)).squeeze(0).long()
+    # NaN counts as the largest.
+    value, rank = best[:, 0].max(0)
+    return _or_code(best[:, 1].gather(0, rank.unsqueeze(0)).squeeze(0).long(), value, rank)
+
+
+def _or_code(ids: Tensor, values: Tensor, ranks: Tensor) -> Tensor:
+    """`ids`, or a code where the largest logits `values`, which rank `ranks` has, are not finite."""
+    codes = torch.where(values == -torch.inf, ALL_EXCLUDED, no_token(0) - ranks)
+    return torch.where(values.isfinite(), ids, codes)
