@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from partita.errors import PlanError
+from partita.text.new_text import NewText
 from partita.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ class Sampling:
         begin_suppress_tokens: Ids that are not chosen as the first new token.
         min_new_tokens: No sequence ends before it has so many new tokens.
         seed: Each sequence draws from its own generator of this seed and its place among the prompts.
-        stop: A sequence ends before the first of these texts.
+        stop: A sequence ends before the first of these texts, which may be or contain special tokens.
         ignore_eos: Whether a sequence goes on after an end token.
         use_generation_config: Whether more than the end tokens is taken from the model's generation config.
     """
@@ -159,8 +160,6 @@ class Sequence:
         prompt: The ids that it continues.
         limit: After how many tokens it ends at the latest.
         tokens: What came after them so far.
-        text: Their text; empty without a tokenizer.
-        shown: How many characters of it were passed on.
         finish_reason: Why it ended; empty while it goes on.
         failure: The code that came in place of a token where logits were not finite, else 0.
     """
@@ -169,10 +168,23 @@ class Sequence:
     prompt: list[int]
     limit: int
     tokens: list[int] = field(default_factory=list)
-    text: str = ""
-    shown: int = 0
     finish_reason: str = ""
     failure: int = 0
+    _new: NewText | None = field(default=None, init=False)
+    _end: int | None = field(default=None, init=False)
+    _searched: int = field(default=0, init=False)
+    _passed_on: int = field(default=0, init=False)
+
+    @property
+    def text(self) -> str:
+        """The text of the tokens, without special ones; empty without a tokenizer."""
+        return self._new.shown(0, self._certain) if self._new is not None else ""
+
+    @property
+    def _certain(self) -> int:
+        """How many characters, special tokens included, are certain and not cut off."""
+        assert self._new is not None
+        return len(self._new.text) if self._end is None else self._end
 
     def accept(self, token: int, choice: Choice, tokenizer: Tokenizer | None) -> None:
         """Add a token, and end before a text of `choice.stop`, behind an end token or at the number of new tokens.
@@ -183,29 +195,36 @@ class Sequence:
             self.failure, self.finish_reason = token, "failure"
             return
         self.tokens.append(token)
-        if tokenizer is not None:
-            self.text = tokenizer.decode(self.tokens)
-            ends = [self.text.find(stop) for stop in choice.stop if stop in self.text]
-            if ends:
-                self.text, self.finish_reason = self.text[: min(ends)], "stop"
-                return
         if token in choice.eos_ids:
             self.finish_reason = "eos"
         elif len(self.tokens) >= self.limit:
             self.finish_reason = "length"
+        if tokenizer is None:
+            return
+        self._new = self._new or NewText(tokenizer, self.prompt)
+        self._new.add(token)
+        if self.finish_reason:
+            self._new.end()
+        text = self._new.text
+        found = (text.find(stop, max(0, self._searched - len(stop) + 1)) for stop in choice.stop)
+        self._end = min((place for place in found if place >= 0), default=None)
+        self._searched = len(text)
+        if self._end is not None:
+            self.finish_reason = "stop"
 
     def show(self, on_text: OnText | None, stop: tuple[str, ...] = ()) -> None:
         """Pass on the text that is certain: no character whose bytes are not all there yet, no beginning of a stop text."""
-        if on_text is None:
+        if on_text is None or self._new is None:
             return
-        certain = self.text
+        certain = self._certain
         if not self.finish_reason:
-            certain = certain.rstrip("\ufffd")
-            held = (n for text in stop for n in range(1, len(text)) if certain.endswith(text[:n]))
-            certain = certain[: len(certain) - max(held, default=0)]
-        if len(certain) > self.shown:
-            on_text(self.place, certain[self.shown :])
-            self.shown = len(certain)
+            held = (n for text in stop for n in range(1, len(text)) if self._new.text.endswith(text[:n]))
+            certain -= max(held, default=0)
+        if certain > self._passed_on:
+            text = self._new.shown(self._passed_on, certain)
+            self._passed_on = certain
+            if text:
+                on_text(self.place, text)
 
     @property
     def generation(self) -> Generation:

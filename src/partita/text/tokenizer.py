@@ -21,6 +21,7 @@ class Tokenizer:
     Attributes:
         inner: transformers' tokenizer.
         eos_ids: Ids that end a text.
+        special_ids: Ids of special tokens, which `decode` leaves out.
         vocab_size: Ids there are.
     """
 
@@ -29,6 +30,8 @@ class Tokenizer:
         self.inner = inner
         own = frozenset() if inner.eos_token_id is None else frozenset([int(inner.eos_token_id)])
         self.eos_ids: frozenset[int] = own if eos_ids is None else eos_ids
+        added = getattr(inner, "added_tokens_decoder", {})
+        self.special_ids = frozenset(inner.all_special_ids) | {i for i, token in added.items() if token.special}
         self.vocab_size = len(inner)
 
     def encode(self, text: str) -> list[int]:
@@ -38,6 +41,10 @@ class Tokenizer:
     def decode(self, ids: list[int]) -> str:
         """The text of ids, without special tokens."""
         return str(self.inner.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def name(self, token: int) -> str:
+        """A token as its vocabulary writes it; of a special token that is its text."""
+        return str(self.inner.convert_ids_to_tokens(token))
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write it as transformers does, so that `AutoTokenizer` reads it."""
