@@ -199,7 +199,8 @@ CHAIN = ["▁a", "▁b", "c", SPECIAL, "▁d", "<0xE2>", "<0x82>", "<0xAC>", "<0
 
 def written(folder: Path) -> None:
     """A model that continues its prompt along the chain, and its tokenizer."""
-    fast = Fast(models.BPE(vocab={t: i for i, t in enumerate(t for t in CHAIN if t != SPECIAL)}, merges=[]))
+    fast = Fast(models.WordLevel({t: i for i, t in enumerate(t for t in CHAIN if t != SPECIAL)}, unk_token="f"))
+    fast.pre_tokenizer = pre_tokenizers.Metaspace()
     fast.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 from partita.cli import rank
+from partita.cli.console import OutputClosed, write
 from partita.cli.failure import fail
 from partita.errors import ModelError
 
@@ -108,11 +109,18 @@ def wait_stopped() -> None:
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
+def first_writes_without_end() -> None:
+    note_pids(os.getpid())
+    while rank.is_first():
+        write("one line of many\n")
+    time.sleep(60)
+
+
 def main() -> None:
     rank.attach()
     try:
         globals()[sys.argv[1]]()
-    except Exception as error:
+    except (Exception, OutputClosed) as error:
         sys.exit(fail(error, debug="--debug" in sys.argv))
 
 

@@ -10,7 +10,7 @@ from typer.core import TyperGroup
 
 from partita import __version__
 from partita.cli import rank
-from partita.cli.console import examples
+from partita.cli.console import examples, replace_unprintable
 from partita.cli.demo import demo
 from partita.cli.failure import fail
 from partita.cli.generate import generate
@@ -130,6 +130,7 @@ app.command("reference", hidden=True)(reference)
 
 def main() -> None:
     """Run the command line of this process."""
+    replace_unprintable()
     rank.attach()
     app(prog_name="partita")
     sys.exit(0)

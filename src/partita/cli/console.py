@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
+import contextlib
+import io
 import json
 import os
 import re
@@ -9,7 +12,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from functools import cache
 from itertools import groupby, pairwise
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 from partita.core.mesh import AXES, Mesh
 
@@ -20,13 +23,27 @@ PIPE_WIDTH = 140
 """Columns of what goes to a file or pipe."""
 
 
+class OutputClosed(BaseException):
+    """The reader of stdout or stderr has closed it, as `head` does: the command ends."""
+
+
 @cache
 def _console(*, stderr: bool) -> Console:
     from rich.console import Console
 
+    class _Console(Console):
+        def print(self, *objects: Any, **options: Any) -> None:
+            try:
+                super().print(*objects, **options)
+            except BrokenPipeError:
+                raise OutputClosed from None
+
+        def on_broken_pipe(self) -> NoReturn:  # newer versions of rich exit here
+            raise OutputClosed
+
     stream: IO[str] = sys.stderr if stderr else sys.stdout
     width = None if stream.isatty() or "COLUMNS" in os.environ else PIPE_WIDTH
-    return Console(stderr=stderr, markup=False, highlight=False, emoji=False, width=width)
+    return _Console(stderr=stderr, markup=False, highlight=False, emoji=False, width=width)
 
 
 def out() -> Console:
@@ -39,12 +56,44 @@ def err() -> Console:
     return _console(stderr=True)
 
 
+def write(text: str) -> None:
+    """Write text to stdout at once, as it is.
+
+    Raises:
+        OutputClosed: Nobody reads it any more.
+    """
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise OutputClosed from None
+
+
+def replace_unprintable() -> None:
+    """Let stdout write a `?` for a character that its encoding does not have."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="replace")
+
+
+def discard_output() -> None:
+    """Drop what is still buffered for a closed stdout or stderr, which Python would fail to write when it exits."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except BrokenPipeError:
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def print_json(data: Any) -> None:
-    """Print `data` as one JSON document; a list of numbers takes one line."""
-    text = json.dumps(data, indent=2, ensure_ascii=False)
+    """Print `data` as one JSON document; a list of numbers takes one line. Where stdout is not UTF-8, JSON is ASCII."""
+    text = json.dumps(data, indent=2, ensure_ascii=not _is_utf8(sys.stdout))
     text = re.sub(r"\[\n\s+([-+\d.eE,\s]+?)\n\s*\]", lambda match: f"[{' '.join(match[1].split())}]", text)
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()
+    write(text + "\n")
+
+
+def _is_utf8(stream: IO[str]) -> bool:
+    return codecs.lookup(getattr(stream, "encoding", None) or "ascii").name == "utf-8"
 
 
 def examples(*commands: str) -> str:

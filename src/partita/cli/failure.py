@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from dataclasses import asdict, dataclass
@@ -10,7 +11,7 @@ from typing import ClassVar
 import typer
 
 from partita.cli import rank
-from partita.cli.console import err
+from partita.cli.console import OutputClosed, discard_output, err
 from partita.errors import PartitaError
 from partita.peers import is_echo, wait_for_verdict
 
@@ -33,6 +34,8 @@ class Failure:
     FAILED: ClassVar[int] = 1
     MISUSED: ClassVar[int] = 2
     INTERRUPTED: ClassVar[int] = 130
+    CLOSED: ClassVar[int] = 141
+    """As a program ends that SIGPIPE ends."""
 
 
 _OUT_OF_MEMORY = re.compile(r"can't allocate memory|unable to allocate|out of memory|bad_alloc", re.IGNORECASE)
@@ -56,9 +59,9 @@ def explain(error: BaseException) -> Failure | None:
         return Failure(Failure.FAILED if echo else Failure.MISUSED, str(error), echo)
     if isinstance(error, KeyboardInterrupt):
         return Failure(Failure.INTERRUPTED, "interrupted")
+    if isinstance(error, OutputClosed):
+        return Failure(Failure.CLOSED, "nobody reads its output any more")
     if not isinstance(error, Exception) or isinstance(error, typer.Exit | typer.Abort) or hasattr(error, "exit_code"):
-        return None
-    if isinstance(error, BrokenPipeError):
         return None
     if isinstance(error, ModuleNotFoundError) and (package := (error.name or "").split(".")[0]) in _MISSING_EXTRA:
         extra = "mlx" if package.startswith("mlx") else "torch"
@@ -87,7 +90,9 @@ def fail(error: BaseException, *, debug: bool = False) -> int | None:
     failure = explain(error)
     if failure is None:
         return None
-    if debug and failure.code != Failure.INTERRUPTED:
+    if failure.code == Failure.CLOSED:
+        discard_output()
+    elif debug and failure.code != Failure.INTERRUPTED:
         import traceback
 
         traceback.print_exception(type(error), error, error.__traceback__)
@@ -101,7 +106,7 @@ def fail(error: BaseException, *, debug: bool = False) -> int | None:
 
 
 def show(failure: Failure, *, debug: bool = False, who: str = "", detail: str = "") -> None:
-    """Print a failure on stderr.
+    """Print a failure on stderr, unless all that is wrong is that nobody reads the output.
 
     Args:
         failure: What went wrong.
@@ -109,6 +114,13 @@ def show(failure: Failure, *, debug: bool = False, who: str = "", detail: str = 
         who: Whom it happened to, where it is one rank's.
         detail: The end of what that one wrote to its stderr.
     """
+    if failure.code == Failure.CLOSED:
+        return
+    with contextlib.suppress(OutputClosed):
+        _print(failure, debug, who, detail)
+
+
+def _print(failure: Failure, debug: bool, who: str, detail: str) -> None:
     from rich.text import Text
 
     if detail:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -15,7 +14,7 @@ import typer
 from partita.checkpoint.find import find_model, is_local
 from partita.checkpoint.index import open_checkpoint
 from partita.cli import launch, rank
-from partita.cli.console import err, mesh_name, out, plural, print_json
+from partita.cli.console import err, mesh_name, out, plural, print_json, write
 from partita.cli.engine import BackendOption, EngineOption, choose_engine
 from partita.cli.messages import hold, release
 from partita.cli.model import check_early, for_mlx
@@ -323,20 +322,18 @@ def _generate(
         hold()
         if rank.is_first():
             out().print(texts[0], style="dim", end="", soft_wrap=True)
-        on_text = _write
+        on_text = _stream
     generations = engine(split, prompts, sampling, tokenizer=tokenizer, on_text=on_text)
     return _Run(model, mesh, texts, prompts, generations, loaded_s - start_s, time.perf_counter() - loaded_s)
 
 
-def _write(sequence: int, text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
+def _stream(place: int, text: str) -> None:
+    write(text)
 
 
 def _print_texts(run: _Run, stream: bool) -> None:
     if stream:
-        sys.stdout.write("\n")
-        sys.stdout.flush()
+        write("\n")
         release()
     else:
         for index, (text, generation) in enumerate(zip(run.texts, run.generations, strict=True)):
@@ -345,7 +342,7 @@ def _print_texts(run: _Run, stream: bool) -> None:
                     f"{'' if index == 0 else chr(10)}--- {index + 1} ({generation.finish_reason})", style="bold"
                 )
             out().print(text, style="dim", end="", soft_wrap=True)
-            _write(index, generation.text + "\n")
+            write(generation.text + "\n")
     rate = run.new_tokens / run.generate_s
     err().print(
         f"{plural(run.new_tokens, 'token')} in {run.generate_s:.1f} s, {rate:.1f} tokens/s on {mesh_name(run.mesh)}; "

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from partita.cli.console import out, print_json
+from partita.cli.console import out, print_json, write
 from partita.cli.options import AsJson
 from partita.cli.timeline import check_file
 from partita.errors import ScheduleError
@@ -129,7 +129,7 @@ def schedule(
     if trace is not None:
         trace.write_text(json.dumps(chrome_trace({name: timeline}, unit_us=1000.0)), encoding="utf-8")
     if as_csv:
-        typer.echo(made.to_csv(), nl=False)
+        write(made.to_csv())
     elif as_json:
         print_json(_as_data(timeline, costs, kind))
     else:
