@@ -42,7 +42,7 @@ def test_one_file(tmp_path: Path) -> None:
 
 def test_index_decides(tmp_path: Path) -> None:
     shards(tmp_path)
-    save(tmp_path, "model.safetensors", "old")
+    save(tmp_path, "model-old.safetensors", "old")
     save(tmp_path, "consolidated.safetensors", "other")
     checkpoint = open_checkpoint(tmp_path)
     assert {name: info.file.name for name, info in checkpoint.tensors.items()} == {"a": ONE, "b": ONE, "c": TWO}

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 
@@ -36,11 +37,28 @@ _SHARD = re.compile(r"(.*)-([0-9]{1,9})-of-([0-9]{1,9})\.safetensors")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An unsplit model on disk: the checked headers of its files, and all its tensors by name."""
+    """An unsplit model on disk: the checked headers of its files, and all its tensors by name.
+
+    Attributes:
+        folder: Where the files are.
+        files: Their headers.
+        tensors: Their tensors by name.
+        passed_over: Files of the folder that its index names, and that are not read.
+    """
 
     folder: Path
     files: tuple[Header, ...]
     tensors: Mapping[str, TensorInfo]
+    passed_over: tuple[str, ...] = ()
+
+    def note(self) -> str:
+        """The line to show when the checkpoint is read; empty where there is nothing to say."""
+        if not self.passed_over:
+            return ""
+        return (
+            f"{self.folder}: {WEIGHTS_NAME} is read, as transformers does, and the files of {INDEX_NAME} beside it are not "
+            f"({brief(list(self.passed_over))}). Remove those that you do not mean."
+        )
 
 
 def weights_name(stem: str = MODEL) -> str:
@@ -56,10 +74,10 @@ def index_name(stem: str = MODEL) -> str:
 def open_checkpoint(path: str | os.PathLike[str], *, stem: str = MODEL) -> Checkpoint:
     """Read the headers of a Hugging Face folder, or of one safetensors file; data is not read.
 
-    In a folder: the files of `model.safetensors.index.json` if it is there, else `model.safetensors`, else every
-    `model*.safetensors`, else every `*.safetensors`; of another `stem` only the first two. An index is stale and does not
-    count if none of its files is there, but other files of a model are. The index's total_size is not looked at: published
-    ones are often wrong, and the headers know.
+    In a folder: `model.safetensors` if it is there, as in transformers, else the files of `model.safetensors.index.json`, else
+    every `model*.safetensors`, else every `*.safetensors`; of another `stem` only the first two. An index is stale and does
+    not count if none of its files is there, but other files of a model are. The index's total_size is not looked at:
+    published ones are often wrong, and the headers know.
     Raises CheckpointError if a file is missing or malformed, or if the index and the files do not agree.
     """
     place = Path(path)
@@ -70,15 +88,26 @@ def open_checkpoint(path: str | os.PathLike[str], *, stem: str = MODEL) -> Check
         if place.suffix == ".json":
             raise CheckpointError(f"{place}: is a config, which has no weights: give the folder that holds both")
         return _merge(place.parent, [place.name])
-    index = place / index_name(stem)
+    single, index = place / weights_name(stem), place / index_name(stem)
+    if os.path.isfile(single):
+        return replace(_merge(place, [single.name]), passed_over=_passed_over(index, single.name))
     if os.path.exists(index) and not (stem == MODEL and _is_stale(index)):
         weight_map = _read_index(index)
         checkpoint = _merge(place, sorted(set(weight_map.values())))
         _check_index(index, weight_map, checkpoint.tensors)
         return checkpoint
-    if stem != MODEL or os.path.exists(place / weights_name(stem)):
-        return _merge(place, [weights_name(stem)])
+    if stem != MODEL:
+        return _merge(place, [single.name])
     return _merge(place, _find_files(place))
+
+
+def _passed_over(index: Path, single: str) -> tuple[str, ...]:
+    """The files that an index names beside the one that is read. A malformed index names none: it does not matter."""
+    named: set[str] = set()
+    if os.path.exists(index):
+        with contextlib.suppress(CheckpointError):
+            named = set(_read_weight_map(index).values()) - {single}
+    return tuple(sorted(name for name in named if os.path.exists(index.parent / name)))
 
 
 def _is_stale(index: Path) -> bool:

@@ -95,6 +95,8 @@ def load(
         if verify:
             check_model(folder, groups.rank, groups.mesh.size)
         checkpoint = open_checkpoint(folder)
+        if groups.rank == 0 and (line := checkpoint.note()):
+            note(line)
         config, generation = read_mlx_config(folder), read_generation(folder)
         _name_dtype(config, checkpoint, groups, asked=wanted is not None)
         twice = stored_twice(config, checkpoint)

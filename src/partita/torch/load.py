@@ -91,6 +91,8 @@ def load(
                 folder, groups.mesh.rank(dp=groups.dp.rank, pp=groups.pp.rank, tp=groups.mp.rank), groups.mesh.size
             )
         checkpoint = open_checkpoint(folder)
+        if is_first(groups) and (line := checkpoint.note()):
+            note(line)
         config = read_hf_config(folder, trust_remote_code=trust_remote_code)
         built = build_on_meta(config, as_dtype(dtype) or _stored_dtype(checkpoint, config, groups))
         _read_generation_config(built, folder)
