@@ -9,7 +9,7 @@ from typing import Any
 from partita.core.model_spec import config_number
 from partita.core.shrink_towers import with_small_towers
 
-_LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+_LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "encoder_layers", "decoder_layers")
 _HIDDEN = ("hidden_size", "n_embd", "d_model", "word_embed_proj_dim", "hidden_dim")
 _WIDTH = 48
 _INNER = (
@@ -17,10 +17,24 @@ _INNER = (
     "ffn_dim",
     "n_inner",
     "ffn_hidden_size",
+    "encoder_ffn_dim",
+    "decoder_ffn_dim",
     "moe_intermediate_size",
+    "shared_intermediate_size",
     "shared_expert_intermediate_size",
+    "shared_experts_intermediate_size",
+    "moe_shared_expert_intermediate_size",
 )
-_VOCABULARY = ("vocab_size",)
+_VOCABULARY = ("vocab_size", "vocab_size_per_layer_input")
+_STATES = ("mamba_d_state", "ssm_state_size", "state_size")
+_CHUNKS = ("mamba_chunk_size", "chunk_size")
+_STATE_HEADS = (
+    ("mamba_n_heads", "mamba_d_head", "mamba_expand"),
+    ("n_mamba_heads", "mamba_headdim", "mamba_expand"),
+    ("mamba_num_heads", "mamba_head_dim", "expand"),
+    ("num_heads", "head_dim", "expand"),
+)
+"""The number of heads, their width, and how many times the model's width they are together."""
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 _RANKS = ("q_lora_rank", "kv_lora_rank")
 _PERIODS = (
@@ -90,6 +104,9 @@ def _few_layers(config: Mapping[str, Any], count: int) -> dict[str, Any]:
         small[key] = min(value, count)
     for key, value in by_layer.items():
         small[key] = value[:count]
+    own = config.get("per_layer_config")
+    if isinstance(own, Mapping):
+        small["per_layer_config"] = {key: value for key, value in own.items() if int(key) < count}
     return small
 
 
@@ -111,13 +128,37 @@ def _narrow(config: Mapping[str, Any], num_heads: int) -> dict[str, Any]:
         changes["head_dim"] = min(width, head_dim)
     whole = head_dim if type(head_dim) is int else hidden[0] // num_heads if hidden and num_heads else 0
     changes |= _small_rotary_sections(config, whole, width)
+    if config.get("qk_rope_head_dim") == head_dim and "head_dim" in changes:
+        # Only part of each head is rotated; transformers calls its width head_dim.
+        changes["qk_rope_head_dim"] = changes["head_dim"]
+        if "qk_head_dim" in config:
+            changes["qk_head_dim"] = config["qk_nope_head_dim"] + changes["head_dim"]
+    changes |= _small_states(config, hidden[0] if hidden else 0, changes)
     return changes | {key: min(value, width) for key, value in _numbers(config, ("rotary_dim", "linear_head_dim"))}
+
+
+def _small_states(config: Mapping[str, Any], hidden: int, narrowed: Mapping[str, Any]) -> dict[str, Any]:
+    """Smaller states of a selective state space model, and heads that still fill its width together."""
+    states = _numbers(config, _STATES)
+    small = {key: min(value, 16) for key, value in states}
+    if states:
+        # Short chunks, so that the sample has more than one.
+        small |= {key: min(value, 8) for key, value in _numbers(config, _CHUNKS)}
+    new = next((narrowed[key] for key, value in _numbers(config, _HIDDEN) if value == hidden and key in narrowed), 0)
+    for keys in _STATE_HEADS:
+        heads, width, expand = (config[key] if type(config.get(key)) is int else 0 for key in keys)
+        if new and heads and heads * width == expand * hidden:
+            small[keys[1]] = max(1, expand * new // heads)
+    return small
 
 
 def _narrow_inside(config: Mapping[str, Any]) -> dict[str, Any]:
     """Smaller inner widths, ranks, expert counts and vocabulary."""
     changes: dict[str, Any] = dict(_small_vocabulary(config))
     changes |= {key: min(value, _WIDTH) for key, value in _numbers(config, _INNER)}
+    changes |= {
+        key: [min(one, _WIDTH) for one in config[key]] for key in _INNER if isinstance(config.get(key), (list, tuple))
+    }
     changes |= {key: min(value, 16) for key, value in _numbers(config, _RANKS)}
     groups = config.get("n_group")
     experts = max(16, 2 * groups) if type(groups) is int else 16
