@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import importlib
+import os
 import re
+import tempfile
+from collections.abc import Iterator
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from partita.errors import DependencyError
@@ -55,6 +61,17 @@ def supported_range(library: str) -> str:
         if matched and _normal(matched[1]) == _normal(library):
             return ",".join(sorted(matched[2].strip(" ()").split(","), reverse=True))
     return ""
+
+
+@contextlib.contextmanager
+def reading_code() -> Iterator[None]:
+    """Within, no other process of this user reads code that comes with a model.
+
+    transformers copies it before it runs it, and the ranks of a machine would write the same copy at the same time.
+    """
+    with (Path(tempfile.gettempdir()) / f"partita-code-{os.getuid()}.lock").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _normal(name: str) -> str:

@@ -14,10 +14,18 @@ from partita.errors import ModelError
 _WANTED = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 
 
-def find_model(model: str | os.PathLike[str], *, revision: str | None = None, weights: bool = True) -> Path:
+def find_model(
+    model: str | os.PathLike[str], *, revision: str | None = None, weights: bool = True, code: bool = False
+) -> Path:
     """The local folder (or config file) of `model`: a folder, a config file, or a hub id, which is fetched if need be.
 
     Of a training run's folder it is the newest checkpoint.
+
+    Args:
+        model: Any of these.
+        revision: Of a hub id.
+        weights: Whether more than configs is fetched.
+        code: Whether code that comes with the model is fetched too.
 
     Raises:
         ModelError: It is none of these, or the hub cannot be reached.
@@ -38,7 +46,7 @@ def find_model(model: str | os.PathLike[str], *, revision: str | None = None, we
     from huggingface_hub import snapshot_download
 
     try:
-        patterns = list(_WANTED) if weights else ["*.json"]
+        patterns = [*(_WANTED if weights else ["*.json"]), *(["*.py"] if code else [])]
         return Path(snapshot_download(text, revision=revision, allow_patterns=patterns, local_files_only=not near))
     except Exception as error:
         raise not_fetched(text, error) from error

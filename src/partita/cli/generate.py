@@ -17,7 +17,7 @@ from partita.cli import launch, rank
 from partita.cli.console import err, mesh_name, out, plural, print_json, write
 from partita.cli.engine import BackendOption, EngineOption, choose_engine
 from partita.cli.messages import hold, release
-from partita.cli.model import check_early, for_mlx
+from partita.cli.model import check_early, for_mlx, read_tokenizer
 from partita.cli.options import (
     AsJson,
     Device,
@@ -27,6 +27,7 @@ from partita.cli.options import (
     PipelineRanks,
     Replicas,
     TensorRanks,
+    TrustRemoteCode,
     VirtualStages,
     WeightsDtype,
 )
@@ -213,6 +214,7 @@ def generate(
     ] = False,
     dtype: WeightsDtype = None,
     device: Device = None,
+    trust_remote_code: TrustRemoteCode = False,
     engine: EngineOption = None,
     backend: BackendOption = None,
     lost_after: LostAfter = None,
@@ -228,9 +230,10 @@ def generate(
             raise ModelError(f"prompt {place} is not UTF-8 text: {text!a:.60}.")
     mesh = Mesh(dp=dp, pp=pp, tp=tp)
     name = choose_engine(engine)
-    check_early(model, mesh, layout, vpp, engine=name)
+    check_early(model, mesh, layout, vpp, engine=name, trust_remote_code=trust_remote_code)
     where: dict[str, Any] = {
         "tp": tp, "pp": pp, "dp": dp, "layout": layout, "vpp": vpp, "dtype": dtype and dtype.value, "device": device,
+        "trust_remote_code": trust_remote_code,
     }  # fmt: skip
     if name == "mlx":
         where = for_mlx(model, mesh, where)
@@ -253,7 +256,7 @@ def generate(
     stream = not no_stream and not as_json and len(texts) == 1
 
     def work() -> int:
-        run = _generate(model, adapters, mesh, texts, sampling, name, where, stream)
+        run = _generate(model, adapters, mesh, texts, sampling, name, where, stream, trust_remote_code)
         if rank.is_first():
             (_print_json if as_json else _print_texts)(run, stream)
         return 0
@@ -303,14 +306,13 @@ def _generate(
     name: str,
     where: dict[str, Any],
     stream: bool,
+    trust_remote_code: bool,
 ) -> _Run:
-    from partita.text import load_tokenizer
-
     engine: Any = importlib.import_module(f"partita.{name}.generate").generate
     load: Any = importlib.import_module(f"partita.{name}.load").load
     start_s = time.perf_counter()
-    folder = find_model(model)
-    tokenizer = load_tokenizer(folder)
+    folder = find_model(model, code=trust_remote_code)
+    tokenizer = read_tokenizer(folder, trust_remote_code=trust_remote_code)
     prompts = [tokenizer.encode(text) for text in texts]
     with loading(f"loading, {mesh_name(mesh)}") as progress:
         split = load(folder, progress=progress, **where)

@@ -19,6 +19,7 @@ from partita.cli.options import (
     PipelineRanks,
     Replicas,
     TensorRanks,
+    TrustRemoteCode,
     VirtualStages,
 )
 from partita.cli.timeline import check_file
@@ -47,13 +48,14 @@ def plan(
             show_default=False,
         ),
     ] = None,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Show what each rank would hold of a model: layers, parameters, bytes, and how tensors are cut. Needs no weights."""
     if save is not None:
         check_file("--save", save)
     name = choose_engine(engine) if engine == EngineName.mlx else "torch"
-    made = make_plan(model, Mesh(dp, pp, tp), layout, vpp, engine=name)
+    made = make_plan(model, Mesh(dp, pp, tp), layout, vpp, engine=name, trust_remote_code=trust_remote_code)
     path = find_config(model)
     line = dtype_note(path, stored_dtype_at(path), read_config(path))
     if line:

@@ -24,6 +24,7 @@ from partita.cli.options import (
     Replicas,
     ScheduleKind,
     TensorRanks,
+    TrustRemoteCode,
     VirtualStages,
     WeightsDtype,
 )
@@ -194,6 +195,7 @@ def train(
     ] = False,
     dtype: WeightsDtype = None,
     device: Device = None,
+    trust_remote_code: TrustRemoteCode = False,
     engine: EngineOption = None,
     backend: BackendOption = None,
     lost_after: LostAfter = None,
@@ -246,9 +248,12 @@ def train(
         microbatches=places["microbatches"], group_size=places["group_size"],
     )  # fmt: skip
     name = choose_engine(engine)
-    check_early(source, mesh, stages.layout, stages.vpp, stages.placement, engine=name)
+    check_early(
+        source, mesh, stages.layout, stages.vpp, stages.placement, engine=name, trust_remote_code=trust_remote_code
+    )
     goes_on_whole = resume and notes["lora_rank"] is None
     where = {**stages.plan, "dtype": None if goes_on_whole else notes["dtype"], "device": device}
+    where["trust_remote_code"] = trust_remote_code
     if name == "mlx":
         _check_for_mlx(stages.placement)
         where = for_mlx(source, mesh, where)
@@ -264,7 +269,7 @@ def train(
     TrainSettings(**options)
     run = TrainRun(
         name, backend, mesh, source, notes["config"] is not None and not resume, notes, where, options, out_folder, resume,
-        is_restarted, not no_verify, notes["lora_rank"], as_json,
+        is_restarted, not no_verify, notes["lora_rank"], as_json, trust_remote_code,
     )  # fmt: skip
 
     def work() -> int:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from partita.checkpoint.run_lock import RunLock
 from partita.cli import rank
 from partita.cli.console import count, err, mesh_name, out, plural, print_json, sparkline
+from partita.cli.model import read_tokenizer
 from partita.cli.progress import loading, saved, saving, training
 from partita.cli.rank import Engine
 from partita.core.mesh import Mesh
@@ -50,6 +51,7 @@ class TrainRun:
         verify: Whether that is read as a whole before.
         lora_rank: Of the adapters that are trained, if they are.
         as_json: Whether JSON is printed at the end.
+        trust_remote_code: Whether code that comes with the model and its tokenizer is run.
         reports: The steps that are done.
         checkpoints: Those that are written.
         saved: Where the model is at the end.
@@ -69,6 +71,7 @@ class TrainRun:
     verify: bool
     lora_rank: int | None
     as_json: bool
+    trust_remote_code: bool
     reports: list[StepReport] = field(default_factory=list)
     checkpoints: list[SaveReport] = field(default_factory=list)
     saved: Path | None = None
@@ -136,12 +139,10 @@ class TrainRun:
         return found, step
 
     def _begin(self, begun: Path | None) -> tuple[nn.Module, Tokenizer]:
-        from partita.checkpoint.find import find_model
-        from partita.text import load_tokenizer
-
         whole = begun is not None and self.lora_rank is None
-        found = begun if begun is not None and whole else find_model(self.source, weights=not self.new)
-        tokenizer = load_tokenizer(begun or (found if found.is_dir() else found.parent))
+        found = begun if begun is not None and whole else self._find()
+        place = begun or (found if found.is_dir() else found.parent)
+        tokenizer = read_tokenizer(place, trust_remote_code=self.trust_remote_code)
         if self.new:
             fresh: Any = importlib.import_module(f"partita.{self.engine}.fresh").fresh
             return fresh(found, seed=self.options["seed"], **self.where), tokenizer
@@ -149,6 +150,11 @@ class TrainRun:
         with loading("loading") as progress:
             # What a run goes on from was looked at when it was found.
             return load(found, progress=progress, verify=begun is None, **self.where), tokenizer
+
+    def _find(self) -> Path:
+        from partita.checkpoint.find import find_model
+
+        return find_model(self.source, weights=not self.new, code=self.trust_remote_code)
 
     def _adapt(self, split: nn.Module, begun: Path | None) -> None:
         """Put on new adapters, or those of a checkpoint."""

@@ -25,6 +25,7 @@ from partita.cli.options import (
     PipelineRanks,
     Replicas,
     ScheduleKind,
+    TrustRemoteCode,
     VirtualStages,
 )
 from partita.cli.stages import choose
@@ -55,6 +56,7 @@ def verify(
         ),
     ] = None,
     device: Device = None,
+    trust_remote_code: TrustRemoteCode = False,
     engine: EngineOption = None,
     backend: BackendOption = None,
     lost_after: LostAfter = None,
@@ -71,9 +73,10 @@ def verify(
     wanted = microbatches if microbatches is not None else 1 if pp == 1 else 2 * pp
     stages = choose(mesh, layout, vpp, schedule, batch_size=wanted * dp, microbatches=wanted)
     name = choose_engine(engine)
-    check_early(model, mesh, layout, stages.vpp, stages.placement, engine=name)
+    check_early(model, mesh, layout, stages.vpp, stages.placement, engine=name, trust_remote_code=trust_remote_code)
     dtypes = [one.value for one in dtype] if dtype else None
-    where = {"device": device} if name == "torch" else for_mlx(model, mesh, {"device": device})
+    where = {"device": device, "trust_remote_code": trust_remote_code}
+    where = where if name == "torch" else for_mlx(model, mesh, where)
 
     def work() -> int:
         if name == "mlx":

@@ -41,8 +41,9 @@ def model_classes(config: Mapping[str, Any]) -> tuple[Any, Any]:
     family = config["model_type"]
     if config.get("model_file") is not None:
         raise ModelError(
-            f"the model ({family}) brings code of its own ({config['model_file']}), which is not run. "
-            "Take one of a family that mlx-lm knows."
+            f"the model ({family}) brings code of its own ({config['model_file']}), which is not run on "
+            "MLX, with --trust-remote-code either: Partita splits mlx-lm's own models there. Take one of a family that mlx-lm "
+            "knows, or --engine torch."
         )
     names = config.get("architectures") or ()
     module = module_name(family, [names] if isinstance(names, str) else names)

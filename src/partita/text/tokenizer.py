@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from partita.dependencies import reading_code
 from partita.errors import CheckpointError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -83,8 +85,12 @@ def _byte_characters() -> list[str]:
 def load_tokenizer(folder: str | os.PathLike[str], *, trust_remote_code: bool = False) -> Tokenizer:
     """The tokenizer that lies with a checkpoint, or the byte-level one where none does.
 
+    Args:
+        folder: Of the checkpoint.
+        trust_remote_code: Whether to run code that comes with the tokenizer. Read it before you do.
+
     Raises:
-        CheckpointError: There is one, but it cannot be read.
+        CheckpointError: There is one, but it cannot be read, or it needs code of its own.
     """
     path = Path(folder)
     names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
@@ -93,8 +99,14 @@ def load_tokenizer(folder: str | os.PathLike[str], *, trust_remote_code: bool = 
     from transformers import AutoTokenizer
 
     try:
-        inner = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        with reading_code() if trust_remote_code else nullcontext():
+            inner = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:
+        if not trust_remote_code and "trust_remote_code" in str(error):
+            raise CheckpointError(
+                f"the tokenizer in {path} brings code of its own, which is not run unless you ask for it. If you trust it, "
+                "give trust_remote_code=True (--trust-remote-code)."
+            ) from error
         why = " ".join(str(error).split()) or type(error).__name__
         raise CheckpointError(f"the tokenizer in {path} cannot be read: {why[:300]}") from error
     return Tokenizer(inner)

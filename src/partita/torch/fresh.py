@@ -13,12 +13,13 @@ from partita.checkpoint.find import find_model
 from partita.core.placement import Placement
 from partita.core.plan import Plan, mesh_of
 from partita.core.split import check_sizes
+from partita.notes import note
 from partita.torch.apply import apply_plan
 from partita.torch.finish import finish
 from partita.torch.groups import ParallelGroups, init_process_group, make_groups
-from partita.torch.hub import build_on_meta, read_hf_config
+from partita.torch.hub import build_on_meta, code_note, read_hf_config
 from partita.torch.initial import FreshFill, record_initialization
-from partita.torch.load import as_device, as_dtype, choose_plan
+from partita.torch.load import as_device, as_dtype, choose_plan, is_first
 from partita.torch.materialize import make_unsaved_buffers, materialize
 from partita.torch.mtp import attach_mtp
 from partita.torch.together import together
@@ -38,6 +39,7 @@ def fresh(
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     groups: ParallelGroups | None = None,
+    trust_remote_code: bool = False,
 ) -> nn.Module:
     """This rank's part of a new model: the same seed gives the same unsplit weights for every mesh.
 
@@ -54,6 +56,7 @@ def fresh(
         dtype: Of the weights; by default the config's.
         device: Where they go; by default this rank's CUDA device, or the CPU.
         groups: The groups of the mesh; by default made from the initialized process group.
+        trust_remote_code: Whether to run code that comes with the config (its `auto_map`). Read it before you do.
 
     Raises:
         PartitaError: The model cannot be split so, or does not say how a tensor of it begins.
@@ -62,9 +65,13 @@ def fresh(
     check_sizes(0, seed=seed)
     mesh = mesh_of(plan, dp, pp, tp)
     groups = groups if groups is not None else make_groups(mesh)
+    is_place = isinstance(config, (str, os.PathLike))
     with together(groups):
-        source = find_model(config, weights=False) if isinstance(config, (str, os.PathLike)) else config
-        built = build_on_meta(read_hf_config(source), as_dtype(dtype))
+        source = find_model(config, weights=False, code=trust_remote_code) if is_place else config
+        read = read_hf_config(source, trust_remote_code=trust_remote_code)
+        if trust_remote_code and is_first(groups) and (line := code_note(source, read)):
+            note(line)
+        built = build_on_meta(read, as_dtype(dtype), trust_remote_code=trust_remote_code)
         plan = choose_plan(built, plan, mesh, layout, vpp, placement)
         attach_mtp(built, plan)
         recipes = record_initialization(built)

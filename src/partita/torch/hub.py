@@ -6,6 +6,9 @@ import copy
 import json
 import os
 from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -23,16 +26,24 @@ from partita.core.model_spec import (
     text_config,
 )
 from partita.core.rules import Rules, isolated_rules, rules_for
+from partita.dependencies import reading_code
 from partita.errors import ModelError
 from partita.torch.towers import tower_paths
 from partita.torch.transformers_internals import (
     auto_class,
+    class_of_code,
     float32_tensors,
+    has_own_code,
     new_model,
     quiet,
     text_config_of,
     tp_plan_of,
     use_plain_experts,
+)
+
+OWN_CODE = (
+    "{} brings code of its own, which is not run unless you ask for it. If you trust it, give trust_remote_code=True "
+    "(--trust-remote-code)."
 )
 
 
@@ -44,8 +55,12 @@ def _first_line(error: BaseException) -> str:
 def read_hf_config(source: str | os.PathLike[str] | Mapping[str, Any] | Any, *, trust_remote_code: bool = False) -> Any:
     """transformers' config of a local folder, a config file, plain data, or a config already.
 
+    Args:
+        source: Any of these.
+        trust_remote_code: Whether to run code that comes with it.
+
     Raises:
-        ModelError: It is not one that the installed transformers can read.
+        ModelError: It is not one that the installed transformers can read, or it needs code of its own.
     """
     from transformers import AutoConfig, PretrainedConfig
 
@@ -58,18 +73,52 @@ def read_hf_config(source: str | os.PathLike[str] | Mapping[str, Any] | Any, *, 
     try:
         if isinstance(source, Mapping):
             return AutoConfig.for_model(**dict(source))
-        return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        if trust_remote_code and Path(source).name == "config.json":
+            source = Path(source).parent  # the code is beside it
+        with reading_code() if trust_remote_code else nullcontext():
+            return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     except Exception as error:
         name = source.get("model_type", "a config") if isinstance(source, Mapping) else source
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        if not trust_remote_code and ("trust_remote_code" in str(error) or _names_code(source)):
+            raise ModelError(OWN_CODE.format(name)) from error
         reason = " ".join(lines[:3])[:300] or type(error).__name__
         raise ModelError(f"{name}: transformers cannot read this config: {reason}") from error
 
 
-def model_class(config: Any) -> Any:
-    """The transformers class that runs a config: the one it names, else its causal language model, else its base model."""
+def _names_code(source: Any) -> bool:
+    return isinstance(source, Mapping) and bool(source.get("auto_map"))
+
+
+def code_note(folder: Any, config: Any) -> str:
+    """The line to show when code that comes with a model is run; empty where none does."""
+    places = (getattr(config, "auto_map", None) or {}).values()
+    names = sorted({place.partition(".")[0] for place in places if isinstance(place, str)})
+    if not names:
+        return ""
+    return f"{folder}: running code that comes with the model ({', '.join(names)}), as trust_remote_code asks."
+
+
+def config_like(config: Any, data: Mapping[str, Any]) -> Any:
+    """A config of the family of `config`, of other data."""
+    return type(config).from_dict(dict(data)) if has_own_code(config) else read_hf_config(data)
+
+
+def model_class(config: Any, *, trust_remote_code: bool = False) -> Any:
+    """The class that runs a config: of the model's own code where that is trusted and there is any, else transformers' class
+    that the config names, else its causal language model, else its base model."""
     import transformers
 
+    if trust_remote_code:
+        try:
+            with reading_code():
+                found = class_of_code(config)
+        except Exception as error:
+            raise ModelError(
+                f"the code that comes with {config.name_or_path} cannot be run: {type(error).__name__}: {_first_line(error)}"
+            ) from error
+        if found is not None:
+            return found
     for name in getattr(config, "architectures", None) or ():
         found = getattr(transformers, name, None)
         if found is not None:
@@ -83,7 +132,9 @@ def model_class(config: Any) -> Any:
     )
 
 
-def build_on_meta(config: Any, dtype: torch.dtype | None = None, cls: Any = None) -> nn.Module:
+def build_on_meta(
+    config: Any, dtype: torch.dtype | None = None, cls: Any = None, *, trust_remote_code: bool = False
+) -> nn.Module:
     """The unsplit model of a config without any weight, in eval mode.
 
     In float64 all parameters and buffers are float64, and experts take the plain implementation, since the grouped ones
@@ -91,7 +142,7 @@ def build_on_meta(config: Any, dtype: torch.dtype | None = None, cls: Any = None
     """
     check_layers(getattr(config, "num_hidden_layers", None))
     check_architectures(getattr(config, "architectures", None))
-    cls = cls if cls is not None else model_class(config)
+    cls = cls if cls is not None else model_class(config, trust_remote_code=trust_remote_code)
     if dtype == torch.float64:
         use_plain_experts(config)
     try:
@@ -203,10 +254,13 @@ def _find_layer_list(model: nn.Module, towers: tuple[str, ...]) -> tuple[str, in
 def rules_of(model: nn.Module, spec: ModelSpec) -> Rules:
     """The rules of a model: our table of its family, else its config's `base_model_tp_plan`, else the usual names.
 
-    Where none of these names a module of the model, every linear layer is split by itself.
+    Where none of these names a module of the model, every linear layer is split by itself. No table was measured with code
+    that comes with a model, whatever family it calls itself.
     """
     config: Any = getattr(model, "config", None)
     rules = rules_for(spec, tp_plan_of(config))
+    if has_own_code(model):
+        rules = replace(rules, proven=False)
     if any(rules.find(path) is not None for path in spec.modules if spec.layer_of(path) is not None):
         return rules
     return isolated_rules(spec)

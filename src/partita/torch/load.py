@@ -28,7 +28,7 @@ from partita.torch.apply import apply_plan
 from partita.torch.fill import CheckpointFill, Progress
 from partita.torch.finish import finish
 from partita.torch.groups import ParallelGroups, init_process_group, make_groups
-from partita.torch.hub import build_on_meta, read_hf_config
+from partita.torch.hub import build_on_meta, code_note, read_hf_config
 from partita.torch.materialize import make_unsaved_buffers, materialize
 from partita.torch.mtp import attach_mtp
 from partita.torch.names import Source, sources_for_reading
@@ -73,7 +73,7 @@ def load(
         placement: Which rank runs which stage: `loop`, or `v` for the schedule `zb-v`.
         dtype: Of the weights; by default the checkpoint's.
         device: Where they go; by default this rank's CUDA device, or the CPU.
-        trust_remote_code: Whether to run code that comes with the model.
+        trust_remote_code: Whether to run code that comes with the model (its config's `auto_map`). Read it before you do.
         progress: Told of every chunk that is read.
         groups: The groups of the mesh; by default made from the initialized process group.
         verify: Whether a checkpoint of a run is read whole before, by all ranks together, and compared with its manifest.
@@ -85,7 +85,7 @@ def load(
     mesh = mesh_of(plan, dp, pp, tp)
     groups = groups if groups is not None else make_groups(mesh)
     with together(groups):
-        folder = find_model(model)
+        folder = find_model(model, code=trust_remote_code)
         if verify:
             check_model(
                 folder, groups.mesh.rank(dp=groups.dp.rank, pp=groups.pp.rank, tp=groups.mp.rank), groups.mesh.size
@@ -94,7 +94,10 @@ def load(
         if is_first(groups) and (line := checkpoint.note()):
             note(line)
         config = read_hf_config(folder, trust_remote_code=trust_remote_code)
-        built = build_on_meta(config, as_dtype(dtype) or _stored_dtype(checkpoint, config, groups))
+        if trust_remote_code and is_first(groups) and (line := code_note(folder, config)):
+            note(line)
+        wanted = as_dtype(dtype) or _stored_dtype(checkpoint, config, groups)
+        built = build_on_meta(config, wanted, trust_remote_code=trust_remote_code)
         _read_generation_config(built, folder)
         shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
     if tied_names(built):

@@ -93,7 +93,7 @@ def _sources(
     """Where what is trained lies in a checkpoint, and the unsplit model that converters of it ask: none for adapters."""
     if not trained.keys() & plan.spec.tensors.keys():
         return nn.Module(), adapter_sources(trained, plan, groups)
-    unsplit = unsplit_on_meta(model.config, plan)
+    unsplit = unsplit_on_meta(model, plan)
     shapes = {name: info.shape for name, info in open_checkpoint(folder).tensors.items()}
     return unsplit, sources_for_reading(unsplit, shapes)[0]
 

@@ -200,7 +200,7 @@ def adapters_on_disk(model: nn.Module, base: str | None = None) -> AdaptersOnDis
     with together(groups):
         kind = only({kind for _, theirs in told for kind in theirs})
         paths = {_parsed(name)["path"] for name, _, _ in everywhere}
-        unsplit = unsplit_on_meta(model.config, plan)
+        unsplit = unsplit_on_meta(model, plan)
         others = {path for path, module in unsplit.named_modules() if hasattr(module, "weight") and path not in paths}
         config = kind.to_json(
             base=base or getattr(model.config, "_name_or_path", None) or None,

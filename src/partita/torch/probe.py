@@ -25,7 +25,7 @@ from partita.torch.compare import Difference, compare
 from partita.torch.finish import finish
 from partita.torch.float64 import Float64Everywhere
 from partita.torch.groups import single_groups
-from partita.torch.hub import build_on_meta, read_hf_config, rules_of, spec_of
+from partita.torch.hub import build_on_meta, config_like, rules_of, spec_of
 from partita.torch.initial import FreshFill, record_initialization
 from partita.torch.materialize import make_unsaved_buffers, materialize
 from partita.torch.rounding import compare_rounding, in_float64, name_of
@@ -221,7 +221,7 @@ def small_model(model: nn.Module, num_heads: int, *, layers: int = 0, dtype: tor
     runs_on_text: nn.Module | None = None
     for data in shrunk_configs(config.to_dict(), num_heads, layers):
         try:
-            small = read_hf_config(data)
+            small = config_like(config, data)
             small.architectures = [type(model).__name__]
             built = build_on_meta(small, dtype, type(model))
             if sum(p.numel() for p in built.parameters()) > LARGEST_PARAMETERS:

@@ -34,7 +34,7 @@ from partita.torch.load import is_first
 from partita.torch.mtp import attach_mtp, repeated_pieces
 from partita.torch.names import Piece, pieces_for_writing
 from partita.torch.together import gather_from_all, together
-from partita.torch.transformers_internals import quiet
+from partita.torch.transformers_internals import code_files, has_own_code, quiet
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -176,6 +176,7 @@ class OnDisk:
         """Write what belongs to the weights: configs and the tokenizer."""
         with quiet():
             self.config.save_pretrained(folder)
+            _copy_code(model, folder)
             generation = getattr(model, "generation_config", None)
             if generation is not None:
                 # Its own save_pretrained refuses what it reads: settings that matter only for sampling, without do_sample.
@@ -201,7 +202,7 @@ def on_disk(model: nn.Module) -> OnDisk:
         dtypes.update(part)  # type: ignore[call-overload]
     config = _plain_config(model, next(iter(dtypes.values())))
     with together(groups):
-        unsplit = unsplit_on_meta(config, plan)
+        unsplit = unsplit_on_meta(model, plan, config)
         pieces = repeated_pieces(unsplit, plan, pieces_for_writing(unsplit))
     saved = {name: dtypes[name] for name in plan.spec.tensors if name in dtypes}
     unused = getattr(model, "partita_unused", Unused()).without({p.name for name in saved for p in pieces[name]})
@@ -214,9 +215,10 @@ def on_disk(model: nn.Module) -> OnDisk:
     return OnDisk(config, pieces, saved, unused)
 
 
-def unsplit_on_meta(config: Any, plan: Plan) -> nn.Module:
-    """The unsplit model without weights, with what a plan adds to it."""
-    unsplit = build_on_meta(config)
+def unsplit_on_meta(model: nn.Module, plan: Plan, config: Any = None) -> nn.Module:
+    """The unsplit form of `model` without weights, with what a plan adds to it; of another config if that is given."""
+    cls = type(model) if has_own_code(model) else None
+    unsplit = build_on_meta(model.config if config is None else config, cls=cls)
     attach_mtp(unsplit, plan)
     return unsplit
 
@@ -240,6 +242,16 @@ def own_part(
         if mine != owned:
             part = torch.cat([part.narrow(dim, *_place(mine, span)) for span in owned], dim)
     return part.contiguous().cpu()
+
+
+def _copy_code(model: nn.Module, folder: Path) -> None:
+    """Copy the code that came with a model and its config, since the saved config names it."""
+    for value in (model, model.config):
+        files = code_files(value)
+        for file in files:
+            target = folder / file.relative_to(files[0].parent)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, target)
 
 
 def _place(held: list[Range], span: Range) -> tuple[int, int]:

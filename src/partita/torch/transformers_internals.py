@@ -14,6 +14,7 @@ import inspect
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -24,6 +25,40 @@ from partita.core.rotary import Rotary
 from partita.dependencies import find, lacking
 
 LIBRARY = "transformers"
+
+
+# --- code that comes with a model -------------------------------------------------------------------------------------
+
+_DYNAMIC = "transformers.dynamic_module_utils"
+
+
+def class_of_code(config: Any) -> Any:
+    """The class of the model that a config's `auto_map` names, whose code is run; None where it names no model.
+
+    Of several it is the one that `architectures` names, else the causal language model, else the base model.
+    """
+    named = {name: place for name, place in (getattr(config, "auto_map", None) or {}).items() if "AutoModel" in name}
+    wanted = tuple(getattr(config, "architectures", None) or ())
+    order = [name for name, place in named.items() if str(place).rpartition(".")[2] in wanted]
+    place = next((named[name] for name in (*order, "AutoModelForCausalLM", "AutoModel") if name in named), None)
+    if place is None:
+        return None
+    get = find(LIBRARY, _DYNAMIC, "get_class_from_dynamic_module", "run code that comes with a model")
+    return get(place, config.name_or_path)
+
+
+def has_own_code(value: Any) -> bool:
+    """Whether the class of a model or config came with a checkpoint, rather than with a library."""
+    return type(value).__module__.partition(".")[0] == "transformers_modules"
+
+
+def code_files(value: Any) -> list[Path]:
+    """The files that the class of a model or config came with: its own first, then those that it imports."""
+    if not has_own_code(value):
+        return []
+    own = inspect.getfile(type(value))
+    imports = find(LIBRARY, _DYNAMIC, "get_relative_import_files", "save code that comes with a model")
+    return [Path(own), *map(Path, imports(own))]
 
 
 # --- the cache of keys and values -------------------------------------------------------------------------------------

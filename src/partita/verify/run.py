@@ -20,6 +20,7 @@ from partita.core.placement import Placement
 from partita.core.plan import Plan
 from partita.core.rounding import judge
 from partita.errors import CheckpointError, ModelError
+from partita.notes import note
 from partita.peers import doing
 from partita.text import Sampling
 from partita.torch.apply import apply_plan, plan_of
@@ -28,8 +29,8 @@ from partita.torch.finish import finish
 from partita.torch.float64 import Float64Everywhere
 from partita.torch.generate import generate
 from partita.torch.groups import ParallelGroups, has_own_gpu, init_process_group, make_groups, single_groups
-from partita.torch.hub import build_on_meta, read_hf_config, spec_of
-from partita.torch.load import as_device, as_dtype, choose_plan, load
+from partita.torch.hub import build_on_meta, code_note, read_hf_config, spec_of
+from partita.torch.load import as_device, as_dtype, choose_plan, is_first, load
 from partita.torch.probe import fill_unsplit, sample_inputs, small_model
 from partita.torch.rounding import (
     Choices,
@@ -109,7 +110,7 @@ def verify(
             at most 1e-12. In narrower dtypes the split model may round at most twice as much as the unsplit one. By default
             float64 and the dtype of the weights.
         device: Where both models compute; by default this rank's CUDA device, or the CPU.
-        trust_remote_code: Whether to run code that comes with the model.
+        trust_remote_code: Whether to run code that comes with the model (its config's `auto_map`). Read it before you do.
 
     Returns:
         The report, the same on every rank.
@@ -126,19 +127,26 @@ def verify(
     )  # fmt: skip
     with together(groups):
         place = as_device(device)
-        folder = find_model(model)
-        dtypes = _dtypes(dtype, folder, read_hf_config(folder, trust_remote_code=trust_remote_code))
+        folder = find_model(model, code=trust_remote_code)
+        config = read_hf_config(folder, trust_remote_code=trust_remote_code)
+        if trust_remote_code and is_first(groups) and (line := code_note(folder, config)):
+            note(line)
+        dtypes = _dtypes(dtype, folder, config)
     rows: list[Row] = []
     skipped: list[Skip] = []
     substituted: list[str] = []
     for wanted in dtypes:
         with together(groups):
-            built = build_on_meta(read_hf_config(folder, trust_remote_code=trust_remote_code), wanted)
+            config = read_hf_config(folder, trust_remote_code=trust_remote_code)
+            built = build_on_meta(config, wanted, trust_remote_code=trust_remote_code)
             required = _required_bytes(built, wanted) * _ranks_on(place, mesh)
         fits = all(gather_from_all(groups, required <= _free_bytes(place) * MEMORY_SHARE))
         with together(groups):
-            small, note = (None, "") if fits else _small_instead(built, mesh, layout, vpp, wanted)
-        unsplit = small.to(place) if small is not None else _whole(folder, built, wanted, place)
+            small, instead = (None, "") if fits else _small_instead(built, mesh, layout, vpp, wanted)
+        if small is not None:
+            unsplit = small.to(place)
+        else:
+            unsplit = _whole(folder, built, wanted, place, trust_remote_code=trust_remote_code)
         for parameter in unsplit.parameters():
             parameter.requires_grad_(parameter.is_floating_point())
         with together(groups):
@@ -150,7 +158,7 @@ def verify(
         found.expect("module", "output", "gradient", "tokens", *(("loss", "parameter") if steps else ()))
         rows += found.rows
         skipped += found.skipped
-        substituted += [] if note in (*substituted, "") else [note]
+        substituted += [] if instead in (*substituted, "") else [instead]
     size = sum(p.numel() for p in unsplit.parameters())
     names = ", ".join(name_of(one) for one in dtypes)
     what = f"{type(unsplit).__name__} ({plan.spec.family}), {size:,} parameters, {names}, {mesh}, {place.type}"
@@ -266,11 +274,14 @@ def _inputs(unsplit: nn.Module, groups: ParallelGroups, found: Collected) -> dic
     return inputs
 
 
-def _whole(folder: Path, built: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Module:
+def _whole(
+    folder: Path, built: nn.Module, dtype: torch.dtype, device: torch.device, *, trust_remote_code: bool
+) -> nn.Module:
     """The unsplit model with its own weights, or with random ones where there are none."""
     try:
         if folder.is_dir():
-            return load(folder, dtype=dtype, device=device, groups=single_groups())
+            groups = single_groups()
+            return load(folder, dtype=dtype, device=device, groups=groups, trust_remote_code=trust_remote_code)
     except CheckpointError:
         if any(folder.glob("*.safetensors*")) or any(folder.glob("*.bin")):
             raise
