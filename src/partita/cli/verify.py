@@ -75,7 +75,7 @@ def verify(
     name = choose_engine(engine)
     check_early(model, mesh, layout, stages.vpp, stages.placement, engine=name, trust_remote_code=trust_remote_code)
     dtypes = [one.value for one in dtype] if dtype else None
-    where = {"device": device, "trust_remote_code": trust_remote_code}
+    where: dict[str, Any] = {"device": device, "trust_remote_code": trust_remote_code}
     where = where if name == "torch" else for_mlx(model, mesh, where)
 
     def work() -> int:

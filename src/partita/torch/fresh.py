@@ -65,9 +65,10 @@ def fresh(
     check_sizes(0, seed=seed)
     mesh = mesh_of(plan, dp, pp, tp)
     groups = groups if groups is not None else make_groups(mesh)
-    is_place = isinstance(config, (str, os.PathLike))
     with together(groups):
-        source = find_model(config, weights=False, code=trust_remote_code) if is_place else config
+        source = config
+        if isinstance(config, (str, os.PathLike)):
+            source = find_model(config, weights=False, code=trust_remote_code)
         read = read_hf_config(source, trust_remote_code=trust_remote_code)
         if trust_remote_code and is_first(groups) and (line := code_note(source, read)):
             note(line)
