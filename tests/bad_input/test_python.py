@@ -311,6 +311,11 @@ SETTINGS = [
         "learning_rate must be...but is nan.",
     ),
     Call(
+        "master weights in bfloat16",
+        lambda: TrainSettings(master_dtype="bfloat16"),
+        "master_dtype must be float32 or model, but is 'bfloat16'.",
+    ),
+    Call(
         "autocast to integers",
         lambda: TrainSettings(autocast="int8"),
         "autocast must be bfloat16, float16 or none, but is 'int8'.",

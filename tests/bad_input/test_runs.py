@@ -217,6 +217,11 @@ TRAIN = [
         "warmed up backwards", f"{NEW} --warmup-steps -1", "'--warmup-steps'...greater than or equal to 0, but is '-1'"
     ),
     Case("clipped below zero", f"{NEW} --clip-norm -1", "'--clip-norm'...greater than or equal to 0, but is '-1'"),
+    Case(
+        "master weights in bfloat16",
+        f"{NEW} --master-dtype bfloat16",
+        "'--master-dtype'...'bfloat16' is not one of 'float32', 'model'",
+    ),
     Case("autocast to integers", f"{NEW} --autocast int8", "'--autocast'...'int8' is not one of 'bfloat16', 'float16'"),
     Case(
         "a picture of no known kind",

@@ -67,6 +67,7 @@ MAY_NOT: list[tuple[dict[str, Any], str]] = [
     ({"mtp_weight": 0.1}, "mtp_weight"),
     ({"mask_token": 1}, "mask_token"),
     ({"autocast": "bfloat16"}, r"autocast \(None then, 'bfloat16' now\)"),
+    ({"master_dtype": "model"}, r"master_dtype \('float32' then, 'model' now\)"),
     ({"seed": 4, "batch_size": 2}, r"batch_size \(4 then, 2 now\), seed \(3 then, 4 now\)"),
 ]
 

@@ -233,6 +233,7 @@ REFUSED: list[tuple[str, str]] = [
     ("--warmup-steps 3", "it differs in warmup_steps (10 then, 3 now)"),
     ("--steps 7", "it differs in steps (8 then, 7 now; more are allowed)"),
     ("--autocast bfloat16", "it differs in autocast (None then, 'bfloat16' now)"),
+    ("--master-dtype model", "it differs in master_dtype ('float32' then, 'model' now)"),
     ("--config other.json", "not --config other.json. Leave it out."),
     ("--model other", "the run began with no --model, not --model other. Leave it out."),
     ("--dtype float64", "the run began with no --dtype, not --dtype float64. Leave it out."),

@@ -53,6 +53,13 @@ class AuxLossScope(StrEnum):
     sequence = "sequence"
 
 
+class MasterDtype(StrEnum):
+    """What the optimizer steps."""
+
+    float32 = "float32"
+    model = "model"
+
+
 OPTIMIZER, MEMORY, CHECKPOINTS = "Optimizer", "Memory and precision", "Checkpoints"
 
 
@@ -181,8 +188,22 @@ def train(
     ] = None,
     autocast: Annotated[
         Autocast | None,
-        typer.Option("--autocast", help="Compute in this dtype.", rich_help_panel=MEMORY, show_default=False),
+        typer.Option(
+            "--autocast",
+            help="Multiply float32 weights in this dtype. Weights that are bfloat16 (--dtype) are multiplied in it without.",
+            rich_help_panel=MEMORY,
+            show_default=False,
+        ),
     ] = None,
+    master_dtype: Annotated[
+        MasterDtype,
+        typer.Option(
+            "--master-dtype",
+            help="`float32`: step float32 copies of narrower weights, with float32 moments. `model`: step the weights in their "
+            "own dtype, which saves 8 bytes a weight but rounds small steps away.",
+            rich_help_panel=MEMORY,
+        ),
+    ] = MasterDtype.float32,
     checkpointing: Annotated[
         bool,
         typer.Option(
@@ -213,7 +234,7 @@ def train(
     options: dict[str, Any] = {
         "steps": steps, "batch_size": batch_size, "sequence_length": sequence_length, "learning_rate": learning_rate,
         "warmup_steps": warmup_steps, "weight_decay": weight_decay, "clip_norm": clip_norm, "seed": seed,
-        "autocast": autocast and autocast.value, "aux_loss_scope": aux_loss_scope.value,
+        "autocast": autocast and autocast.value, "master_dtype": master_dtype.value, "aux_loss_scope": aux_loss_scope.value,
     }  # fmt: skip
     notes: dict[str, Any] = {
         "data": data, "config": config, "model": model, "dtype": dtype and dtype.value, "lora_rank": lora_rank,

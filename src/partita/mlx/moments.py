@@ -1,4 +1,4 @@
-"""AdamW's running means of gradients and of their squares, read from the unsplit checkpoint of a run of either engine."""
+"""AdamW's running means and master weights, read from the unsplit checkpoint of a run of either engine."""
 
 from __future__ import annotations
 
@@ -23,19 +23,28 @@ from partita.mlx.origin import Origin
 from partita.mlx.together import together
 from partita.mlx.trainable import Trainable
 from partita.training.resume import refuse_left_out
-from partita.training.saving import MOMENTS, moments_in
+from partita.training.saving import HAS_MASTER, MASTER, MOMENTS, OTHER_DTYPE, moments_in
 from partita.training.state import read_state
 
 _BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
-def moments_of(optimizer: AdamW) -> dict[str, dict[str, mx.array]]:
-    """An optimizer's state by what it is called on disk."""
-    return dict(zip(MOMENTS, (optimizer.means, optimizer.squares), strict=True))
+def state_of(optimizer: AdamW, dtype: mx.Dtype) -> dict[str, dict[str, mx.array]]:
+    """What an optimizer keeps of arrays of `dtype`, by what it is called on disk."""
+    state = dict(zip(MOMENTS, (optimizer.means, optimizer.squares), strict=True))
+    return state | ({MASTER: optimizer.masters} if optimizer.state_dtype(dtype) != dtype else {})
+
+
+def initial_state(kind: str, array: mx.array, optimizer: AdamW) -> mx.array:
+    """What an optimizer keeps of an array before its first step, by what it is called on disk."""
+    wide = array.astype(optimizer.state_dtype(array.dtype))
+    return wide if kind == MASTER else mx.zeros_like(wide)
 
 
 def restore_optimizer(model: nn.Module, trainable: Trainable, optimizer: AdamW, folder: Path) -> None:
     """Give an optimizer the state that it had when a checkpoint was written; every rank calls it.
+
+    Where the checkpoint has no master of an array, it is the array itself, in float32.
 
     Args:
         model: What it trains, in any layout, loaded from the same checkpoint.
@@ -44,7 +53,8 @@ def restore_optimizer(model: nn.Module, trainable: Trainable, optimizer: AdamW, 
         folder: The checkpoint.
 
     Raises:
-        CheckpointError: The checkpoint has no such state, or not of all parameters, or of some that the model leaves out.
+        CheckpointError: The checkpoint has no such state, or not of all parameters, or of some that the model leaves out, or
+            that of parameters of another dtype.
     """
     plan, groups = plan_of(model)
     origin: Origin = model.partita_origin
@@ -57,28 +67,46 @@ def restore_optimizer(model: nn.Module, trainable: Trainable, optimizer: AdamW, 
     with together(groups), Reader(checkpoint) as reader:
         refuse_left_out(folder, moments_in(checkpoint, MOMENTS[0]), now)
         optimizer.steps = {name: run.count(name, [box.name for box in boxes[name]]) for name in trainable.names}
-        for kind, moments in moments_of(optimizer).items():
-            for name, (home, key) in trainable.homes.items():
-                array = home[key]
-                _check(folder, kind, name, boxes[name], array.dtype, checkpoint.tensors)
+        for name, (home, key) in trainable.homes.items():
+            array = home[key]
+            for kind, state in state_of(optimizer, array.dtype).items():
+                dtype = _dtype_of(folder, kind, name, boxes[name], array.dtype, optimizer, checkpoint.tensors)
+                if dtype is None:
+                    state[name] = initial_state(kind, array, optimizer)
+                    continue
                 ranges = adapters.held.get(name) or local_ranges(home, key, name, plan, groups.tp.rank)
                 ranges = ranges or tuple(((0, size),) for size in array.shape)
-                moments[name] = read_array(reader, f"{kind}.", boxes[name], ranges, array.dtype)
+                found = read_array(reader, f"{kind}.", boxes[name], ranges, dtype)
+                state[name] = found.astype(optimizer.state_dtype(array.dtype))
 
 
-def _check(
-    folder: Path, kind: str, name: str, boxes: tuple[Box, ...], dtype: mx.Dtype, infos: Mapping[str, TensorInfo]
-) -> None:
+def _dtype_of(
+    folder: Path,
+    kind: str,
+    name: str,
+    boxes: tuple[Box, ...],
+    dtype: mx.Dtype,
+    optimizer: AdamW,
+    infos: Mapping[str, TensorInfo],
+) -> mx.Dtype | None:
+    """The dtype of the state `kind` of an array of `dtype` in a checkpoint; None of a master that it does not have.
+
+    Raises:
+        CheckpointError: It has no such state, or that of an array of another dtype.
+    """
+    wide = optimizer.state_dtype(dtype)
     for box in boxes:
-        info = infos.get(f"{kind}.{box.name}")
-        if info is None:
+        if kind != MASTER and f"{kind}.{box.name}" not in infos:
             raise CheckpointError(
                 f"{folder}: has no {kind}.{box.name}, so {name} was not trained in that run. Train what it trained."
             )
-        if DTYPES[info.dtype] != dtype:
-            raise CheckpointError(
-                f"{folder}: {kind}.{box.name} is {info.dtype}, but {name} was loaded as {dtype}. Load it in its own dtype."
-            )
+        has_master, moment = f"{MASTER}.{box.name}" in infos, infos[f"{MOMENTS[0]}.{box.name}"]
+        if has_master and wide == dtype:
+            raise CheckpointError(HAS_MASTER.format(folder, f"{MASTER}.{box.name}", name, dtype))
+        if DTYPES[moment.dtype] != (wide if has_master else dtype):
+            raise CheckpointError(OTHER_DTYPE.format(folder, moment.name, moment.dtype, name, dtype))
+    info = infos.get(f"{kind}.{boxes[0].name}")
+    return None if info is None else DTYPES[info.dtype]
 
 
 def read_array(reader: Reader, prefix: str, boxes: tuple[Box, ...], ranges: Ranges, dtype: mx.Dtype) -> mx.array:

@@ -1,11 +1,10 @@
-"""What a rank writes of a checkpoint of a run: its own part of weights and moments, dealt out over the replicas."""
+"""What a rank writes of a checkpoint of a run: its part of weights, moments and masters, dealt out over the replicas."""
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping
 
-import mlx.core as mx
 import mlx.nn as nn
 
 from partita.checkpoint.index import MODEL
@@ -15,23 +14,24 @@ from partita.checkpoint.write import FilePlan, plan_files
 from partita.errors import ModelError
 from partita.mlx.adapt import adapters
 from partita.mlx.apply import plan_of
-from partita.mlx.moments import moments_of
+from partita.mlx.moments import initial_state, state_of
+from partita.mlx.names import DTYPES
 from partita.mlx.optimizer import AdamW
 from partita.mlx.peft_format import AdaptersOnDisk, adapters_on_disk
-from partita.mlx.save import OnDisk, on_disk
+from partita.mlx.save import DTYPE_NAMES, OnDisk, on_disk
 from partita.mlx.together import together
 from partita.mlx.trainable import Trainable
 from partita.training.adapter_files import STEM
 from partita.training.background import Part
 from partita.training.base import place_of
-from partita.training.saving import Saves, check_base, files_beside
+from partita.training.saving import MASTER, MOMENTS, Saves, check_base, files_beside
 
 
 class Share:
     """See `partita.training.saving.Share`. Of a model with adapters only these are written.
 
     Attributes:
-        files: The files of weights and of moments, the same on every rank, by how their names begin.
+        files: The files of weights and of the optimizer's state, the same on every rank, by how their names begin.
         beside: Configs and tokenizer, by name, on the first rank.
     """
 
@@ -54,10 +54,15 @@ class Share:
             if adapted:
                 _refuse_others(trained - self.disk.boxes.keys())
             tensors = self.disk.tensors(trained.__contains__)
-            moments = [(f"{kind}.{name}", *facts) for kind in moments_of(optimizer) for name, *facts in tensors]
+            state = [
+                (f"{kind}.{name}", DTYPE_NAMES[optimizer.state_dtype(DTYPES[dtype])], shape)
+                for kind in (*MOMENTS, MASTER)
+                for name, dtype, shape in tensors
+                if kind in state_of(optimizer, DTYPES[dtype])
+            ]
             self.files: Mapping[str, tuple[FilePlan, ...]] = {
                 STEM if adapted else MODEL: self.disk.files(saves.max_shard_bytes),
-                OPTIMIZER: plan_files(moments, saves.max_shard_bytes, stem=OPTIMIZER),  # type: ignore[arg-type]
+                OPTIMIZER: plan_files(state, saves.max_shard_bytes, stem=OPTIMIZER),
             }
             # Open from now on: a run that resumed from a checkpoint of its own may remove that one.
             self.unused = Unused() if isinstance(self.disk, AdaptersOnDisk) else self.disk.unused
@@ -78,9 +83,11 @@ class Share:
                 continue
             arrays = {"": home[key]}
             if name in self.trainable.homes:
-                for kind, moments in moments_of(self.optimizer).items():
-                    # Before the first step there are none, which is to say zeros.
-                    arrays[f"{kind}."] = moments.get(name, mx.zeros_like(home[key]))
+                for kind, state in state_of(self.optimizer, home[key].dtype).items():
+                    # Before the first step there is none.
+                    arrays[f"{kind}."] = (
+                        state[name] if name in state else initial_state(kind, home[key], self.optimizer)
+                    )
             for prefix, array in arrays.items():
                 for box, take, data in self.disk.parts(name, home, key, array, self.plan, self.groups):
                     parts.append(Part(prefix + box, take, data))

@@ -94,7 +94,7 @@ def train(
         raise ModelError("no parameter of the model is to be trained: all are frozen.")
     start_alike(trainable, groups.dp)
     pipeline = Pipeline(model, schedule)
-    optimizer = AdamW(settings.weight_decay, settings.epsilon)
+    optimizer = AdamW(settings.weight_decay, settings.epsilon, settings.master_dtype)
     text = np.asarray(tokens, np.int64)
     with together(groups):
         run = state_of(settings, text, saves)

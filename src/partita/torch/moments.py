@@ -1,4 +1,4 @@
-"""AdamW's running means of gradients and of their squares, by the parameters' names in the unsplit model."""
+"""AdamW's running means of gradients and of their squares, and its master weights, by the names in the unsplit model."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ from partita.checkpoint.read import Range, Reader
 from partita.core.plan import Plan
 from partita.errors import CheckpointError
 from partita.torch.apply import local_tensors, plan_of
-from partita.torch.fill import CheckpointFill
+from partita.torch.fill import DTYPES, CheckpointFill
 from partita.torch.groups import ParallelGroups
 from partita.torch.mtp import repeated_pieces
 from partita.torch.names import Source, sources_for_reading
+from partita.torch.optimizer import MasterAdamW, initial_state, state_kinds
 from partita.torch.peft_format import adapter_cut, adapter_sources, adapter_tensors
 from partita.torch.save import unsplit_on_meta
 from partita.torch.together import together
 from partita.training.resume import refuse_left_out
-from partita.training.saving import MOMENTS, moments_in
+from partita.training.saving import HAS_MASTER, MASTER, MOMENTS, OTHER_DTYPE, moments_in
 from partita.training.state import read_state
 
 
@@ -51,13 +52,16 @@ def held_by(optimizer: torch.optim.Optimizer | None) -> tuple[torch.optim.Optimi
 def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer | None, folder: Path) -> None:
     """Give an optimizer that has not stepped yet the state that it had when a checkpoint was written; every rank calls it.
 
+    Where the checkpoint has no master weight of a parameter, it is the parameter itself, in float32.
+
     Args:
         model: What it trains, in any layout, loaded from the same checkpoint.
         optimizer: AdamW, or ZeRO's around it; None on a rank that trains nothing.
         folder: The checkpoint.
 
     Raises:
-        CheckpointError: The checkpoint has no such state, or not of all parameters, or of some that the model leaves out.
+        CheckpointError: The checkpoint has no such state, or not of all parameters, or of some that the model leaves out, or
+            that of parameters of another dtype.
     """
     plan, groups = plan_of(model)
     with together(groups):
@@ -65,22 +69,25 @@ def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer | None,
         trained = trained_tensors(model, plan)
         unsplit, sources = _sources(model, plan, groups, trained, folder)
         inner, held = held_by(optimizer)
+        master_dtype = "float32" if isinstance(inner, MasterAdamW) else "model"
         now = {one for name in trained for one in _names_on_disk(name, sources)} | _repeated_names(unsplit, plan)
     now = {name for names in groups.pp.comm.all_gather_object(sorted(now)) for name in names}  # type: ignore[attr-defined]
     with together(groups):
         refuse_left_out(folder, moments_in(moments, MOMENTS[0]), now)
         with Reader(moments) as reader:
-            for kind in MOMENTS:
+            for kind in (*MOMENTS, MASTER):
                 part = _Kind(reader, moments, kind)
                 fill = CheckpointFill(part, part.infos, sources, unsplit, None, 0)  # type: ignore[arg-type]
                 for name, tensor in trained.items():
-                    if inner is not None and id(tensor) in held:
-                        _check(folder, kind, name, sources, part.infos)
+                    kinds = state_kinds(tensor.dtype, master_dtype)
+                    if inner is not None and id(tensor) in held and kind in kinds:
                         state = inner.state[tensor]
                         state["step"] = torch.tensor(
                             float(run.count(name, _names_on_disk(name, sources))), dtype=torch.float32
                         )
-                        state[kind] = torch.zeros_like(tensor, memory_format=torch.preserve_format).detach()
+                        state[kind] = initial_state(kind, tensor, master_dtype)
+                        if not _is_kept(folder, kind, name, tensor, kinds, sources, moments.tensors):
+                            continue
                         cut = (
                             plan.tensor(name) if name in plan.spec.tensors else adapter_cut(name, tensor, plan, groups)
                         )
@@ -98,12 +105,32 @@ def _sources(
     return unsplit, sources_for_reading(unsplit, shapes)[0]
 
 
-def _check(folder: Path, kind: str, name: str, sources: Mapping[str, Source], infos: Mapping[str, TensorInfo]) -> None:
-    missing = [one for one in _names_on_disk(name, sources) if one not in infos]
-    if missing:
+def _is_kept(
+    folder: Path,
+    kind: str,
+    name: str,
+    tensor: Tensor,
+    kinds: Sequence[str],
+    sources: Mapping[str, Source],
+    infos: Mapping[str, TensorInfo],
+) -> bool:
+    """Whether a checkpoint has the state `kind` of a parameter; of master weights it need not.
+
+    Raises:
+        CheckpointError: It has none, or that of a parameter of another dtype.
+    """
+    wanted = _names_on_disk(name, sources)
+    missing = [one for one in wanted if f"{kind}.{one}" not in infos]
+    if missing and kind != MASTER:
         raise CheckpointError(
             f"{folder}: has no {kind}.{missing[0]}, so {name} was not trained in that run. Train what it trained."
         )
+    moment, has_master = infos[f"{MOMENTS[0]}.{wanted[0]}"], f"{MASTER}.{wanted[0]}" in infos
+    if has_master and MASTER not in kinds:
+        raise CheckpointError(HAS_MASTER.format(folder, f"{MASTER}.{wanted[0]}", name, tensor.dtype))
+    if MASTER in kinds and not has_master and DTYPES[moment.dtype] != tensor.dtype:
+        raise CheckpointError(OTHER_DTYPE.format(folder, moment.name, moment.dtype, name, tensor.dtype))
+    return not missing
 
 
 def _names_on_disk(name: str, sources: Mapping[str, Source]) -> list[str]:

@@ -1,4 +1,4 @@
-"""What a rank writes of a checkpoint of a run: its own part of weights and moments, dealt out over the replicas."""
+"""What a rank writes of a checkpoint of a run: its part of weights, moments and masters, dealt out over the replicas."""
 
 from __future__ import annotations
 
@@ -18,31 +18,34 @@ from partita.torch.apply import plan_of
 from partita.torch.fill import memory_of
 from partita.torch.load import is_first
 from partita.torch.moments import held_by, trained_tensors
+from partita.torch.optimizer import initial_state, state_dtype, state_kinds
 from partita.torch.peft_format import AdaptersOnDisk, adapters_on_disk
 from partita.torch.save import DTYPE_NAMES, OnDisk, on_disk
 from partita.torch.together import together
 from partita.training.adapter_files import STEM
 from partita.training.background import Part
 from partita.training.base import place_of
-from partita.training.saving import MOMENTS, Saves, check_base, files_beside
+from partita.training.saving import MASTER, MOMENTS, Saves, check_base, files_beside
 
 
 class Share:
     """See `partita.training.saving.Share`. Of a model with adapters only these are written.
 
     Attributes:
-        files: The files of weights and of moments, the same on every rank, by how their names begin.
+        files: The files of weights and of the optimizer's state, the same on every rank, by how their names begin.
         beside: Configs and tokenizer, by name, on the first rank.
     """
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer | None, saves: Saves) -> None:
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer | None, saves: Saves, master_dtype: str
+    ) -> None:
         """Of a model in training; every rank of the run calls it.
 
         Raises:
             ModelError: The model has adapters, and `saves` does not say of which model; or some that are no plain LoRA, or more
                 is trained than them.
         """
-        self.model, self.optimizer = model, optimizer
+        self.model, self.optimizer, self.master_dtype = model, optimizer, master_dtype
         self.plan, self.groups = plan_of(model)
         adapted = any(self.groups.pp.comm.all_gather_object(bool(adapters(model))))
         check_base(saves, adapted=adapted)
@@ -58,16 +61,16 @@ class Share:
         with together(self.groups):
             if adapted:
                 _refuse_others(trained - self.disk.dtypes.keys())
-            moments = [
-                (f"{kind}.{piece.name}", DTYPE_NAMES[dtype], piece.shape)
-                for kind in MOMENTS
+            state = [
+                (f"{kind}.{piece.name}", DTYPE_NAMES[state_dtype(dtype, master_dtype)], piece.shape)
+                for kind in (*MOMENTS, MASTER)
                 for name, dtype in self.disk.dtypes.items()
-                if name in trained
+                if name in trained and kind in state_kinds(dtype, master_dtype)
                 for piece in self.disk.pieces[name]
             ]
             self.files: Mapping[str, tuple[FilePlan, ...]] = {
                 STEM if adapted else MODEL: self.disk.files(saves.max_shard_bytes),
-                OPTIMIZER: plan_files(moments, saves.max_shard_bytes, stem=OPTIMIZER),
+                OPTIMIZER: plan_files(state, saves.max_shard_bytes, stem=OPTIMIZER),
             }
             # Open from now on: a run that resumed from a checkpoint of its own may remove that one.
             self.unused = Unused() if isinstance(self.disk, AdaptersOnDisk) else self.disk.unused
@@ -116,12 +119,12 @@ class Share:
             if id(tensor) not in self.trained or not (id(tensor) in held if self.zero else mine):
                 continue
             state = inner.state.get(tensor, {}) if inner is not None else {}
-            for kind in MOMENTS:
-                # What never had a gradient has no state yet, which is to say zeros.
-                moment = state.get(kind)
-                moment = torch.zeros_like(tensor) if moment is None else moment
-                for piece, take, part in self.disk.parts(name, moment, plan, groups):
-                    yield f"{kind}.{piece}", take, part, moment
+            for kind in state_kinds(tensor.dtype, self.master_dtype):
+                # What never had a gradient has no state yet.
+                one = state.get(kind)
+                one = initial_state(kind, tensor, self.master_dtype) if one is None else one
+                for piece, take, part in self.disk.parts(name, one, plan, groups):
+                    yield f"{kind}.{piece}", take, part, one
 
 
 def _refuse_others(names: set[str]) -> None:

@@ -26,6 +26,7 @@ from partita.torch.head import local_logits
 from partita.torch.load import as_dtype
 from partita.torch.moments import restore_optimizer
 from partita.torch.objective import IGNORED, check_trainable, examples, loss_of
+from partita.torch.optimizer import MasterAdamW, state_dtype
 from partita.torch.pipeline import Pipeline
 from partita.torch.replicas import clip_gradients, start_alike, sum_gradients
 from partita.torch.share import Share
@@ -134,7 +135,8 @@ def make_saver(
     _, groups = plan_of(model)
     axes = [info.comm for info in (groups.mp, groups.pp, groups.dp) if info.world_size > 1]
     rank = groups.mesh.rank(dp=groups.dp.rank, pp=groups.pp.rank, tp=groups.mp.rank)
-    return Saver(saves, Share(model, optimizer, saves), run, axes, rank, groups.mesh.size, on_save=on_save)
+    share = Share(model, optimizer, saves, run.settings.master_dtype)
+    return Saver(saves, share, run, axes, rank, groups.mesh.size, on_save=on_save)
 
 
 def _step(
@@ -173,6 +175,8 @@ def _step(
 def make_optimizer(model: nn.Module, settings: TrainSettings, groups: ParallelGroups) -> torch.optim.Optimizer | None:
     """AdamW over what this rank has to train, None where that is nothing; norms and biases do not decay.
 
+    Parameters narrower than float32 have float32 master weights and moments, unless `settings.master_dtype` is `model`.
+
     Raises:
         ModelError: No rank has anything to train.
     """
@@ -187,8 +191,10 @@ def make_optimizer(model: nn.Module, settings: TrainSettings, groups: ParallelGr
     ]
     split = [group for group in split if group["params"]]
     given: dict[str, Any] = {"lr": settings.learning_rate, "betas": (0.9, 0.95), "eps": settings.epsilon}
+    has_masters = any(state_dtype(p.dtype, settings.master_dtype) != p.dtype for p in parameters)
+    kind = MasterAdamW if has_masters else torch.optim.AdamW
     if not settings.zero or groups.dp.world_size == 1:
-        return torch.optim.AdamW(split, **given)
+        return kind(split, **given)
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
     class MixedOptimizer(ZeroRedundancyOptimizer):
@@ -197,7 +203,7 @@ def make_optimizer(model: nn.Module, settings: TrainSettings, groups: ParallelGr
         def _verify_same_dense_param_type(self) -> None:
             pass
 
-    return MixedOptimizer(split, torch.optim.AdamW, process_group=groups.dp.group, **given)
+    return MixedOptimizer(split, kind, process_group=groups.dp.group, **given)
 
 
 def accumulate_gradients(

@@ -281,6 +281,16 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 """AdamW's means of a parameter's gradients and of their squares, as they are called on disk before its name: torch's words."""
 
 
+MASTER = "master"
+"""The float32 copy that is stepped of a parameter of a narrower dtype, as it is called on disk before its name."""
+
+HAS_MASTER = (
+    "{}: has {}, so {} was trained there in a narrower dtype than {}, or with another master_dtype. Load it in its own dtype, "
+    "and keep the run's master_dtype."
+)
+OTHER_DTYPE = "{}: {} is {}, but {} was loaded as {}. Load it in its own dtype."
+
+
 def moments_in(checkpoint: Checkpoint, kind: str) -> dict[str, TensorInfo]:
     """The tensors of one of `MOMENTS` in a checkpoint, by their parameters' names."""
     head = f"{kind}."

@@ -15,6 +15,7 @@ _NOT_NEGATIVE = (
 
 
 AUX_LOSS_SCOPES = ("microbatch", "sequence")
+MASTER_DTYPES = ("float32", "model")
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,11 @@ class TrainSettings:
         mtp_weight: How much multi-token prediction counts beside the next token (2412.19437: 0.3, at the end 0.1).
         mask_token: What masked language models see in place of what they have to guess; by default the last id.
         seed: Of the order of the data and of dropout.
-        autocast: `bfloat16` to compute in it, with weights, reductions of the loss and the optimizer in the model's dtype.
+        autocast: `bfloat16` to compute matrix products in it. That is for float32 weights: bfloat16 weights are multiplied in
+            bfloat16 without it.
+        master_dtype: `float32` to keep a float32 copy (master weight) and float32 moments of each trained parameter narrower
+            than that; the copy is stepped and rounded into the parameter. `model` to step the parameters themselves, with
+            moments of their dtype.
         checkpointing: Whether activations are computed again in backward instead of kept.
         aux_loss_scope: Over which tokens the auxiliary loss of routers is computed, where the model's config asks for one:
             `microbatch`, as transformers does with a batch, or `sequence`, which is the same for all meshes and micro-batches.
@@ -58,6 +63,7 @@ class TrainSettings:
     accumulate: int = 1
     seed: int = 0
     autocast: str | None = None
+    master_dtype: str = "float32"
     checkpointing: bool = False
     schedule: str | None = None
     group_size: int | None = None
@@ -77,6 +83,8 @@ class TrainSettings:
                 raise PlanError(f"{name} must be a finite number of at least 0, but is {value!r}.")
         if self.aux_loss_scope not in AUX_LOSS_SCOPES:
             raise PlanError(f"aux_loss_scope must be {' or '.join(AUX_LOSS_SCOPES)}, but is {self.aux_loss_scope!r}.")
+        if self.master_dtype not in MASTER_DTYPES:
+            raise PlanError(f"master_dtype must be {' or '.join(MASTER_DTYPES)}, but is {self.master_dtype!r}.")
         if self.autocast not in (None, "bfloat16", "float16"):
             raise PlanError(f"autocast must be bfloat16, float16 or none, but is {self.autocast!r}.")
 
