@@ -318,7 +318,8 @@ SETTINGS = [
     Call(
         "autocast to integers",
         lambda: TrainSettings(autocast="int8"),
-        "autocast must be bfloat16, float16 or none, but is 'int8'.",
+        "autocast must be bfloat16 or None, but is 'int8'. In float16 small gradients become zero unless the loss is scaled, "
+        "and training does not scale it.",
     ),
     Call(
         "saved every no steps",

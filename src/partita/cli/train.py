@@ -43,7 +43,6 @@ class Autocast(StrEnum):
     """What autocast computes in."""
 
     bfloat16 = "bfloat16"
-    float16 = "float16"
 
 
 class AuxLossScope(StrEnum):

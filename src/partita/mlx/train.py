@@ -24,6 +24,7 @@ from partita.mlx.compare import main_output
 from partita.mlx.copies import sum_copies
 from partita.mlx.groups import ParallelGroups
 from partita.mlx.head import local_logits
+from partita.mlx.homes import parameter_homes
 from partita.mlx.loss import vocab_parallel_cross_entropy
 from partita.mlx.moments import restore_optimizer
 from partita.mlx.optimizer import AdamW
@@ -39,6 +40,7 @@ from partita.training import StepReport, TrainSettings, row_starts, schedule_of
 from partita.training.ids import check_ids
 from partita.training.random import step_seed
 from partita.training.saving import Saver, SaveReport, Saves, state_of
+from partita.training.settings import FLOAT16
 from partita.training.state import TrainingState, read_state
 
 
@@ -79,8 +81,8 @@ def train(
 
     Raises:
         PlanError: The batch cannot be dealt out to the replicas and micro-batches, or a setting is not for this engine.
-        ModelError: There is nothing to train, or the loss is not finite; a sequence is longer than a sliding window that
-            mlx-lm leaves out; or the config asks for the auxiliary loss of routers.
+        ModelError: There is nothing to train, or the model has float16 arrays; the loss is not finite; a sequence is longer
+            than a sliding window that mlx-lm leaves out; or the config asks for the auxiliary loss of routers.
         CheckpointError: A checkpoint cannot be written, or the one to go on from is of another run; on every rank.
     """
     plan, groups = plan_of(model)
@@ -89,6 +91,8 @@ def train(
     check_ids(np.asarray(tokens), plan.spec.vocab_size)
     _check(settings, plan)
     refuse_beyond_window(plan.spec, settings.sequence_length, "a sequence")
+    with together(groups):
+        _refuse_float16(model)
     trainable = Trainable(model)
     if not any(groups.pp.all_gather_object(bool(trainable.names))):
         raise ModelError("no parameter of the model is to be trained: all are frozen.")
@@ -119,6 +123,12 @@ def train(
             saver.finish(settings.steps)
     model.eval()
     return reports
+
+
+def _refuse_float16(model: nn.Module) -> None:
+    narrow = next((n for n, (home, key) in parameter_homes(model).items() if home[key].dtype == mx.float16), None)
+    if narrow is not None:
+        raise ModelError(FLOAT16.format(narrow))
 
 
 def make_saver(

@@ -36,6 +36,7 @@ from partita.training import StepReport, TrainSettings, schedule_of
 from partita.training.ids import check_ids
 from partita.training.random import step_seed
 from partita.training.saving import Saver, SaveReport, Saves, state_of
+from partita.training.settings import FLOAT16
 from partita.training.state import TrainingState, read_state
 
 __all__ = ["StepReport", "TrainSettings", "accumulate_gradients", "make_optimizer", "schedule_of", "train"]
@@ -75,8 +76,8 @@ def train(
 
     Raises:
         PlanError: The batch cannot be dealt out to the replicas and micro-batches.
-        ModelError: The model is no causal language model, the loss is not finite, or its config asks for an auxiliary loss that
-            cannot be computed over stages or sequences.
+        ModelError: The model is no causal language model, or has float16 weights; the loss is not finite, or its config asks
+            for an auxiliary loss that cannot be computed over stages or sequences.
         CheckpointError: A checkpoint cannot be written, or the one to go on from is of another run; on every rank.
     """
     plan, groups = plan_of(model)
@@ -84,6 +85,8 @@ def train(
     plan.spec.refuse_beyond_positions(settings.sequence_length, "a sequence")
     check_ids(tokens.numpy(force=True), plan.spec.vocab_size)
     check_trainable(model)
+    with together(groups):
+        _refuse_float16(model)
     balance_of(model, plan, settings.aux_loss_scope)  # which raises before anything is done
     if settings.checkpointing:
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
@@ -117,6 +120,12 @@ def train(
             saver.finish(settings.steps)
     model.eval()
     return reports
+
+
+def _refuse_float16(model: nn.Module) -> None:
+    narrow = next((name for name, p in model.named_parameters() if p.dtype == torch.float16), None)
+    if narrow is not None:
+        raise ModelError(FLOAT16.format(narrow))
 
 
 def make_saver(

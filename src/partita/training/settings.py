@@ -16,6 +16,10 @@ _NOT_NEGATIVE = (
 
 AUX_LOSS_SCOPES = ("microbatch", "sequence")
 MASTER_DTYPES = ("float32", "model")
+FLOAT16 = (
+    "{} is float16, in which small gradients become zero unless the loss is scaled, and training does not scale it. Load the "
+    "model in bfloat16 or float32 (dtype, --dtype)."
+)
 
 
 @dataclass(frozen=True)
@@ -85,8 +89,11 @@ class TrainSettings:
             raise PlanError(f"aux_loss_scope must be {' or '.join(AUX_LOSS_SCOPES)}, but is {self.aux_loss_scope!r}.")
         if self.master_dtype not in MASTER_DTYPES:
             raise PlanError(f"master_dtype must be {' or '.join(MASTER_DTYPES)}, but is {self.master_dtype!r}.")
-        if self.autocast not in (None, "bfloat16", "float16"):
-            raise PlanError(f"autocast must be bfloat16, float16 or none, but is {self.autocast!r}.")
+        if self.autocast not in (None, "bfloat16"):
+            raise PlanError(
+                f"autocast must be bfloat16 or None, but is {self.autocast!r}. In float16 small gradients become zero unless "
+                "the loss is scaled, and training does not scale it."
+            )
 
     def learning_rate_at(self, step: int) -> float:
         """The learning rate of step `step`, counted from 0."""
