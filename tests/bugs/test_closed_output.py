@@ -3,6 +3,7 @@ command in the middle of its text."""
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from partita.cli import console, main
 from tests.bugs.test_stop_texts_and_spaces import written
 from tests.cli.models import TINY, write
 from tests.cli.test_launch import gone_by, pids
@@ -65,17 +67,12 @@ def test_commands_end_quietly(tmp_path: Path, name: str) -> None:
     assert unread(*PARTITA, *command, stderr=True) == (CLOSED, "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("launcher", "engine", "tp"),
     [
-        (PARTITA, "torch", 2),
-        *(
-            pytest.param(*case, marks=pytest.mark.slow)
-            for case in (
-                (PARTITA, "torch", 1), (PARTITA, "mlx", 1), (PARTITA, "mlx", 2), (TORCHRUN, "torch", 2),
-                (MLX_LAUNCH, "mlx", 2),
-            )
-        ),
+        (PARTITA, "torch", 1), (PARTITA, "torch", 2), (PARTITA, "mlx", 1), (PARTITA, "mlx", 2), (TORCHRUN, "torch", 2),
+        (MLX_LAUNCH, "mlx", 2),
     ],
 )  # fmt: skip
 def test_generating_ends(tmp_path: Path, launcher: tuple[str, ...], engine: str, tp: int) -> None:
@@ -106,14 +103,29 @@ def test_training_and_verifying_end(tmp_path: Path, command: str, tp: int) -> No
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
-def test_text_that_cannot_be_printed(tmp_path: Path, encoding: str) -> None:
+def test_text_that_cannot_be_printed(tmp_path: Path, encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
     written(tmp_path)
-    command = (*PARTITA, "generate", str(tmp_path), "a", "--ignore-eos", "--max-new-tokens", "8")
-    environment = {**os.environ, "PYTHONIOENCODING": encoding}
-    shown = subprocess.run(command, cwd=ROOT, capture_output=True, env=environment, timeout=100)
-    assert shown.returncode == 0, shown.stderr
-    assert shown.stdout.decode(encoding) == "a bc d??\n"
-    data = subprocess.run([*command, "--json"], cwd=ROOT, capture_output=True, env=environment, timeout=100)
-    assert data.returncode == 0, data.stderr
-    assert data.stdout.isascii()
-    assert json.loads(data.stdout)["generations"][0]["text"] == " bc d€\ufffd"
+    command = ("generate", str(tmp_path), "a", "--ignore-eos", "--max-new-tokens", "8")
+    assert printed(monkeypatch, encoding, *command) == b"a bc d??\n"
+    data = printed(monkeypatch, encoding, *command, "--json")
+    assert data.isascii()
+    assert json.loads(data)["generations"][0]["text"] == " bc d€\ufffd"
+
+
+def printed(monkeypatch: pytest.MonkeyPatch, encoding: str, *command: str) -> bytes:
+    """What a command of this process writes to a stdout of this encoding."""
+    written_bytes, before = io.BytesIO(), dict(os.environ)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(sys, "argv", ["partita", *command])
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written_bytes, encoding=encoding))
+    console._console.cache_clear()
+    try:
+        with pytest.raises(SystemExit) as ended:
+            main()
+    finally:
+        console._console.cache_clear()
+        for name in os.environ.keys() - before.keys():
+            del os.environ[name]  # one rank alone sets what a launcher would have set
+    assert not ended.value.code
+    return written_bytes.getvalue()
