@@ -10,13 +10,16 @@ from partita.core.model_spec import config_number
 from partita.core.shrink_towers import with_small_towers
 
 _LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "encoder_layers", "decoder_layers")
-_HIDDEN = ("hidden_size", "n_embd", "d_model", "word_embed_proj_dim", "hidden_dim")
+_HIDDEN = ("hidden_size", "n_embd", "d_model", "word_embed_proj_dim", "hidden_dim", "emb_dim")
 _WIDTH = 48
 _INNER = (
     "intermediate_size",
     "ffn_dim",
     "n_inner",
+    "dim_ff",
     "ffn_hidden_size",
+    "expert_ffn_hidden_size",
+    "intermediate_size_mlp",
     "encoder_ffn_dim",
     "decoder_ffn_dim",
     "moe_intermediate_size",
@@ -25,7 +28,9 @@ _INNER = (
     "shared_experts_intermediate_size",
     "moe_shared_expert_intermediate_size",
 )
-_VOCABULARY = ("vocab_size", "vocab_size_per_layer_input")
+_VOCABULARY = ("vocab_size", "vocab_size_per_layer_input", "unpadded_vocab_size")
+_HEAD_DIMS = ("rotary_dim", "linear_head_dim", "swa_head_dim")
+_LATENT_WIDTHS = (("qk_rope_head_dim", 8), ("qk_nope_head_dim", 16), ("v_head_dim", 12))
 _STATES = ("mamba_d_state", "ssm_state_size", "state_size")
 _CHUNKS = ("mamba_chunk_size", "chunk_size")
 _STATE_HEADS = (
@@ -35,7 +40,7 @@ _STATE_HEADS = (
     ("num_heads", "head_dim", "expand"),
 )
 """The number of heads, their width, and how many times the model's width they are together."""
-_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "zero_expert_num")
 _RANKS = ("q_lora_rank", "kv_lora_rank")
 _PERIODS = (
     "sliding_window_pattern",
@@ -87,9 +92,9 @@ def _few_layers(config: Mapping[str, Any], count: int) -> dict[str, Any]:
         and len(value) == total > 2
     }
     for value in by_layer.values():
-        # Names and switches are kinds; widths are not.
+        # Names and switches are kinds; widths and the numbers of layers are not.
         kinds = {kind for kind in value if isinstance(kind, (str, int))}
-        count = max(count, *(1 + value.index(kind) for kind in kinds)) if kinds else count
+        count = max(count, *(1 + value.index(kind) for kind in kinds)) if 0 < len(kinds) < total else count
     for _, value in _numbers(config, _PERIODS):
         count = max(count, min(value, total))
     if config_number(config, "num_kv_shared_layers") > 0:
@@ -126,15 +131,27 @@ def _narrow(config: Mapping[str, Any], num_heads: int) -> dict[str, Any]:
         # Heads of a width of their own: the model's width is free of them.
         changes |= {key: 64 for key, value in _numbers(config, _HIDDEN) if value == hidden[0]}
         changes["head_dim"] = min(width, head_dim)
+    elif hidden and num_heads:
+        # The heads have the width that is left when it is divided.
+        changes |= {key: num_heads * width for key, value in _numbers(config, _HIDDEN) if value == hidden[0]}
     whole = head_dim if type(head_dim) is int else hidden[0] // num_heads if hidden and num_heads else 0
     changes |= _small_rotary_sections(config, whole, width)
-    if config.get("qk_rope_head_dim") == head_dim and "head_dim" in changes:
-        # Only part of each head is rotated; transformers calls its width head_dim.
-        changes["qk_rope_head_dim"] = changes["head_dim"]
-        if "qk_head_dim" in config:
-            changes["qk_head_dim"] = config["qk_nope_head_dim"] + changes["head_dim"]
+    changes |= _small_latent(config, changes.get("head_dim", 0))
     changes |= _small_states(config, hidden[0] if hidden else 0, changes)
-    return changes | {key: min(value, width) for key, value in _numbers(config, ("rotary_dim", "linear_head_dim"))}
+    return changes | {key: min(value, width) for key, value in _numbers(config, _HEAD_DIMS)}
+
+
+def _small_latent(config: Mapping[str, Any], head_dim: int) -> dict[str, Any]:
+    """Narrow parts of the heads of latent attention, all of other widths, for what `head_dim` became."""
+    if not _numbers(config, ("qk_rope_head_dim",)):
+        return {}
+    small = {key: min(value, width) for name, width in _LATENT_WIDTHS for key, value in _numbers(config, (name,))}
+    if config["qk_rope_head_dim"] == config.get("head_dim") and head_dim:
+        # Only part of each head is rotated; transformers calls its width head_dim.
+        small["qk_rope_head_dim"] = head_dim
+    if config.get("qk_head_dim") == config["qk_rope_head_dim"] + config.get("qk_nope_head_dim", 0):
+        small["qk_head_dim"] = small["qk_rope_head_dim"] + small.get("qk_nope_head_dim", 0)
+    return small
 
 
 def _small_states(config: Mapping[str, Any], hidden: int, narrowed: Mapping[str, Any]) -> dict[str, Any]:
