@@ -21,7 +21,7 @@ SMALL = 1e-3
 is zero in exact arithmetic and rounding is all that is left of it."""
 
 
-SAMPLES = 4
+SAMPLES = 16
 """How many samples are taken at most before an error counts as more than rounding."""
 
 
