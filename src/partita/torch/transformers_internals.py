@@ -349,7 +349,9 @@ def recordable(model: nn.Module) -> frozenset[str]:
         if not hasattr(forward, "__wrapped__"):
             return frozenset()
         forward = forward.__wrapped__
-    return frozenset(output_capturing._CAN_RECORD_REGISTRY.get(model))
+    registry: Any = output_capturing._CAN_RECORD_REGISTRY
+    # Some releases keep what can be recorded by model, others by the name of its class.
+    return frozenset(registry.get(model) or registry.get(str(type(model))) or ())
 
 
 def router_recorders(model: nn.Module) -> Iterator[tuple[type[nn.Module], int, str]]:
