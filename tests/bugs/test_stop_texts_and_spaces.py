@@ -191,6 +191,15 @@ def test_a_stray_byte_behind_a_character_of_bytes() -> None:
     assert heard == sequence.text == " a€\ufffd a"
 
 
+def test_a_byte_behind_a_prompt_that_ends_inside_a_character() -> None:
+    """The prompt's own byte is no part of the new text, even if the new byte continues it."""
+    tok = tokenizer("byte-level", ["a a"])
+    byte_of = {character: byte for byte, character in enumerate(_byte_characters())}
+    token_of = {byte_of[tok.name(token)]: token for token in range(len(tok.inner)) if tok.name(token) in byte_of}
+    heard, sequence = streamed(tok, [token_of[0xE2]], [token_of[0x82]])
+    assert heard == sequence.text == "\ufffd"
+
+
 # --- on both engines ------------------------------------------------------------------------------------------------------
 
 CHAIN = ["▁a", "▁b", "c", SPECIAL, "▁d", "<0xE2>", "<0x82>", "<0xAC>", "<0x80>", "▁e", "f", "▁g"]

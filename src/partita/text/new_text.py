@@ -77,10 +77,12 @@ class NewText:
     def _text_of_waiting(self) -> str:
         before = self._tokenizer.decode(self._context) if self._context else ""
         text = self._tokenizer.decode(self._context + self._waiting)
-        if text.startswith(before):
+        if text.startswith(before) and not before.endswith(REPLACEMENT):
             return text[len(before) :]
-        # A stray byte behind others makes some decoders give up the characters before it too.
-        return self._tokenizer.decode(self._waiting)
+        # A stray byte behind others makes some decoders give up the characters before it too, and a new byte may belong to a
+        # character that the prompt began.
+        alone = self._tokenizer.decode(self._waiting)
+        return text[len(before) :] if text.startswith(before) and text[len(before) :].endswith(alone) else alone
 
     def _settle(self, text: str) -> None:
         if text or not self._context:
