@@ -111,8 +111,10 @@ def wait_stopped() -> None:
 
 def first_writes_without_end() -> None:
     note_pids(os.getpid())
+    files = [Path(os.environ["PIDS"]) / f"rank{number}" for number in range(2)]
     while rank.is_first():
-        write("one line of many\n")
+        if all(file.exists() and file.stat().st_size for file in files):
+            write("one line of many\n")
     time.sleep(60)
 
 

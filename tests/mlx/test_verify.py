@@ -34,7 +34,8 @@ def verified(file: str, options: dict[str, Any]) -> list[tuple[str, str, float, 
     """The rows of a report, on this rank."""
     report = verify(file, **options)
     assert report.equal, [row for row in report.rows if not row.ok]
-    assert report.skipped == ()
+    not_trained = {"loss", "parameter"} if options.get("dtype") == "float16" else set()
+    assert {kind for skip in report.skipped for kind in skip.kinds} == not_trained
     return [(row.kind, row.name, row.error, row.tolerance) for row in report.rows]
 
 
@@ -89,7 +90,8 @@ def test_rounds_at_most_twice_as_much(family: str, options: dict[str, Any], dtyp
     file.write_text(json.dumps(tiny_config(family)))
     rows, other = mlx_ranks(2).run(verified, str(file), {**options, "steps": 2, "dtype": dtype})
     assert rows == other
-    assert {kind for kind, *_ in rows} == {*KINDS, "dtype"}
+    not_trained = {"loss", "parameter"} if dtype == "float16" else set()
+    assert {kind for kind, *_ in rows} == {*KINDS, "dtype"} - not_trained
     errors = [error for kind, _, error, _ in rows if kind == "gradient"]
     unit = 2.0**-8 if dtype == "bfloat16" else 2.0**-11
     assert unit / 4 < max(errors) < 64 * unit

@@ -108,7 +108,10 @@ class RunLock:
         self.outer = None
         with failing_as(folder, "cannot be made"):
             self.is_new = not self.folder.exists()
-            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            except FileExistsError as error:
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), error.filename) from error
             if not os.access(self.folder, os.W_OK | os.X_OK):
                 raise PermissionError(errno.EACCES, "no permission to write", str(self.folder))
         now = datetime.now(UTC).isoformat(timespec="seconds")
