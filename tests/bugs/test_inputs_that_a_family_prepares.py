@@ -60,9 +60,11 @@ def _theirs(model: nn.Module) -> list[list[int]]:
     ]
 
 
-def _tokens(data: dict[str, Any], where: dict[str, int]) -> tuple[list[list[int]], list[list[int]]]:
+def _tokens(
+    data: dict[str, Any], where: dict[str, int], layout: str | None = None
+) -> tuple[list[list[int]], list[list[int]]]:
     unsplit = _unsplit(data)
-    plan = plan_of_model(unsplit, Mesh(**where))
+    plan = plan_of_model(unsplit, Mesh(**where), layout)
     groups = make_groups(plan.mesh)
     split = finish(apply_plan(copy.deepcopy(unsplit), plan, groups), plan, groups)
     # Twice, the second time after the text has been beyond the limit.
@@ -90,4 +92,9 @@ def test_tokens_are_those_of_transformers(name: str, where: dict[str, int]) -> N
     size = Mesh(**where).size
     for expected, found in ranks(size).run(_tokens, CONFIGS[name], where):
         assert len({token for row in expected for token in row}) > 1
+        assert found == expected
+
+
+def test_a_rank_without_a_tensor_drops_its_cache_too() -> None:
+    for expected, found in ranks(3).run(_tokens, CONFIGS["phi3"], {"pp": 3}, "Et||ttL"):
         assert found == expected
