@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 PACKAGE := .[torch,mlx,mpi,lora,dev]
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: install lock demo test test-slow test-all test-gpu test-versions test-oldest test-newest bench lint clean
+.PHONY: install lock demo test test-sweeps test-slow test-all test-gpu test-versions test-oldest test-newest bench lint clean
 
 install: $(STAMP)
 
@@ -42,6 +42,13 @@ PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
 
 test: install
 	$(PYTEST)
+
+# Every family of transformers and mlx-lm: equal, or refused with the expected reason. Each test is one process's, so both
+# workers share them.
+SWEEPS := tests/torch/test_sweep.py tests/mlx/test_sweep.py tests/mlx/test_stage_sweep.py
+
+test-sweeps: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist load -m 'slow or not slow' $(SWEEPS)
 
 test-slow: install
 	$(PYTEST) -m slow
