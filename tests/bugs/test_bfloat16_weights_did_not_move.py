@@ -28,6 +28,7 @@ from partita.torch.train import accumulate_gradients, make_optimizer, make_saver
 from partita.training import TrainSettings, schedule_of
 from partita.training.saving import Saves
 from partita.training.state import read_state
+from tests.support.masters import distance, masters_of
 from tests.support.models import CONFIGS
 from tests.support.ranks import on
 from tests.torch.test_resume import digest
@@ -72,18 +73,6 @@ def run(layout: Layout, folder: str, resume: str | None = None, **changes: Any) 
 
 def on_disk(folder: Path) -> dict[str, Tensor]:
     return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
-
-
-def masters_of(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {n.removeprefix("master."): t for n, t in tensors.items() if n.startswith("master.")}
-
-
-def distance(found: dict[str, Tensor], expected: dict[str, Tensor], start: dict[str, Tensor]) -> float:
-    """How far two models are from each other, relative to the way that the second one has gone since `start`."""
-    assert found.keys() == expected.keys()
-    apart = sum(float((found[n].double() - t.double()).square().sum()) for n, t in expected.items())
-    way = sum(float((start[n].double() - t.double()).square().sum()) for n, t in expected.items())
-    return math.sqrt(apart / way)
 
 
 @pytest.fixture(scope="module")

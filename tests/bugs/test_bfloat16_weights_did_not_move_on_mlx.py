@@ -23,14 +23,14 @@ from partita.mlx.peft_format import load_adapters
 from partita.mlx.pipeline import Pipeline
 from partita.mlx.replicas import clip_gradients
 from partita.mlx.save import save
-from partita.mlx.train import gradients_of, make_saver, train
+from partita.mlx.train import gradients_of, train
 from partita.mlx.trainable import Trainable
 from partita.training import TrainSettings, row_starts, schedule_of
 from partita.training.saving import Saves
-from partita.training.state import read_state
 from tests.mlx.test_fresh import LLAMA
-from tests.mlx.test_resume import TEXT
+from tests.mlx.test_resume import TEXT, write_restored
 from tests.mlx.test_save import digest, tensors
+from tests.support.masters import distance, masters_of
 from tests.support.mlx_ranks import on_mlx
 
 SETTINGS = TrainSettings(steps=20, batch_size=4, sequence_length=12, min_learning_rate=1.0)
@@ -56,18 +56,6 @@ def run(mesh: Mesh, folder: str, resume: str | None = None) -> None:
     """Train to the end, with checkpoints, from the beginning or from a checkpoint."""
     model = load(resume, **where(mesh)) if resume else fresh(TIED, seed=3, **where(mesh))
     train(model, TEXT, SETTINGS, saves=Saves(Path(folder), every=10, max_shard_bytes=60_000), resume=resume)
-
-
-def masters_of(found: dict[str, mx.array]) -> dict[str, mx.array]:
-    return {n.removeprefix("master."): a for n, a in found.items() if n.startswith("master.")}
-
-
-def distance(found: dict[str, mx.array], expected: dict[str, mx.array], start: dict[str, mx.array]) -> float:
-    """How far two models are from each other, relative to the way that the second one has gone since `start`."""
-    assert found.keys() == expected.keys()
-    apart = sum(mx.square(found[n] - a).sum().item() for n, a in expected.items())
-    way = sum(mx.square(start[n] - a).sum().item() for n, a in expected.items())
-    return math.sqrt(apart / way)
 
 
 @pytest.fixture(scope="module")
@@ -153,12 +141,7 @@ def test_resumes_on_another_layout(mesh: Mesh, alone: Path, tmp_path: Path) -> N
 def write_again(mesh: Mesh, source: str, folder: str) -> None:
     """Load a checkpoint with the optimizer's state, and write it without a step between."""
     model = load(source, **where(mesh))
-    trainable, optimizer = Trainable(model), AdamW(SETTINGS.weight_decay, SETTINGS.epsilon)
-    state = read_state(Path(source))
-    restore_optimizer(model, trainable, optimizer, Path(source))
-    with make_saver(model, trainable, optimizer, Saves(Path(folder), every=1, max_shard_bytes=60_000), state) as saver:
-        saver.after(state.step)
-        saver.wait()
+    write_restored(model, SETTINGS, source, Saves(Path(folder), every=1, max_shard_bytes=60_000))
 
 
 @pytest.mark.parametrize("mesh", [ALONE, *MESHES], ids=str)

@@ -89,16 +89,21 @@ def test_on_another_layout_equal(mesh: Mesh, alone: tuple[Path, list[float]], tm
         assert mx.abs(array - found[name]).max().item() <= 1e-4 * most, name
 
 
+def write_restored(model: Any, settings: TrainSettings, source: str, saves: Saves) -> None:
+    """Give an optimizer of `model` the state of the checkpoint `source`, and write both without a step between."""
+    trainable, optimizer = Trainable(model), AdamW(settings.weight_decay, settings.epsilon)
+    state = read_state(Path(source))
+    restore_optimizer(model, trainable, optimizer, Path(source))
+    with make_saver(model, trainable, optimizer, saves, state) as saver:
+        saver.after(state.step)
+        saver.wait()
+
+
 def write_again(source: str, mesh: Mesh, folder: str) -> None:
     """Load a checkpoint, moments too, and write it without a step between."""
     dp, pp, tp = mesh
     model = load(source, dp=dp, pp=pp, tp=tp, groups=single_groups() if mesh == ALONE else None)
-    trainable, optimizer = Trainable(model), AdamW(SETTINGS.weight_decay, SETTINGS.epsilon)
-    state = read_state(Path(source))
-    restore_optimizer(model, trainable, optimizer, Path(source))
-    with make_saver(model, trainable, optimizer, Saves(Path(folder), every=1, max_shard_bytes=60_000), state) as saver:
-        saver.after(state.step)
-        saver.wait()
+    write_restored(model, SETTINGS, source, Saves(Path(folder), every=1, max_shard_bytes=60_000))
 
 
 def test_bytes_do_not_depend_on_the_layout(alone: tuple[Path, list[float]], tmp_path: Path) -> None:

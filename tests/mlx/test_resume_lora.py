@@ -16,17 +16,13 @@ from partita.mlx.adapt import adapter_places, add_lora, merge_lora
 from partita.mlx.groups import single_groups
 from partita.mlx.homes import parameter_homes
 from partita.mlx.load import load
-from partita.mlx.moments import restore_optimizer
-from partita.mlx.optimizer import AdamW
 from partita.mlx.peft_format import load_adapters, save_adapters
 from partita.mlx.save import save
-from partita.mlx.train import make_saver, train
-from partita.mlx.trainable import Trainable
+from partita.mlx.train import train
 from partita.training import StepReport, TrainSettings
 from partita.training.saving import Saves
-from partita.training.state import read_state
 from tests.mlx.test_load import written  # noqa: F401
-from tests.mlx.test_resume import ALONE, TEXT, Mesh, numbers, without_dropout
+from tests.mlx.test_resume import ALONE, TEXT, Mesh, numbers, without_dropout, write_restored
 from tests.mlx.test_save import digest, tensors
 from tests.support.mlx_ranks import on_mlx
 
@@ -105,12 +101,7 @@ def write_again(base: str, mesh: Mesh, source: str, folder: str) -> None:
     """Load a checkpoint, moments too, and write it without a step between."""
     model = base_of(base, mesh)
     load_adapters(model, source)
-    trainable, optimizer = Trainable(model), AdamW(SETTINGS.weight_decay, SETTINGS.epsilon)
-    state = read_state(Path(source))
-    restore_optimizer(model, trainable, optimizer, Path(source))
-    with make_saver(model, trainable, optimizer, Saves(Path(folder), every=1, base=base), state) as saver:
-        saver.after(state.step)
-        saver.wait()
+    write_restored(model, SETTINGS, source, Saves(Path(folder), every=1, base=base))
 
 
 def test_bytes_do_not_depend_on_the_layout(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import re
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -134,9 +135,18 @@ def model(request: pytest.FixtureRequest) -> Any:
         yield built
 
 
-def _as_expected(family: str, expected: dict[str, str], error: PartitaError | None) -> bool:
-    """Whether a family is equal, as it has to be where it is not listed."""
-    reason = str(error) if error is not None else ""
+each_family = pytest.mark.parametrize(
+    ("family", "model"), [(family, family) for family in FAMILIES], indirect=["model"], ids=FAMILIES
+)
+
+
+def _is_equal(family: str, expected: dict[str, str], prove: Callable[[], object]) -> bool:
+    """Whether a family is equal, as it has to be where it is not listed; `prove` raises where it is not."""
+    reason = ""
+    try:
+        prove()
+    except PartitaError as refusal:
+        reason = str(refusal)
     print(f"{family:28s} {reason or 'equal'}")
     assert bool(reason) == (family in expected), reason or f"{family} is equal now: take it from the list"
     assert re.search(expected.get(family, "^$"), reason), reason
@@ -145,16 +155,11 @@ def _as_expected(family: str, expected: dict[str, str], error: PartitaError | No
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize(("family", "model"), [(f, f) for f in FAMILIES], indirect=["model"], ids=FAMILIES)
+@each_family
 def test_over_tensor_ranks(family: str, model: Any) -> None:
-    error = None
-    try:
-        plan = plan_of_model(model, Mesh(tp=2))
-        prove(model, plan)
-    except PartitaError as refusal:
-        error = refusal
-    if not _as_expected(family, OVER_TENSOR_RANKS, error):
+    if not _is_equal(family, OVER_TENSOR_RANKS, lambda: prove(model, plan_of_model(model, Mesh(tp=2)))):
         return
+    plan = plan_of_model(model, Mesh(tp=2))
     assert plan.rank_parameters(0) < plan.spec.parameters or not plan.modules
     unsplit = small_model(model, plan.spec.num_heads, dtype=torch.float32)
     found = compare_rounding_on_threads(unsplit, Plan.make(spec_of(unsplit), Mesh(tp=2), None, plan.rules))
@@ -167,21 +172,11 @@ def test_over_tensor_ranks(family: str, model: Any) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize(("family", "model"), [(f, f) for f in FAMILIES], indirect=["model"], ids=FAMILIES)
+@each_family
 def test_over_stages(family: str, model: Any) -> None:
-    error = None
-    try:
+    if _is_equal(family, OVER_STAGES, lambda: prove_stages(model, plan_of_model(model, Mesh(pp=2)))):
         plan = plan_of_model(model, Mesh(pp=2))
-        prove_stages(model, plan)
-    except PartitaError as refusal:
-        error = refusal
-    if not _as_expected(family, OVER_STAGES, error):
-        return
-    try:
-        refuse_undecodable(model, plan)
-    except PartitaError as refusal:
-        error = refusal
-    _as_expected(family, GENERATING_OVER_STAGES, error)
+        _is_equal(family, GENERATING_OVER_STAGES, lambda: refuse_undecodable(model, plan))
 
 
 def test_the_floor() -> None:

@@ -258,7 +258,10 @@ def _is_at(fd: int, file: Path) -> bool:
 
 
 def _read(file: Path) -> Holder | None:
-    """The record in a lock's file, None where there is none; opened anew, as network file systems compare at opening."""
+    """The record in a lock's file, None where there is none.
+
+    The file is opened for each reading, since network file systems look for changes when a file is opened.
+    """
     for _ in range(_READS):  # the holder may be writing
         try:
             text = file.read_bytes().strip(b"\0 ")

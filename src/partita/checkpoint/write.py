@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
+import shutil
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 
+from partita.checkpoint.durable import appear, failing_as, partial_of, start_partial
 from partita.checkpoint.header import DTYPE_BITS, TensorInfo, brief, encode_header, reason, tensor_bytes
 from partita.checkpoint.index import MODEL, index_name, weights_name
 from partita.checkpoint.read import Range, byte_runs, flat_bytes
+from partita.checkpoint.run_lock import RunLock
 from partita.checkpoint.window import has_windows, is_short, write_runs
 from partita.errors import CheckpointError
 
@@ -244,3 +249,54 @@ def _write_all(fd: int, data: memoryview, start_bytes: int) -> None:
         done = os.pwrite(fd, data, start_bytes)
         data = data[done:]
         start_bytes += done
+
+
+def write_folder(
+    path: Path,
+    files: Sequence[FilePlan],
+    beside: Callable[[Path], None],
+    write: Callable[[Writer], None],
+    *,
+    together: Callable[[], AbstractContextManager[None]],
+    is_first: bool,
+    is_writer: bool,
+) -> None:
+    """Let a folder of safetensors files appear at `path`, whole or not at all; every rank of the run calls it.
+
+    Args:
+        path: Where.
+        files: The same on every rank.
+        beside: Writes, on the first rank, what else belongs into the folder.
+        write: Writes a rank's own parts.
+        together: Makes a block at whose end every rank raises what one of them raised in it.
+        is_first: Whether this is the first rank, which makes the folder.
+        is_writer: Whether this rank writes parts.
+
+    Raises:
+        CheckpointError: The folder holds weights already, another save is writing it, or it cannot be written; on every rank.
+    """
+    with contextlib.ExitStack() as lock:
+        with together():
+            partial = partial_of(path)
+            if is_first:  # two saves to one place would write into the same files
+                lock.enter_context(RunLock(path, file=partial.with_name(f"{partial.name}.lock")))
+        try:
+            with together():
+                if is_first:
+                    with failing_as(path, "cannot be made"):
+                        refuse_weights(path)
+                    start_partial(path)
+                    create_files(partial, files)
+                    write_index(partial, files)
+                    beside(partial)
+            with together():
+                if is_writer:
+                    with Writer(partial, files) as writer:
+                        write(writer)
+            with together():
+                if is_first:
+                    appear(partial, path)
+        except Exception:
+            if is_first:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise

@@ -80,6 +80,16 @@ class Measured:
     dtypes: dict[str, str]
     outputs: int
 
+    def first_wrong(self, dtype: str) -> str:
+        """What is first of another dtype, or rounded more than is allowed in `dtype`, in words; nothing where all is right."""
+        for path, dtypes in self.dtypes.items():
+            return f"the output of {path} is {dtypes}."
+        for one in self.judged:
+            if not one.error <= one.allowed:
+                error, allowed = f"{one.error:.1e}", f"{one.allowed:.1e}"
+                return f"the {one.kind} {one.name} is rounded by {error} in {dtype}, where {allowed} is allowed."
+        return ""
+
 
 def add_ranks(ranks: Iterable[Sequence[Rounding]]) -> list[Rounding]:
     """The measurements of several ranks as one, in the order in which they are first seen."""

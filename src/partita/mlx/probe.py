@@ -154,15 +154,8 @@ def _rounding_difference(small: Small, plan: Plan, dtype: mx.Dtype) -> str:
         found = compare_rounding_on_threads(unsplit, plan, small.dtype)
     except Exception as error:
         return f"With its rules the forward fails in {name}: {describe(error)}"
-    for path, dtypes in found.dtypes.items():
-        return f"With its rules the output of {path} is {dtypes}."
-    for one in found.judged:
-        if not one.error <= one.allowed:
-            return (
-                f"With its rules the {one.kind} {one.name} is rounded by {one.error:.1e} in {name}, where {one.allowed:.1e} "
-                "is allowed."
-            )
-    return ""
+    wrong = found.first_wrong(name)
+    return f"With its rules {wrong}" if wrong else ""
 
 
 def in_dtype(small: Small, dtype: mx.Dtype) -> Small | None:

@@ -1,4 +1,4 @@
-"""What a rank writes of a checkpoint of a run: its part of weights, moments and masters, dealt out over the replicas."""
+"""What a rank writes of a checkpoint of a run: its part of weights, moments and masters, distributed over the replicas."""
 
 from __future__ import annotations
 

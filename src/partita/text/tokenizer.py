@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +98,7 @@ def load_tokenizer(folder: str | os.PathLike[str], *, trust_remote_code: bool = 
     from transformers import AutoTokenizer
 
     try:
-        with reading_code() if trust_remote_code else nullcontext():
+        with reading_code(trusted=trust_remote_code):
             inner = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:
         if not trust_remote_code and "trust_remote_code" in str(error):

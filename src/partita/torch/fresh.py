@@ -13,13 +13,12 @@ from partita.checkpoint.find import find_model
 from partita.core.placement import Placement
 from partita.core.plan import Plan, mesh_of
 from partita.core.split import check_sizes
-from partita.notes import note
 from partita.torch.apply import apply_plan
 from partita.torch.finish import finish
 from partita.torch.groups import ParallelGroups, init_process_group, make_groups
-from partita.torch.hub import build_on_meta, code_note, read_hf_config
+from partita.torch.hub import build_on_meta
 from partita.torch.initial import FreshFill, record_initialization
-from partita.torch.load import as_device, as_dtype, choose_plan, is_first
+from partita.torch.load import as_device, as_dtype, choose_plan, read_config
 from partita.torch.materialize import make_unsaved_buffers, materialize
 from partita.torch.mtp import attach_mtp
 from partita.torch.together import together
@@ -69,9 +68,7 @@ def fresh(
         source = config
         if isinstance(config, (str, os.PathLike)):
             source = find_model(config, weights=False, code=trust_remote_code)
-        read = read_hf_config(source, trust_remote_code=trust_remote_code)
-        if trust_remote_code and is_first(groups) and (line := code_note(source, read)):
-            note(line)
+        read = read_config(source, groups, trust_remote_code=trust_remote_code)
         built = build_on_meta(read, as_dtype(dtype), trust_remote_code=trust_remote_code)
         plan = choose_plan(built, plan, mesh, layout, vpp, placement)
         attach_mtp(built, plan)

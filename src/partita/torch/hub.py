@@ -6,7 +6,6 @@ import copy
 import json
 import os
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -75,7 +74,7 @@ def read_hf_config(source: str | os.PathLike[str] | Mapping[str, Any] | Any, *, 
             return AutoConfig.for_model(**dict(source))
         if trust_remote_code and Path(source).name == "config.json":
             source = Path(source).parent  # the code is beside it
-        with reading_code() if trust_remote_code else nullcontext():
+        with reading_code(trusted=trust_remote_code):
             return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     except Exception as error:
         name = source.get("model_type", "a config") if isinstance(source, Mapping) else source

@@ -93,9 +93,7 @@ def load(
         checkpoint = open_checkpoint(folder)
         if is_first(groups) and (line := checkpoint.note()):
             note(line)
-        config = read_hf_config(folder, trust_remote_code=trust_remote_code)
-        if trust_remote_code and is_first(groups) and (line := code_note(folder, config)):
-            note(line)
+        config = read_config(folder, groups, trust_remote_code=trust_remote_code)
         wanted = as_dtype(dtype) or _stored_dtype(checkpoint, config, groups)
         built = build_on_meta(config, wanted, trust_remote_code=trust_remote_code)
         _read_generation_config(built, folder)
@@ -209,6 +207,14 @@ def _compare_tied(
             f"{checkpoint.folder}: config.json ties {name} to {ties[name]}, but the weights hold both and they differ: "
             "loaded untied."
         )
+
+
+def read_config(source: Any, groups: ParallelGroups, *, trust_remote_code: bool) -> Any:
+    """The config of a model; the first rank says when code that comes with it is run. Raises as `read_hf_config`."""
+    config = read_hf_config(source, trust_remote_code=trust_remote_code)
+    if trust_remote_code and is_first(groups) and (line := code_note(source, config)):
+        note(line)
+    return config
 
 
 def is_first(groups: ParallelGroups) -> bool:

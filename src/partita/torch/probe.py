@@ -177,15 +177,8 @@ def _rounding_difference(model: nn.Module, plan: Plan) -> str:
         found = compare_rounding_on_threads(unsplit, small)
     except Exception as error:
         return f"With its rules the forward fails in {name_of(dtype)}: {_line(error)}"
-    for path, dtypes in found.dtypes.items():
-        return f"With its rules the output of {path} is {dtypes}."
-    for one in found.judged:
-        if not one.error <= one.allowed:
-            return (
-                f"With its rules the {one.kind} {one.name} is rounded by {one.error:.1e} in {name_of(dtype)}, where "
-                f"{one.allowed:.1e} is allowed."
-            )
-    return ""
+    wrong = found.first_wrong(name_of(dtype))
+    return f"With its rules {wrong}" if wrong else ""
 
 
 def dtype_of(model: nn.Module) -> torch.dtype:

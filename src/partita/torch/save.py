@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import os
 import shutil
@@ -14,10 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from partita.checkpoint.durable import appear, failing_as, partial_of, start_partial
-from partita.checkpoint.run_lock import RunLock
 from partita.checkpoint.unused import NOT_SAVED, Unused, announce_nothing
-from partita.checkpoint.write import FilePlan, Writer, create_files, plan_files, refuse_weights, write_index
+from partita.checkpoint.write import FilePlan, Writer, plan_files, write_folder
 from partita.core.generation import FILE_NAME
 from partita.core.plan import Plan
 from partita.core.split import Range
@@ -91,44 +88,11 @@ def write_together(
     beside: Callable[[Path], None],
     write: Callable[[Writer], None],
 ) -> None:
-    """Let a folder of safetensors files appear at `path`, whole or not at all; every rank of the run calls it.
-
-    Args:
-        path: Where.
-        groups: The ranks.
-        files: The same on every rank.
-        beside: Writes, on the first rank, what else belongs into the folder.
-        write: Writes a rank's own parts; called on the first replica alone.
-
-    Raises:
-        CheckpointError: The folder holds weights already, another save is writing it, or it cannot be written; on every rank.
-    """
-    first = is_first(groups)
-    with contextlib.ExitStack() as lock:
-        with together(groups):
-            partial = partial_of(path)
-            if first:  # two saves to one place would write into the same files
-                lock.enter_context(RunLock(path, file=partial.with_name(f"{partial.name}.lock")))
-        try:
-            with together(groups):
-                if first:
-                    with failing_as(path, "cannot be made"):
-                        refuse_weights(path)
-                    start_partial(path)
-                    create_files(partial, files)
-                    write_index(partial, files)
-                    beside(partial)
-            with together(groups):
-                if groups.dp.rank == 0:
-                    with Writer(partial, files) as writer:
-                        write(writer)
-            with together(groups):
-                if first:
-                    appear(partial, path)
-        except Exception:
-            if first:
-                shutil.rmtree(partial, ignore_errors=True)
-            raise
+    """`write_folder` by the ranks of `groups`, of which the first replica writes its parts."""
+    write_folder(
+        path, files, beside, write,
+        together=lambda: together(groups), is_first=is_first(groups), is_writer=groups.dp.rank == 0,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
+from types import MappingProxyType, MethodType
 from typing import Any
 
 import torch
@@ -69,7 +69,13 @@ _CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 
 def cache_argument(model: nn.Module) -> str:
     """The name of the argument of `model.forward` that takes the cache."""
-    parameters = inspect.signature(type(model).forward).parameters
+    return _cache_taken_by(type(model).forward)
+
+
+@functools.cache
+def _cache_taken_by(function: Any) -> str:
+    """The name of the argument of a function that takes the cache; asked for with every token."""
+    parameters = inspect.signature(function).parameters
     return next((name for name in _CACHE_NAMES if name in parameters), _cache_field())
 
 
@@ -414,8 +420,7 @@ def next_inputs(
         is_first: Whether nothing has passed yet.
     """
     prepare = _generation_method(model, "prepare_inputs_for_generation")
-    taken = inspect.signature(prepare).parameters
-    name = next((name for name in _CACHE_NAMES if name in taken), _cache_field())
+    name = _cache_taken_by(getattr(prepare, "__func__", prepare))
     given = {**state, **({} if cache is None else {name: cache})}
     with _device_known(model, text.device):
         found = prepare(text, next_sequence_length=None if is_first else 1, is_first_iteration=is_first, **given)
@@ -477,4 +482,4 @@ def _device_known(model: nn.Module, device: torch.device) -> Iterator[None]:
 def _generation_method(model: nn.Module, name: str) -> Any:
     """A method of transformers' `generate`, the model's own where it has one."""
     mixin = find(LIBRARY, "transformers.generation", "GenerationMixin", "generate text")
-    return getattr(model, name, None) or functools.partial(getattr(mixin, name), model)
+    return getattr(model, name, None) or MethodType(getattr(mixin, name), model)

@@ -280,7 +280,6 @@ def _report(write: BackgroundWrite) -> SaveReport:
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """AdamW's means of a parameter's gradients and of their squares, as they are called on disk before its name: torch's words."""
 
-
 MASTER = "master"
 """The float32 copy that is stepped of a parameter of a narrower dtype, as it is called on disk before its name."""
 

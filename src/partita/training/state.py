@@ -26,7 +26,7 @@ FREE = ("steps", "accumulate", "schedule", "group_size", "zero", "checkpointing"
 class TrainingState:
     """Where a run stands, and what makes it this run and no other.
 
-    Nothing of a layout or an engine is compared: either may go on. Random numbers are drawn anew in each step from seed, step
+    Nothing of a layout or an engine is compared: either may go on. Random numbers are sampled in each step from seed, step
     and micro-batch (`step_seed`), and the order of the data follows from seed and step, so neither has a state.
 
     Attributes:

@@ -20,7 +20,6 @@ from partita.core.placement import Placement
 from partita.core.plan import Plan
 from partita.core.rounding import judge
 from partita.errors import CheckpointError, ModelError
-from partita.notes import note
 from partita.peers import doing
 from partita.text import Sampling
 from partita.torch.apply import apply_plan, plan_of
@@ -29,8 +28,8 @@ from partita.torch.finish import finish
 from partita.torch.float64 import Float64Everywhere
 from partita.torch.generate import generate
 from partita.torch.groups import ParallelGroups, has_own_gpu, init_process_group, make_groups, single_groups
-from partita.torch.hub import build_on_meta, code_note, read_hf_config, spec_of
-from partita.torch.load import as_device, as_dtype, choose_plan, is_first, load
+from partita.torch.hub import build_on_meta, read_hf_config, spec_of
+from partita.torch.load import as_device, as_dtype, choose_plan, load, read_config
 from partita.torch.probe import fill_unsplit, sample_inputs, small_model
 from partita.torch.rounding import (
     Choices,
@@ -128,9 +127,7 @@ def verify(
     with together(groups):
         place = as_device(device)
         folder = find_model(model, code=trust_remote_code)
-        config = read_hf_config(folder, trust_remote_code=trust_remote_code)
-        if trust_remote_code and is_first(groups) and (line := code_note(folder, config)):
-            note(line)
+        config = read_config(folder, groups, trust_remote_code=trust_remote_code)
         dtypes = _dtypes(dtype, folder, config)
     rows: list[Row] = []
     skipped: list[Skip] = []
