@@ -94,7 +94,7 @@ def _ours(folder: Path, with_moments: bool, *, verify: bool) -> dict[str, Any]:
 
     from partita.checkpoint.manifest import check_contents, read_manifest
     from partita.torch import load, moments
-    from partita.torch.apply import local_tensors, plan_of
+    from partita.torch.parts import local_tensors, plan_of
     from partita.torch.train import TrainSettings, make_optimizer
 
     if verify:

@@ -55,7 +55,7 @@ def set_up(source: Path, run: Path | None) -> int:
     import torch.distributed as dist
 
     from partita.torch import load
-    from partita.torch.apply import local_tensors, plan_of
+    from partita.torch.parts import local_tensors, plan_of
     from partita.torch.train import TrainSettings, make_optimizer, make_saver
     from partita.training.saving import Saves
     from partita.training.state import TrainingState

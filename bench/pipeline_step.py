@@ -129,7 +129,7 @@ def _alone(work: Work) -> Step:
 def _ours(kind: str, work: Work) -> tuple[Step, Mapping[str, Any], Any]:
     """The step of `partita.torch.train` without its optimizer; this rank's parameters by their names; the plan."""
     from partita.torch import TrainSettings, shard
-    from partita.torch.apply import local_tensors, plan_of
+    from partita.torch.parts import local_tensors, plan_of
     from partita.torch.pipeline import Pipeline
     from partita.torch.train import accumulate_gradients, schedule_of
 

@@ -51,8 +51,7 @@ def sharded(kind: str, bits: int | None, tp: int, pp: int) -> tuple[float, float
     import mlx.core as mx
     import mlx.nn as nn
 
-    from partita.mlx.compare import main_output
-    from partita.mlx.homes import unsplit_modules
+    from partita.mlx.homes import main_output, unsplit_modules
     from partita.mlx.linear import ColumnParallelLinear, RowParallelLinear
     from partita.mlx.load import shard
 

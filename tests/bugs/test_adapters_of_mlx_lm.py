@@ -56,7 +56,7 @@ def written(place: Path, kind: str = "lora") -> list[float]:
 def on_mlx(place: str, tp: int, pp: int) -> list[float]:
     import mlx.core as mx
 
-    from partita.mlx.compare import main_output
+    from partita.mlx.homes import main_output
     from partita.mlx.load import load
     from partita.mlx.peft_format import load_adapters
 

@@ -13,7 +13,6 @@ from torch.nn import functional as F
 from partita.core.mesh import Mesh
 from partita.errors import ModelError
 from partita.text import Sampling
-from partita.torch.apply import plan_of
 from partita.torch.balance_probe import balance_of
 from partita.torch.compare import compare_parameters
 from partita.torch.data import batch
@@ -22,6 +21,7 @@ from partita.torch.fresh import fresh
 from partita.torch.generate import generate
 from partita.torch.groups import single_groups
 from partita.torch.hub import build_on_meta, read_hf_config
+from partita.torch.parts import plan_of
 from partita.torch.train import TrainSettings, train
 from tests.cli.conftest import Run, partita
 from tests.cli.models import write

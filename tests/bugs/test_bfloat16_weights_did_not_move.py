@@ -14,12 +14,12 @@ from torch import Tensor
 
 from partita.errors import CheckpointError
 from partita.torch.adapt import add_lora
-from partita.torch.apply import local_tensors, plan_of
 from partita.torch.data import batch
 from partita.torch.fresh import fresh
 from partita.torch.groups import single_groups
 from partita.torch.load import load
 from partita.torch.moments import held_by, restore_optimizer
+from partita.torch.parts import local_tensors, plan_of
 from partita.torch.peft_format import load_adapters
 from partita.torch.pipeline import Pipeline
 from partita.torch.replicas import clip_gradients

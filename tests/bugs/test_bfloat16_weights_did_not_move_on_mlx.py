@@ -13,9 +13,9 @@ import pytest
 
 from partita.errors import CheckpointError
 from partita.mlx.adapt import add_lora
-from partita.mlx.apply import plan_of
 from partita.mlx.fresh import fresh
 from partita.mlx.groups import single_groups
+from partita.mlx.homes import plan_of
 from partita.mlx.load import load
 from partita.mlx.moments import restore_optimizer
 from partita.mlx.optimizer import AdamW

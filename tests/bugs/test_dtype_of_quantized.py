@@ -10,8 +10,8 @@ import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
 
-from partita.mlx.compare import main_output
 from partita.mlx.groups import single_groups
+from partita.mlx.homes import main_output
 from partita.mlx.hub import build
 from partita.mlx.load import load
 from partita.mlx.probe import fill

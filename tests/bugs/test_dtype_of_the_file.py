@@ -65,7 +65,7 @@ def test_what_transformers_keeps_wide_is_wide(tmp_path: Path) -> None:
 @pytest.mark.parametrize("named", [None, "float32"])
 def test_on_mlx(tmp_path: Path, named: str | None, caplog: pytest.LogCaptureFixture) -> None:
     mx = pytest.importorskip("mlx.core")
-    from partita.mlx.apply import plan_of
+    from partita.mlx.homes import plan_of
     from partita.mlx.load import load as mlx_load
 
     in_bfloat16(tmp_path, named)

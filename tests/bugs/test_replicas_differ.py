@@ -10,11 +10,11 @@ import torch
 
 from partita.errors import ModelError
 from partita.torch.adapt import add_lora
-from partita.torch.apply import plan_of
 from partita.torch.compare import compare_parameters
 from partita.torch.float64 import Float64Everywhere
 from partita.torch.fresh import fresh
 from partita.torch.groups import single_groups
+from partita.torch.parts import plan_of
 from partita.torch.train import TrainSettings, train
 from tests.support.mlx_ranks import mlx_ranks
 from tests.support.models import CONFIGS

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from partita.core.mesh import Mesh
-from partita.torch.apply import plan_of
 from partita.torch.compare import compare_parameters
 from partita.torch.float64 import Float64Everywhere
 from partita.torch.fresh import fresh
 from partita.torch.groups import single_groups
+from partita.torch.parts import plan_of
 from partita.torch.train import TrainSettings, train
 from tests.support.mlx_ranks import BACKENDS, mlx_ranks
 from tests.support.models import CONFIGS

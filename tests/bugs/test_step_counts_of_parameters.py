@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from partita.torch.apply import local_tensors, plan_of
 from partita.torch.fresh import fresh
 from partita.torch.groups import single_groups
 from partita.torch.load import load
+from partita.torch.parts import local_tensors, plan_of
 from partita.torch.train import train
 from partita.training import StepReport
 from partita.training.saving import Saves

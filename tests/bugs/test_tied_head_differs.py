@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from partita.errors import ModelError
 from partita.torch import fresh, load, save
-from partita.torch.apply import plan_of
+from partita.torch.parts import plan_of
 from tests.support.loaded import differences, random_model, reference
 from tests.support.ranks import on
 
@@ -89,7 +89,7 @@ def saved_by_mlx(folder: str, target: str, tp: int, pp: int) -> list[Any]:
     """As `saved`, of MLX: the logits as a list, nothing from stages that have none."""
     import mlx.core as mx
 
-    from partita.mlx.apply import plan_of as mlx_plan_of
+    from partita.mlx.homes import plan_of as mlx_plan_of
     from partita.mlx.load import load as mlx_load
     from partita.mlx.save import save as mlx_save
 

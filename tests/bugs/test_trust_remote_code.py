@@ -21,7 +21,7 @@ from transformers import dynamic_module_utils
 from partita.errors import ModelError
 from partita.text import Sampling
 from partita.torch import generate, load, probe, save, stage_probe
-from partita.torch.apply import plan_of
+from partita.torch.parts import plan_of
 from tests.support.ranks import ROOT, on
 
 IDS = torch.tensor([[5, 17, 3, 29, 11, 8], [2, 40, 7, 19, 23, 31]])

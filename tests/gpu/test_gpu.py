@@ -17,13 +17,13 @@ import torch.distributed as dist
 
 from partita.core.mesh import Mesh
 from partita.torch import Sampling, TrainSettings, generate, train
-from partita.torch.apply import local_tensors, plan_of
 from partita.torch.compare import compare
 from partita.torch.float64 import Float64Everywhere
 from partita.torch.fresh import fresh
 from partita.torch.groups import make_groups, single_groups
 from partita.torch.hub import build_on_meta, read_hf_config
 from partita.torch.load import load, shard
+from partita.torch.parts import local_tensors, plan_of
 from partita.torch.probe import fill_unsplit, sample_inputs
 from partita.torch.save import save
 from tests.cli.models import TINY, write

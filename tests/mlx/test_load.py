@@ -15,10 +15,9 @@ from mlx_lm.utils import load_model
 from partita.checkpoint.index import open_checkpoint
 from partita.core.mesh import Mesh
 from partita.errors import CheckpointError, ModelError, PartitaError
-from partita.mlx.apply import local_ranges, plan_of, take
 from partita.mlx.config import read_mlx_config
 from partita.mlx.groups import single_groups
-from partita.mlx.homes import parameter_homes
+from partita.mlx.homes import local_ranges, parameter_homes, plan_of, take
 from partita.mlx.hub import build, quantize, spec_of
 from partita.mlx.load import as_dtype, load
 from partita.mlx.names import Box, sanitize, sources_of

@@ -9,7 +9,7 @@ import mlx.core as mx
 import pytest
 from mlx_lm.models.cache import make_prompt_cache
 
-from partita.mlx.compare import main_output
+from partita.mlx.homes import main_output
 from partita.mlx.load import shard
 from partita.mlx.probe import sample_inputs
 from tests.mlx.compare import assert_equal

@@ -13,9 +13,8 @@ import numpy as np
 import pytest
 
 from partita.errors import CheckpointError, ModelError
-from partita.mlx.apply import plan_of
 from partita.mlx.groups import single_groups
-from partita.mlx.homes import parameter_homes
+from partita.mlx.homes import parameter_homes, plan_of
 from partita.mlx.load import load
 from partita.mlx.moments import restore_optimizer
 from partita.mlx.optimizer import AdamW

@@ -14,11 +14,10 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 from partita.core.mesh import Mesh
 from partita.core.plan import Plan
 from partita.errors import ModelError
-from partita.mlx.apply import apply_plan, plan_of
+from partita.mlx.apply import apply_plan
 from partita.mlx.cache import count_tokens
-from partita.mlx.compare import main_output
 from partita.mlx.groups import make_groups, single_groups
-from partita.mlx.homes import parameter_homes
+from partita.mlx.homes import main_output, parameter_homes, plan_of
 from partita.mlx.hub import build, quantize, spec_of
 from partita.mlx.load import shard
 from partita.mlx.probe import fill, plan_of_model, sample_inputs

@@ -16,9 +16,8 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 from partita.core.mesh import Mesh
 from partita.core.plan import Plan
 from partita.errors import ModelError, PlanError
-from partita.mlx.apply import local_ranges, plan_of, take
 from partita.mlx.groups import single_groups
-from partita.mlx.homes import parameter_homes
+from partita.mlx.homes import local_ranges, parameter_homes, plan_of, take
 from partita.mlx.hub import quantize, spec_of
 from partita.mlx.load import load, shard
 from partita.mlx.pipeline import Pipeline

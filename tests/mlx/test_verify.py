@@ -12,10 +12,9 @@ import numpy as np
 import pytest
 
 from partita.core.mesh import Mesh
-from partita.mlx.apply import plan_of
 from partita.mlx.compare import Difference, _largest, compare_parameters
 from partita.mlx.groups import make_groups, single_groups
-from partita.mlx.homes import parameter_homes
+from partita.mlx.homes import parameter_homes, plan_of
 from partita.mlx.hub import quantize
 from partita.mlx.load import shard
 from partita.mlx.probe import plan_of_model

@@ -12,9 +12,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from partita.mlx.compare import main_output
 from partita.mlx.config import read_mlx_config
 from partita.mlx.groups import single_groups
+from partita.mlx.homes import main_output
 from partita.mlx.load import load
 
 SIZES: dict[str, Any] = {

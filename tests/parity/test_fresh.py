@@ -11,9 +11,9 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from partita.mlx.compare import main_output
 from partita.mlx.fresh import fresh
 from partita.mlx.groups import single_groups
+from partita.mlx.homes import main_output
 from partita.mlx.save import save
 from partita.torch import groups as torch_groups
 from partita.torch.fresh import fresh as fresh_on_torch

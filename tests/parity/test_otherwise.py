@@ -14,8 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from partita.errors import ModelError
 from partita.mlx import config as mlx_config
 from partita.mlx import hub
-from partita.mlx.compare import main_output
 from partita.mlx.groups import single_groups
+from partita.mlx.homes import main_output
 from partita.mlx.load import load
 
 SIZES: dict[str, Any] = {

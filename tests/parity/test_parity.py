@@ -39,8 +39,8 @@ def on_torch(folder: str, plan: str) -> tuple[list[Any], list[tuple[int, ...]]]:
 def on_mlx(folder: str, plan: str) -> tuple[list[Any], list[tuple[int, ...]]]:
     import mlx.core as mx
 
-    from partita.mlx.compare import main_output
     from partita.mlx.generate import generate as generate_on_mlx
+    from partita.mlx.homes import main_output
     from partita.mlx.load import load as load_on_mlx
 
     model = load_on_mlx(folder, Plan.from_json(plan))

@@ -14,8 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from partita.core.rotary import Rotary
-from partita.mlx.compare import main_output
 from partita.mlx.groups import single_groups
+from partita.mlx.homes import main_output
 from partita.mlx.load import load
 from partita.mlx.rotary import RotaryEmbedding
 from partita.mlx.tree import named_modules

@@ -13,9 +13,9 @@ import torch
 from mlx_lm.models.cache import make_prompt_cache
 from transformers import AutoConfig
 
-from partita.mlx.compare import main_output
 from partita.mlx.config import read_mlx_config
 from partita.mlx.groups import single_groups
+from partita.mlx.homes import main_output
 from partita.mlx.load import load
 from partita.mlx.windows import LEFT_OUT, window_left_out
 from partita.torch import groups as torch_groups

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from partita.core.shrink import shrunk_configs
 from partita.torch import load
-from partita.torch.apply import local_tensors, plan_of
 from partita.torch.hub import build_on_meta, quiet, read_hf_config, spec_of
+from partita.torch.parts import local_tensors, plan_of
 
 LARGEST_PARAMETERS = 20_000_000
 

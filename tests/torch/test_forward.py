@@ -9,10 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from partita.torch.apply import local_tensors, plan_of
-from partita.torch.compare import main_output
 from partita.torch.float64 import Float64Everywhere
 from partita.torch.load import shard
+from partita.torch.parts import local_tensors, main_output, plan_of
 from partita.torch.transformers_internals import cache_argument
 from tests.support.compare import part
 from tests.support.ranks import RankError, ranks

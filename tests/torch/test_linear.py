@@ -22,8 +22,8 @@ from partita.torch import (
     init_parallelism,
     reset_parallelism,
 )
-from partita.torch.apply import unsplit_name
 from partita.torch.mappings import gather_from, scatter_to
+from partita.torch.parts import unsplit_name
 from tests.support.compare import assert_equal, draw, part, world
 from tests.support.ranks import RankError, on, ranks
 

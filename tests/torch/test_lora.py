@@ -23,8 +23,8 @@ from partita.torch import (
     shard,
 )
 from partita.torch.adapt import add_lora
-from partita.torch.apply import unsplit_name
 from partita.torch.fresh import fresh
+from partita.torch.parts import unsplit_name
 from tests.support.compare import assert_equal, draw, part, world
 from tests.support.models import CONFIGS
 from tests.support.ranks import on, ranks

@@ -11,7 +11,7 @@ import torch
 
 from partita.core.mesh import Mesh
 from partita.torch import Sampling, generate
-from partita.torch.apply import apply_plan, local_tensors, plan_of
+from partita.torch.apply import apply_plan
 from partita.torch.compare import compare
 from partita.torch.finish import finish
 from partita.torch.float64 import Float64Everywhere
@@ -19,6 +19,7 @@ from partita.torch.fresh import fresh
 from partita.torch.groups import make_groups, single_groups
 from partita.torch.hub import build_on_meta, model_class, read_hf_config
 from partita.torch.load import load, shard
+from partita.torch.parts import local_tensors, plan_of
 from partita.torch.probe import fill_unsplit, plan_of_model, sample_inputs
 from partita.torch.save import save
 from tests.support.models import CONFIGS, UNMEASURED

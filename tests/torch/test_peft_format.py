@@ -15,9 +15,9 @@ from torch import nn
 
 from partita.errors import ModelError
 from partita.torch.adapt import adapters, add_lora
-from partita.torch.apply import parameter_homes
 from partita.torch.fresh import fresh
 from partita.torch.groups import single_groups
+from partita.torch.parts import parameter_homes
 from partita.torch.peft_format import save_adapters
 from partita.torch.save import save
 from partita.torch.train import TrainSettings, train

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from partita.errors import CheckpointError, ModelError
 from partita.torch.adapt import add_lora, merge_lora
-from partita.torch.apply import plan_of
 from partita.torch.fresh import fresh
 from partita.torch.groups import single_groups
 from partita.torch.load import load
 from partita.torch.moments import restore_optimizer
+from partita.torch.parts import plan_of
 from partita.torch.peft_format import adapter_tensors, load_adapters, save_adapters
 from partita.torch.save import save
 from partita.torch.train import TrainSettings, make_optimizer, make_saver, train

@@ -13,12 +13,12 @@ from partita.core.plan import Plan
 from partita.errors import PlanError
 from partita.schedule import Timeline, measured_costs, placement_of, simulate
 from partita.torch.adapt import add_lora
-from partita.torch.apply import plan_of
 from partita.torch.compare import compare_parameters
 from partita.torch.float64 import Float64Everywhere
 from partita.torch.fresh import fresh
 from partita.torch.groups import single_groups
 from partita.torch.hub import build_on_meta, read_hf_config, rules_of, spec_of
+from partita.torch.parts import plan_of
 from partita.torch.train import TrainSettings, train
 from tests.support.models import CONFIGS
 from tests.support.ranks import ranks

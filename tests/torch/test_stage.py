@@ -14,7 +14,7 @@ from partita.core.mesh import Mesh
 from partita.core.placement import Placement
 from partita.core.plan import Plan
 from partita.errors import DistributedError, ModelError
-from partita.torch.apply import apply_plan, local_tensors, plan_of
+from partita.torch.apply import apply_plan
 from partita.torch.cache import advance_cache
 from partita.torch.compare import compare
 from partita.torch.finish import finish
@@ -23,6 +23,7 @@ from partita.torch.fresh import fresh
 from partita.torch.groups import make_groups, single_groups
 from partita.torch.hub import build_on_meta, read_hf_config, spec_of
 from partita.torch.load import shard
+from partita.torch.parts import local_tensors, plan_of
 from partita.torch.probe import fill_unsplit, plan_of_model, sample_inputs
 from partita.torch.stage import Message, StageLayers, cut_stages, run_stage, stage_layers, wire_stages
 from tests.support.models import CONFIGS, UNMEASURED

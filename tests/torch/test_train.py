@@ -9,10 +9,10 @@ import torch
 
 from partita.errors import PlanError
 from partita.torch.adapt import add_lora, merge_lora
-from partita.torch.apply import local_tensors, plan_of
 from partita.torch.data import batch
 from partita.torch.fresh import fresh
 from partita.torch.groups import single_groups
+from partita.torch.parts import local_tensors, plan_of
 from partita.torch.train import TrainSettings, train
 from tests.support.models import CONFIGS
 from tests.support.ranks import ranks

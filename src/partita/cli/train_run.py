@@ -228,8 +228,8 @@ def _tokens(data: str, tokenizer: Tokenizer, name: str, split: nn.Module) -> Any
 
 
 def _print_start(split: nn.Module, mesh: Mesh, tokens: int, settings: TrainSettings) -> None:
-    from partita.torch.apply import plan_of
     from partita.torch.balance import asks_for_balance
+    from partita.torch.parts import plan_of
 
     plan, _ = plan_of(split)
     trained = sum(p.numel() for p in split.parameters() if p.requires_grad)

@@ -11,12 +11,13 @@ from functools import cached_property
 from typing import Any
 
 from partita.core import plan_data
+from partita.core.cuts import AttentionPlan, ModulePlan, TensorPlan
 from partita.core.layout import LayerType, PipelineParallelLayerLayout
 from partita.core.mesh import Mesh
 from partita.core.model_spec import ModelSpec, config_number, text_config
 from partita.core.mtp import with_mtp
 from partita.core.placement import PLACEMENTS, Placement, home_of, stage_at
-from partita.core.resolve import AttentionPlan, ModulePlan, TensorPlan, resolve
+from partita.core.resolve import resolve
 from partita.core.rules import Rules, rules_for
 from partita.core.split import check_sizes, deal
 from partita.errors import PlanError

@@ -8,11 +8,11 @@ from functools import lru_cache
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from partita.core.cuts import AttentionPlan, ModulePlan, TensorPlan
 from partita.core.layout import PipelineParallelLayerLayout
 from partita.core.mesh import Mesh
 from partita.core.model_spec import DTYPE_BYTES, ModelSpec, TensorSpec
 from partita.core.placement import PLACEMENTS, Placement
-from partita.core.resolve import AttentionPlan, ModulePlan, TensorPlan
 from partita.core.rules import STYLES, Rule, Rules
 from partita.core.split import Split
 from partita.errors import PlanError

@@ -15,14 +15,13 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from partita.core.cuts import TensorPlan
 from partita.core.plan import Plan
-from partita.core.resolve import TensorPlan
 from partita.core.split import Split
 from partita.errors import ModelError
-from partita.mlx.apply import plan_of
 from partita.mlx.embedding import VocabParallelEmbedding
 from partita.mlx.groups import ParallelGroups
-from partita.mlx.homes import INNER_NAMES, Ranges, parameter_homes, unsplit_modules
+from partita.mlx.homes import INNER_NAMES, Ranges, parameter_homes, plan_of, unsplit_modules
 from partita.mlx.inner import copy_module, is_quantized, slice_array
 from partita.mlx.inside import EntersRegion
 from partita.mlx.linear import ColumnParallelLinear, RowParallelLinear

@@ -6,19 +6,18 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import mlx.core as mx
 import mlx.nn as nn
 
+from partita.core.cuts import AttentionPlan, ModulePlan
 from partita.core.plan import Plan
-from partita.core.resolve import AttentionPlan, ModulePlan
 from partita.errors import DistributedError, ModelError
 from partita.mlx.comm import Communicator
 from partita.mlx.embedding import VocabParallelEmbedding
 from partita.mlx.forward import call_as_whole
 from partita.mlx.groups import ParallelGroups
-from partita.mlx.homes import Ranges, is_packed, parameter_homes, stored_ranges
+from partita.mlx.homes import local_ranges, parameter_homes, take
 from partita.mlx.hub import spec_of
-from partita.mlx.inner import slice_array, slice_module
+from partita.mlx.inner import slice_module
 from partita.mlx.inside import EntersRegion, InsideRegion, SplitExperts
 from partita.mlx.linear import ColumnParallelLinear, RowParallelLinear
 from partita.mlx.mlx_lm_internals import STACKS
@@ -62,18 +61,6 @@ def finish(model: nn.Module, plan: Plan, groups: ParallelGroups) -> nn.Module:
     return model
 
 
-def plan_of(model: nn.Module) -> tuple[Plan, ParallelGroups]:
-    """The plan and groups of a model that `load` or `shard` made.
-
-    Raises:
-        ModelError: It was not made by them.
-    """
-    plan, groups = getattr(model, "partita_plan", None), getattr(model, "partita_groups", None)
-    if not isinstance(plan, Plan) or not isinstance(groups, ParallelGroups):
-        raise ModelError("this model was not split by Partita. Make it with partita.mlx.load() or partita.mlx.shard().")
-    return plan, groups
-
-
 def check_model(model: nn.Module, plan: Plan) -> None:
     """Raise `ModelError` unless `model` has the arrays of the plan's model, in its shapes."""
     mine = {name: t.shape for name, t in spec_of(model).tensors.items()}
@@ -84,35 +71,6 @@ def check_model(model: nn.Module, plan: Plan) -> None:
             f"the model is not the plan's ({plan.spec.family}): {name} has the shape {mine.get(name, 'none')} in the model "
             f"and {theirs.get(name, 'none')} in the plan. Make the plan of this model."
         )
-
-
-def local_ranges(
-    home: Any, attribute: str, name: str, plan: Plan, tp_rank: int, *, owned: bool = False
-) -> Ranges | None:
-    """Which ranges of an array, as it is stored unsplit, a tensor rank holds; None for all of it.
-
-    Args:
-        home: The module that holds it.
-        attribute: Its name there.
-        name: Its name in the unsplit model.
-        plan: How the model is split.
-        tp_rank: The rank.
-        owned: Whether only what it owns is meant: over all tensor ranks every element once.
-    """
-    packed = is_packed(home, attribute)
-    cut = plan.tensor(f"{name.rpartition('.')[0]}.weight" if packed else name)
-    if cut.split is None:
-        return None if tp_rank == 0 or not owned else ((),) * home[attribute].ndim
-    ranges = cut.owned_ranges(tp_rank) if owned else cut.ranges(tp_rank)
-    return stored_ranges(home, attribute, ranges) if packed else ranges
-
-
-def take(array: mx.array, ranges: Ranges | None) -> mx.array:
-    """`ranges` of an array."""
-    for dim, (ranges_of_dim, size) in enumerate(zip(ranges or (), array.shape, strict=False)):
-        if ranges_of_dim != ((0, size),):
-            array = slice_array(array, dim, ranges_of_dim)
-    return array
 
 
 def _shared_entries(plan: Plan, comm: Communicator) -> dict[str, RegionInput]:

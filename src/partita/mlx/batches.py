@@ -11,9 +11,9 @@ import numpy as np
 
 from partita.core.plan import Plan
 from partita.core.split import Split
-from partita.mlx.compare import main_output
 from partita.mlx.groups import ParallelGroups
 from partita.mlx.head import likeliest, local_logits
+from partita.mlx.homes import main_output
 from partita.mlx.mlx_lm_internals import make_cache
 from partita.mlx.rotary import recomputed_beyond, text_length
 from partita.text.choice import Choice

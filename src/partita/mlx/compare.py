@@ -11,14 +11,13 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from partita.core.cuts import ModulePlan
 from partita.core.plan import Plan
-from partita.core.resolve import ModulePlan
 from partita.errors import ModelError
-from partita.mlx.apply import local_ranges, plan_of, take
 from partita.mlx.copies import sum_copies
 from partita.mlx.groups import ParallelGroups
 from partita.mlx.head import local_logits
-from partita.mlx.homes import is_packed, parameter_homes, unsplit_modules
+from partita.mlx.homes import is_packed, local_ranges, main_output, parameter_homes, plan_of, take, unsplit_modules
 from partita.mlx.mlx_lm_internals import make_cache
 from partita.mlx.pipeline import Pipeline
 from partita.mlx.stage import AbsentLayer, AbsentModule
@@ -329,10 +328,3 @@ def relative_error(whole: mx.array, mine: mx.array, scale: float | None = None) 
     scale = float(mx.abs(whole).max()) if scale is None else scale
     difference = float(mx.abs(whole - mine).max())
     return 0.0 if difference == 0.0 else difference / scale if scale > 0.0 else float("inf")
-
-
-def main_output(output: Any) -> mx.array:
-    """The logits among what a model returns."""
-    found = output[0] if isinstance(output, (tuple, list)) else getattr(output, "logits", output)
-    assert isinstance(found, mx.array)
-    return found

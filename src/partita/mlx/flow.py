@@ -22,8 +22,8 @@ import mlx.core as mx
 import numpy as np
 
 from partita.mlx.batches import PREFILL_TOKENS, Batches
-from partita.mlx.compare import main_output
 from partita.mlx.head import local_logits
+from partita.mlx.homes import main_output
 from partita.mlx.links import Links
 from partita.mlx.mlx_lm_internals import make_cache
 from partita.mlx.rotary import text_length

@@ -10,9 +10,9 @@ import mlx.nn as nn
 
 from partita.core.generation import generation_of_config
 from partita.errors import ModelError, PlanError
-from partita.mlx.apply import plan_of
 from partita.mlx.batches import Batches
 from partita.mlx.flow import Flow
+from partita.mlx.homes import plan_of
 from partita.mlx.stage_probe import refuse_undecodable
 from partita.mlx.windows import refuse_beyond_window
 from partita.peers import doing

@@ -8,9 +8,12 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from partita.core.plan import Plan
 from partita.core.split import Range
+from partita.errors import ModelError
 from partita.mlx.embedding import VocabParallelEmbedding
-from partita.mlx.inner import PACKED_BITS, check_groups, is_quantized, quantization_unit
+from partita.mlx.groups import ParallelGroups
+from partita.mlx.inner import PACKED_BITS, check_groups, is_quantized, quantization_unit, slice_array
 from partita.mlx.inside import EntersRegion, InsideRegion, SplitExperts
 from partita.mlx.linear import ColumnParallelLinear, RowParallelLinear
 from partita.mlx.tree import children
@@ -80,3 +83,51 @@ def stored_ranges(home: nn.Module, attribute: str, ranges: Ranges) -> Ranges:
     check_groups(ranges[-1], unit)
     by, over = (int(home.bits), PACKED_BITS) if attribute == "weight" else (1, unit)
     return (*ranges[:-1], tuple((start * by // over, stop * by // over) for start, stop in ranges[-1]))
+
+
+def plan_of(model: nn.Module) -> tuple[Plan, ParallelGroups]:
+    """The plan and groups of a model that `load` or `shard` made.
+
+    Raises:
+        ModelError: It was not made by them.
+    """
+    plan, groups = getattr(model, "partita_plan", None), getattr(model, "partita_groups", None)
+    if not isinstance(plan, Plan) or not isinstance(groups, ParallelGroups):
+        raise ModelError("this model was not split by Partita. Make it with partita.mlx.load() or partita.mlx.shard().")
+    return plan, groups
+
+
+def local_ranges(
+    home: Any, attribute: str, name: str, plan: Plan, tp_rank: int, *, owned: bool = False
+) -> Ranges | None:
+    """Which ranges of an array, as it is stored unsplit, a tensor rank holds; None for all of it.
+
+    Args:
+        home: The module that holds it.
+        attribute: Its name there.
+        name: Its name in the unsplit model.
+        plan: How the model is split.
+        tp_rank: The rank.
+        owned: Whether only what it owns is meant: over all tensor ranks every element once.
+    """
+    packed = is_packed(home, attribute)
+    cut = plan.tensor(f"{name.rpartition('.')[0]}.weight" if packed else name)
+    if cut.split is None:
+        return None if tp_rank == 0 or not owned else ((),) * home[attribute].ndim
+    ranges = cut.owned_ranges(tp_rank) if owned else cut.ranges(tp_rank)
+    return stored_ranges(home, attribute, ranges) if packed else ranges
+
+
+def take(array: mx.array, ranges: Ranges | None) -> mx.array:
+    """`ranges` of an array."""
+    for dim, (ranges_of_dim, size) in enumerate(zip(ranges or (), array.shape, strict=False)):
+        if ranges_of_dim != ((0, size),):
+            array = slice_array(array, dim, ranges_of_dim)
+    return array
+
+
+def main_output(output: Any) -> mx.array:
+    """The logits among what a model returns."""
+    found = output[0] if isinstance(output, (tuple, list)) else getattr(output, "logits", output)
+    assert isinstance(found, mx.array)
+    return found

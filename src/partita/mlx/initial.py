@@ -18,8 +18,7 @@ import mlx.nn as nn
 
 from partita.core.model_spec import text_config
 from partita.core.plan import Plan
-from partita.mlx.apply import local_ranges
-from partita.mlx.homes import Ranges, parameter_homes
+from partita.mlx.homes import Ranges, local_ranges, parameter_homes
 from partita.mlx.tree import named_modules
 
 BLOCK_ELEMENTS = 1 << 22

@@ -23,10 +23,10 @@ from partita.core.model_spec import config_number, text_config
 from partita.core.plan import Plan, mesh_of
 from partita.errors import CheckpointError, ModelError
 from partita.mlx.adapt import put_back, take_off
-from partita.mlx.apply import apply_plan, finish, local_ranges, take
+from partita.mlx.apply import apply_plan, finish
 from partita.mlx.config import read_mlx_config
 from partita.mlx.groups import ParallelGroups, make_groups
-from partita.mlx.homes import Ranges, is_packed, parameter_homes
+from partita.mlx.homes import Ranges, is_packed, local_ranges, parameter_homes, take
 from partita.mlx.hub import build, quantize, spec_of
 from partita.mlx.inner import in_columns, multiplies_by_columns
 from partita.mlx.names import Source, sanitize, sources_of, unused_of

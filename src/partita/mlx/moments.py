@@ -15,8 +15,7 @@ from partita.checkpoint.manifest import OPTIMIZER
 from partita.checkpoint.read import Reader
 from partita.errors import CheckpointError
 from partita.mlx.adapt import adapter_places
-from partita.mlx.apply import local_ranges, plan_of
-from partita.mlx.homes import Ranges
+from partita.mlx.homes import Ranges, local_ranges, plan_of
 from partita.mlx.names import DTYPES, Box
 from partita.mlx.optimizer import AdamW
 from partita.mlx.origin import Origin

@@ -19,9 +19,8 @@ from partita.core.plan import Plan
 from partita.core.split import Range
 from partita.errors import CheckpointError, ModelError
 from partita.mlx.adapt import AdapterPlaces, adapter_places, adapters, add_lora, paths_on_disk
-from partita.mlx.apply import plan_of
 from partita.mlx.groups import ParallelGroups
-from partita.mlx.homes import parameter_homes
+from partita.mlx.homes import parameter_homes, plan_of
 from partita.mlx.moments import read_array
 from partita.mlx.names import DTYPES, Box
 from partita.mlx.origin import Origin

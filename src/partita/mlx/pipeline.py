@@ -21,8 +21,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from partita.core.plan import Stage
-from partita.mlx.apply import plan_of
-from partita.mlx.homes import parameter_homes
+from partita.mlx.homes import parameter_homes, plan_of
 from partita.mlx.links import Links
 from partita.mlx.stage import Message, run_stage, stages_of
 from partita.mlx.trainable import Trainable

@@ -22,8 +22,9 @@ from partita.core.shrink import shrunk_configs
 from partita.errors import ModelError, PartitaError, PlanError
 from partita.mlx.apply import apply_plan, finish
 from partita.mlx.comm import Communicator
-from partita.mlx.compare import Difference, compare, generate_steps, gradients, main_output
+from partita.mlx.compare import Difference, compare, generate_steps, gradients
 from partita.mlx.groups import single_groups
+from partita.mlx.homes import main_output
 from partita.mlx.hub import build, config_of, describe, rules_of, spec_of
 from partita.mlx.mlx_lm_internals import family_of
 from partita.mlx.rounding import compare_rounding, in_wide_dtype

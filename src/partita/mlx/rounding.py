@@ -12,10 +12,9 @@ import mlx.nn as nn
 
 from partita.core.plan import Plan
 from partita.core.rounding import FACTOR, SAMPLES, Measured, Rounding, add_ranks, judge
-from partita.mlx.apply import local_ranges, plan_of, take
-from partita.mlx.compare import comparable, forward, gradients, main_output, pipeline_gradients
+from partita.mlx.compare import comparable, forward, gradients, pipeline_gradients
 from partita.mlx.groups import ParallelGroups
-from partita.mlx.homes import is_packed, parameter_homes
+from partita.mlx.homes import is_packed, local_ranges, main_output, parameter_homes, plan_of, take
 from partita.schedule import Schedule
 
 

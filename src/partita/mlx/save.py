@@ -19,10 +19,9 @@ from partita.checkpoint.write import FilePlan, Writer, plan_files, write_folder
 from partita.core.plan import Plan
 from partita.core.split import Range
 from partita.errors import ModelError
-from partita.mlx.apply import local_ranges, plan_of
 from partita.mlx.copies import elsewhere
 from partita.mlx.groups import ParallelGroups
-from partita.mlx.homes import Ranges, parameter_homes
+from partita.mlx.homes import Ranges, local_ranges, parameter_homes, plan_of
 from partita.mlx.names import DTYPES, Box
 from partita.mlx.origin import Origin
 from partita.mlx.together import together

@@ -13,7 +13,7 @@ from partita.checkpoint.unused import Unused
 from partita.checkpoint.write import FilePlan, plan_files
 from partita.errors import ModelError
 from partita.mlx.adapt import adapters
-from partita.mlx.apply import plan_of
+from partita.mlx.homes import plan_of
 from partita.mlx.moments import initial_state, state_of
 from partita.mlx.names import DTYPES
 from partita.mlx.optimizer import AdamW

@@ -20,7 +20,8 @@ from partita.core.rules import Rules
 from partita.errors import ModelError, PartitaError
 from partita.mlx.apply import apply_plan
 from partita.mlx.comm import Communicator
-from partita.mlx.compare import CACHED_STEPS, FLOOR, generate_steps, gradients, main_output, relative_error
+from partita.mlx.compare import CACHED_STEPS, FLOOR, generate_steps, gradients, relative_error
+from partita.mlx.homes import main_output
 from partita.mlx.hub import config_of, describe, spec_of
 from partita.mlx.mlx_lm_internals import make_cache
 from partita.mlx.probe import TOLERANCES, Small, dtype_of, in_dtype, sample_inputs, small_model

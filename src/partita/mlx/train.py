@@ -18,13 +18,11 @@ import numpy as np
 from partita.core.plan import Plan
 from partita.core.split import Split
 from partita.errors import ModelError, PlanError
-from partita.mlx.apply import plan_of
 from partita.mlx.comm import Communicator
-from partita.mlx.compare import main_output
 from partita.mlx.copies import sum_copies
 from partita.mlx.groups import ParallelGroups
 from partita.mlx.head import local_logits
-from partita.mlx.homes import parameter_homes
+from partita.mlx.homes import main_output, parameter_homes, plan_of
 from partita.mlx.loss import vocab_parallel_cross_entropy
 from partita.mlx.moments import restore_optimizer
 from partita.mlx.optimizer import AdamW

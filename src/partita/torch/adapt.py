@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from partita.errors import ModelError
-from partita.torch.apply import plan_of
 from partita.torch.groups import ParallelGroups
 from partita.torch.inner import base_layer
 from partita.torch.linear import ColumnParallelLinear, RowParallelLinear
 from partita.torch.lora import LoraLinear
+from partita.torch.parts import plan_of
 
 
 def add_lora(model: nn.Module, rank: int, *, alpha: float | None = None, seed: int | None = None) -> list[str]:

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from partita.core.cuts import ModulePlan
 from partita.core.plan import Plan
-from partita.core.resolve import ModulePlan
 from partita.errors import ModelError
-from partita.torch.apply import local_tensors
 from partita.torch.comm import Communicator
 from partita.torch.groups import ParallelGroups
+from partita.torch.parts import local_tensors, main_output
 from partita.torch.stage import Absent
 
 FLOOR = 1e-6
@@ -222,14 +222,3 @@ def relative_error(whole: Tensor, mine: Tensor, scale: float | None = None) -> f
     scale = float(whole.abs().max()) if scale is None else scale
     difference = float((whole - mine).abs().max())
     return 0.0 if difference == 0.0 else difference / scale if scale > 0.0 else float("inf")
-
-
-def main_output(output: Any) -> Tensor:
-    """What a model's output is about: logits, or the last hidden state."""
-    for name in ("logits", "prediction_logits", "last_hidden_state"):
-        value = getattr(output, name, None)
-        if isinstance(value, Tensor):
-            return value
-    value = output[0] if isinstance(output, (tuple, list)) or hasattr(output, "keys") else output
-    assert isinstance(value, Tensor)
-    return value

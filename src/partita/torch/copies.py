@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from partita.core.plan import Plan
-from partita.torch.apply import local_tensors
 from partita.torch.groups import ParallelGroups
+from partita.torch.parts import local_tensors
 
 
 def copies_of(model: nn.Module, plan: Plan, groups: ParallelGroups) -> dict[str, Tensor]:

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from partita.checkpoint.header import TensorInfo
 from partita.checkpoint.read import Reader
-from partita.core.resolve import TensorPlan
+from partita.core.cuts import TensorPlan
 from partita.core.split import Range
-from partita.errors import CheckpointError
+from partita.errors import CheckpointError, ModelError
 from partita.torch.names import Source, convert_whole
 
 DTYPES = {
@@ -142,3 +142,41 @@ def memory_of(tensor: Tensor) -> memoryview:
     if size == 0:
         return memoryview(bytearray())
     return memoryview((ctypes.c_char * size).from_address(tensor.data_ptr())).cast("B")
+
+
+def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """A torch dtype of its name.
+
+    Raises:
+        ModelError: It is not a floating dtype that models are made of.
+    """
+    names = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+    if dtype is None or dtype == "auto":
+        return None
+    found = names.get(dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
+    if found not in names.values():
+        raise ModelError(f"dtype must be one of {', '.join(names)}, but is {dtype}.")
+    return found
+
+
+def as_device(device: torch.device | str | None) -> torch.device:
+    """The device that is meant: this rank's CUDA device where there is one and none is named, else the CPU.
+
+    Raises:
+        ModelError: It is none that is here.
+    """
+    if device is not None:
+        try:
+            found = torch.device(device)
+            torch.empty(0, device=found)
+        except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+            raise ModelError(
+                f"device must be one that torch has here (cpu{', cuda' if torch.cuda.is_available() else ''}, ...), but is "
+                f"{str(device)!r}. Leave it out for the usual one."
+            ) from error
+        if found.type == "meta":
+            raise ModelError(
+                "device must be one with memory for weights, but is 'meta'. Leave it out for the usual one."
+            )
+        return found
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")

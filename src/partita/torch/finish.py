@@ -10,10 +10,11 @@ from torch import nn
 
 from partita.core.plan import Plan
 from partita.errors import ModelError
-from partita.torch.apply import parameter_homes, sum_partial_gradients, tie
+from partita.torch.apply import sum_partial_gradients
 from partita.torch.attentions import gather_attentions
 from partita.torch.forward import call_as_whole
 from partita.torch.groups import ParallelGroups
+from partita.torch.parts import parameter_homes, tie
 from partita.torch.stage import wire_stages
 
 

@@ -21,13 +21,13 @@ from torch.autograd import Function
 
 from partita.core.plan import Plan
 from partita.errors import ModelError
-from partita.torch.apply import plan_of
 from partita.torch.attentions import by_name, innermost_model
 from partita.torch.cache import check_cache, counting_cache, find_cache
 from partita.torch.comm import exactly_empty
 from partita.torch.copies import summed_copies
 from partita.torch.groups import ParallelGroups
 from partita.torch.links import Links
+from partita.torch.parts import plan_of
 from partita.torch.random import layer_randomness
 from partita.torch.stage import RECORDED, Message, is_cut, refuse_layer_drop, run_stage
 from partita.torch.transformers_internals import cache_argument, is_cache, recordable, rename_cache

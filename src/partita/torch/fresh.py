@@ -14,11 +14,12 @@ from partita.core.placement import Placement
 from partita.core.plan import Plan, mesh_of
 from partita.core.split import check_sizes
 from partita.torch.apply import apply_plan
+from partita.torch.fill import as_device, as_dtype
 from partita.torch.finish import finish
 from partita.torch.groups import ParallelGroups, init_process_group, make_groups
 from partita.torch.hub import build_on_meta
 from partita.torch.initial import FreshFill, record_initialization
-from partita.torch.load import as_device, as_dtype, choose_plan, read_config
+from partita.torch.load import choose_plan, read_config
 from partita.torch.materialize import make_unsaved_buffers, materialize
 from partita.torch.mtp import attach_mtp
 from partita.torch.together import together

@@ -21,11 +21,11 @@ from partita.schedule import Action, Kind, Schedule
 from partita.text import Generation, OnText, Sampling, Sequence, Tokenizer
 from partita.text.choice import Choice, settle
 from partita.text.choose import Columns, choose, failure_of, generator_of
-from partita.torch.apply import plan_of
 from partita.torch.balance import SWITCH, asks_for_balance
 from partita.torch.comm import Work
 from partita.torch.few_rows import decoding
 from partita.torch.head import likeliest, local_logits
+from partita.torch.parts import plan_of
 from partita.torch.pipeline import Pipeline
 from partita.torch.stage_probe import refuse_undecodable
 from partita.torch.towers import refuse_forbidden

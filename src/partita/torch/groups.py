@@ -271,3 +271,8 @@ def parallel_group_info() -> ParallelGroups:
     if _groups is None:
         raise DistributedError("parallelism is not initialized. Call partita.torch.init_parallelism() first.")
     return _groups
+
+
+def is_first(groups: ParallelGroups) -> bool:
+    """Whether this is the first rank of the mesh."""
+    return groups.dp.rank == groups.pp.rank == groups.mp.rank == 0

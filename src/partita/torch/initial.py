@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from partita.core.resolve import TensorPlan
+from partita.core.cuts import TensorPlan
 from partita.errors import ModelError
 from partita.torch.transformers_internals import can_initialize, initialize
 

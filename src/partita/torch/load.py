@@ -25,9 +25,9 @@ from partita.errors import ModelError
 from partita.notes import note
 from partita.peers import doing
 from partita.torch.apply import apply_plan
-from partita.torch.fill import CheckpointFill, Progress
+from partita.torch.fill import CheckpointFill, Progress, as_device, as_dtype
 from partita.torch.finish import finish
-from partita.torch.groups import ParallelGroups, init_process_group, make_groups
+from partita.torch.groups import ParallelGroups, init_process_group, is_first, make_groups
 from partita.torch.hub import build_on_meta, code_note, read_hf_config
 from partita.torch.materialize import make_unsaved_buffers, materialize
 from partita.torch.mtp import attach_mtp
@@ -217,11 +217,6 @@ def read_config(source: Any, groups: ParallelGroups, *, trust_remote_code: bool)
     return config
 
 
-def is_first(groups: ParallelGroups) -> bool:
-    """Whether this is the first rank of the mesh."""
-    return groups.dp.rank == groups.pp.rank == groups.mp.rank == 0
-
-
 def _read_generation_config(model: nn.Module, folder: Path) -> None:
     """Give a model the generation settings of its checkpoint, as `from_pretrained` does. Raises `ModelError` if malformed."""
     read_generation(folder)
@@ -260,41 +255,3 @@ def _check_readable(config: Any, plan: Plan, checkpoint: Checkpoint, unused: lis
 def _for_conversion(built: nn.Module, sources: Mapping[str, Source]) -> nn.Module:
     """The unsplit model that transformers' converters ask, where one is needed: `built` is about to be split."""
     return copy.deepcopy(built) if any(source.converter is not None for source in sources.values()) else built
-
-
-def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """A torch dtype of its name.
-
-    Raises:
-        ModelError: It is not a floating dtype that models are made of.
-    """
-    names = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-    if dtype is None or dtype == "auto":
-        return None
-    found = names.get(dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
-    if found not in names.values():
-        raise ModelError(f"dtype must be one of {', '.join(names)}, but is {dtype}.")
-    return found
-
-
-def as_device(device: torch.device | str | None) -> torch.device:
-    """The device that is meant: this rank's CUDA device where there is one and none is named, else the CPU.
-
-    Raises:
-        ModelError: It is none that is here.
-    """
-    if device is not None:
-        try:
-            found = torch.device(device)
-            torch.empty(0, device=found)
-        except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
-            raise ModelError(
-                f"device must be one that torch has here (cpu{', cuda' if torch.cuda.is_available() else ''}, ...), but is "
-                f"{str(device)!r}. Leave it out for the usual one."
-            ) from error
-        if found.type == "meta":
-            raise ModelError(
-                "device must be one with memory for weights, but is 'meta'. Leave it out for the usual one."
-            )
-        return found
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from partita.core.cuts import TensorPlan
 from partita.core.plan import Plan
-from partita.core.resolve import TensorPlan
 from partita.errors import ModelError
-from partita.torch.apply import parameter_homes, tie
 from partita.torch.groups import ParallelGroups
+from partita.torch.parts import parameter_homes, tie
 from partita.torch.transformers_internals import can_initialize, initialize, mark_initialized
 
 Fill = Callable[[str, TensorPlan, int, Tensor], None]

@@ -16,12 +16,11 @@ from partita.checkpoint.manifest import OPTIMIZER
 from partita.checkpoint.read import Range, Reader
 from partita.core.plan import Plan
 from partita.errors import CheckpointError
-from partita.torch.apply import local_tensors, plan_of
 from partita.torch.fill import DTYPES, CheckpointFill
 from partita.torch.groups import ParallelGroups
-from partita.torch.mtp import repeated_pieces
-from partita.torch.names import Source, sources_for_reading
+from partita.torch.names import Source, repeated_pieces, sources_for_reading
 from partita.torch.optimizer import MasterAdamW, initial_state, state_kinds
+from partita.torch.parts import local_tensors, plan_of
 from partita.torch.peft_format import adapter_cut, adapter_sources, adapter_tensors
 from partita.torch.save import unsplit_on_meta
 from partita.torch.together import together

@@ -20,9 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from partita.core.mtp import NORMS, PROJECTION, SHARED, final_norm
+from partita.core.mtp import NORMS, PROJECTION, final_norm
 from partita.core.plan import Plan, Stage
-from partita.torch.names import Piece
 from partita.torch.stage import Message, StageLayers, run_part
 
 
@@ -118,19 +117,3 @@ def _shortened(inputs: Mapping[str, Any], length: int) -> dict[str, Any]:
         name: value[:, :length] if isinstance(value, Tensor) and value.dim() >= 2 else value
         for name, value in inputs.items()
     }
-
-
-def repeated_pieces(model: Any, plan: Plan, pieces: Mapping[str, tuple[Piece, ...]]) -> dict[str, tuple[Piece, ...]]:
-    """`pieces` to write, with the embedding and the head repeated for each prediction layer, as other tools expect them."""
-    made = dict(pieces)
-    if plan.num_mtp == 0:
-        return made
-    names = {id(tensor): name for name, tensor in reversed(list(model.state_dict(keep_vars=True).items()))}
-    for module, shared in zip((model.get_input_embeddings(), model.get_output_embeddings()), SHARED, strict=True):
-        name = names[id(module.weight)]
-        shape = tuple(module.weight.shape)
-        made[name] += tuple(
-            Piece(f"{plan.spec.layers}.{plan.spec.num_layers + k}.{shared}.weight", shape, (0,) * len(shape))
-            for k in range(plan.num_mtp)
-        )
-    return made

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from partita.core.mtp import SHARED
+from partita.core.plan import Plan
 from partita.core.split import Range
 from partita.errors import CheckpointError, DependencyError
 from partita.torch.transformers_internals import Conversion, convert, names_for_writing, stacks_experts
@@ -201,3 +203,19 @@ def convert_whole(source: Source, target: str, tensors: Mapping[str, torch.Tenso
 def _natural(name: str) -> list[tuple[int, int | str]]:
     """A key that sorts `layers.10` behind `layers.9`, so that experts come in their order."""
     return [(0, int(part)) if part.isdigit() else (1, part) for part in name.split(".")]
+
+
+def repeated_pieces(model: Any, plan: Plan, pieces: Mapping[str, tuple[Piece, ...]]) -> dict[str, tuple[Piece, ...]]:
+    """`pieces` to write, with the embedding and the head repeated for each prediction layer, as other tools expect them."""
+    made = dict(pieces)
+    if plan.num_mtp == 0:
+        return made
+    names = {id(tensor): name for name, tensor in reversed(list(model.state_dict(keep_vars=True).items()))}
+    for module, shared in zip((model.get_input_embeddings(), model.get_output_embeddings()), SHARED, strict=True):
+        name = names[id(module.weight)]
+        shape = tuple(module.weight.shape)
+        made[name] += tuple(
+            Piece(f"{plan.spec.layers}.{plan.spec.num_layers + k}.{shared}.weight", shape, (0,) * len(shape))
+            for k in range(plan.num_mtp)
+        )
+    return made

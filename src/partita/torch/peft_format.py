@@ -16,16 +16,16 @@ from torch import Tensor, nn
 from partita.checkpoint.index import open_checkpoint, weights_name
 from partita.checkpoint.read import Reader
 from partita.checkpoint.write import FilePlan, Writer, plan_files
+from partita.core.cuts import TensorPlan
 from partita.core.plan import Plan
-from partita.core.resolve import TensorPlan
 from partita.core.split import Range, Split
 from partita.errors import CheckpointError, ModelError
 from partita.text import Tokenizer
 from partita.torch.adapt import adapters, add_lora
-from partita.torch.apply import parameter_homes, plan_of
 from partita.torch.fill import CheckpointFill, memory_of
 from partita.torch.groups import ParallelGroups
 from partita.torch.names import Piece, Source
+from partita.torch.parts import parameter_homes, plan_of
 from partita.torch.save import DTYPE_NAMES, own_part, unsplit_on_meta, write_together
 from partita.torch.together import together
 from partita.training.adapter_files import (

@@ -19,10 +19,10 @@ from partita.schedule.action import Action, Kind, Schedule
 from partita.schedule.fit import check_schedule
 from partita.schedule.lower import lower
 from partita.schedule.timeline import Timeline
-from partita.torch.apply import plan_of
 from partita.torch.balance import Balance
 from partita.torch.deferred import WeightGradients, complete, deferrable
 from partita.torch.links import Links, Pending
+from partita.torch.parts import plan_of
 from partita.torch.random import layer_randomness
 from partita.torch.stage import Message, run_stage
 

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from partita.core.plan import Plan
-from partita.torch.apply import local_tensors
 from partita.torch.comm import Communicator
 from partita.torch.copies import copies_of
 from partita.torch.grads import owned_square
 from partita.torch.groups import ParallelGroups
+from partita.torch.parts import local_tensors
 
 BUCKET_BYTES = 25 << 20
 """Gradients travel between replicas in buffers of about this size."""

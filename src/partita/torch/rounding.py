@@ -16,10 +16,10 @@ from torch.overrides import TorchFunctionMode
 from partita.core.plan import Plan
 from partita.core.rounding import FACTOR, SAMPLES, Measured, Rounding, add_ranks, judge
 from partita.errors import ModelError
-from partita.torch.apply import local_tensors, unsplit_name
-from partita.torch.compare import local_output, local_part_of, main_output, watch
+from partita.torch.compare import local_output, local_part_of, watch
 from partita.torch.float64 import Float64Everywhere
 from partita.torch.groups import ParallelGroups
+from partita.torch.parts import local_tensors, main_output, unsplit_name
 from partita.torch.transformers_internals import use_plain_experts
 
 

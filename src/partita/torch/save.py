@@ -23,13 +23,12 @@ from partita.notes import note
 from partita.peers import doing
 from partita.text import Tokenizer
 from partita.torch.adapt import adapters
-from partita.torch.apply import local_tensors, plan_of
 from partita.torch.fill import DTYPES, memory_of
-from partita.torch.groups import ParallelGroups
+from partita.torch.groups import ParallelGroups, is_first
 from partita.torch.hub import build_on_meta
-from partita.torch.load import is_first
-from partita.torch.mtp import attach_mtp, repeated_pieces
-from partita.torch.names import Piece, pieces_for_writing
+from partita.torch.mtp import attach_mtp
+from partita.torch.names import Piece, pieces_for_writing, repeated_pieces
+from partita.torch.parts import local_tensors, plan_of
 from partita.torch.together import gather_from_all, together
 from partita.torch.transformers_internals import code_files, has_own_code, quiet
 

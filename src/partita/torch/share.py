@@ -14,11 +14,11 @@ from partita.checkpoint.unused import Unused
 from partita.checkpoint.write import FilePlan, plan_files
 from partita.errors import ModelError
 from partita.torch.adapt import adapters
-from partita.torch.apply import plan_of
 from partita.torch.fill import memory_of
-from partita.torch.load import is_first
+from partita.torch.groups import is_first
 from partita.torch.moments import held_by, trained_tensors
 from partita.torch.optimizer import initial_state, state_dtype, state_kinds
+from partita.torch.parts import plan_of
 from partita.torch.peft_format import AdaptersOnDisk, adapters_on_disk
 from partita.torch.save import DTYPE_NAMES, OnDisk, on_disk
 from partita.torch.together import together

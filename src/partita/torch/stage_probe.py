@@ -18,13 +18,14 @@ from partita.core.mesh import Mesh
 from partita.core.plan import Plan
 from partita.core.rules import Rules
 from partita.errors import ModelError, PartitaError
-from partita.torch.apply import apply_plan, local_tensors
+from partita.torch.apply import apply_plan
 from partita.torch.balance import SWITCH, asks_for_balance
 from partita.torch.comm import Communicator
-from partita.torch.compare import FLOOR, main_output, relative_error
+from partita.torch.compare import FLOOR, relative_error
 from partita.torch.float64 import Float64Everywhere
 from partita.torch.groups import GroupInfo, ParallelGroups, single_groups
 from partita.torch.hub import spec_of
+from partita.torch.parts import local_tensors, main_output
 from partita.torch.probe import TOLERANCE, dtype_of, measure_media, sample_inputs, small_model
 from partita.torch.rounding import name_of
 from partita.torch.stage import Message, refuse_features_elsewhere, refuse_uncuttable, run_stage, wire_stages

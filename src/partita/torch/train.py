@@ -17,16 +17,16 @@ from torch import Tensor, nn
 from partita.errors import ModelError
 from partita.peers import doing
 from partita.schedule import Timeline
-from partita.torch.apply import plan_of
 from partita.torch.balance_probe import balance_of
 from partita.torch.copies import summed_copies
 from partita.torch.data import batch
+from partita.torch.fill import as_dtype
 from partita.torch.groups import ParallelGroups
 from partita.torch.head import local_logits
-from partita.torch.load import as_dtype
 from partita.torch.moments import restore_optimizer
 from partita.torch.objective import IGNORED, check_trainable, examples, loss_of
 from partita.torch.optimizer import MasterAdamW, state_dtype
+from partita.torch.parts import plan_of
 from partita.torch.pipeline import Pipeline
 from partita.torch.replicas import clip_gradients, start_alike, sum_gradients
 from partita.torch.share import Share

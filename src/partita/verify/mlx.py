@@ -19,11 +19,11 @@ from partita.core.mesh import Mesh
 from partita.core.placement import Placement
 from partita.core.rounding import judge
 from partita.errors import CheckpointError, ModelError
-from partita.mlx.apply import plan_of
-from partita.mlx.compare import compare, compare_parameters, gradients, main_output
+from partita.mlx.compare import compare, compare_parameters, gradients
 from partita.mlx.config import read_mlx_config
 from partita.mlx.generate import generate
 from partita.mlx.groups import ParallelGroups, make_groups, single_groups
+from partita.mlx.homes import main_output, plan_of
 from partita.mlx.hub import build, describe
 from partita.mlx.load import as_dtype, load, shard
 from partita.mlx.probe import fill, plan_of_model, runs, sample_inputs

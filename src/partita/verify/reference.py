@@ -20,9 +20,9 @@ from torch import nn
 
 from partita.core.shrink import reference_configs
 from partita.errors import ModelError, PartitaError
-from partita.mlx.compare import main_output
 from partita.mlx.forms import Verdict, deviations
 from partita.mlx.groups import single_groups
+from partita.mlx.homes import main_output
 from partita.mlx.hub import describe
 from partita.mlx.load import load
 from partita.mlx.reference import unchecked

@@ -22,14 +22,16 @@ from partita.core.rounding import judge
 from partita.errors import CheckpointError, ModelError
 from partita.peers import doing
 from partita.text import Sampling
-from partita.torch.apply import apply_plan, plan_of
-from partita.torch.compare import compare, compare_parameters, main_output
+from partita.torch.apply import apply_plan
+from partita.torch.compare import compare, compare_parameters
+from partita.torch.fill import as_device, as_dtype
 from partita.torch.finish import finish
 from partita.torch.float64 import Float64Everywhere
 from partita.torch.generate import generate
 from partita.torch.groups import ParallelGroups, has_own_gpu, init_process_group, make_groups, single_groups
 from partita.torch.hub import build_on_meta, read_hf_config, spec_of
-from partita.torch.load import as_device, as_dtype, choose_plan, load, read_config
+from partita.torch.load import choose_plan, load, read_config
+from partita.torch.parts import main_output, plan_of
 from partita.torch.probe import fill_unsplit, sample_inputs, small_model
 from partita.torch.rounding import (
     Choices,
