@@ -49,7 +49,7 @@ def test_a_plan_keeps_what_its_towers_are() -> None:
 
 
 def test_layers_that_add_features_of_images_are_on_the_first_stage() -> None:
-    from partita.torch.stage import refuse_features_elsewhere
+    from partita.torch.stages.cut import refuse_features_elsewhere
 
     refuse_features_elsewhere(_plan("qwen3-vl", pp=2))
     refuse_features_elsewhere(_plan("qwen3-vl", pp=2, layout="Ett|ttL"))

@@ -21,8 +21,10 @@ from partita.mlx.homes import main_output, parameter_homes, plan_of
 from partita.mlx.hub import build, quantize, spec_of
 from partita.mlx.load import shard
 from partita.mlx.probe import fill, plan_of_model, sample_inputs
-from partita.mlx.stage import AbsentLayer, AbsentModule, Message, run_stage, stages_of
+from partita.mlx.stage import run_stage
 from partita.mlx.stage_probe import prove_stages
+from partita.mlx.stages.cut import stages_of
+from partita.mlx.stages.layers import AbsentLayer, AbsentModule, Message
 from tests.mlx.compare import EXACT, SINGLE, assert_equal
 from tests.support.mlx_models import tiny_config
 from tests.support.mlx_ranks import mlx_ranks

@@ -13,7 +13,7 @@ from torch import Tensor
 from partita.errors import DistributedError
 from partita.torch.comm import Communicator
 from partita.torch.links import _DTYPES, Links, _Form
-from partita.torch.stage import RECORDED, Message
+from partita.torch.stages.layers import RECORDED, Message
 from tests.support.compare import world
 from tests.support.ranks import ranks
 

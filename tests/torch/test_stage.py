@@ -25,7 +25,9 @@ from partita.torch.hub import build_on_meta, read_hf_config, spec_of
 from partita.torch.load import shard
 from partita.torch.parts import local_tensors, plan_of
 from partita.torch.probe import fill_unsplit, plan_of_model, sample_inputs
-from partita.torch.stage import Message, StageLayers, cut_stages, run_stage, stage_layers, wire_stages
+from partita.torch.stage import run_stage
+from partita.torch.stages.cut import cut_stages, stage_layers, wire_stages
+from partita.torch.stages.layers import Message, StageLayers
 from tests.support.models import CONFIGS, UNMEASURED
 from tests.support.ranks import ranks
 

@@ -267,7 +267,8 @@ class Plan:
 
     def to_json(self, *, indent: int | None = None) -> str:
         """The whole plan as JSON; `from_json` reads it back to an equal plan."""
-        return json.dumps(plan_data.as_data(self), indent=indent)
+        facts = plan_data.PlanFacts(**{name: getattr(self, name) for name in plan_data.PlanFacts.__dataclass_fields__})
+        return json.dumps(plan_data.as_data(facts), indent=indent)
 
     @classmethod
     def from_json(cls, text: str) -> Plan:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from partita.core.cuts import AttentionPlan, ModulePlan, TensorPlan
 from partita.core.layout import PipelineParallelLayerLayout
@@ -16,9 +16,6 @@ from partita.core.placement import PLACEMENTS, Placement
 from partita.core.rules import STYLES, Rule, Rules
 from partita.core.split import Split
 from partita.errors import PlanError
-
-if TYPE_CHECKING:
-    from partita.core.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -35,7 +32,7 @@ class PlanFacts:
     placement: Placement
 
 
-def as_data(plan: Plan) -> dict[str, Any]:
+def as_data(plan: PlanFacts) -> dict[str, Any]:
     """A plan as plain values; each split stands once, and is named by its place."""
     splits: list[Split] = []
 

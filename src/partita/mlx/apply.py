@@ -22,7 +22,7 @@ from partita.mlx.inside import EntersRegion, InsideRegion, SplitExperts
 from partita.mlx.linear import ColumnParallelLinear, RowParallelLinear
 from partita.mlx.mlx_lm_internals import STACKS
 from partita.mlx.region import RegionInput
-from partita.mlx.stage import cut_stages, present_modules
+from partita.mlx.stages.cut import cut_stages, present_modules
 from partita.mlx.tree import get_module, set_module
 
 

@@ -20,7 +20,7 @@ from partita.mlx.head import local_logits
 from partita.mlx.homes import is_packed, local_ranges, main_output, parameter_homes, plan_of, take, unsplit_modules
 from partita.mlx.mlx_lm_internals import make_cache
 from partita.mlx.pipeline import Pipeline
-from partita.mlx.stage import AbsentLayer, AbsentModule
+from partita.mlx.stages.layers import AbsentLayer, AbsentModule
 from partita.schedule import Schedule
 
 FLOOR = 1e-6

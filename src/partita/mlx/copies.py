@@ -8,7 +8,7 @@ import mlx.nn as nn
 from partita.core.plan import Plan
 from partita.mlx.comm import Communicator
 from partita.mlx.groups import ParallelGroups
-from partita.mlx.stage import stages_of
+from partita.mlx.stages.cut import stages_of
 
 
 def elsewhere(model: nn.Module, plan: Plan, groups: ParallelGroups) -> set[str]:

@@ -27,7 +27,8 @@ from partita.mlx.homes import main_output
 from partita.mlx.links import Links
 from partita.mlx.mlx_lm_internals import make_cache
 from partita.mlx.rotary import text_length
-from partita.mlx.stage import Message, run_stage
+from partita.mlx.stage import run_stage
+from partita.mlx.stages.layers import Message
 from partita.text.choose import generator_of
 from partita.text.sampling import Sequence
 

@@ -18,7 +18,8 @@ from partita.errors import ModelError
 from partita.mlx.cache import count_tokens
 from partita.mlx.groups import ParallelGroups
 from partita.mlx.links import Links
-from partita.mlx.stage import Message, length_of, run_stage
+from partita.mlx.stage import length_of, run_stage
+from partita.mlx.stages.layers import Message
 
 
 def call_as_whole(model: nn.Module, plan: Plan, groups: ParallelGroups) -> None:

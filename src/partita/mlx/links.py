@@ -12,7 +12,7 @@ import mlx.core as mx
 
 from partita.errors import DistributedError
 from partita.mlx.comm import Communicator
-from partita.mlx.stage import Message
+from partita.mlx.stages.layers import Message
 
 _DTYPES = (
     mx.float32, mx.bfloat16, mx.float16, mx.float64, mx.int64, mx.int32, mx.uint32, mx.bool_,

@@ -23,7 +23,9 @@ import mlx.nn as nn
 from partita.core.plan import Stage
 from partita.mlx.homes import parameter_homes, plan_of
 from partita.mlx.links import Links
-from partita.mlx.stage import Message, run_stage, stages_of
+from partita.mlx.stage import run_stage
+from partita.mlx.stages.cut import stages_of
+from partita.mlx.stages.layers import Message
 from partita.mlx.trainable import Trainable
 from partita.schedule import Action, Kind, Schedule, Timeline, lower
 from partita.schedule.fit import check_schedule

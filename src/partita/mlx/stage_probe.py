@@ -25,7 +25,8 @@ from partita.mlx.homes import main_output
 from partita.mlx.hub import config_of, describe, spec_of
 from partita.mlx.mlx_lm_internals import make_cache
 from partita.mlx.probe import TOLERANCES, Small, dtype_of, in_dtype, sample_inputs, small_model
-from partita.mlx.stage import Message, run_stage
+from partita.mlx.stage import run_stage
+from partita.mlx.stages.layers import Message
 from partita.mlx.threads import run_as_threads
 from partita.mlx.trainable import Trainable
 

@@ -22,7 +22,7 @@ from partita.torch.mappings import copy_to, reduce_from
 from partita.torch.parts import check_model, parameter_homes
 from partita.torch.random import RegionRandomness, has_dropout
 from partita.torch.region import RegionInput
-from partita.torch.stage import Absent, cut_stages
+from partita.torch.stages.cut import Absent, cut_stages
 from partita.torch.transformers_internals import PLAIN_EXPERTS
 
 

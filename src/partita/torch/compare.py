@@ -16,7 +16,7 @@ from partita.errors import ModelError
 from partita.torch.comm import Communicator
 from partita.torch.groups import ParallelGroups
 from partita.torch.parts import local_tensors, main_output
-from partita.torch.stage import Absent
+from partita.torch.stages.cut import Absent
 
 FLOOR = 1e-6
 """Gradients this much smaller than the model's largest are rounding (a key's bias has none in exact arithmetic), so errors

@@ -15,7 +15,7 @@ from partita.torch.attentions import gather_attentions
 from partita.torch.forward import call_as_whole
 from partita.torch.groups import ParallelGroups
 from partita.torch.parts import parameter_homes, tie
-from partita.torch.stage import wire_stages
+from partita.torch.stages.cut import wire_stages
 
 
 def finish(model: nn.Module, plan: Plan, groups: ParallelGroups) -> nn.Module:

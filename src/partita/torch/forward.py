@@ -29,7 +29,9 @@ from partita.torch.groups import ParallelGroups
 from partita.torch.links import Links
 from partita.torch.parts import plan_of
 from partita.torch.random import layer_randomness
-from partita.torch.stage import RECORDED, Message, is_cut, refuse_layer_drop, run_stage
+from partita.torch.stage import run_stage
+from partita.torch.stages.cut import is_cut, refuse_layer_drop
+from partita.torch.stages.layers import RECORDED, Message
 from partita.torch.transformers_internals import cache_argument, is_cache, recordable, rename_cache
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from partita.errors import DistributedError
 from partita.torch.comm import Communicator, Work, exactly_empty
-from partita.torch.stage import RECORDED, Message
+from partita.torch.stages.layers import RECORDED, Message
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int32, torch.bool)
 _MAX_DIMS = 6

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from partita.core.mtp import NORMS, PROJECTION, final_norm
 from partita.core.plan import Plan, Stage
-from partita.torch.stage import Message, StageLayers, run_part
+from partita.torch.stages.layers import Message, StageLayers, run_part
 
 
 def attach_mtp(model: nn.Module, plan: Plan) -> None:

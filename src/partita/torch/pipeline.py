@@ -24,7 +24,8 @@ from partita.torch.deferred import WeightGradients, complete, deferrable
 from partita.torch.links import Links, Pending
 from partita.torch.parts import plan_of
 from partita.torch.random import layer_randomness
-from partita.torch.stage import Message, run_stage
+from partita.torch.stage import run_stage
+from partita.torch.stages.layers import Message
 
 Inputs = Callable[[int, int], Mapping[str, Any]]
 """Given a stage and a micro-batch: what the model is called with."""

@@ -28,7 +28,9 @@ from partita.torch.hub import spec_of
 from partita.torch.parts import local_tensors, main_output
 from partita.torch.probe import TOLERANCE, dtype_of, measure_media, sample_inputs, small_model
 from partita.torch.rounding import name_of
-from partita.torch.stage import Message, refuse_features_elsewhere, refuse_uncuttable, run_stage, wire_stages
+from partita.torch.stage import run_stage
+from partita.torch.stages.cut import refuse_features_elsewhere, refuse_uncuttable, wire_stages
+from partita.torch.stages.layers import Message
 from partita.torch.transformers_internals import cache_argument, cache_of
 
 _verdicts: dict[Any, tuple[str, str]] = {}

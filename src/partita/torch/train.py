@@ -30,7 +30,7 @@ from partita.torch.parts import plan_of
 from partita.torch.pipeline import Pipeline
 from partita.torch.replicas import clip_gradients, start_alike, sum_gradients
 from partita.torch.share import Share
-from partita.torch.stage import refuse_layer_drop
+from partita.torch.stages.cut import refuse_layer_drop
 from partita.torch.together import together
 from partita.training import StepReport, TrainSettings, schedule_of
 from partita.training.ids import check_ids
