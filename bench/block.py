@@ -48,8 +48,8 @@ def set_up(size: Mapping[str, int]) -> dict[str, Contestant]:
     from bench.ranks import over_gloo
     from partita.core.mesh import Mesh
     from partita.torch import shard
-    from partita.torch.groups import make_groups
-    from partita.torch.parts import local_tensors, plan_of
+    from partita.torch.collectives.groups import make_groups
+    from partita.torch.model.parts import local_tensors, plan_of
 
     torch.manual_seed(0)
     config = LlamaConfig(

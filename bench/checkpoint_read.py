@@ -71,7 +71,7 @@ def read(name: str, ours: Path, theirs: Path, with_moments: bool) -> dict[str, f
 def _timed(seconds: list[float]) -> Iterator[None]:
     """Note how long our parts take that allocate and read; the model is built and its split proven outside of these."""
     loading = importlib.import_module("partita.torch.load")  # the name alone is the function's
-    moments = importlib.import_module("partita.torch.moments")
+    moments = importlib.import_module("partita.torch.weights.moments")
 
     def timed(function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -93,9 +93,10 @@ def _ours(folder: Path, with_moments: bool, *, verify: bool) -> dict[str, Any]:
     import torch.distributed as dist
 
     from partita.checkpoint.manifest import check_contents, read_manifest
-    from partita.torch import load, moments
-    from partita.torch.parts import local_tensors, plan_of
+    from partita.torch import load
+    from partita.torch.model.parts import local_tensors, plan_of
     from partita.torch.train import TrainSettings, make_optimizer
+    from partita.torch.weights import moments
 
     if verify:
         check_contents(folder, read_manifest(folder), dist.get_rank(), dist.get_world_size())
@@ -140,8 +141,8 @@ def _shapes(folder: Path) -> tuple[Any, dict[str, list[int]]]:
     import torch.distributed as dist
 
     from partita.core.mesh import Mesh
-    from partita.torch.hub import build_on_meta, read_hf_config
-    from partita.torch.probe import plan_of_model
+    from partita.torch.model.transformers_models import build_on_meta, read_hf_config
+    from partita.torch.proof.family import plan_of_model
 
     plan = plan_of_model(build_on_meta(read_hf_config(folder), None), Mesh(1, 1, dist.get_world_size()), None)
     cut = {name: plan.tensor(name).ranges(dist.get_rank()) for name in plan.spec.tensors}
@@ -166,7 +167,7 @@ def _half(folder: Path, with_moments: bool) -> dict[str, Any]:
     import torch
     import torch.distributed as dist
 
-    from partita.torch.fill import memory_of
+    from partita.torch.weights.fill import memory_of
 
     found = {}
     for file in _files(folder, with_moments):

@@ -55,7 +55,7 @@ def set_up(source: Path, run: Path | None) -> int:
     import torch.distributed as dist
 
     from partita.torch import load
-    from partita.torch.parts import local_tensors, plan_of
+    from partita.torch.model.parts import local_tensors, plan_of
     from partita.torch.train import TrainSettings, make_optimizer, make_saver
     from partita.training.saving import Saves
     from partita.training.state import TrainingState
@@ -211,7 +211,7 @@ def _copy(place: Path) -> dict[str, float]:
 def _by_hand(place: Path) -> dict[str, float]:
     import torch.distributed as dist
 
-    from partita.torch.fill import memory_of
+    from partita.torch.weights.fill import memory_of
 
     size, rank = _held.half.numel(), dist.get_rank()
     if rank == 0:

@@ -30,8 +30,8 @@ FAMILIES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 
 def make(folder: Path, family: str = "llama", **sizes: int) -> int:
     """Write a model of these sizes (by default `DECODED`) into `folder`; its parameters. For one rank alone."""
-    from partita.torch.fresh import fresh
-    from partita.torch.save import save
+    from partita.torch.new import fresh
+    from partita.torch.weights.save import save
 
     named = {"model_type": family, "architectures": [FAMILIES[family]]}
     model = fresh({**CONFIG, **named, **(sizes or DECODED)}, seed=1)

@@ -56,7 +56,7 @@ def set_up(folder: Path, prompt_tokens: int, new_tokens: int) -> dict[str, Conte
     from bench.ranks import over_gloo
     from partita.core.mesh import Mesh
     from partita.torch import Sampling, generate, load
-    from partita.torch.groups import make_groups
+    from partita.torch.collectives.groups import make_groups
 
     vocab, first = checkpoints.DECODED["vocab_size"], torch.Generator().manual_seed(0)
     prompt = torch.randint(vocab, (1, prompt_tokens), generator=first)

@@ -35,7 +35,7 @@ def set_up(size: int) -> dict[str, Contestant]:
     from bench.floor import open_mpi_sum
     from bench.ranks import over_gloo
     from partita.core.mesh import Mesh
-    from partita.torch.groups import make_groups
+    from partita.torch.collectives.groups import make_groups
 
     groups = make_groups(Mesh(tp=dist.get_world_size()))
     sums = {

@@ -111,7 +111,7 @@ def _groups() -> tuple[Any, Any]:
     """Open MPI's group and the ring's. The former is also what MLX takes where no group is named, as mlx-lm's pipeline does."""
     import mlx.core as mx
 
-    from partita.mlx.groups import init
+    from partita.mlx.collectives.groups import init
 
     hosts = os.environ.pop("MLX_HOSTFILE")
     mx.distributed.init(strict=True)

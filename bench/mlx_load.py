@@ -76,7 +76,7 @@ def measure(name: str, folder: Path) -> dict[str, float]:
     from mlx.utils import tree_flatten
 
     import partita.mlx
-    from partita.mlx.groups import init
+    from partita.mlx.collectives.groups import init
 
     group = init().group
     loaders: dict[str, Callable[[], Any]] = {

@@ -129,8 +129,8 @@ def _alone(work: Work) -> Step:
 def _ours(kind: str, work: Work) -> tuple[Step, Mapping[str, Any], Any]:
     """The step of `partita.torch.train` without its optimizer; this rank's parameters by their names; the plan."""
     from partita.torch import TrainSettings, shard
-    from partita.torch.parts import local_tensors, plan_of
-    from partita.torch.pipeline import Pipeline
+    from partita.torch.model.parts import local_tensors, plan_of
+    from partita.torch.stages.pipeline import Pipeline
     from partita.torch.train import accumulate_gradients, schedule_of
 
     model = shard(copy.deepcopy(work.whole), pp=RANKS, vpp=vpp_of(kind, None), placement=placement_of(kind))

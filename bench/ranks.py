@@ -21,8 +21,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
-from partita.backends import open_mpi
 from partita.cli.meeting import meeting
+from partita.ranks.backends import open_mpi
 
 Engine = Literal["torch", "mlx"]
 
@@ -118,7 +118,7 @@ class Ranks:
 def barrier() -> None:
     """Return when every rank has come here; asleep, so that none takes another's core."""
     if os.environ["PARTITA_BENCH_ENGINE"] == "mlx":
-        from partita.mlx.groups import init
+        from partita.mlx.collectives.groups import init
 
         init().barrier()
     else:
@@ -131,8 +131,8 @@ def over_gloo(groups: Any) -> Any:
     """The groups of torch along a mesh of one axis, whose ranks talk over gloo whatever else they could."""
     import torch.distributed as dist
 
-    from partita.torch.comm import Communicator
-    from partita.torch.groups import GroupInfo
+    from partita.torch.collectives.comm import Communicator
+    from partita.torch.collectives.groups import GroupInfo
 
     gloo = GroupInfo(Communicator(dist.group.WORLD))
     axis = "pp" if groups.mesh.pp > 1 else "mp"
@@ -151,12 +151,12 @@ def _serve(address: str, engine: str) -> None:
     if engine == "torch":
         import torch
 
-        from partita.torch.groups import init_process_group
+        from partita.torch.collectives.groups import init_process_group
 
         torch.set_num_threads(1)
         init_process_group(timeout_s=LIMIT_S)
     else:
-        from partita.mlx.groups import init
+        from partita.mlx.collectives.groups import init
 
         init()
     with Client(address, "AF_UNIX") as connection:

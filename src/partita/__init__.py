@@ -1,13 +1,13 @@
 """Partita: one model, many parts, played as one. This module loads neither torch nor mlx."""
 
 from partita.checkpoint.facts import spec_from_checkpoint
-from partita.core.families import spec_from_config
-from partita.core.layout import LayerType, Layout, PipelineParallelLayerLayout
+from partita.core.layout.layout import LayerType, Layout, PipelineParallelLayerLayout
 from partita.core.mesh import Mesh
-from partita.core.model_spec import ModelSpec, TensorSpec
+from partita.core.model.families import spec_from_config
+from partita.core.model.spec import ModelSpec, TensorSpec
 from partita.core.plan import Plan
-from partita.core.rules import Rule, Rules
-from partita.core.split import Split
+from partita.core.sharding.rules import Rule, Rules
+from partita.core.sharding.split import Split
 from partita.errors import (
     CheckpointError,
     DistributedError,

@@ -14,8 +14,8 @@ from torch import nn
 
 import partita.torch as pt
 from partita import Mesh, Plan, spec_from_config
-from partita.text import Sampling
-from partita.torch.comm import Communicator
+from partita.generation import Sampling
+from partita.torch.collectives.comm import Communicator
 from partita.training import TrainSettings
 from tests.bad_input.models import LLAMA
 from tests.bad_input.table import ENGINES, Call, holds, raises, rows

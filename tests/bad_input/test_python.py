@@ -9,8 +9,8 @@ import pytest
 from partita import Layout, Mesh, Plan, Rule, Rules, Schedule, Split, spec_from_checkpoint, spec_from_config
 from partita.checkpoint.find import find_model
 from partita.checkpoint.index import open_checkpoint
+from partita.generation import Sampling
 from partita.schedule import Action, Costs, build, check, lower, picture, simulate
-from partita.text import Sampling
 from partita.training import Saves, TrainSettings
 from tests.bad_input.models import LLAMA
 from tests.bad_input.table import Call, raises, rows

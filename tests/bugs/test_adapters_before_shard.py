@@ -22,9 +22,9 @@ def adapted(kind: str, bits: int | None) -> Any:
     import mlx.nn as nn
     from mlx_lm.tuner import dora, lora
 
-    from partita.mlx.hub import build
-    from partita.mlx.probe import fill
-    from partita.mlx.tree import named_modules, set_module
+    from partita.mlx.model.mlx_lm_models import build
+    from partita.mlx.model.tree import named_modules, set_module
+    from partita.mlx.proof.family import fill
 
     mx.random.seed(0)
     model = fill(build({**CONFIG, "hidden_size": 64, "intermediate_size": 64, "head_dim": 32, "num_attention_heads": 2}
@@ -51,9 +51,9 @@ def sharded(kind: str, bits: int | None, tp: int, pp: int) -> tuple[float, float
     import mlx.core as mx
     import mlx.nn as nn
 
-    from partita.mlx.homes import main_output, unsplit_modules
-    from partita.mlx.linear import ColumnParallelLinear, RowParallelLinear
+    from partita.mlx.layers.linear import ColumnParallelLinear, RowParallelLinear
     from partita.mlx.load import shard
+    from partita.mlx.model.parts import main_output, unsplit_modules
 
     whole = adapted(kind, bits)
     split = shard(copy.deepcopy(whole), tp=tp, pp=pp)

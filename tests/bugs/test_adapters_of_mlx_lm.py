@@ -31,9 +31,9 @@ def written(place: Path, kind: str = "lora") -> list[float]:
     from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters
     from mlx_lm.utils import load_model
 
-    from partita.mlx.fresh import fresh
-    from partita.mlx.groups import single_groups
-    from partita.mlx.save import save
+    from partita.mlx.collectives.groups import single_groups
+    from partita.mlx.new import fresh
+    from partita.mlx.weights.save import save
 
     save(fresh(CONFIG, seed=1, groups=single_groups()), place / "model")
     model, _ = load_model(place / "model")
@@ -56,9 +56,9 @@ def written(place: Path, kind: str = "lora") -> list[float]:
 def on_mlx(place: str, tp: int, pp: int) -> list[float]:
     import mlx.core as mx
 
-    from partita.mlx.homes import main_output
     from partita.mlx.load import load
-    from partita.mlx.peft_format import load_adapters
+    from partita.mlx.model.parts import main_output
+    from partita.mlx.weights.peft_format import load_adapters
 
     model = load(f"{place}/model", tp=tp, pp=pp)
     load_adapters(model, f"{place}/adapters")
@@ -69,7 +69,7 @@ def on_torch(place: str, tp: int, pp: int) -> list[float]:
     import torch
 
     from partita.torch.load import load
-    from partita.torch.peft_format import load_adapters
+    from partita.torch.weights.peft_format import load_adapters
 
     model = load(f"{place}/model", tp=tp, pp=pp)
     load_adapters(model, f"{place}/adapters")

@@ -12,17 +12,17 @@ from torch.nn import functional as F
 
 from partita.core.mesh import Mesh
 from partita.errors import ModelError
-from partita.text import Sampling
-from partita.torch.balance_probe import balance_of
-from partita.torch.compare import compare_parameters
-from partita.torch.data import batch
-from partita.torch.float64 import Float64Everywhere
-from partita.torch.fresh import fresh
+from partita.generation import Sampling
+from partita.torch.collectives.groups import single_groups
 from partita.torch.generate import generate
-from partita.torch.groups import single_groups
-from partita.torch.hub import build_on_meta, read_hf_config
-from partita.torch.parts import plan_of
+from partita.torch.model.float64 import Float64Everywhere
+from partita.torch.model.parts import plan_of
+from partita.torch.model.transformers_models import build_on_meta, read_hf_config
+from partita.torch.new import fresh
+from partita.torch.proof.balance_probe import balance_of
+from partita.torch.proof.compare import compare_parameters
 from partita.torch.train import TrainSettings, train
+from partita.torch.training.batches import batch
 from tests.cli.conftest import Run, partita
 from tests.cli.models import write
 from tests.support.models import CONFIGS
@@ -142,7 +142,7 @@ def test_a_loss_of_another_form_is_refused_over_stages(monkeypatch: pytest.Monke
 
     usual = modeling_mixtral.load_balancing_loss_func
     monkeypatch.setattr(modeling_mixtral, "load_balancing_loss_func", lambda *given: 2 * usual(*given))
-    monkeypatch.setattr("partita.torch.balance_probe._verdicts", {})
+    monkeypatch.setattr("partita.torch.proof.balance_probe._verdicts", {})
     model = build_on_meta(read_hf_config(config_of("mixtral")))
     over_stages = plan_for(config_of("mixtral"), Mesh(pp=2), "1f1b", 1)
     with pytest.raises(ModelError, match=r"cannot be computed over stages: its auxiliary loss differs.* by 5\.0e-01"):
@@ -165,7 +165,7 @@ def test_padded_prompts_are_continued_by_a_model_that_asks_for_the_loss(mesh: di
 
 
 def test_mlx_refuses_what_its_models_do_not_compute() -> None:
-    from partita.mlx.fresh import fresh as fresh_on_mlx
+    from partita.mlx.new import fresh as fresh_on_mlx
     from partita.mlx.train import train as train_on_mlx
 
     config = {**config_of("qwen3-moe"), "num_hidden_layers": 2, "mlp_only_layers": []}

@@ -19,11 +19,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from partita.core.mesh import Mesh
 from partita.errors import PartitaError
 from partita.torch import Sampling, generate
-from partita.torch.apply import apply_plan
-from partita.torch.finish import finish
-from partita.torch.groups import make_groups, single_groups
-from partita.torch.hub import quiet
-from partita.torch.probe import plan_of_model, small_model
+from partita.torch.collectives.groups import make_groups, single_groups
+from partita.torch.model.transformers_models import quiet
+from partita.torch.proof.family import plan_of_model, small_model
+from partita.torch.split.apply import apply_plan
+from partita.torch.split.finish import finish
 from tests.support.ranks import ranks
 
 PROMPTS = [[3, 1, 4], [2, 7, 1, 8, 2, 8, 1], [5, 9, 6, 5, 3]]

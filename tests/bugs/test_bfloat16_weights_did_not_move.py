@@ -13,18 +13,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from partita.errors import CheckpointError
-from partita.torch.adapt import add_lora
-from partita.torch.data import batch
-from partita.torch.fresh import fresh
-from partita.torch.groups import single_groups
+from partita.torch.collectives.groups import single_groups
 from partita.torch.load import load
-from partita.torch.moments import held_by, restore_optimizer
-from partita.torch.parts import local_tensors, plan_of
-from partita.torch.peft_format import load_adapters
-from partita.torch.pipeline import Pipeline
-from partita.torch.replicas import clip_gradients
-from partita.torch.save import save
+from partita.torch.model.parts import local_tensors, plan_of
+from partita.torch.new import fresh
+from partita.torch.stages.pipeline import Pipeline
 from partita.torch.train import accumulate_gradients, make_optimizer, make_saver, train
+from partita.torch.training.batches import batch
+from partita.torch.training.replicas import clip_gradients
+from partita.torch.weights.adapters import add_lora
+from partita.torch.weights.moments import held_by, restore_optimizer
+from partita.torch.weights.peft_format import load_adapters
+from partita.torch.weights.save import save
 from partita.training import TrainSettings, schedule_of
 from partita.training.saving import Saves
 from partita.training.state import read_state

@@ -12,19 +12,19 @@ import numpy as np
 import pytest
 
 from partita.errors import CheckpointError
-from partita.mlx.adapt import add_lora
-from partita.mlx.fresh import fresh
-from partita.mlx.groups import single_groups
-from partita.mlx.homes import plan_of
+from partita.mlx.collectives.groups import single_groups
 from partita.mlx.load import load
-from partita.mlx.moments import restore_optimizer
-from partita.mlx.optimizer import AdamW
-from partita.mlx.peft_format import load_adapters
-from partita.mlx.pipeline import Pipeline
-from partita.mlx.replicas import clip_gradients
-from partita.mlx.save import save
+from partita.mlx.model.parts import plan_of
+from partita.mlx.model.trainable import Trainable
+from partita.mlx.new import fresh
+from partita.mlx.stages.pipeline import Pipeline
 from partita.mlx.train import gradients_of, train
-from partita.mlx.trainable import Trainable
+from partita.mlx.training.optimizer import AdamW
+from partita.mlx.training.replicas import clip_gradients
+from partita.mlx.weights.adapters import add_lora
+from partita.mlx.weights.moments import restore_optimizer
+from partita.mlx.weights.peft_format import load_adapters
+from partita.mlx.weights.save import save
 from partita.training import TrainSettings, row_starts, schedule_of
 from partita.training.saving import Saves
 from tests.mlx.test_fresh import LLAMA

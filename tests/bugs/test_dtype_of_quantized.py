@@ -10,12 +10,12 @@ import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
 
-from partita.mlx.groups import single_groups
-from partita.mlx.homes import main_output
-from partita.mlx.hub import build
+from partita.mlx.collectives.groups import single_groups
 from partita.mlx.load import load
-from partita.mlx.probe import fill
-from partita.mlx.reference import unchecked
+from partita.mlx.model.mlx_lm_models import build
+from partita.mlx.model.parts import main_output
+from partita.mlx.proof.family import fill
+from partita.mlx.proof.reference import unchecked
 
 CONFIG: dict[str, Any] = {
     "model_type": "llama", "vocab_size": 64, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2,

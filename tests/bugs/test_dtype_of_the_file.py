@@ -65,8 +65,8 @@ def test_what_transformers_keeps_wide_is_wide(tmp_path: Path) -> None:
 @pytest.mark.parametrize("named", [None, "float32"])
 def test_on_mlx(tmp_path: Path, named: str | None, caplog: pytest.LogCaptureFixture) -> None:
     mx = pytest.importorskip("mlx.core")
-    from partita.mlx.homes import plan_of
     from partita.mlx.load import load as mlx_load
+    from partita.mlx.model.parts import plan_of
 
     in_bfloat16(tmp_path, named)
     with caplog.at_level(logging.WARNING, "partita"):

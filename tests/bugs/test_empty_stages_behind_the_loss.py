@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from partita.text import Sampling
+from partita.generation import Sampling
+from partita.torch.collectives.groups import single_groups as alone
 from partita.torch.generate import generate
-from partita.torch.groups import single_groups as alone
-from partita.torch.hub import build_on_meta, read_hf_config
 from partita.torch.load import shard
-from partita.torch.probe import fill_unsplit
+from partita.torch.model.transformers_models import build_on_meta, read_hf_config
+from partita.torch.proof.family import fill_unsplit
 from tests.support.mlx_models import tiny_config
 from tests.support.mlx_ranks import mlx_ranks
 from tests.support.models import CONFIGS
@@ -40,11 +40,11 @@ def test_same_tokens(layout: str) -> None:
 
 def tokens_on_mlx(layout: str | None) -> list[list[int]]:
     mx = pytest.importorskip("mlx.core")
+    from partita.mlx.collectives.groups import single_groups
     from partita.mlx.generate import generate
-    from partita.mlx.groups import single_groups
-    from partita.mlx.hub import build
     from partita.mlx.load import shard
-    from partita.mlx.probe import fill
+    from partita.mlx.model.mlx_lm_models import build
+    from partita.mlx.proof.family import fill
 
     mx.random.seed(0)
     model = fill(build(tiny_config("llama")), mx.float64)

@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from partita.core.mesh import Mesh
-from partita.core.rounding import FACTOR
+from partita.proof.rounding import FACTOR
 from partita.torch import Sampling, generate
-from partita.torch.float64 import Float64Everywhere
-from partita.torch.groups import single_groups
-from partita.torch.hub import build_on_meta, read_hf_config
+from partita.torch.collectives.groups import single_groups
 from partita.torch.load import shard
-from partita.torch.probe import fill_unsplit
-from partita.torch.rounding import in_float64
+from partita.torch.model.float64 import Float64Everywhere
+from partita.torch.model.transformers_models import build_on_meta, read_hf_config
+from partita.torch.proof.family import fill_unsplit
+from partita.torch.proof.rounding import in_float64
 from partita.torch.train import TrainSettings, train
 from tests.support.models import CONFIGS
 from tests.support.ranks import ranks

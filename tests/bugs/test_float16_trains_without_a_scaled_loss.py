@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from partita.errors import ModelError, PartitaError, PlanError
-from partita.torch.fresh import fresh
-from partita.torch.groups import single_groups
+from partita.torch.collectives.groups import single_groups
+from partita.torch.new import fresh
 from partita.torch.train import train
+from partita.torch.verify import verify
 from partita.training import TrainSettings
-from partita.verify import verify
 from tests.support.models import CONFIGS
 from tests.support.ranks import ranks
 from tests.torch.test_schedules import tokens
@@ -60,8 +60,8 @@ def test_verify_says_that_it_did_not_train(tmp_path: Path) -> None:
 
 
 def test_a_float16_model_is_refused_on_mlx() -> None:
-    from partita.mlx.fresh import fresh as fresh_on_mlx
-    from partita.mlx.groups import single_groups as single
+    from partita.mlx.collectives.groups import single_groups as single
+    from partita.mlx.new import fresh as fresh_on_mlx
     from partita.mlx.train import train as train_on_mlx
 
     model = fresh_on_mlx(LLAMA, dtype="float16", groups=single())

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from partita.core.mesh import Mesh
-from partita.torch.float64 import Float64Everywhere
-from partita.torch.hub import build_on_meta, read_hf_config
-from partita.torch.probe import plan_of_model, sample_inputs, small_model
+from partita.torch.model.float64 import Float64Everywhere
+from partita.torch.model.transformers_models import build_on_meta, read_hf_config
+from partita.torch.proof.family import plan_of_model, sample_inputs, small_model
 from tests.support.models import _BASE, _MLA, _MOE
 
 FAMILIES: dict[str, dict[str, Any]] = {

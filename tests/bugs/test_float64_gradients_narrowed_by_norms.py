@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from partita.torch import Float64Everywhere
-from partita.torch.parts import local_tensors, plan_of
+from partita.torch.model.parts import local_tensors, plan_of
 from tests.support.compare import part
 from tests.support.ranks import ranks
 from tests.torch.test_stage import both

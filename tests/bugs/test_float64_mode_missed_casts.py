@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from partita.torch.comm import exactly_empty
-from partita.torch.float64 import Float64Everywhere
+from partita.torch.collectives.comm import exactly_empty
+from partita.torch.model.float64 import Float64Everywhere
 
 X = torch.tensor([[1.0, 2.0, 4.0]], dtype=torch.float64) / 3
 IDS = torch.tensor([[1, 2, 4]])

@@ -14,7 +14,7 @@ import torch
 import transformers
 
 from partita.errors import ModelError
-from partita.text import Sampling
+from partita.generation import Sampling
 from partita.torch import generate, load, save
 from tests.support.loaded import random_model, reference
 from tests.support.ranks import on

@@ -20,9 +20,9 @@ IDS = [[3, 1, 4, 1, 5, 9, 2, 6]]
 def on_mlx(folder: str, tp: int) -> list[float]:
     import mlx.core as mx
 
-    from partita.mlx.homes import main_output
     from partita.mlx.load import load
-    from partita.mlx.reference import unchecked
+    from partita.mlx.model.parts import main_output
+    from partita.mlx.proof.reference import unchecked
 
     with unchecked():
         model = load(folder, tp=tp, dtype="float32")

@@ -15,10 +15,10 @@ from torch import nn
 
 from partita.core.mesh import Mesh
 from partita.torch import Sampling, generate
-from partita.torch.apply import apply_plan
-from partita.torch.finish import finish
-from partita.torch.groups import make_groups
-from partita.torch.probe import plan_of_model
+from partita.torch.collectives.groups import make_groups
+from partita.torch.proof.family import plan_of_model
+from partita.torch.split.apply import apply_plan
+from partita.torch.split.finish import finish
 from tests.bugs.test_longrope_crosses_its_limit import FAMILIES, SIZES
 from tests.support.ranks import ranks
 

@@ -11,7 +11,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from partita.errors import ModelError
-from partita.text import Sampling
+from partita.generation import Sampling
 from tests.bad_input.models import LLAMA, weights, write
 from tests.bugs.test_generation_config import CONFIG, PROMPT
 from tests.cli.conftest import Run, partita

@@ -54,11 +54,11 @@ def transformers_tokens(family: str, folder: Path) -> list[list[int]]:
 
 
 def mlx_tokens(folder: str, tp: int, pp: int, at_once: int) -> list[list[int]]:
-    from partita.mlx import batches, flow
+    from partita.generation import Sampling
     from partita.mlx.generate import generate
     from partita.mlx.load import load
-    from partita.mlx.reference import unchecked
-    from partita.text import Sampling
+    from partita.mlx.proof.reference import unchecked
+    from partita.mlx.stages import batches, flow
 
     kept = batches.PREFILL_TOKENS
     batches.PREFILL_TOKENS = flow.PREFILL_TOKENS = at_once

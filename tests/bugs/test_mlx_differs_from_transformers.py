@@ -10,13 +10,14 @@ import pytest
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from partita.errors import ModelError
-from partita.mlx import config as mlx_config
-from partita.mlx import forms, hub, reference
-from partita.mlx.forms import Verdict, form_name, form_of
-from partita.mlx.groups import single_groups
+from partita.mlx.collectives.groups import single_groups
 from partita.mlx.load import load
-from partita.mlx.reference import reference_of
-from partita.verify.reference import compare_with_transformers
+from partita.mlx.model import config as mlx_config
+from partita.mlx.model import mlx_lm_models
+from partita.mlx.proof import forms, reference
+from partita.mlx.proof.forms import Verdict, form_name, form_of
+from partita.mlx.proof.reference import reference_of
+from partita.parity import compare_with_transformers
 
 SIZES: dict[str, Any] = {
     "vocab_size": 67, "hidden_size": 64, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -41,7 +42,7 @@ def test_equal_forms_pass() -> None:
 
 def test_the_key_that_mlx_lm_reads_differently_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     # Without the check and the corrections of this library, mlx-lm computes something else.
-    monkeypatch.setattr(hub, "correct_rotary", lambda model, config: None)
+    monkeypatch.setattr(mlx_lm_models, "correct_rotary", lambda model, config: None)
     yarn = {
         "rope_type": "yarn",
         "rope_theta": 1e4,
@@ -52,7 +53,7 @@ def test_the_key_that_mlx_lm_reads_differently_is_named(monkeypatch: pytest.Monk
     verdict = compare_with_transformers({**LLAMA, "rope_parameters": yarn})
     assert verdict.error is not None
     assert (verdict.error > 0.01, verdict.key) == (True, "rope_parameters")
-    monkeypatch.setattr(hub, "check_activation", lambda config, arguments: None)
+    monkeypatch.setattr(mlx_lm_models, "check_activation", lambda config, arguments: None)
     assert compare_with_transformers({**LLAMA, "hidden_act": "relu"}).key == "hidden_act"
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from partita.torch import fresh
-from partita.torch.parts import local_tensors, plan_of
+from partita.torch.model.parts import local_tensors, plan_of
 from tests.support.loaded import differences, random_model
 from tests.support.ranks import on
 

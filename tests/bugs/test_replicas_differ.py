@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from partita.errors import ModelError
-from partita.torch.adapt import add_lora
-from partita.torch.compare import compare_parameters
-from partita.torch.float64 import Float64Everywhere
-from partita.torch.fresh import fresh
-from partita.torch.groups import single_groups
-from partita.torch.parts import plan_of
+from partita.torch.collectives.groups import single_groups
+from partita.torch.model.float64 import Float64Everywhere
+from partita.torch.model.parts import plan_of
+from partita.torch.new import fresh
+from partita.torch.proof.compare import compare_parameters
 from partita.torch.train import TrainSettings, train
+from partita.torch.weights.adapters import add_lora
 from tests.support.mlx_ranks import mlx_ranks
 from tests.support.models import CONFIGS
 from tests.support.ranks import ranks
@@ -76,8 +76,8 @@ def unlike_on_mlx() -> list[list[float]]:
     from mlx.utils import tree_flatten
     from mlx_lm.tuner.utils import linear_to_lora_layers
 
-    from partita.mlx.fresh import fresh as fresh_on_mlx
-    from partita.mlx.groups import init
+    from partita.mlx.collectives.groups import init
+    from partita.mlx.new import fresh as fresh_on_mlx
     from partita.mlx.train import train as train_on_mlx
 
     model = fresh_on_mlx(CONFIGS["llama-3-heads"], seed=3, dp=2)
@@ -147,8 +147,8 @@ def skipping(which: int) -> str:
     decoder.__class__ = Skipping
     try:
         with torch.no_grad():
-            from partita.torch.stage import run_stage
             from partita.torch.stages.layers import Message
+            from partita.torch.stages.run import run_stage
 
             plan, groups = plan_of(model)
             received = Message((torch.ones(2, 12, 56, dtype=torch.float64),)) if groups.pp.rank else None

@@ -24,7 +24,7 @@ from safetensors import safe_open
 from partita.checkpoint.run_folder import RunFolder
 from partita.cli import main
 from partita.errors import CheckpointError
-from partita.text import load_tokenizer
+from partita.generation import load_tokenizer
 from partita.torch.load import load
 from partita.torch.train import train
 from partita.training import read_ids

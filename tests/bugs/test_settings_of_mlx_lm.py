@@ -11,11 +11,11 @@ import pytest
 from mlx_lm.sample_utils import apply_xtc, make_logits_processors
 
 from partita.errors import PlanError
-from partita.text import Sampling
-from partita.text.choice import Choice
-from partita.text.choose import Columns, choose, generator_of
-from partita.text.sampling import Sequence
-from partita.torch.threads import run_as_threads
+from partita.generation import Sampling
+from partita.generation.choice import Choice
+from partita.generation.sample import Columns, choose, generator_of
+from partita.generation.settings import Sequence
+from partita.torch.collectives.threads import run_as_threads
 
 PROMPT, TOKENS = [3, 1, 4, 1, 5, 9, 2, 6], [5, 3, 5]
 LOGITS = 3 * np.random.default_rng(0).normal(size=12)

@@ -97,7 +97,7 @@ def test_layers_beyond_the_config_are_named_and_saved(
         if engine == "mlx":
             pytest.importorskip("mlx.core")
             from partita.mlx.load import load as mlx_load
-            from partita.mlx.save import save as mlx_save
+            from partita.mlx.weights.save import save as mlx_save
 
             mlx_save(mlx_load(source), tmp_path / "saved")
         else:

@@ -6,8 +6,8 @@ import pytest
 
 from partita.core.mesh import Mesh
 from partita.errors import ModelError
-from partita.torch.hub import build_on_meta, read_hf_config
-from partita.torch.probe import plan_of_model
+from partita.torch.model.transformers_models import build_on_meta, read_hf_config
+from partita.torch.proof.family import plan_of_model
 
 WHISPER = {
     "model_type": "whisper", "architectures": ["WhisperForConditionalGeneration"], "vocab_size": 101, "d_model": 24,

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from partita.core.mesh import Mesh
-from partita.torch.compare import compare_parameters
-from partita.torch.float64 import Float64Everywhere
-from partita.torch.fresh import fresh
-from partita.torch.groups import single_groups
-from partita.torch.parts import plan_of
+from partita.torch.collectives.groups import single_groups
+from partita.torch.model.float64 import Float64Everywhere
+from partita.torch.model.parts import plan_of
+from partita.torch.new import fresh
+from partita.torch.proof.compare import compare_parameters
 from partita.torch.train import TrainSettings, train
 from tests.support.mlx_ranks import BACKENDS, mlx_ranks
 from tests.support.models import CONFIGS
@@ -139,9 +139,9 @@ def masks_on_mlx() -> list[list[float]]:
     import mlx.core as mx
     import mlx.nn as nn
 
-    from partita.mlx.adapt import adapters, add_lora
-    from partita.mlx.fresh import fresh as fresh_on_mlx
+    from partita.mlx.new import fresh as fresh_on_mlx
     from partita.mlx.train import train as train_on_mlx
+    from partita.mlx.weights.adapters import adapters, add_lora
 
     kept: list[list[float]] = []
 

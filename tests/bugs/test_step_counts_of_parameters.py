@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from partita.torch.fresh import fresh
-from partita.torch.groups import single_groups
+from partita.torch.collectives.groups import single_groups
 from partita.torch.load import load
-from partita.torch.parts import local_tensors, plan_of
+from partita.torch.model.parts import local_tensors, plan_of
+from partita.torch.new import fresh
 from partita.torch.train import train
 from partita.training import StepReport
 from partita.training.saving import Saves
@@ -96,7 +96,7 @@ def test_any_layout_keeps_the_counts(layout: Layout, alone: Path, tmp_path: Path
 def test_mlx_goes_on_with_them(alone: Path, tmp_path: Path) -> None:
     """Its own optimizer steps all arrays in each step, as every one of them has a gradient; what torch counted goes on."""
     pytest.importorskip("mlx_lm")
-    from partita.mlx.groups import single_groups as mlx_groups
+    from partita.mlx.collectives.groups import single_groups as mlx_groups
     from partita.mlx.load import load as mlx_load
     from partita.mlx.train import train as mlx_train
 

@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Fast
 
-from partita.text import Sampling, Sequence, Tokenizer, load_tokenizer
-from partita.text.choice import Choice
-from partita.text.new_text import NewText
-from partita.text.tokenizer import _byte_characters
+from partita.generation import Sampling, Sequence, Tokenizer, load_tokenizer
+from partita.generation.choice import Choice
+from partita.generation.new_text import NewText
+from partita.generation.tokenizer import _byte_characters
 from tests.support.ranks import on
 
 SPECIAL = "<|im_end|>"

@@ -8,8 +8,8 @@ import sys
 import time
 from typing import Any
 
-from partita.peers import Lines, line_of
-from partita.peers.hub import Hub
+from partita.ranks.liveness import Lines, line_of
+from partita.ranks.liveness.coordinator import Hub
 
 LIMIT_S = 0.5
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from partita.errors import ModelError
 from partita.torch import fresh, load, save
-from partita.torch.parts import plan_of
+from partita.torch.model.parts import plan_of
 from tests.support.loaded import differences, random_model, reference
 from tests.support.ranks import on
 
@@ -89,9 +89,9 @@ def saved_by_mlx(folder: str, target: str, tp: int, pp: int) -> list[Any]:
     """As `saved`, of MLX: the logits as a list, nothing from stages that have none."""
     import mlx.core as mx
 
-    from partita.mlx.homes import plan_of as mlx_plan_of
     from partita.mlx.load import load as mlx_load
-    from partita.mlx.save import save as mlx_save
+    from partita.mlx.model.parts import plan_of as mlx_plan_of
+    from partita.mlx.weights.save import save as mlx_save
 
     model = mlx_load(folder, tp=tp, pp=pp)
     logits = model(mx.arange(1, 8)[None])

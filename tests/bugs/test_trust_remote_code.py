@@ -19,9 +19,10 @@ import transformers
 from transformers import dynamic_module_utils
 
 from partita.errors import ModelError
-from partita.text import Sampling
-from partita.torch import generate, load, probe, save, stage_probe
-from partita.torch.parts import plan_of
+from partita.generation import Sampling
+from partita.torch import generate, load, save
+from partita.torch.model.parts import plan_of
+from partita.torch.proof import family, stages
 from tests.support.ranks import ROOT, on
 
 IDS = torch.tensor([[5, 17, 3, 29, 11, 8], [2, 40, 7, 19, 23, 31]])
@@ -124,7 +125,7 @@ def compared(folder: str, source: str, tp: int, pp: int, target: str) -> dict[st
             "same tokens": list(found) == expected,
             "class": type(model).__name__,
             "proven by a table": plan_of(model)[0].rules.proven,
-            "proof": any(key[0] == "OwnForCausalLM" for key in (*probe._proven, *stage_probe._verdicts)),
+            "proof": any(key[0] == "OwnForCausalLM" for key in (*family._proven, *stages._verdicts)),
         }
 
 

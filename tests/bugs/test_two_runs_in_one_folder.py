@@ -106,8 +106,8 @@ def test_a_save_to_the_place_of_another_is_refused(engine: str, there: bool, tmp
     """A thread plays the other process: it holds the lock of a save under way."""
     if engine == "mlx":
         pytest.importorskip("mlx_lm")
-    model = importlib.import_module(f"partita.{engine}.fresh").fresh(TINY)
-    save = importlib.import_module(f"partita.{engine}.save").save
+    model = importlib.import_module(f"partita.{engine}.new").fresh(TINY)
+    save = importlib.import_module(f"partita.{engine}.weights.save").save
     place = tmp_path / "model"
     if there:
         place.mkdir()

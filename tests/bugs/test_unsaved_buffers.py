@@ -13,7 +13,7 @@ import transformers
 from torch import nn
 
 from partita.errors import ModelError
-from partita.torch.materialize import Filled, make_unsaved_buffers
+from partita.torch.weights.materialize import Filled, make_unsaved_buffers
 from tests.support.loaded import differences, random_model
 
 

@@ -119,7 +119,7 @@ def test_checkpoints_of_a_run_hold_them(tmp_path: Path, layout: dict[str, int]) 
 
 def again_on_mlx(folder: str, target: str, tp: int, pp: int) -> None:
     from partita.mlx.load import load as mlx_load
-    from partita.mlx.save import save as mlx_save
+    from partita.mlx.weights.save import save as mlx_save
 
     mlx_save(mlx_load(folder, tp=tp, pp=pp), target, max_shard_bytes=9000)
 

@@ -9,7 +9,7 @@ import torch
 from partita.core.mesh import Mesh
 from partita.core.plan import Plan
 from partita.errors import ModelError
-from partita.torch.hub import build_on_meta, read_hf_config, rules_of, spec_of
+from partita.torch.model.transformers_models import build_on_meta, read_hf_config, rules_of, spec_of
 from tests.support.images import IMAGES
 
 

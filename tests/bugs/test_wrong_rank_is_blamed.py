@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
-from partita.backends import open_mpi
 from partita.cli import launch
 from partita.cli.failure import Failure, explain
 from partita.core.mesh import Mesh
 from partita.errors import ModelError, PeerFailed
+from partita.ranks.backends import open_mpi
 from tests.cli.models import TINY
 from tests.support.mlx_ranks import BACKENDS, mlx_ranks
 from tests.support.ranks import ROOT, ranks
@@ -81,14 +81,14 @@ def fail_on_rank(failing: int, engine: str, mesh: Mesh) -> tuple[str, str, int |
     """What a rank raises where rank `failing` of `mesh` fails: type, text, whom it names, whether it is an echo, exit code."""
     groups: Any
     if engine == "torch":
-        from partita.torch.groups import make_groups
-        from partita.torch.together import together
+        from partita.torch.collectives.collective_errors import together
+        from partita.torch.collectives.groups import make_groups
 
         groups = make_groups(mesh)
         number = groups.mesh.rank(dp=groups.dp.rank, pp=groups.pp.rank, tp=groups.mp.rank)
     else:
-        from partita.mlx.groups import make_groups as make_mlx_groups
-        from partita.mlx.together import together as together_on_mlx
+        from partita.mlx.collectives.collective_errors import together as together_on_mlx
+        from partita.mlx.collectives.groups import make_groups as make_mlx_groups
 
         groups = make_mlx_groups(mesh)
         number = groups.rank

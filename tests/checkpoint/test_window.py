@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from partita.checkpoint import window
+from partita.checkpoint import mapped_writes
 from partita.checkpoint.header import TensorInfo
+from partita.checkpoint.mapped_writes import has_windows, is_short, write_runs
 from partita.checkpoint.read import Range, byte_runs
-from partita.checkpoint.window import has_windows, is_short, write_runs
 from partita.checkpoint.write import Writer, create_files, plan_files
 
 START = 4099
@@ -58,7 +58,7 @@ def test_the_bytes_of_a_piece_and_no_others(
     try:
         runs = byte_runs(info_of(shape), ranges)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(window, "WINDOW_BYTES", window_bytes)
+            patch.setattr(mapped_writes, "WINDOW_BYTES", window_bytes)
             if runs.size_bytes:
                 write_runs(fd, runs, memoryview(np.ascontiguousarray(data[at]).reshape(-1)))
     finally:
@@ -93,7 +93,7 @@ def test_only_file_systems_of_one_machine_have_them(
     kind: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     create_files(tmp_path, plan_files([("a", "U8", [1 << 20])], 10**9))
-    monkeypatch.setattr(window, "_file_system", lambda device: kind)
+    monkeypatch.setattr(mapped_writes, "_file_system", lambda device: kind)
     with (tmp_path / "model.safetensors").open("r+b") as file:
         assert has_windows(file.fileno()) == (kind == "ext4" and hasattr(os, "posix_fallocate"))
 
@@ -101,7 +101,7 @@ def test_only_file_systems_of_one_machine_have_them(
 @pytest.mark.parametrize("kind", ["ext4", "nfs4"])
 def test_ranks_that_write_every_page_together(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three ranks write thirds of each row of a matrix at the same time, through windows and without: the same file."""
-    monkeypatch.setattr(window, "_file_system", lambda device: kind)
+    monkeypatch.setattr(mapped_writes, "_file_system", lambda device: kind)
     rows, columns = 2048, 3 * 1000
     whole = np.random.default_rng(0).integers(0, 255, (rows, columns), np.uint8)
     plan = plan_files([("w", "U8", whole.shape)], 10**9)

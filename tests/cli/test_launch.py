@@ -17,7 +17,7 @@ from partita.cli import launch
 from partita.cli.console import _console
 from partita.cli.failure import explain
 from partita.errors import DistributedError
-from partita.peers import LOST
+from partita.ranks.liveness import LOST
 from tests.cli.launcher import PROGRAM
 from tests.support.ranks import ROOT
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from partita import Plan
-from partita.core.families import known_families
+from partita.core.model.families import known_families
 from tests.cli.conftest import Run
 from tests.cli.models import DEEPSEEK_V3, LLAMA_8B, QWEN2_HALF_B, TINY, write
 from tests.support.ranks import ROOT
@@ -230,10 +230,10 @@ def test_the_plan_of_mlx_is_the_one_that_loads(partita: Run, tmp_path: Path) -> 
     import mlx.core as mx
 
     from partita.core.mesh import Mesh
-    from partita.mlx.config import read_mlx_config
-    from partita.mlx.hub import build, quantize
     from partita.mlx.load import shard
-    from partita.mlx.probe import fill, plan_of_model
+    from partita.mlx.model.config import read_mlx_config
+    from partita.mlx.model.mlx_lm_models import build, quantize
+    from partita.mlx.proof.family import fill, plan_of_model
 
     config = TINY | {
         "hidden_size": 64,

@@ -27,10 +27,10 @@ ADAPTERS = [
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a model in `base`, its text, and a run over two tensor ranks of 8 steps, each fourth kept, in `run`."""
-    from partita.text import byte_tokenizer
-    from partita.torch.fresh import fresh
-    from partita.torch.groups import single_groups
-    from partita.torch.save import save
+    from partita.generation import byte_tokenizer
+    from partita.torch.collectives.groups import single_groups
+    from partita.torch.new import fresh
+    from partita.torch.weights.save import save
 
     folder = tmp_path_factory.mktemp("place")
     (folder / "text.txt").write_text("import sys\nimport os\n" * 60)

@@ -15,7 +15,7 @@ import pytest
 import typer
 
 from partita.core.mesh import Mesh
-from partita.verify import Report, Row
+from partita.proof.report import Report, Row
 from tests.cli.conftest import Run
 from tests.cli.models import TINY, write
 from tests.support.ranks import ROOT
@@ -184,7 +184,7 @@ def test_options_reach_mlx(
         raise typer.Exit(work())
 
     monkeypatch.setattr("partita.cli.launch.run", run)
-    monkeypatch.setattr("partita.verify.mlx.verify", lambda model, **options: (given.update(options), report())[1])
+    monkeypatch.setattr("partita.mlx.verify.verify", lambda model, **options: (given.update(options), report())[1])
     said = partita("verify", write(tmp_path, ON_MLX), "--engine", "mlx", *options.split())
     assert said.code == 0, said.err
     assert {name: given[name] for name in expected} == expected

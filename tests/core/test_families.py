@@ -7,7 +7,7 @@ from contextlib import nullcontext
 
 import pytest
 
-from partita.core.families import FAMILIES, known_families, spec_from_config
+from partita.core.model.families import FAMILIES, known_families, spec_from_config
 from partita.errors import ModelError
 
 TINY = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 3, "num_attention_heads": 4}
@@ -441,7 +441,7 @@ def test_what_transformers_refuses_is_refused():
 
 
 def test_no_framework_is_loaded():
-    code = "import sys, partita.core.families; print(*{'torch', 'transformers', 'numpy', 'mlx'} & sys.modules.keys())"
+    code = "import sys, partita.core.model.families; print(*{'torch', 'transformers', 'numpy', 'mlx'} & sys.modules.keys())"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert run.stdout.strip() == ""
 

@@ -5,9 +5,9 @@ import time
 
 import pytest
 
-from partita.core import layout as layout_module
-from partita.core.layout import LayerType, Layout, PipelineParallelLayerLayout, set_default_pipeline_rank
-from partita.core.layout_parser import expand, shorten
+from partita.core.layout import layout as layout_module
+from partita.core.layout.layout import LayerType, Layout, PipelineParallelLayerLayout, set_default_pipeline_rank
+from partita.core.layout.parser import expand, shorten
 from partita.errors import LayoutError
 
 E, t, m, L = LayerType.embedding, LayerType.decoder, LayerType.mtp, LayerType.loss

@@ -1,8 +1,8 @@
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from partita.core.layout import Layout
-from partita.core.layout_parser import MAX_SHORTEST, expand, shorten
+from partita.core.layout.layout import Layout
+from partita.core.layout.parser import MAX_SHORTEST, expand, shorten
 from partita.errors import LayoutError
 
 SYMBOLS = st.sampled_from("EtmL|")

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from partita.core.families import spec_from_config
 from partita.core.mesh import Mesh
-from partita.core.model_spec import ModelSpec
-from partita.core.mtp import final_norm, mtp_count, with_mtp
+from partita.core.model.families import spec_from_config
+from partita.core.model.mtp import final_norm, mtp_count, with_mtp
+from partita.core.model.spec import ModelSpec
 from partita.core.plan import Plan
 from partita.errors import LayoutError, PlanError
 from tests.core.test_families import VARIANTS, small

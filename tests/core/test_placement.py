@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from partita.core.placement import PLACEMENTS, Placement, home_of, stage_at
+from partita.core.layout.placement import PLACEMENTS, Placement, home_of, stage_at
 
 SIZES = [(pp, vpp) for pp in range(1, 9) for vpp in range(1, 6)]
 

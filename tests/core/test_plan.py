@@ -12,14 +12,23 @@ from typing import Any
 
 import pytest
 
-from partita.core.cuts import AttentionPlan, ModulePlan
-from partita.core.families import spec_from_config
+from partita.core.layout.placement import Placement
 from partita.core.mesh import Mesh
-from partita.core.model_spec import ModelSpec, TensorSpec, spec_from_tensors
-from partita.core.placement import Placement
+from partita.core.model.families import spec_from_config
+from partita.core.model.spec import ModelSpec, TensorSpec, spec_from_tensors
 from partita.core.plan import Plan, Stage, default_layout
-from partita.core.rules import PROVEN, TABLES, Rule, Rules, isolate, isolated_rules, rules_for, rules_from_tp_plan
-from partita.core.split import Split
+from partita.core.sharding.cuts import AttentionPlan, ModulePlan
+from partita.core.sharding.rules import (
+    PROVEN,
+    TABLES,
+    Rule,
+    Rules,
+    isolate,
+    isolated_rules,
+    rules_for,
+    rules_from_tp_plan,
+)
+from partita.core.sharding.split import Split
 from partita.errors import LayoutError, PlanError
 from tests.core.test_families import VARIANTS, small
 

@@ -11,8 +11,8 @@ from typing import Any
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from partita.core.families import spec_from_config
 from partita.core.mesh import Mesh
+from partita.core.model.families import spec_from_config
 from partita.core.plan import Plan
 from partita.errors import PartitaError
 

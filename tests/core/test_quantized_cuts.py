@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from partita.core.mesh import Mesh
-from partita.core.model_spec import ModelSpec, TensorSpec, spec_from_tensors
+from partita.core.model.shrink import shrunk_configs
+from partita.core.model.spec import ModelSpec, TensorSpec, spec_from_tensors
 from partita.core.plan import Plan
-from partita.core.rules import MLX_TABLES, Rules, partly_isolated_rules, without_vocabulary
-from partita.core.shrink import shrunk_configs
-from partita.core.split import Split, kv_positions
+from partita.core.sharding.rules import MLX_TABLES, Rules, partly_isolated_rules, without_vocabulary
+from partita.core.sharding.split import Split, kv_positions
 from partita.errors import PlanError
 
 

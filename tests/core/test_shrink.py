@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from partita.core.shrink import shrunk_configs
+from partita.core.model.shrink import shrunk_configs
 
 
 def test_heads_switches_and_kinds_of_layers_stay() -> None:

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 
-from partita.core.split import Range, Split, deal, kv_positions, merge
+from partita.core.sharding.split import Range, Split, deal, kv_positions, merge
 from partita.errors import PlanError
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from partita.cli import rank
 from partita.cli.failure import fail
-from partita.text import Sampling
+from partita.generation import Sampling
 
 
 def begin(folder: Path, number: int) -> None:
@@ -27,7 +27,7 @@ def torch_work(work: str, folder: Path) -> None:
 
     from partita.core.mesh import Mesh
     from partita.torch import generate, init_parallelism, load, save
-    from partita.torch.groups import make_groups
+    from partita.torch.collectives.groups import make_groups
 
     torch.set_num_threads(1)
     ranks = rank.world() or 1
@@ -60,7 +60,7 @@ def mlx_work(work: str, folder: Path) -> None:
 
     from partita.core.mesh import Mesh
     from partita.mlx import generate, load, save
-    from partita.mlx.groups import make_groups
+    from partita.mlx.collectives.groups import make_groups
 
     ranks = rank.world() or 1
     groups = make_groups(Mesh(tp=ranks))

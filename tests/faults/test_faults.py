@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from partita.backends import open_mpi
-from partita.peers import LOST
+from partita.ranks.backends import open_mpi
+from partita.ranks.liveness import LOST
 from tests.faults.broken_run import LOST_AFTER_S, MODULE, break_run, partita_ranks, torchrun
 
 pytestmark = [pytest.mark.fresh, pytest.mark.timeout(100)]

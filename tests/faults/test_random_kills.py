@@ -79,10 +79,10 @@ def digest(folder: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from partita.text import byte_tokenizer
-    from partita.torch.fresh import fresh
-    from partita.torch.groups import single_groups
-    from partita.torch.save import save
+    from partita.generation import byte_tokenizer
+    from partita.torch.collectives.groups import single_groups
+    from partita.torch.new import fresh
+    from partita.torch.weights.save import save
 
     folder = tmp_path_factory.mktemp("base")
     save(fresh(GPT2, seed=3, groups=single_groups()), folder / "base", tokenizer=byte_tokenizer())

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from partita.peers import LOST
+from partita.ranks.liveness import LOST
 from tests.cli.test_launch import gone_by, pids
 from tests.faults.broken_run import LOST_AFTER_S, MODULE, START_S
 from tests.faults.two_hosts import Host, two_hosts, why_not

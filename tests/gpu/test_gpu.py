@@ -17,15 +17,15 @@ import torch.distributed as dist
 
 from partita.core.mesh import Mesh
 from partita.torch import Sampling, TrainSettings, generate, train
-from partita.torch.compare import compare
-from partita.torch.float64 import Float64Everywhere
-from partita.torch.fresh import fresh
-from partita.torch.groups import make_groups, single_groups
-from partita.torch.hub import build_on_meta, read_hf_config
+from partita.torch.collectives.groups import make_groups, single_groups
 from partita.torch.load import load, shard
-from partita.torch.parts import local_tensors, plan_of
-from partita.torch.probe import fill_unsplit, sample_inputs
-from partita.torch.save import save
+from partita.torch.model.float64 import Float64Everywhere
+from partita.torch.model.parts import local_tensors, plan_of
+from partita.torch.model.transformers_models import build_on_meta, read_hf_config
+from partita.torch.new import fresh
+from partita.torch.proof.compare import compare
+from partita.torch.proof.family import fill_unsplit, sample_inputs
+from partita.torch.weights.save import save
 from tests.cli.models import TINY, write
 from tests.support.models import CONFIGS
 from tests.support.ranks import ROOT, Ranks

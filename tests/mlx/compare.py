@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
-from partita.core.split import Range
-from partita.mlx.comm import Communicator
-from partita.mlx.groups import init
+from partita.core.sharding.split import Range
+from partita.mlx.collectives.comm import Communicator
+from partita.mlx.collectives.groups import init
 
 EXACT = 1e-12
 """Relative error allowed in float64: sums over the ranks are made in another order, which costs a few units of 1e-16."""

@@ -27,7 +27,7 @@ def sums() -> None:
     def work() -> int:
         import mlx.core as mx
 
-        from partita.mlx.groups import init
+        from partita.mlx.collectives.groups import init
 
         everyone = init()
         total = everyone.all_sum(mx.array([everyone.rank + 1]))
@@ -44,7 +44,7 @@ def splits() -> None:
     def work() -> int:
         import mlx.core as mx
 
-        from partita.mlx.groups import make_groups
+        from partita.mlx.collectives.groups import make_groups
 
         groups = make_groups(Mesh(pp=2, tp=2))
         sums = [int(comm.all_sum(mx.array([groups.rank])).item()) for comm in (groups.tp, groups.pp)]
@@ -58,7 +58,7 @@ def splits() -> None:
 
 
 def one_fails_while_others_wait() -> None:
-    from partita.mlx.groups import init
+    from partita.mlx.collectives.groups import init
 
     everyone = init()
     everyone.barrier()
@@ -68,7 +68,7 @@ def one_fails_while_others_wait() -> None:
 
 
 def one_is_killed_while_others_wait() -> None:
-    from partita.mlx.groups import init
+    from partita.mlx.collectives.groups import init
 
     everyone = init()
     everyone.barrier()
@@ -78,14 +78,14 @@ def one_is_killed_while_others_wait() -> None:
 
 
 def all_refuse() -> None:
-    from partita.mlx.groups import init
+    from partita.mlx.collectives.groups import init
 
     init().barrier()
     raise ModelError("the model is not [one]")
 
 
 def wait_in_a_collective() -> None:
-    from partita.mlx.groups import init
+    from partita.mlx.collectives.groups import init
 
     everyone = init()
     everyone.barrier()

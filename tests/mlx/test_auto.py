@@ -12,10 +12,10 @@ from mlx_lm.generate import generate_step
 
 from partita.errors import DistributedError, ModelError, PlanError
 from partita.mlx.auto import pipeline_auto_parallel
-from partita.mlx.groups import init
-from partita.mlx.homes import parameter_homes
-from partita.mlx.hub import quantize
-from partita.mlx.probe import sample_inputs
+from partita.mlx.collectives.groups import init
+from partita.mlx.model.mlx_lm_models import quantize
+from partita.mlx.model.parts import parameter_homes
+from partita.mlx.proof.family import sample_inputs
 from tests.mlx.compare import SINGLE, assert_equal
 from tests.mlx.test_stage import whole
 from tests.support.mlx_ranks import BACKENDS, mlx_ranks, on_mlx

@@ -9,8 +9,8 @@ import mlx.core as mx
 import pytest
 
 from partita.errors import DistributedError
-from partita.mlx.comm import Communicator
-from partita.mlx.mappings import copy_to, reduce_from
+from partita.mlx.collectives.comm import Communicator
+from partita.mlx.collectives.mappings import copy_to, reduce_from
 from tests.mlx.compare import assert_equal, world
 from tests.support.mlx_ranks import BACKENDS, RankError, mlx_ranks
 

@@ -9,10 +9,10 @@ import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
 
-from partita.core.split import Split
+from partita.core.sharding.split import Split
 from partita.errors import ModelError, PlanError
-from partita.mlx.comm import Communicator
-from partita.mlx.embedding import VocabParallelEmbedding
+from partita.mlx.collectives.comm import Communicator
+from partita.mlx.layers.embedding import VocabParallelEmbedding
 from tests.mlx.compare import SINGLE, assert_equal, draw, part, world
 from tests.mlx.test_linear import FakeGroup
 from tests.support.mlx_ranks import mlx_ranks, on_mlx

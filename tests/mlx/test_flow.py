@@ -10,11 +10,11 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from partita.core.plan import Plan
 from partita.errors import ModelError
-from partita.mlx import batches, flow
+from partita.generation import Sampling, byte_tokenizer
 from partita.mlx.generate import generate
-from partita.mlx.hub import spec_of
 from partita.mlx.load import shard
-from partita.text import Sampling, byte_tokenizer
+from partita.mlx.model.mlx_lm_models import spec_of
+from partita.mlx.stages import batches, flow
 from tests.mlx.test_stage import whole
 from tests.support.mlx_ranks import BACKENDS, mlx_ranks
 

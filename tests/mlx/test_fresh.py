@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 
 from partita.errors import ModelError
-from partita.mlx import initial
-from partita.mlx.fresh import fresh
-from partita.mlx.groups import single_groups
-from partita.mlx.homes import parameter_homes
-from partita.mlx.hub import build
-from partita.mlx.initial import zero_scales
-from partita.mlx.save import save
+from partita.mlx.collectives.groups import single_groups
+from partita.mlx.model.mlx_lm_models import build
+from partita.mlx.model.parts import parameter_homes
+from partita.mlx.new import fresh
 from partita.mlx.train import train
+from partita.mlx.weights import initial
+from partita.mlx.weights.initial import zero_scales
+from partita.mlx.weights.save import save
 from partita.training import StepReport, TrainSettings
 from tests.support.mlx_models import tiny_config
 from tests.support.mlx_ranks import mlx_ranks

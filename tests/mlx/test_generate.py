@@ -13,19 +13,19 @@ import numpy as np
 import pytest
 
 from partita.core.mesh import Mesh
-from partita.core.split import Split
+from partita.core.sharding.split import Split
 from partita.errors import ModelError, PlanError
-from partita.mlx.apply import apply_plan, finish
-from partita.mlx.batches import PREFILL_TOKENS
+from partita.generation import Sampling, Sequence, byte_tokenizer
+from partita.generation.choice import Choice
+from partita.mlx.collectives.groups import single_groups
+from partita.mlx.collectives.threads import run_as_threads
 from partita.mlx.generate import generate
-from partita.mlx.groups import single_groups
-from partita.mlx.head import likeliest, local_logits
-from partita.mlx.hub import build
 from partita.mlx.load import shard
-from partita.mlx.probe import fill, plan_of_model
-from partita.mlx.threads import run_as_threads
-from partita.text import Sampling, Sequence, byte_tokenizer
-from partita.text.choice import Choice
+from partita.mlx.model.head import likeliest, local_logits
+from partita.mlx.model.mlx_lm_models import build
+from partita.mlx.proof.family import fill, plan_of_model
+from partita.mlx.split.apply import apply_plan, finish
+from partita.mlx.stages.batches import PREFILL_TOKENS
 from tests.support.mlx_models import tiny_config
 from tests.support.mlx_ranks import mlx_ranks
 
@@ -94,7 +94,7 @@ def test_long_prompts_go_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     model = _model("gemma3_text", 1, mx.float64)
     prompt = [i % 101 for i in range(23)]
     whole = generate(model, [prompt], GREEDY)
-    monkeypatch.setattr("partita.mlx.batches.PREFILL_TOKENS", 5)
+    monkeypatch.setattr("partita.mlx.stages.batches.PREFILL_TOKENS", 5)
     assert generate(model, [prompt], GREEDY) == whole
     assert PREFILL_TOKENS > 1000
 

@@ -8,11 +8,11 @@ import sys
 import mlx.core as mx
 import pytest
 
-from partita.backends import refuse_mesh
 from partita.core.mesh import Mesh
 from partita.errors import DistributedError
-from partita.mlx import groups
-from partita.mlx.comm import Communicator
+from partita.mlx.collectives import groups
+from partita.mlx.collectives.comm import Communicator
+from partita.ranks.backends import refuse_mesh
 from tests.support.mlx_ranks import BACKENDS, mlx_ranks
 from tests.support.ranks import ROOT
 
@@ -101,7 +101,7 @@ def test_a_group_of_one_never_stands_in_for_a_backend(backend: str, monkeypatch:
 @pytest.mark.fresh
 def test_half_a_rings_environment_is_an_error() -> None:
     """MLX itself gives a group of one here."""
-    program = "from partita.mlx.groups import init; init()"
+    program = "from partita.mlx.collectives.groups import init; init()"
     ended = subprocess.run(
         [sys.executable, "-c", program],
         cwd=ROOT, env={"MLX_HOSTFILE": "/nowhere", "PATH": ""}, capture_output=True, text=True, timeout=50, check=False,
@@ -121,7 +121,7 @@ def test_groups_of_mlx_are_taken_as_they_are() -> None:
 @pytest.mark.fresh
 def test_importing_partita_loads_no_engine() -> None:
     program = (
-        "import sys, partita, partita.backends, partita.cli.launch; "
+        "import sys, partita, partita.ranks.backends, partita.cli.launch; "
         "print({'torch', 'mlx', 'matplotlib'} & set(sys.modules))"
     )
     ended = subprocess.run(

@@ -11,7 +11,7 @@ import pytest
 from partita.dependencies import supported_range
 from partita.errors import DependencyError
 from partita.mlx import mlx_lm_internals
-from partita.mlx.hub import model_classes
+from partita.mlx.model.mlx_lm_models import model_classes
 from tests.support.sources import imports_of, names_of, sources
 
 INTERNALS = "mlx/mlx_lm_internals.py"

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from partita import backends
-from partita.backends import local_mlx_backend, open_mpi
 from partita.cli import launch, rank
 from partita.cli.console import _console
 from partita.cli.meeting import meeting
 from partita.core.mesh import Mesh
 from partita.errors import DistributedError
-from partita.peers import LOST
+from partita.ranks import backends
+from partita.ranks.backends import local_mlx_backend, open_mpi
+from partita.ranks.liveness import LOST
 from tests.cli.test_launch import end, gone_by, pids, started
 from tests.mlx.launcher import PROGRAM
 from tests.support.mlx_ranks import BACKENDS

@@ -15,14 +15,14 @@ from mlx_lm.utils import load_model
 from partita.checkpoint.index import open_checkpoint
 from partita.core.mesh import Mesh
 from partita.errors import CheckpointError, ModelError, PartitaError
-from partita.mlx.config import read_mlx_config
-from partita.mlx.groups import single_groups
-from partita.mlx.homes import local_ranges, parameter_homes, plan_of, take
-from partita.mlx.hub import build, quantize, spec_of
+from partita.mlx.collectives.groups import single_groups
 from partita.mlx.load import as_dtype, load
-from partita.mlx.names import Box, sanitize, sources_of
-from partita.mlx.probe import fill, plan_of_model
-from partita.mlx.rotary import RotaryEmbedding
+from partita.mlx.model.config import read_mlx_config
+from partita.mlx.model.mlx_lm_models import build, quantize, spec_of
+from partita.mlx.model.parts import local_ranges, parameter_homes, plan_of, take
+from partita.mlx.model.rotary import RotaryEmbedding
+from partita.mlx.proof.family import fill, plan_of_model
+from partita.mlx.weights.names import Box, sanitize, sources_of
 from tests.mlx.test_models import QUANTIZED
 from tests.support.mlx_models import tiny_config
 from tests.support.mlx_ranks import mlx_ranks
@@ -321,7 +321,7 @@ def test_headers_are_checked_before_mlx_sees_a_file(written: dict[str, Path], tm
 
 
 def _fails_alike(folder: str, rank: int) -> str:
-    from partita.mlx.groups import init
+    from partita.mlx.collectives.groups import init
 
     try:
         load(folder if init().rank == rank else f"{folder}-nowhere", tp=2)

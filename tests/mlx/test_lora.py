@@ -10,12 +10,12 @@ import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
 
-from partita.core.split import Split
+from partita.core.sharding.split import Split
 from partita.errors import ModelError
-from partita.mlx.comm import Communicator
-from partita.mlx.embedding import VocabParallelEmbedding
-from partita.mlx.linear import ColumnParallelLinear, RowParallelLinear
-from partita.mlx.mappings import gather_from, scatter_to
+from partita.mlx.collectives.comm import Communicator
+from partita.mlx.collectives.mappings import gather_from, scatter_to
+from partita.mlx.layers.embedding import VocabParallelEmbedding
+from partita.mlx.layers.linear import ColumnParallelLinear, RowParallelLinear
 from tests.mlx.compare import EXACT, SINGLE, assert_equal, draw, part, world
 from tests.mlx.test_linear import COPIES, linear
 from tests.support.mlx_ranks import mlx_ranks

@@ -8,10 +8,10 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
-from partita.core.split import Split
+from partita.core.sharding.split import Split
 from partita.errors import PlanError
-from partita.mlx.comm import Communicator
-from partita.mlx.loss import vocab_parallel_cross_entropy
+from partita.mlx.collectives.comm import Communicator
+from partita.mlx.layers.loss import vocab_parallel_cross_entropy
 from tests.mlx.compare import EXACT, SINGLE, assert_equal, draw, part, world
 from tests.mlx.test_linear import FakeGroup
 from tests.support.mlx_ranks import mlx_ranks, on_mlx

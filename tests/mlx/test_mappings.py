@@ -8,10 +8,10 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from partita.core.split import Split
+from partita.core.sharding.split import Split
 from partita.errors import DistributedError
-from partita.mlx import mappings
-from partita.mlx.comm import Communicator
+from partita.mlx.collectives import mappings
+from partita.mlx.collectives.comm import Communicator
 from tests.mlx.compare import assert_equal, draw, part, world
 from tests.support.mlx_ranks import BACKENDS, mlx_ranks, on_mlx
 

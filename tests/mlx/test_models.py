@@ -11,14 +11,14 @@ import pytest
 from partita.core.mesh import Mesh
 from partita.core.plan import Plan
 from partita.errors import ModelError
-from partita.mlx.apply import apply_plan
-from partita.mlx.compare import compare
-from partita.mlx.groups import make_groups, single_groups
-from partita.mlx.homes import parameter_homes
-from partita.mlx.hub import build, quantize, rules_of, spec_of
+from partita.mlx.collectives.groups import make_groups, single_groups
+from partita.mlx.collectives.threads import run_as_threads
 from partita.mlx.load import shard
-from partita.mlx.probe import Small, compare_on_threads, fill, plan_of_model, sample_inputs
-from partita.mlx.threads import run_as_threads
+from partita.mlx.model.mlx_lm_models import build, quantize, rules_of, spec_of
+from partita.mlx.model.parts import parameter_homes
+from partita.mlx.proof.compare import compare
+from partita.mlx.proof.family import Small, compare_on_threads, fill, plan_of_model, sample_inputs
+from partita.mlx.split.apply import apply_plan
 from tests.support.mlx_models import tiny_config
 from tests.support.mlx_ranks import mlx_ranks
 

@@ -11,11 +11,11 @@ import pytest
 
 from partita.core.mesh import Mesh
 from partita.errors import ModelError
-from partita.mlx.groups import single_groups
-from partita.mlx.hub import quantize
+from partita.mlx.collectives.groups import single_groups
 from partita.mlx.load import load, shard
+from partita.mlx.model.mlx_lm_models import quantize
 from partita.mlx.plan import plan_of_config
-from partita.mlx.save import save
+from partita.mlx.weights.save import save
 from tests.mlx.test_stage import whole
 from tests.support.mlx_models import tiny_config
 from tests.support.mlx_ranks import mlx_ranks

@@ -12,20 +12,20 @@ import pytest
 
 from partita.core.mesh import Mesh
 from partita.core.plan import Plan
-from partita.core.rules import Rule, Rules
+from partita.core.sharding.rules import Rule, Rules
 from partita.errors import DistributedError, ModelError
-from partita.mlx import probe
-from partita.mlx.compare import compare, generate_steps, gradients
-from partita.mlx.groups import single_groups
-from partita.mlx.hub import build, spec_of
-from partita.mlx.probe import candidates, fill, plan_of_model, prove, sample_inputs
-from partita.mlx.threads import ThreadCommunicator, run_as_threads
+from partita.mlx.collectives.groups import single_groups
+from partita.mlx.collectives.threads import ThreadCommunicator, run_as_threads
+from partita.mlx.model.mlx_lm_models import build, spec_of
+from partita.mlx.proof import family
+from partita.mlx.proof.compare import compare, generate_steps, gradients
+from partita.mlx.proof.family import candidates, fill, plan_of_model, prove, sample_inputs
 from tests.support.mlx_models import tiny_config
 
 
 @pytest.fixture(autouse=True)
 def _forget(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(probe, "_proven", {})
+    monkeypatch.setattr(family, "_proven", {})
 
 
 def _rules(**changes: str) -> Rules:
@@ -109,8 +109,8 @@ def test_candidates_go_from_most_to_least() -> None:
 
 def test_verdicts_are_kept_for_one_config(monkeypatch: pytest.MonkeyPatch) -> None:
     measured: list[int] = []
-    measure = probe._measure
-    monkeypatch.setattr(probe, "_measure", lambda *args: (measured.append(1), measure(*args))[1])
+    measure = family._measure
+    monkeypatch.setattr(family, "_measure", lambda *args: (measured.append(1), measure(*args))[1])
     for attention_bias in (False, False, True):
         config = {**tiny_config("llama"), "attention_bias": attention_bias}
         model = build(config)
@@ -240,7 +240,7 @@ def test_unlike_arrays_are_told() -> None:
 def test_threads_leave_nothing_that_ends_the_process() -> None:
     """A stream of MLX that outlived its thread has aborted the process at its end, now and then."""
     program = (
-        "import mlx.core as mx\nfrom partita.mlx.threads import run_as_threads\n"
+        "import mlx.core as mx\nfrom partita.mlx.collectives.threads import run_as_threads\n"
         "def work(comm):\n    mx.random.seed(0)\n    mx.eval(comm.all_sum(mx.random.uniform(shape=(2,))))\n"
         "for _ in range(3): run_as_threads(2, work)\n"
     )

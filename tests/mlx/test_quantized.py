@@ -7,11 +7,11 @@ import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
 
-from partita.core.split import Split
+from partita.core.sharding.split import Split
 from partita.errors import PlanError
-from partita.mlx.comm import Communicator
-from partita.mlx.linear import ColumnParallelLinear, RowParallelLinear
-from partita.mlx.sharding import shard_linear
+from partita.mlx.collectives.comm import Communicator
+from partita.mlx.layers.linear import ColumnParallelLinear, RowParallelLinear
+from partita.mlx.layers.sharding import shard_linear
 from tests.mlx.compare import SINGLE, assert_equal, draw, part, world
 from tests.mlx.test_linear import FakeGroup
 from tests.support.mlx_ranks import mlx_ranks
@@ -168,6 +168,6 @@ def test_nothing_is_quantized_or_drawn_to_make_a_part() -> None:
 
 
 def _plain() -> nn.Linear:
-    from partita.mlx.inner import new_linear
+    from partita.mlx.layers.inner import new_linear
 
     return new_linear(mx.zeros((4, 4)), None)

@@ -9,9 +9,9 @@ import mlx.core as mx
 import pytest
 from mlx_lm.models.cache import make_prompt_cache
 
-from partita.mlx.homes import main_output
 from partita.mlx.load import shard
-from partita.mlx.probe import sample_inputs
+from partita.mlx.model.parts import main_output
+from partita.mlx.proof.family import sample_inputs
 from tests.mlx.compare import assert_equal
 from tests.mlx.test_stage import whole
 from tests.support.mlx_ranks import mlx_ranks

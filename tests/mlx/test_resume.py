@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 
 from partita.errors import CheckpointError, ModelError
-from partita.mlx.groups import single_groups
-from partita.mlx.homes import parameter_homes, plan_of
+from partita.mlx.collectives.groups import single_groups
 from partita.mlx.load import load
-from partita.mlx.moments import restore_optimizer
-from partita.mlx.optimizer import AdamW
+from partita.mlx.model.parts import parameter_homes, plan_of
+from partita.mlx.model.trainable import Trainable
 from partita.mlx.train import make_saver, train
-from partita.mlx.trainable import Trainable
+from partita.mlx.training.optimizer import AdamW
+from partita.mlx.weights.moments import restore_optimizer
 from partita.training import StepReport, TrainSettings
 from partita.training.saving import Saves
 from partita.training.state import read_state
@@ -117,7 +117,7 @@ def test_bytes_do_not_depend_on_the_layout(alone: tuple[Path, list[float]], tmp_
 
 def by_torch(source: Path, folder: Path, *, go_on: bool) -> list[StepReport]:
     torch = pytest.importorskip("torch")
-    from partita.torch.groups import single_groups
+    from partita.torch.collectives.groups import single_groups
     from partita.torch.load import load
     from partita.torch.train import train
 

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 
 from partita.errors import CheckpointError, ModelError
-from partita.mlx.adapt import adapter_places, add_lora, merge_lora
-from partita.mlx.groups import single_groups
-from partita.mlx.homes import parameter_homes
+from partita.mlx.collectives.groups import single_groups
 from partita.mlx.load import load
-from partita.mlx.peft_format import load_adapters, save_adapters
-from partita.mlx.save import save
+from partita.mlx.model.parts import parameter_homes
 from partita.mlx.train import train
+from partita.mlx.weights.adapters import adapter_places, add_lora, merge_lora
+from partita.mlx.weights.peft_format import load_adapters, save_adapters
+from partita.mlx.weights.save import save
 from partita.training import StepReport, TrainSettings
 from partita.training.saving import Saves
 from tests.mlx.test_load import written  # noqa: F401
@@ -124,11 +124,11 @@ def test_bytes_do_not_depend_on_the_layout(
 
 def by_torch(base: str, folder: Path, resume: Path | None) -> list[StepReport]:
     torch = pytest.importorskip("torch")
-    from partita.torch.adapt import add_lora
-    from partita.torch.groups import single_groups
+    from partita.torch.collectives.groups import single_groups
     from partita.torch.load import load
-    from partita.torch.peft_format import load_adapters
     from partita.torch.train import train
+    from partita.torch.weights.adapters import add_lora
+    from partita.torch.weights.peft_format import load_adapters
 
     model = load(base, groups=single_groups())
     if resume is None:

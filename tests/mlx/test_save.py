@@ -16,14 +16,14 @@ from mlx_lm.utils import load_model, save_model
 
 from partita.checkpoint.index import open_checkpoint
 from partita.errors import CheckpointError, DistributedError, ModelError
-from partita.mlx.groups import single_groups
-from partita.mlx.homes import parameter_homes
-from partita.mlx.hub import build, quantize
+from partita.generation import byte_tokenizer
+from partita.mlx.collectives.groups import single_groups
 from partita.mlx.load import load, shard
-from partita.mlx.probe import fill
-from partita.mlx.save import save
+from partita.mlx.model.mlx_lm_models import build, quantize
+from partita.mlx.model.parts import parameter_homes
+from partita.mlx.proof.family import fill
 from partita.mlx.train import train
-from partita.text import byte_tokenizer
+from partita.mlx.weights.save import save
 from partita.training import TrainSettings
 from tests.mlx.test_load import HF, written  # noqa: F401
 from tests.mlx.test_stage import whole

@@ -21,7 +21,7 @@ from partita.mlx import (
     shard_inplace,
     shard_linear,
 )
-from partita.mlx.segments import segment_lengths
+from partita.mlx.layers.segments import segment_lengths
 from tests.mlx.compare import SINGLE, assert_equal, draw, part, world
 from tests.mlx.test_linear import FakeGroup, gradients
 from tests.support.mlx_ranks import mlx_ranks, on_mlx

@@ -14,17 +14,17 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 from partita.core.mesh import Mesh
 from partita.core.plan import Plan
 from partita.errors import ModelError
-from partita.mlx.apply import apply_plan
-from partita.mlx.cache import count_tokens
-from partita.mlx.groups import make_groups, single_groups
-from partita.mlx.homes import main_output, parameter_homes, plan_of
-from partita.mlx.hub import build, quantize, spec_of
+from partita.mlx.collectives.groups import make_groups, single_groups
 from partita.mlx.load import shard
-from partita.mlx.probe import fill, plan_of_model, sample_inputs
-from partita.mlx.stage import run_stage
-from partita.mlx.stage_probe import prove_stages
+from partita.mlx.model.cache import count_tokens
+from partita.mlx.model.mlx_lm_models import build, quantize, spec_of
+from partita.mlx.model.parts import main_output, parameter_homes, plan_of
+from partita.mlx.proof.family import fill, plan_of_model, sample_inputs
+from partita.mlx.proof.stages import prove_stages
+from partita.mlx.split.apply import apply_plan
 from partita.mlx.stages.cut import stages_of
 from partita.mlx.stages.layers import AbsentLayer, AbsentModule, Message
+from partita.mlx.stages.run import run_stage
 from tests.mlx.compare import EXACT, SINGLE, assert_equal
 from tests.support.mlx_models import tiny_config
 from tests.support.mlx_ranks import mlx_ranks

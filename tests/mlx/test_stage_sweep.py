@@ -11,10 +11,10 @@ import pytest
 
 from partita.core.mesh import Mesh
 from partita.errors import ModelError
-from partita.mlx.config import COMPUTED_OTHERWISE
-from partita.mlx.hub import build
 from partita.mlx.load import plan_of_model
-from partita.mlx.stage_probe import prove_stages, refuse_undecodable
+from partita.mlx.model.config import COMPUTED_OTHERWISE
+from partita.mlx.model.mlx_lm_models import build
+from partita.mlx.proof.stages import prove_stages, refuse_undecodable
 from tests.support.mlx_models import families, tiny_config
 
 HANDS_ON_MORE = "its layers hand on more than arrays"

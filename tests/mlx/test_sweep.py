@@ -12,9 +12,9 @@ import pytest
 
 from partita.core.mesh import Mesh
 from partita.errors import PartitaError
-from partita.mlx.config import COMPUTED_OTHERWISE
-from partita.mlx.hub import build, model_classes
-from partita.mlx.probe import plan_of_model, prove
+from partita.mlx.model.config import COMPUTED_OTHERWISE
+from partita.mlx.model.mlx_lm_models import build, model_classes
+from partita.mlx.proof.family import plan_of_model, prove
 from tests.support.mlx_models import families, tiny_config
 
 REFUSED = {

@@ -16,14 +16,14 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 from partita.core.mesh import Mesh
 from partita.core.plan import Plan
 from partita.errors import ModelError, PlanError
-from partita.mlx.groups import single_groups
-from partita.mlx.homes import local_ranges, parameter_homes, plan_of, take
-from partita.mlx.hub import quantize, spec_of
+from partita.mlx.collectives.groups import single_groups
 from partita.mlx.load import load, shard
-from partita.mlx.pipeline import Pipeline
-from partita.mlx.probe import plan_of_model
+from partita.mlx.model.mlx_lm_models import quantize, spec_of
+from partita.mlx.model.parts import local_ranges, parameter_homes, plan_of, take
+from partita.mlx.model.trainable import Trainable
+from partita.mlx.proof.family import plan_of_model
+from partita.mlx.stages.pipeline import Pipeline
 from partita.mlx.train import gradients_of, train
-from partita.mlx.trainable import Trainable
 from partita.schedule import Timeline, build
 from partita.training import StepReport, TrainSettings, row_starts
 from partita.training.data import order

@@ -12,16 +12,16 @@ import numpy as np
 import pytest
 
 from partita.core.mesh import Mesh
-from partita.mlx.compare import Difference, _largest, compare_parameters
-from partita.mlx.groups import make_groups, single_groups
-from partita.mlx.homes import parameter_homes, plan_of
-from partita.mlx.hub import quantize
+from partita.mlx.collectives.groups import make_groups, single_groups
 from partita.mlx.load import shard
-from partita.mlx.probe import plan_of_model
-from partita.mlx.save import save
+from partita.mlx.model.mlx_lm_models import quantize
+from partita.mlx.model.parts import parameter_homes, plan_of
+from partita.mlx.proof.compare import Difference, _largest, compare_parameters
+from partita.mlx.proof.family import plan_of_model
 from partita.mlx.train import train
+from partita.mlx.verify import verify
+from partita.mlx.weights.save import save
 from partita.training import TrainSettings
-from partita.verify.mlx import verify
 from tests.mlx.test_stage import whole
 from tests.support.mlx_models import tiny_config
 from tests.support.mlx_ranks import mlx_ranks

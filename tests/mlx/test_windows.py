@@ -12,13 +12,13 @@ import pytest
 
 from partita.core.mesh import Mesh
 from partita.errors import ModelError
+from partita.generation import Sampling
+from partita.mlx.collectives.groups import single_groups
 from partita.mlx.generate import generate
-from partita.mlx.groups import single_groups
-from partita.mlx.hub import build
 from partita.mlx.load import shard
-from partita.mlx.probe import fill, plan_of_model
+from partita.mlx.model.mlx_lm_models import build
+from partita.mlx.proof.family import fill, plan_of_model
 from partita.mlx.train import train
-from partita.text import Sampling
 from partita.training import TrainSettings
 from tests.support.mlx_models import tiny_config
 
@@ -78,7 +78,7 @@ def test_training_ends_at_the_window() -> None:
 
 
 def test_verifying_needs_a_window_as_long_as_what_it_compares(tmp_path: Path) -> None:
-    from partita.verify.mlx import verify
+    from partita.mlx.verify import verify
 
     file = tmp_path / "config.json"
     file.write_text(json.dumps({**tiny_config("mixtral"), "sliding_window": 20}))

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from partita.mlx.reference import unchecked
+from partita.mlx.proof.reference import unchecked
 
 
 @pytest.fixture(autouse=True)

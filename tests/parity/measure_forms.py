@@ -1,4 +1,4 @@
-"""Writes `src/partita/mlx/measured_forms.json`: `python -m tests.parity.measure_forms [FAMILY ...]`.
+"""Writes `src/partita/mlx/proof/measured_forms.json`: `python -m tests.parity.measure_forms [FAMILY ...]`.
 
 Each form is measured once for a version of mlx-lm; what is measured already stays. Remove the file to begin again.
 """
@@ -20,13 +20,13 @@ from mlx_lm.utils import MODEL_REMAPPING
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from partita.mlx.config import plain_numbers, read_mlx_config, transformers_config
-from partita.mlx.forms import Verdict, form_name, form_of, versions
+from partita.mlx.model.config import plain_numbers, read_mlx_config, transformers_config
+from partita.mlx.proof.forms import Verdict, form_name, form_of, versions
 from tests.mlx.test_models import MODELS
 from tests.support.mlx_models import tiny_config
 from tests.support.models import CONFIGS, UNMEASURED
 
-FILE = Path(__file__).parents[2] / "src" / "partita" / "mlx" / "measured_forms.json"
+FILE = Path(__file__).parents[2] / "src" / "partita" / "mlx" / "proof" / "measured_forms.json"
 LIMIT_S = 240.0
 
 ROTARY: dict[str, dict[str, Any]] = {
@@ -111,7 +111,7 @@ def measure(config: dict[str, Any]) -> dict[str, Any]:
     """The verdict on a form, in a process of its own."""
     from transformers.utils import logging
 
-    from partita.verify.reference import compare_with_transformers
+    from partita.parity import compare_with_transformers
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()

@@ -12,10 +12,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from partita.mlx.config import read_mlx_config
-from partita.mlx.groups import single_groups
-from partita.mlx.homes import main_output
+from partita.mlx.collectives.groups import single_groups
 from partita.mlx.load import load
+from partita.mlx.model.config import read_mlx_config
+from partita.mlx.model.parts import main_output
 
 SIZES: dict[str, Any] = {
     "vocab_size": 67, "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -11,13 +11,13 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from partita.mlx.fresh import fresh
-from partita.mlx.groups import single_groups
-from partita.mlx.homes import main_output
-from partita.mlx.save import save
-from partita.torch import groups as torch_groups
-from partita.torch.fresh import fresh as fresh_on_torch
+from partita.mlx.collectives.groups import single_groups
+from partita.mlx.model.parts import main_output
+from partita.mlx.new import fresh
+from partita.mlx.weights.save import save
+from partita.torch.collectives import groups as torch_groups
 from partita.torch.load import load
+from partita.torch.new import fresh as fresh_on_torch
 
 SIZES: dict[str, Any] = {
     "vocab_size": 67, "hidden_size": 64, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -12,11 +12,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from partita.errors import ModelError
-from partita.mlx import config as mlx_config
-from partita.mlx import hub
-from partita.mlx.groups import single_groups
-from partita.mlx.homes import main_output
+from partita.mlx.collectives.groups import single_groups
 from partita.mlx.load import load
+from partita.mlx.model import config as mlx_config
+from partita.mlx.model import mlx_lm_models
+from partita.mlx.model.parts import main_output
 
 SIZES: dict[str, Any] = {
     "vocab_size": 67, "hidden_size": 64, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -59,7 +59,7 @@ def test_an_activation_that_is_not_built_in_is_refused_and_would_differ(
     model.save_pretrained(tmp_path)
     with pytest.raises(ModelError, match=f"asks for hidden_act '{asked}', but mlx-lm's model always computes 'silu'"):
         load(tmp_path, groups=single_groups())
-    monkeypatch.setattr(hub, "check_activation", lambda config, arguments: None)
+    monkeypatch.setattr(mlx_lm_models, "check_activation", lambda config, arguments: None)
     ids = [[3, 1, 4, 1, 5, 9, 2, 6]]
     with torch.no_grad():
         want = model(torch.tensor(ids)).logits.numpy()

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from partita import Mesh, Plan, spec_from_config
-from partita.backends import open_mpi
-from partita.text import Sampling
-from partita.torch.fresh import fresh
+from partita.generation import Sampling
+from partita.ranks.backends import open_mpi
+from partita.torch.collectives.groups import single_groups
 from partita.torch.generate import generate
-from partita.torch.groups import single_groups
 from partita.torch.load import load
-from partita.torch.save import save
+from partita.torch.new import fresh
+from partita.torch.weights.save import save
 from tests.support.mlx_ranks import mlx_ranks
 from tests.support.models import CONFIGS
 from tests.support.ranks import ranks
@@ -40,8 +40,8 @@ def on_mlx(folder: str, plan: str) -> tuple[list[Any], list[tuple[int, ...]]]:
     import mlx.core as mx
 
     from partita.mlx.generate import generate as generate_on_mlx
-    from partita.mlx.homes import main_output
     from partita.mlx.load import load as load_on_mlx
+    from partita.mlx.model.parts import main_output
 
     model = load_on_mlx(folder, Plan.from_json(plan))
     logits = main_output(model(mx.array(IDS))).astype(mx.float32)

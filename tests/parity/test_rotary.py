@@ -13,12 +13,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from partita.core.rotary import Rotary
-from partita.mlx.groups import single_groups
-from partita.mlx.homes import main_output
+from partita.core.model.rotary import Rotary
+from partita.mlx.collectives.groups import single_groups
 from partita.mlx.load import load
-from partita.mlx.rotary import RotaryEmbedding
-from partita.mlx.tree import named_modules
+from partita.mlx.model.parts import main_output
+from partita.mlx.model.rotary import RotaryEmbedding
+from partita.mlx.model.tree import named_modules
 
 SIZES: dict[str, Any] = {
     "vocab_size": 67, "hidden_size": 64, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -13,14 +13,14 @@ import torch
 from mlx_lm.models.cache import make_prompt_cache
 from transformers import AutoConfig
 
-from partita.mlx.config import read_mlx_config
-from partita.mlx.groups import single_groups
-from partita.mlx.homes import main_output
+from partita.mlx.collectives.groups import single_groups
 from partita.mlx.load import load
-from partita.mlx.windows import LEFT_OUT, window_left_out
-from partita.torch import groups as torch_groups
-from partita.torch.fresh import fresh
-from partita.torch.save import save
+from partita.mlx.model.config import read_mlx_config
+from partita.mlx.model.parts import main_output
+from partita.mlx.model.sliding_window import LEFT_OUT, window_left_out
+from partita.torch.collectives import groups as torch_groups
+from partita.torch.new import fresh
+from partita.torch.weights.save import save
 
 WINDOW, LENGTH = 4, 12
 SIZES: dict[str, Any] = {

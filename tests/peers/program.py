@@ -11,7 +11,7 @@ import sys
 import time
 from typing import Any
 
-from partita import peers
+from partita.ranks import liveness
 
 
 def gather(value: Any) -> list[Any]:
@@ -22,8 +22,8 @@ def gather(value: Any) -> list[Any]:
 
 def main() -> None:
     rank, ranks = int(sys.argv[1]), int(sys.argv[2])
-    peers.join(rank, ranks, gather)
-    peers.ME.stage = rank // 2
+    liveness.join(rank, ranks, gather)
+    liveness.ME.stage = rank // 2
     print(json.dumps("joined"), flush=True)
     for line in sys.stdin:
         order = line.strip()
@@ -32,14 +32,14 @@ def main() -> None:
         if order == "broken":
             raise RuntimeError("[gloo] Connection closed by peer")
         if order == "fail":
-            peers.tell_failure({"code": 2, "message": "it will not"})
+            liveness.tell_failure({"code": 2, "message": "it will not"})
             os._exit(2)
         if order == "crash":
             os._exit(3)
         if order == "end":
             return
         if order == "sleep":
-            with peers.doing("training step 7"), peers.ME.over("an all-reduce"):
+            with liveness.doing("training step 7"), liveness.ME.over("an all-reduce"):
                 print(json.dumps("asleep"), flush=True)
                 time.sleep(60)
 

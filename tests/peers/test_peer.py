@@ -9,7 +9,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from partita.errors import DistributedError, PeerFailed
-from partita.peers import ME, Activity, Lines, Peer, Uptime, beat_s, doing, is_echo, line_of, lost_after_s, waits_in
+from partita.ranks.liveness import (
+    ME,
+    Activity,
+    Lines,
+    Peer,
+    Uptime,
+    beat_s,
+    doing,
+    is_echo,
+    line_of,
+    lost_after_s,
+    waits_in,
+)
 
 
 def test_an_activity_tells_the_call_that_it_waits_in() -> None:

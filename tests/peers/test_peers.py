@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from partita.peers import LOST
+from partita.ranks.liveness import LOST
 from tests.support.ranks import ROOT
 
 pytestmark = [pytest.mark.fresh, pytest.mark.timeout(60)]
@@ -196,7 +196,7 @@ def test_the_hub_of_one_machine_listens_on_the_loopback() -> None:
 
 
 def test_none_is_watched_where_that_is_not_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
-    from partita import peers
+    from partita.ranks import liveness
 
     asked: list[Any] = []
 
@@ -205,10 +205,10 @@ def test_none_is_watched_where_that_is_not_wanted(monkeypatch: pytest.MonkeyPatc
         return [value, value]
 
     monkeypatch.setenv("PARTITA_LOST_AFTER", "0")
-    peers.join(0, 2, gather)
+    liveness.join(0, 2, gather)
     assert len(asked) == 1
-    assert not peers.has_joined()
-    peers.join(0, 1, gather)
+    assert not liveness.has_joined()
+    liveness.join(0, 1, gather)
     assert len(asked) == 1
 
 

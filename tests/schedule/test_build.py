@@ -6,7 +6,7 @@ from inspect import cleandoc
 import pytest
 
 from partita import ScheduleError
-from partita.core.placement import home_of
+from partita.core.layout.placement import home_of
 from partita.schedule import (
     KINDS,
     Action,

@@ -6,8 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from partita.core.split import Range
-from partita.torch.comm import Communicator
+from partita.core.sharding.split import Range
+from partita.torch.collectives.comm import Communicator
 
 EXACT = 1e-12
 """Relative error allowed in float64: sums over the ranks are made in another order, which costs a few units of 1e-16."""

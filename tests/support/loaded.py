@@ -10,10 +10,10 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from partita.core.shrink import shrunk_configs
+from partita.core.model.shrink import shrunk_configs
 from partita.torch import load
-from partita.torch.hub import build_on_meta, quiet, read_hf_config, spec_of
-from partita.torch.parts import local_tensors, plan_of
+from partita.torch.model.parts import local_tensors, plan_of
+from partita.torch.model.transformers_models import build_on_meta, quiet, read_hf_config, spec_of
 
 LARGEST_PARAMETERS = 20_000_000
 

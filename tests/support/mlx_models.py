@@ -11,7 +11,7 @@ from typing import Any
 
 import mlx_lm.models
 
-from partita.mlx.hub import model_classes
+from partita.mlx.model.mlx_lm_models import model_classes
 
 LAYERS = 4
 

@@ -19,8 +19,8 @@ from multiprocessing.connection import Client, Connection, Listener, wait
 from pathlib import Path
 from typing import Any
 
-from partita.backends import open_mpi
 from partita.cli.meeting import meeting
+from partita.ranks.backends import open_mpi
 from tests.support.nursery import start_rank
 from tests.support.ranks import ROOT, RankError
 
@@ -131,7 +131,7 @@ atexit.register(close_mlx_ranks)
 def _serve(address: str, rank: int) -> None:
     import mlx.core as mx
 
-    from partita.mlx.groups import init
+    from partita.mlx.collectives.groups import init
 
     init()
     with Client(address, "AF_UNIX") as connection:

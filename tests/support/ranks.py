@@ -124,7 +124,7 @@ atexit.register(close_all)
 def _serve(address: str, rank: int) -> None:
     import torch
 
-    from partita.torch.groups import init_process_group
+    from partita.torch.collectives.groups import init_process_group
 
     torch.set_num_threads(1)
     init_process_group(timeout_s=60.0)

@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from partita.core.generation import generation_of_config
 from partita.errors import ModelError, PlanError
-from partita.text import Sampling
-from partita.text.choice import DEFAULT_NEW_TOKENS, Choice, settle
-from partita.text.choose import choose, generator_of
-from partita.text.sampling import Sequence
+from partita.generation import Sampling
+from partita.generation.choice import DEFAULT_NEW_TOKENS, Choice, settle
+from partita.generation.generation_config import generation_of_config
+from partita.generation.sample import choose, generator_of
+from partita.generation.settings import Sequence
 
 
 @pytest.mark.parametrize(

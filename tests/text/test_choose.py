@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from partita.text.choice import Choice
-from partita.text.choose import SHORTLIST, Columns, choose, generator_of
-from partita.text.sampling import Sequence
+from partita.generation.choice import Choice
+from partita.generation.sample import SHORTLIST, Columns, choose, generator_of
+from partita.generation.settings import Sequence
 
 
 def after(seen: list[list[int]]) -> list[Sequence]:

@@ -11,7 +11,7 @@ from torch import nn
 
 from partita.errors import PlanError
 from partita.torch import pipeline_auto_parallel
-from partita.torch.hub import model_class, read_hf_config
+from partita.torch.model.transformers_models import model_class, read_hf_config
 from tests.support.ranks import ranks
 from tests.torch.test_schedules import config_of
 

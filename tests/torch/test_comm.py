@@ -7,9 +7,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from partita.core.split import Split
+from partita.core.sharding.split import Split
 from partita.errors import DistributedError
-from partita.torch.comm import EXCHANGE_BYTES, Communicator
+from partita.torch.collectives.comm import EXCHANGE_BYTES, Communicator
 from tests.support.compare import assert_equal
 from tests.support.ranks import RankError, ranks
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from partita.core.split import Split
+from partita.core.sharding.split import Split
 from partita.errors import DistributedError, ModelError, PlanError
 from partita.torch import Communicator, ParallelEmbedding, VocabParallelEmbedding
-from partita.torch.parts import unsplit_name
+from partita.torch.model.parts import unsplit_name
 from tests.support.compare import assert_equal, draw, part, world
 from tests.support.ranks import RankError, on, ranks
 

@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from partita.text import Sampling
-from partita.torch.few_rows import FEW, PAYS_AFTER_TOKENS, decoding
-from partita.torch.fresh import fresh
+from partita.generation import Sampling
 from partita.torch.generate import generate
-from partita.torch.save import save
+from partita.torch.layers.decode_matmul import FEW, PAYS_AFTER_TOKENS, decoding
+from partita.torch.new import fresh
+from partita.torch.weights.save import save
 from tests.support.models import CONFIGS
 from tests.support.ranks import ranks
 

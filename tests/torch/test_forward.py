@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from partita.torch.float64 import Float64Everywhere
 from partita.torch.load import shard
-from partita.torch.parts import local_tensors, main_output, plan_of
+from partita.torch.model.float64 import Float64Everywhere
+from partita.torch.model.parts import local_tensors, main_output, plan_of
 from partita.torch.transformers_internals import cache_argument
 from tests.support.compare import part
 from tests.support.ranks import RankError, ranks

@@ -25,7 +25,7 @@ from partita.torch import (
     parallelism_is_initialized,
     reset_parallelism,
 )
-from partita.torch.groups import init_process_group
+from partita.torch.collectives.groups import init_process_group
 from tests.support.compare import assert_equal
 from tests.support.ranks import RankError, Ranks, ranks
 

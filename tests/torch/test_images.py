@@ -15,15 +15,15 @@ from partita.core.mesh import Mesh
 from partita.core.plan import Plan
 from partita.errors import ModelError, PlanError
 from partita.torch import Sampling, fresh, generate, load, save
-from partita.torch.apply import apply_plan
-from partita.torch.compare import compare
-from partita.torch.finish import finish
-from partita.torch.float64 import Float64Everywhere
-from partita.torch.groups import make_groups, single_groups
-from partita.torch.hub import build_on_meta, read_hf_config, rules_of, spec_of
-from partita.torch.parts import local_tensors, plan_of
-from partita.torch.probe import fill_unsplit, plan_of_model, small_model
-from partita.torch.towers import MEDIA, forbid_media, media_of, sample_media
+from partita.torch.collectives.groups import make_groups, single_groups
+from partita.torch.model.float64 import Float64Everywhere
+from partita.torch.model.parts import local_tensors, plan_of
+from partita.torch.model.towers import MEDIA, forbid_media, media_of, sample_media
+from partita.torch.model.transformers_models import build_on_meta, read_hf_config, rules_of, spec_of
+from partita.torch.proof.compare import compare
+from partita.torch.proof.family import fill_unsplit, plan_of_model, small_model
+from partita.torch.split.apply import apply_plan
+from partita.torch.split.finish import finish
 from tests.support.images import IMAGES, LLAMA4, SOUND
 from tests.support.ranks import ranks
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from partita.core.split import Split
+from partita.core.sharding.split import Split
 from partita.errors import DistributedError, PlanError
 from partita.torch import (
     ColumnParallelLinear,
@@ -19,11 +19,11 @@ from partita.torch import (
     LoraLinear,
     ParallelEmbedding,
     RowParallelLinear,
-    init,
     init_parallelism,
     initialize_model_parallel_affine_weight_,
     reset_parallelism,
 )
+from partita.torch.layers import init
 from tests.support.compare import assert_equal, part, world
 from tests.support.ranks import on
 

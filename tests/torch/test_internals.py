@@ -13,8 +13,8 @@ import transformers
 from partita.dependencies import find, lacking, supported_range
 from partita.errors import DependencyError
 from partita.torch import transformers_internals
-from partita.torch.hub import build_on_meta, read_hf_config
-from partita.torch.names import pieces_for_writing, sources_for_reading
+from partita.torch.model.transformers_models import build_on_meta, read_hf_config
+from partita.torch.weights.names import pieces_for_writing, sources_for_reading
 from tests.support.models import CONFIGS
 from tests.support.sources import imports_of, names_of, sources
 

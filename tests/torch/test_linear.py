@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from partita.core.split import Split
+from partita.core.sharding.split import Split
 from partita.errors import DistributedError, ModelError, PlanError
 from partita.torch import (
     ColumnParallelLinear,
@@ -22,8 +22,8 @@ from partita.torch import (
     init_parallelism,
     reset_parallelism,
 )
-from partita.torch.mappings import gather_from, scatter_to
-from partita.torch.parts import unsplit_name
+from partita.torch.collectives.mappings import gather_from, scatter_to
+from partita.torch.model.parts import unsplit_name
 from tests.support.compare import assert_equal, draw, part, world
 from tests.support.ranks import RankError, on, ranks
 

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from partita.errors import DistributedError
-from partita.torch.comm import Communicator
-from partita.torch.links import _DTYPES, Links, _Form
+from partita.torch.collectives.comm import Communicator
 from partita.torch.stages.layers import RECORDED, Message
+from partita.torch.stages.links import _DTYPES, Links, _Form
 from tests.support.compare import world
 from tests.support.ranks import ranks
 

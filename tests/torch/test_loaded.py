@@ -10,7 +10,7 @@ import transformers
 from transformers.models.auto import modeling_auto
 
 from partita.errors import PartitaError
-from partita.torch.hub import quiet
+from partita.torch.model.transformers_models import quiet
 from tests.support.loaded import differences, small_model
 from tests.support.ranks import RankError, on
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from partita.core.split import Split
+from partita.core.sharding.split import Split
 from partita.errors import ModelError
 from partita.torch import (
     ColumnParallelLinear,
@@ -22,9 +22,9 @@ from partita.torch import (
     VocabParallelEmbedding,
     shard,
 )
-from partita.torch.adapt import add_lora
-from partita.torch.fresh import fresh
-from partita.torch.parts import unsplit_name
+from partita.torch.model.parts import unsplit_name
+from partita.torch.new import fresh
+from partita.torch.weights.adapters import add_lora
 from tests.support.compare import assert_equal, draw, part, world
 from tests.support.models import CONFIGS
 from tests.support.ranks import on, ranks

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from partita.core.split import Split
+from partita.core.sharding.split import Split
 from partita.errors import DistributedError, PlanError
 from partita.torch import Communicator, init_parallelism, reset_parallelism, vocab_parallel_cross_entropy
 from tests.support.compare import assert_equal, draw, part, world

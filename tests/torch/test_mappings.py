@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from partita.core.split import Split
+from partita.core.sharding.split import Split
 from partita.errors import DistributedError
 from partita.torch import (
     Communicator,
@@ -27,7 +27,7 @@ from partita.torch import (
     mp_scatter,
     reset_parallelism,
 )
-from partita.torch.mappings import all_gather, copy_to, gather_from, reduce_from, reduce_scatter, scatter_to
+from partita.torch.collectives.mappings import all_gather, copy_to, gather_from, reduce_from, reduce_scatter, scatter_to
 from tests.support.compare import assert_equal
 from tests.support.ranks import RankError, ranks
 

@@ -11,17 +11,17 @@ import torch
 
 from partita.core.mesh import Mesh
 from partita.torch import Sampling, generate
-from partita.torch.apply import apply_plan
-from partita.torch.compare import compare
-from partita.torch.finish import finish
-from partita.torch.float64 import Float64Everywhere
-from partita.torch.fresh import fresh
-from partita.torch.groups import make_groups, single_groups
-from partita.torch.hub import build_on_meta, model_class, read_hf_config
+from partita.torch.collectives.groups import make_groups, single_groups
 from partita.torch.load import load, shard
-from partita.torch.parts import local_tensors, plan_of
-from partita.torch.probe import fill_unsplit, plan_of_model, sample_inputs
-from partita.torch.save import save
+from partita.torch.model.float64 import Float64Everywhere
+from partita.torch.model.parts import local_tensors, plan_of
+from partita.torch.model.transformers_models import build_on_meta, model_class, read_hf_config
+from partita.torch.new import fresh
+from partita.torch.proof.compare import compare
+from partita.torch.proof.family import fill_unsplit, plan_of_model, sample_inputs
+from partita.torch.split.apply import apply_plan
+from partita.torch.split.finish import finish
+from partita.torch.weights.save import save
 from tests.support.models import CONFIGS, UNMEASURED
 from tests.support.ranks import ranks
 

@@ -14,11 +14,11 @@ import pytest
 import torch
 from torch import distributed as dist
 
-from partita.backends import open_mpi
 from partita.cli.meeting import meeting
-from partita.peers import LOST
-from partita.torch.groups import make_groups
-from partita.torch.mpi import MpiCommunicator
+from partita.ranks.backends import open_mpi
+from partita.ranks.liveness import LOST
+from partita.torch.collectives.groups import make_groups
+from partita.torch.collectives.mpi import MpiCommunicator
 from tests.support.models import CONFIGS
 from tests.support.ranks import ROOT, ranks
 from tests.torch import test_comm, test_models
@@ -92,7 +92,7 @@ def test_models_are_equal_over_it(name: str) -> None:
 
 _WAITS = """
 import os, sys, torch
-from partita.torch.groups import init_process_group, make_groups
+from partita.torch.collectives.groups import init_process_group, make_groups
 from partita.core.mesh import Mesh
 init_process_group(lost_after_s=float(sys.argv[1]))
 comm = make_groups(Mesh(tp=2)).tp.comm

@@ -12,15 +12,15 @@ from safetensors import safe_open
 from torch.nn import functional as F
 
 from partita.schedule import build
-from partita.torch.compare import compare_parameters
-from partita.torch.float64 import Float64Everywhere
-from partita.torch.fresh import fresh
-from partita.torch.groups import single_groups
+from partita.torch.collectives.groups import single_groups
 from partita.torch.load import load
-from partita.torch.parts import plan_of
-from partita.torch.pipeline import Pipeline
-from partita.torch.save import save
+from partita.torch.model.float64 import Float64Everywhere
+from partita.torch.model.parts import plan_of
+from partita.torch.new import fresh
+from partita.torch.proof.compare import compare_parameters
+from partita.torch.stages.pipeline import Pipeline
 from partita.torch.train import accumulate_gradients, train
+from partita.torch.weights.save import save
 from tests.support.ranks import ranks
 from tests.torch.test_schedules import SETTINGS, config_of, tokens
 

@@ -14,13 +14,13 @@ import torch
 from torch import nn
 
 from partita.errors import ModelError
-from partita.torch.adapt import adapters, add_lora
-from partita.torch.fresh import fresh
-from partita.torch.groups import single_groups
-from partita.torch.parts import parameter_homes
-from partita.torch.peft_format import save_adapters
-from partita.torch.save import save
+from partita.torch.collectives.groups import single_groups
+from partita.torch.model.parts import parameter_homes
+from partita.torch.new import fresh
 from partita.torch.train import TrainSettings, train
+from partita.torch.weights.adapters import adapters, add_lora
+from partita.torch.weights.peft_format import save_adapters
+from partita.torch.weights.save import save
 from tests.support.models import CONFIGS
 from tests.support.ranks import on, ranks
 

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from partita.core.split import Split
-from partita.torch import ColumnParallelLinear, Communicator, LoraLinear, RowParallelLinear, region
-from partita.torch.grads import sum_shared_gradient
-from partita.torch.region import RegionInput
+from partita.core.sharding.split import Split
+from partita.torch import ColumnParallelLinear, Communicator, LoraLinear, RowParallelLinear
+from partita.torch.layers import region
+from partita.torch.layers.grads import sum_shared_gradient
+from partita.torch.layers.region import RegionInput
 from tests.support.compare import assert_equal, draw, part, world
 from tests.support.ranks import ranks
 from tests.torch.test_linear import columns, made_of_layers, seed_example, swapped_layers, without_gradients

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from partita.torch import Float64Everywhere
-from partita.torch.hub import build_on_meta, read_hf_config
 from partita.torch.load import shard
-from partita.torch.probe import fill_unsplit
+from partita.torch.model.transformers_models import build_on_meta, read_hf_config
+from partita.torch.proof.family import fill_unsplit
 from partita.torch.transformers_internals import cache_argument, cache_of
 from tests.support.ranks import ranks
 from tests.torch.test_stage import deep

@@ -15,12 +15,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from partita.errors import CheckpointError, ModelError
-from partita.torch.fresh import fresh
-from partita.torch.groups import single_groups
+from partita.torch.collectives.groups import single_groups
 from partita.torch.load import load
-from partita.torch.moments import restore_optimizer
-from partita.torch.parts import local_tensors, plan_of
+from partita.torch.model.parts import local_tensors, plan_of
+from partita.torch.new import fresh
 from partita.torch.train import TrainSettings, make_optimizer, make_saver, train
+from partita.torch.weights.moments import restore_optimizer
 from partita.training import StepReport
 from partita.training.saving import Saves
 from partita.training.state import read_state

@@ -16,15 +16,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from partita.errors import CheckpointError, ModelError
-from partita.torch.adapt import add_lora, merge_lora
-from partita.torch.fresh import fresh
-from partita.torch.groups import single_groups
+from partita.torch.collectives.groups import single_groups
 from partita.torch.load import load
-from partita.torch.moments import restore_optimizer
-from partita.torch.parts import plan_of
-from partita.torch.peft_format import adapter_tensors, load_adapters, save_adapters
-from partita.torch.save import save
+from partita.torch.model.parts import plan_of
+from partita.torch.new import fresh
 from partita.torch.train import TrainSettings, make_optimizer, make_saver, train
+from partita.torch.weights.adapters import add_lora, merge_lora
+from partita.torch.weights.moments import restore_optimizer
+from partita.torch.weights.peft_format import adapter_tensors, load_adapters, save_adapters
+from partita.torch.weights.save import save
 from partita.training import StepReport
 from partita.training.base import Base
 from partita.training.saving import Saves

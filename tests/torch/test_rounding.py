@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from partita.core.mesh import Mesh
-from partita.torch.apply import apply_plan
-from partita.torch.finish import finish
-from partita.torch.groups import make_groups
-from partita.torch.hub import build_on_meta, read_hf_config
-from partita.torch.probe import fill_unsplit, plan_of_model, sample_inputs
-from partita.torch.rounding import compare_rounding, in_float64
+from partita.torch.collectives.groups import make_groups
+from partita.torch.model.transformers_models import build_on_meta, read_hf_config
+from partita.torch.proof.family import fill_unsplit, plan_of_model, sample_inputs
+from partita.torch.proof.rounding import compare_rounding, in_float64
+from partita.torch.split.apply import apply_plan
+from partita.torch.split.finish import finish
 from tests.support.models import CONFIGS
 from tests.support.ranks import ranks
 

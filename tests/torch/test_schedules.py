@@ -12,14 +12,14 @@ from partita.core.mesh import Mesh
 from partita.core.plan import Plan
 from partita.errors import PlanError
 from partita.schedule import Timeline, measured_costs, placement_of, simulate
-from partita.torch.adapt import add_lora
-from partita.torch.compare import compare_parameters
-from partita.torch.float64 import Float64Everywhere
-from partita.torch.fresh import fresh
-from partita.torch.groups import single_groups
-from partita.torch.hub import build_on_meta, read_hf_config, rules_of, spec_of
-from partita.torch.parts import plan_of
+from partita.torch.collectives.groups import single_groups
+from partita.torch.model.float64 import Float64Everywhere
+from partita.torch.model.parts import plan_of
+from partita.torch.model.transformers_models import build_on_meta, read_hf_config, rules_of, spec_of
+from partita.torch.new import fresh
+from partita.torch.proof.compare import compare_parameters
 from partita.torch.train import TrainSettings, train
+from partita.torch.weights.adapters import add_lora
 from tests.support.models import CONFIGS
 from tests.support.ranks import ranks
 

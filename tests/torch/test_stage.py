@@ -10,24 +10,24 @@ import pytest
 import torch
 from torch import nn
 
+from partita.core.layout.placement import Placement
 from partita.core.mesh import Mesh
-from partita.core.placement import Placement
 from partita.core.plan import Plan
 from partita.errors import DistributedError, ModelError
-from partita.torch.apply import apply_plan
-from partita.torch.cache import advance_cache
-from partita.torch.compare import compare
-from partita.torch.finish import finish
-from partita.torch.float64 import Float64Everywhere
-from partita.torch.fresh import fresh
-from partita.torch.groups import make_groups, single_groups
-from partita.torch.hub import build_on_meta, read_hf_config, spec_of
+from partita.torch.collectives.groups import make_groups, single_groups
 from partita.torch.load import shard
-from partita.torch.parts import local_tensors, plan_of
-from partita.torch.probe import fill_unsplit, plan_of_model, sample_inputs
-from partita.torch.stage import run_stage
+from partita.torch.model.cache import advance_cache
+from partita.torch.model.float64 import Float64Everywhere
+from partita.torch.model.parts import local_tensors, plan_of
+from partita.torch.model.transformers_models import build_on_meta, read_hf_config, spec_of
+from partita.torch.new import fresh
+from partita.torch.proof.compare import compare
+from partita.torch.proof.family import fill_unsplit, plan_of_model, sample_inputs
+from partita.torch.split.apply import apply_plan
+from partita.torch.split.finish import finish
 from partita.torch.stages.cut import cut_stages, stage_layers, wire_stages
 from partita.torch.stages.layers import Message, StageLayers
+from partita.torch.stages.run import run_stage
 from tests.support.models import CONFIGS, UNMEASURED
 from tests.support.ranks import ranks
 

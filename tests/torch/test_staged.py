@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from partita.torch import groups, staged
-from partita.torch.comm import Communicator
+from partita.torch.collectives import cpu_memory, groups
+from partita.torch.collectives.comm import Communicator
 from tests.support.ranks import ranks
 
 
@@ -17,13 +17,13 @@ def _collectives() -> None:
     sizes = (1, 3) if comm.size == 2 else (2, 1, 1)
     part = mine[: sizes[comm.rank]]
     for op in (dist.ReduceOp.SUM, dist.ReduceOp.MAX):
-        assert torch.equal(staged.all_reduce_(comm, mine.clone(), op), comm.all_reduce_(mine.clone(), op))
-    assert torch.equal(staged.all_gather(comm, mine, 1, None), comm.all_gather(mine, 1))
-    assert torch.equal(staged.all_gather(comm, part, 0, sizes), comm.all_gather(part, 0, sizes))
-    assert torch.equal(staged.reduce_scatter(comm, mine, 0, sizes), comm.reduce_scatter(mine, 0, sizes))
+        assert torch.equal(cpu_memory.all_reduce_(comm, mine.clone(), op), comm.all_reduce_(mine.clone(), op))
+    assert torch.equal(cpu_memory.all_gather(comm, mine, 1, None), comm.all_gather(mine, 1))
+    assert torch.equal(cpu_memory.all_gather(comm, part, 0, sizes), comm.all_gather(part, 0, sizes))
+    assert torch.equal(cpu_memory.reduce_scatter(comm, mine, 0, sizes), comm.reduce_scatter(mine, 0, sizes))
     for source in range(comm.size):
         got = mine.clone()
-        assert staged.broadcast_(comm, got, source) is got
+        assert cpu_memory.broadcast_(comm, got, source) is got
         assert torch.equal(got, torch.arange(12.0, dtype=torch.float64).view(3, 4).t() + 100 * source)
 
 
@@ -31,18 +31,18 @@ def _transfers() -> None:
     comm = Communicator()
     right, left = (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size
     mine, theirs = torch.full((5, 2), float(comm.rank)), torch.empty(2, 5).t()
-    received = staged.start_recv_(comm, theirs, left, 3)
-    sent = staged.start_send(comm, mine, right, 3)
+    received = cpu_memory.start_recv_(comm, theirs, left, 3)
+    sent = cpu_memory.start_send(comm, mine, right, 3)
     mine.fill_(-1.0)  # the message is a copy already
     received.wait()
     sent.wait()
     assert sent.is_completed()  # type: ignore[attr-defined]
     assert torch.equal(theirs, torch.full((5, 2), float(left)))
     if comm.rank == 0:
-        staged.send(comm, torch.tensor([7, 8]).to(torch.bfloat16), right)
+        cpu_memory.send(comm, torch.tensor([7, 8]).to(torch.bfloat16), right)
     elif comm.rank == 1:
         got = torch.zeros(2, dtype=torch.bfloat16)
-        assert staged.recv_(comm, got, 0) is got
+        assert cpu_memory.recv_(comm, got, 0) is got
         assert got.tolist() == [7, 8]
 
 

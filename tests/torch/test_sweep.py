@@ -20,9 +20,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from partita.core.mesh import Mesh
 from partita.core.plan import Plan
 from partita.errors import ModelError, PartitaError
-from partita.torch.hub import quiet, spec_of
-from partita.torch.probe import compare_rounding_on_threads, plan_of_model, prove, small_model
-from partita.torch.stage_probe import prove_stages, refuse_undecodable
+from partita.torch.model.transformers_models import quiet, spec_of
+from partita.torch.proof.family import compare_rounding_on_threads, plan_of_model, prove, small_model
+from partita.torch.proof.stages import prove_stages, refuse_undecodable
 
 FAMILIES = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 

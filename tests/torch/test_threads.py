@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from partita.torch.comm import Communicator
-from partita.torch.threads import run_as_threads
+from partita.torch.collectives.comm import Communicator
+from partita.torch.collectives.threads import run_as_threads
 
 
 def _collectives(comm: Communicator) -> tuple[list[float], list[float], list[float], list[float]]:

@@ -11,15 +11,15 @@ import pytest
 import torch
 
 from partita.core.mesh import Mesh
-from partita.torch.groups import make_groups, single_groups
-from partita.torch.hub import build_on_meta, read_hf_config
+from partita.proof.report import Report
+from partita.torch import verify as module
+from partita.torch.collectives.groups import make_groups, single_groups
 from partita.torch.load import shard
-from partita.torch.probe import fill_unsplit, sample_inputs
-from partita.torch.rounding import compare_rounding, in_float64
-from partita.torch.save import save
-from partita.verify import Report
-from partita.verify import run as module
-from partita.verify.run import verify
+from partita.torch.model.transformers_models import build_on_meta, read_hf_config
+from partita.torch.proof.family import fill_unsplit, sample_inputs
+from partita.torch.proof.rounding import compare_rounding, in_float64
+from partita.torch.verify import verify
+from partita.torch.weights.save import save
 from tests.support.models import CONFIGS
 from tests.support.ranks import ranks
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from partita.checkpoint.index import Checkpoint, open_checkpoint
-from partita.core.model_spec import ModelSpec, TensorSpec, read_config, spec_from_tensors
+from partita.core.model.spec import ModelSpec, TensorSpec, read_config, spec_from_tensors
 from partita.errors import CheckpointError
 
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}

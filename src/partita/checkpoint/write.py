@@ -17,9 +17,9 @@ from types import MappingProxyType, TracebackType
 from partita.checkpoint.durable import appear, failing_as, partial_of, start_partial
 from partita.checkpoint.header import DTYPE_BITS, TensorInfo, brief, encode_header, reason, tensor_bytes
 from partita.checkpoint.index import MODEL, index_name, weights_name
+from partita.checkpoint.mapped_writes import has_windows, is_short, write_runs
 from partita.checkpoint.read import Range, byte_runs, flat_bytes
 from partita.checkpoint.run_lock import RunLock
-from partita.checkpoint.window import has_windows, is_short, write_runs
 from partita.errors import CheckpointError
 
 _METADATA = {"format": "pt"}  # transformers refuses files without it

@@ -12,7 +12,6 @@ from typing import Annotated, Any
 
 import typer
 
-from partita.backends import local_mlx_backend
 from partita.checkpoint.durable import failing_as
 from partita.cli import launch
 from partita.cli.console import out, plural
@@ -20,6 +19,7 @@ from partita.cli.failure import Failure
 from partita.cli.model import make_plan
 from partita.core.mesh import Mesh
 from partita.errors import CheckpointError
+from partita.ranks.backends import local_mlx_backend
 
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],

@@ -8,9 +8,9 @@ from typing import Annotated
 
 import typer
 
-from partita.backends import MLX_BACKENDS
 from partita.cli.rank import Engine
 from partita.errors import ModelError
+from partita.ranks.backends import MLX_BACKENDS
 
 
 class EngineName(StrEnum):

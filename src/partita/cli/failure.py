@@ -13,7 +13,7 @@ import typer
 from partita.cli import rank
 from partita.cli.console import OutputClosed, discard_output, err
 from partita.errors import PartitaError
-from partita.peers import is_echo, wait_for_verdict
+from partita.ranks.liveness import is_echo, wait_for_verdict
 
 
 @dataclass(frozen=True)

@@ -34,10 +34,10 @@ from partita.cli.options import (
 from partita.cli.progress import loading
 from partita.core.mesh import Mesh
 from partita.errors import ModelError, PlanError
-from partita.text import Sampling
+from partita.generation import Sampling
 
 if TYPE_CHECKING:
-    from partita.text import Generation
+    from partita.generation import Generation
 
 SAMPLING = "Sampling"
 
@@ -317,7 +317,7 @@ def _generate(
     with loading(f"loading, {mesh_name(mesh)}") as progress:
         split = load(folder, progress=progress, **where)
     if adapters is not None:
-        importlib.import_module(f"partita.{name}.peft_format").load_adapters(split, adapters)
+        importlib.import_module(f"partita.{name}.weights.peft_format").load_adapters(split, adapters)
     loaded_s = time.perf_counter()
     on_text: Callable[[int, str], None] | None = None
     if stream:

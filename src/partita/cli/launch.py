@@ -24,14 +24,14 @@ from typing import Any
 import typer
 from rich.markup import escape
 
-from partita.backends import local_mlx_backend, local_torch_backend
 from partita.cli import rank
 from partita.cli.console import err, plural
 from partita.cli.failure import Failure, show
 from partita.cli.meeting import Environments, meeting
 from partita.core.mesh import AXES, Mesh
 from partita.errors import DistributedError
-from partita.peers import LOST, Lines, Peer, Uptime, beat_s, lost_after_s, silence
+from partita.ranks.backends import local_mlx_backend, local_torch_backend
+from partita.ranks.liveness import LOST, Lines, Peer, Uptime, beat_s, lost_after_s, silence
 
 GRACE_S = 3.0
 """How long a rank that is told to end may take before it is killed."""

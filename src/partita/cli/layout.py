@@ -9,7 +9,7 @@ import typer
 
 from partita.cli.console import layer_ids, out, plural, print_json
 from partita.cli.options import AsJson
-from partita.core.layout import LayerType, Layout
+from partita.core.layout.layout import LayerType, Layout
 
 MAX_ROWS = 400
 """Stages that are listed for people; JSON has them all."""

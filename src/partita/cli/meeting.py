@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from partita.backends import open_mpi
 from partita.errors import DistributedError
+from partita.ranks.backends import open_mpi
 
 Environments = list[dict[str, str]]
 """One a rank."""

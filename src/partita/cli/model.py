@@ -11,17 +11,17 @@ from partita.checkpoint.find import find_model, hub_is_near, is_local, not_fetch
 from partita.cli import rank
 from partita.cli.messages import adopt, adopt_all
 from partita.cli.rank import Engine
-from partita.core.layout import Layout
+from partita.core.layout.layout import Layout
+from partita.core.layout.placement import Placement
 from partita.core.mesh import Mesh
-from partita.core.model_spec import ModelSpec, read_config
-from partita.core.placement import Placement
+from partita.core.model.spec import ModelSpec, read_config
 from partita.core.plan import Plan
-from partita.core.rules import Rules
+from partita.core.sharding.rules import Rules
 from partita.errors import ModelError, UnknownFamilyError
 from partita.notes import note
 
 if TYPE_CHECKING:
-    from partita.text import Tokenizer
+    from partita.generation import Tokenizer
 
 
 def make_plan(
@@ -49,7 +49,7 @@ def make_plan(
 
 def read_spec(model: str, *, trust_remote_code: bool = False) -> tuple[ModelSpec, Rules | None]:
     """The facts of MODEL, and its rules where transformers, or the model's own code, had to be asked."""
-    from partita.core.families import spec_from_config
+    from partita.core.model.families import spec_from_config
 
     path = find_config(model)
     config = read_config(path)
@@ -75,7 +75,7 @@ def _need_transformers(config: dict[str, Any]) -> None:
 def _ask_transformers(config: dict[str, Any]) -> tuple[ModelSpec, Rules]:
     _need_transformers(config)
     adopt_all()
-    from partita.torch.hub import build_on_meta, read_hf_config, rules_of, spec_of
+    from partita.torch.model.transformers_models import build_on_meta, read_hf_config, rules_of, spec_of
 
     built = build_on_meta(read_hf_config(config))
     spec = spec_of(built)
@@ -84,7 +84,7 @@ def _ask_transformers(config: dict[str, Any]) -> tuple[ModelSpec, Rules]:
 
 def _ask_own_code(model: str) -> tuple[ModelSpec, Rules]:
     adopt_all()
-    from partita.torch.hub import build_on_meta, code_note, read_hf_config, rules_of, spec_of
+    from partita.torch.model.transformers_models import build_on_meta, code_note, read_hf_config, rules_of, spec_of
 
     folder = find_model(model, weights=False, code=True)
     config = read_hf_config(folder, trust_remote_code=True)
@@ -98,15 +98,15 @@ def _try_stages(config: dict[str, Any], mesh: Mesh, layout: str | None, vpp: int
     """Refuse a family that cannot be cut into stages."""
     _need_transformers(config)
     adopt_all()
-    from partita.torch.hub import build_on_meta, read_hf_config
     from partita.torch.load import choose_plan
+    from partita.torch.model.transformers_models import build_on_meta, read_hf_config
 
     choose_plan(build_on_meta(read_hf_config(config)), None, Mesh(pp=mesh.pp), layout, vpp, placement)
 
 
 def read_tokenizer(folder: Path, *, trust_remote_code: bool) -> Tokenizer:
     """The tokenizer of a model. The first rank says when code that comes with it is run."""
-    from partita.text import load_tokenizer
+    from partita.generation import load_tokenizer
 
     file = folder / "tokenizer_config.json"
     if trust_remote_code and rank.is_first() and file.exists() and '"auto_map"' in file.read_text(encoding="utf-8"):
@@ -163,7 +163,7 @@ def check_early(
     trust_remote_code: bool = False,
 ) -> None:
     """Refuse what cannot be before any rank is started, where that can be told quickly: the ranks would refuse it too."""
-    from partita.core.families import known_families
+    from partita.core.model.families import known_families
 
     if layout is not None:
         Layout(layout, mesh.pp)

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from partita.peers import LOST_AFTER
+from partita.ranks.liveness import LOST_AFTER
 
 PIPELINE = "Pipeline"
 

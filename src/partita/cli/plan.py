@@ -24,7 +24,7 @@ from partita.cli.options import (
 )
 from partita.cli.timeline import check_file
 from partita.core.mesh import Mesh
-from partita.core.model_spec import read_config
+from partita.core.model.spec import read_config
 from partita.core.plan import Plan
 from partita.notes import note
 

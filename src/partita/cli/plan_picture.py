@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 from partita.cli.console import count, layer_ids, out, plural, runs, size
 from partita.cli.layout import describe
-from partita.core.cuts import TensorPlan
 from partita.core.plan import Plan
-from partita.core.split import Split
+from partita.core.sharding.cuts import TensorPlan
+from partita.core.sharding.split import Split
 
 if TYPE_CHECKING:
     from rich.table import Table

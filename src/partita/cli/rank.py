@@ -16,8 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from partita import peers
 from partita.errors import DistributedError
+from partita.ranks import liveness
 
 Engine = Literal["torch", "mlx"]
 
@@ -37,7 +37,7 @@ def attach() -> None:
     _is_ours = True
     os.set_inheritable(int(text), False)
     _wake_with_line()
-    peers.attach(int(text), number())
+    liveness.attach(int(text), number())
 
 
 def _wake_with_line() -> None:
@@ -118,7 +118,7 @@ def _has_met_others() -> bool:
     dist: Any = sys.modules.get("torch.distributed")
     if dist is not None and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         return True
-    groups: Any = sys.modules.get("partita.mlx.groups")
+    groups: Any = sys.modules.get("partita.mlx.collectives.groups")
     return groups is not None and groups.has_met_others()
 
 
@@ -129,7 +129,7 @@ def is_ours() -> bool:
 
 def report(failure: dict[str, Any]) -> None:
     """Tell the launcher, or the other ranks, of a failure."""
-    peers.tell_failure({**failure, "message": failure["message"][:MAX_MESSAGE], "time_s": time.monotonic()})
+    liveness.tell_failure({**failure, "message": failure["message"][:MAX_MESSAGE], "time_s": time.monotonic()})
 
 
 def leave(code: int) -> None:
@@ -155,7 +155,7 @@ def work_together(work: Callable[[], int], engine: Engine = "torch", backend: st
         DistributedError: The launcher is one that MLX does not know.
     """
     if engine == "mlx":
-        from partita.mlx.groups import init
+        from partita.mlx.collectives.groups import init
 
         everyone = init(backend)
         if everyone.size != (world() or 1):
@@ -166,18 +166,18 @@ def work_together(work: Callable[[], int], engine: Engine = "torch", backend: st
         code = _work(work)
         sys.stdout.flush()
         everyone.barrier()
-        peers.farewell()
+        liveness.farewell()
         return code if is_first() else 0
 
     import torch.distributed as dist
 
-    from partita.torch.groups import init_process_group
+    from partita.torch.collectives.groups import init_process_group
 
     init_process_group()
     code = _work(work)
     sys.stdout.flush()
     dist.barrier()
-    peers.farewell()
+    liveness.farewell()
     dist.destroy_process_group()
     return code if is_first() else 0
 
@@ -186,5 +186,5 @@ def _work(work: Callable[[], int]) -> int:
     from partita.cli.messages import adopt_all
 
     adopt_all()
-    with peers.doing("working"):
+    with liveness.doing("working"):
         return work()

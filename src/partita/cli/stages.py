@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from partita.core.layout import Layout
+from partita.core.layout.layout import Layout
+from partita.core.layout.placement import Placement
 from partita.core.mesh import Mesh
-from partita.core.placement import Placement
 from partita.errors import PlanError
 from partita.schedule import check_kind, placement_of, vpp_of
 

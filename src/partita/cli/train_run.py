@@ -22,8 +22,8 @@ from partita.errors import CheckpointError, ModelError
 if TYPE_CHECKING:
     from torch import nn
 
+    from partita.generation import Tokenizer
     from partita.schedule import Timeline
-    from partita.text import Tokenizer
     from partita.training import StepReport, TrainSettings
     from partita.training.saving import SaveReport, Saves
 
@@ -117,7 +117,7 @@ class TrainRun:
         from partita.training.state import read_state
 
         assert self.out is not None
-        make_groups: Any = importlib.import_module(f"partita.{self.engine}.groups").make_groups
+        make_groups: Any = importlib.import_module(f"partita.{self.engine}.collectives.groups").make_groups
         groups = make_groups(self.mesh, **({"backend": self.backend} if self.engine == "mlx" else {}))
         self.where["groups"] = groups
         comms = [getattr(one, "comm", one) for one in (groups.tp, groups.pp, groups.dp)]
@@ -144,7 +144,7 @@ class TrainRun:
         place = begun or (found if found.is_dir() else found.parent)
         tokenizer = read_tokenizer(place, trust_remote_code=self.trust_remote_code)
         if self.new:
-            fresh: Any = importlib.import_module(f"partita.{self.engine}.fresh").fresh
+            fresh: Any = importlib.import_module(f"partita.{self.engine}.new").fresh
             return fresh(found, seed=self.options["seed"], **self.where), tokenizer
         load: Any = importlib.import_module(f"partita.{self.engine}.load").load
         with loading("loading") as progress:
@@ -159,9 +159,9 @@ class TrainRun:
     def _adapt(self, split: nn.Module, begun: Path | None) -> None:
         """Put on new adapters, or those of a checkpoint."""
         if begun is not None:
-            importlib.import_module(f"partita.{self.engine}.peft_format").load_adapters(split, begun)
+            importlib.import_module(f"partita.{self.engine}.weights.peft_format").load_adapters(split, begun)
             return
-        adapt: Any = importlib.import_module(f"partita.{self.engine}.adapt")
+        adapt: Any = importlib.import_module(f"partita.{self.engine}.weights.adapters")
         adapt.add_lora(split, self.lora_rank, seed=self.options["seed"])
 
     def _saves(self, tokenizer: Tokenizer) -> Saves | None:
@@ -179,17 +179,17 @@ class TrainRun:
 
     def _save(self, split: nn.Module, tokenizer: Tokenizer, folder: Path) -> None:
         """Save the model alone, as its last step left it: adapters beside the model that they are merged into."""
-        save: Any = importlib.import_module(f"partita.{self.engine}.save").save
+        save: Any = importlib.import_module(f"partita.{self.engine}.weights.save").save
         if self.lora_rank is not None:
             from partita.training.base import place_of
 
             if self.resume and rank.is_first():
                 _remove_result(folder)
             base = None if self.new else place_of(self.source)
-            importlib.import_module(f"partita.{self.engine}.peft_format").save_adapters(
+            importlib.import_module(f"partita.{self.engine}.weights.peft_format").save_adapters(
                 split, folder / ADAPTERS, base=base
             )
-            importlib.import_module(f"partita.{self.engine}.adapt").merge_lora(split)
+            importlib.import_module(f"partita.{self.engine}.weights.adapters").merge_lora(split)
         with saving(str(folder)) as progress:
             save(split, folder, tokenizer=tokenizer, progress=progress)
         self.saved = folder
@@ -213,7 +213,7 @@ def _tell_broken(why: str) -> None:
 def _tokens(data: str, tokenizer: Tokenizer, name: str, split: nn.Module) -> Any:
     from partita.training import read_ids
 
-    plan, _ = importlib.import_module(f"partita.{name}.apply").plan_of(split)
+    plan, _ = importlib.import_module(f"partita.{name}.model.parts").plan_of(split)
     tokens: Any = read_ids(data, tokenizer)
     if name == "torch":
         import torch
@@ -228,8 +228,8 @@ def _tokens(data: str, tokenizer: Tokenizer, name: str, split: nn.Module) -> Any
 
 
 def _print_start(split: nn.Module, mesh: Mesh, tokens: int, settings: TrainSettings) -> None:
-    from partita.torch.balance import asks_for_balance
-    from partita.torch.parts import plan_of
+    from partita.torch.model.balance import asks_for_balance
+    from partita.torch.model.parts import plan_of
 
     plan, _ = plan_of(split)
     trained = sum(p.numel() for p in split.parameters() if p.requires_grad)

@@ -32,7 +32,7 @@ from partita.cli.stages import choose
 from partita.core.mesh import Mesh
 
 if TYPE_CHECKING:
-    from partita.verify import Report, Row
+    from partita.proof.report import Report, Row
 
 
 def verify(
@@ -80,9 +80,9 @@ def verify(
 
     def work() -> int:
         if name == "mlx":
-            from partita.verify.mlx import verify as compare
+            from partita.mlx.verify import verify as compare
         else:
-            from partita.verify import verify as compare
+            from partita.torch.verify import verify as compare
         report = compare(model, **stages.plan, **stages.training, steps=steps, dtype=dtypes, **where)
         if rank.is_first():
             if as_json:

@@ -10,16 +10,16 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from partita.core import plan_data
-from partita.core.cuts import AttentionPlan, ModulePlan, TensorPlan
-from partita.core.layout import LayerType, PipelineParallelLayerLayout
+from partita.core import plan_json
+from partita.core.layout.layout import LayerType, PipelineParallelLayerLayout
+from partita.core.layout.placement import PLACEMENTS, Placement, home_of, stage_at
 from partita.core.mesh import Mesh
-from partita.core.model_spec import ModelSpec, config_number, text_config
-from partita.core.mtp import with_mtp
-from partita.core.placement import PLACEMENTS, Placement, home_of, stage_at
-from partita.core.resolve import resolve
-from partita.core.rules import Rules, rules_for
-from partita.core.split import check_sizes, deal
+from partita.core.model.mtp import with_mtp
+from partita.core.model.spec import ModelSpec, config_number, text_config
+from partita.core.sharding.cuts import AttentionPlan, ModulePlan, TensorPlan
+from partita.core.sharding.resolve import resolve
+from partita.core.sharding.rules import Rules, rules_for
+from partita.core.sharding.split import check_sizes, deal
 from partita.errors import PlanError
 
 
@@ -267,8 +267,8 @@ class Plan:
 
     def to_json(self, *, indent: int | None = None) -> str:
         """The whole plan as JSON; `from_json` reads it back to an equal plan."""
-        facts = plan_data.PlanFacts(**{name: getattr(self, name) for name in plan_data.PlanFacts.__dataclass_fields__})
-        return json.dumps(plan_data.as_data(facts), indent=indent)
+        facts = plan_json.PlanFacts(**{name: getattr(self, name) for name in plan_json.PlanFacts.__dataclass_fields__})
+        return json.dumps(plan_json.as_data(facts), indent=indent)
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
@@ -282,7 +282,7 @@ class Plan:
                 "this JSON is not a Partita plan: it has no `partita_plan: 1`. Write one with `partita plan --save`."
             )
         try:
-            facts = plan_data.from_data(data)
+            facts = plan_json.from_data(data)
             _check_layout(facts.layout, facts.spec)
             return cls(**vars(facts))
         except PlanError:

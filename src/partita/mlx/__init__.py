@@ -7,30 +7,30 @@ except ModuleNotFoundError as error:
         "partita.mlx needs MLX, which is not installed: pip install 'partita[mlx]'", name="mlx"
     ) from error
 
-from partita.mlx.adapt import add_lora, merge_lora
+from partita.generation import Generation, Sampling
 from partita.mlx.auto import pipeline_auto_parallel
-from partita.mlx.checked import CheckedCommunicator
-from partita.mlx.comm import Communicator
-from partita.mlx.embedding import VocabParallelEmbedding
-from partita.mlx.fresh import fresh
+from partita.mlx.collectives.checked import CheckedCommunicator
+from partita.mlx.collectives.comm import Communicator
+from partita.mlx.collectives.groups import ParallelGroups, init, make_groups
+from partita.mlx.collectives.mappings import all_gather, copy_to, gather_from, reduce_from, reduce_scatter, scatter_to
 from partita.mlx.generate import generate
-from partita.mlx.groups import ParallelGroups, init, make_groups
-from partita.mlx.linear import ColumnParallelLinear, RowParallelLinear
-from partita.mlx.load import load, shard
-from partita.mlx.loss import vocab_parallel_cross_entropy
-from partita.mlx.mappings import all_gather, copy_to, gather_from, reduce_from, reduce_scatter, scatter_to
-from partita.mlx.peft_format import load_adapters, save_adapters
-from partita.mlx.pipeline import Pipeline
-from partita.mlx.save import save
-from partita.mlx.sharded import (
+from partita.mlx.layers.embedding import VocabParallelEmbedding
+from partita.mlx.layers.linear import ColumnParallelLinear, RowParallelLinear
+from partita.mlx.layers.loss import vocab_parallel_cross_entropy
+from partita.mlx.layers.sharded import (
     AllToShardedLinear,
     QuantizedAllToShardedLinear,
     QuantizedShardedToAllLinear,
     ShardedToAllLinear,
 )
-from partita.mlx.sharding import shard_inplace, shard_linear
+from partita.mlx.layers.sharding import shard_inplace, shard_linear
+from partita.mlx.load import load, shard
+from partita.mlx.new import fresh
+from partita.mlx.stages.pipeline import Pipeline
 from partita.mlx.train import train
-from partita.text import Generation, Sampling
+from partita.mlx.weights.adapters import add_lora, merge_lora
+from partita.mlx.weights.peft_format import load_adapters, save_adapters
+from partita.mlx.weights.save import save
 from partita.training import SaveReport, Saves, StepReport, TrainSettings
 
 __all__ = [

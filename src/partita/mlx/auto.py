@@ -7,19 +7,19 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from partita.core.layout import LayerType
+from partita.core.layout.layout import LayerType
 from partita.core.mesh import Mesh
 from partita.core.plan import Plan
-from partita.core.rules import Rules
-from partita.core.split import deal
+from partita.core.sharding.rules import Rules
+from partita.core.sharding.split import deal
 from partita.errors import ModelError, PlanError
-from partita.mlx.apply import apply_plan, finish
-from partita.mlx.comm import Communicator
-from partita.mlx.groups import ParallelGroups, as_communicator
-from partita.mlx.homes import parameter_homes
-from partita.mlx.hub import config_of, spec_of
-from partita.mlx.stage_probe import prove_stages
-from partita.mlx.together import together
+from partita.mlx.collectives.collective_errors import together
+from partita.mlx.collectives.comm import Communicator
+from partita.mlx.collectives.groups import ParallelGroups, as_communicator
+from partita.mlx.model.mlx_lm_models import config_of, spec_of
+from partita.mlx.model.parts import parameter_homes
+from partita.mlx.proof.stages import prove_stages
+from partita.mlx.split.apply import apply_plan, finish
 
 
 def pipeline_auto_parallel(

@@ -8,18 +8,18 @@ from typing import Any
 
 import mlx.nn as nn
 
-from partita.core.generation import generation_of_config
 from partita.errors import ModelError, PlanError
-from partita.mlx.batches import Batches
-from partita.mlx.flow import Flow
-from partita.mlx.homes import plan_of
-from partita.mlx.stage_probe import refuse_undecodable
-from partita.mlx.windows import refuse_beyond_window
-from partita.peers import doing
-from partita.text.choice import Choice, settle
-from partita.text.choose import failure_of
-from partita.text.sampling import Generation, OnText, Sampling, Sequence
-from partita.text.tokenizer import Tokenizer
+from partita.generation.choice import Choice, settle
+from partita.generation.generation_config import generation_of_config
+from partita.generation.sample import failure_of
+from partita.generation.settings import Generation, OnText, Sampling, Sequence
+from partita.generation.tokenizer import Tokenizer
+from partita.mlx.model.parts import plan_of
+from partita.mlx.model.sliding_window import refuse_beyond_window
+from partita.mlx.proof.stages import refuse_undecodable
+from partita.mlx.stages.batches import Batches
+from partita.mlx.stages.flow import Flow
+from partita.ranks.liveness import doing
 
 
 @doing("generating")

@@ -18,26 +18,26 @@ from partita.checkpoint.index import Checkpoint, open_checkpoint
 from partita.checkpoint.manifest import check_model
 from partita.checkpoint.read import Reader
 from partita.checkpoint.unused import Unused
-from partita.core.generation import read_generation
-from partita.core.model_spec import config_number, text_config
+from partita.core.model.spec import config_number, text_config
 from partita.core.plan import Plan, mesh_of
 from partita.errors import CheckpointError, ModelError
-from partita.mlx.adapt import put_back, take_off
-from partita.mlx.apply import apply_plan, finish
-from partita.mlx.config import read_mlx_config
-from partita.mlx.groups import ParallelGroups, make_groups
-from partita.mlx.homes import Ranges, is_packed, local_ranges, parameter_homes, take
-from partita.mlx.hub import build, quantize, spec_of
-from partita.mlx.inner import in_columns, multiplies_by_columns
-from partita.mlx.names import Source, sanitize, sources_of, unused_of
-from partita.mlx.origin import Origin
-from partita.mlx.probe import plan_of_model, prove_unless_proven
-from partita.mlx.reference import check_reference
-from partita.mlx.stage_probe import prove_stages
-from partita.mlx.ties import check_head, differ, stored_twice, untie
-from partita.mlx.together import together
+from partita.generation.generation_config import read_generation
+from partita.mlx.collectives.collective_errors import together
+from partita.mlx.collectives.groups import ParallelGroups, make_groups
+from partita.mlx.layers.inner import in_columns, multiplies_by_columns
+from partita.mlx.model.config import read_mlx_config
+from partita.mlx.model.mlx_lm_models import build, quantize, spec_of
+from partita.mlx.model.parts import Ranges, is_packed, local_ranges, parameter_homes, take
+from partita.mlx.proof.family import plan_of_model, prove_unless_proven
+from partita.mlx.proof.reference import check_reference
+from partita.mlx.proof.stages import prove_stages
+from partita.mlx.split.apply import apply_plan, finish
+from partita.mlx.weights.adapters import put_back, take_off
+from partita.mlx.weights.names import Source, sanitize, sources_of, unused_of
+from partita.mlx.weights.origin import Origin
+from partita.mlx.weights.ties import check_head, differ, stored_twice, untie
 from partita.notes import note
-from partita.peers import doing
+from partita.ranks.liveness import doing
 
 Progress = Callable[[int, int], None]
 """Called with the bytes of this rank that are in place and those of all."""

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from partita.checkpoint.facts import stored_dtype_at
+from partita.core.layout.placement import Placement
 from partita.core.mesh import Mesh
-from partita.core.placement import Placement
 from partita.core.plan import Plan
-from partita.mlx.config import read_mlx_config
-from partita.mlx.hub import build, quantize
-from partita.mlx.probe import plan_of_model
-from partita.mlx.stage_probe import prove_stages
+from partita.mlx.model.config import read_mlx_config
+from partita.mlx.model.mlx_lm_models import build, quantize
+from partita.mlx.proof.family import plan_of_model
+from partita.mlx.proof.stages import prove_stages
 
 
 def plan_of_config(

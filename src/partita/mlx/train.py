@@ -16,23 +16,23 @@ import mlx.nn as nn
 import numpy as np
 
 from partita.core.plan import Plan
-from partita.core.split import Split
+from partita.core.sharding.split import Split
 from partita.errors import ModelError, PlanError
-from partita.mlx.comm import Communicator
-from partita.mlx.copies import sum_copies
-from partita.mlx.groups import ParallelGroups
-from partita.mlx.head import local_logits
-from partita.mlx.homes import main_output, parameter_homes, plan_of
-from partita.mlx.loss import vocab_parallel_cross_entropy
-from partita.mlx.moments import restore_optimizer
-from partita.mlx.optimizer import AdamW
-from partita.mlx.pipeline import Pipeline
-from partita.mlx.replicas import clip_gradients, start_alike, sum_over_replicas
-from partita.mlx.share import Share
-from partita.mlx.together import together
-from partita.mlx.trainable import Trainable
-from partita.mlx.windows import refuse_beyond_window
-from partita.peers import doing
+from partita.mlx.collectives.collective_errors import together
+from partita.mlx.collectives.comm import Communicator
+from partita.mlx.collectives.groups import ParallelGroups
+from partita.mlx.layers.loss import vocab_parallel_cross_entropy
+from partita.mlx.model.head import local_logits
+from partita.mlx.model.parts import main_output, parameter_homes, plan_of
+from partita.mlx.model.sliding_window import refuse_beyond_window
+from partita.mlx.model.trainable import Trainable
+from partita.mlx.stages.copies import sum_copies
+from partita.mlx.stages.pipeline import Pipeline
+from partita.mlx.training.optimizer import AdamW
+from partita.mlx.training.replicas import clip_gradients, start_alike, sum_over_replicas
+from partita.mlx.weights.moments import restore_optimizer
+from partita.mlx.weights.rank_shard import Share
+from partita.ranks.liveness import doing
 from partita.schedule import Timeline
 from partita.training import StepReport, TrainSettings, row_starts, schedule_of
 from partita.training.ids import check_ids

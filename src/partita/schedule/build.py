@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from difflib import get_close_matches
 
-from partita.core.placement import Placement, stage_at
+from partita.core.layout.placement import Placement, stage_at
 from partita.errors import ScheduleError
 from partita.schedule.action import Action, Kind, Schedule
 

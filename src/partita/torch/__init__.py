@@ -1,15 +1,9 @@
 """The PyTorch engine: it executes plans on torch.distributed."""
 
-from partita.text import Generation, Sampling, Tokenizer, byte_tokenizer, load_tokenizer
-from partita.torch.adapt import add_lora, merge_lora
+from partita.generation import Generation, Sampling, Tokenizer, byte_tokenizer, load_tokenizer
 from partita.torch.auto import pipeline_auto_parallel
-from partita.torch.comm import Communicator
-from partita.torch.data import load_tokens
-from partita.torch.embedding import ParallelEmbedding, VocabParallelEmbedding
-from partita.torch.float64 import Float64Everywhere
-from partita.torch.fresh import fresh
-from partita.torch.generate import generate
-from partita.torch.groups import (
+from partita.torch.collectives.comm import Communicator
+from partita.torch.collectives.groups import (
     GroupInfo,
     ParallelGroups,
     init_parallelism,
@@ -19,16 +13,22 @@ from partita.torch.groups import (
     parallelism_is_initialized,
     reset_parallelism,
 )
-from partita.torch.init import InitType, initialize_model_parallel_affine_weight_
-from partita.torch.linear import ColumnParallelLinear, RowParallelLinear
+from partita.torch.generate import generate
+from partita.torch.layers.embedding import ParallelEmbedding, VocabParallelEmbedding
+from partita.torch.layers.init import InitType, initialize_model_parallel_affine_weight_
+from partita.torch.layers.linear import ColumnParallelLinear, RowParallelLinear
+from partita.torch.layers.lora import LoraLinear
+from partita.torch.layers.loss import vocab_parallel_cross_entropy
 from partita.torch.load import load, shard
-from partita.torch.lora import LoraLinear
-from partita.torch.loss import vocab_parallel_cross_entropy
-from partita.torch.peft_format import load_adapters, save_adapters
-from partita.torch.pipeline import Pipeline
-from partita.torch.save import save
+from partita.torch.model.float64 import Float64Everywhere
+from partita.torch.new import fresh
 from partita.torch.seed import mp_copy, mp_gather, mp_reduce, mp_scatter
+from partita.torch.stages.pipeline import Pipeline
 from partita.torch.train import StepReport, TrainSettings, train
+from partita.torch.training.batches import load_tokens
+from partita.torch.weights.adapters import add_lora, merge_lora
+from partita.torch.weights.peft_format import load_adapters, save_adapters
+from partita.torch.weights.save import save
 from partita.training import SaveReport, Saves
 
 __all__ = [

@@ -7,20 +7,20 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 
-from partita.core.layout import LayerType
+from partita.core.layout.layout import LayerType
 from partita.core.mesh import Mesh
 from partita.core.plan import Plan
-from partita.core.rules import Rules
-from partita.core.split import deal
+from partita.core.sharding.rules import Rules
+from partita.core.sharding.split import deal
 from partita.errors import ModelError, PlanError
-from partita.torch.apply import apply_plan
-from partita.torch.comm import Communicator
-from partita.torch.finish import finish
-from partita.torch.groups import GroupInfo, ParallelGroups, single_groups
-from partita.torch.hub import spec_of
-from partita.torch.stage_probe import media_without_stages, prove_stages
-from partita.torch.together import together_in
-from partita.torch.towers import forbid_media
+from partita.torch.collectives.collective_errors import together_in
+from partita.torch.collectives.comm import Communicator
+from partita.torch.collectives.groups import GroupInfo, ParallelGroups, single_groups
+from partita.torch.model.towers import forbid_media
+from partita.torch.model.transformers_models import spec_of
+from partita.torch.proof.stages import media_without_stages, prove_stages
+from partita.torch.split.apply import apply_plan
+from partita.torch.split.finish import finish
 
 
 def pipeline_auto_parallel(

@@ -14,21 +14,21 @@ import torch
 from torch import Tensor, nn
 
 from partita.core.plan import Plan
-from partita.core.split import Split
+from partita.core.sharding.split import Split
 from partita.errors import ModelError, PlanError
-from partita.peers import doing
+from partita.generation import Generation, OnText, Sampling, Sequence, Tokenizer
+from partita.generation.choice import Choice, settle
+from partita.generation.sample import Columns, choose, failure_of, generator_of
+from partita.ranks.liveness import doing
 from partita.schedule import Action, Kind, Schedule
-from partita.text import Generation, OnText, Sampling, Sequence, Tokenizer
-from partita.text.choice import Choice, settle
-from partita.text.choose import Columns, choose, failure_of, generator_of
-from partita.torch.balance import SWITCH, asks_for_balance
-from partita.torch.comm import Work
-from partita.torch.few_rows import decoding
-from partita.torch.head import likeliest, local_logits
-from partita.torch.parts import plan_of
-from partita.torch.pipeline import Pipeline
-from partita.torch.stage_probe import refuse_undecodable
-from partita.torch.towers import refuse_forbidden
+from partita.torch.collectives.comm import Work
+from partita.torch.layers.decode_matmul import decoding
+from partita.torch.model.balance import SWITCH, asks_for_balance
+from partita.torch.model.head import likeliest, local_logits
+from partita.torch.model.parts import plan_of
+from partita.torch.model.towers import refuse_forbidden
+from partita.torch.proof.stages import refuse_undecodable
+from partita.torch.stages.pipeline import Pipeline
 from partita.torch.transformers_internals import (
     advance,
     first_positions,

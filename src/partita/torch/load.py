@@ -17,27 +17,27 @@ from partita.checkpoint.index import Checkpoint, open_checkpoint
 from partita.checkpoint.manifest import check_model
 from partita.checkpoint.read import Reader
 from partita.checkpoint.unused import Unused
-from partita.core.generation import FILE_NAME, read_generation
+from partita.core.layout.placement import Placement
 from partita.core.mesh import Mesh
-from partita.core.placement import Placement
 from partita.core.plan import Plan, mesh_of
 from partita.errors import ModelError
+from partita.generation.generation_config import FILE_NAME, read_generation
 from partita.notes import note
-from partita.peers import doing
-from partita.torch.apply import apply_plan
-from partita.torch.fill import CheckpointFill, Progress, as_device, as_dtype
-from partita.torch.finish import finish
-from partita.torch.groups import ParallelGroups, init_process_group, is_first, make_groups
-from partita.torch.hub import build_on_meta, code_note, read_hf_config
-from partita.torch.materialize import make_unsaved_buffers, materialize
-from partita.torch.mtp import attach_mtp
-from partita.torch.names import Source, sources_for_reading
-from partita.torch.probe import plan_of_model, prove_unless_proven, unmeasured_media
-from partita.torch.stage_probe import media_without_stages, prove_stages
-from partita.torch.ties import add_twins, differing, tied_names, untie
-from partita.torch.together import together
-from partita.torch.towers import forbid_media
+from partita.ranks.liveness import doing
+from partita.torch.collectives.collective_errors import together
+from partita.torch.collectives.groups import ParallelGroups, init_process_group, is_first, make_groups
+from partita.torch.model.towers import forbid_media
+from partita.torch.model.transformers_models import build_on_meta, code_note, read_hf_config
+from partita.torch.proof.family import plan_of_model, prove_unless_proven, unmeasured_media
+from partita.torch.proof.stages import media_without_stages, prove_stages
+from partita.torch.split.apply import apply_plan
+from partita.torch.split.finish import finish
+from partita.torch.stages.mtp import attach_mtp
 from partita.torch.transformers_internals import quiet
+from partita.torch.weights.fill import CheckpointFill, Progress, as_device, as_dtype
+from partita.torch.weights.materialize import make_unsaved_buffers, materialize
+from partita.torch.weights.names import Source, sources_for_reading
+from partita.torch.weights.ties import add_twins, differing, tied_names, untie
 
 
 @doing("loading the model")

@@ -9,9 +9,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from partita.errors import DistributedError
-from partita.torch import mappings
-from partita.torch.comm import Communicator
-from partita.torch.groups import parallel_group_info
+from partita.torch.collectives import mappings
+from partita.torch.collectives.comm import Communicator
+from partita.torch.collectives.groups import parallel_group_info
 
 
 def mp_copy(x: Tensor, op: Any = dist.ReduceOp.SUM, *, group: Communicator | None = None) -> Tensor:

@@ -15,23 +15,23 @@ import torch
 from torch import Tensor, nn
 
 from partita.errors import ModelError
-from partita.peers import doing
+from partita.ranks.liveness import doing
 from partita.schedule import Timeline
-from partita.torch.balance_probe import balance_of
-from partita.torch.copies import summed_copies
-from partita.torch.data import batch
-from partita.torch.fill import as_dtype
-from partita.torch.groups import ParallelGroups
-from partita.torch.head import local_logits
-from partita.torch.moments import restore_optimizer
-from partita.torch.objective import IGNORED, check_trainable, examples, loss_of
-from partita.torch.optimizer import MasterAdamW, state_dtype
-from partita.torch.parts import plan_of
-from partita.torch.pipeline import Pipeline
-from partita.torch.replicas import clip_gradients, start_alike, sum_gradients
-from partita.torch.share import Share
+from partita.torch.collectives.collective_errors import together
+from partita.torch.collectives.groups import ParallelGroups
+from partita.torch.model.head import local_logits
+from partita.torch.model.parts import plan_of
+from partita.torch.proof.balance_probe import balance_of
+from partita.torch.stages.copies import summed_copies
 from partita.torch.stages.cut import refuse_layer_drop
-from partita.torch.together import together
+from partita.torch.stages.pipeline import Pipeline
+from partita.torch.training.batches import batch
+from partita.torch.training.objective import IGNORED, check_trainable, examples, loss_of
+from partita.torch.training.optimizer import MasterAdamW, state_dtype
+from partita.torch.training.replicas import clip_gradients, start_alike, sum_gradients
+from partita.torch.weights.fill import as_dtype
+from partita.torch.weights.moments import restore_optimizer
+from partita.torch.weights.rank_shard import Share
 from partita.training import StepReport, TrainSettings, schedule_of
 from partita.training.ids import check_ids
 from partita.training.random import step_seed

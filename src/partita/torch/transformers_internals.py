@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from partita.core.rotary import Rotary
+from partita.core.model.rotary import Rotary
 from partita.dependencies import find, lacking
 
 LIBRARY = "transformers"

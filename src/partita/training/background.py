@@ -27,7 +27,7 @@ from partita.checkpoint.read import Range
 from partita.checkpoint.run_folder import RunFolder
 from partita.checkpoint.write import FilePlan, Writer, create_files, write_index
 from partita.errors import CheckpointError
-from partita.peers import ME
+from partita.ranks.liveness import ME
 
 POLL_S = 0.01
 """How often a thread looks for what it waits for."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from partita.checkpoint.find import find_model
 from partita.checkpoint.header import TensorInfo, open_regular, read_bytes
 from partita.checkpoint.index import open_checkpoint
-from partita.core.model_spec import read_config
+from partita.core.model.spec import read_config
 from partita.errors import CheckpointError, ModelError
 
 MAX_TENSORS = 256

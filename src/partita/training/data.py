@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from partita.errors import ModelError
-from partita.text import Tokenizer
+from partita.generation import Tokenizer
 
 TEXT_ENDINGS = (".txt", ".md", ".py", ".rst", ".jsonl", ".json", ".c", ".h", ".html")
 

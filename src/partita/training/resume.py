@@ -8,7 +8,7 @@ from pathlib import Path
 from partita.checkpoint.manifest import check_contents, check_sizes, read_manifest
 from partita.checkpoint.run_folder import RunFolder
 from partita.errors import CheckpointError
-from partita.training.agreement import Hears, worst
+from partita.ranks.agreement import Hears, worst
 from partita.training.state import read_state
 
 

@@ -22,8 +22,8 @@ from partita.checkpoint.run_folder import RunFolder
 from partita.checkpoint.run_lock import RunLock
 from partita.checkpoint.write import FilePlan
 from partita.errors import CheckpointError, ModelError
-from partita.text import Tokenizer
-from partita.training.agreement import Hears, standing, worst
+from partita.generation import Tokenizer
+from partita.ranks.agreement import Hears, standing, worst
 from partita.training.background import POLL_S, BackgroundWrite, Job, Part
 from partita.training.base import Base
 from partita.training.settings import TrainSettings

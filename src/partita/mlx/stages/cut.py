@@ -13,8 +13,8 @@ import mlx.nn as nn
 
 from partita.core.plan import Plan, Stage
 from partita.errors import ModelError
+from partita.mlx.model.tree import children, get_module, named_modules, set_module
 from partita.mlx.stages.layers import AbsentLayer, AbsentModule, Gate, StageRun, Stand
-from partita.mlx.tree import children, get_module, named_modules, set_module
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from partita.errors import ModelError
-from partita.mlx.inner import copy_module, dense_width
-from partita.mlx.tree import children
+from partita.mlx.layers.inner import copy_module, dense_width
+from partita.mlx.model.tree import children
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from partita.core.mtp import final_norm
+from partita.core.model.mtp import final_norm
 from partita.core.plan import Plan
 from partita.errors import ModelError
+from partita.torch.model.towers import give_no_features
 from partita.torch.stages.layers import StageLayers, StageRun
-from partita.torch.towers import give_no_features
 
 
 def cut_stages(model: nn.Module, plan: Plan, pp_rank: int) -> None:

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from partita.core.plan import Stage
 from partita.errors import ModelError
-from partita.torch.cache import advance_cache, find_cache
-from partita.torch.random import skip_draw
-from partita.torch.towers import without_media
+from partita.torch.layers.dropout import skip_draw
+from partita.torch.model.cache import advance_cache, find_cache
+from partita.torch.model.towers import without_media
 from partita.torch.transformers_internals import cache_of, recorded
 
 RECORDED = ("hidden_states", "attentions", "cross_attentions", "router_logits")

@@ -1,0 +1,1 @@
+"""The layout language: which layers each pipeline stage runs."""

@@ -1,0 +1,228 @@
+"""A plan as what JSON can say, and back: nothing that may have been changed by hand is taken unseen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from types import MappingProxyType
+from typing import Any
+
+from partita.core.layout.layout import PipelineParallelLayerLayout
+from partita.core.layout.placement import PLACEMENTS, Placement
+from partita.core.mesh import Mesh
+from partita.core.model.spec import DTYPE_BYTES, ModelSpec, TensorSpec
+from partita.core.sharding.cuts import AttentionPlan, ModulePlan, TensorPlan
+from partita.core.sharding.rules import STYLES, Rule, Rules
+from partita.core.sharding.split import Split
+from partita.errors import PlanError
+
+
+@dataclass(frozen=True)
+class PlanFacts:
+    """What a plan is made of."""
+
+    spec: ModelSpec
+    mesh: Mesh
+    layout: PipelineParallelLayerLayout
+    rules: Rules
+    modules: Mapping[str, ModulePlan]
+    attention: Mapping[str, AttentionPlan]
+    cuts: Mapping[str, TensorPlan]
+    placement: Placement
+
+
+def as_data(plan: PlanFacts) -> dict[str, Any]:
+    """A plan as plain values; each split stands once, and is named by its place."""
+    splits: list[Split] = []
+
+    def index(split: Split | None) -> int | None:
+        if split is None:
+            return None
+        if split not in places:
+            places[split] = len(splits)
+            splits.append(split)
+        return places[split]
+
+    places: dict[Split, int] = {}
+    spec = plan.spec
+    cuts = {
+        name: {"dim": cut.dim, "split": index(cut.split), "partial_grad": cut.partial_grad}
+        for name, cut in plan.cuts.items()
+        if cut.split is not None or cut.partial_grad
+    }
+    modules = {
+        path: {**{k: v for k, v in module.to_data().items() if v}, "split": index(module.split)}
+        for path, module in plan.modules.items()
+    }
+    attention = {
+        path: {**asdict(a), "heads": index(a.heads), "kv_heads": index(a.kv_heads)}
+        for path, a in plan.attention.items()
+    }
+    return {
+        "partita_plan": 1,
+        "mesh": asdict(plan.mesh),
+        "layout": str(plan.layout),
+        "placement": plan.placement,
+        "proven": plan.rules.proven,
+        "rules": [asdict(rule) for rule in plan.rules],
+        "model": {
+            "family": spec.family, "architecture": spec.architecture, "dtype": spec.dtype, "layers": spec.layers,
+            "num_layers": spec.num_layers, "num_heads": spec.num_heads, "num_kv_heads": spec.num_kv_heads,
+            "vocab_size": spec.vocab_size, "config": dict(spec.config),
+            "linears": None if spec.linears is None else sorted(spec.linears), "towers": list(spec.towers),
+            "tensors": {
+                t.name: {"shape": list(t.shape), **({"tied_to": t.tied_to} if t.tied_to else {}),
+                         **({"is_buffer": True} if t.is_buffer else {}),
+                         **({"packed_bits": t.packed_bits} if t.packed_bits is not None else {})}
+                for t in spec.tensors.values()
+            },
+        },
+        "modules": modules,
+        "attention": attention,
+        "tensors": cuts,
+        "splits": [split.to_data() for split in splits],
+    }  # fmt: skip
+
+
+def from_data(data: dict[str, Any]) -> PlanFacts:
+    """The inverse of `as_data`.
+
+    Raises:
+        PlanError: A value cannot be right.
+        KeyError, TypeError, ValueError, IndexError, AttributeError: One is missing, or of another kind.
+    """
+    splits = [Split.from_data(item) for item in data["splits"]]
+
+    def split(index: int | None) -> Split | None:
+        return None if index is None else splits[_whole("an index of `splits`", index)]
+
+    mesh = Mesh(**data["mesh"])
+    spec = _spec_from_data(data["model"])
+    strange = [name for name in data["tensors"] if name not in spec.tensors]
+    if strange:
+        raise PlanError(f"the plan cuts {strange[0]}, which is no tensor of its model. Make it anew.")
+    cuts = {}
+    for name, tensor in spec.tensors.items():
+        cut = data["tensors"].get(name, {})
+        cuts[name] = TensorPlan(
+            name, tensor.shape, cut.get("dim"), split(cut.get("split")), cut.get("partial_grad", False)
+        )
+        _check_cut(cuts[name], mesh.tp)
+    modules = {p: ModulePlan.from_data(p, {**m, "split": split(m["split"])}) for p, m in data["modules"].items()}
+    attention = {
+        p: AttentionPlan(p, a["num_heads"], a["num_kv_heads"], split(a["heads"]), split(a["kv_heads"]))  # type: ignore[arg-type]
+        for p, a in data["attention"].items()
+    }
+    _check_parts(modules, attention, mesh.tp)
+    layout = PipelineParallelLayerLayout(data["layout"], mesh.pp)
+    placement = data.get("placement", "loop")
+    if placement not in PLACEMENTS:
+        raise PlanError(f"placement must be one of {', '.join(PLACEMENTS)}, but is {placement!r:.100}.")
+    return PlanFacts(
+        spec, mesh, layout, Rules(tuple(Rule(**rule) for rule in data["rules"]), _is(bool, "proven", data["proven"])),
+        MappingProxyType(modules), MappingProxyType(attention), MappingProxyType(cuts), placement,
+    )  # fmt: skip
+
+
+def _spec_from_data(model: Mapping[str, Any]) -> ModelSpec:
+    tensors = {
+        name: TensorSpec(
+            name,
+            _shape(t["shape"]),
+            t.get("tied_to"),
+            _is(bool, "is_buffer", t.get("is_buffer", False)),
+            _bits(t.get("packed_bits")),
+        )
+        for name, t in model["tensors"].items()
+    }
+    for name, tensor in tensors.items():
+        if tensor.tied_to is not None and tensors[tensor.tied_to].shape != tensor.shape:
+            raise PlanError(f"tensor {name} cannot share the memory of {tensor.tied_to}, which has another shape.")
+    texts: dict[str, Any] = {k: _is(str, k, model[k]) for k in ("family", "architecture", "layers", "dtype")}
+    numbers: dict[str, Any] = {
+        k: _whole(k, model[k]) for k in ("num_layers", "num_heads", "num_kv_heads", "vocab_size")
+    }
+    linears = model["linears"]
+    spec = ModelSpec(
+        **texts,
+        **numbers,
+        tensors=MappingProxyType(tensors),
+        config=MappingProxyType(dict(model["config"])),
+        linears=None if linears is None else frozenset(_is(str, "linears", path) for path in linears),
+        towers=tuple(_is(str, "towers", path) for path in model.get("towers", ())),
+    )
+    if spec.dtype not in DTYPE_BYTES:
+        raise PlanError(f"the model's dtype must be one of {', '.join(DTYPE_BYTES)}, but is {spec.dtype!r:.40}.")
+    for name in tensors:
+        spec.layer_of(name)
+    return spec
+
+
+def _check_cut(cut: TensorPlan, tp: int) -> None:
+    _is(bool, "partial_grad", cut.partial_grad)
+    if (cut.dim is None) != (cut.split is None):
+        raise PlanError(f"tensor {cut.name}: `dim` and `split` go together, but one is missing.")
+    if cut.dim is None or cut.split is None:
+        return
+    if _whole("dim", cut.dim) >= len(cut.shape) or (cut.split.parts, cut.split.size) != (tp, cut.shape[cut.dim]):
+        raise PlanError(
+            f"tensor {cut.name}: its split ({cut.split}) along dim {cut.dim} does not fit its shape {cut.shape} and tp={tp}."
+        )
+
+
+def _check_parts(modules: Mapping[str, ModulePlan], attention: Mapping[str, AttentionPlan], tp: int) -> None:
+    for module in modules.values():
+        flags = (module.gather_output, module.split_input, module.transposed)
+        blocks = [block for blocks in module.expand if blocks is not None for block in blocks]
+        if (
+            module.style not in STYLES
+            or any(type(flag) is not bool for flag in flags)
+            or any(
+                type(number) is not int or number < 0 for number in (module.copy_output, module.expand_width, *blocks)
+            )
+            or len(module.expand) not in (0, tp)
+            or (module.split is None) != (module.style == "replicate")
+            or (module.split is not None and module.split.parts != tp)
+        ):
+            raise PlanError(f"module {module.path}: {module} is not how a module can be split over {tp} ranks.")
+    for heads in attention.values():
+        sizes = (_whole("num_heads", heads.num_heads), _whole("num_kv_heads", heads.num_kv_heads))
+        if (
+            not all(isinstance(split, Split) for split in (heads.heads, heads.kv_heads))
+            or sizes != (heads.heads.size, heads.kv_heads.size)
+            or {heads.heads.parts, heads.kv_heads.parts} != {tp}
+        ):
+            raise PlanError(f"attention {heads.path}: {heads} is not how heads can be split over {tp} ranks.")
+
+
+def _is(kind: type[Any], name: str, value: Any) -> Any:
+    if type(value) is not kind:
+        raise PlanError(f"{name} must be a {kind.__name__}, but is {value!r:.100}.")
+    return value
+
+
+def _bits(value: Any) -> float | None:
+    """Bits of an element, or none where they are those of the model's dtype."""
+    if value is None:
+        return None
+    if type(value) not in (int, float) or not 0 < value <= 64:
+        raise PlanError(f"`packed_bits` must be a number in (0, 64], but is {value!r:.40}.")
+    return float(value)
+
+
+def _whole(name: str, value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise PlanError(f"{name} must be a whole number of at least 0, but is {value!r:.100}.")
+    return value
+
+
+@lru_cache(maxsize=4096)
+def _shape_of(values: tuple[Any, ...]) -> tuple[int, ...]:
+    for value in values:
+        _whole("a size", value)
+    return values
+
+
+def _shape(values: list[Any]) -> tuple[int, ...]:
+    return _shape_of(tuple(values))

@@ -1,0 +1,140 @@
+"""How the tensors, modules and attention layers of a model are divided over the tensor ranks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from typing import Any
+
+from partita.core.sharding.rules import Style
+from partita.core.sharding.split import Split, kv_positions
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """How one tensor is cut over the tensor axis.
+
+    Attributes:
+        name: Its name in the unsplit model.
+        shape: Its unsplit shape.
+        dim: The dimension that is cut, or None where every rank holds the whole.
+        split: Who holds what of that dimension.
+        partial_grad: Whether ranks that hold the same elements each see a part of their gradient, to be summed.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dim: int | None = None
+    split: Split | None = None
+    partial_grad: bool = False
+
+    def local_shape(self, tp_rank: int) -> tuple[int, ...]:
+        """The shape of a tensor rank's part."""
+        if self.split is None or self.dim is None:
+            return self.shape
+        return (*self.shape[: self.dim], self.split.local_size(tp_rank), *self.shape[self.dim + 1 :])
+
+    def local_numel(self, tp_rank: int) -> int:
+        """Elements of a tensor rank's part."""
+        return math.prod(self.local_shape(tp_rank))
+
+    def ranges(self, tp_rank: int) -> tuple[tuple[tuple[int, int], ...], ...]:
+        """For each dimension the ranges of the unsplit tensor that a tensor rank holds, in local order."""
+        ranges = [((0, size),) for size in self.shape]
+        if self.split is not None and self.dim is not None:
+            return (*ranges[: self.dim], self.split.ranges(tp_rank), *ranges[self.dim + 1 :])
+        return tuple(ranges)
+
+    def owned_ranges(self, tp_rank: int) -> tuple[tuple[tuple[int, int], ...], ...]:
+        """Like `ranges`, but of what the rank owns: over all tensor ranks every element once."""
+        if self.split is None or self.dim is None:
+            return self.ranges(tp_rank) if tp_rank == 0 else ((),) * len(self.shape)
+        return (
+            *self.ranges(tp_rank)[: self.dim],
+            self.split.owned_ranges(tp_rank),
+            *self.ranges(tp_rank)[self.dim + 1 :],
+        )
+
+
+@dataclass(frozen=True)
+class ModulePlan:
+    """How one module is split.
+
+    Attributes:
+        path: Its path in the model.
+        style: See `Rule`.
+        split: Who holds what of its cut dimension: a column layer's outputs, a row layer's inputs, the vocabulary.
+        gather_output: Whether its parts are put together again after it.
+        split_input: Whether it gets its whole input and takes its part of it.
+        transposed: Whether its weight lies [in, out].
+        copy_output: How many of its last outputs go straight into a split region.
+        expand: For each tensor rank, the blocks of `expand_width` local outputs in the order (and as often) as the
+            attention needs them: KV heads repeated for query heads whose number is not the same for all. None: as is.
+        expand_width: Outputs of one block.
+    """
+
+    path: str
+    style: Style
+    split: Split | None = None
+    gather_output: bool = False
+    split_input: bool = False
+    transposed: bool = False
+    copy_output: int = 0
+    expand: tuple[tuple[int, ...] | None, ...] = ()
+    expand_width: int = 0
+
+    def to_data(self) -> dict[str, Any]:
+        """Plain data for JSON, the split left as it is."""
+        data = asdict(replace(self, split=None))
+        del data["path"]
+        return {**data, "expand": [None if e is None else list(e) for e in self.expand] if any(self.expand) else []}
+
+    @classmethod
+    def from_data(cls, path: str, data: Mapping[str, Any]) -> ModulePlan:
+        """The inverse of `to_data`."""
+        expand = tuple(None if e is None else tuple(e) for e in data.get("expand", ()))
+        return cls(path, **{**data, "expand": expand})
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """The heads of one attention module over the tensor ranks.
+
+    Attributes:
+        path: The module that holds the projections.
+        num_heads: Query heads of the unsplit module.
+        num_kv_heads: Its KV heads.
+        heads: Which query heads each rank has.
+        kv_heads: Which KV heads each rank has; copies where there are fewer than ranks.
+    """
+
+    path: str
+    num_heads: int
+    num_kv_heads: int
+    heads: Split
+    kv_heads: Split
+
+    def local_heads(self, tp_rank: int) -> int:
+        """Query heads of a tensor rank."""
+        return self.heads.local_size(tp_rank)
+
+    def local_kv_heads(self, tp_rank: int) -> int:
+        """KV heads that a tensor rank's attention sees: as many as query heads where they had to be expanded."""
+        expanded = kv_expansion(self.num_heads // self.num_kv_heads, self.heads)[tp_rank]
+        return self.kv_heads.local_size(tp_rank) if expanded is None else self.local_heads(tp_rank)
+
+
+@cache
+def kv_expansion(group: int, heads: Split) -> tuple[tuple[int, ...] | None, ...]:
+    """For each rank the positions of the KV heads of its query heads where repeating them evenly would not do.
+
+    `group` query heads share a KV head; `heads` are the query heads of each rank.
+    """
+    expansion: list[tuple[int, ...] | None] = []
+    for rank in range(heads.parts):
+        positions = kv_positions(group, heads, rank)
+        counts = {positions.count(position) for position in positions}
+        expansion.append(None if len(counts) == 1 else positions)
+    return tuple(expansion)

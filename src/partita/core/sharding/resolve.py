@@ -1,0 +1,261 @@
+"""From rules to cuts: which dimension of each tensor of a model is split over the tensor axis, and where."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cache
+from types import MappingProxyType
+
+from partita.core.model.spec import ModelSpec, TensorSpec, config_number, text_config
+from partita.core.sharding.cuts import AttentionPlan, ModulePlan, TensorPlan, kv_expansion
+from partita.core.sharding.rules import Rule, Rules, isolate
+from partita.core.sharding.split import Split
+from partita.errors import PlanError
+
+Resolved = tuple[Mapping[str, ModulePlan], Mapping[str, AttentionPlan], Mapping[str, TensorPlan]]
+
+
+def resolve(spec: ModelSpec, tp: int, rules: Rules) -> Resolved:
+    """Every module and tensor of `spec` over `tp` ranks, as `rules` say.
+
+    A dimension with fewer units than ranks is not cut; where it is the heads, each projection of the attention is split by
+    itself instead, so that the memory is still shared.
+    """
+    text = [path for path in spec.modules if tp > 1 and not spec.is_in_tower(path)]
+    found = {path: rules.find(path) or _rule_of_tied_head(spec, path, rules) for path in text}
+    resolver = _Resolver(spec, tp, _heads_together(spec, found))
+    for path, rule in found.items():
+        if rule is not None:
+            resolver.add(path, rule)
+    resolver.follow_ties()
+    cuts = {name: resolver.cuts.get(name, TensorPlan(name, t.shape)) for name, t in spec.tensors.items()}
+    return MappingProxyType(resolver.modules), MappingProxyType(resolver.attention), MappingProxyType(cuts)
+
+
+def _rule_of_tied_head(spec: ModelSpec, path: str, rules: Rules) -> Rule | None:
+    """The rule of a linear layer that none names but whose weight is a split vocabulary's embedding (`vocab_projector`)."""
+    weight = spec.tensors.get(f"{path}.weight")
+    if weight is None or weight.tied_to is None or path not in (spec.linears or ()):
+        return None
+    rule = rules.find(weight.tied_to.rpartition(".")[0])
+    return rule if rule is not None and rule.style == "vocab" else None
+
+
+def _heads_together(spec: ModelSpec, rules: Mapping[str, Rule | None]) -> int:
+    """How many heads next to each other no cut may part, as their outputs share quantization groups of the layer behind."""
+    together = 1
+    for path, rule in rules.items():
+        weight = spec.tensors.get(f"{path}.weight")
+        if rule is None or weight is None or rule.style != "row" or rule.over != "heads" or not spec.num_heads:
+            continue
+        inputs = weight.shape[0 if rule.transposed else -1]
+        # Only what is a whole number of groups is quantized.
+        if inputs % spec.quantization_group == 0 and inputs % spec.num_heads == 0:
+            width = inputs // spec.num_heads
+            together = math.lcm(together, spec.quantization_group // math.gcd(width, spec.quantization_group))
+    return together
+
+
+class _Resolver:
+    def __init__(self, spec: ModelSpec, tp: int, together: int) -> None:
+        self.spec = spec
+        self.tp = tp
+        self.together = together
+        self.modules: dict[str, ModulePlan] = {}
+        self.attention: dict[str, AttentionPlan] = {}
+        self.cuts: dict[str, TensorPlan] = {}
+
+    def add(self, path: str, rule: Rule) -> None:
+        tensors = {t.name.rpartition(".")[2]: t for t in self.spec.module_tensors(path)}
+        if rule.over in ("heads", "kv_heads", "qkv", "qkv_by_head") and rule.style in ("column", "row"):
+            if not self.spec.num_heads:
+                raise PlanError(
+                    f"{path}: the config does not say how many attention heads there are, so they cannot be split."
+                )
+            if self._too_few_heads(rule):
+                rule = isolate(rule)
+        if rule.style == "replicate":
+            self._replicate(path, rule, tensors)
+        elif rule.style == "experts":
+            self._experts(path, tensors)
+        elif rule.style == "head":
+            self._head(tensors)
+        elif "weight" in tensors and len(tensors["weight"].shape) in (2, 3):
+            self._linear(path, rule, tensors)
+        elif rule.style != "vocab" or "weight" in tensors:
+            # (A module called as a head may hold a bias alone, beside the linear layer that is the head.)
+            shapes = ", ".join(f"{name} {t.shape}" for name, t in tensors.items())
+            raise PlanError(
+                f"{path}: the style {rule.style} needs a weight of two dimensions, or of three where layers are stacked, but "
+                f"it holds {shapes}."
+            )
+
+    def _too_few_heads(self, rule: Rule) -> bool:
+        if rule.over == "qkv_by_head" and self.spec.num_kv_heads != self.spec.num_heads:
+            raise PlanError(
+                f"rule {rule.pattern!r}: qkv_by_head needs as many KV heads as heads, but there are "
+                f"{self.spec.num_kv_heads} and {self.spec.num_heads}."
+            )
+        return not self._has_heads
+
+    @property
+    def _has_heads(self) -> bool:
+        """Whether every rank can have heads of its own."""
+        return self.spec.num_heads % self.together == 0 and self.spec.num_heads // self.together >= self.tp
+
+    def _replicate(self, path: str, rule: Rule, tensors: Mapping[str, TensorSpec]) -> None:
+        copies = config_number(text_config(self.spec.config), rule.copy_output) if rule.copy_output else 0
+        if copies and self._has_heads:
+            self.modules[path] = ModulePlan(path, "replicate", copy_output=copies)
+        if rule.partial_grad and self._has_heads:
+            for tensor in tensors.values():
+                self.cuts[tensor.name] = TensorPlan(tensor.name, tensor.shape, partial_grad=True)
+
+    def _linear(self, path: str, rule: Rule, tensors: Mapping[str, TensorSpec]) -> None:
+        weight = tensors["weight"]
+        out_dim, in_dim = len(weight.shape) - 2, len(weight.shape) - 1
+        if rule.transposed:
+            out_dim, in_dim = in_dim, out_dim
+        dim = in_dim if rule.style in ("row", "embedding") else out_dim
+        split = self._split(path, rule, weight.shape[dim])
+        if split is None:
+            return
+        expand, width = _expand(rule, self.spec, self.tp, split.size, self.together)
+        self.modules[path] = ModulePlan(
+            path,
+            rule.style,
+            split,
+            rule.gather_output,
+            rule.split_input,
+            rule.transposed,
+            expand=expand,
+            expand_width=width,
+        )
+        copies = not split.is_partition
+        self.cuts[weight.name] = TensorPlan(weight.name, weight.shape, dim, split, partial_grad=copies)
+        bias = tensors.get("bias")
+        if bias is not None and rule.style in ("column", "vocab"):
+            self.cuts[bias.name] = TensorPlan(bias.name, bias.shape, len(bias.shape) - 1, split, partial_grad=copies)
+        if rule.style == "column" and rule.over in ("heads", "qkv", "qkv_by_head"):
+            parent = path.rpartition(".")[0]
+            self.attention[parent] = _attention(
+                parent, self.spec.num_heads, self.spec.num_kv_heads, self.tp, self.together
+            )
+
+    def _split(self, path: str, rule: Rule, size: int) -> Split | None:
+        heads, kv_heads, tp = self.spec.num_heads, self.spec.num_kv_heads, self.tp
+        units = {"heads": heads, "kv_heads": kv_heads, "qkv": heads + 2 * kv_heads, "qkv_by_head": heads, "gate_up": 2}
+        unit = units.get(rule.over, 1)
+        if unit and size % unit:
+            raise PlanError(
+                f"{path}: its {size} {'inputs' if rule.style == 'row' else 'outputs'} are not a multiple of {unit}, as "
+                f"`{rule.over}` with {heads} heads and {kv_heads} KV heads needs. Its rule is not right for this model."
+            )
+        if rule.over == "features":
+            return self._even(size, 1 if rule.style == "vocab" or rule.gather_output else self.spec.quantization_group)
+        if rule.over == "gate_up":
+            half = self._even(size // 2, self.spec.quantization_group)
+            return Split.concat([half, half]) if half is not None else None
+        width = size // unit
+        queries = _heads(heads, kv_heads, tp, width, self.together)
+        keys = _kv_heads(heads, kv_heads, tp, width, self.together)
+        return {"heads": queries, "qkv_by_head": queries, "kv_heads": keys}.get(rule.over) or Split.concat(
+            [queries, keys, keys]
+        )
+
+    def _even(self, size: int, group: int) -> Split | None:
+        """`size` dealt in whole quantization groups; None where there are fewer than ranks."""
+        # What is not a whole number of groups is not quantized.
+        unit = group if size % group == 0 else 1
+        return _even(size, self.tp, unit=unit) if size // unit >= self.tp else None
+
+    def _head(self, tensors: Mapping[str, TensorSpec]) -> None:
+        for tensor in tensors.values():
+            heads = self.spec.num_heads
+            if tensor.shape and self._has_heads and tensor.shape[0] % heads == 0:
+                split = _heads(heads, self.spec.num_kv_heads, self.tp, tensor.shape[0] // heads, self.together)
+                self.cuts[tensor.name] = TensorPlan(tensor.name, tensor.shape, 0, split)
+
+    def _experts(self, path: str, tensors: Mapping[str, TensorSpec]) -> None:
+        """Fused experts `[E, 2I, H]` and `[E, H, I]`: the inner width I is cut. Others stay whole."""
+        up, down = tensors.get("gate_up_proj"), tensors.get("down_proj")
+        if up is None or down is None or set(tensors) != {"gate_up_proj", "down_proj"} or len(up.shape) != 3:
+            return
+        inner = down.shape[2]
+        if up.shape[1:] != (2 * inner, down.shape[1]) or inner < self.tp:
+            return
+        # Grouped kernels want rows of whole 16 bytes: eight elements of the narrowest dtype.
+        unit = 8 if inner % 8 == 0 and inner // 8 >= self.tp else 1
+        split = _even(inner, self.tp, unit=unit)
+        self.modules[path] = ModulePlan(path, "experts", split)
+        self.cuts[up.name] = TensorPlan(up.name, up.shape, 1, Split.concat([split, split]))
+        self.cuts[down.name] = TensorPlan(down.name, down.shape, 2, split)
+
+    def follow_ties(self) -> None:
+        """A tied tensor is cut as what it shares memory with."""
+        for name, tensor in self.spec.tensors.items():
+            if tensor.tied_to is None:
+                continue
+            mine, other = self.cuts.get(name), self.cuts.get(tensor.tied_to)
+            if mine is not None and other is None and len(tensor.shape) == 1:
+                # A bias that its module holds for another (BERT's `cls.predictions.bias`) and does not use itself.
+                self.cuts[tensor.tied_to] = replace(mine, name=tensor.tied_to)
+            elif mine is None or other is None:
+                # Where one of the two cannot be cut, neither is.
+                self._leave_whole(name)
+                self._leave_whole(tensor.tied_to)
+            elif (mine.dim, mine.split) != (other.dim, other.split):
+                raise PlanError(
+                    f"{name} shares its memory with {tensor.tied_to}, but the rules cut the two in different ways. "
+                    "Give both the same style, e.g. vocab."
+                )
+
+    def _leave_whole(self, name: str) -> None:
+        path = name.rpartition(".")[0]
+        self.modules.pop(path, None)
+        for tensor in self.spec.module_tensors(path):
+            self.cuts.pop(tensor.name, None)
+
+
+def _attention(path: str, heads: int, kv_heads: int, tp: int, together: int) -> AttentionPlan:
+    return AttentionPlan(
+        path, heads, kv_heads, _heads(heads, kv_heads, tp, 1, together), _kv_heads(heads, kv_heads, tp, 1, together)
+    )
+
+
+def _expand(
+    rule: Rule, spec: ModelSpec, tp: int, size: int, together: int
+) -> tuple[tuple[tuple[int, ...] | None, ...], int]:
+    """Which local output blocks a projection of keys and values must repeat on each rank, and their width."""
+    if rule.style != "column" or rule.over not in ("kv_heads", "qkv"):
+        return (), 0
+    attention = _attention("", spec.num_heads, spec.num_kv_heads, tp, together)
+    expansion = kv_expansion(spec.num_heads // spec.num_kv_heads, attention.heads)
+    if not any(expansion):
+        return (), 0
+    if rule.over == "kv_heads":
+        return expansion, size // spec.num_kv_heads
+    fused: list[tuple[int, ...] | None] = []
+    for rank, positions in enumerate(expansion):
+        if positions is None:
+            fused.append(None)
+            continue
+        queries, keys = attention.heads.local_size(rank), attention.kv_heads.local_size(rank)
+        starts = (queries, queries + keys)
+        fused.append((*range(queries), *(start + position for start in starts for position in positions)))
+    return tuple(fused), size // (spec.num_heads + 2 * spec.num_kv_heads)
+
+
+_even = cache(Split.even)
+
+
+@cache
+def _heads(heads: int, kv_heads: int, tp: int, width: int, together: int) -> Split:
+    return Split.heads(heads, kv_heads, tp, width=width, unit=together)
+
+
+@cache
+def _kv_heads(heads: int, kv_heads: int, tp: int, width: int, together: int) -> Split:
+    return Split.kv_heads(heads, kv_heads, tp, width=width, unit=together)

@@ -1,0 +1,90 @@
+"""The text of new ids behind a prompt, made as they come: it only grows, so what was shown stays true."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+
+from partita.generation.tokenizer import Tokenizer
+
+REPLACEMENT = "\ufffd"
+"""What decoders write for bytes that are no UTF-8 text, and so for the first bytes of a character."""
+
+MOST_CONTEXT_TOKENS = 16
+"""How many of a prompt's last tokens are decoded with the first new one, at most."""
+
+
+class NewText:
+    """The text of new ids, decoded with what stands before them.
+
+    Many tokenizers write a token differently at the beginning of a text (without its space) than behind another one. So new
+    ids are decoded behind the last ones of known text, of which the text is then taken away. Ids whose text ends in the
+    middle of a character wait for the next. Special tokens are a part of `text`, so that a stop text can name them, and
+    `shown` leaves them out.
+
+    Attributes:
+        text: What is certain so far, special tokens included.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt: list[int]) -> None:
+        """Begin behind the ids of `prompt`."""
+        self.text = ""
+        self._tokenizer = tokenizer
+        self._context = self._end_of(prompt)
+        self._waiting: list[int] = []
+        self._of_waiting = 0
+        self._special: list[tuple[int, int]] = []
+
+    def add(self, token: int) -> None:
+        """Append the text that `token` makes certain."""
+        if token in self._tokenizer.special_ids:
+            self.end()
+            start = len(self.text)
+            self.text += self._tokenizer.name(token)
+            self._special.append((start, len(self.text)))
+            return
+        self._waiting.append(token)
+        text = self._text_of_waiting()
+        certain = text.rstrip(REPLACEMENT)
+        self.text += certain[self._of_waiting :]
+        self._of_waiting = max(self._of_waiting, len(certain))
+        if certain == text:
+            self._settle(text)
+
+    def end(self) -> None:
+        """Append the text of bytes that wait for the rest of their character, since it does not come."""
+        if self._waiting:
+            text = self._text_of_waiting()
+            self.text += text[self._of_waiting :]
+            self._settle(text)
+
+    def shown(self, start: int, stop: int) -> str:
+        """`text[start:stop]` without special tokens."""
+        parts = []
+        for first, last in self._special[bisect_right(self._special, start, key=lambda span: span[1]) :]:
+            parts.append(self.text[start : min(first, stop)])
+            start = max(start, last)
+        return "".join([*parts, self.text[start:stop]])
+
+    def _end_of(self, prompt: list[int]) -> list[int]:
+        """The fewest last ids of a prompt that are text by themselves, without special tokens."""
+        ids = [i for i in prompt if i not in self._tokenizer.special_ids][-MOST_CONTEXT_TOKENS:]
+        for start in range(len(ids) - 1, 0, -1):
+            text = self._tokenizer.decode(ids[start:])
+            if text and REPLACEMENT not in text:
+                return ids[start:]
+        return ids
+
+    def _text_of_waiting(self) -> str:
+        before = self._tokenizer.decode(self._context) if self._context else ""
+        text = self._tokenizer.decode(self._context + self._waiting)
+        if text.startswith(before) and not before.endswith(REPLACEMENT):
+            return text[len(before) :]
+        # A stray byte behind others makes some decoders give up the characters before it too, and a new byte may belong to a
+        # character that the prompt began.
+        alone = self._tokenizer.decode(self._waiting)
+        return text[len(before) :] if text.startswith(before) and text[len(before) :].endswith(alone) else alone
+
+    def _settle(self, text: str) -> None:
+        if text or not self._context:
+            self._context = self._waiting
+        self._waiting, self._of_waiting = [], 0

@@ -1,0 +1,232 @@
+"""How tokens are chosen, what is generated, and one sequence on its way there."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from partita.errors import PlanError
+from partita.generation.new_text import NewText
+from partita.generation.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from partita.generation.choice import Choice
+
+OnText = Callable[[int, str], None]
+"""Told of new text as it comes, with the prompt's place."""
+
+
+def _is_whole(value: object, least: int = 0) -> bool:
+    return type(value) is int and value >= least
+
+
+def _is_in(value: Any, low: float, high: float, *, open_below: bool = False) -> bool:
+    """Whether it is a finite number from `low` to `high`."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and low <= value <= high and value < math.inf and not (open_below and value == low)
+
+
+def _are_ids(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and all(_is_whole(i) for i in value)
+
+
+def _is_bias(value: Any) -> bool:
+    pairs = value.items() if isinstance(value, Mapping) else value
+    return all(_is_whole(i) and _is_in(abs(b), 0, math.inf) for i, b in pairs)
+
+
+def _are_words(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and all(_are_ids(word) and word for word in value)
+
+
+RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "max_new_tokens": (lambda v: _is_whole(v, 1), "a whole number of at least 1"),
+    "max_length": (lambda v: _is_whole(v, 1), "a whole number of at least 1"),
+    "temperature": (lambda v: _is_in(v, 0, math.inf), "a finite number of at least 0 (0 is greedy)"),
+    "top_k": (_is_whole, "a whole number of at least 0 (0 for all)"),
+    "top_p": (lambda v: _is_in(v, 0, 1, open_below=True), "in (0, 1] (1 for all)"),
+    "min_p": (lambda v: _is_in(v, 0, 1), "in [0, 1] (0 for all)"),
+    "repetition_penalty": (
+        lambda v: _is_in(v, 0, math.inf, open_below=True),
+        "a finite number of more than 0 (1 for none)",
+    ),
+    "presence_penalty": (lambda v: _is_in(abs(v), 0, math.inf), "a finite number (0 for none)"),
+    "frequency_penalty": (lambda v: _is_in(abs(v), 0, math.inf), "a finite number (0 for none)"),
+    "penalty_window": (_is_whole, "a whole number of at least 0 (0 for all tokens)"),
+    "logit_bias": (_is_bias, "finite numbers by id, as in {17: -2.5}"),
+    "xtc_probability": (lambda v: _is_in(v, 0, 1), "in [0, 1] (0 for none)"),
+    "xtc_threshold": (lambda v: _is_in(v, 0, 0.5), "in [0, 0.5]"),
+    "no_repeat_ngram_size": (_is_whole, "a whole number of at least 0 (0 for none)"),
+    "bad_words_ids": (_are_words, "a list of lists of ids"),
+    "suppress_tokens": (_are_ids, "a list of ids"),
+    "begin_suppress_tokens": (_are_ids, "a list of ids"),
+    "min_new_tokens": (_is_whole, "a whole number of at least 0"),
+    "min_length": (_is_whole, "a whole number of at least 0"),
+    "seed": (_is_whole, "a whole number of at least 0"),
+}
+"""For each setting, what a value must be, as a test and in words."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen.
+
+    What is None is taken from the model's generation config (`generation_config.json`), and what that leaves open is as in
+    transformers: without `do_sample` tokens are chosen greedily, with it at temperature 1 among the 50 most likely.
+
+    Attributes:
+        max_new_tokens: Tokens after which a sequence ends at the latest; 64 where the model sets no limit either.
+        temperature: Divides the logits; 0 takes the most likely token every time. A number above 0 samples.
+        top_k: Only this many of the most likely tokens; 0 for all. Like `top_p` and `min_p` it matters only for sampling.
+        top_p: Only the most likely tokens that have this probability together (nucleus sampling: Holtzman et al. 2020,
+            1904.09751).
+        min_p: Only tokens at least as likely as this fraction of the most likely one (2407.01082).
+        repetition_penalty: Divides the logits of tokens that were there already (Keskar et al. 2019, 1909.05858); 1 for none.
+        presence_penalty: Subtracted from the logits of tokens that appeared; 0 for none.
+        frequency_penalty: Subtracted from the logit of a token for each time that it appeared; 0 for none.
+        penalty_window: The three penalties count only this many of the last tokens, the prompt included; 0 for all.
+        logit_bias: Numbers that are added to the logits of ids, before the penalties.
+        xtc_probability: The probability with which a token is chosen without the most likely ones (XTC, "exclude top choices"):
+            after all other filters, every token of at least `xtc_threshold` is excluded but the least likely of them. End
+            tokens are never excluded. It matters only for sampling; 0 for none.
+        xtc_threshold: The probability from which XTC excludes tokens, at most 0.5.
+        no_repeat_ngram_size: No sequence of so many tokens appears twice; 0 for no such rule.
+        bad_words_ids: Sequences of ids that must not appear.
+        suppress_tokens: Ids that are never chosen.
+        begin_suppress_tokens: Ids that are not chosen as the first new token.
+        min_new_tokens: No sequence ends before it has so many new tokens.
+        seed: Each sequence draws from its own generator of this seed and its place among the prompts.
+        stop: A sequence ends before the first of these texts, which may be or contain special tokens.
+        ignore_eos: Whether a sequence goes on after an end token.
+        use_generation_config: Whether more than the end tokens is taken from the model's generation config.
+    """
+
+    max_new_tokens: int | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+    no_repeat_ngram_size: int | None = None
+    bad_words_ids: tuple[tuple[int, ...], ...] | None = None
+    suppress_tokens: tuple[int, ...] | None = None
+    begin_suppress_tokens: tuple[int, ...] | None = None
+    min_new_tokens: int | None = None
+    use_generation_config: bool = True
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    penalty_window: int = 0
+    logit_bias: Mapping[int, float] | tuple[tuple[int, float], ...] = ()
+    xtc_probability: float = 0.0
+    xtc_threshold: float = 0.1
+
+    def __post_init__(self) -> None:
+        for name, (is_right, rule) in RULES.items():
+            value = getattr(self, name, None)
+            try:
+                ok = value is None or is_right(value)
+            except (TypeError, ValueError):
+                ok = False
+            if not ok:
+                raise PlanError(f"{name} must be {rule}, but is {value!r}.")
+        if isinstance(self.logit_bias, Mapping):
+            # A frozen dataclass must be hashable.
+            object.__setattr__(self, "logit_bias", tuple(self.logit_bias.items()))
+        stop: object = self.stop
+        if isinstance(stop, str) or not all(isinstance(text, str) and text for text in self.stop):
+            raise PlanError(f"stop must hold texts of at least one character, as in ('END',), but is {self.stop!r}.")
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What was generated after one prompt: tokens and their text, and why it ended (`eos`, `stop` or `length`)."""
+
+    tokens: tuple[int, ...]
+    text: str
+    finish_reason: str
+
+
+@dataclass
+class Sequence:
+    """One sequence under way.
+
+    Attributes:
+        place: Its place among the prompts.
+        prompt: The ids that it continues.
+        limit: After how many tokens it ends at the latest.
+        tokens: What came after them so far.
+        finish_reason: Why it ended; empty while it goes on.
+        failure: The code that came in place of a token where logits were not finite, else 0.
+    """
+
+    place: int
+    prompt: list[int]
+    limit: int
+    tokens: list[int] = field(default_factory=list)
+    finish_reason: str = ""
+    failure: int = 0
+    _new: NewText | None = field(default=None, init=False)
+    _end: int | None = field(default=None, init=False)
+    _searched: int = field(default=0, init=False)
+    _passed_on: int = field(default=0, init=False)
+
+    @property
+    def text(self) -> str:
+        """The text of the tokens, without special ones; empty without a tokenizer."""
+        return self._new.shown(0, self._certain) if self._new is not None else ""
+
+    @property
+    def _certain(self) -> int:
+        """How many characters, special tokens included, are certain and not cut off."""
+        assert self._new is not None
+        return len(self._new.text) if self._end is None else self._end
+
+    def accept(self, token: int, choice: Choice, tokenizer: Tokenizer | None) -> None:
+        """Add a token, and end before a text of `choice.stop`, behind an end token or at the number of new tokens.
+
+        A code of `choose`, which is negative, ends it too.
+        """
+        if token < 0:
+            self.failure, self.finish_reason = token, "failure"
+            return
+        self.tokens.append(token)
+        if token in choice.eos_ids:
+            self.finish_reason = "eos"
+        elif len(self.tokens) >= self.limit:
+            self.finish_reason = "length"
+        if tokenizer is None:
+            return
+        self._new = self._new or NewText(tokenizer, self.prompt)
+        self._new.add(token)
+        if self.finish_reason:
+            self._new.end()
+        text = self._new.text
+        found = (text.find(stop, max(0, self._searched - len(stop) + 1)) for stop in choice.stop)
+        self._end = min((place for place in found if place >= 0), default=None)
+        self._searched = len(text)
+        if self._end is not None:
+            self.finish_reason = "stop"
+
+    def show(self, on_text: OnText | None, stop: tuple[str, ...] = ()) -> None:
+        """Pass on the text that is certain: no character whose bytes are not all there yet, no beginning of a stop text."""
+        if on_text is None or self._new is None:
+            return
+        certain = self._certain
+        if not self.finish_reason:
+            held = (n for text in stop for n in range(1, len(text)) if self._new.text.endswith(text[:n]))
+            certain -= max(held, default=0)
+        if certain > self._passed_on:
+            text = self._new.shown(self._passed_on, certain)
+            self._passed_on = certain
+            if text:
+                on_text(self.place, text)
+
+    @property
+    def generation(self) -> Generation:
+        """What came out."""
+        return Generation(tuple(self.tokens), self.text, self.finish_reason)

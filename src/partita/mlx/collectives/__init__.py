@@ -1,0 +1,1 @@
+"""Communicators, groups of ranks, and collectives with gradients."""

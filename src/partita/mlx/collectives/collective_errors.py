@@ -1,0 +1,35 @@
+"""What goes wrong on one rank goes wrong on all, so that none is left waiting in the next collective."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from partita.mlx.collectives.comm import Communicator
+from partita.mlx.collectives.groups import ParallelGroups
+from partita.ranks.agreement import failure_record, raise_failure_of_peer
+
+
+class _Together(AbstractContextManager[None]):
+    def __init__(self, axes: list[Communicator], rank: int) -> None:
+        self.axes, self.rank = axes, rank
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if error is not None and not isinstance(error, Exception):
+            return
+        record = failure_record(self.rank, error)
+        # Along one axis after the other, which in the end is to everybody.
+        for comm in self.axes:
+            records = comm.all_gather_object(record)
+            record = next((one for one in records if one is not None), None)
+        if error is None:
+            raise_failure_of_peer([record])
+
+
+def together(groups: ParallelGroups) -> AbstractContextManager[None]:
+    """A block at whose end every rank hears whether it went well everywhere; it holds no collective of its own.
+
+    A rank that raised raises its own error; the others raise `PeerFailed` with that of one that failed.
+    """
+    axes = [comm for comm in (groups.tp, groups.pp, groups.dp) if comm.size > 1]
+    return _Together(axes, groups.rank) if axes else nullcontext()

@@ -1,0 +1,151 @@
+"""The groups of a run along the axes of its mesh."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from partita.core.mesh import Mesh
+from partita.errors import DistributedError
+from partita.mlx.collectives.checked import CheckedCommunicator
+from partita.mlx.collectives.comm import Communicator
+from partita.ranks import liveness
+from partita.ranks.backends import MLX_BACKENDS, open_mpi, refuse_mesh
+
+_OF_LAUNCHER = {
+    "mpi": ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE"),
+    "ring": ("MLX_HOSTFILE",),
+    "jaccl": ("MLX_JACCL_COORDINATOR",),
+    "nccl": ("NCCL_HOST_IP",),
+}
+"""What a launcher leaves in the environment of a rank, by the backend that it is for."""
+
+
+@dataclass(frozen=True)
+class ParallelGroups:
+    """This rank's groups along every axis.
+
+    Attributes:
+        mesh: The mesh of the run.
+        tp: The tensor parallel group.
+        pp: The pipeline group.
+        dp: The data parallel group.
+    """
+
+    mesh: Mesh
+    tp: Communicator
+    pp: Communicator
+    dp: Communicator
+
+    @property
+    def rank(self) -> int:
+        """This rank in the whole run."""
+        return self.mesh.rank(dp=self.dp.rank, pp=self.pp.rank, tp=self.tp.rank)
+
+
+def backend_of_environment() -> str | None:
+    """The backend that the launcher of this process has prepared (mpirun, mlx.launch, ours), or None without one."""
+    if os.environ.get("OMPI_COMM_WORLD_SIZE") == "1":
+        return None  # `mpirun -n 1`, which MLX refuses to join.
+    return next(
+        (backend for backend, names in _OF_LAUNCHER.items() if any(os.environ.get(name) for name in names)), None
+    )
+
+
+_worlds: dict[tuple[str, bool, bool], Communicator] = {}
+
+
+def init(backend: str | None = None, *, reduce_in_float32: bool = False, checked: bool = False) -> Communicator:
+    """Join the ranks that the launcher's environment names, or be one rank alone where there was no launcher.
+
+    Args:
+        backend: `mpi`, `ring`, `jaccl` or `nccl`; by default what the launcher has prepared.
+        reduce_in_float32: Whether float16 and bfloat16 are summed in float32.
+        checked: Whether the ranks compare each collective before they do it; see `CheckedCommunicator`.
+
+    Returns:
+        All ranks of the run.
+
+    Raises:
+        DistributedError: The backend is none, or cannot be joined. A group of one never stands in for it.
+    """
+    backend = backend or backend_of_environment()
+    if backend is None:
+        return Communicator.single()
+    if backend not in MLX_BACKENDS:
+        raise DistributedError(f"backend must be one of {', '.join(MLX_BACKENDS)}, but is {backend!r}.")
+    key = backend, reduce_in_float32, checked
+    if key not in _worlds:
+        kind = CheckedCommunicator if checked else Communicator
+        world = kind(_join(backend), backend=backend, reduce_in_float32=reduce_in_float32)
+        _worlds[key] = world
+        liveness.join(world.rank, world.size, world.all_gather_object)
+    return _worlds[key]
+
+
+def has_met_others() -> bool:
+    """Whether this process has joined a run of several ranks."""
+    return any(world.size > 1 for world in _worlds.values())
+
+
+def _join(backend: str) -> mx.distributed.Group:
+    mpi = open_mpi() if backend == "mpi" else None
+    if mpi is not None and mpi.library is not None:
+        os.environ.setdefault("MLX_MPI_LIBNAME", mpi.library)
+    if not any(os.environ.get(name) for name in _OF_LAUNCHER[backend]):
+        raise DistributedError(
+            f"the {backend} backend needs a launcher, which sets {' or '.join(_OF_LAUNCHER[backend])}. Start the ranks with "
+            f"{'mpirun' if backend == 'mpi' else 'mlx.launch'}, or let `partita` start them."
+        )
+    try:
+        return mx.distributed.init(strict=True, backend=backend)
+    except (RuntimeError, ValueError) as error:
+        raise DistributedError(
+            f"the {backend} backend of MLX cannot be joined: {error}. Is it installed, and does the launcher match it?"
+        ) from error
+
+
+def make_groups(
+    mesh: Mesh, *, backend: str | None = None, reduce_in_float32: bool = False, checked: bool = False
+) -> ParallelGroups:
+    """The groups of `mesh` over the ranks of the run; every rank calls it. The arguments are those of `init`.
+
+    Raises:
+        DistributedError: The mesh does not have as many ranks as the run, or the backend cannot make its groups.
+    """
+    world = init(backend, reduce_in_float32=reduce_in_float32, checked=checked)
+    if mesh.size != world.size:
+        raise DistributedError(
+            f"the mesh {mesh} has {mesh.size} rank{'s' if mesh.size > 1 else ''}, but the run has {world.size}. "
+            f"Start {mesh.size}, or change dp, pp or tp so that their product is {world.size}."
+        )
+    if world.backend is not None:
+        refuse_mesh(mesh, world.backend)
+    tp, pp, dp = (_along(axis, mesh, world) for axis in ("tp", "pp", "dp"))
+    liveness.ME.stage = pp.rank
+    return ParallelGroups(mesh, tp, pp, dp)
+
+
+def _along(axis: str, mesh: Mesh, world: Communicator) -> Communicator:
+    groups = mesh.groups(axis)  # type: ignore[arg-type]
+    if len(groups[0]) == 1:
+        return Communicator.single()
+    if len(groups) == 1:
+        return world
+    mine = next(color for color, ranks in enumerate(groups) if world.rank in ranks)
+    return world.split(mine, groups[mine].index(world.rank))
+
+
+def single_groups(mesh: Mesh | None = None, *, tp: Communicator | None = None) -> ParallelGroups:
+    """The groups of one rank alone, or of ranks that have a tensor group only."""
+    alone = Communicator.single()
+    return ParallelGroups(mesh or Mesh(), tp or alone, alone, alone)
+
+
+def as_communicator(group: Communicator | mx.distributed.Group | None) -> Communicator:
+    """A group of MLX as a communicator; all ranks of the run for None."""
+    if isinstance(group, Communicator):
+        return group
+    return init() if group is None else Communicator(group)

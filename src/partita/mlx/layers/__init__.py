@@ -1,0 +1,1 @@
+"""Layers split over the tensor ranks."""

@@ -1,0 +1,253 @@
+"""A model's config as mlx-lm reads it: what newer versions of transformers write under other keys is put under those it knows.
+
+mlx-lm takes a key that is not there at its own default, which need not be transformers', by which the checkpoint was meant: its
+Llama ties the embeddings, its Qwen2 has another rotary base. So what is not there is filled in. transformers 5 writes
+`rope_parameters` where there were `rope_theta` and `rope_scaling`, so that mlx-lm would compute with another base than was
+trained, and say nothing.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import inspect
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from partita.checkpoint.index import open_checkpoint
+from partita.core.model.spec import read_config, text_config
+from partita.errors import CheckpointError, DependencyError, ModelError
+from partita.mlx.mlx_lm_internals import config_class, quiet
+
+FORMATS: Mapping[str, dict[str, Any]] = MappingProxyType(
+    {
+        "mxfp4": {"group_size": 32, "bits": 4, "mode": "mxfp4"},
+        "mxfp8": {"group_size": 32, "bits": 8, "mode": "mxfp8"},
+    }
+)
+"""`quant_method`s of transformers that are modes of `mx.quantize` of the same name."""
+
+_OTHER_NAMES = (
+    ("n_ctx", "n_positions"),
+    ("num_experts", "num_local_experts"),
+    ("num_local_experts", "num_experts"),
+    ("sliding_window_pattern", "_sliding_window_pattern"),
+)
+"""Keys that mlx-lm asks for, and those under which transformers writes the same."""
+
+WINDOWS: Mapping[str, int] = MappingProxyType({"mistral": 4096, "gemma2": 4096, "dots1": 4096})
+"""The sliding window of a config that has no word about it, by family, as transformers has it."""
+
+
+def read_mlx_config(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
+    """A model's config as mlx-lm takes it, from plain data, a `config.json` or a folder that holds one.
+
+    Raises:
+        ModelError: It cannot be read, or it is quantized in a way that mlx-lm must convert first.
+    """
+    config = plain_numbers(read_config(source))
+    _add_tie(config, source)
+    _complete(config)
+    _rename(config)
+    for part in ("text_config", "llm_config", "language_config"):
+        if isinstance(config.get(part), dict):
+            _rename(config[part])
+            _add_window(config[part])
+    _add_window(config)
+    _name_quantization(config)
+    return config
+
+
+def plain_numbers(value: Any) -> Any:
+    """A copy in which numbers that transformers writes as `{"__float__": "Infinity"}` are numbers."""
+    if isinstance(value, Mapping):
+        if set(value) == {"__float__"}:
+            return float(value["__float__"])
+        return {key: plain_numbers(item) for key, item in value.items()}
+    return [plain_numbers(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _add_tie(config: dict[str, Any], source: str | Path | Mapping[str, Any]) -> None:
+    """Of weights on disk without a word about it, whether there is a head tells whether it is the embedding."""
+    if isinstance(source, Mapping) or not Path(source).is_dir() or "tie_word_embeddings" in text_config(config):
+        return
+    try:
+        names = open_checkpoint(Path(source)).tensors
+    except CheckpointError:
+        return  # a config alone, or weights that will be refused where they are read
+    part: Any = text_config(config)
+    part["tie_word_embeddings"] = not any(HEAD.search(name) for name in names)
+
+
+HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output)\.weight$")
+"""The names that heads have."""
+
+
+def _complete(config: dict[str, Any]) -> None:
+    """Fill in what the config leaves to transformers' defaults, where transformers knows the family."""
+    known = transformers_config(config)
+    if known is not None:
+        _fill(config, plain_numbers(known.to_dict()))
+
+
+def transformers_config(config: Mapping[str, Any]) -> Any:
+    """The config as transformers' own class reads it, without torch; None if transformers lacks the family or rejects it."""
+    try:
+        with quiet():
+            return config_class(config["model_type"]).from_dict(_without_old_rotary_keys(config))
+    except DependencyError:
+        raise
+    except Exception:
+        return None
+
+
+def _without_old_rotary_keys(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config without `rope_scaling` where it has `rope_parameters`, since transformers would prefer the old key."""
+    old = {"rope_scaling"} if isinstance(config.get("rope_parameters"), Mapping) else set()
+    return {
+        key: _without_old_rotary_keys(value) if key.endswith("_config") and isinstance(value, Mapping) else value
+        for key, value in copy.deepcopy(dict(config)).items()
+        if key not in old
+    }
+
+
+def _fill(config: dict[str, Any], whole: Mapping[str, Any]) -> None:
+    has_rope = any(name in config for name in ("rope_parameters", "rope_theta", "rope_scaling"))
+    for name, value in whole.items():
+        if isinstance(value, dict) and isinstance(config.get(name), dict):
+            if name.endswith("_config") and name != "quantization_config":
+                _fill(config[name], value)
+        elif name not in config and (
+            isinstance(value, bool | int | float | str) or (name == "rope_parameters" and not has_rope)
+        ):
+            config[name] = value
+
+
+def _rename(config: dict[str, Any]) -> None:
+    for name, other in _OTHER_NAMES:
+        if config.get(name) is None and config.get(other) is not None:
+            config[name] = config[other]
+    rope = config.get("rope_parameters")
+    if not isinstance(rope, dict):
+        return
+    full = rope.get("full_attention", rope)
+    for name, value in _rope_keys(full).items():
+        if config.get(name) is None:
+            config[name] = value
+    sliding = rope.get("sliding_attention")
+    if isinstance(sliding, dict) and config.get("rope_local_base_freq") is None and "rope_theta" in sliding:
+        config["rope_local_base_freq"] = sliding["rope_theta"]
+
+
+def _add_window(config: dict[str, Any]) -> None:
+    """Name the window that is meant: mlx-lm's arguments cannot tell a config without a word about it from one that has none."""
+    if config.get("model_type") in WINDOWS:
+        config.setdefault("sliding_window", WINDOWS[config["model_type"]])
+
+
+def _rope_keys(rope: Mapping[str, Any]) -> dict[str, Any]:
+    """Rotary parameters under the keys that transformers wrote before version 5."""
+    keys: dict[str, Any] = {}
+    if "rope_theta" in rope:
+        keys |= {"rope_theta": rope["rope_theta"], "rotary_emb_base": rope["rope_theta"]}
+    if "partial_rotary_factor" in rope:
+        keys |= {
+            "partial_rotary_factor": rope["partial_rotary_factor"],
+            "rotary_pct": rope["partial_rotary_factor"],
+        }
+    kind = rope.get("rope_type", "default")
+    if kind != "default":
+        keys["rope_scaling"] = {**rope, "type": kind}
+    return keys
+
+
+COMPUTED_OTHERWISE: Mapping[str, str] = MappingProxyType(
+    {
+        "glm": "mlx-lm rotates whole heads, where the model rotates half of each",
+        "afmoe": "the logits of mlx-lm's model are not those of transformers'",
+    }
+)
+"""Families of mlx-lm whose numbers are far from transformers' for the same weights, measured on small models."""
+
+
+def check_family(config: Mapping[str, Any]) -> None:
+    """See that mlx-lm computes what the checkpoint was trained to.
+
+    Raises:
+        ModelError: It does not.
+    """
+    why = COMPUTED_OTHERWISE.get(config["model_type"])
+    if why is not None:
+        raise ModelError(f"{config['model_type']} would give other numbers on MLX: {why}. Use the torch engine.")
+
+
+def check_rope(config: Mapping[str, Any], arguments: Any) -> None:
+    """See that mlx-lm's `arguments` of a model can say its rotary bases.
+
+    Raises:
+        ModelError: Layer types have different bases, the arguments have no field for them, and the config does not say which
+            layer is of which type.
+    """
+    text = text_config(config)
+    rope = text.get("rope_parameters")
+    fields = {field.name for field in dataclasses.fields(arguments)} if dataclasses.is_dataclass(arguments) else set()
+    if not isinstance(rope, Mapping) or text is not config or {"rope_parameters", "text_config"} & fields:
+        return
+    kinds = [kind for kind in rope.values() if isinstance(kind, Mapping)]
+    if isinstance(getattr(transformers_config(config), "layer_types", None), list):
+        return  # correct_rotary sets the base of each layer
+    if any(kind != kinds[0] for kind in kinds) and "rope_local_base_freq" not in fields:
+        raise ModelError(
+            f"the layers of this {config['model_type']} have rotary embeddings of {len(kinds)} kinds, but mlx-lm's model knows "
+            "one only, so it would compute something else. Use the torch engine."
+        )
+
+
+def check_activation(config: Mapping[str, Any], arguments: Any) -> None:
+    """See that the activation that a config asks for is the one that mlx-lm has built into its model.
+
+    Raises:
+        ModelError: It is another than the family's usual one, mlx-lm's `arguments` have no place for it, and its model no word.
+    """
+    text = text_config(config)
+    fields = {field.name for field in dataclasses.fields(arguments)} if dataclasses.is_dataclass(arguments) else set()
+    try:
+        with quiet():
+            usual = config_class(text["model_type"])()
+    except DependencyError:
+        raise
+    except Exception:  # transformers does not know the family
+        return
+    for name in ("hidden_act", "hidden_activation", "activation_function"):
+        asked, known = text.get(name), getattr(usual, name, None)
+        if not isinstance(asked, str) or not isinstance(known, str) or _alike(asked) == _alike(known) or name in fields:
+            continue
+        if asked not in inspect.getsource(sys.modules[arguments.__module__]):
+            raise ModelError(
+                f"the config of this {config['model_type']} asks for {name} {asked!r}, but mlx-lm's model always computes "
+                f"{known!r}. Use the torch engine."
+            )
+
+
+def _alike(activation: str) -> str:
+    """Another name of an activation that has several, or one that differs by rounding."""
+    same = {"swish": "silu", "gelu_new": "gelu", "gelu_fast": "gelu", "gelu_pytorch_tanh": "gelu"}
+    return same.get(activation, activation)
+
+
+def _name_quantization(config: dict[str, Any]) -> None:
+    quantized = config.get("quantization_config") or text_config(config).get("quantization_config")
+    if not quantized or "quantization" in config:
+        return
+    method = quantized.get("quant_method")
+    if method in FORMATS:
+        config["quantization"] = dict(FORMATS[method])
+    elif method != "fp8":
+        raise ModelError(
+            f"the model is quantized by {method or 'an unknown method'}, which MLX does not compute with. Convert it with "
+            "mlx_lm.convert, and take what that writes."
+        )

@@ -1,0 +1,99 @@
+"""A new model with initial weights, split."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from partita.checkpoint.find import find_model
+from partita.core.layout.placement import Placement
+from partita.core.model.spec import read_config
+from partita.core.plan import Plan, mesh_of
+from partita.core.sharding.split import check_sizes
+from partita.errors import ModelError
+from partita.mlx.collectives.collective_errors import together
+from partita.mlx.collectives.groups import ParallelGroups, make_groups
+from partita.mlx.load import as_dtype, fitted
+from partita.mlx.model.config import read_mlx_config
+from partita.mlx.model.mlx_lm_models import build
+from partita.mlx.proof.family import plan_of_model, prove_unless_proven
+from partita.mlx.proof.reference import check_reference
+from partita.mlx.proof.stages import prove_stages
+from partita.mlx.split.apply import apply_plan, finish
+from partita.mlx.weights.initial import InitialFill, zero_scales
+from partita.mlx.weights.naming import named
+from partita.mlx.weights.origin import Origin
+
+
+def fresh(
+    config: str | os.PathLike[str] | Mapping[str, Any],
+    plan: Plan | None = None,
+    *,
+    tp: int = 1,
+    pp: int = 1,
+    dp: int = 1,
+    layout: str | list[Any] | None = None,
+    vpp: int | None = None,
+    placement: Placement = "loop",
+    seed: int = 0,
+    dtype: mx.Dtype | str | None = None,
+    backend: str | None = None,
+    groups: ParallelGroups | None = None,
+) -> nn.Module:
+    """This rank's part of a new model: the same seed gives the same unsplit weights for every mesh.
+
+    Every rank of the run calls it; no rank ever holds more than one whole array. The numbers are not those of the torch engine,
+    but drawn alike. MLX's own random numbers are seeded with it.
+
+    Args:
+        config: A config file, a folder with one, a hub id, or plain data, as transformers writes it.
+        plan: How to split, made for any engine; by default made of what follows.
+        tp: Tensor parallel ranks.
+        pp: Pipeline stages' ranks.
+        dp: Replicas.
+        layout: Which layers each stage runs.
+        vpp: Stages on each pipeline rank; by default as many as `layout` has, else one.
+        placement: Which rank runs which stage: `loop`, or `v` for the schedule `zb-v`.
+        seed: Of the weights.
+        dtype: Of the weights; by default the config's.
+        backend: Of MLX's communication; by default what the launcher has prepared.
+        groups: The groups of the mesh; by default made from the run.
+
+    Raises:
+        PartitaError: The model cannot be split so, or saved under the names of transformers, or is to be quantized.
+    """
+    check_sizes(0, seed=seed)
+    mesh = mesh_of(plan, dp, pp, tp)
+    groups = groups if groups is not None else make_groups(mesh, backend=backend)
+    with together(groups):
+        source = find_model(config, weights=False) if isinstance(config, (str, os.PathLike)) else config
+        plain, data = read_config(source), read_mlx_config(source)
+        if "quantization" in data:
+            raise ModelError(
+                "new weights are not quantized, but the config is. Leave `quantization` and `quantization_config` out of it."
+            )
+        if groups.rank == 0:
+            check_reference(data)
+        new = named(lambda: _built(data, seed), plain)
+        if plan is None:
+            plan = plan_of_model(new.model, mesh, layout, config=data, vpp=vpp, placement=placement)
+        else:
+            plan = prove_unless_proven(new.model, fitted(plan, new.model, data))
+        prove_stages(new.model, plan)
+        wanted = as_dtype(dtype) or as_dtype(plan.spec.dtype) or mx.float32
+        fill = InitialFill(data, zero_scales(new.model), seed, wanted)
+    with together(groups):
+        split = apply_plan(new.model, plan, groups.tp, groups.pp.rank)
+        fill(split, plan, groups.tp.rank)
+    split.partita_origin = Origin(new.sources, new.tensors, config=plain)
+    return finish(split, plan, groups)
+
+
+def _built(config: Mapping[str, Any], seed: int) -> nn.Module:
+    """The unsplit model; what it draws itself, when it is evaluated, is of this seed."""
+    mx.random.seed(seed)
+    return build(config)

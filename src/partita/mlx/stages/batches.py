@@ -1,0 +1,128 @@
+"""Sequences of one length under way together, on one stage."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from partita.core.plan import Plan
+from partita.core.sharding.split import Split
+from partita.generation.choice import Choice
+from partita.generation.sample import Columns, choose, generator_of
+from partita.generation.settings import OnText, Sequence
+from partita.generation.tokenizer import Tokenizer
+from partita.mlx.collectives.groups import ParallelGroups
+from partita.mlx.mlx_lm_internals import make_cache
+from partita.mlx.model.head import likeliest, local_logits
+from partita.mlx.model.parts import main_output
+from partita.mlx.model.rotary import recomputed_beyond, text_length
+
+PREFILL_TOKENS = 2048
+"""How many tokens of a prompt go through the model at once."""
+
+
+@dataclass
+class _Text:
+    """The ids of a batch, `[batch, tokens]`, and the model's cache of all but the last."""
+
+    ids: mx.array
+    cache: list[Any]
+
+
+class Batches:
+    """Continues sequences, a batch of one length at a time; one stage has the whole model."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        plan: Plan,
+        groups: ParallelGroups,
+        choice: Choice,
+        tokenizer: Tokenizer | None,
+        on_text: OnText | None,
+    ) -> None:
+        """What the batches of a run share."""
+        self.model, self.plan, self.groups, self.comm, self.choice = model, plan, groups, groups.tp, choice
+        self.tokenizer, self.on_text = tokenizer, on_text
+        self.recomputed_beyond = recomputed_beyond(plan.spec.config)
+
+    def batch(self, batch: list[Sequence]) -> None:
+        """Continue sequences whose prompts are of one length."""
+        greedy, limit = self.choice.is_plain, max(s.limit for s in batch)
+        generators = [generator_of(self.choice, s.place) for s in batch]
+        with local_logits(self.model, self.plan) as split:
+            text = _Text(mx.array([s.prompt for s in batch]), make_cache(self.model))
+            logits = self._prefill(text.ids, text.cache)
+            # Greedily, a step is under way while the tokens of the one before are looked at.
+            chosen = self._chosen(logits, split, batch, generators)
+            for step in range(limit):
+                following = None
+                if greedy and step + 1 < limit:
+                    following = self._chosen(self._advance(text, chosen), split, batch, generators)
+                    mx.async_eval(following)
+                if self._accept(batch, chosen):
+                    mx.eval(following if following is not None else chosen)
+                    return
+                if following is None:
+                    following = self._chosen(self._advance(text, chosen), split, batch, generators)
+                chosen = following
+
+    def _advance(self, text: _Text, chosen: mx.array) -> mx.array:
+        """The logits behind the chosen ids `[batch]`, which are added to the text."""
+        # A code in place of an id is negative.
+        chosen = mx.maximum(chosen, 0)
+        text.ids = mx.concatenate([text.ids, chosen[:, None].astype(text.ids.dtype)], axis=1)
+        if text.ids.shape[1] - 1 == self.recomputed_beyond:
+            text.cache = make_cache(self.model)
+            return self._prefill(text.ids, text.cache)
+        return self._forward(chosen[:, None], text.cache)
+
+    def _prefill(self, ids: mx.array, cache: list[Any]) -> mx.array:
+        """The logits behind the prompts. All but the last token only fill the cache: of these no logits are computed."""
+        last = ids.shape[1] - 1
+        with text_length(self.model, ids.shape[1]):
+            for start in range(0, last, PREFILL_TOKENS):
+                self.model(ids[:, start : min(start + PREFILL_TOKENS, last)], cache=cache)
+                mx.eval([c.state for c in cache])
+            return self._forward(ids[:, last:], cache)
+
+    def _forward(self, ids: mx.array, cache: list[Any]) -> mx.array:
+        """The logits behind the last ids, `[batch, vocab]` or this rank's columns."""
+        return main_output(self.model(ids, cache=cache))[:, -1]
+
+    def _chosen(
+        self, logits: mx.array, split: Split | None, batch: list[Sequence], generators: list[np.random.Generator]
+    ) -> mx.array:
+        """The next token of each sequence, `[batch]`, the same on all ranks. A draw is made by the first rank for all."""
+        if self.choice.is_plain:
+            return likeliest(logits, split, self.comm)
+        wide = mx.float64 if logits.dtype == mx.float64 else mx.float32
+        rows = np.array(logits.astype(wide))
+        if split is not None and logits.shape[-1] != split.size:
+            return mx.array(choose(rows, batch, self.choice, generators, self._columns(split)), mx.int32)
+        # All tensor ranks have the same logits; the first one's word counts.
+        ids = mx.zeros((len(batch),), mx.int32)
+        if self.comm.rank == 0:
+            ids = mx.array(choose(rows, batch, self.choice, generators), mx.int32)
+        return self.comm.broadcast(ids)
+
+    def _columns(self, split: Split) -> Columns:
+        def gather(mine: Any) -> Any:
+            # As bits: not every backend has numbers of 64.
+            bits = self.comm.all_gather(mx.array(np.ascontiguousarray(mine).view(np.uint32))[None], 0)
+            return np.array(bits).view(np.float64)
+
+        return Columns(split.ranges(self.comm.rank)[0][0], max(split.local_sizes), self.comm.rank, gather)
+
+    def _accept(self, batch: list[Sequence], chosen: mx.array) -> bool:
+        """Add a token to each sequence that goes on; whether none does any more."""
+        tokens: list[int] = chosen.tolist()  # type: ignore[assignment]
+        for sequence, token in zip(batch, tokens, strict=True):
+            if not sequence.finish_reason:
+                sequence.accept(token, self.choice, self.tokenizer)
+                sequence.show(self.on_text, self.choice.stop)
+        return all(s.finish_reason for s in batch)

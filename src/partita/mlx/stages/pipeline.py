@@ -1,0 +1,215 @@
+"""Running a schedule: one rank of a pipeline does its actions in their order.
+
+What is computed when, and what is sent when, stands in the schedule; here it is only done. MLX differentiates functions, so a
+backward needs the forward with it:
+
+    F     of a stage with the loss computes loss and gradients at once; of any other it computes what it sends, and keeps
+          only what it received
+    BW    of any other stage computes its forward again, with the gradients, once those of what it sent have come
+    B, W  B does what BW does, W nothing: MLX gives both gradients at once
+
+All arrays are evaluated where they are made, so that no graph outlives its action.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from partita.core.plan import Stage
+from partita.mlx.model.parts import parameter_homes, plan_of
+from partita.mlx.model.trainable import Trainable
+from partita.mlx.stages.cut import stages_of
+from partita.mlx.stages.layers import Message
+from partita.mlx.stages.links import Links
+from partita.mlx.stages.run import run_stage
+from partita.schedule import Action, Kind, Schedule, Timeline, lower
+from partita.schedule.fit import check_schedule
+
+Inputs = Callable[[int], mx.array]
+"""Given a micro-batch: the ids that the model is called with."""
+
+Finish = Callable[[Any, int], mx.array]
+"""Given the model's output and its micro-batch, on the stage with the loss: its loss, a number."""
+
+
+class Pipeline:
+    """One rank's part of a pipeline: its stages, and its actions of a schedule.
+
+    Attributes:
+        gradients: By the names of what is trained here, the sum over the micro-batches of the last run.
+        losses: What `finish` gave for each micro-batch of the last run, on the stage with the loss.
+    """
+
+    def __init__(self, model: nn.Module, schedule: Schedule) -> None:
+        """A pipeline of `model`, which `load` or `shard` made, that runs `schedule`, lowered or not.
+
+        Raises:
+            PlanError: The schedule is of other stages than the model's plan.
+        """
+        plan, groups = plan_of(model)
+        check_schedule(schedule, plan)
+        self.model, self.plan, self.groups = model, plan, groups
+        self.schedule = schedule if schedule.is_lowered else lower(schedule)
+        self.actions = self.schedule.ranks[groups.pp.rank]
+        self.trains = schedule.trains
+        self.gradients: dict[str, mx.array] = {}
+        self.losses: list[mx.array] = []
+        self._links = Links(groups.pp)
+        self._homes = self.schedule.rank_of
+        mine = {plan.stage_index(groups.pp.rank, vpp): plan.stage(groups.pp.rank, vpp) for vpp in range(plan.vpp)}
+        self._trainable = {index: Trainable(model, self._of_stage(stage)) for index, stage in mine.items()}
+        # Losses are taken in float32, or in float64 of a model in it.
+        wide = any(home[name].dtype == mx.float64 for home, name in parameter_homes(model).values())
+        self._one = mx.array(1.0, mx.float64 if wide else mx.float32)
+
+    def _of_stage(self, stage: Stage) -> Callable[[str], bool]:
+        """Whether a stage computes with what has a name."""
+        everywhere: set[str] = set()
+        if self.plan.num_stages > 1:
+            copies = stages_of(self.model).copies
+            everywhere = {name for name, holders in copies.items() if len(holders) == self.plan.mesh.pp}
+
+        def is_used(name: str) -> bool:
+            layer = self.plan.spec.layer_of(name)
+            return layer in stage.layers if layer is not None else stage.embedding or stage.loss or name in everywhere
+
+        return is_used
+
+    def run(
+        self,
+        inputs: Inputs,
+        finish: Finish,
+        *,
+        key: Callable[[int], Any] = lambda microbatch: None,
+        seed: Callable[[int, int], int] | None = None,
+    ) -> None:
+        """Do every action of this rank once; every rank of the pipeline calls it.
+
+        Args:
+            inputs: What the model is called with.
+            finish: What becomes of the model's output, on the stage with the loss only.
+            key: What the shapes of a micro-batch depend on; the same on every rank.
+            seed: What MLX's random numbers are seeded with before a stage computes a micro-batch, also where it computes it
+                again in backward; by default they go on.
+        """
+        self._inputs, self._finish, self._key, self._seed = inputs, finish, key, seed
+        self._messages: dict[tuple[int, int], Message | None] = {}
+        self._back: dict[tuple[int, int], list[mx.array]] = {}
+        self._received: dict[tuple[int, int], Message | None] = {}
+        self._arrived: dict[Action, Any] = {}
+        self._spans: list[tuple[float, float]] = []
+        self.gradients, self.losses = {}, []
+        for action in self.actions:
+            begin_s = time.perf_counter()
+            getattr(self, f"_{action.kind.value}")(action.stage, action.microbatch)
+            self._spans.append((begin_s, time.perf_counter()))
+        assert not self._arrived
+        assert not self._received
+
+    def timeline(self, origin_s: float) -> Timeline:
+        """When each action of the last run began and ended on every rank, in seconds since `origin_s`; every rank asks.
+
+        `origin_s` is what `time.perf_counter()` gave on this rank when all ranks left a barrier.
+        """
+        mine = [(begin - origin_s, end - origin_s) for begin, end in self._spans]
+        spans: list[Any] = self.groups.pp.all_gather_object(mine)
+        return Timeline(
+            self.schedule,
+            tuple(tuple(begin for begin, _ in rank) for rank in spans),
+            tuple(tuple(end for _, end in rank) for rank in spans),
+        )
+
+    def _F(self, stage: int, microbatch: int) -> None:
+        received = self._given(stage, microbatch)
+        if stage == self.plan.loss_stage and self.trains:
+            self._back[stage, microbatch] = self._differentiate(stage, microbatch, received, None)
+            made, received = None, None
+        else:
+            made = self._made(stage, microbatch, received)
+            if stage == self.plan.loss_stage:
+                self.losses.append(self._finish(made, microbatch))
+                mx.eval(self.losses[-1])
+                made = None
+            elif made is not None:
+                mx.eval(made.arrays)
+        if stage < self.plan.num_stages - 1:
+            self._messages[stage, microbatch] = made
+        if self.trains:
+            self._received[stage, microbatch] = received
+
+    def _made(self, stage: int, microbatch: int, received: Message | None) -> Any:
+        """What a stage makes of a micro-batch, with the same random numbers each time."""
+        if self._seed is not None:
+            mx.random.seed(self._seed(stage, microbatch))
+        return run_stage(self.model, self.plan, stage, received, self._inputs(microbatch))
+
+    def _given(self, stage: int, microbatch: int) -> Message | None:
+        if stage == 0:
+            return None
+        if self._homes[stage - 1] == self.groups.pp.rank:
+            return self._messages.pop((stage - 1, microbatch))
+        return self._arrived.pop(Action(stage, Kind.RECV_F, microbatch))
+
+    def _differentiate(
+        self, stage: int, microbatch: int, received: Message | None, cotangents: list[mx.array] | None
+    ) -> list[mx.array]:
+        """Add to the gradients of a stage's parameters; the gradients of what it received. Cotangents are None for the loss."""
+        trainable = self._trainable[stage]
+
+        def made_of(arrays: list[mx.array]) -> list[mx.array]:
+            message = None if received is None else Message(tuple(arrays), received.places)
+            made = self._made(stage, microbatch, message)
+            if cotangents is None:
+                return [self._finish(made, microbatch)]
+            return list(made.arrays) if made is not None else []
+
+        given = list(received.arrays) if received is not None else []
+        made, mine, back = trainable.vjp(made_of, given, [self._one] if cotangents is None else cotangents)
+        for name, gradient in zip(trainable.names, mine, strict=True):
+            before = self.gradients.get(name)
+            self.gradients[name] = gradient if before is None else before + gradient
+        mx.eval(made, back, [self.gradients[name] for name in trainable.names])
+        if cotangents is None:
+            self.losses += made
+        return back
+
+    def _SEND_F(self, stage: int, microbatch: int) -> None:
+        message = self._messages.pop((stage, microbatch)) or Message(())
+        self._links.send(self._homes[stage + 1], stage, message, self._key(microbatch))
+
+    def _RECV_F(self, stage: int, microbatch: int) -> None:
+        message = self._links.receive(self._homes[stage - 1], stage, self._key(microbatch))
+        self._arrived[Action(stage, Kind.RECV_F, microbatch)] = message if message.arrays else None
+
+    def _RECV_B(self, stage: int, microbatch: int) -> None:
+        gradients = self._links.receive_gradient(self._homes[stage + 1], stage, self._key(microbatch))
+        self._arrived[Action(stage, Kind.RECV_B, microbatch)] = list(gradients)
+
+    def _SEND_B(self, stage: int, microbatch: int) -> None:
+        self._links.send_gradient(self._homes[stage - 1], self._back.pop((stage, microbatch)))
+
+    def _BW(self, stage: int, microbatch: int) -> None:
+        received = self._received.pop((stage, microbatch))
+        cotangents: list[mx.array] = []
+        if stage < self.plan.num_stages - 1:
+            if self._homes[stage + 1] == self.groups.pp.rank:
+                cotangents = self._back.pop((stage + 1, microbatch))
+            else:
+                cotangents = self._arrived.pop(Action(stage, Kind.RECV_B, microbatch))
+        if stage < self.plan.loss_stage:
+            self._back[stage, microbatch] = self._differentiate(stage, microbatch, received, cotangents)
+        elif stage > self.plan.loss_stage:
+            self._back[stage, microbatch] = []
+        if stage == 0:
+            self._back.pop((stage, microbatch), None)
+
+    def _B(self, stage: int, microbatch: int) -> None:
+        self._BW(stage, microbatch)
+
+    def _W(self, stage: int, microbatch: int) -> None:
+        """Nothing is left of it."""

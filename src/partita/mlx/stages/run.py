@@ -1,0 +1,103 @@
+"""A stage of any model: the model's own forward, run with some of its layers.
+
+A pipeline rank keeps the modules whose arrays its plan gives it. The list of layers keeps its length and its numbers: in
+place of a layer of another rank stands one that passes on what it is given. While stage i of the pipeline runs:
+
+    [1] the embedding runs where the layout has it; elsewhere zeros of its shape stand for it, which nobody computes
+    [2] what the stage before sent is what every layer before the stage's first returns
+    [3] what leaves the last layer of the stage ends the forward, unless the loss is with it
+
+So all else that a family makes of ids, positions and masks is made by the family's own code on every stage. MLX is lazy: what
+that code computes in vain is not computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from partita.core.plan import Plan, Stage
+from partita.errors import ModelError
+from partita.mlx.model.cache import count_tokens
+from partita.mlx.model.tree import get_module
+from partita.mlx.stages.cut import Stages, call_unsplit, place_of, stages_of, swapped
+from partita.mlx.stages.layers import AbsentLayer, End, Gate, Left, Message, Silent
+
+
+def run_stage(
+    model: nn.Module,
+    plan: Plan,
+    index: int,
+    received: Message | None,
+    inputs: mx.array,
+    cache: Any = None,
+    options: Mapping[str, Any] = MappingProxyType({}),
+    *,
+    output: bool = True,
+) -> Any:
+    """Run stage `index` of the pipeline, which must be one of this rank's. Nothing is evaluated.
+
+    Args:
+        model: What `cut_stages` left of the model.
+        plan: How it was cut.
+        index: The stage's place in the pipeline.
+        received: What the stage before handed on; None for the first.
+        inputs: The ids `[batch, sequence]` that the unsplit model is called with.
+        cache: The whole model's cache, as mlx-lm makes it; entries of other stages' layers are kept in step.
+        options: What else the unsplit model is called with.
+        output: Whether the stage with the loss computes the model's output, rather than hand on what left its last layer.
+
+    Returns:
+        A `Message` for the next stage, or of the stage with the loss the model's own output.
+    """
+    given = dict(options) if cache is None else {**options, "cache": cache}
+    if plan.num_stages == 1:
+        return call_unsplit(model, inputs, **given)
+    stages = stages_of(model)
+    stage, run = stages.by_index[index], stages.run
+    received = None if stage.embedding else received
+    if not (stage.layers or stage.embedding or (stage.loss and output)):
+        if isinstance(cache, list):
+            count_tokens(cache, [], length_of(inputs, options))
+        return received
+    run.received, run.cache, run.filled, run.called = received, cache, [], set()
+    try:
+        with swapped(_swaps(model, stages, stage, output)):
+            made = call_unsplit(model, inputs, **given)
+            if not (stage.loss and output):
+                raise ModelError("its forward ends without calling each of its layers.")
+    except Left as left:
+        made = left.message
+    finally:
+        filled, run.received, run.cache, run.filled = run.filled, None, None, []
+    if isinstance(cache, list):
+        count_tokens(cache, filled, length_of(inputs, options))
+    return made
+
+
+def length_of(inputs: mx.array | None, options: Mapping[str, Any]) -> int:
+    """How many tokens a sequence of a call has, which may be of embeddings `[batch, sequence, hidden]` alone."""
+    return int((options["input_embeddings"] if inputs is None else inputs).shape[1])
+
+
+def _swaps(model: nn.Module, stages: Stages, stage: Stage, output: bool) -> list[tuple[Any, Any, Any]]:
+    """What stands in other places while `stage` runs."""
+    layers, run = get_module(model, stages.layers), stages.run
+    swaps: list[tuple[Any, Any, Any]] = []
+    for index, layer in enumerate(layers):
+        if index in stage.layers:
+            enters = index == stage.layers[0] == 0 and not stage.embedding
+            leaves = index == stage.layers[-1] and not (stage.loss and output)
+            swaps.append((layers, index, Gate(layer, run, index, enters=enters, leaves=leaves)))
+        elif not stage.layers and stage.embedding:
+            swaps.append((layers, index, End(layer, run)))
+        elif not isinstance(layer, AbsentLayer):
+            # Of another stage of this rank.
+            swaps.append((layers, index, AbsentLayer(layer, run, index)))
+    if not stage.embedding:
+        swaps += [(*place_of(model, path), Silent(get_module(model, path), run)) for path in stages.before]
+    return swaps

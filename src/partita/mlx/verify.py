@@ -1,0 +1,265 @@
+"""Verifying on MLX: a user's model, split over the ranks of the run, against itself unsplit."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from partita.checkpoint.find import find_model
+from partita.core.layout.placement import Placement
+from partita.core.mesh import Mesh
+from partita.errors import CheckpointError, ModelError
+from partita.generation import Sampling
+from partita.mlx.collectives.collective_errors import together
+from partita.mlx.collectives.groups import ParallelGroups, make_groups, single_groups
+from partita.mlx.generate import generate
+from partita.mlx.load import as_dtype, load, shard
+from partita.mlx.model.config import read_mlx_config
+from partita.mlx.model.mlx_lm_models import build, describe
+from partita.mlx.model.parts import main_output, plan_of
+from partita.mlx.model.sliding_window import refuse_beyond_window
+from partita.mlx.proof.compare import compare, compare_parameters, gradients
+from partita.mlx.proof.family import fill, plan_of_model, runs, sample_inputs
+from partita.mlx.proof.reference import reference_of, unchecked
+from partita.mlx.proof.rounding import (
+    compare_rounding,
+    in_wide_dtype,
+    is_quantized,
+    is_tie,
+    trained_rounding,
+    unit_roundoff,
+)
+from partita.mlx.proof.stages import refuse_undecodable
+from partita.mlx.train import train
+from partita.proof.report import (
+    Collected,
+    Report,
+    Row,
+    Skip,
+    dtype_rows,
+    first_line,
+    loss_rounding,
+    loss_rows,
+    rounding_rows,
+    token_rows,
+)
+from partita.proof.rounding import judge
+from partita.ranks.liveness import doing
+from partita.training import TrainSettings, schedule_of
+
+TOLERANCES = {mx.float64: 1e-6, mx.float32: 1e-4, mx.bfloat16: 0.05, mx.float16: 0.02}
+"""The largest errors of outputs and gradients by dtype: models of mlx-lm narrow to float32 inside, whatever their dtype.
+
+Those of bfloat16 and float16 are for quantized models; others are judged by `partita.proof.rounding`."""
+
+STEPS_TOLERANCES = {mx.float64: 1e-12, mx.float32: 1e-5, mx.bfloat16: 0.1, mx.float16: 0.1}
+"""The largest errors of losses and parameters after some steps; as `TOLERANCES`."""
+
+EPSILON = 1e-4
+"""AdamW divides a gradient by its own size and this: were it much smaller, rounding of small gradients would be blown up."""
+
+NO_GRADIENTS = "MLX does not compute all gradients of the unsplit model"
+
+NEW_TOKENS = 12
+SEQUENCE_LENGTH = 8
+
+
+@doing("verifying")
+def verify(
+    model: str | os.PathLike[str],
+    *,
+    tp: int = 1,
+    pp: int = 1,
+    dp: int = 1,
+    layout: str | None = None,
+    vpp: int | None = None,
+    placement: Placement = "loop",
+    schedule: str | None = None,
+    group_size: int | None = None,
+    accumulate: int = 1,
+    steps: int = 3,
+    dtype: str | Sequence[str] | None = None,
+) -> Report:
+    """Compare the split model with the unsplit one: every module's output, every gradient, generated tokens, and training.
+
+    Every rank of the run calls it. A config without weights gets random ones. What MLX has no gradient of is not trained.
+
+    Args:
+        model: A folder, a config file or a hub id.
+        tp: Tensor parallel ranks.
+        pp: Pipeline stages' ranks.
+        dp: Replicas.
+        layout: Which layers each stage runs.
+        vpp: Stages on each pipeline rank.
+        placement: Which rank runs which stage.
+        schedule: The kind of pipeline schedule that the training steps run.
+        group_size: Of interleaved schedules.
+        accumulate: Micro-batches of a training step.
+        steps: Training steps; 0 for none.
+        dtype: The dtype of the weights that are not quantized, or several that are compared in turn; by default float32.
+
+    Returns:
+        The report, the same on every rank.
+
+    Raises:
+        PartitaError: The model cannot be split so, or is one that mlx-lm runs without its sliding window and this is too
+            small for what is compared.
+    """
+    mesh = Mesh(dp, pp, tp)
+    groups = make_groups(mesh)
+    settings = TrainSettings(
+        steps=max(steps, 1), batch_size=accumulate * dp, sequence_length=SEQUENCE_LENGTH, accumulate=accumulate,
+        warmup_steps=1, learning_rate=1e-3, epsilon=EPSILON, schedule=schedule, group_size=group_size,
+    )  # fmt: skip
+    names = list(dict.fromkeys([dtype] if isinstance(dtype, str) else dtype or ["float32"]))
+    with together(groups):
+        folder = find_model(model)
+        # Built once before: what mlx-lm cannot run has no reference.
+        build(read_mlx_config(folder))
+        reference = reference_of(read_mlx_config(folder)).text if groups.rank == 0 else ""
+    for comm in (groups.tp, groups.pp, groups.dp):
+        reference = next((text for text in comm.all_gather_object(reference) if text), "")
+    rows: list[Row] = []
+    skipped: list[Skip] = []
+    for name in names:
+        with together(groups), unchecked():
+            wanted = as_dtype(name) or mx.float32
+            unsplit = _unsplit(folder, wanted)
+            inputs = sample_inputs(unsplit)
+            try:
+                mx.eval(main_output(unsplit(inputs)))
+            except Exception as error:
+                raise ModelError(f"mlx-lm itself does not run this model: {describe(error)}") from error
+            # Whether it is quantized is for the model to say: random weights are not.
+            config = {key: value for key, value in read_mlx_config(folder).items() if key != "quantization"}
+            plan = plan_of_model(unsplit, mesh, layout, config=config, vpp=vpp, placement=placement)
+            refuse_beyond_window(plan.spec, inputs.shape[1] + NEW_TOKENS, "what is compared")
+            whole = shard(copy.deepcopy(unsplit), groups=single_groups())
+            can_learn = runs(gradients, unsplit, inputs)
+        split = shard(copy.deepcopy(unsplit), plan, groups=groups)
+        found = Collected(name)
+        exact = in_wide_dtype(unsplit) if wanted.size == 2 and not is_quantized(unsplit) else None
+        _compare_forward(exact, unsplit, split, inputs, settings, can_learn, TOLERANCES[wanted], found)
+        is_close = None if exact is None else partial(is_tie, copy.deepcopy(exact), unsplit)
+        _compare_tokens(whole, split, inputs, is_close, found)
+        if steps and can_learn:
+            exact = None if exact is None else shard(exact, groups=single_groups())
+            _compare_training(exact, whole, split, groups, settings, STEPS_TOLERANCES[wanted], found)
+        elif steps:
+            found.skip("loss", "parameter", why=NO_GRADIENTS)
+        found.expect("module", "output", "gradient", "tokens", *(("loss", "parameter") if steps else ()))
+        rows += found.rows
+        skipped += found.skipped
+    size = f"{plan.spec.parameters:,} parameters"
+    what = f"{type(unsplit).__name__} ({plan.spec.family}), {size}, {', '.join(names)}, {mesh}, MLX"
+    return Report(tuple(rows), what, tuple(skipped), reference=reference)
+
+
+def _compare_forward(
+    exact: nn.Module | None,
+    unsplit: nn.Module,
+    split: nn.Module,
+    inputs: mx.array,
+    settings: TrainSettings,
+    can_learn: bool,
+    tolerance: float,
+    found: Collected,
+) -> None:
+    """Compare every module's output and every gradient, over stages by the schedule of the training steps."""
+    plan, groups = plan_of(split)
+    if bool(mx.isnan(main_output(unsplit(inputs))).any().item()):
+        why = "the unsplit model's own output holds NaN, to which nothing is equal"
+        found.skip("module", "output", "gradient", why=why)
+        return
+    schedule = schedule_of(plan, settings) if plan.num_stages > 1 else None
+    if exact is not None:
+        measured = compare_rounding(exact, unsplit, split, inputs, backward=can_learn, schedule=schedule)
+        found.add(rounding_rows(measured.judged))
+        found.add(dtype_rows(measured.outputs, measured.dtypes))
+        if not can_learn:
+            found.skip("gradient", why=NO_GRADIENTS)
+        return
+    differences = compare(unsplit, split, plan, groups, inputs, backward=can_learn, schedule=schedule)
+    found.add(Row(d.kind, d.name, d.error, tolerance) for d in differences)
+    if not can_learn:
+        found.skip("gradient", why=NO_GRADIENTS)
+
+
+def _unsplit(folder: Path, dtype: Any) -> nn.Module:
+    """The unsplit model with its own weights, or with random ones where there are none."""
+    try:
+        if folder.is_dir():
+            return load(folder, dtype=dtype, groups=single_groups())
+    except CheckpointError:
+        if any(folder.glob("*.safetensors*")):
+            raise
+    mx.random.seed(0)
+    return fill(build(read_mlx_config(folder)), dtype)
+
+
+def _compare_tokens(whole: nn.Module, split: nn.Module, ids: mx.array, is_close: Any, found: Collected) -> None:
+    """Whether both continue two prompts of different lengths, taken from `ids`, with the same tokens."""
+    prompts: list[list[int]] = [ids[0, :6].tolist(), ids[1].tolist()]  # type: ignore[list-item]
+    sampling = Sampling(NEW_TOKENS, temperature=0.0, ignore_eos=True, use_generation_config=False)
+    try:
+        expected = generate(whole, prompts, sampling)
+    except Exception as error:
+        found.skip("tokens", why=f"the unsplit model does not generate: {first_line(error)}")
+        return
+    try:
+        refuse_undecodable(split, plan_of(split)[0])
+    except ModelError as error:
+        found.skip("tokens", why=first_line(error))
+        return
+    made = generate(split, prompts, sampling)
+    found.add(
+        token_rows(prompts, expected, made) if is_close is None else token_rows(prompts, expected, made, is_close)
+    )
+
+
+def _compare_training(
+    exact: nn.Module | None,
+    whole: nn.Module,
+    split: nn.Module,
+    groups: ParallelGroups,
+    settings: TrainSettings,
+    tolerance: float,
+    found: Collected,
+) -> None:
+    """The loss of each step, and every parameter after the last, of both models trained on the same random tokens."""
+    plan, _ = plan_of(split)
+    tokens = np.random.default_rng(0).integers(0, plan.spec.vocab_size, 512)
+    for model in (whole, split) if exact is None else (exact, whole, split):
+        _without_dropout(model)
+    alone = replace(settings, schedule=None, group_size=None)
+    try:
+        wide = train(exact, tokens, alone) if exact is not None else []
+        expected = train(whole, tokens, alone)
+    except Exception as error:
+        found.skip("loss", "parameter", why=f"the unsplit model does not train: {first_line(error)}")
+        return
+    if exact is not None:
+        losses = loss_rounding(wide, expected, train(split, tokens, settings))
+        dtype = as_dtype(found.dtype)
+        assert dtype is not None
+        found.add(rounding_rows(judge([*losses, *trained_rounding(exact, whole, split)], unit_roundoff(dtype))))
+        return
+    found.add(loss_rows(expected, train(split, tokens, settings), tolerance))
+    parameters = compare_parameters(whole, split, plan, groups)
+    found.add(Row(d.kind, d.name, d.error, tolerance) for d in parameters)
+
+
+def _without_dropout(model: nn.Module) -> None:
+    """Let every module drop nothing: ranks draw other elements than one rank does."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module._p_1 = 1.0

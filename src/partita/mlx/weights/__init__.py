@@ -1,0 +1,1 @@
+"""Weights and the optimizer's state, from and to the unsplit checkpoint."""

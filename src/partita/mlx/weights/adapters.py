@@ -1,0 +1,283 @@
+"""mlx-lm's LoRA on a whole split model: put on, trained, and merged into the weights again; and where each part lies in peft's.
+
+mlx-lm keeps `lora_a [in, rank]` and `lora_b [rank, out]`, peft `lora_A [rank, in]` and `lora_B [out, rank]`.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from partita.core.plan import Plan
+from partita.core.sharding.cuts import TensorPlan
+from partita.core.sharding.split import Split
+from partita.errors import ModelError
+from partita.mlx.collectives.groups import ParallelGroups
+from partita.mlx.layers.embedding import VocabParallelEmbedding
+from partita.mlx.layers.inner import copy_module, is_quantized, slice_array
+from partita.mlx.layers.linear import ColumnParallelLinear, RowParallelLinear
+from partita.mlx.layers.lora import Style, split_axis
+from partita.mlx.layers.region_parts import EntersRegion
+from partita.mlx.mlx_lm_internals import STACKS, lora_layer
+from partita.mlx.model.parts import INNER_NAMES, Ranges, parameter_homes, plan_of, unsplit_modules
+from partita.mlx.model.tree import Home, get_module, named_modules, set_module
+from partita.mlx.weights.names import Box
+from partita.mlx.weights.origin import Origin
+from partita.training.adapter_files import Side, name_on_disk
+
+_ROUTERS = ("gate", "router")
+"""What a linear layer beside stacked experts is called that transformers has not as a layer, so that peft cannot adapt it."""
+
+
+def add_lora(model: nn.Module, rank: int, *, alpha: float | None = None, seed: int = 0) -> list[str]:
+    """Put mlx-lm's LoRA on every linear layer inside the layers of a split model and freeze all else.
+
+    Every rank calls it; the unsplit adapters depend on the seed alone. They have the dtype of the weights.
+
+    Args:
+        model: What `load`, `shard` or `fresh` made; it may be quantized.
+        rank: Of the adapters.
+        alpha: The scale is `alpha / rank`; by default 1.
+        seed: Of `lora_a`; `lora_b` is zero, so that at first nothing changes.
+
+    Returns:
+        The paths of this rank's layers that were adapted.
+
+    Raises:
+        ModelError: There is no linear layer to adapt, or one that on disk is not one tensor.
+    """
+    plan, groups = plan_of(model)
+    if type(rank) is not int or rank < 1:
+        raise ModelError(f"the rank of LoRA must be a whole number of at least 1, but is {rank!r}.")
+    model.freeze()
+    adapted, on_disk = [], paths_on_disk(model)
+    for path, (holder, key) in _linears(model, plan).items():
+        _on_disk(on_disk, path)
+        inner = holder[key]
+        adapter: Any = lora_layer().from_base(inner, r=rank, scale=(alpha if alpha is not None else rank) / rank)
+        dtype = inner["scales"].dtype if is_quantized(inner) else inner["weight"].dtype
+        dtype = dtype if mx.issubdtype(dtype, mx.floating) else mx.float32
+        inputs = holder.split if isinstance(holder, RowParallelLinear) else Split.even(adapter["lora_a"].shape[0], 1)
+        part = groups.tp.rank if isinstance(holder, RowParallelLinear) else 0
+        whole = _draw(inputs.size, rank, seed ^ zlib.crc32(path.encode()))
+        adapter.lora_b = adapter["lora_b"].astype(dtype)
+        holder[key] = adapter
+        # Fitting it to the split has drawn numbers that depend on the split.
+        adapter.lora_a = slice_array(whole, 0, inputs.ranges(part)).astype(dtype)
+        mx.eval(adapter["lora_a"], adapter["lora_b"])
+        adapted.append(path)
+    if not any(groups.pp.all_gather_object(bool(adapted))):
+        raise ModelError(
+            f"{plan.spec.family}: no linear layer was found inside {plan.spec.layers or 'the model'} to adapt."
+        )
+    return adapted
+
+
+def _draw(inputs: int, rank: int, seed: int) -> mx.array:
+    bound = 1 / math.sqrt(inputs)
+    return mx.random.uniform(-bound, bound, (inputs, rank), key=mx.random.key(seed))
+
+
+def _linears(model: nn.Module, plan: Plan) -> dict[str, Home]:
+    """The linear layers inside the layers, by their paths in the unsplit model: what holds each, and its key there."""
+    modules = unsplit_modules(model)
+    found: dict[str, Home] = {}
+    for path, module in modules.items():
+        if plan.spec.layer_of(path) is None or _is_router(path, modules):
+            continue
+        if isinstance(module, ColumnParallelLinear | RowParallelLinear):
+            found[path] = module, "linear"
+        elif isinstance(module, EntersRegion) and isinstance(module["inner"], nn.Linear | nn.QuantizedLinear):
+            found[path] = module, "inner"
+        elif isinstance(module, nn.Linear | nn.QuantizedLinear):
+            parent, _, name = path.rpartition(".")
+            holder = modules[parent] if parent in modules else get_module(model, parent)
+            while type(holder) in INNER_NAMES:
+                holder = holder[INNER_NAMES[type(holder)]]
+            found[path] = holder, int(name) if isinstance(holder, list) else name
+    return found
+
+
+def _is_router(path: str, modules: Mapping[str, nn.Module]) -> bool:
+    parent, _, name = path.rpartition(".")
+    if name not in _ROUTERS:
+        return False
+    beside = {type(module).__name__ for one, module in modules.items() if one.rpartition(".")[0] == parent}
+    return bool(beside & {*STACKS, "SplitExperts"})
+
+
+def merge_lora(model: nn.Module) -> None:
+    """Add every LoRA adapter into the weight it sits on, and take it off; no rank needs another for it.
+
+    A quantized weight is quantized anew.
+    """
+    for holder, key, adapter in adapters(model):
+        inner = adapter["linear"]
+        fused = adapter.fuse()
+        mx.eval(fused.parameters())
+        for name in ("weight", "scales", "biases"):
+            if name in inner and inner[name] is not None:
+                inner[name] = fused[name]
+        holder[key] = inner
+
+
+def adapters(model: nn.Module) -> list[tuple[Any, Any, nn.Module]]:
+    """mlx-lm's adapters on this rank: what holds each, its key there, and the adapter."""
+    found: list[tuple[Any, Any, nn.Module]] = []
+
+    def walk(node: Any) -> None:
+        for key, child in list(node.items() if isinstance(node, dict) else enumerate(node)):
+            if isinstance(child, nn.Module) and "lora_a" in child:
+                found.append((node, key, child))
+            elif isinstance(child, dict | list):
+                walk(child)
+
+    walk(model)
+    return found
+
+
+def take_off(model: nn.Module) -> dict[str, nn.Module]:
+    """Replace each adapter of an unsplit model by the layer that it adapts, and return the adapters by those layers' paths.
+
+    The model is then planned and split as without them, and `put_back` splits the adapters. If any adapter is not mlx-lm's LoRA
+    or DoRA of a linear layer or embedding, all adapters stay, and each layer is split by itself.
+    """
+    found = {path: module for path, module in named_modules(model).items() if "lora_a" in module}
+    if any(not _is_known(adapter) for adapter in found.values()):
+        return {}
+    for path, adapter in found.items():
+        set_module(model, path, adapter["embedding" if "embedding" in adapter else "linear"])
+    return found
+
+
+def _is_known(adapter: nn.Module) -> bool:
+    inner = adapter.get("linear", adapter.get("embedding"))
+    own = {name for name, _ in tree_flatten(adapter.parameters()) if not name.startswith(("linear.", "embedding."))}
+    kinds = nn.Linear | nn.QuantizedLinear | nn.Embedding | nn.QuantizedEmbedding
+    return isinstance(inner, kinds) and own <= {"lora_a", "lora_b", "m"} and adapter["lora_a"].ndim == 2
+
+
+def put_back(model: nn.Module, taken: Mapping[str, nn.Module], tp_rank: int) -> None:
+    """Put this rank's part of each adapter that `take_off` returned on its layer of the split model.
+
+    Args:
+        model: The split model; layers of other stages get no adapter.
+        taken: The unsplit adapters by path.
+        tp_rank: The tensor rank.
+    """
+    modules = unsplit_modules(model)
+    for path, whole in taken.items():
+        layer = modules.get(path)
+        holder, key = _holder(model, path, layer)
+        if holder is None:
+            continue
+        adapter = copy_module(whole)
+        if isinstance(layer, ColumnParallelLinear | RowParallelLinear | VocabParallelEmbedding):
+            style = _style(layer)
+            for name in ("lora_a", "lora_b", "m"):
+                axis = split_axis(style, name)
+                if name in adapter and axis is not None:
+                    adapter[name] = slice_array(adapter[name], axis, layer.split.ranges(tp_rank))
+            # Every rank has an equal unsplit model, so the replicated parts are equal already.
+            adapter._is_adopted = True
+        adapter["embedding" if "embedding" in adapter else "linear"] = holder[key]
+        holder[key] = adapter
+
+
+def _holder(model: nn.Module, path: str, layer: Any) -> tuple[Any, Any]:
+    """The module that holds the plain layer at a path of the unsplit model, and its key; (None, None) if this rank lacks it."""
+    kinds = nn.Linear | nn.QuantizedLinear | nn.Embedding | nn.QuantizedEmbedding
+    if type(layer) in INNER_NAMES:
+        key = INNER_NAMES[type(layer)]
+        return (layer, key) if isinstance(layer[key], kinds) else (None, None)
+    if not isinstance(layer, kinds):
+        return None, None
+    parent, _, name = path.rpartition(".")
+    holder = unsplit_modules(model).get(parent) or get_module(model, parent)
+    while type(holder) in INNER_NAMES:
+        holder = holder[INNER_NAMES[type(holder)]]
+    return holder, int(name) if isinstance(holder, list) else name
+
+
+def _style(layer: nn.Module) -> Style:
+    if isinstance(layer, VocabParallelEmbedding):
+        return "vocab"
+    return "column" if isinstance(layer, ColumnParallelLinear) else "row"
+
+
+@dataclass(frozen=True)
+class AdapterPlaces:
+    """The adapters' arrays on this rank, by their names in the unsplit model.
+
+    Attributes:
+        homes: Where each lives.
+        boxes: Where each lies on disk, where it is the other way round.
+        shapes: The unsplit shape of each.
+        held: What this rank has of it.
+        owned: What of that it writes.
+    """
+
+    homes: Mapping[str, Home]
+    boxes: Mapping[str, tuple[Box, ...]]
+    shapes: Mapping[str, tuple[int, ...]]
+    held: Mapping[str, Ranges]
+    owned: Mapping[str, Ranges]
+
+
+def adapter_places(model: nn.Module) -> AdapterPlaces:
+    """Where the adapters of a split model live and lie.
+
+    Raises:
+        ModelError: Some are of no plain LoRA, or of a layer that on disk is not one tensor.
+    """
+    _, groups = plan_of(model)
+    kept = {id(adapter) for _, _, adapter in adapters(model)}
+    homes = {name: home for name, home in parameter_homes(model).items() if id(home[0]) in kept}
+    modules, on_disk = unsplit_modules(model), paths_on_disk(model)
+    boxes, shapes, held, owned = {}, {}, {}, {}
+    for name, (home, key) in homes.items():
+        if key not in ("lora_a", "lora_b"):
+            raise ModelError(f"{name} is no part of a plain LoRA adapter, which are what can be saved.")
+        path, side = name.rpartition(".")[0], _SIDES[key]
+        cut = _cut(name, tuple(home[key].shape), modules[path], groups)
+        boxes[name] = (Box(name_on_disk(_on_disk(on_disk, path), side), (0, 0), cut.shape, (1, 0), (0, 0)),)
+        shapes[name], held[name], owned[name] = cut.shape, cut.ranges(groups.tp.rank), cut.owned_ranges(groups.tp.rank)
+    return AdapterPlaces(homes, boxes, shapes, held, owned)
+
+
+_SIDES: Mapping[str, Side] = {"lora_a": "A", "lora_b": "B"}
+
+
+def _cut(name: str, shape: tuple[int, ...], layer: nn.Module, groups: ParallelGroups) -> TensorPlan:
+    """How an adapter's array is cut: as its layer is."""
+    if groups.tp.size == 1 or not isinstance(layer, ColumnParallelLinear | RowParallelLinear):
+        return TensorPlan(name, shape)
+    axis = split_axis("column" if isinstance(layer, ColumnParallelLinear) else "row", name.rpartition(".")[2])
+    if axis is None:
+        return TensorPlan(name, shape)
+    return TensorPlan(name, (*shape[:axis], layer.split.size, *shape[axis + 1 :]), axis, layer.split)
+
+
+def paths_on_disk(model: nn.Module) -> dict[str, str]:
+    """What the checkpoint that a model came from calls its modules of which the weight is one tensor there."""
+    origin: Origin = model.partita_origin
+    found = {}
+    for name, boxes in origin.boxes().items():
+        there = boxes[0].name if len(boxes) == 1 else ""
+        is_whole = bool(there) and math.prod(origin.shape(boxes[0])) == math.prod(boxes[0].shape)
+        if is_whole and name.endswith(".weight") and there.endswith(".weight"):
+            found[name.removesuffix(".weight")] = there.removesuffix(".weight")
+    return found
+
+
+def _on_disk(paths: Mapping[str, str], path: str) -> str:
+    if path not in paths:
+        raise ModelError(f"{path} is not one tensor on disk, so that an adapter of it would have no name there.")
+    return paths[path]

@@ -1,0 +1,228 @@
+"""LoRA adapters on disk, unsplit, in peft's format: what `PeftModel.from_pretrained` puts on transformers' own model."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from partita.checkpoint.index import open_checkpoint, weights_name
+from partita.checkpoint.read import Reader
+from partita.checkpoint.write import FilePlan, Writer, plan_files
+from partita.core.plan import Plan
+from partita.core.sharding.split import Range
+from partita.errors import CheckpointError, ModelError
+from partita.generation import Tokenizer
+from partita.mlx.collectives.collective_errors import together
+from partita.mlx.collectives.groups import ParallelGroups
+from partita.mlx.model.parts import parameter_homes, plan_of
+from partita.mlx.model.tree import Home
+from partita.mlx.weights.adapters import AdapterPlaces, adapter_places, adapters, add_lora, paths_on_disk
+from partita.mlx.weights.moments import read_array
+from partita.mlx.weights.names import DTYPES, Box
+from partita.mlx.weights.origin import Origin
+from partita.mlx.weights.save import DTYPE_NAMES, parts_of, write_together
+from partita.training.adapter_files import (
+    CONFIG_NAME,
+    STEM,
+    Adapters,
+    only,
+    path_of,
+    read_adapters,
+    targets_of,
+)
+from partita.training.mlx_adapters import in_peft_format
+
+
+def save_adapters(model: nn.Module, folder: str | os.PathLike[str], *, base: str | None = None) -> None:
+    """Write the LoRA adapters of a split model, unsplit, as peft does; every rank of the run calls it.
+
+    The folder, with `adapter_config.json` and `adapter_model.safetensors`, appears whole or not at all. It does not depend
+    on how the model was split.
+
+    Args:
+        model: A model with what `add_lora`, or mlx-lm, put on it.
+        folder: Where to; made if it is not there. It must not hold weights already.
+        base: The model that they belong to, for peft to find; by default where `model` was loaded from.
+
+    Raises:
+        ModelError: The model has no adapters, or some that are no plain LoRA of one rank and scale.
+        CheckpointError: The folder holds weights already, or cannot be written.
+    """
+    plan, groups = plan_of(model)
+    disk = adapters_on_disk(model, base)
+
+    def write(writer: Writer) -> None:
+        for name, (home, key) in disk.own(model, plan, groups).items():
+            for box, take, data in disk.parts(name, home, key, home[key], plan, groups):
+                writer.write(box, take, data)
+
+    write_together(Path(folder), groups, disk.files(), lambda partial: disk.write_beside(partial, None), write)
+
+
+def load_adapters(model: nn.Module, folder: str | os.PathLike[str]) -> list[str]:
+    """Put adapters that peft, `mlx_lm.lora` or `save_adapters` wrote on a split model, ready to be trained.
+
+    Every rank of the run calls it. Each rank reads its own part. All else is frozen.
+
+    Args:
+        model: What `load`, `shard` or `fresh` made, in any layout: the model that they belong to, without adapters.
+        folder: With `adapter_config.json`, and `adapter_model.safetensors` or mlx-lm's `adapters.safetensors`.
+
+    Returns:
+        The paths of this rank's layers that were adapted.
+
+    Raises:
+        CheckpointError: There are none, or they are no plain LoRA, or not for this model; on every rank.
+        ModelError: The model has adapters already.
+    """
+    _, groups = plan_of(model)
+    place = Path(folder)
+    with contextlib.ExitStack() as stack:
+        with together(groups):
+            if adapters(model):
+                raise ModelError("the model has adapters already. Merge them (merge_lora), or load it without.")
+            known = paths_on_disk(model)
+            source = stack.enter_context(in_peft_format(place, lambda path: known.get(path, path)))
+        return _put_on(model, place, source)
+
+
+def _put_on(model: nn.Module, place: Path, source: Path) -> list[str]:
+    """Put the adapters in `source`, which has peft's format, on a split model; errors name `place`."""
+    plan, groups = plan_of(model)
+    with together(groups):
+        kind = read_adapters(source)
+        checkpoint = open_checkpoint(source / weights_name(STEM))
+        wanted = {path_of(name) for name in checkpoint.tensors}
+    put_on = add_lora(model, kind.rank, alpha=kind.alpha)
+    with together(groups), Reader(checkpoint) as reader:
+        there = paths_on_disk(model)
+        _keep_only(model, lambda path: there[path] in wanted)
+        places = adapter_places(model)
+        shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
+        for name, (home, key) in places.homes.items():
+            (box,) = places.boxes[name]
+            _check_shape(place, box, shapes.get(box.name))
+            dtype = DTYPES[checkpoint.tensors[box.name].dtype]
+            home[key] = read_array(reader, "", (box,), places.held[name], dtype).astype(home[key].dtype)
+        mine = sorted({path_of(box.name) for boxes in places.boxes.values() for box in boxes})
+    placed = {path for theirs in groups.pp.all_gather_object(mine) for path in theirs}
+    if wanted - placed:
+        raise CheckpointError(
+            f"{place}: adapts {min(wanted - placed)}, which is no linear layer inside the layers of {plan.spec.family}."
+        )
+    return [path for path in put_on if there[path] in wanted]
+
+
+def _keep_only(model: nn.Module, is_wanted: Callable[[str], bool]) -> None:
+    """Take adapters off all layers but those at paths that are wanted."""
+    paths = {
+        id(home): name.rpartition(".")[0] for name, (home, key) in parameter_homes(model).items() if key == "lora_a"
+    }
+    for holder, key, adapter in adapters(model):
+        if not is_wanted(paths[id(adapter)]):
+            holder[key] = adapter["linear"]
+
+
+def _check_shape(folder: Path, box: Box, found: tuple[int, ...] | None) -> None:
+    expected = box.shape[::-1]
+    if found != expected:
+        raise CheckpointError(
+            f"{folder}: {box.name} must be {list(expected)} for this model, but is "
+            f"{'not there' if found is None else list(found)}. Give the model that these adapters were trained on."
+        )
+
+
+@dataclass(frozen=True)
+class AdaptersOnDisk:
+    """The unsplit adapters that the ranks hold together, as they are on disk; see `save.OnDisk`.
+
+    Attributes:
+        config: The text of `adapter_config.json`.
+        boxes: For each array the tensor on disk; the same on every rank, as are the dtypes.
+        dtypes: The dtype of each.
+        places: Those of this rank.
+    """
+
+    config: str
+    boxes: Mapping[str, tuple[Box, ...]]
+    dtypes: Mapping[str, mx.Dtype]
+    places: AdapterPlaces
+
+    def tensors(self, only: Callable[[str], bool] = lambda name: True) -> list[tuple[str, str, tuple[int, ...]]]:
+        """Name, dtype and shape on disk of the arrays that are meant."""
+        return sorted(
+            (box.name, DTYPE_NAMES[self.dtypes[name]], box.shape[::-1])
+            for name, boxes in self.boxes.items()
+            for box in boxes
+            if only(name)
+        )
+
+    def files(self, max_shard_bytes: int = 0) -> tuple[FilePlan, ...]:
+        """The one file that peft reads, whatever its size."""
+        return plan_files(self.tensors(), 1 << 62, stem=STEM)
+
+    def own(self, model: nn.Module, plan: Plan, groups: ParallelGroups) -> Mapping[str, Home]:
+        """The homes of this rank's parts of the adapters."""
+        return self.places.homes
+
+    def parts(
+        self, name: str, home: Any, key: Any, array: mx.array, plan: Plan, groups: ParallelGroups
+    ) -> Iterator[tuple[str, list[list[Range]], memoryview]]:
+        """What this rank owns of an array that is cut as `home[key]` is: its name on disk, the ranges there and the bytes."""
+        return parts_of(self.boxes[name], array, self.places.held[name], self.places.owned[name])
+
+    def write_beside(self, folder: Path, tokenizer: Tokenizer | None) -> None:
+        """Write the config, and the tokenizer if there is one."""
+        (folder / CONFIG_NAME).write_text(self.config, encoding="utf-8")
+        if tokenizer is not None:
+            tokenizer.save(folder)
+
+
+def adapters_on_disk(model: nn.Module, base: str | None = None) -> AdaptersOnDisk:
+    """The unsplit adapters of a split model, as they are on disk; every rank of the run calls it.
+
+    Raises:
+        ModelError: There are none, or some that are no plain LoRA of one rank and scale.
+    """
+    _, groups = plan_of(model)
+    origin: Origin = model.partita_origin
+    with together(groups):
+        places = adapter_places(model)
+        kinds = {_kind(adapter) for _, _, adapter in adapters(model)}
+        mine = [
+            (
+                name,
+                str(home[key].dtype).removeprefix("mlx.core."),
+                list(places.shapes[name]),
+                places.boxes[name][0].name,
+            )
+            for name, (home, key) in places.homes.items()
+        ]
+    told = groups.pp.all_gather_object((mine, [(kind.rank, kind.alpha) for kind in kinds]))
+    with together(groups):
+        kind = only({Adapters(*one) for _, theirs in told for one in theirs})
+        everywhere = sorted((one for theirs, _ in told for one in theirs), key=lambda one: one[0])
+        boxes = {name: (Box(there, (0, 0), tuple(shape), (1, 0), (0, 0)),) for name, _, shape, there in everywhere}
+        known = paths_on_disk(model)
+        adapted = {path_of(box.name) for (box,) in boxes.values()}
+        swapped = {
+            origin.boxes()[f"{path}.weight"][0].axes == (1, 0) for path, there in known.items() if there in adapted
+        }
+        config = kind.to_json(
+            base=base or (str(origin.folder) if origin.folder is not None else None),
+            targets=targets_of(adapted, set(known.values()) - adapted),
+            transposed=swapped == {True},
+        )
+    return AdaptersOnDisk(config, boxes, {name: getattr(mx, dtype) for name, dtype, _, _ in everywhere}, places)
+
+
+def _kind(adapter: Any) -> Adapters:
+    rank = int(adapter["lora_a"].shape[1])
+    return Adapters(rank, round(float(adapter.scale) * rank, 9))

@@ -1,0 +1,112 @@
+"""What a rank writes of a checkpoint of a run: its part of weights, moments and masters, distributed over the replicas."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+
+import mlx.nn as nn
+
+from partita.checkpoint.index import MODEL
+from partita.checkpoint.manifest import OPTIMIZER
+from partita.checkpoint.unused import Unused
+from partita.checkpoint.write import FilePlan, plan_files
+from partita.errors import ModelError
+from partita.mlx.collectives.collective_errors import together
+from partita.mlx.model.parts import plan_of
+from partita.mlx.model.trainable import Trainable
+from partita.mlx.training.optimizer import AdamW
+from partita.mlx.weights.adapters import adapters
+from partita.mlx.weights.moments import initial_state, state_of
+from partita.mlx.weights.names import DTYPES
+from partita.mlx.weights.peft_format import AdaptersOnDisk, adapters_on_disk
+from partita.mlx.weights.save import DTYPE_NAMES, OnDisk, on_disk
+from partita.training.adapter_files import STEM
+from partita.training.background import Part
+from partita.training.base import place_of
+from partita.training.saving import MASTER, MOMENTS, Saves, check_base, files_beside
+
+
+class Share:
+    """See `partita.training.saving.Share`. Of a model with adapters only these are written.
+
+    Attributes:
+        files: The files of weights and of the optimizer's state, the same on every rank, by how their names begin.
+        beside: Configs and tokenizer, by name, on the first rank.
+    """
+
+    def __init__(self, model: nn.Module, trainable: Trainable, optimizer: AdamW, saves: Saves) -> None:
+        """Of a model in training; every rank of the run calls it.
+
+        Raises:
+            ModelError: The model has adapters, and `saves` does not say of which model; or some that are no plain LoRA, or more
+                is trained than them; or other arrays that the unsplit model has not.
+        """
+        self.model, self.trainable, self.optimizer = model, trainable, optimizer
+        self.plan, self.groups = plan_of(model)
+        adapted = any(self.groups.pp.all_gather_object(bool(adapters(model))))
+        check_base(saves, adapted=adapted)
+        self.disk: OnDisk | AdaptersOnDisk = (
+            adapters_on_disk(model, place_of(saves.base)) if saves.base is not None else on_disk(model)
+        )
+        trained = {n for names in self.groups.pp.all_gather_object(list(trainable.names)) for n in names}
+        with together(self.groups):
+            if adapted:
+                _refuse_others(trained - self.disk.boxes.keys())
+            tensors = self.disk.tensors(trained.__contains__)
+            state = [
+                (f"{kind}.{name}", DTYPE_NAMES[optimizer.state_dtype(DTYPES[dtype])], shape)
+                for kind in (*MOMENTS, MASTER)
+                for name, dtype, shape in tensors
+                if kind in state_of(optimizer, DTYPES[dtype])
+            ]
+            self.files: Mapping[str, tuple[FilePlan, ...]] = {
+                STEM if adapted else MODEL: self.disk.files(saves.max_shard_bytes),
+                OPTIMIZER: plan_files(state, saves.max_shard_bytes, stem=OPTIMIZER),
+            }
+            # Open from now on: a run that resumed from a checkpoint of its own may remove that one.
+            self.unused = Unused() if isinstance(self.disk, AdaptersOnDisk) else self.disk.unused
+            self.reader = self.unused.opened() if self.unused else None
+            if self.reader is not None:
+                weakref.finalize(self, self.reader.close)
+            self.beside: Mapping[str, bytes] = (
+                files_beside(lambda folder: self.disk.write_beside(folder, saves.tokenizer))
+                if self.groups.rank == 0
+                else {}
+            )
+
+    def copy(self) -> list[Part]:
+        """The present values of all that this rank writes: of what replicas hold alike each writes its share."""
+        parts: list[Part] = []
+        for index, (name, (home, key)) in enumerate(self.disk.own(self.model, self.plan, self.groups).items()):
+            if index % self.groups.dp.size != self.groups.dp.rank:
+                continue
+            arrays = {"": home[key]}
+            if name in self.trainable.homes:
+                for kind, state in state_of(self.optimizer, home[key].dtype).items():
+                    # Before the first step there is none.
+                    arrays[f"{kind}."] = (
+                        state[name] if name in state else initial_state(kind, home[key], self.optimizer)
+                    )
+            for prefix, array in arrays.items():
+                for box, take, data in self.disk.parts(name, home, key, array, self.plan, self.groups):
+                    parts.append(Part(prefix + box, take, data))
+        if self.reader is not None:
+            pieces = self.unused.pieces(self.reader, self.groups.rank, self.groups.mesh.size)
+            parts += [Part(*piece) for piece in pieces]
+        return parts
+
+    def counts(self, step: int) -> dict[str, int]:
+        """AdamW's steps of what this rank trains, by the names on disk, where they are not `step`."""
+        counts: dict[str, int] = {}
+        for name in self.disk.own(self.model, self.plan, self.groups).keys() & self.trainable.homes.keys():
+            count = self.optimizer.steps.get(name, 0)
+            counts |= {box.name: count for box in self.disk.boxes[name] if count != step}
+        return counts
+
+
+def _refuse_others(names: set[str]) -> None:
+    if names:
+        raise ModelError(
+            f"{min(names)} is trained beside the adapters, but only these are kept. Freeze it, or train the whole model."
+        )

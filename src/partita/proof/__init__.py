@@ -1,0 +1,1 @@
+"""What both engines need to prove that a split model equals the unsplit one."""

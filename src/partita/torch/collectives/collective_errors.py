@@ -1,0 +1,49 @@
+"""What goes wrong on one rank goes wrong on all, so that none is left waiting in the next collective."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+
+from partita.ranks.agreement import failure_record, raise_failure_of_peer
+from partita.torch.collectives.comm import Communicator
+from partita.torch.collectives.groups import ParallelGroups
+
+
+class _Together(AbstractContextManager[None]):
+    def __init__(self, gather: Callable[[object], list[Any]], rank: int) -> None:
+        self.gather, self.rank = gather, rank
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if error is not None and not isinstance(error, Exception):
+            return
+        records = self.gather(failure_record(self.rank, error))
+        if error is None:
+            raise_failure_of_peer(records)
+
+
+def together(groups: ParallelGroups) -> AbstractContextManager[None]:
+    """A block at whose end every rank hears whether it went well everywhere; it holds no collective of its own.
+
+    A rank that raised raises its own error; the others raise `PeerFailed` with the first failing rank's.
+    """
+    return _Together(_gather_from_world, torch.distributed.get_rank()) if groups.mesh.size > 1 else nullcontext()
+
+
+def together_in(comm: Communicator) -> AbstractContextManager[None]:
+    """The same among the ranks of `comm` alone."""
+    return _Together(comm.all_gather_object, comm.global_ranks[comm.rank])
+
+
+def gather_from_all(groups: ParallelGroups, value: Any) -> list[Any]:
+    """The value of every rank of the mesh, in rank order; every rank calls it."""
+    return _gather_from_world(value) if groups.mesh.size > 1 else [value]
+
+
+def _gather_from_world(report: object) -> list[Any]:
+    reports: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(reports, report)
+    return reports

@@ -1,0 +1,278 @@
+"""The process groups of a run along the axes of its mesh, and the defaults that the seed API's layers take from them."""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from partita.core.layout.layout import set_default_pipeline_rank
+from partita.core.mesh import Mesh
+from partita.errors import DistributedError
+from partita.ranks import liveness
+from partita.torch.collectives import mpi
+from partita.torch.collectives.comm import Communicator, Work
+from partita.torch.collectives.mappings import gather_from, scatter_to
+
+
+@dataclass(frozen=True)
+class GroupInfo:
+    """This rank's group along one axis.
+
+    Attributes:
+        comm: Its communicator.
+    """
+
+    comm: Communicator
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """The group of torch.distributed; None where no process group is initialized."""
+        return self.comm.group
+
+    @property
+    def global_ranks(self) -> list[int]:
+        """The ranks of the group in the whole run."""
+        return list(self.comm.global_ranks)
+
+    @property
+    def rank(self) -> int:
+        """This rank's place in the group."""
+        return self.comm.rank
+
+    @property
+    def world_size(self) -> int:
+        """Ranks of the group."""
+        return self.comm.size
+
+    def reduce(self, tensor: Tensor, op: Any = dist.ReduceOp.SUM, *, async_op: bool = False) -> Tensor | Work:
+        """Reduce `tensor` over the group in place: the tensor, or with `async_op` (sums only) a handle to wait for."""
+        if not async_op:
+            return self.comm.all_reduce_(tensor, op)
+        if op != dist.ReduceOp.SUM:
+            raise DistributedError(f"async_op=True needs op SUM, but op is {op}. Leave async_op out.")
+        return self.comm.start_all_reduce_(tensor)
+
+    def split(self, tensor: Tensor, dim: int = 0) -> Tensor:
+        """This rank's part of `tensor` `[..., N, ...]` along `dim`: `[..., N / world_size, ...]`."""
+        return scatter_to(tensor, self.comm, dim)
+
+    def gather(self, tensor: Tensor, dim: int = -1) -> Tensor:
+        """The parts of all ranks along `dim`: `[..., N, ...]` to `[..., N * world_size, ...]`."""
+        return gather_from(tensor, self.comm, dim)
+
+
+@dataclass(frozen=True)
+class ParallelGroups:
+    """This rank's groups along every axis.
+
+    Attributes:
+        mesh: The mesh of the run.
+        mp: The model (tensor) parallel group.
+        pp: The pipeline group.
+        dp: The data parallel group.
+    """
+
+    mesh: Mesh
+    mp: GroupInfo
+    pp: GroupInfo
+    dp: GroupInfo
+
+    @property
+    def tp(self) -> GroupInfo:
+        """Another name of `mp`."""
+        return self.mp
+
+
+_groups: ParallelGroups | None = None
+_made: dict[Mesh, ParallelGroups] = {}
+_made_of: dist.ProcessGroup | None = None
+"""The process group whose ranks `_made` is of: another run in this process has groups of its own."""
+_timeout: timedelta | None = None
+
+
+def init_process_group(
+    *, backend: str | None = None, timeout_s: float = 1800.0, lost_after_s: float | None = None
+) -> None:
+    """Join the ranks that the launcher's environment names (torchrun's RANK, WORLD_SIZE, ...), or be one rank alone.
+
+    Does nothing where a process group is there already. `backend` is gloo on CPU and NCCL on CUDA unless given; ranks that
+    share a GPU use gloo there too. The other arguments are those of `init_parallelism`.
+
+    Raises:
+        DistributedError: A process group is there, of another backend than is asked for.
+    """
+    global _timeout
+    if dist.is_initialized():
+        there = dist.get_backend_config()
+        if backend is not None and backend not in (dist.get_backend(), there):
+            raise DistributedError(
+                f"backend is {backend!r}, but torch.distributed is initialized already, with {there}. Leave it out."
+            )
+        return
+    _timeout = timedelta(seconds=timeout_s)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    mpi.meet()
+    backend = backend or ("cuda:nccl,cpu:gloo" if has_own_gpu() else "gloo")
+    is_alone = "RANK" not in os.environ or os.environ.get("WORLD_SIZE") == "1"
+    store, rank, world = (dist.HashStore(), 0, 1) if is_alone else _store(_timeout)  # type: ignore[attr-defined]
+    dist.init_process_group(backend, timeout=_timeout, store=store, rank=rank, world_size=world)
+    _watch_peers(timeout_s, lost_after_s)
+
+
+def has_own_gpu() -> bool:
+    """Whether each rank of this machine has a GPU of its own, which NCCL needs."""
+    return torch.cuda.is_available() and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) <= torch.cuda.device_count()
+
+
+def _store(timeout: timedelta) -> tuple[Any, int, int]:
+    """The store by which the ranks meet, this one's number, and how many there are; none where torch's own is right.
+
+    torch's listens on all networks, even where the ranks are on one machine. And torchrun keeps one for all attempts, where
+    gloo would find the addresses of ranks that are gone (torch 2.13).
+    """
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if attempt != "0":
+        store, rank, world = next(dist.rendezvous("env://", timeout=timeout))  # type: ignore[attr-defined]
+        return dist.PrefixStore(f"attempt {attempt}", store), rank, world  # type: ignore[attr-defined]
+    address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT", "")
+    if address != "127.0.0.1" or not port.isdigit() or "TORCHELASTIC_USE_AGENT_STORE" in os.environ:
+        return None, -1, -1
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    door = socket.create_server((address, int(port))).detach() if rank == 0 else None
+    store = dist.TCPStore(address, int(port), world, rank == 0, timeout, master_listen_fd=door)  # type: ignore[attr-defined]
+    return store, rank, world
+
+
+def _watch_peers(stall_s: float, limit_s: float | None = None) -> None:
+    """Let the ranks find out when one is lost (see `partita.ranks.liveness`)."""
+
+    def gather(value: object) -> list[Any]:
+        told: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(told, value)
+        return told
+
+    liveness.join(dist.get_rank(), dist.get_world_size(), gather, limit_s=limit_s, stall_s=stall_s)
+
+
+def make_groups(mesh: Mesh) -> ParallelGroups:
+    """The groups of `mesh` over the ranks of the initialized process group; every rank calls it. Made once a mesh.
+
+    Raises:
+        DistributedError: The mesh does not have as many ranks as the run.
+    """
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    if mesh.size != world:
+        raise DistributedError(
+            f"the mesh {mesh} has {mesh.size} rank{'s' if mesh.size > 1 else ''}, but the run has {world}. "
+            f"Start {mesh.size}, or change dp, pp or tp so that their product is {world}."
+        )
+    global _made_of
+    run = dist.group.WORLD if dist.is_initialized() else None
+    if run is not _made_of:
+        _made.clear()
+        _made_of = run
+    if mesh not in _made:
+        rank = dist.get_rank() if run is not None else 0
+        infos = {}
+        for axis in ("tp", "pp", "dp"):
+            infos[axis] = _alone(rank, run)
+            for ranks in mesh.groups(axis):
+                if len(ranks) == 1:
+                    continue
+                group = run if len(ranks) == world else dist.new_group(list(ranks), timeout=_timeout)
+                if rank in ranks:
+                    infos[axis] = GroupInfo(mpi.MpiCommunicator(group) if mpi.is_there() else Communicator(group))
+        _made[mesh] = ParallelGroups(mesh, infos["tp"], infos["pp"], infos["dp"])
+    liveness.ME.stage = _made[mesh].pp.rank
+    return _made[mesh]
+
+
+def _alone(rank: int, run: dist.ProcessGroup | None) -> GroupInfo:
+    """This rank by itself. In a run of several it has a group of its own, since torch takes None for all of them."""
+    if run is None or run.size() == 1:
+        return GroupInfo(Communicator(run) if run is not None else Communicator.single())
+    return GroupInfo(Communicator(dist.new_group([rank], timeout=_timeout, use_local_synchronization=True)))
+
+
+def single_groups(*, mesh: Mesh | None = None, tp: Communicator | None = None) -> ParallelGroups:
+    """The groups of one rank alone, or of ranks that have a tensor group only."""
+    alone = GroupInfo(Communicator.single())
+    return ParallelGroups(mesh or Mesh(), GroupInfo(tp) if tp is not None else alone, alone, alone)
+
+
+def init_parallelism(
+    model_parallelism: int = 1,
+    pipeline_parallelism: int = 1,
+    *,
+    backend: str | None = None,
+    timeout_s: float = 1800.0,
+    lost_after_s: float | None = None,
+) -> ParallelGroups:
+    """Join the run and make its groups; what is left over after model and pipeline parallelism is data parallelism.
+
+    Args:
+        model_parallelism: Ranks of a tensor parallel group (tp).
+        pipeline_parallelism: Ranks of a pipeline group (pp).
+        backend: Of torch.distributed; by default gloo on CPU, and NCCL on CUDA where each rank has a GPU of its own.
+        timeout_s: After how many seconds a collective fails that others do not come to, though they live.
+        lost_after_s: After how many seconds of silence a rank counts as lost, which ends the processes of all others with
+            exit code 75 and a message that names it; by default `PARTITA_LOST_AFTER`, else 30; 0 for never.
+
+    Raises:
+        DistributedError: It was called already, or the run's ranks are not a multiple of the product.
+
+    Source: `ml.utils.parallel.init_parallelism`.
+    """
+    global _groups
+    if _groups is not None:
+        raise DistributedError("parallelism is initialized already. Call reset_parallelism() first to change it.")
+    init_process_group(backend=backend, timeout_s=timeout_s, lost_after_s=lost_after_s)
+    world = dist.get_world_size()
+    per_replica = Mesh(1, pipeline_parallelism, model_parallelism).size
+    if world % per_replica:
+        raise DistributedError(
+            f"the run has {world} ranks, which is not a multiple of model_parallelism ({model_parallelism}) x "
+            f"pipeline_parallelism ({pipeline_parallelism}) = {per_replica}."
+        )
+    _groups = make_groups(Mesh(world // per_replica, pipeline_parallelism, model_parallelism))
+    set_default_pipeline_rank(lambda: _groups.pp.rank if _groups is not None else None)
+    return _groups
+
+
+initialize_parallelism = init_parallelism
+
+
+def reset_parallelism() -> None:
+    """Forget the default groups, so that `init_parallelism` may be called again. The process group stays."""
+    global _groups
+    _groups = None
+    set_default_pipeline_rank(None)
+
+
+def parallelism_is_initialized() -> bool:
+    """Whether `init_parallelism` was called."""
+    return _groups is not None
+
+
+def parallel_group_info() -> ParallelGroups:
+    """This rank's default groups: `.mp`, `.pp` and `.dp`, each with `.group`, `.global_ranks`, `.rank`, `.world_size`.
+
+    Raises:
+        DistributedError: `init_parallelism` was not called.
+    """
+    if _groups is None:
+        raise DistributedError("parallelism is not initialized. Call partita.torch.init_parallelism() first.")
+    return _groups
+
+
+def is_first(groups: ParallelGroups) -> bool:
+    """Whether this is the first rank of the mesh."""
+    return groups.dp.rank == groups.pp.rank == groups.mp.rank == 0

@@ -1,0 +1,116 @@
+"""Ranks as threads of one process: to try a split on a small model without asking anything of the other processes."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from partita.torch.collectives.comm import Communicator, Work
+
+Result = TypeVar("Result")
+
+_REDUCE: dict[Any, Callable[[Tensor], Tensor]] = {
+    dist.ReduceOp.SUM: lambda stacked: stacked.sum(0),
+    dist.ReduceOp.AVG: lambda stacked: stacked.mean(0),
+    dist.ReduceOp.MAX: lambda stacked: stacked.amax(0),
+    dist.ReduceOp.MIN: lambda stacked: stacked.amin(0),
+}
+
+
+class _Exchange:
+    """Where the threads of a group put what they hand round. A thread that fails breaks it for all, so none waits on."""
+
+    def __init__(self, size: int) -> None:
+        self.barrier = threading.Barrier(size)
+        self.slots: list[Any] = [None] * size
+
+    def swap(self, rank: int, value: Any) -> list[Any]:
+        self.slots[rank] = value
+        self.barrier.wait()
+        values = list(self.slots)
+        self.barrier.wait()
+        return values
+
+
+class ThreadCommunicator(Communicator):
+    """The communicator of one thread among `size`."""
+
+    def __init__(self, exchange: _Exchange, rank: int, size: int) -> None:
+        """Rank `rank` of the threads that share `exchange`."""
+        self.group = None
+        self.rank, self.size, self.global_ranks = rank, size, tuple(range(size))
+        self._is_pair = False
+        self._board = exchange
+
+    def all_reduce_(self, tensor: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
+        """See `Communicator.all_reduce_`."""
+        parts = self._board.swap(self.rank, tensor.detach().clone())
+        with torch.no_grad():
+            return tensor.copy_(_REDUCE[op](torch.stack(parts)))
+
+    def start_all_reduce_(self, tensor: Tensor) -> Work:
+        """See `Communicator.start_all_reduce_`."""
+        self.all_reduce_(tensor)
+        return Communicator.single().start_all_reduce_(tensor)
+
+    def all_gather(self, tensor: Tensor, dim: int = -1, sizes: Sequence[int] | None = None) -> Tensor:
+        """See `Communicator.all_gather`."""
+        return torch.cat(self._board.swap(self.rank, tensor.detach().clone()), dim)
+
+    def reduce_scatter(self, tensor: Tensor, dim: int = 0, sizes: Sequence[int] | None = None) -> Tensor:
+        """See `Communicator.reduce_scatter`."""
+        sizes = sizes if sizes is not None else self.even_sizes(tensor.shape[dim])
+        total = self.all_reduce_(tensor.detach().clone())
+        return total.narrow(dim, sum(sizes[: self.rank]), sizes[self.rank]).clone()
+
+    def broadcast_(self, tensor: Tensor, source: int = 0) -> Tensor:
+        """See `Communicator.broadcast_`."""
+        parts = self._board.swap(self.rank, tensor.detach().clone())
+        with torch.no_grad():
+            return tensor.copy_(parts[source])
+
+    def broadcast_object(self, value: object, source: int = 0) -> object:
+        """See `Communicator.broadcast_object`."""
+        return self._board.swap(self.rank, value)[source]
+
+    def all_gather_object(self, value: object) -> list[object]:
+        """See `Communicator.all_gather_object`."""
+        return self._board.swap(self.rank, value)
+
+    def barrier(self) -> None:
+        """See `Communicator.barrier`."""
+        self._board.swap(self.rank, None)
+
+
+def run_as_threads(size: int, work: Callable[[Communicator], Result]) -> list[Result]:
+    """Call `work` once for each of `size` ranks, each in a thread with a communicator of its own.
+
+    Raises:
+        Exception: What the first rank that failed raised.
+    """
+    exchange = _Exchange(size)
+    results: list[Any] = [None] * size
+    errors: list[tuple[int, BaseException]] = []
+
+    def one(rank: int) -> None:
+        try:
+            results[rank] = work(ThreadCommunicator(exchange, rank, size))
+        except threading.BrokenBarrierError:
+            pass
+        except BaseException as error:
+            errors.append((rank, error))
+            exchange.barrier.abort()
+
+    threads = [threading.Thread(target=one, args=(rank,), daemon=True) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise min(errors, key=lambda item: item[0])[1]
+    return results

@@ -1,0 +1,102 @@
+"""The parts of a split model: its plan and groups, and where each tensor of the unsplit model is in it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from partita.core.plan import Plan
+from partita.errors import ModelError
+from partita.torch.collectives.groups import ParallelGroups
+from partita.torch.layers.embedding import VocabParallelEmbedding
+from partita.torch.layers.linear import ColumnParallelLinear, RowParallelLinear
+
+WRAPPERS = ("linear", "embedding", "base_layer")
+"""Names that split layers and adapters put into a parameter's path."""
+
+
+def plan_of(model: nn.Module) -> tuple[Plan, ParallelGroups]:
+    """The plan and groups of a model that `load` or `shard` made.
+
+    Raises:
+        ModelError: It was not made by them.
+    """
+    plan, groups = getattr(model, "partita_plan", None), getattr(model, "partita_groups", None)
+    if not isinstance(plan, Plan) or not isinstance(groups, ParallelGroups):
+        raise ModelError(
+            "this model was not split by Partita. Make it with partita.torch.load() or partita.torch.shard()."
+        )
+    return plan, groups
+
+
+def check_model(model: nn.Module, plan: Plan) -> None:
+    """Raise `ModelError` unless `model` has the tensors of the plan's model, in its shapes."""
+    mine = {name: tuple(t.shape) for name, t in model.state_dict(keep_vars=True).items()}
+    theirs = {name: t.shape for name, t in plan.spec.tensors.items()}
+    if mine != theirs:
+        name = next(n for n in sorted({*mine, *theirs}) if mine.get(n) != theirs.get(n))
+        raise ModelError(
+            f"the model is not the plan's ({plan.spec.family}): {name} has the shape {mine.get(name, 'none')} in the model "
+            f"and {theirs.get(name, 'none')} in the plan. Make the plan of this model."
+        )
+
+
+def unsplit_name(name: str) -> str:
+    """The name in the unsplit model of a split model's parameter, for models that have no modules of such names themselves.
+
+    `parameter_homes` knows the split layers by their classes, and so any model's names.
+    """
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
+
+def parameter_homes(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    """Where each tensor of the unsplit model lives in the split one: by unsplit name the module and its attribute."""
+    homes: dict[str, tuple[nn.Module, str]] = {}
+
+    def walk(module: nn.Module, path: str) -> None:
+        saved = (b for b in module._buffers if b not in module._non_persistent_buffers_set)
+        for attribute in (*module._parameters, *saved):
+            if getattr(module, attribute) is not None:
+                homes[path + attribute] = (module, attribute)
+        for name, child in module._modules.items():
+            if child is not None:
+                walk(child, path if _is_inner(module, name) else f"{path}{name}.")
+
+    walk(model, "")
+    return homes
+
+
+def _is_inner(module: nn.Module, name: str) -> bool:
+    """Whether a child is what a split layer or an adapter wraps, whose name the unsplit model has not."""
+    if isinstance(module, (ColumnParallelLinear, RowParallelLinear)):
+        return name == "linear"
+    if isinstance(module, VocabParallelEmbedding):
+        return name == "embedding"
+    return name == "base_layer"
+
+
+def local_tensors(model: nn.Module, plan: Plan) -> dict[str, Tensor]:
+    """This rank's part of every tensor of the plan's model, by its name in the unsplit model; tied ones under both names."""
+    homes = parameter_homes(model)
+    return {name: getattr(*homes[name]) for name in plan.spec.tensors if name in homes}
+
+
+def tie(homes: Mapping[str, tuple[nn.Module, str]], plan: Plan) -> None:
+    """Let tensors that share memory in the unsplit model share it here."""
+    for name, tensor in plan.spec.tensors.items():
+        if tensor.tied_to is not None and name in homes and tensor.tied_to in homes:
+            module, attribute = homes[name]
+            module._parameters[attribute] = getattr(*homes[tensor.tied_to])
+
+
+def main_output(output: Any) -> Tensor:
+    """What a model's output is about: logits, or the last hidden state."""
+    for name in ("logits", "prediction_logits", "last_hidden_state"):
+        value = getattr(output, name, None)
+        if isinstance(value, Tensor):
+            return value
+    value = output[0] if isinstance(output, (tuple, list)) or hasattr(output, "keys") else output
+    assert isinstance(value, Tensor)
+    return value

@@ -1,0 +1,82 @@
+"""A new model with initial weights, split."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from partita.checkpoint.find import find_model
+from partita.core.layout.placement import Placement
+from partita.core.plan import Plan, mesh_of
+from partita.core.sharding.split import check_sizes
+from partita.torch.collectives.collective_errors import together
+from partita.torch.collectives.groups import ParallelGroups, init_process_group, make_groups
+from partita.torch.load import choose_plan, read_config
+from partita.torch.model.transformers_models import build_on_meta
+from partita.torch.split.apply import apply_plan
+from partita.torch.split.finish import finish
+from partita.torch.stages.mtp import attach_mtp
+from partita.torch.weights.fill import as_device, as_dtype
+from partita.torch.weights.initial import FreshFill, record_initialization
+from partita.torch.weights.materialize import make_unsaved_buffers, materialize
+
+
+def fresh(
+    config: str | os.PathLike[str] | Mapping[str, Any] | Any,
+    *,
+    tp: int = 1,
+    pp: int = 1,
+    dp: int = 1,
+    layout: str | list[Any] | None = None,
+    vpp: int | None = None,
+    placement: Placement = "loop",
+    plan: Plan | None = None,
+    seed: int = 0,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    groups: ParallelGroups | None = None,
+    trust_remote_code: bool = False,
+) -> nn.Module:
+    """This rank's part of a new model: the same seed gives the same unsplit weights for every mesh.
+
+    Args:
+        config: A config file, a folder with one, a hub id, plain data, or transformers' config.
+        tp: Tensor parallel ranks.
+        pp: Pipeline stages' ranks.
+        dp: Replicas.
+        layout: Which layers each stage runs.
+        vpp: Stages on each pipeline rank; by default as many as `layout` has, else one.
+        placement: Which rank runs which stage: `loop`, or `v` for the schedule `zb-v`.
+        plan: How to split, instead of all these.
+        seed: Of the weights.
+        dtype: Of the weights; by default the config's.
+        device: Where they go; by default this rank's CUDA device, or the CPU.
+        groups: The groups of the mesh; by default made from the initialized process group.
+        trust_remote_code: Whether to run code that comes with the config (its `auto_map`). Read it before you do.
+
+    Raises:
+        PartitaError: The model cannot be split so, or does not say how a tensor of it begins.
+    """
+    init_process_group()
+    check_sizes(0, seed=seed)
+    mesh = mesh_of(plan, dp, pp, tp)
+    groups = groups if groups is not None else make_groups(mesh)
+    with together(groups):
+        source = config
+        if isinstance(config, (str, os.PathLike)):
+            source = find_model(config, weights=False, code=trust_remote_code)
+        read = read_config(source, groups, trust_remote_code=trust_remote_code)
+        built = build_on_meta(read, as_dtype(dtype), trust_remote_code=trust_remote_code)
+        plan = choose_plan(built, plan, mesh, layout, vpp, placement)
+        attach_mtp(built, plan)
+        recipes = record_initialization(built)
+    with together(groups):
+        place = as_device(device)
+        make_unsaved_buffers(built, place)
+        split = apply_plan(built, plan, groups)
+        filled = materialize(split, plan, groups, FreshFill(recipes, seed), place)
+    return filled.check(finish(split, plan, groups))

@@ -1,0 +1,123 @@
+"""Proof before use, of the auxiliary loss: a small model of the class computes it by itself and by `Balance`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from partita.core.plan import Plan
+from partita.errors import ModelError, PartitaError
+from partita.torch.model.balance import SWITCH, Balance, asks_for_balance, coefficient_of
+from partita.torch.model.float64 import Float64Everywhere
+from partita.torch.model.transformers_models import spec_of
+from partita.torch.proof.family import sample_inputs, small_model
+from partita.torch.transformers_internals import router_recorders, text_config_of
+
+TOLERANCE = 1e-5
+"""Largest relative difference from what the model itself computes, which may be in float32."""
+
+_verdicts: dict[tuple[str, str], str] = {}
+
+
+def balance_of(model: nn.Module, plan: Plan, scope: str) -> Balance | None:
+    """The auxiliary loss that the config of `model`, which is split as `plan` says, asks for.
+
+    Returns:
+        None where it asks for none, or where only the model's own forward can compute it and the whole model is here.
+
+    Raises:
+        ModelError: It is of another form than `Balance` computes, and is to be computed over stages or of sequences; or
+            `scope` is `sequence` and the config asks for none.
+    """
+    if not asks_for_balance(model):
+        if scope == "sequence":
+            raise ModelError(
+                f"aux_loss_scope='sequence' is for a model whose config asks for the auxiliary loss of its routers ({SWITCH}), "
+                f"and that of {type(model).__name__} does not. Leave it out, or set {SWITCH} to True in the config."
+            )
+        return None
+    reason = _verdict(model, plan)
+    if not reason:
+        return replace(_assumed(model, plan.spec.layers, plan.spec.num_layers), scope=scope)
+    if scope == "microbatch" and plan.num_stages == 1 and plan.num_mtp == 0:
+        return None
+    where = "of each sequence" if scope == "sequence" else "over stages"
+    raise ModelError(
+        f"the config asks for the auxiliary loss of the routers ({SWITCH}), which for {type(model).__name__} cannot be "
+        f"computed {where}: {reason} Set {SWITCH} to False in the config, or use pp=1 and aux_loss_scope='microbatch'."
+    )
+
+
+def _verdict(model: nn.Module, plan: Plan) -> str:
+    """Why `Balance` does not compute the auxiliary loss of a model; nothing where it does."""
+    key = type(model).__name__, json.dumps(dict(plan.spec.config), sort_keys=True, default=str)
+    if key not in _verdicts:
+        try:
+            _verdicts[key] = _difference(small_model(model, plan.spec.num_heads))
+        except PartitaError as error:
+            _verdicts[key] = str(error)
+        except Exception as error:
+            text = str(error).splitlines()[0][:200] if str(error) else ""
+            _verdicts[key] = f"its small model fails: {type(error).__name__}: {text}."
+    return _verdicts[key]
+
+
+def _difference(small: Any) -> str:
+    """What differs, in words, between the auxiliary loss of a small model and that of `Balance`."""
+    spec = spec_of(small)
+    balance = _assumed(small, spec.layers, spec.num_layers)
+    if not balance.routers:
+        return "transformers does not say which of its modules are routers."
+    inputs = sample_inputs(small)
+    labels = inputs["input_ids"]
+    with Float64Everywhere(), torch.no_grad():
+        with balance.recorded() as logits:
+            plain = small(**inputs, labels=labels, **{SWITCH: False})
+        asked = small(**inputs, labels=labels, **{SWITCH: True})
+        by_sequence = torch.stack(
+            [
+                small(**{name: value[row : row + 1] for name, value in inputs.items()}, **{SWITCH: True}).aux_loss
+                for row in range(labels.shape[0])
+            ]
+        ).mean()
+        found = balance.loss(*balance.sums(logits, inputs))
+        sequences = replace(balance, scope="sequence")
+        found_by_sequence = sequences.loss(*sequences.sums(logits, inputs))
+    total = plain.loss + coefficient_of(small) * found
+    for what, expected, got in (
+        ("auxiliary loss", asked.aux_loss, found),
+        ("auxiliary loss of a sequence", by_sequence, found_by_sequence),
+        ("loss with the auxiliary loss", asked.loss, total),
+    ):
+        error = float((expected - got).abs() / expected.abs())
+        if not error <= TOLERANCE:
+            return f"its {what} differs from that of the usual form by {error:.1e}."
+    return ""
+
+
+def _assumed(model: nn.Module, layers: str, length: int) -> Balance:
+    """The auxiliary loss that the attributes of `model` suggest, with the routers of its first `length` layers."""
+    config = text_config_of(getattr(model, "config", None))
+    experts, top_k = (
+        getattr(model, name, None) or getattr(config, name, None) for name in ("num_experts", "num_experts_per_tok")
+    )
+    if not isinstance(experts, int) or not isinstance(top_k, int):
+        raise ModelError("it does not say how many experts it has and how many a token goes to.")
+    routers = tuple(
+        (module, place)
+        for path, module in model.named_modules()
+        if _layer_of(path, layers) < length
+        for kind, place, part in router_recorders(model)
+        if isinstance(module, kind) and (not part or f".{part.strip('.')}." in f".{path}.")
+    )
+    return Balance(experts, top_k, routers)
+
+
+def _layer_of(path: str, layers: str) -> float:
+    """The number of the layer that `path` is in, infinity for none."""
+    number = path.removeprefix(f"{layers}.").partition(".")[0] if path.startswith(f"{layers}.") else ""
+    return int(number) if number.isdigit() else float("inf")

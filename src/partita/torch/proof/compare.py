@@ -1,0 +1,224 @@
+"""Comparing a split model with the unsplit one: outputs of every module, and every gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from partita.core.plan import Plan
+from partita.core.sharding.cuts import ModulePlan
+from partita.errors import ModelError
+from partita.torch.collectives.comm import Communicator
+from partita.torch.collectives.groups import ParallelGroups
+from partita.torch.model.parts import local_tensors, main_output
+from partita.torch.stages.cut import Absent
+
+FLOOR = 1e-6
+"""Gradients this much smaller than the model's largest are rounding (a key's bias has none in exact arithmetic), so errors
+are taken relative to no less than this fraction of the largest."""
+
+
+SMALL = 1e-3
+"""Parameters are compared relative to no less than this fraction of the model's largest."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far one thing of the split model is from the unsplit one's, relative to its largest magnitude.
+
+    Attributes:
+        kind: `output`, `module`, `gradient` or `parameter`.
+        name: The module's or parameter's path in the unsplit model.
+        error: The largest over all ranks; infinite where it is missing or not a number on one side only.
+    """
+
+    kind: str
+    name: str
+    error: float
+
+
+def compare(
+    unsplit: nn.Module, split: nn.Module, plan: Plan, groups: ParallelGroups, inputs: dict[str, Tensor]
+) -> list[Difference]:
+    """Run both models on the same inputs, forward and backward, and compare what comes; every rank calls it.
+
+    Both are in eval mode and hold the same weights. Their gradients are left behind.
+
+    Args:
+        unsplit: The whole model, on this rank too.
+        split: This rank's part of it.
+        plan: How it was split.
+        groups: The groups of the plan's mesh.
+        inputs: What both are called with.
+
+    Returns:
+        Differences in the order of execution: modules, the output, then gradients in the model's order. The same on every
+        rank.
+
+    Raises:
+        ModelError: The unsplit model's output holds NaN, to which nothing is equal.
+    """
+    for model in (unsplit, split):
+        model.zero_grad(set_to_none=True)
+    expected: dict[str, Tensor] = {}
+    found: dict[str, float] = {}
+    with watch(unsplit, plan, lambda path, out: expected.setdefault(path, out.clone())):
+        reference = main_output(unsplit(**inputs))
+    if bool(reference.isnan().any()):
+        raise ModelError(
+            "the unsplit model's own output holds NaN, to which nothing is equal. Look at its weights and its dtype."
+        )
+    with watch(split, plan, lambda path, out: _note(path, out, expected, found, plan, groups.mp.comm)):
+        output = main_output(split(**inputs))
+    modules = [Difference("module", path, error) for path, error in found.items()]
+    differences = [Difference("output", "the model", relative_error(reference.detach(), output.detach()))]
+    if output.requires_grad and reference.shape == output.shape:
+        generator = torch.Generator().manual_seed(0)
+        weight = torch.randn(reference.shape, generator=generator, dtype=reference.dtype).to(reference.device)
+        (reference * weight).sum().backward()
+        (output * weight).sum().backward()
+        differences += _gradients(unsplit, split, plan, groups.mp.comm)
+    return _largest([*modules, *differences], groups, [*expected, *plan.spec.tensors])
+
+
+def _largest(mine: list[Difference], groups: ParallelGroups, order: list[str]) -> list[Difference]:
+    """What all ranks of a replica found: the largest error of each thing, modules in the order in which they ran."""
+    kinds, places = ("module", "output", "gradient", "parameter"), {name: place for place, name in enumerate(order)}
+    for comm in (groups.mp.comm, groups.pp.comm):
+        merged: dict[tuple[str, str], Difference] = {}
+        for part in comm.all_gather_object(mine):
+            for one in part:  # type: ignore[attr-defined]
+                known = merged.get((one.kind, one.name))
+                # Not a number counts as more than any number.
+                if known is None or one.error != one.error or one.error > known.error:
+                    merged[one.kind, one.name] = one
+        mine = list(merged.values())
+    return sorted(mine, key=lambda d: (kinds.index(d.kind), places.get(d.name, 0)))
+
+
+def compare_parameters(unsplit: nn.Module, split: nn.Module, plan: Plan, groups: ParallelGroups) -> list[Difference]:
+    """How far each parameter of the split model is from the unsplit one's; every rank calls it, and gets the same."""
+    whole = dict(unsplit.named_parameters(remove_duplicate=False))
+    # A parameter that began at zero and has no gradient (a key's bias) is rounding itself.
+    least = SMALL * max((float(p.detach().abs().max()) for p in whole.values()), default=0.0)
+    found = []
+    for name, local in local_tensors(split, plan).items():
+        if name in whole:
+            expected = whole[name].detach()
+            part = local_part_of(expected, plan, name, groups.mp.rank)
+            found.append(
+                Difference(
+                    "parameter", name, relative_error(part, local.detach(), max(float(expected.abs().max()), least))
+                )
+            )
+    return _largest(found, groups, list(plan.spec.tensors))
+
+
+def local_part_of(tensor: Tensor, plan: Plan, name: str, rank: int) -> Tensor:
+    """What a tensor rank holds of an unsplit tensor of the plan's model."""
+    for dim, ranges in enumerate(plan.tensor(name).ranges(rank)):
+        tensor = torch.cat([tensor.narrow(dim, a, b - a) for a, b in ranges], dim)
+    return tensor
+
+
+def _gradients(unsplit: nn.Module, split: nn.Module, plan: Plan, comm: Communicator) -> Iterator[Difference]:
+    whole = dict(unsplit.named_parameters(remove_duplicate=False))
+    mine = local_tensors(split, plan)
+    largest = max((float(p.grad.abs().max()) for p in whole.values() if p.grad is not None), default=0.0)
+    for name, parameter in whole.items():
+        tied = plan.spec.tensors[name].tied_to
+        if name not in mine or tied in mine:
+            continue
+        grad, local = parameter.grad, mine[name].grad
+        if grad is None or local is None:
+            none = grad is local or all(g is None or not bool(g.any()) for g in (grad, local))
+            yield Difference("gradient", name, 0.0 if none else float("inf"))
+            continue
+        part = local_part_of(grad, plan, name, comm.rank)
+        scale = max(float(grad.abs().max()), FLOOR * largest)
+        yield Difference("gradient", name, relative_error(part, local, scale))
+
+
+@contextmanager
+def watch(model: nn.Module, plan: Plan, see: Callable[[str, Tensor], object]) -> Iterator[None]:
+    """Show `see` the first output of every module of the unsplit model's, by its path."""
+    paths = {path for name in plan.spec.modules for path in _with_parents(name)}
+    handles = []
+    for path in sorted(paths):
+        try:
+            module = model.get_submodule(path)
+        except AttributeError:
+            continue
+        if any(isinstance(part, Absent) for part in module.modules()):
+            continue
+
+        def hook(module: nn.Module, args: object, output: Any, path: str = path) -> None:
+            tensor = output[0] if isinstance(output, tuple) and output else output
+            if isinstance(tensor, Tensor) and tensor.is_floating_point():
+                see(path, tensor.detach())
+
+        if path:
+            handles.append(module.register_forward_hook(hook))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _with_parents(path: str) -> list[str]:
+    parts = path.split(".")
+    return [".".join(parts[:n]) for n in range(1, len(parts) + 1)]
+
+
+def _note(
+    path: str, output: Tensor, expected: dict[str, Tensor], found: dict[str, float], plan: Plan, comm: Communicator
+) -> None:
+    whole = expected.get(path)
+    if whole is None or path in found:
+        return
+    whole = local_output(whole, path, plan, comm.rank)
+    if whole.shape == output.shape:
+        found[path] = relative_error(whole, output)
+
+
+def local_output(whole: Tensor, path: str, plan: Plan, rank: int) -> Tensor:
+    """The part of a module's unsplit output that the module at `path` gives on a tensor rank."""
+    module = plan.modules.get(path)
+    return _local_part(whole, module, rank) if module is not None and _is_local(module) else whole
+
+
+def _is_local(module: ModulePlan) -> bool:
+    return module.style == "column" and not module.gather_output and module.split is not None
+
+
+def _local_part(whole: Tensor, module: ModulePlan, rank: int) -> Tensor:
+    assert module.split is not None
+    part = torch.cat([whole[..., a:b] for a, b in module.split.ranges(rank)], -1)
+    blocks = module.expand[rank] if module.expand else None
+    if blocks is not None:
+        width = module.expand_width
+        part = torch.cat([part[..., b * width : (b + 1) * width] for b in blocks], -1)
+    return part
+
+
+def relative_error(whole: Tensor, mine: Tensor, scale: float | None = None) -> float:
+    """The largest difference, relative to `scale`, by default the largest magnitude of `whole`."""
+    if whole.shape != mine.shape:
+        return float("inf")
+    if whole.numel() == 0:
+        return 0.0
+    finite = torch.isfinite(whole)
+    if not bool((finite == torch.isfinite(mine)).all()):
+        return float("inf")
+    whole, mine = whole[finite].double(), mine[finite].double()
+    if whole.numel() == 0:
+        return 0.0
+    scale = float(whole.abs().max()) if scale is None else scale
+    difference = float((whole - mine).abs().max())
+    return 0.0 if difference == 0.0 else difference / scale if scale > 0.0 else float("inf")

@@ -1,0 +1,310 @@
+"""Proof before use: a split whose rules nobody has measured for a family is tried on a small model of it first."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from partita.core.layout.placement import Placement
+from partita.core.mesh import Mesh
+from partita.core.model.shrink import shrunk_configs
+from partita.core.plan import Plan
+from partita.core.sharding.rules import Rules, isolated_rules
+from partita.errors import ModelError, PartitaError
+from partita.proof.rounding import Measured
+from partita.torch.collectives.groups import single_groups
+from partita.torch.collectives.threads import run_as_threads
+from partita.torch.model.float64 import Float64Everywhere
+from partita.torch.model.towers import media_of, sample_media
+from partita.torch.model.transformers_models import build_on_meta, config_like, rules_of, spec_of
+from partita.torch.proof.compare import Difference, compare
+from partita.torch.proof.rounding import compare_rounding, in_float64, name_of
+from partita.torch.split.apply import apply_plan
+from partita.torch.split.finish import finish
+from partita.torch.transformers_internals import new_model, quiet, text_config_of
+from partita.torch.weights.initial import FreshFill, record_initialization
+from partita.torch.weights.materialize import make_unsaved_buffers, materialize
+
+TOLERANCE = 1e-9
+"""Largest relative error of a split that counts as right in float64: far above rounding, far below any mistake."""
+
+LARGEST_PARAMETERS = 100_000_000
+"""A small model of more parameters than this is not small."""
+
+LARGEST_ROUNDED = 25_000_000
+"""Small models of more parameters are measured in float64 alone: each rank would need a third and a fourth copy."""
+
+
+def plan_of_model(
+    model: nn.Module,
+    mesh: Mesh,
+    layout: Any = None,
+    rules: Rules | None = None,
+    *,
+    vpp: int | None = None,
+    placement: Placement = "loop",
+) -> Plan:
+    """The plan of an unsplit model (on any device): of its family's rules where these were measured, else of those that pass.
+
+    Raises:
+        PlanError: The model cannot be dealt out so.
+        ModelError: No way of splitting it gives what the unsplit model gives; the text says where each goes wrong.
+    """
+    spec = spec_of(model)
+    first = rules if rules is not None else rules_of(model, spec)
+    if mesh.tp == 1 or first.proven:
+        return Plan.make(spec, mesh, layout, first, vpp=vpp, placement=placement)
+    reasons = []
+    for candidate in dict.fromkeys([first] if rules is not None else [first, isolated_rules(spec)]):
+        try:
+            plan = Plan.make(spec, mesh, layout, candidate, vpp=vpp, placement=placement)
+            prove(model, plan)
+        except PartitaError as error:
+            reasons.append(str(error))
+        else:
+            return plan
+    why = reasons[0] if len(set(reasons)) == 1 else f"{reasons[0]} With each linear layer split by itself: {reasons[1]}"
+    raise ModelError(f"{spec.family} cannot be split over tp={mesh.tp}: {why}")
+
+
+def prove_unless_proven(model: nn.Module, plan: Plan) -> Plan:
+    """`plan`, whose rules were measured for its family or pass now.
+
+    Raises:
+        ModelError: They do not.
+    """
+    if plan.mesh.tp > 1 and not plan.rules.proven:
+        prove(model, plan)
+    return plan
+
+
+def prove(model: nn.Module, plan: Plan) -> None:
+    """Measure the rules of `plan` on a small random model of the family of `model`, its ranks threads of this process.
+
+    Raises:
+        ModelError: It is not equal to its unsplit self, or cannot be built small.
+    """
+    key = _key(model, plan)
+    if key not in _proven:
+        _proven[key] = _measure(model, plan)
+    if _proven[key]:
+        raise ModelError(_proven[key])
+
+
+def _key(model: nn.Module, plan: Plan) -> tuple[Any, ...]:
+    # Every switch of the config counts: a verdict on one is none on another.
+    config = json.dumps(dict(plan.spec.config), sort_keys=True, default=str)
+    return type(model).__name__, plan.spec.family, plan.mesh.tp, config, plan.rules, dtype_of(model)
+
+
+_proven: dict[Any, str] = {}
+_media: dict[Any, dict[str, str]] = {}
+
+
+def unmeasured_media(model: nn.Module, plan: Plan) -> Mapping[str, str]:
+    """Of the kinds of media that a model takes those with which `plan` was not found right, and why; `prove` comes first."""
+    return _media.get(_key(model, plan), {}) if plan.mesh.tp > 1 else {}
+
+
+def measure_media(unsplit: nn.Module, measure: Callable[[dict[str, Tensor]], str]) -> dict[str, str]:
+    """Why a small model is not right with some kinds of media; `measure` says what is wrong with given inputs, or nothing."""
+    reasons = {}
+    for medium in media_of(unsplit):
+        try:
+            with Float64Everywhere():
+                inputs = sample_media(unsplit, medium)
+            reason = measure(inputs)
+        except Exception as error:
+            reason = str(error) if isinstance(error, PartitaError) else _line(error)
+        if reason:
+            reasons[medium.name] = reason
+    return reasons
+
+
+def _line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}."
+
+
+def _measure(model: nn.Module, plan: Plan) -> str:
+    try:
+        unsplit = small_model(model, plan.spec.num_heads)
+    except PartitaError as error:
+        return f"its rules were not measured, and they cannot be: {error}"
+    try:
+        spec = spec_of(unsplit)
+        small = Plan.make(spec, Mesh(tp=plan.mesh.tp), None, plan.rules)
+        reason = _difference(unsplit, small, sample_inputs(unsplit))
+    except PartitaError as error:
+        return str(error)
+    except Exception as error:
+        return f"With its rules the forward fails: {_line(error)}"
+    if not reason:
+        reason = _rounding_difference(model, plan)
+    if not reason:
+        _media[_key(model, plan)] = measure_media(unsplit, lambda inputs: _difference(unsplit, small, inputs))
+    return reason
+
+
+def _difference(unsplit: nn.Module, plan: Plan, inputs: dict[str, Tensor]) -> str:
+    """What differs first between a small model and itself split, in words."""
+    wrong = first_wrong(compare_on_threads(unsplit, plan, inputs), TOLERANCE)
+    if wrong is None:
+        return ""
+    return f"With its rules the {wrong.kind} {wrong.name} differs from the unsplit model's by {wrong.error:.1e}."
+
+
+def _rounding_difference(model: nn.Module, plan: Plan) -> str:
+    """What a split rounds worse, or in another dtype, than a small model in the dtype of `model`, in words."""
+    dtype = dtype_of(model)
+    if dtype == torch.float64:
+        return ""
+    try:
+        unsplit = small_model(model, plan.spec.num_heads, dtype=dtype)
+    except ModelError:
+        return ""  # The unsplit model does not run in this dtype here, so that nothing can be equal to it.
+    if sum(p.numel() for p in unsplit.parameters()) > LARGEST_ROUNDED:
+        return ""
+    try:
+        small = Plan.make(spec_of(unsplit), Mesh(tp=plan.mesh.tp), None, plan.rules)
+        found = compare_rounding_on_threads(unsplit, small)
+    except Exception as error:
+        return f"With its rules the forward fails in {name_of(dtype)}: {_line(error)}"
+    wrong = found.first_wrong(name_of(dtype))
+    return f"With its rules {wrong}" if wrong else ""
+
+
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """The dtype of most of a model's floating parameters."""
+    counts = Counter({torch.float32: 0})
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and parameter.itemsize > 1:
+            counts[parameter.dtype] += parameter.numel()
+    return counts.most_common(1)[0][0]
+
+
+def first_wrong(differences: list[Difference], tolerance: float) -> Difference | None:
+    """The first difference above `tolerance`, in order of execution."""
+    return next((d for d in differences if not d.error <= tolerance), None)
+
+
+def small_model(model: nn.Module, num_heads: int, *, layers: int = 0, dtype: torch.dtype = torch.float64) -> nn.Module:
+    """A small model of the same class on the CPU, with random weights of which none is zero for all.
+
+    Args:
+        model: The large model, which may be on the meta device.
+        num_heads: The number of attention heads, which is kept.
+        layers: The small model has at least this many layers.
+        dtype: The dtype of the small model.
+
+    Raises:
+        ModelError: The class has no config to make small, or none of the small ones can be built and run.
+    """
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(config, "to_dict"):
+        raise ModelError(f"{type(model).__name__} has no config of transformers.")
+    reasons: list[str] = []
+    runs_on_text: nn.Module | None = None
+    for data in shrunk_configs(config.to_dict(), num_heads, layers):
+        try:
+            small = config_like(config, data)
+            small.architectures = [type(model).__name__]
+            built = build_on_meta(small, dtype, type(model))
+            if sum(p.numel() for p in built.parameters()) > LARGEST_PARAMETERS:
+                reasons.append("it is too large even when made small")
+                continue
+            filled = _drawn(small, built, dtype)
+            with torch.no_grad(), Float64Everywhere() if dtype == torch.float64 else nullcontext():
+                filled(**sample_inputs(filled))
+            if dtype != torch.float64 or not measure_media(filled, lambda inputs: ""):
+                return filled
+            runs_on_text = filled if runs_on_text is None else runs_on_text
+        except PartitaError as error:
+            reasons.append(str(error))
+        except Exception as error:
+            reasons.append(f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}")
+    if runs_on_text is not None:
+        return runs_on_text
+    raise ModelError(f"no small model of {type(model).__name__} can be built and run ({reasons[0]}).")
+
+
+def _drawn(config: Any, built: Any, dtype: torch.dtype) -> nn.Module:
+    """What `built` is on the meta device, with weights of its own making, and noise on norms and biases."""
+    with torch.random.fork_rng(devices=[]), quiet():
+        torch.manual_seed(0)
+        model: nn.Module = new_model(type(built), config, dtype).eval()
+        if dtype == torch.float64:
+            model.double()
+        # Some tensors are kept in float32 where the model is narrower.
+        for tensor, like in zip(model.state_dict(keep_vars=True).values(), built.state_dict().values(), strict=True):
+            tensor.data = tensor.data.to(like.dtype)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() == 1:
+                    parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+def fill_unsplit(built: nn.Module, seed: int = 0) -> nn.Module:
+    """Give an unsplit model on the meta device random weights, biases and norms too, so that no mistake hides in zeros."""
+    groups = single_groups()
+    plan = Plan.make(spec_of(built), Mesh())
+    fill = FreshFill(record_initialization(built), seed, perturb=0.1)
+    make_unsaved_buffers(built, torch.device("cpu"))
+    filled = materialize(built, plan, groups, fill, torch.device("cpu"))
+    return filled.check(finish(built, plan, groups))
+
+
+def compare_on_threads(unsplit: nn.Module, plan: Plan, inputs: dict[str, Tensor] | None = None) -> list[Difference]:
+    """Split copies of `unsplit` by `plan` over threads, and compare them with it on `inputs`, by default text alone."""
+    given = sample_inputs(unsplit) if inputs is None else inputs
+
+    def one(comm: Any) -> list[Difference]:
+        groups = single_groups(mesh=plan.mesh, tp=comm)
+        split = finish(apply_plan(copy.deepcopy(unsplit), plan, groups), plan, groups)
+        with Float64Everywhere():
+            return compare(copy.deepcopy(unsplit), split, plan, groups, given)
+
+    return run_as_threads(plan.mesh.tp, one)[0]
+
+
+def compare_rounding_on_threads(unsplit: nn.Module, plan: Plan) -> Measured:
+    """Split copies of `unsplit` by `plan` over threads, and compare their rounding with that of `unsplit`."""
+    inputs, exact = sample_inputs(unsplit), in_float64(unsplit)
+
+    def one(comm: Any) -> Measured:
+        groups = single_groups(mesh=plan.mesh, tp=comm)
+        split = finish(apply_plan(copy.deepcopy(unsplit), plan, groups), plan, groups)
+        return compare_rounding(copy.deepcopy(exact), copy.deepcopy(unsplit), split, plan, groups, inputs)
+
+    return run_as_threads(plan.mesh.tp, one)[0]
+
+
+def sample_inputs(model: nn.Module, *, batch: int = 2, length: int = 9) -> dict[str, Tensor]:
+    """Random ids with some padding at the end, as every text model of transformers takes them, on the model's device.
+
+    Raises:
+        ModelError: The model has no vocabulary, or takes no text.
+    """
+    main = getattr(model, "main_input_name", "input_ids")
+    if main != "input_ids" and "input_ids" not in inspect.signature(type(model).forward).parameters:
+        raise ModelError(
+            f"{type(model).__name__} takes {main} and not text, and there is no sample of these to try it on. Use one rank."
+        )
+    config: Any = model.config
+    text = text_config_of(config)
+    vocabulary = int(getattr(text, "vocab_size", 0) or 0)
+    if vocabulary < 2:
+        raise ModelError(f"{type(model).__name__} has no vocabulary, so nobody knows what to feed it.")
+    ids = torch.randint(0, vocabulary, (batch, length), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0, -3:] = 0
+    device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
+    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}

@@ -1,0 +1,217 @@
+"""Splitting a model: each module that a plan names is replaced by, or dressed as, its split form."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from partita.core.plan import Plan
+from partita.core.sharding.cuts import AttentionPlan, ModulePlan
+from partita.core.sharding.split import Split
+from partita.errors import DistributedError, ModelError
+from partita.torch.collectives.comm import Communicator
+from partita.torch.collectives.groups import ParallelGroups
+from partita.torch.collectives.mappings import copy_to, reduce_from
+from partita.torch.layers.dropout import RegionRandomness, has_dropout
+from partita.torch.layers.embedding import VocabParallelEmbedding
+from partita.torch.layers.grads import sum_gradient, sum_shared_gradient
+from partita.torch.layers.inner import slice_parameter
+from partita.torch.layers.linear import ColumnParallelLinear, RowParallelLinear
+from partita.torch.layers.region import RegionInput
+from partita.torch.model.parts import check_model, parameter_homes
+from partita.torch.stages.cut import Absent, cut_stages
+from partita.torch.transformers_internals import PLAIN_EXPERTS
+
+
+def apply_plan(model: nn.Module, plan: Plan, groups: ParallelGroups) -> nn.Module:
+    """Leave of an unsplit `model`, in place, what this rank holds as `plan` says; it may be on any device, meta too.
+
+    Raises:
+        DistributedError: `groups` are not of the plan's mesh.
+        ModelError: The model is not the plan's, or holds a layer that cannot be cut.
+    """
+    comm = groups.mp.comm
+    if (comm.size, groups.pp.world_size) != (plan.mesh.tp, plan.mesh.pp):
+        raise DistributedError(
+            f"the plan has tp={plan.mesh.tp} and pp={plan.mesh.pp}, but the groups have {comm.size} and {groups.pp.world_size} "
+            "ranks."
+        )
+    check_model(model, plan)
+    cut_stages(model, plan, groups.pp.rank)
+    if comm.size == 1:
+        return model
+    here = {path for path, _ in model.named_modules()}
+    randomness = RegionRandomness(comm) if has_dropout(getattr(model, "config", None)) else None
+    entries = _shared_entries(plan, comm, randomness)
+    for path, module_plan in plan.modules.items():
+        if path in here and not isinstance(model.get_submodule(path), Absent):
+            _split_module(model, path, module_plan, comm, entries, randomness)
+    for path, attention in plan.attention.items():
+        if path in here:
+            _localize_heads(model.get_submodule(path), attention, comm.rank)
+    _cut_bare_parameters(parameter_homes(model), plan, comm)
+    return model
+
+
+def _shared_entries(plan: Plan, comm: Communicator, randomness: RegionRandomness | None) -> dict[str, RegionInput]:
+    """One entry for the column layers of one parent that have inputs of the same width."""
+    siblings: dict[tuple[str, int], list[str]] = {}
+    for path, module in plan.modules.items():
+        if module.style == "column" and not module.gather_output:
+            weight = plan.tensor(f"{path}.weight").shape
+            siblings.setdefault((path.rpartition(".")[0], weight[0 if module.transposed else 1]), []).append(path)
+    entries: dict[str, RegionInput] = {}
+    for paths in siblings.values():
+        entries.update(dict.fromkeys(paths, RegionInput(comm, len(paths), randomness)))
+    return entries
+
+
+def _split_module(
+    model: nn.Module,
+    path: str,
+    plan: ModulePlan,
+    comm: Communicator,
+    entries: Mapping[str, RegionInput],
+    randomness: RegionRandomness | None,
+) -> None:
+    module = model.get_submodule(path)
+    split: nn.Module
+    if plan.style == "replicate":
+        module.register_forward_hook(_copy_outputs(comm, plan.copy_output))
+        return
+    if plan.style == "experts":
+        assert plan.split is not None
+        _split_experts(module, comm, plan.split)
+        return
+    try:
+        if plan.style == "vocab" and isinstance(module, nn.Embedding):
+            split = VocabParallelEmbedding(module, comm, plan.split)
+        elif plan.style in ("column", "vocab"):
+            index = plan.expand[comm.rank] if plan.expand else None
+            split = ColumnParallelLinear.from_linear(
+                module,
+                comm,
+                plan.split,
+                gather_output=plan.gather_output or plan.style == "vocab",
+                entry=entries.get(path),
+                expand=None if index is None else _feature_index(index, plan.expand_width),
+            )
+        elif plan.style == "row":
+            split = RowParallelLinear.from_linear(module, comm, plan.split, input_is_parallel=not plan.split_input)
+            split.randomness = None if plan.split_input else randomness
+        else:
+            raise ModelError(f"the style {plan.style!r} is not one that a torch model can be split with.")
+    except ModelError as error:
+        raise ModelError(f"{path}: {error}") from error
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, split)
+
+
+def _feature_index(blocks: tuple[int, ...], width: int) -> Tensor:
+    return torch.cat([torch.arange(block * width, (block + 1) * width, device="cpu") for block in blocks])
+
+
+def _copy_outputs(comm: Communicator, count: int) -> Any:
+    def hook(module: nn.Module, args: object, output: Tensor) -> Tensor:
+        rest = output.shape[-1] - count
+        return torch.cat([output[..., :rest], copy_to(output[..., rest:], comm)], -1)
+
+    return hook
+
+
+def _split_experts(module: nn.Module, comm: Communicator, split: Split) -> None:
+    """Fused experts of which each rank has some of the inner width: enter with everything that has a gradient, then sum."""
+
+    if split.local_size(comm.rank) % 8 and hasattr(module, "config"):
+        # The grouped kernels refuse rows that are not whole 16 bytes.
+        module.config = LocalConfig(module.config, PLAIN_EXPERTS)  # type: ignore[assignment]
+
+    def enter(
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        floats = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.is_floating_point()]
+        # A router often computes in float32 in a model of another dtype. Each value enters in its own dtype, as it does
+        # unsplit, and the ranks' gradients are summed in the widest.
+        widest = max((v.dtype for v in floats), key=lambda dtype: dtype.itemsize)
+
+        def entered(value: Any) -> Any:
+            return copy_to(value.to(widest), comm).to(value.dtype) if any(value is v for v in floats) else value
+
+        return tuple(entered(a) for a in args), {key: entered(value) for key, value in kwargs.items()}
+
+    def leave(module: nn.Module, args: object, output: Tensor) -> Tensor:
+        return reduce_from(output, comm)
+
+    module.register_forward_pre_hook(enter, with_kwargs=True)
+    module.register_forward_hook(leave)
+
+
+_HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "nhead")
+_KV_HEAD_COUNTS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_head_kv")
+_GROUP_COUNTS = ("num_key_value_groups", "n_rep", "num_kv_groups")
+_HEAD_WIDTHS = ("split_size", "all_head_size")
+
+
+class LocalConfig:
+    """A model's config in which the head counts are those of one tensor rank; all else is the config's own."""
+
+    def __init__(self, config: Any, counts: Mapping[str, Any]) -> None:
+        """Show `counts` in place of the config's."""
+        object.__setattr__(self, "_config", config)
+        object.__setattr__(self, "_counts", dict(counts))
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("_config", "_counts"):
+            raise AttributeError(name)
+        return self._counts[name] if name in self._counts else getattr(self._config, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._config, name, value)
+
+
+def _localize_heads(module: nn.Module, plan: AttentionPlan, rank: int) -> None:
+    """Let an attention module count its own rank's heads wherever it counts heads."""
+    heads, kv_heads = plan.local_heads(rank), plan.local_kv_heads(rank)
+    for names, whole, local in (
+        (_HEAD_COUNTS, plan.num_heads, heads),
+        (_KV_HEAD_COUNTS, plan.num_kv_heads, kv_heads),
+        (_GROUP_COUNTS, plan.num_heads // plan.num_kv_heads, heads // kv_heads),
+    ):
+        for name in names:
+            if getattr(module, name, None) == whole:
+                setattr(module, name, local)
+    for name in _HEAD_WIDTHS:
+        width = getattr(module, name, None)
+        if isinstance(width, int) and width % plan.num_heads == 0:
+            setattr(module, name, width // plan.num_heads * heads)
+    config = getattr(module, "config", None)
+    if config is not None and not isinstance(config, LocalConfig):
+        counts = {name: heads for name in _HEAD_COUNTS if getattr(config, name, None) == plan.num_heads}
+        counts |= {name: kv_heads for name in _KV_HEAD_COUNTS if getattr(config, name, None) == plan.num_kv_heads}
+        module.config = LocalConfig(config, counts)  # type: ignore[assignment]
+
+
+def _cut_bare_parameters(homes: Mapping[str, tuple[nn.Module, str]], plan: Plan, comm: Communicator) -> None:
+    """Cut the tensors of modules that are not replaced: fused experts, and one row a head."""
+    for name, cut in plan.cuts.items():
+        if cut.split is None or cut.dim is None or name not in homes:
+            continue
+        module, attribute = homes[name]
+        tensor: Tensor = getattr(module, attribute)
+        if tuple(tensor.shape) != cut.local_shape(comm.rank):
+            module._parameters[attribute] = slice_parameter(tensor, cut.dim, cut.split.ranges(comm.rank))
+
+
+def sum_partial_gradients(homes: Mapping[str, tuple[nn.Module, str]], plan: Plan, comm: Communicator) -> None:
+    """Let parameters of which each rank sees a part of the gradient have the sum."""
+    for name, cut in plan.cuts.items():
+        if not cut.partial_grad or name not in homes or plan.spec.tensors[name].tied_to in homes:
+            continue
+        parameter = getattr(*homes[name])
+        if cut.split is None or cut.dim is None:
+            sum_gradient(parameter, comm)
+        else:
+            sum_shared_gradient(parameter, comm, cut.dim, cut.split)

@@ -1,0 +1,61 @@
+"""The last step of splitting: what is shared is tied, gradients are made whole, and calling the model is as before."""
+
+from __future__ import annotations
+
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import nn
+
+from partita.core.plan import Plan
+from partita.errors import ModelError
+from partita.torch.collectives.groups import ParallelGroups
+from partita.torch.model.attentions import gather_attentions
+from partita.torch.model.parts import parameter_homes, tie
+from partita.torch.split.apply import sum_partial_gradients
+from partita.torch.stages.cut import wire_stages
+from partita.torch.stages.whole_call import call_as_whole
+
+
+def finish(model: nn.Module, plan: Plan, groups: ParallelGroups) -> nn.Module:
+    """Tie what is tied, and let parameters that several ranks hold have whole gradients."""
+    homes = parameter_homes(model)
+    tie(homes, plan)
+    sum_partial_gradients(homes, plan, groups.mp.comm)
+    wire_stages(model, plan, groups.pp.rank)
+    model.partita_plan = plan  # type: ignore[assignment]
+    model.partita_groups = groups  # type: ignore[assignment]
+    call_as_whole(model, plan, groups)
+    gather_attentions(model, plan, groups.mp.comm)
+    if plan.mesh.tp * plan.mesh.pp > 1 and hasattr(type(model), "generate"):
+        model.generate = MethodType(_generate_alike, model)  # type: ignore[assignment]
+    if plan.mesh.tp * plan.mesh.pp > 1 and hasattr(type(model), "save_pretrained"):
+        model.save_pretrained = MethodType(_refuse_to_save, model)  # type: ignore[assignment]
+    return model
+
+
+def _generate_alike(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """transformers' own `generate`, whose draws are the same on all ranks of a replica: they begin where the first stands.
+
+    Raises:
+        ModelError: A rank has no tensor, of which transformers would ask the device; on every rank.
+    """
+    empty = [rank for rank in range(model.partita_plan.mesh.size) if not model.partita_plan.held_by(rank)]
+    if empty:
+        raise ModelError(
+            f"rank {empty[0]} holds no tensor of the model, and transformers' generate needs one on each. Call "
+            "partita.torch.generate(), or give each rank a layer."
+        )
+    state = torch.get_rng_state()
+    for info in (model.partita_groups.pp, model.partita_groups.mp):
+        state = info.comm.broadcast_(state)
+    torch.set_rng_state(state)
+    return type(model).generate(model, *args, **kwargs)
+
+
+def _refuse_to_save(model: Any, *args: Any, **kwargs: Any) -> None:
+    raise ModelError(
+        "save_pretrained would write this rank's part alone. Let every rank call partita.torch.save(model, folder): it writes "
+        "the unsplit model, which from_pretrained reads."
+    )

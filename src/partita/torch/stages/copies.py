@@ -1,0 +1,58 @@
+"""Parameters that several pipeline stages hold, such as a head tied to the embedding: their gradients are one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from partita.core.plan import Plan
+from partita.torch.collectives.groups import ParallelGroups
+from partita.torch.model.parts import local_tensors
+
+
+def copies_of(model: nn.Module, plan: Plan, groups: ParallelGroups) -> dict[str, Tensor]:
+    """Of what more than one pipeline rank holds, this rank's part, by the name of the tensor that is not tied to another."""
+    local = local_tensors(model, plan)
+    found = {}
+    for name, holders in plan.copies.items():
+        if groups.pp.rank in holders:
+            twins = (name, *(n for n, t in plan.spec.tensors.items() if t.tied_to == name))
+            found[name] = next(local[n] for n in twins if n in local)
+    return found
+
+
+@contextmanager
+def summed_copies(model: nn.Module, plan: Plan, groups: ParallelGroups) -> Iterator[None]:
+    """What backward inside adds to the gradients of copies is, at the end, the sum over the stages on each."""
+    if not plan.copies:
+        yield
+        return
+    copies = {name: p for name, p in copies_of(model, plan, groups).items() if p.requires_grad}
+    before = {name: parameter.grad for name, parameter in copies.items()}
+    for parameter in copies.values():
+        parameter.grad = None
+    yield
+    with torch.no_grad():
+        for name, parameter in copies.items():
+            own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            wide = own if own.dtype.itemsize >= 4 else own.float()
+            total = _sum(wide, plan.copies[name], groups).to(own.dtype)
+            earlier = before[name]
+            parameter.grad = total if earlier is None else earlier.add_(total)
+
+
+def _sum(own: Tensor, holders: tuple[int, ...], groups: ParallelGroups) -> Tensor:
+    """The sum over `holders`, ranks of the pipeline, in their order, on each of them."""
+    comm, rank = groups.pp.comm, groups.pp.rank
+    owner, *others = holders
+    if rank != owner:
+        comm.send(own, owner)
+        return comm.recv_(own, owner)
+    for other in others:
+        own += comm.recv_(torch.empty_like(own), other)
+    for other in others:
+        comm.send(own, other)
+    return own

@@ -1,0 +1,233 @@
+"""Running a schedule: one rank of a pipeline does its actions in their order.
+
+What is computed when, and what is sent when, stands in the schedule; here it is only done. Sends and receives are begun in
+their place and waited for where they are needed, so that they overlap with what is computed between.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from partita.schedule.action import Action, Kind, Schedule
+from partita.schedule.fit import check_schedule
+from partita.schedule.lower import lower
+from partita.schedule.timeline import Timeline
+from partita.torch.layers.dropout import layer_randomness
+from partita.torch.model.balance import Balance
+from partita.torch.model.parts import plan_of
+from partita.torch.stages.layers import Message
+from partita.torch.stages.links import Links, Pending
+from partita.torch.stages.run import run_stage
+from partita.torch.stages.weight_gradients import WeightGradients, complete, deferrable
+
+Inputs = Callable[[int, int], Mapping[str, Any]]
+"""Given a stage and a micro-batch: what the model is called with."""
+
+Finish = Callable[[Any, int], Tensor | None]
+"""Given the model's output and its micro-batch, on the last stage: its loss, or nothing where none is wanted."""
+
+
+@dataclass
+class _Alive:
+    """What a stage keeps of a micro-batch between its forward and its backward: what it was given and what it made."""
+
+    received: tuple[Tensor, ...]
+    made: tuple[Tensor, ...]
+
+
+class Pipeline:
+    """One rank's part of a pipeline: its stages, and its actions of a schedule."""
+
+    def __init__(self, model: nn.Module, schedule: Schedule) -> None:
+        """A pipeline of `model`, which `load`, `shard` or `fresh` made, that runs `schedule`, lowered or not.
+
+        Raises:
+            PlanError: The schedule is of other stages than the model's plan.
+        """
+        plan, groups = plan_of(model)
+        check_schedule(schedule, plan)
+        self.model, self.plan, self.groups = model, plan, groups
+        self.schedule = schedule if schedule.is_lowered else lower(schedule)
+        self.trains = schedule.trains
+        self.actions = self.schedule.ranks[groups.pp.rank]
+        if not self.trains:
+            # A token may be chosen, and the next one be under way, before an empty stage behind the loss is told.
+            self.actions = tuple(action for action in self.actions if not self._is_behind_loss(action))
+        self.gradients = WeightGradients()
+        # Gradients that are added in place save an addition; where layers are split, their own backward overlaps with sums.
+        splits_backward = any(action.kind is Kind.W for action in self.actions)
+        self._keeps_gradients = splits_backward or (self.trains and groups.mp.world_size == 1)
+        self._links = Links(groups.pp.comm, next((p.device for p in model.parameters()), torch.device("cpu")))
+        self._homes = self.schedule.rank_of
+        self._reset()
+
+    def _reset(self) -> None:
+        self._arriving: dict[Action, Pending] = {}
+        self._messages: dict[tuple[int, int], Message] = {}
+        self._gradients: dict[tuple[int, int], Sequence[Tensor]] = {}
+        self._alive: dict[tuple[int, int], _Alive] = {}
+        self._put_off: dict[tuple[int, int], Any] = {}
+        self._spans: list[tuple[float, float]] = []
+
+    def run(
+        self,
+        inputs: Inputs,
+        finish: Finish,
+        *,
+        key: Callable[[int], Any] = lambda microbatch: None,
+        skips: Callable[[int], bool] | None = None,
+        keep_cache: Callable[[int, int, Any], None] | None = None,
+        around: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        balance: Balance | None = None,
+        seed: Callable[[int], int] | None = None,
+        timed: bool = False,
+    ) -> None:
+        """Do every action of this rank once; every rank of the pipeline calls it.
+
+        Gradients are added to the parameters' `grad`; copies of one parameter on several stages have each their own part.
+
+        Args:
+            inputs: What the model is called with.
+            finish: What becomes of the model's output, on the last stage only.
+            key: What the shapes of a micro-batch depend on; the same on every rank.
+            skips: Whether a micro-batch is left out; the same on every rank.
+            keep_cache: Told of a stage, a micro-batch and the cache that the layers used.
+            around: A context for each forward.
+            balance: The auxiliary loss, as `run_stage` takes it.
+            seed: What the generator is seeded with before the forward of a micro-batch; by default it goes on.
+            timed: Whether `timeline` is asked for: on a GPU an action then ends when its kernels have, which takes longer.
+        """
+        self._finish, self._inputs, self._key = finish, inputs, key
+        self._keep_cache, self._around, self._balance, self._seed = keep_cache, around, balance, seed
+        self._synchronize = timed and self._links.device.type == "cuda"
+        self._reset()
+        split = deferrable(self.model, self.gradients) if self._keeps_gradients else nullcontext()
+        with split, layer_randomness(self.model, self.plan) if self.trains else nullcontext():
+            for action in self.actions:
+                if skips is None or not skips(action.microbatch):
+                    self._do(action)
+        if self.trains:
+            self.flush()
+        assert not self._arriving
+        assert not self._alive
+
+    def _is_behind_loss(self, action: Action) -> bool:
+        """Whether an action is of one of the empty stages behind the loss, or sends to one."""
+        last = self.plan.loss_stage
+        return action.stage > last or (action.stage == last and action.kind is Kind.SEND_F)
+
+    def flush(self) -> None:
+        """Return when everything that was sent has left."""
+        self._links.flush()
+
+    def timeline(self, origin_s: float) -> Timeline:
+        """When each action of the last run, which was `timed`, began and ended on every rank, in seconds since `origin_s`.
+
+        Every rank calls it. `origin_s` is what `time.perf_counter()` gave on this rank when all ranks left a barrier.
+        """
+        mine = [(begin - origin_s, end - origin_s) for begin, end in self._spans]
+        spans: list[Any] = self.groups.pp.comm.all_gather_object(mine)
+        return Timeline(
+            self.schedule,
+            tuple(tuple(begin for begin, _ in rank) for rank in spans),
+            tuple(tuple(end for _, end in rank) for rank in spans),
+        )
+
+    def _do(self, action: Action) -> None:
+        self._begin_s = time.perf_counter()
+        getattr(self, f"_{action.kind.value}")(action.stage, action.microbatch)
+        # What was waited for is no part of what was done.
+        self._spans.append((self._begin_s, self._now_s()))
+
+    def _now_s(self) -> float:
+        if self._synchronize:
+            torch.cuda.synchronize(self._links.device)
+        return time.perf_counter()
+
+    def _F(self, stage: int, microbatch: int) -> None:
+        received = self._received(stage, microbatch)
+        if self.trains:
+            received = received.as_leaves()
+        with self._around(), _grad(self.trains):
+            inputs = self._inputs(stage, microbatch)
+            if self._seed is not None:
+                torch.manual_seed(self._seed(microbatch))
+            output, cache = run_stage(self.model, self.plan, stage, received, inputs, self._balance)
+            if self._keep_cache is not None and cache is not None:
+                self._keep_cache(stage, microbatch, cache)
+            if stage == self.plan.loss_stage:
+                loss = self._finish(output, microbatch)
+                made, output = () if loss is None else (loss,), Message(())
+            else:
+                made = output.tensors
+        if stage < self.plan.num_stages - 1:
+            self._messages[stage, microbatch] = output
+        if self.trains:
+            self._alive[stage, microbatch] = _Alive(received.tensors, made)
+
+    def _received(self, stage: int, microbatch: int) -> Message:
+        if stage == 0:
+            return Message(())
+        if self._homes[stage - 1] == self.groups.pp.rank:
+            return self._messages.pop((stage - 1, microbatch))
+        return self._wait(Action(stage, Kind.RECV_F, microbatch))
+
+    def _wait(self, action: Action) -> Message:
+        message = self._arriving.pop(action).wait()
+        self._begin_s = self._now_s()
+        return message
+
+    def _SEND_F(self, stage: int, microbatch: int) -> None:
+        message = self._messages.pop((stage, microbatch))
+        self._links.send(self._homes[stage + 1], stage, message, self._key(microbatch))
+
+    def _RECV_F(self, stage: int, microbatch: int) -> None:
+        pending = self._links.receive(self._homes[stage - 1], stage, self._key(microbatch))
+        self._arriving[Action(stage, Kind.RECV_F, microbatch)] = pending
+
+    def _RECV_B(self, stage: int, microbatch: int) -> None:
+        pending = self._links.receive_gradient(self._homes[stage + 1], stage, self._key(microbatch))
+        self._arriving[Action(stage, Kind.RECV_B, microbatch)] = pending
+
+    def _SEND_B(self, stage: int, microbatch: int) -> None:
+        self._links.send_gradient(self._homes[stage - 1], self._gradients.pop((stage, microbatch)))
+
+    def _BW(self, stage: int, microbatch: int) -> None:
+        alive = self._alive.pop((stage, microbatch))
+        given: Sequence[Tensor | None]
+        if stage == self.plan.num_stages - 1:
+            given = ()
+        elif self._homes[stage + 1] == self.groups.pp.rank:
+            given = self._gradients.pop((stage + 1, microbatch))
+        else:
+            given = self._wait(Action(stage, Kind.RECV_B, microbatch)).tensors
+        if stage == self.plan.loss_stage:
+            given = [None] * len(alive.made)
+        pairs = [(made, grad) for made, grad in zip(alive.made, given, strict=True) if made.requires_grad]
+        if pairs:
+            torch.autograd.backward([made for made, _ in pairs], [grad for _, grad in pairs])
+        if stage > 0:
+            self._gradients[stage, microbatch] = [
+                torch.zeros_like(t) if t.grad is None else t.grad for t in alive.received
+            ]
+
+    def _B(self, stage: int, microbatch: int) -> None:
+        with self.gradients.put_off() as kept:
+            self._BW(stage, microbatch)
+        self._put_off[stage, microbatch] = kept
+
+    def _W(self, stage: int, microbatch: int) -> None:
+        complete(self._put_off.pop((stage, microbatch)))
+
+
+@contextmanager
+def _grad(wanted: bool) -> Iterator[None]:
+    with torch.enable_grad() if wanted else torch.no_grad():
+        yield

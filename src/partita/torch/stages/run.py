@@ -1,0 +1,86 @@
+"""A stage of any model: the model's own forward, run with some of its layers.
+
+A pipeline rank keeps the modules whose tensors its plan gives it. The list of layers keeps its length and its numbers: in
+place of a layer of another rank stands one that passes on what it is given. While stage i of the pipeline runs:
+
+    [1] the embedding runs where the layout has it; elsewhere zeros of its shape stand for it
+    [2] what the stage before sent takes the place of what enters the first layer of the stage
+    [3] what would enter the first layer of the stage behind ends the forward
+
+So everything else that a family computes from ids, positions and masks is computed by the family's own code on every stage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from partita.core.plan import Plan
+from partita.torch.model.balance import SWITCH, Balance
+from partita.torch.model.cache import advance_cache, counting_cache, find_cache
+from partita.torch.stages.cut import is_cut, stage_layers
+from partita.torch.stages.layers import Message, run_part
+from partita.torch.stages.mtp import run_predicting
+from partita.torch.transformers_internals import cache_of
+
+
+def run_stage(
+    model: nn.Module,
+    plan: Plan,
+    index: int,
+    received: Message | None,
+    inputs: Mapping[str, Any],
+    balance: Balance | None = None,
+) -> tuple[Any, Any]:
+    """Run stage `index` of the pipeline, which must be one of this rank's.
+
+    Args:
+        model: What `cut_stages` left of the model.
+        plan: How it was cut.
+        index: The stage's place in the pipeline.
+        received: What the stage before handed on; None for the first.
+        inputs: What the unsplit model is called with.
+        balance: The auxiliary loss, where it is not the model's forward that computes it. Messages end with its sums, and the
+            output's `aux_loss` is that of all stages.
+
+    Returns:
+        A `Message` for the next stage, or of the last stage the model's own output; and the cache that the layers used.
+    """
+    if balance is None:
+        return _run_stage(model, plan, index, received, inputs)
+    sums: tuple[Tensor, ...] = ()
+    if received is not None and received.tensors:
+        received, sums = replace(received, tensors=received.tensors[:-2]), received.tensors[-2:]
+    with balance.recorded() as logits:
+        output, cache = _run_stage(model, plan, index, received, {**inputs, SWITCH: False})
+    sums = balance.sums(logits, inputs, sums)
+    if isinstance(output, Message):
+        return replace(output, tensors=(*output.tensors, *sums)), cache
+    output.aux_loss = balance.loss(*sums)
+    return output, cache
+
+
+def _run_stage(
+    model: nn.Module, plan: Plan, index: int, received: Message | None, inputs: Mapping[str, Any]
+) -> tuple[Any, Any]:
+    if not is_cut(plan):
+        output = type(model).forward(model, **inputs)
+        return output, cache_of(output)
+    layers = stage_layers(model, plan)
+    stage = layers.stages[index]
+    if stage.embedding:
+        # What came before, if anything, is the nothing of empty stages.
+        received = None
+    if stage.mtp_layers or (stage.loss and plan.num_mtp):
+        return run_predicting(model, plan, layers, stage, received, inputs)
+    if not (stage.layers or stage.embedding or stage.loss):
+        cache = find_cache((), inputs)
+        if cache is not None:
+            advance_cache(cache, (), inputs)
+        elif inputs.get("use_cache"):
+            cache = counting_cache(model, inputs)
+        return received if received is not None else Message(()), cache
+    return run_part(model, layers, stage, received, inputs)

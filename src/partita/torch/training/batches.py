@@ -1,0 +1,24 @@
+"""Training text as tensors: `partita.training` says which, the same on either engine."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from partita.generation import Tokenizer
+from partita.training import read_ids, row_starts
+
+
+def load_tokens(source: str, tokenizer: Tokenizer, *, limit_bytes: int = 64 << 20) -> Tensor:
+    """All text of a source as one row of ids, int64 `[tokens]`; see `partita.training.read_ids`."""
+    return torch.from_numpy(read_ids(source, tokenizer, limit_bytes=limit_bytes))
+
+
+def batch(tokens: Tensor, step: int, batch_size: int, sequence_length: int, seed: int) -> Tensor:
+    """The sequences of one step: it depends on the seed and the step, and on nothing of the mesh.
+
+    Returns:
+        int64 ids `[batch_size, sequence_length + 1]`: inputs, and one behind them the targets.
+    """
+    starts = row_starts(len(tokens), step, batch_size, sequence_length, seed)
+    return torch.stack([tokens[start : start + sequence_length + 1] for start in starts])

@@ -1,0 +1,106 @@
+"""Gradients over the ranks: summed over replicas, and clipped by the norm of the unsplit model's gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from partita.core.plan import Plan
+from partita.torch.collectives.comm import Communicator
+from partita.torch.collectives.groups import ParallelGroups
+from partita.torch.layers.grads import owned_square
+from partita.torch.model.parts import local_tensors
+from partita.torch.stages.copies import copies_of
+
+BUCKET_BYTES = 25 << 20
+"""Gradients travel between replicas in buffers of about this size."""
+
+
+@torch.no_grad()
+def start_alike(parameters: Sequence[Tensor], comm: Communicator) -> None:
+    """Give all replicas the first one's values of parameters that differ between them, such as another library's adapters."""
+    if comm.size == 1 or not parameters:
+        return
+    # Sums instead of the values themselves, which may be large.
+    mine = torch.stack(
+        [torch.stack((p.sum(dtype=torch.float64), p.abs().sum(dtype=torch.float64))).cpu() for p in parameters]
+    ).to(parameters[0].device)
+    differs = (mine != comm.broadcast_(mine.clone())).any(1).int()
+    for parameter, one in zip(parameters, comm.all_reduce_(differs).tolist(), strict=True):
+        if one:
+            parameter.copy_(comm.broadcast_(parameter.detach().clone(memory_format=torch.contiguous_format)))
+
+
+def sum_gradients(parameters: Sequence[Tensor], comm: Communicator) -> None:
+    """Sum the parameters' gradients over the replicas.
+
+    One that a replica has no gradient of, as it left out a layer, counts as zero there if another replica has it.
+    """
+    if comm.size == 1 or not parameters:
+        return
+    has = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32, device=parameters[0].device)
+    for parameter, anywhere in zip(parameters, comm.all_reduce_(has).tolist(), strict=True):
+        if anywhere and parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    sum_over_replicas([parameter.grad for parameter in parameters], comm)
+
+
+def sum_over_replicas(grads: Iterable[Tensor | None], comm: Communicator) -> None:
+    """Sum gradients over the data parallel ranks in place, many in one message, in float32 or wider."""
+    if comm.size == 1:
+        return
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for grad in grads:
+        if grad is not None:
+            by_dtype.setdefault(grad.dtype, []).append(grad)
+    for dtype, same in by_dtype.items():
+        wide = dtype if dtype.itemsize >= 4 else torch.float32
+        for bucket in _buckets(same):
+            flat = comm.all_reduce_(torch.cat([grad.reshape(-1) for grad in bucket]).to(wide))
+            for grad, summed in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
+                grad.copy_(summed.view_as(grad))
+
+
+def _buckets(grads: list[Tensor]) -> Iterator[list[Tensor]]:
+    bucket: list[Tensor] = []
+    size = 0
+    for grad in grads:
+        bucket.append(grad)
+        size += grad.numel() * grad.itemsize
+        if size >= BUCKET_BYTES:
+            yield bucket
+            bucket, size = [], 0
+    if bucket:
+        yield bucket
+
+
+@torch.no_grad()
+def clip_gradients(model: nn.Module, plan: Plan, groups: ParallelGroups, clip_norm: float) -> float:
+    """Scale the gradients so that the norm of the unsplit model's gradient is at most `clip_norm`; returns it as it was.
+
+    Each element counts once: of what several ranks hold only its owner's.
+    """
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    elsewhere = {
+        id(parameter)
+        for name, parameter in copies_of(model, plan, groups).items()
+        if plan.copies[name][0] != groups.pp.rank
+    }
+    if groups.mp.rank > 0:
+        # What every tensor rank holds whole counts on the first only.
+        elsewhere |= {id(t) for name, t in local_tensors(model, plan).items() if plan.tensor(name).split is None}
+    for parameter in model.parameters():
+        if parameter.grad is not None and id(parameter) not in elsewhere:
+            total += owned_square(parameter, parameter.grad)
+    for info in (groups.mp, groups.pp):
+        total = info.comm.all_reduce_(total)
+    norm = float(total.sqrt())
+    if clip_norm and norm > clip_norm:
+        scale = clip_norm / (norm + 1e-6)
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                parameter.grad.mul_(scale)
+    return norm

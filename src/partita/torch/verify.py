@@ -1,0 +1,346 @@
+"""Verifying: a user's model, split over the ranks of the run, against itself unsplit."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from partita.checkpoint.facts import stored_dtype
+from partita.checkpoint.find import find_model
+from partita.checkpoint.index import open_checkpoint
+from partita.core.layout.placement import Placement
+from partita.core.mesh import Mesh
+from partita.core.plan import Plan
+from partita.errors import CheckpointError, ModelError
+from partita.generation import Sampling
+from partita.proof.report import (
+    Collected,
+    Report,
+    Row,
+    Skip,
+    dtype_rows,
+    first_line,
+    loss_rounding,
+    loss_rows,
+    rounding_rows,
+    token_rows,
+)
+from partita.proof.rounding import judge
+from partita.ranks.liveness import doing
+from partita.torch.collectives.collective_errors import gather_from_all, together
+from partita.torch.collectives.groups import ParallelGroups, has_own_gpu, init_process_group, make_groups, single_groups
+from partita.torch.generate import generate
+from partita.torch.load import choose_plan, load, read_config
+from partita.torch.model.float64 import Float64Everywhere
+from partita.torch.model.parts import main_output, plan_of
+from partita.torch.model.transformers_models import build_on_meta, read_hf_config, spec_of
+from partita.torch.proof.compare import compare, compare_parameters
+from partita.torch.proof.family import fill_unsplit, sample_inputs, small_model
+from partita.torch.proof.rounding import Choices, compare_rounding, in_float64, is_tie, name_of, trained_rounding
+from partita.torch.proof.stages import refuse_undecodable
+from partita.torch.split.apply import apply_plan
+from partita.torch.split.finish import finish
+from partita.torch.train import TrainSettings, train
+from partita.torch.weights.fill import as_device, as_dtype
+from partita.training import StepReport
+
+TOLERANCE = 1e-12
+"""The largest error in float64, relative to the largest magnitude; narrower dtypes are judged by `partita.proof.rounding`."""
+
+MEMORY_SHARE = 0.5
+"""The part of the free memory that unsplit models on all ranks may take."""
+
+EPSILON = 1e-4
+"""AdamW divides a gradient by its own size and this: were it much smaller, rounding of small gradients would be blown up."""
+
+NEW_TOKENS = 12
+SEQUENCE_LENGTH = 8
+
+
+@doing("verifying")
+def verify(
+    model: str | os.PathLike[str],
+    *,
+    tp: int = 1,
+    pp: int = 1,
+    dp: int = 1,
+    layout: str | None = None,
+    vpp: int | None = None,
+    placement: Placement = "loop",
+    schedule: str | None = None,
+    group_size: int | None = None,
+    accumulate: int = 1,
+    steps: int = 3,
+    dtype: str | Sequence[str] | None = None,
+    device: torch.device | str | None = None,
+    trust_remote_code: bool = False,
+) -> Report:
+    """Compare the split model with the unsplit one: every module's output, every gradient, generated tokens, and training.
+
+    Every rank of the run calls it. Where the unsplit model, once a rank, does not fit into half the free memory, a small one
+    of the same family with the same heads, layout and schedule is compared in its place. A config without weights gets
+    random ones.
+
+    Args:
+        model: A folder, a config file or a hub id.
+        tp: Tensor parallel ranks.
+        pp: Pipeline stages' ranks.
+        dp: Replicas.
+        layout: Which layers each stage runs.
+        vpp: Stages on each pipeline rank.
+        placement: Which rank runs which stage.
+        schedule: The kind of pipeline schedule that the training steps run.
+        group_size: Of interleaved schedules.
+        accumulate: Micro-batches of a training step.
+        steps: Training steps; 0 for none.
+        dtype: One dtype or several, which are compared in turn. In float64 nothing is narrowed to float32, so that errors are
+            at most 1e-12. In narrower dtypes the split model may round at most twice as much as the unsplit one. By default
+            float64 and the dtype of the weights.
+        device: Where both models compute; by default this rank's CUDA device, or the CPU.
+        trust_remote_code: Whether to run code that comes with the model (its config's `auto_map`). Read it before you do.
+
+    Returns:
+        The report, the same on every rank.
+
+    Raises:
+        PartitaError: The model cannot be split so.
+    """
+    init_process_group()
+    mesh = Mesh(dp, pp, tp)
+    groups = make_groups(mesh)
+    settings = TrainSettings(
+        steps=max(steps, 1), batch_size=accumulate * dp, sequence_length=SEQUENCE_LENGTH, accumulate=accumulate,
+        warmup_steps=1, learning_rate=1e-3, epsilon=EPSILON, schedule=schedule, group_size=group_size,
+    )  # fmt: skip
+    with together(groups):
+        place = as_device(device)
+        folder = find_model(model, code=trust_remote_code)
+        config = read_config(folder, groups, trust_remote_code=trust_remote_code)
+        dtypes = _dtypes(dtype, folder, config)
+    rows: list[Row] = []
+    skipped: list[Skip] = []
+    substituted: list[str] = []
+    for wanted in dtypes:
+        with together(groups):
+            config = read_hf_config(folder, trust_remote_code=trust_remote_code)
+            built = build_on_meta(config, wanted, trust_remote_code=trust_remote_code)
+            required = _required_bytes(built, wanted) * _ranks_on(place, mesh)
+        fits = all(gather_from_all(groups, required <= _free_bytes(place) * MEMORY_SHARE))
+        with together(groups):
+            small, instead = (None, "") if fits else _small_instead(built, mesh, layout, vpp, wanted)
+        if small is not None:
+            unsplit = small.to(place)
+        else:
+            unsplit = _whole(folder, built, wanted, place, trust_remote_code=trust_remote_code)
+        for parameter in unsplit.parameters():
+            parameter.requires_grad_(parameter.is_floating_point())
+        with together(groups):
+            plan = choose_plan(unsplit, None, mesh, layout, vpp, placement)
+            split = finish(apply_plan(copy.deepcopy(unsplit), plan, groups), plan, groups)
+        found = Collected(name_of(wanted))
+        compare_in = _compare_in_float64 if wanted == torch.float64 else _compare_rounding
+        compare_in(unsplit, split, settings if steps else None, found)
+        found.expect("module", "output", "gradient", "tokens", *(("loss", "parameter") if steps else ()))
+        rows += found.rows
+        skipped += found.skipped
+        substituted += [] if instead in (*substituted, "") else [instead]
+    size = sum(p.numel() for p in unsplit.parameters())
+    names = ", ".join(name_of(one) for one in dtypes)
+    what = f"{type(unsplit).__name__} ({plan.spec.family}), {size:,} parameters, {names}, {mesh}, {place.type}"
+    return Report(tuple(rows), what, tuple(skipped), tuple(substituted))
+
+
+def _dtypes(dtype: str | Sequence[str] | None, folder: Path, config: Any) -> list[torch.dtype]:
+    """The dtypes to compare in, each once; by default float64 and that of the weights, or of a config without weights."""
+    if dtype is not None:
+        names = [dtype] if isinstance(dtype, str) else list(dtype)
+        return list(dict.fromkeys(as_dtype(name) or torch.float64 for name in names))
+    stored: Any = None
+    if folder.is_dir() and any(folder.glob("*.safetensors*")):
+        stored = stored_dtype(open_checkpoint(folder))
+    stored = stored or getattr(config, "dtype", None)
+    return list(dict.fromkeys([torch.float64, as_dtype(stored) or torch.float64]))
+
+
+def _required_bytes(built: nn.Module, dtype: torch.dtype) -> int:
+    """Memory of a rank for the unsplit and the split model and their gradients; below float64 for a float64 model too."""
+    parameters = sum(p.numel() for p in built.parameters())
+    return parameters * (3 * dtype.itemsize + (0 if dtype == torch.float64 else 2 * torch.float64.itemsize))
+
+
+def _ranks_on(device: torch.device, mesh: Mesh) -> int:
+    """How many ranks share the memory of `device`."""
+    return 1 if device.type == "cuda" and has_own_gpu() else mesh.size
+
+
+def _small_instead(
+    built: nn.Module, mesh: Mesh, layout: str | None, vpp: int | None, dtype: torch.dtype
+) -> tuple[nn.Module, str]:
+    """A small model on the CPU to compare in place of `built`, which is too large, and a note of it.
+
+    It has as many layers as the layout names, or as there are stages, and so the plan of the large model's shape.
+    """
+    spec = spec_of(built)
+    stages = mesh.pp * (vpp or 1)
+    small = small_model(built, spec.num_heads, layers=spec.num_layers if layout is not None else stages, dtype=dtype)
+    layers = spec_of(small).num_layers
+    return small, (
+        f"A small model with {layers} of {spec.num_layers} layers, the same heads and random weights was compared: the "
+        f"{sum(p.numel() for p in built.parameters()):,} parameters of {type(built).__name__} do not fit into "
+        f"{MEMORY_SHARE:.0%} of the free memory on {mesh.size} rank{'s' if mesh.size > 1 else ''}."
+    )
+
+
+def _compare_in_float64(unsplit: nn.Module, split: nn.Module, settings: TrainSettings | None, found: Collected) -> None:
+    """Compare everything in float64; the weights of both are left trained."""
+    plan, groups = plan_of(split)
+    with Float64Everywhere():
+        inputs = _inputs(unsplit, groups, found)
+        if inputs is not None:
+            differences = compare(unsplit, split, plan, groups, inputs)
+            found.add(Row(d.kind, d.name, d.error, TOLERANCE) for d in differences)
+        finish(unsplit, Plan.make(spec_of(unsplit), Mesh()), single_groups())
+        _compare_tokens(unsplit, split, found)
+        if settings is None:
+            return
+        tokens = _training_tokens(unsplit, split)
+        expected = _trained(unsplit, tokens, settings, found)
+        if expected is not None:
+            found.add(loss_rows(expected, train(split, tokens, settings), TOLERANCE))
+            parameters = compare_parameters(unsplit, split, plan, groups)
+            found.add(Row(d.kind, d.name, d.error, TOLERANCE) for d in parameters)
+
+
+def _compare_rounding(unsplit: nn.Module, split: nn.Module, settings: TrainSettings | None, found: Collected) -> None:
+    """Compare everything in a narrower dtype; the weights of both are left trained."""
+    plan, groups = plan_of(split)
+    exact = in_float64(unsplit)
+    inputs = _inputs(unsplit, groups, found)
+    if inputs is not None:
+        measured = compare_rounding(exact, unsplit, split, plan, groups, inputs)
+        found.add(rounding_rows(measured.judged))
+        found.add(dtype_rows(measured.outputs, measured.dtypes))
+    for model in (exact, unsplit):
+        finish(model, Plan.make(spec_of(model), Mesh()), single_groups())
+    _compare_tokens(unsplit, split, found, lambda prefix, one, other: is_tie(exact, unsplit, prefix, one, other))
+    if settings is None:
+        return
+    tokens, choices = _training_tokens(exact, unsplit, split), Choices()
+    with Float64Everywhere(), choices.of(exact):
+        wide = _trained(exact, tokens, settings, found)
+    if wide is None:
+        return
+    with choices.of(unsplit):
+        expected = _trained(unsplit, tokens, settings, found)
+    if expected is None:
+        return
+    with choices.of(split):
+        losses = loss_rounding(wide, expected, train(split, tokens, settings))
+    rounding = [*losses, *trained_rounding(exact, unsplit, split, plan, groups)]
+    found.add(rounding_rows(judge(rounding, torch.finfo(getattr(torch, found.dtype)).eps / 2)))
+
+
+def _inputs(unsplit: nn.Module, groups: ParallelGroups, found: Collected) -> dict[str, Tensor] | None:
+    """What both models are called with; None, which is noted, where the unsplit model gives nothing to compare with."""
+    kinds = ("module", "output", "gradient")
+    with together(groups):
+        try:
+            inputs = sample_inputs(unsplit)
+            with torch.no_grad():
+                output = main_output(unsplit(**inputs))
+        except Exception as error:
+            found.skip(*kinds, why=f"the unsplit model does not run: {first_line(error)}")
+            return None
+        if bool(output.isnan().any()):
+            found.skip(*kinds, why="the unsplit model's own output holds NaN, to which nothing is equal")
+            return None
+        if not output.is_floating_point() or not any(p.requires_grad for p in unsplit.parameters()):
+            found.skip("gradient", why="the unsplit model's output has no gradient")
+    return inputs
+
+
+def _whole(
+    folder: Path, built: nn.Module, dtype: torch.dtype, device: torch.device, *, trust_remote_code: bool
+) -> nn.Module:
+    """The unsplit model with its own weights, or with random ones where there are none."""
+    try:
+        if folder.is_dir():
+            groups = single_groups()
+            return load(folder, dtype=dtype, device=device, groups=groups, trust_remote_code=trust_remote_code)
+    except CheckpointError:
+        if any(folder.glob("*.safetensors*")) or any(folder.glob("*.bin")):
+            raise
+    return fill_unsplit(built).to(device)
+
+
+def _compare_tokens(
+    unsplit: nn.Module,
+    split: nn.Module,
+    found: Collected,
+    is_tie: Callable[[Sequence[int], int, int], bool] = lambda prefix, one, other: False,
+) -> None:
+    """Whether both continue two prompts of different lengths with the same tokens."""
+    try:
+        ids = sample_inputs(unsplit)["input_ids"]
+        prompts = [ids[0, :6].tolist(), ids[1].tolist()]
+        sampling = Sampling(NEW_TOKENS, temperature=0.0, ignore_eos=True, use_generation_config=False)
+        expected = generate(unsplit, prompts, sampling)
+    except Exception as error:
+        found.skip("tokens", why=f"the unsplit model does not generate: {first_line(error)}")
+        return
+    try:
+        refuse_undecodable(split, plan_of(split)[0])
+    except ModelError as error:
+        found.skip("tokens", why=first_line(error))
+        return
+    found.add(token_rows(prompts, expected, generate(split, prompts, sampling), is_tie))
+
+
+def _training_tokens(*models: nn.Module) -> Tensor:
+    """Random tokens to train `models` on, which drop nothing from now on."""
+    for model in models:
+        _without_dropout(model)
+    vocabulary = plan_of(models[-1])[0].spec.vocab_size
+    return torch.randint(0, max(vocabulary, 1), (512,), generator=torch.Generator().manual_seed(0))
+
+
+def _trained(unsplit: nn.Module, tokens: Tensor, settings: TrainSettings, found: Collected) -> list[StepReport] | None:
+    """The reports of training the unsplit model; None, which is noted, where it does not train."""
+    try:
+        return train(unsplit, tokens, replace(settings, schedule=None, group_size=None))
+    except Exception as error:
+        found.skip("loss", "parameter", why=f"the unsplit model does not train: {first_line(error)}")
+        return None
+
+
+def _without_dropout(model: nn.Module) -> None:
+    """Let every module drop nothing: ranks draw other elements than one rank does."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
+def _free_bytes(device: torch.device) -> int:
+    """Memory that is free on a GPU or on this machine; without an answer, 4 GiB."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    except (ValueError, OSError):
+        return 4 << 30

@@ -1,0 +1,101 @@
+"""LoRA on a whole split model: put on, trained, and merged into the weights again."""
+
+from __future__ import annotations
+
+import zlib
+from typing import Any
+
+import torch
+from torch import nn
+
+from partita.errors import ModelError
+from partita.torch.collectives.groups import ParallelGroups
+from partita.torch.layers.inner import base_layer
+from partita.torch.layers.linear import ColumnParallelLinear, RowParallelLinear
+from partita.torch.layers.lora import LoraLinear
+from partita.torch.model.parts import plan_of
+
+
+def add_lora(model: nn.Module, rank: int, *, alpha: float | None = None, seed: int | None = None) -> list[str]:
+    """Put a LoRA adapter on every linear layer inside the layers of a split model and freeze all else.
+
+    Every rank calls it. The unsplit adapters depend on the seed alone, whatever the mesh.
+
+    Args:
+        model: What `load`, `shard` or `fresh` made.
+        rank: Of the adapters.
+        alpha: The scale is `alpha / rank`; by default 1.
+        seed: Of `lora_A`; `lora_B` is zero, so that at first nothing changes. By default one drawn by rank 0.
+
+    Returns:
+        The paths of the layers that were adapted.
+
+    Raises:
+        ModelError: There is no linear layer to adapt.
+    """
+    plan, groups = plan_of(model)
+    model.requires_grad_(False)
+    seed = _seed_of_first(groups) if seed is None else seed
+    adapted = []
+    for path, module in list(model.named_modules()):
+        if plan.spec.layer_of(path) is None:
+            continue
+        # Each layer draws from numbers of its own: which layers lie on the same stage must not matter.
+        with torch.random.fork_rng():
+            torch.manual_seed((seed ^ zlib.crc32(path.encode())) & ((1 << 63) - 1))
+            if isinstance(module, (ColumnParallelLinear, RowParallelLinear)):
+                row = isinstance(module, RowParallelLinear)
+                inputs, part = (module.split, groups.mp.rank) if row else (None, 0)
+                module.linear = LoraLinear(module.linear, rank, alpha, inputs=inputs, tp_rank=part)
+                adapted.append(path)
+            elif _is_linear(module) and plan.spec.linears and path in plan.spec.linears:
+                parent, _, name = path.rpartition(".")
+                setattr(model.get_submodule(parent), name, LoraLinear(module, rank, alpha))
+                adapted.append(path)
+    if not any(groups.pp.comm.all_gather_object(bool(adapted))):
+        raise ModelError(
+            f"{plan.spec.family}: no linear layer was found inside {plan.spec.layers or 'the model'} to adapt."
+        )
+    return adapted
+
+
+def _seed_of_first(groups: ParallelGroups) -> int:
+    """A seed that rank 0 draws, on every rank: the ranks' generators need not agree."""
+    seed: Any = int(torch.randint(1 << 62, ()))
+    for info in (groups.mp, groups.pp, groups.dp):
+        seed = info.comm.broadcast_object(seed)
+    return int(seed)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Whether it is a linear layer of torch or of transformers' GPT-2, and nothing made of one."""
+    return type(module) is nn.Linear or type(module).__name__ == "Conv1D"
+
+
+def adapters(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
+    """Every adapter of a model: the module that holds it, its name there, and the adapter."""
+    return [
+        (parent, name, child)
+        for parent in list(model.modules())
+        for name, child in parent.named_children()
+        if base_layer(child) is not child and not isinstance(parent, LoraLinear)
+    ]
+
+
+@torch.no_grad()
+def merge_lora(model: nn.Module) -> None:
+    """Add every LoRA adapter into the weight it sits on, and take it off; no rank needs another for it.
+
+    Raises:
+        ModelError: An adapter is not one of ours; peft merges its own (`merge_and_unload`).
+    """
+    for parent, name, adapter in adapters(model):
+        if not isinstance(adapter, LoraLinear):
+            raise ModelError(
+                f"{type(adapter).__name__} was put on by another library. Merge it there, e.g. merge_and_unload()."
+            )
+        base = adapter.base_layer
+        update = adapter.lora_B.weight @ adapter.lora_A.weight * adapter.scaling
+        weight: torch.Tensor = base.weight  # type: ignore[assignment]
+        weight += update.T if hasattr(base, "nf") else update
+        setattr(parent, name, base)

@@ -1,0 +1,182 @@
+"""Filling local tensors from the byte ranges of a checkpoint."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from partita.checkpoint.header import TensorInfo
+from partita.checkpoint.read import Reader
+from partita.core.sharding.cuts import TensorPlan
+from partita.core.sharding.split import Range
+from partita.errors import CheckpointError, ModelError
+from partita.torch.weights.names import Source, convert_whole
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+"""torch's dtypes by their safetensors names."""
+
+CHUNK_BYTES = 8 << 20
+"""How much is read at once before it is converted and put in place."""
+
+Progress = Callable[[int, int], None]
+"""Called with the bytes of this rank that are in place and those of all."""
+
+
+class CheckpointFill:
+    """Fills local tensors from the byte ranges of a checkpoint."""
+
+    def __init__(
+        self,
+        reader: Reader,
+        infos: Mapping[str, TensorInfo],
+        sources: Mapping[str, Source],
+        unsplit: nn.Module,
+        progress: Progress | None = None,
+        total_bytes: int = 0,
+    ) -> None:
+        self.reader, self.infos, self.sources, self.unsplit = reader, infos, sources, unsplit
+        self.progress, self.total_bytes = progress, total_bytes
+        self.done_bytes = 0
+
+    def __call__(self, name: str, cut: TensorPlan, rank: int, local: Tensor) -> None:
+        """Fill the part that tensor rank `rank` holds of tensor `name`."""
+        self.read(name, cut.ranges(rank), local)
+
+    def read(self, name: str, ranges: tuple[tuple[Range, ...], ...], local: Tensor) -> None:
+        """Read the `ranges` of each dim of tensor `name` into `local`, in their order."""
+        source = self.sources.get(name)
+        if source is None:
+            folder = self.reader.checkpoint.folder
+            raise CheckpointError(
+                f"tensor {name} of the model is not in {folder}. The checkpoint is of another model, or not whole."
+            )
+        if source.converter is not None:
+            whole = convert_whole(source, name, {n: self._read_whole(n) for n, _ in source.inputs}, self.unsplit)
+            for dim, held in enumerate(ranges):
+                whole = torch.cat([whole.narrow(dim, a, b - a) for a, b in held], dim)
+            local.copy_(whole)
+            return
+        for piece in source.pieces:
+            overlap = piece.overlap(ranges)
+            if overlap is not None:
+                take, put = overlap
+                there = local
+                for dim, (a, b) in enumerate(put):
+                    there = there.narrow(dim, a, b - a)
+                self._read(piece.name, take, there.squeeze(0) if piece.stacked else there)
+
+    def _read_whole(self, name: str) -> Tensor:
+        info = self.infos[name]
+        whole = torch.empty(info.shape, dtype=_dtype(info))
+        self._read(name, [[(0, size)] for size in info.shape], whole)
+        return whole
+
+    def _read(self, name: str, take: list[list[tuple[int, int]]], there: Tensor) -> None:
+        """Read ranges of a tensor on disk into a view of a local one, a chunk of its first dim at a time."""
+        info = self.infos[name]
+        dtype = _dtype(info)
+        is_other_kind = dtype.itemsize == 1 or dtype.is_floating_point != there.dtype.is_floating_point
+        if is_other_kind and dtype != there.dtype:
+            raise CheckpointError(
+                f"{info.file}: tensor {name} is {info.dtype}, which without its scales is not the model's {there.dtype}. "
+                "Save it dequantized, and load that."
+            )
+        direct = dtype == there.dtype and there.is_contiguous() and there.device.type == "cpu"
+        if direct or there.dim() == 0:
+            into = there if direct else torch.empty(there.shape, dtype=dtype)
+            self.reader.read(name, take, memory_of(into))
+            if not direct:
+                there.copy_(into)
+        else:
+            row_bytes = max(1, math.prod(there.shape[1:]) * dtype.itemsize)
+            rows = max(1, CHUNK_BYTES // row_bytes)
+            buffer = torch.empty((min(rows, there.shape[0]), *there.shape[1:]), dtype=dtype)
+            done = 0
+            for piece in _in_steps(take[0], rows):
+                count = sum(b - a for a, b in piece)
+                into = buffer[:count]
+                self.reader.read(name, [piece, *take[1:]], memory_of(into))
+                there[done : done + count].copy_(into)
+                done += count
+        if self.progress is not None:
+            self.done_bytes += there.numel() * there.itemsize
+            self.progress(self.done_bytes, self.total_bytes)
+
+
+def _dtype(info: TensorInfo) -> torch.dtype:
+    try:
+        return DTYPES[info.dtype]
+    except KeyError:
+        raise CheckpointError(f"{info.file}: tensor {info.name}: torch has no dtype for {info.dtype}.") from None
+
+
+def _in_steps(ranges: list[tuple[int, int]], rows: int) -> list[list[tuple[int, int]]]:
+    """Ranges cut so that each step has at most `rows` elements."""
+    steps: list[list[tuple[int, int]]] = []
+    room = 0
+    for start, stop in ranges:
+        while start < stop:
+            if room == 0:
+                steps.append([])
+                room = rows
+            end = min(stop, start + room)
+            steps[-1].append((start, end))
+            room -= end - start
+            start = end
+    return steps
+
+
+def memory_of(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor as writable memory; the tensor must outlive it."""
+    assert tensor.is_contiguous()
+    assert tensor.device.type == "cpu"
+    size = tensor.numel() * tensor.itemsize
+    if size == 0:
+        return memoryview(bytearray())
+    return memoryview((ctypes.c_char * size).from_address(tensor.data_ptr())).cast("B")
+
+
+def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """A torch dtype of its name.
+
+    Raises:
+        ModelError: It is not a floating dtype that models are made of.
+    """
+    names = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+    if dtype is None or dtype == "auto":
+        return None
+    found = names.get(dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
+    if found not in names.values():
+        raise ModelError(f"dtype must be one of {', '.join(names)}, but is {dtype}.")
+    return found
+
+
+def as_device(device: torch.device | str | None) -> torch.device:
+    """The device that is meant: this rank's CUDA device where there is one and none is named, else the CPU.
+
+    Raises:
+        ModelError: It is none that is here.
+    """
+    if device is not None:
+        try:
+            found = torch.device(device)
+            torch.empty(0, device=found)
+        except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+            raise ModelError(
+                f"device must be one that torch has here (cpu{', cuda' if torch.cuda.is_available() else ''}, ...), but is "
+                f"{str(device)!r}. Leave it out for the usual one."
+            ) from error
+        if found.type == "meta":
+            raise ModelError(
+                "device must be one with memory for weights, but is 'meta'. Leave it out for the usual one."
+            )
+        return found
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")

@@ -1,0 +1,111 @@
+"""Giving a split model on the meta device its tensors, one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from partita.core.plan import Plan
+from partita.core.sharding.cuts import TensorPlan
+from partita.errors import ModelError
+from partita.torch.collectives.groups import ParallelGroups
+from partita.torch.model.parts import parameter_homes, tie
+from partita.torch.transformers_internals import can_initialize, initialize, mark_initialized
+
+Fill = Callable[[str, TensorPlan, int, Tensor], None]
+"""Given a tensor's name, its cut, the tensor rank and an empty local tensor: fill it."""
+
+
+@dataclass(frozen=True)
+class Filled:
+    """The weights that a model was given, so that a later change is detected.
+
+    Attributes:
+        tensors: Each local tensor by its unsplit name, and its version when it was complete.
+    """
+
+    tensors: Mapping[str, tuple[Tensor, int]]
+
+    def check(self, model: nn.Module) -> nn.Module:
+        """Return `model` if every tensor in it still holds what it was filled with.
+
+        Raises:
+            ModelError: Some code replaced a tensor or wrote to it.
+        """
+        homes = parameter_homes(model)
+        for name, (tensor, version) in self.tensors.items():
+            if name not in homes or getattr(*homes[name]) is not tensor or tensor._version != version:
+                raise ModelError(
+                    f"{name} was changed after its weights were read, so the model is not the checkpoint's. This is an "
+                    "error in Partita or in the model's code: please report it with the model's config."
+                )
+        return model
+
+
+def materialize(model: nn.Module, plan: Plan, groups: ParallelGroups, fill: Fill, device: torch.device) -> Filled:
+    """Give a split model on the meta device its weights: each local tensor is made and filled, one at a time.
+
+    Its unsaved buffers must have been made before it was split (`make_unsaved_buffers`).
+    """
+    rank = groups.mp.rank
+    homes = parameter_homes(model)
+    filled: dict[str, tuple[Tensor, int]] = {}
+    for name, (module, attribute) in homes.items():
+        tensor: Tensor = getattr(module, attribute)
+        spec = plan.spec.tensors[name]
+        if spec.tied_to is not None and spec.tied_to in homes:
+            continue
+        assert tensor.device.type == "meta", name
+        local = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+        # A tied tensor whose twin is on another stage begins as the twin does.
+        fill(spec.tied_to or name, plan.tensor(name), rank, local)
+        if attribute in module._parameters:
+            local = nn.Parameter(local, requires_grad=tensor.requires_grad)
+            module._parameters[attribute] = local
+        else:
+            module._buffers[attribute] = local
+        mark_initialized(local)
+        filled[name] = local, local._version
+    tie(homes, plan)
+    for path, module in model.named_modules():
+        for attribute in module._non_persistent_buffers_set:
+            buffer = module._buffers.get(attribute)
+            assert buffer is None or buffer.device.type != "meta", f"{path}.{attribute}"
+            module._buffers[attribute] = None if buffer is None else buffer.to(device)
+    return Filled(filled)
+
+
+def make_unsaved_buffers(model: nn.Module, device: torch.device) -> None:
+    """Compute the buffers that are not saved with an unsplit model (rotary frequencies), whose parameters have no memory yet.
+
+    Only the model's own initialization knows these values. It initializes whole modules, parameters included, and reaches
+    into other modules, so it runs before any weight is read and before any module is replaced.
+
+    Raises:
+        ModelError: The model has such a buffer, and no initialization that computes it.
+    """
+    left: dict[str, tuple[nn.Module, str, Tensor]] = {}
+    for path, module in model.named_modules():
+        for name in module._non_persistent_buffers_set:
+            buffer = module._buffers.get(name)
+            if buffer is not None and buffer.device.type == "meta":
+                module._buffers[name] = torch.empty_like(buffer, device=device)
+                left[f"{path}.{name}"] = module, name, module._buffers[name]
+            elif buffer is not None and buffer.device != device:
+                module._buffers[name] = buffer.to(device)
+    if not left:
+        return
+    if not can_initialize(model):
+        raise ModelError(f"{min(left)} is a buffer on the meta device that is not saved, so nobody knows its values.")
+    initialize(model)
+    for path, (module, name, empty) in left.items():
+        if module._buffers[name] is empty and empty._version == 0:
+            raise ModelError(
+                f"{path} is a buffer that is not saved, and {type(model).__name__}'s initialization does not compute it, so "
+                "nobody knows its values."
+            )
+    for module in model.modules():
+        mark_initialized(module)

@@ -1,0 +1,161 @@
+"""AdamW's running means of gradients and of their squares, and its master weights, by the names in the unsplit model."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from partita.checkpoint.header import TensorInfo
+from partita.checkpoint.index import Checkpoint, open_checkpoint
+from partita.checkpoint.manifest import OPTIMIZER
+from partita.checkpoint.read import Range, Reader
+from partita.core.plan import Plan
+from partita.errors import CheckpointError
+from partita.torch.collectives.collective_errors import together
+from partita.torch.collectives.groups import ParallelGroups
+from partita.torch.model.parts import local_tensors, plan_of
+from partita.torch.training.optimizer import MasterAdamW, initial_state, state_kinds
+from partita.torch.weights.fill import DTYPES, CheckpointFill
+from partita.torch.weights.names import Source, repeated_pieces, sources_for_reading
+from partita.torch.weights.peft_format import adapter_cut, adapter_sources, adapter_tensors
+from partita.torch.weights.save import unsplit_on_meta
+from partita.training.resume import refuse_left_out
+from partita.training.saving import HAS_MASTER, MASTER, MOMENTS, OTHER_DTYPE, moments_in
+from partita.training.state import read_state
+
+
+def trained_tensors(model: nn.Module, plan: Plan) -> dict[str, Tensor]:
+    """This rank's part of what is trained, by its name in the unsplit model; of tied ones under the first name alone.
+
+    Raises `ModelError` for adapters that are no plain LoRA.
+    """
+    trained: dict[str, Tensor] = {}
+    for name, tensor in local_tensors(model, plan).items():
+        if tensor.requires_grad:
+            trained.setdefault(plan.spec.tensors[name].tied_to or name, tensor)
+    return trained | {name: tensor for name, tensor in adapter_tensors(model) if tensor.requires_grad}
+
+
+def held_by(optimizer: torch.optim.Optimizer | None) -> tuple[torch.optim.Optimizer | None, set[int]]:
+    """The optimizer that steps on this rank, and the ids of its parameters: of ZeRO's, this replica's share."""
+    inner = getattr(optimizer, "optim", optimizer)
+    groups = [] if inner is None else inner.param_groups
+    return inner, {id(parameter) for group in groups for parameter in group["params"]}
+
+
+def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer | None, folder: Path) -> None:
+    """Give an optimizer that has not stepped yet the state that it had when a checkpoint was written; every rank calls it.
+
+    Where the checkpoint has no master weight of a parameter, it is the parameter itself, in float32.
+
+    Args:
+        model: What it trains, in any layout, loaded from the same checkpoint.
+        optimizer: AdamW, or ZeRO's around it; None on a rank that trains nothing.
+        folder: The checkpoint.
+
+    Raises:
+        CheckpointError: The checkpoint has no such state, or not of all parameters, or of some that the model leaves out, or
+            that of parameters of another dtype.
+    """
+    plan, groups = plan_of(model)
+    with together(groups):
+        moments, run = open_checkpoint(folder, stem=OPTIMIZER), read_state(folder)
+        trained = trained_tensors(model, plan)
+        unsplit, sources = _sources(model, plan, groups, trained, folder)
+        inner, held = held_by(optimizer)
+        master_dtype = "float32" if isinstance(inner, MasterAdamW) else "model"
+        now = {one for name in trained for one in _names_on_disk(name, sources)} | _repeated_names(unsplit, plan)
+    now = {name for names in groups.pp.comm.all_gather_object(sorted(now)) for name in names}  # type: ignore[attr-defined]
+    with together(groups):
+        refuse_left_out(folder, moments_in(moments, MOMENTS[0]), now)
+        with Reader(moments) as reader:
+            for kind in (*MOMENTS, MASTER):
+                part = _Kind(reader, moments, kind)
+                fill = CheckpointFill(part, part.infos, sources, unsplit, None, 0)  # type: ignore[arg-type]
+                for name, tensor in trained.items():
+                    kinds = state_kinds(tensor.dtype, master_dtype)
+                    if inner is not None and id(tensor) in held and kind in kinds:
+                        state = inner.state[tensor]
+                        state["step"] = torch.tensor(
+                            float(run.count(name, _names_on_disk(name, sources))), dtype=torch.float32
+                        )
+                        state[kind] = initial_state(kind, tensor, master_dtype)
+                        if not _is_kept(folder, kind, name, tensor, kinds, sources, moments.tensors):
+                            continue
+                        cut = (
+                            plan.tensor(name) if name in plan.spec.tensors else adapter_cut(name, tensor, plan, groups)
+                        )
+                        fill(name, cut, groups.mp.rank, state[kind])
+
+
+def _sources(
+    model: nn.Module, plan: Plan, groups: ParallelGroups, trained: Mapping[str, Tensor], folder: Path
+) -> tuple[nn.Module, dict[str, Source]]:
+    """Where what is trained lies in a checkpoint, and the unsplit model that converters of it ask: none for adapters."""
+    if not trained.keys() & plan.spec.tensors.keys():
+        return nn.Module(), adapter_sources(trained, plan, groups)
+    unsplit = unsplit_on_meta(model, plan)
+    shapes = {name: info.shape for name, info in open_checkpoint(folder).tensors.items()}
+    return unsplit, sources_for_reading(unsplit, shapes)[0]
+
+
+def _is_kept(
+    folder: Path,
+    kind: str,
+    name: str,
+    tensor: Tensor,
+    kinds: Sequence[str],
+    sources: Mapping[str, Source],
+    infos: Mapping[str, TensorInfo],
+) -> bool:
+    """Whether a checkpoint has the state `kind` of a parameter; of master weights it need not.
+
+    Raises:
+        CheckpointError: It has none, or that of a parameter of another dtype.
+    """
+    wanted = _names_on_disk(name, sources)
+    missing = [one for one in wanted if f"{kind}.{one}" not in infos]
+    if missing and kind != MASTER:
+        raise CheckpointError(
+            f"{folder}: has no {kind}.{missing[0]}, so {name} was not trained in that run. Train what it trained."
+        )
+    moment, has_master = infos[f"{MOMENTS[0]}.{wanted[0]}"], f"{MASTER}.{wanted[0]}" in infos
+    if has_master and MASTER not in kinds:
+        raise CheckpointError(HAS_MASTER.format(folder, f"{MASTER}.{wanted[0]}", name, tensor.dtype))
+    if MASTER in kinds and not has_master and DTYPES[moment.dtype] != tensor.dtype:
+        raise CheckpointError(OTHER_DTYPE.format(folder, moment.name, moment.dtype, name, tensor.dtype))
+    return not missing
+
+
+def _names_on_disk(name: str, sources: Mapping[str, Source]) -> list[str]:
+    source = sources.get(name, Source())
+    return [piece.name for piece in source.pieces] or [one for one, _ in source.inputs] or [name]
+
+
+def _repeated_names(unsplit: nn.Module, plan: Plan) -> set[str]:
+    """What a checkpoint repeats for layers of multi-token prediction."""
+    if plan.num_mtp == 0 or not dict(unsplit.named_parameters()):
+        return set()
+    pieces = repeated_pieces(unsplit, plan, dict.fromkeys(plan.spec.tensors, ()))
+    return {piece.name for made in pieces.values() for piece in made}
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """The state of one kind as if it were a checkpoint of its own, with the parameters' names."""
+
+    reader: Reader
+    checkpoint: Checkpoint
+    kind: str
+
+    @functools.cached_property
+    def infos(self) -> dict[str, TensorInfo]:
+        return moments_in(self.checkpoint, self.kind)
+
+    def read(self, name: str, ranges_by_dim: Sequence[Sequence[Range]], out: memoryview) -> None:
+        self.reader.read(f"{self.kind}.{name}", ranges_by_dim, out)

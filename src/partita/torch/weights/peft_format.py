@@ -1,0 +1,266 @@
+"""LoRA adapters on disk, unsplit, in peft's format: what `PeftModel.from_pretrained` puts on transformers' own model."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from partita.checkpoint.index import open_checkpoint, weights_name
+from partita.checkpoint.read import Reader
+from partita.checkpoint.write import FilePlan, Writer, plan_files
+from partita.core.plan import Plan
+from partita.core.sharding.cuts import TensorPlan
+from partita.core.sharding.split import Range, Split
+from partita.errors import CheckpointError, ModelError
+from partita.generation import Tokenizer
+from partita.torch.collectives.collective_errors import together
+from partita.torch.collectives.groups import ParallelGroups
+from partita.torch.model.parts import parameter_homes, plan_of
+from partita.torch.weights.adapters import adapters, add_lora
+from partita.torch.weights.fill import CheckpointFill, memory_of
+from partita.torch.weights.names import Piece, Source
+from partita.torch.weights.save import DTYPE_NAMES, own_part, unsplit_on_meta, write_together
+from partita.training.adapter_files import (
+    CONFIG_NAME,
+    STEM,
+    Adapters,
+    Side,
+    name_on_disk,
+    only,
+    path_of,
+    read_adapters,
+    targets_of,
+)
+from partita.training.mlx_adapters import in_peft_format
+
+_LORA = re.compile(r"(?P<path>.*)\.lora_(?P<side>[AB])(\.default)?\.weight")
+_CUT_SIDE = {"column": "B", "row": "A"}
+
+
+def save_adapters(model: nn.Module, folder: str | os.PathLike[str], *, base: str | None = None) -> None:
+    """Write the LoRA adapters of a split model, unsplit, as peft does; every rank of the run calls it.
+
+    The folder, with `adapter_config.json` and `adapter_model.safetensors`, appears whole or not at all. It does not depend
+    on how the model was split.
+
+    Args:
+        model: A model with what `add_lora` put on it.
+        folder: Where to; made if it is not there. It must not hold weights already.
+        base: The model that they belong to, for peft to find; by default where `model` was loaded from.
+
+    Raises:
+        ModelError: The model has no adapters, or some that are no plain LoRA of one rank and scale.
+        CheckpointError: The folder holds weights already, or cannot be written.
+    """
+    plan, groups = plan_of(model)
+    disk = adapters_on_disk(model, base)
+
+    def write(writer: Writer) -> None:
+        for name, tensor in disk.own(model, plan, groups).items():
+            for piece, take, part in disk.parts(name, tensor, plan, groups):
+                writer.write(piece, take, memory_of(part))
+
+    write_together(Path(folder), groups, disk.files(), lambda partial: disk.write_beside(model, partial, None), write)
+
+
+def load_adapters(model: nn.Module, folder: str | os.PathLike[str]) -> list[str]:
+    """Put adapters that peft, `mlx_lm.lora` or `save_adapters` wrote on a split model, ready to be trained.
+
+    Every rank of the run calls it. Each rank reads its own part. All else is frozen.
+
+    Args:
+        model: What `load`, `shard` or `fresh` made, in any layout: the model that they belong to, without adapters.
+        folder: With `adapter_config.json`, and `adapter_model.safetensors` or mlx-lm's `adapters.safetensors`.
+
+    Returns:
+        The paths of this rank's layers that were adapted.
+
+    Raises:
+        CheckpointError: There are none, or they are no plain LoRA, or not for this model; on every rank.
+        ModelError: The model has adapters already.
+    """
+    plan, groups = plan_of(model)
+    place = Path(folder)
+    with contextlib.ExitStack() as stack:
+        with together(groups):
+            if adapters(model):
+                raise ModelError("the model has adapters already. Merge them (merge_lora), or load it without.")
+            source = stack.enter_context(in_peft_format(place, lambda path: _path_here(plan, path)))
+        return _put_on(model, place, source)
+
+
+def _put_on(model: nn.Module, place: Path, source: Path) -> list[str]:
+    """Put the adapters in `source`, which has peft's format, on a split model; errors name `place`."""
+    plan, groups = plan_of(model)
+    with together(groups):
+        kind = read_adapters(source)
+        checkpoint = open_checkpoint(source / weights_name(STEM))
+        wanted = {path_of(name) for name in checkpoint.tensors}
+    put_on = add_lora(model, kind.rank, alpha=kind.alpha)
+    with together(groups), Reader(checkpoint) as reader:
+        paths = {id(tensor): _parsed(name)["path"] for name, tensor in adapter_tensors(model)}
+        for parent, name, adapter in adapters(model):
+            if paths[id(adapter.lora_A.weight)] not in wanted:  # type: ignore[union-attr]
+                setattr(parent, name, adapter.base_layer)
+        tensors = dict(adapter_tensors(model))
+        sources = adapter_sources(tensors, plan, groups)
+        _check_shapes(place, sources, {name: info.shape for name, info in checkpoint.tensors.items()})
+        fill = CheckpointFill(reader, checkpoint.tensors, sources, nn.Module(), None, 0)
+        for name, tensor in tensors.items():
+            fill(name, adapter_cut(name, tensor, plan, groups), groups.mp.rank, tensor.detach())
+    mine = sorted({_parsed(name)["path"] for name in tensors})
+    placed = {path for theirs in groups.pp.comm.all_gather_object(mine) for path in theirs}  # type: ignore[attr-defined]
+    if wanted - placed:
+        raise CheckpointError(
+            f"{place}: adapts {min(wanted - placed)}, which is no linear layer inside the layers of {plan.spec.family}. Put "
+            "these adapters on with peft."
+        )
+    return [path for path in put_on if path in wanted]
+
+
+def _path_here(plan: Plan, path: str) -> str:
+    """The path of a module in transformers' model, by that in mlx-lm's, which leaves out the beginning of some."""
+    return next((one for one in plan.spec.modules if one == path or one.endswith(f".{path}")), path)
+
+
+def _check_shapes(folder: Path, sources: Mapping[str, Source], there: Mapping[str, tuple[int, ...]]) -> None:
+    for source in sources.values():
+        for piece in source.pieces:
+            found = there.get(piece.name)
+            if found != piece.shape:
+                raise CheckpointError(
+                    f"{folder}: {piece.name} must be {list(piece.shape)} for this model, but is "
+                    f"{'not there' if found is None else list(found)}. Give the model that these adapters were trained on."
+                )
+
+
+@dataclass(frozen=True)
+class AdaptersOnDisk:
+    """The unsplit adapters that the ranks hold together, as they are on disk: the same on every rank; see `save.OnDisk`.
+
+    Attributes:
+        config: The text of `adapter_config.json`.
+        pieces: For each tensor the one on disk.
+        dtypes: The dtype of each.
+    """
+
+    config: str
+    pieces: Mapping[str, tuple[Piece, ...]]
+    dtypes: Mapping[str, torch.dtype]
+
+    def files(self, max_shard_bytes: int = 0) -> tuple[FilePlan, ...]:
+        """The one file that peft reads, whatever its size."""
+        tensors = [(p.name, DTYPE_NAMES[dtype], p.shape) for n, dtype in self.dtypes.items() for p in self.pieces[n]]
+        return plan_files(tensors, 1 << 62, stem=STEM)
+
+    def own(self, model: nn.Module, plan: Plan, groups: ParallelGroups) -> dict[str, Tensor]:
+        """This rank's parts of the adapters."""
+        return dict(adapter_tensors(model))
+
+    def parts(
+        self, name: str, tensor: Tensor, plan: Plan, groups: ParallelGroups
+    ) -> Iterator[tuple[str, list[list[Range]], Tensor]]:
+        """What this rank owns of a part: its name on disk, the ranges there, and the elements."""
+        cut = adapter_cut(name, tensor, plan, groups)
+        for piece in self.pieces[name]:
+            overlap = piece.overlap(cut.owned_ranges(groups.mp.rank))
+            if overlap is not None:
+                held = piece.overlap(cut.ranges(groups.mp.rank))
+                yield piece.name, overlap[0], own_part(tensor, held, overlap[0], stacked=False)
+
+    def write_beside(self, model: nn.Module, folder: Path, tokenizer: Tokenizer | None) -> None:
+        """Write the config, and the tokenizer if there is one."""
+        (folder / CONFIG_NAME).write_text(self.config, encoding="utf-8")
+        if tokenizer is not None:
+            tokenizer.save(folder)
+
+
+def adapters_on_disk(model: nn.Module, base: str | None = None) -> AdaptersOnDisk:
+    """The unsplit adapters of a split model, as they are on disk; every rank of the run calls it.
+
+    Raises:
+        ModelError: There are none, or some that are no plain LoRA of one rank and scale.
+    """
+    plan, groups = plan_of(model)
+    with together(groups):
+        tensors = dict(adapter_tensors(model))
+        kinds = sorted({_kind(adapter) for _, _, adapter in adapters(model)}, key=lambda kind: (kind.rank, kind.alpha))
+        sources = adapter_sources(tensors, plan, groups)
+        mine = [(name, tensor.dtype, sources[name].pieces) for name, tensor in tensors.items()]
+    told: list[Any] = groups.pp.comm.all_gather_object((mine, kinds))
+    everywhere = sorted((one for theirs, _ in told for one in theirs), key=lambda one: one[0])
+    with together(groups):
+        kind = only({kind for _, theirs in told for kind in theirs})
+        paths = {_parsed(name)["path"] for name, _, _ in everywhere}
+        unsplit = unsplit_on_meta(model, plan)
+        others = {path for path, module in unsplit.named_modules() if hasattr(module, "weight") and path not in paths}
+        config = kind.to_json(
+            base=base or getattr(model.config, "_name_or_path", None) or None,
+            targets=targets_of(paths, others),
+            transposed={type(unsplit.get_submodule(path)).__name__ == "Conv1D" for path in paths} == {True},
+        )
+    pieces = {name: there for name, _, there in everywhere}
+    return AdaptersOnDisk(config, pieces, {name: dtype for name, dtype, _ in everywhere})
+
+
+def adapter_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The adapters' parts on this rank, by the names that they have in the unsplit model.
+
+    Raises:
+        ModelError: Some are of no plain LoRA.
+    """
+    for name, (module, attribute) in parameter_homes(model).items():
+        if ".lora_" in name:
+            if _LORA.fullmatch(name) is None:
+                raise ModelError(f"{name} is no part of a plain LoRA adapter, which are what can be saved.")
+            yield name, getattr(module, attribute)
+
+
+def adapter_sources(tensors: Mapping[str, Tensor], plan: Plan, groups: ParallelGroups) -> dict[str, Source]:
+    """Where each of the adapters' parts lies on disk: the whole of one tensor."""
+    sources = {}
+    for name, tensor in tensors.items():
+        match = _parsed(name)
+        side: Side = "A" if match["side"] == "A" else "B"
+        shape = adapter_cut(name, tensor, plan, groups).shape
+        sources[name] = Source((Piece(name_on_disk(match["path"], side), shape, (0,) * len(shape)),))
+    return sources
+
+
+def adapter_cut(name: str, tensor: Tensor, plan: Plan, groups: ParallelGroups) -> TensorPlan:
+    """How a part is cut: of a column layer `lora_B [out, rank]` along its rows, of a row layer `lora_A [rank, in]`."""
+    match = _parsed(name)
+    module = plan.modules.get(match["path"])
+    split: Split | None = None
+    if module is not None and groups.mp.world_size > 1 and _CUT_SIDE.get(module.style) == match["side"]:
+        split = module.split
+    if split is None:
+        return TensorPlan(name, tuple(tensor.shape))
+    dim = 0 if match["side"] == "B" else 1
+    shape = (*tensor.shape[:dim], split.size, *tensor.shape[dim + 1 :])
+    return TensorPlan(name, tuple(shape), dim, split)
+
+
+def _parsed(name: str) -> re.Match[str]:
+    match = _LORA.fullmatch(name)
+    assert match is not None
+    return match
+
+
+def _kind(adapter: Any) -> Adapters:
+    """Rank and alpha of an adapter, ours or peft's."""
+    scaling, side = adapter.scaling, adapter.lora_A
+    if isinstance(scaling, dict):
+        if set(scaling) != {"default"}:
+            raise ModelError(f"one adapter a layer can be saved, called `default`, but there are {sorted(scaling)}.")
+        scaling, side = scaling["default"], side["default"]
+    rank = int(side.weight.shape[0])
+    return Adapters(rank, float(scaling) * rank)

@@ -1,0 +1,139 @@
+"""What a rank writes of a checkpoint of a run: its part of weights, moments and masters, distributed over the replicas."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from partita.checkpoint.index import MODEL
+from partita.checkpoint.manifest import OPTIMIZER
+from partita.checkpoint.unused import Unused
+from partita.checkpoint.write import FilePlan, plan_files
+from partita.errors import ModelError
+from partita.torch.collectives.collective_errors import together
+from partita.torch.collectives.groups import is_first
+from partita.torch.model.parts import plan_of
+from partita.torch.training.optimizer import initial_state, state_dtype, state_kinds
+from partita.torch.weights.adapters import adapters
+from partita.torch.weights.fill import memory_of
+from partita.torch.weights.moments import held_by, trained_tensors
+from partita.torch.weights.peft_format import AdaptersOnDisk, adapters_on_disk
+from partita.torch.weights.save import DTYPE_NAMES, OnDisk, on_disk
+from partita.training.adapter_files import STEM
+from partita.training.background import Part
+from partita.training.base import place_of
+from partita.training.saving import MASTER, MOMENTS, Saves, check_base, files_beside
+
+
+class Share:
+    """See `partita.training.saving.Share`. Of a model with adapters only these are written.
+
+    Attributes:
+        files: The files of weights and of the optimizer's state, the same on every rank, by how their names begin.
+        beside: Configs and tokenizer, by name, on the first rank.
+    """
+
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer | None, saves: Saves, master_dtype: str
+    ) -> None:
+        """Of a model in training; every rank of the run calls it.
+
+        Raises:
+            ModelError: The model has adapters, and `saves` does not say of which model; or some that are no plain LoRA, or more
+                is trained than them.
+        """
+        self.model, self.optimizer, self.master_dtype = model, optimizer, master_dtype
+        self.plan, self.groups = plan_of(model)
+        adapted = any(self.groups.pp.comm.all_gather_object(bool(adapters(model))))
+        check_base(saves, adapted=adapted)
+        self.disk: OnDisk | AdaptersOnDisk = (
+            adapters_on_disk(model, place_of(saves.base)) if saves.base is not None else on_disk(model)
+        )
+        self.zero = hasattr(optimizer, "optim")
+        mine = trained_tensors(model, self.plan)
+        self.trained = {id(tensor) for tensor in mine.values()}  # whatever is frozen later, for a while
+        trained: set[str] = set()
+        for names in self.groups.pp.comm.all_gather_object(list(mine)):
+            trained |= set(names)  # type: ignore[call-overload]
+        with together(self.groups):
+            if adapted:
+                _refuse_others(trained - self.disk.dtypes.keys())
+            state = [
+                (f"{kind}.{piece.name}", DTYPE_NAMES[state_dtype(dtype, master_dtype)], piece.shape)
+                for kind in (*MOMENTS, MASTER)
+                for name, dtype in self.disk.dtypes.items()
+                if name in trained and kind in state_kinds(dtype, master_dtype)
+                for piece in self.disk.pieces[name]
+            ]
+            self.files: Mapping[str, tuple[FilePlan, ...]] = {
+                STEM if adapted else MODEL: self.disk.files(saves.max_shard_bytes),
+                OPTIMIZER: plan_files(state, saves.max_shard_bytes, stem=OPTIMIZER),
+            }
+            # Open from now on: a run that resumed from a checkpoint of its own may remove that one.
+            self.unused = Unused() if isinstance(self.disk, AdaptersOnDisk) else self.disk.unused
+            self.reader = self.unused.opened() if self.unused else None
+            if self.reader is not None:
+                weakref.finalize(self, self.reader.close)
+            self.beside: Mapping[str, bytes] = (
+                files_beside(lambda folder: self.disk.write_beside(model, folder, saves.tokenizer))
+                if is_first(self.groups)
+                else {}
+            )
+
+    @torch.no_grad()
+    def copy(self) -> list[Part]:
+        """The present values of all that this rank writes: of what replicas hold alike each writes its share."""
+        parts = [
+            Part(name, take, memory_of(kept), kept)
+            for name, take, part, tensor in self._parts()
+            for kept in [part.clone() if _shares_memory(part, tensor) else part]
+        ]
+        if self.reader is not None:
+            mesh, groups = self.groups.mesh, self.groups
+            rank = mesh.rank(dp=groups.dp.rank, pp=groups.pp.rank, tp=groups.mp.rank)
+            parts += [Part(*piece) for piece in self.unused.pieces(self.reader, rank, mesh.size)]
+        return parts
+
+    def counts(self, step: int) -> dict[str, int]:
+        """AdamW's steps of what this rank trains, by the names on disk, where they are not `step`."""
+        inner, held = held_by(self.optimizer)
+        counts: dict[str, int] = {}
+        for name, tensor in self.disk.own(self.model, self.plan, self.groups).items():
+            if inner is not None and id(tensor) in held:
+                # What never had a gradient has no state yet.
+                count = int(inner.state.get(tensor, {}).get("step", 0))
+                counts |= {piece.name: count for piece in self.disk.pieces[name] if count != step}
+        return counts
+
+    def _parts(self) -> Iterator[tuple[str, list[list[tuple[int, int]]], Tensor, Tensor]]:
+        plan, groups = self.plan, self.groups
+        inner, held = held_by(self.optimizer)
+        for index, (name, tensor) in enumerate(self.disk.own(self.model, plan, groups).items()):
+            mine = index % groups.dp.world_size == groups.dp.rank
+            if mine:
+                for piece, take, part in self.disk.parts(name, tensor, plan, groups):
+                    yield piece, take, part, tensor
+            if id(tensor) not in self.trained or not (id(tensor) in held if self.zero else mine):
+                continue
+            state = inner.state.get(tensor, {}) if inner is not None else {}
+            for kind in state_kinds(tensor.dtype, self.master_dtype):
+                # What never had a gradient has no state yet.
+                one = state.get(kind)
+                one = initial_state(kind, tensor, self.master_dtype) if one is None else one
+                for piece, take, part in self.disk.parts(name, one, plan, groups):
+                    yield f"{kind}.{piece}", take, part, one
+
+
+def _refuse_others(names: set[str]) -> None:
+    if names:
+        raise ModelError(
+            f"{min(names)} is trained beside the adapters, but only these are kept. Freeze it (requires_grad_(False)), or "
+            "train the whole model."
+        )
+
+
+def _shares_memory(part: Tensor, tensor: Tensor) -> bool:
+    return part.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()

@@ -1,0 +1,234 @@
+"""Saving: each rank writes its own bytes of the unsplit checkpoint, in Hugging Face's form."""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from partita.checkpoint.unused import NOT_SAVED, Unused, announce_nothing
+from partita.checkpoint.write import FilePlan, Writer, plan_files, write_folder
+from partita.core.plan import Plan
+from partita.core.sharding.split import Range
+from partita.errors import ModelError
+from partita.generation import Tokenizer
+from partita.generation.generation_config import FILE_NAME
+from partita.notes import note
+from partita.ranks.liveness import doing
+from partita.torch.collectives.collective_errors import gather_from_all, together
+from partita.torch.collectives.groups import ParallelGroups, is_first
+from partita.torch.model.parts import local_tensors, plan_of
+from partita.torch.model.transformers_models import build_on_meta
+from partita.torch.stages.mtp import attach_mtp
+from partita.torch.transformers_internals import code_files, has_own_code, quiet
+from partita.torch.weights.adapters import adapters
+from partita.torch.weights.fill import DTYPES, memory_of
+from partita.torch.weights.names import Piece, pieces_for_writing, repeated_pieces
+
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@doing("saving the model")
+def save(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    *,
+    tokenizer: Tokenizer | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Write the unsplit model that the ranks hold together; every rank of the run calls it.
+
+    The result is what transformers itself would have saved: `config.json`, `model.safetensors` or its numbered parts with
+    their index, and the tokenizer. It does not depend on how the model was split. The folder is whole or not there: all is
+    written beside it and then renamed.
+
+    Args:
+        model: A model that `load`, `shard` or `fresh` made.
+        folder: Where to; made if it is not there. It must not hold weights already.
+        tokenizer: Saved with it.
+        max_shard_bytes: Largest size of one file.
+        progress: Called with the bytes that this rank has written and will write.
+
+    Raises:
+        CheckpointError: The folder holds a model already, or cannot be written.
+        ModelError: The model has adapters that are not merged.
+    """
+    plan, groups = plan_of(model)
+    disk = on_disk(model)
+    with together(groups):
+        files = disk.files(max_shard_bytes)
+
+    def write(writer: Writer) -> None:
+        own = disk.own(model, plan, groups)
+        total = sum(tensor.numel() * tensor.itemsize for tensor in own.values())
+        for name, tensor in own.items():
+            for piece, take, part in disk.parts(name, tensor, plan, groups):
+                writer.write(piece, take, memory_of(part))
+            if progress is not None:
+                progress(writer.bytes_written, total)
+        place = groups.pp.rank * plan.mesh.tp + groups.mp.rank
+        disk.unused.copy(writer.write, place, plan.mesh.pp * plan.mesh.tp)
+
+    write_together(Path(folder), groups, files, lambda partial: disk.write_beside(model, partial, tokenizer), write)
+
+
+def write_together(
+    path: Path,
+    groups: ParallelGroups,
+    files: tuple[FilePlan, ...],
+    beside: Callable[[Path], None],
+    write: Callable[[Writer], None],
+) -> None:
+    """`write_folder` by the ranks of `groups`, of which the first replica writes its parts."""
+    write_folder(
+        path, files, beside, write,
+        together=lambda: together(groups), is_first=is_first(groups), is_writer=groups.dp.rank == 0,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class OnDisk:
+    """The unsplit model as it is on disk: the same on every rank.
+
+    Attributes:
+        config: transformers' config to go with it.
+        pieces: For each tensor of the model those on disk that hold it.
+        dtypes: The dtype of each that is saved; of tied ones the first.
+        unused: What is copied from the checkpoint that the model was loaded from.
+    """
+
+    config: Any
+    pieces: Mapping[str, tuple[Piece, ...]]
+    dtypes: Mapping[str, torch.dtype]
+    unused: Unused
+
+    def files(self, max_shard_bytes: int) -> tuple[FilePlan, ...]:
+        """The files of its weights."""
+        tensors = [(p.name, DTYPE_NAMES[dtype], p.shape) for n, dtype in self.dtypes.items() for p in self.pieces[n]]
+        return plan_files([*tensors, *self.unused.facts()], max_shard_bytes)
+
+    def own(self, model: nn.Module, plan: Plan, groups: ParallelGroups) -> dict[str, Tensor]:
+        """The local tensors of which this rank writes what it owns. Of copies on several stages the owner's is written."""
+        return {
+            name: tensor
+            for name, tensor in local_tensors(model, plan).items()
+            if name in self.dtypes and plan.copies.get(name, (groups.pp.rank,))[0] == groups.pp.rank
+        }
+
+    def parts(
+        self, name: str, tensor: Tensor, plan: Plan, groups: ParallelGroups
+    ) -> Iterator[tuple[str, list[list[Range]], Tensor]]:
+        """What this rank owns of a local tensor, for each tensor on disk: its name, the ranges there, and the elements."""
+        cut = plan.tensor(name)
+        ranges, owned = cut.ranges(groups.mp.rank), cut.owned_ranges(groups.mp.rank)
+        for piece in self.pieces[name]:
+            overlap = piece.overlap(owned)
+            if overlap is not None:
+                take, _ = overlap
+                yield piece.name, take, own_part(tensor, piece.overlap(ranges), take, stacked=piece.stacked)
+
+    def write_beside(self, model: nn.Module, folder: Path, tokenizer: Tokenizer | None) -> None:
+        """Write what belongs to the weights: configs and the tokenizer."""
+        with quiet():
+            self.config.save_pretrained(folder)
+            _copy_code(model, folder)
+            generation = getattr(model, "generation_config", None)
+            if generation is not None:
+                # Its own save_pretrained refuses what it reads: settings that matter only for sampling, without do_sample.
+                generation.to_json_file(folder / FILE_NAME, use_diff=True, keys_to_pop=["compile_config"])
+        if tokenizer is not None:
+            tokenizer.save(folder)
+
+
+def on_disk(model: nn.Module) -> OnDisk:
+    """The unsplit model that the ranks hold together, as it is on disk; every rank of the run calls it.
+
+    Raises:
+        ModelError: The model has adapters that are not merged.
+    """
+    plan, groups = plan_of(model)
+    if adapters(model):
+        raise ModelError(
+            "the model has LoRA adapters, which are no part of a checkpoint. Call merge_lora(model) first."
+        )
+    mine = {n: t.dtype for n, t in local_tensors(model, plan).items() if plan.spec.tensors[n].tied_to is None}
+    dtypes: dict[str, torch.dtype] = {}
+    for part in groups.pp.comm.all_gather_object(mine):
+        dtypes.update(part)  # type: ignore[call-overload]
+    config = _plain_config(model, next(iter(dtypes.values())))
+    with together(groups):
+        unsplit = unsplit_on_meta(model, plan, config)
+        pieces = repeated_pieces(unsplit, plan, pieces_for_writing(unsplit))
+    saved = {name: dtypes[name] for name in plan.spec.tensors if name in dtypes}
+    unused = getattr(model, "partita_unused", Unused()).without({p.name for name in saved for p in pieces[name]})
+    missing = next(filter(None, gather_from_all(groups, unused.missing())), "")
+    if missing:
+        config, unused = copy.deepcopy(config), Unused()
+        announce_nothing(config)
+        if is_first(groups):
+            note(NOT_SAVED.format(missing))
+    return OnDisk(config, pieces, saved, unused)
+
+
+def unsplit_on_meta(model: nn.Module, plan: Plan, config: Any = None) -> nn.Module:
+    """The unsplit form of `model` without weights, with what a plan adds to it; of another config if that is given."""
+    cls = type(model) if has_own_code(model) else None
+    unsplit = build_on_meta(model.config if config is None else config, cls=cls)
+    attach_mtp(unsplit, plan)
+    return unsplit
+
+
+def own_part(
+    tensor: Tensor,
+    held: tuple[list[list[Range]], list[Range]] | None,
+    take: list[list[Range]],
+    *,
+    stacked: bool,
+) -> Tensor:
+    """The elements of a local tensor that go to the ranges `take` of a piece on disk: those this rank owns of what it holds."""
+    assert held is not None
+    have, put = held
+    part = tensor.detach()
+    for dim, (a, b) in enumerate(put):
+        part = part.narrow(dim, a, b - a)
+    if stacked:
+        part = part.squeeze(0)
+    for dim, (mine, owned) in enumerate(zip(have, take, strict=True)):
+        if mine != owned:
+            part = torch.cat([part.narrow(dim, *_place(mine, span)) for span in owned], dim)
+    return part.contiguous().cpu()
+
+
+def _copy_code(model: nn.Module, folder: Path) -> None:
+    """Copy the code that came with a model and its config, since the saved config names it."""
+    for value in (model, model.config):
+        files = code_files(value)
+        for file in files:
+            target = folder / file.relative_to(files[0].parent)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, target)
+
+
+def _place(held: list[Range], span: Range) -> tuple[int, int]:
+    """Where `span` begins among the ranges `held` one behind the other, and its length."""
+    offset = 0
+    for a, b in held:
+        if a <= span[0] and span[1] <= b:
+            return offset + span[0] - a, span[1] - span[0]
+        offset += b - a
+    raise AssertionError(f"{span} is not in {held}")
+
+
+def _plain_config(model: nn.Module, dtype: torch.dtype) -> Any:
+    config: Any = model.config
+    config.architectures = [type(model).__name__]
+    config.dtype = dtype
+    return config

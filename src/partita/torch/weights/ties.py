@@ -1,0 +1,85 @@
+"""Tied tensors that a checkpoint holds more than once: they stay one tensor only where their values are equal.
+
+A config may tie the head to the embedding although the file has a head of its own, as after merging adapters into it.
+transformers compares the two and ties them only if they are equal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from partita.core.sharding.split import Range
+from partita.torch.collectives.collective_errors import gather_from_all, together
+from partita.torch.collectives.groups import ParallelGroups
+from partita.torch.transformers_internals import forget_tie, text_config_of
+from partita.torch.weights.names import Source
+
+Read = Callable[[str, tuple[tuple[Range, ...], ...], Tensor], None]
+"""Given a tensor's name, ranges of each of its dims and a local tensor of their sizes: read the ranges into it."""
+
+_CHUNK_ELEMENTS = 4 << 20
+
+
+def tied_names(model: nn.Module) -> dict[str, str]:
+    """Names of an unsplit model's tensors that are the same tensor as an earlier one, and that one's name."""
+    first: dict[int, str] = {}
+    names = ((name, first.setdefault(id(t), name)) for name, t in model.state_dict(keep_vars=True).items())
+    return {name: twin for name, twin in names if name != twin}
+
+
+def add_twins(model: nn.Module, sources: dict[str, Source]) -> None:
+    """Let tied tensors of which the checkpoint names only one all have its source; `sources` is changed."""
+    for name, twin in tied_names(model).items():
+        if name in sources:
+            sources.setdefault(twin, sources[name])
+
+
+def differing(model: nn.Module, sources: Mapping[str, Source], read: Read, groups: ParallelGroups) -> set[str]:
+    """Tied tensors of which the checkpoint holds other values than of the tensor that they are tied to.
+
+    Every rank calls it; each compares its own share of the rows, in the model's dtype.
+
+    Raises:
+        CheckpointError: A tensor cannot be read; on every rank.
+    """
+    tensors = model.state_dict(keep_vars=True)
+    pairs = {n: t for n, t in tied_names(model).items() if n in sources and t in sources and sources[n] != sources[t]}
+    if not pairs:
+        return set()
+    rank = groups.mesh.rank(dp=groups.dp.rank, pp=groups.pp.rank, tp=groups.mp.rank)
+    with together(groups):
+        mine = {n for n, t in pairs.items() if not _equal(n, t, tensors[n], read, rank, groups.mesh.size)}
+    return {name for found in gather_from_all(groups, mine) for name in found}
+
+
+def _equal(name: str, twin: str, like: Tensor, read: Read, rank: int, size: int) -> bool:
+    """Whether this rank's share of the rows of two tensors on disk is equal."""
+    rows, rest = (like.shape[0], like.shape[1:]) if like.dim() else (1, torch.Size(()))
+    step = max(1, _CHUNK_ELEMENTS // max(1, rest.numel()))
+    others = tuple(((0, length),) for length in rest)
+    stop = rows * (rank + 1) // size
+    for start in range(rows * rank // size, stop, step):
+        end = min(stop, start + step)
+        parts = [torch.empty((end - start, *rest), dtype=like.dtype, device="cpu") for _ in range(2)]
+        for one, part in zip((name, twin), parts, strict=True):
+            read(one, (((start, end),), *others), part)
+        if not torch.equal(*parts):
+            return False
+    return True
+
+
+def untie(model: Any, names: Iterable[str]) -> None:
+    """Give tensors of an unsplit meta `model` that are tied memory of their own, and correct its config where none is left."""
+    for name in names:
+        path, _, attribute = name.rpartition(".")
+        module = model.get_submodule(path)
+        shared = module._parameters[attribute]
+        module._parameters[attribute] = nn.Parameter(torch.empty_like(shared), requires_grad=shared.requires_grad)
+        forget_tie(model, name)
+    if not tied_names(model):
+        for config in (model.config, text_config_of(model.config)):
+            config.tie_word_embeddings = False
