@@ -74,7 +74,7 @@ def set_up(size: Mapping[str, int]) -> dict[str, Contestant]:
         return {name.removeprefix(prefix): t for name, t in found.items() if name.startswith(prefix)}
 
     def cut(name: str, whole: torch.Tensor) -> torch.Tensor:
-        for dim, ranges in enumerate(plan.tensor(prefix + name).ranges(groups.mp.rank)):
+        for dim, ranges in enumerate(plan.tensor(prefix + name).ranges(groups.tp.rank)):
             whole = torch.cat([whole.narrow(dim, start, stop - start) for start, stop in ranges], dim)
         return whole
 

@@ -78,7 +78,7 @@ def set_up(source: Path, run: Path | None) -> int:
         ):
             _held.savers[name] = make_saver(model, optimizer, saves, state, _held.reports.append)
     _held.model, _held.gloo = model, dist.new_group(backend="gloo")
-    _held.sharded = {kind: as_dtensors(local, plan, groups.mp.rank) for kind, local in kinds.items()}
+    _held.sharded = {kind: as_dtensors(local, plan, groups.tp.rank) for kind, local in kinds.items()}
     _held.whole = _unsplit()
     _held.half = torch.ones(_total_bytes() // dist.get_world_size(), dtype=torch.uint8)
     return sum(tensor.nbytes for local in kinds.values() for tensor in local.values())

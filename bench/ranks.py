@@ -21,8 +21,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
-from partita.cli.meeting import meeting
 from partita.ranks.backends import open_mpi
+from partita.ranks.rendezvous import meeting
 
 Engine = Literal["torch", "mlx"]
 
@@ -132,10 +132,9 @@ def over_gloo(groups: Any) -> Any:
     import torch.distributed as dist
 
     from partita.torch.collectives.comm import Communicator
-    from partita.torch.collectives.groups import GroupInfo
 
-    gloo = GroupInfo(Communicator(dist.group.WORLD))
-    axis = "pp" if groups.mesh.pp > 1 else "mp"
+    gloo = Communicator(dist.group.WORLD)
+    axis = "pp" if groups.mesh.pp > 1 else "tp"
     return dataclasses.replace(groups, **{axis: gloo})
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from partita.cli import rank
 from partita.cli.app import app
+from partita.ranks import environment, rank_process
 
 if __name__ == "__main__":
-    rank.attach()
+    rank_process.attach()
     folder, *options = sys.argv[1:]
-    app(["generate", str(Path(folder) / f"rank{rank.number()}"), *options], prog_name="partita")
+    app(["generate", str(Path(folder) / f"rank{environment.number()}"), *options], prog_name="partita")

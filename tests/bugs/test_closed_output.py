@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from partita.cli import console, main
+from partita.cli import main
+from partita.cli.terminal import console
 from tests.bugs.test_stop_texts_and_spaces import written
 from tests.cli.models import TINY, write
 from tests.cli.test_launch import gone_by, pids

@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 
-from partita.cli.model import make_plan
+from partita.cli.arguments.model import make_plan
 from partita.core.mesh import Mesh
 from partita.torch import load
 from partita.torch.train import TrainSettings, train

@@ -50,7 +50,7 @@ def _error(split: nn.Module, expected: dict[str, Tensor]) -> float:
     worst = 0.0
     for name, tensor in local_tensors(split, plan).items():
         mine = expected[name]
-        for dim, ranges in enumerate(plan.tensor(name).ranges(groups.mp.rank)):
+        for dim, ranges in enumerate(plan.tensor(name).ranges(groups.tp.rank)):
             mine = part(mine, dim, ranges)
         assert tensor.grad is not None
         worst = max(worst, float((mine - tensor.grad).abs().max() / expected[name].abs().max()))

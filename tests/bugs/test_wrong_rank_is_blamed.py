@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 
 from partita.cli import launch
-from partita.cli.failure import Failure, explain
+from partita.cli.terminal.failure import explain
 from partita.core.mesh import Mesh
 from partita.errors import ModelError, PeerFailed
 from partita.ranks.backends import open_mpi
+from partita.ranks.failure import Failure
 from tests.cli.models import TINY
 from tests.support.mlx_ranks import BACKENDS, mlx_ranks
 from tests.support.ranks import ROOT, ranks
@@ -73,7 +74,8 @@ def test_under_mpirun(folder: Path) -> None:
 @pytest.mark.timeout(100)
 @pytest.mark.parametrize(("engine", "backend"), [("mlx", "ring"), ("torch", "gloo")])
 def test_under_our_launcher(engine: str, backend: str, folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    code = launch.start(options(folder, engine), 2, program=("-m", MODULE), backend=backend).code
+    outcome = launch.start(options(folder, engine), 2, program=("-m", MODULE), backend=backend)
+    code = launch.show_outcome(outcome)
     check_blame(code, capfd.readouterr().err)
 
 
@@ -85,7 +87,7 @@ def fail_on_rank(failing: int, engine: str, mesh: Mesh) -> tuple[str, str, int |
         from partita.torch.collectives.groups import make_groups
 
         groups = make_groups(mesh)
-        number = groups.mesh.rank(dp=groups.dp.rank, pp=groups.pp.rank, tp=groups.mp.rank)
+        number = groups.rank
     else:
         from partita.mlx.collectives.collective_errors import together as together_on_mlx
         from partita.mlx.collectives.groups import make_groups as make_mlx_groups

@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import pytest
 
-from partita.cli import console, main
+from partita.cli import main
+from partita.cli.terminal import console
 
 
 class Said(NamedTuple):

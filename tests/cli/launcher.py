@@ -10,4 +10,4 @@ PROGRAM = ("-m", "tests.cli.programs")
 
 if __name__ == "__main__":
     assert "torch" not in sys.modules
-    sys.exit(launch.start([sys.argv[1]], int(sys.argv[2]), program=PROGRAM).code)
+    sys.exit(launch.show_outcome(launch.start([sys.argv[1]], int(sys.argv[2]), program=PROGRAM)))

@@ -9,14 +9,14 @@ import sys
 import time
 from pathlib import Path
 
-from partita.cli import rank
-from partita.cli.console import OutputClosed, write
-from partita.cli.failure import fail
+from partita.cli.terminal.console import OutputClosed, write
+from partita.cli.terminal.failure import fail
 from partita.errors import ModelError
+from partita.ranks import environment, rank_process
 
 
 def note_pids(*pids: int) -> None:
-    with (Path(os.environ["PIDS"]) / f"rank{rank.number()}").open("w") as file:
+    with (Path(os.environ["PIDS"]) / f"rank{environment.number()}").open("w") as file:
         file.write(" ".join(map(str, pids)))
 
 
@@ -28,13 +28,13 @@ def say_environment() -> None:
 
 
 def one_fails() -> None:
-    if rank.number() == 1:
+    if environment.number() == 1:
         raise ValueError("this rank has had enough")
     time.sleep(60)
 
 
 def one_fails_while_another_will_not_end() -> None:
-    if rank.number() == 0:
+    if environment.number() == 0:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         note_pids(os.getpid())
         time.sleep(60)
@@ -48,20 +48,20 @@ def all_refuse() -> None:
 
 
 def first_refuses() -> None:
-    if rank.number() == 0:
+    if environment.number() == 0:
         raise ModelError("only rank 0 minds")
     time.sleep(60)
 
 
 def one_is_killed() -> None:
-    if rank.number() == 1:
+    if environment.number() == 1:
         print("last words", file=sys.stderr, flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(60)
 
 
 def one_talks_too_much() -> None:
-    if rank.number() == 1:
+    if environment.number() == 1:
         for line in range(40_000):
             print(f"line {line} of very many", file=sys.stderr)
         raise ValueError("out of words")
@@ -69,20 +69,20 @@ def one_talks_too_much() -> None:
 
 
 def echo_comes_first() -> None:
-    if rank.number() == 0:
+    if environment.number() == 0:
         raise RuntimeError("[gloo] Connection closed by peer [127.0.0.1]:1234")
     time.sleep(0.3)
     raise ValueError("the cause")
 
 
 def one_runs_out_of_memory() -> None:
-    if rank.number() == 1:
+    if environment.number() == 1:
         bytearray(1 << 60)
     time.sleep(60)
 
 
 def one_exits_silently() -> None:
-    if rank.number() == 1:
+    if environment.number() == 1:
         os._exit(7)
     time.sleep(60)
 
@@ -90,7 +90,7 @@ def one_exits_silently() -> None:
 def verdict() -> None:
     """As `verify` ends when it found a difference: the first rank says so and the others are done."""
     print("it differs", flush=True)
-    sys.exit(1 if rank.is_first() else 0)
+    sys.exit(1 if environment.is_first() else 0)
 
 
 def captured() -> None:
@@ -112,14 +112,14 @@ def wait_stopped() -> None:
 def first_writes_without_end() -> None:
     note_pids(os.getpid())
     files = [Path(os.environ["PIDS"]) / f"rank{number}" for number in range(2)]
-    while rank.is_first():
+    while environment.is_first():
         if all(file.exists() and file.stat().st_size for file in files):
             write("one line of many\n")
     time.sleep(60)
 
 
 def main() -> None:
-    rank.attach()
+    rank_process.attach()
     try:
         globals()[sys.argv[1]]()
     except (Exception, OutputClosed) as error:

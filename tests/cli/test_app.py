@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from partita import __version__
-from partita.cli.console import sparkline
+from partita.cli.terminal.console import sparkline
 from tests.cli.conftest import Run
 from tests.support.ranks import ROOT
 

@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 
 from partita.cli import launch
-from partita.cli.console import _console
-from partita.cli.failure import explain
+from partita.cli.terminal.console import _console
+from partita.cli.terminal.failure import explain
 from partita.errors import DistributedError
+from partita.ranks import launcher
 from partita.ranks.liveness import LOST
 from tests.cli.launcher import PROGRAM
 from tests.support.ranks import ROOT
@@ -34,7 +35,8 @@ def _here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def start(program: str, ranks: int = 2, *arguments: str) -> int:
-    return launch.start([program, *arguments], ranks, program=PROGRAM).code
+    debug = "--debug" in arguments
+    return launch.show_outcome(launch.start([program, *arguments], ranks, program=PROGRAM), debug=debug)
 
 
 def test_ranks_find_the_environment_of_torchrun_and_only_the_first_is_heard(capfd: pytest.CaptureFixture[str]) -> None:
@@ -126,7 +128,7 @@ def test_of_much_stderr_the_end_is_kept(capfd: pytest.CaptureFixture[str]) -> No
     said = capfd.readouterr().err
     assert "line 39999 of very many" in said
     assert "rank 1: ValueError: out of words" in said
-    assert len(said) < launch.KEPT_BYTES + 1000
+    assert len(said) < launcher.KEPT_BYTES + 1000
 
 
 def test_the_cause_is_shown_and_not_its_echo(capfd: pytest.CaptureFixture[str]) -> None:
@@ -186,7 +188,7 @@ def test_a_second_interrupt_does_not_wait_for_the_grace(tmp_path: Path) -> None:
     time.sleep(0.5)
     process.send_signal(signal.SIGINT)
     end(process)
-    assert time.monotonic() - start_s < launch.GRACE_S
+    assert time.monotonic() - start_s < launcher.GRACE_S
     assert process.returncode == 130
     assert gone_by(left, 0.0)
 
@@ -251,13 +253,13 @@ def test_without_open_mpi_ranks_talk_otherwise_and_it_is_said(
     for backend, failing in (("gloo", False), ("mpi", True)):
         with monkeypatch.context() as patch:
             if failing:
-                patch.setattr("partita.cli.meeting.open_mpi", lambda: None)
+                patch.setattr("partita.ranks.rendezvous.open_mpi", lambda: None)
             outcome = launch.start(["say_environment"], 2, program=PROGRAM, backend=backend, instead="gloo")
         assert outcome.code == 0
         assert capfd.readouterr().err.count("over gloo") == 1
 
 
 def test_what_was_asked_for_is_not_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("partita.cli.meeting.open_mpi", lambda: None)
+    monkeypatch.setattr("partita.ranks.rendezvous.open_mpi", lambda: None)
     with pytest.raises(DistributedError, match="needs Open MPI"):
         launch.start(["say_environment"], 2, program=PROGRAM, backend="mpi")

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from partita.cli import messages
+from partita.cli.terminal import messages
 from tests.cli.conftest import Run
 from tests.support.models import CONFIGS, UNMEASURED
 from tests.support.ranks import ROOT
@@ -159,7 +159,7 @@ def test_what_transformers_finds_in_the_config_is_a_line_of_ours(
 
 @pytest.fixture
 def routed(capfd: pytest.CaptureFixture[str]) -> Iterator[pytest.CaptureFixture[str]]:
-    from partita.cli import console
+    from partita.cli.terminal import console
 
     console._console.cache_clear()
     with messages.routed():

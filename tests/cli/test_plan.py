@@ -282,7 +282,9 @@ def test_what_mlx_cannot_split_is_refused_by_name(
 
 def test_without_mlx_it_says_what_to_install(partita: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = importlib.util.find_spec
-    monkeypatch.setattr("partita.cli.engine.find_spec", lambda name: None if name.startswith("mlx") else real(name))
+    monkeypatch.setattr(
+        "partita.cli.arguments.engine.find_spec", lambda name: None if name.startswith("mlx") else real(name)
+    )
     said = partita("plan", write(tmp_path, LLAMA_8B), "--engine", "mlx")
     assert said.code == 2
     assert said.err == "error: the mlx engine needs mlx, which is not installed: pip install 'partita[mlx]'\n"

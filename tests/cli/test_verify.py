@@ -7,13 +7,13 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import typer
 
+from partita.cli.verify import VerifyJob
 from partita.core.mesh import Mesh
 from partita.proof.report import Report, Row
 from tests.cli.conftest import Run
@@ -33,7 +33,7 @@ def verify(partita: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run
     """Run `verify` with a given report of the engine, in this process."""
 
     def run(found: Report, *options: str) -> object:
-        monkeypatch.setattr("partita.verify.verify", lambda model, **_: found)
+        monkeypatch.setattr("partita.torch.verify", lambda model, **_: found)
         return partita("verify", write(tmp_path, TINY), "--tp", "1", *options)
 
     return run
@@ -79,20 +79,20 @@ def test_json_is_json(verify: Run) -> None:
 # --- over stages ------------------------------------------------------------------------------------------------------
 
 
-def asked(partita: Run, monkeypatch: pytest.MonkeyPatch, folder: Path, options: str) -> tuple[Mesh, dict[str, Any]]:
-    """What `verify` asks of the engine, on which ranks, for these options."""
-    meshes: list[Mesh] = []
+def asked(partita: Run, monkeypatch: pytest.MonkeyPatch, file: str, engine: str, options: str) -> dict[str, Any]:
+    """What `verify` asks of the engine for these options, and of the plan."""
     given: dict[str, Any] = {}
 
-    def run(mesh: Mesh, work: Callable[[], int], **_: object) -> None:
-        meshes.append(mesh)
-        raise typer.Exit(work())
+    def run(job: VerifyJob) -> None:
+        layout = None if job.request.layout is None else str(job.request.layout)
+        given.update({**vars(job.request), **vars(job.request.mesh), **job.training, "layout": layout})
+        raise typer.Exit(job.work())
 
     monkeypatch.setattr("partita.cli.launch.run", run)
-    monkeypatch.setattr("partita.verify.verify", lambda model, **options: (given.update(options), report())[1])
-    said = partita("verify", write(folder, {**TINY, "num_hidden_layers": 4}), *options.split())
+    monkeypatch.setattr(f"partita.{engine}.verify", lambda model, **options: (given.update(options), report())[1])
+    said = partita("verify", file, "--engine", engine, *options.split())
     assert said.code == 0, said.err
-    return meshes[0], given
+    return given
 
 
 @pytest.mark.parametrize(
@@ -112,9 +112,10 @@ def asked(partita: Run, monkeypatch: pytest.MonkeyPatch, folder: Path, options: 
 def test_options_of_stages_reach_the_engine(
     partita: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, options: str, mesh: Mesh, expected: dict[str, Any]
 ) -> None:
-    asked_of, given = asked(partita, monkeypatch, tmp_path, options)
-    assert asked_of == mesh
-    assert (given["tp"], given["pp"], given["dp"]) == (mesh.tp, mesh.pp, mesh.dp)
+    file = write(tmp_path, {**TINY, "num_hidden_layers": 4})
+    given = asked(partita, monkeypatch, file, "torch", options)
+    assert given["mesh"] == given["plan"].mesh == mesh
+    assert given["plan"].placement == given["placement"]
     assert {name: given[name] for name in expected} == expected
 
 
@@ -178,15 +179,7 @@ def test_options_reach_mlx(
     partita: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, options: str, expected: dict[str, Any]
 ) -> None:
     pytest.importorskip("mlx_lm")
-    given: dict[str, Any] = {}
-
-    def run(mesh: Mesh, work: Callable[[], int], **_: object) -> None:
-        raise typer.Exit(work())
-
-    monkeypatch.setattr("partita.cli.launch.run", run)
-    monkeypatch.setattr("partita.mlx.verify.verify", lambda model, **options: (given.update(options), report())[1])
-    said = partita("verify", write(tmp_path, ON_MLX), "--engine", "mlx", *options.split())
-    assert said.code == 0, said.err
+    given = asked(partita, monkeypatch, write(tmp_path, ON_MLX), "mlx", options)
     assert {name: given[name] for name in expected} == expected
 
 

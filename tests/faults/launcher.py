@@ -8,4 +8,6 @@ from partita.cli import launch
 
 if __name__ == "__main__":
     backend, ranks, *work = sys.argv[1:]
-    sys.exit(launch.start(work, int(ranks), program=("-m", "tests.faults.programs"), backend=backend).code)
+    sys.exit(
+        launch.show_outcome(launch.start(work, int(ranks), program=("-m", "tests.faults.programs"), backend=backend))
+    )

@@ -11,9 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from partita.cli import rank
-from partita.cli.failure import fail
+from partita.cli.terminal.failure import fail
 from partita.generation import Sampling
+from partita.ranks import environment, rank_process
 
 
 def begin(folder: Path, number: int) -> None:
@@ -30,8 +30,8 @@ def torch_work(work: str, folder: Path) -> None:
     from partita.torch.collectives.groups import make_groups
 
     torch.set_num_threads(1)
-    ranks = rank.world() or 1
-    everyone = init_parallelism(ranks).mp.comm
+    ranks = environment.world() or 1
+    everyone = init_parallelism(ranks).tp
     if work == "collective":
         repeat(folder, everyone.rank, lambda: everyone.all_reduce_(torch.ones(1000)))
     if work == "send":
@@ -62,7 +62,7 @@ def mlx_work(work: str, folder: Path) -> None:
     from partita.mlx import generate, load, save
     from partita.mlx.collectives.groups import make_groups
 
-    ranks = rank.world() or 1
+    ranks = environment.world() or 1
     groups = make_groups(Mesh(tp=ranks))
     everyone = groups.tp
     if work == "collective":
@@ -99,7 +99,7 @@ def repeat(folder: Path, number: int, once: Callable[[], object]) -> None:
 
 
 def main() -> None:
-    rank.attach()
+    rank_process.attach()
     engine, work, folder = sys.argv[1:]
     try:
         {"torch": torch_work, "mlx": mlx_work}[engine](work, Path(folder))

@@ -10,4 +10,4 @@ PROGRAM = ("-m", "tests.mlx.programs")
 
 if __name__ == "__main__":
     assert not {"torch", "mlx"} & set(sys.modules)
-    sys.exit(launch.start([sys.argv[2]], int(sys.argv[3]), program=PROGRAM, backend=sys.argv[1]).code)
+    sys.exit(launch.show_outcome(launch.start([sys.argv[2]], int(sys.argv[3]), program=PROGRAM, backend=sys.argv[1])))

@@ -10,14 +10,16 @@ from pathlib import Path
 
 import typer
 
-from partita.cli import launch, rank
-from partita.cli.failure import fail
+from partita.cli import launch
+from partita.cli.terminal.failure import fail
 from partita.core.mesh import Mesh
 from partita.errors import ModelError
+from partita.ranks import environment, rank_process
+from tests.support.jobs import job
 
 
 def note_pids(*pids: int) -> None:
-    with (Path(os.environ["PIDS"]) / f"rank{rank.number()}").open("w") as file:
+    with (Path(os.environ["PIDS"]) / f"rank{environment.number()}").open("w") as file:
         file.write(" ".join(map(str, pids)))
 
 
@@ -31,11 +33,11 @@ def sums() -> None:
 
         everyone = init()
         total = everyone.all_sum(mx.array([everyone.rank + 1]))
-        if rank.is_first():
+        if environment.is_first():
             print(everyone.backend, everyone.size, total.item(), flush=True)
-        return 3 if rank.is_first() else 4
+        return 3 if environment.is_first() else 4
 
-    launch.run(Mesh(tp=int(sys.argv[2])), work, engine="mlx")
+    launch.run(job(Mesh(tp=int(sys.argv[2])), work, "mlx"))
 
 
 def splits() -> None:
@@ -50,11 +52,11 @@ def splits() -> None:
         sums = [int(comm.all_sum(mx.array([groups.rank])).item()) for comm in (groups.tp, groups.pp)]
         left = groups.tp.all_sum(mx.ones(3))
         sys.modules["left"] = (groups, left)  # type: ignore[assignment]
-        if rank.is_first():
+        if environment.is_first():
             print(*sums, flush=True)
         return 0
 
-    launch.run(Mesh(pp=2, tp=2), work, engine="mlx")
+    launch.run(job(Mesh(pp=2, tp=2), work, "mlx"))
 
 
 def one_fails_while_others_wait() -> None:
@@ -96,7 +98,7 @@ def wait_in_a_collective() -> None:
 
 
 def main() -> None:
-    rank.attach()
+    rank_process.attach()
     try:
         globals()[sys.argv[1]]()
     except typer.Exit as ended:

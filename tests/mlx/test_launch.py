@@ -12,16 +12,17 @@ from pathlib import Path
 
 import pytest
 
-from partita.cli import launch, rank
-from partita.cli.console import _console
-from partita.cli.meeting import meeting
+from partita.cli import launch
+from partita.cli.terminal.console import _console
 from partita.core.mesh import Mesh
 from partita.errors import DistributedError
-from partita.ranks import backends
+from partita.ranks import backends, environment
 from partita.ranks.backends import local_mlx_backend, open_mpi
 from partita.ranks.liveness import LOST
+from partita.ranks.rendezvous import meeting
 from tests.cli.test_launch import end, gone_by, pids, started
 from tests.mlx.launcher import PROGRAM
+from tests.support.jobs import job
 from tests.support.mlx_ranks import BACKENDS
 from tests.support.ranks import ROOT
 
@@ -40,7 +41,7 @@ def _here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def start(backend: str, program: str, ranks: int = 2, *arguments: str) -> int:
-    return launch.start([program, *arguments], ranks, program=PROGRAM, backend=backend).code
+    return launch.show_outcome(launch.start([program, *arguments], ranks, program=PROGRAM, backend=backend))
 
 
 # --- a run ----------------------------------------------------------------------------------------------------------------
@@ -193,15 +194,15 @@ def test_the_place_in_a_run_is_read_from_any_launcher(
             monkeypatch.delenv(name)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert rank.world() == world
-    assert rank.number() == number
+    assert environment.world() == world
+    assert environment.number() == number
 
 
 def test_half_an_environment_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLX_RANK", "0")
     monkeypatch.setenv("MLX_HOSTFILE", "/nowhere")
     with pytest.raises(DistributedError, match="MLX_RANK is set"):
-        rank.world()
+        environment.world()
 
 
 def test_a_launcher_that_mlx_does_not_know_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,7 +212,7 @@ def test_a_launcher_that_mlx_does_not_know_is_refused(monkeypatch: pytest.Monkey
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(DistributedError, match="started 2 ranks, but MLX knows of 1"):
-        launch.run(Mesh(tp=2), lambda: pytest.fail("each rank worked alone"), engine="mlx")
+        launch.run(job(Mesh(tp=2), lambda: pytest.fail("each rank worked alone"), "mlx"))
 
 
 # --- backends -------------------------------------------------------------------------------------------------------------
@@ -233,13 +234,13 @@ def test_the_backend_for_local_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_mesh_that_a_ring_cannot_make_is_refused_before_any_rank_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "start", lambda *args, **kwargs: pytest.fail("ranks were started"))
     with pytest.raises(DistributedError, match="the ring backend has one group of ranks"):
-        launch.run(Mesh(pp=2, tp=2), lambda: 0, engine="mlx", backend="ring")
+        launch.run(job(Mesh(pp=2, tp=2), lambda: 0, "mlx", "ring"))
 
 
 @needs_mpi
 def test_an_mpiexec_that_fails_is_quoted(monkeypatch: pytest.MonkeyPatch) -> None:
     broken = backends.OpenMpi(sys.executable, None)
-    monkeypatch.setattr("partita.cli.meeting.open_mpi", lambda: broken)
+    monkeypatch.setattr("partita.ranks.rendezvous.open_mpi", lambda: broken)
     with pytest.raises(DistributedError, match="It said: unknown option"):  # noqa: SIM117
         with meeting("mpi", 2):
             pytest.fail("it did start")

@@ -64,7 +64,7 @@ def differences(folder: Path, tp: int, pp: int) -> list[str]:
     wrong = [
         name
         for name, tensor in local_tensors(model, plan).items()
-        if not _same(tensor, _part(expected[name], plan.tensor(name).ranges(groups.mp.rank)))
+        if not _same(tensor, _part(expected[name], plan.tensor(name).ranges(groups.tp.rank)))
     ]
     # Buffers that no split touches keep their paths.
     buffers = dict(model.named_buffers())

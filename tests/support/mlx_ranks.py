@@ -19,8 +19,8 @@ from multiprocessing.connection import Client, Connection, Listener, wait
 from pathlib import Path
 from typing import Any
 
-from partita.cli.meeting import meeting
 from partita.ranks.backends import open_mpi
+from partita.ranks.rendezvous import meeting
 from tests.support.nursery import start_rank
 from tests.support.ranks import ROOT, RankError
 

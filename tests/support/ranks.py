@@ -19,7 +19,7 @@ from multiprocessing.connection import Client, Listener
 from pathlib import Path
 from typing import Any
 
-from partita.cli.meeting import meeting
+from partita.ranks.rendezvous import meeting
 from tests.support.nursery import close_nurseries, start_rank
 
 LIMIT_S = 100.0

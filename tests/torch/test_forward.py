@@ -43,7 +43,7 @@ def gradients(model: nn.Module, unsplit: nn.Module) -> float:
             if expected is None or tensor.grad is None:
                 assert expected is tensor.grad, name
             else:
-                for dim, ranges in enumerate(plan.tensor(name).ranges(groups.mp.rank)):
+                for dim, ranges in enumerate(plan.tensor(name).ranges(groups.tp.rank)):
                     expected = part(expected, dim, ranges)
                 worst = max(worst, float((expected - tensor.grad).abs().max()) / largest)
     return worst

@@ -48,9 +48,8 @@ def membership(mp: int, pp: int) -> dict[str, Any]:
     try:
         assert parallelism_is_initialized()
         info = parallel_group_info()
-        assert info is groups
-        assert info.tp is info.mp
-        assert info.mesh == Mesh(4 // mp // pp, pp, mp)
+        assert (info.mp.comm, info.pp.comm, info.dp.comm) == (groups.tp, groups.pp, groups.dp)
+        assert groups.mesh == Mesh(4 // mp // pp, pp, mp)
         rank = dist.get_rank()
         found = {}
         for axis in ("mp", "pp", "dp"):
@@ -90,7 +89,7 @@ def again_and_again() -> None:
     assert make_groups(Mesh(2, 1, 2)) is init_parallelism(2, 1) is first
     reset_parallelism()
     other = init_parallelism(model_parallelism=1, pipeline_parallelism=4)
-    assert (other.mp.world_size, other.pp.world_size, other.dp.world_size) == (1, 4, 1)
+    assert (other.tp.size, other.pp.size, other.dp.size) == (1, 4, 1)
     reset_parallelism()
 
 
@@ -124,7 +123,8 @@ def test_meshes_that_do_not_fit_the_run() -> None:
 
 
 def use_a_group() -> None:
-    info = init_parallelism(2, 1)
+    init_parallelism(2, 1)
+    info = parallel_group_info()
     try:
         for group in (info.mp, info.dp, info.pp):
             n = group.world_size
@@ -155,7 +155,7 @@ def test_reduce_split_and_gather() -> None:
 
 def group_timeouts() -> list[float]:
     info = make_groups(Mesh(2, 1, 2))
-    groups = [dist.group.WORLD, info.mp.group, info.dp.group]
+    groups = [dist.group.WORLD, info.tp.group, info.dp.group]
     cpu = torch.device("cpu")
     return [g._get_backend(cpu).options._timeout.total_seconds() for g in groups if g is not None]
 
@@ -200,7 +200,7 @@ def test_before_anything_is_initialized() -> None:
     assert not parallelism_is_initialized()
     groups = make_groups(Mesh())
     assert isinstance(groups, ParallelGroups)
-    assert [g.world_size for g in (groups.mp, groups.pp, groups.dp)] == [1, 1, 1]
+    assert [g.size for g in (groups.tp, groups.pp, groups.dp)] == [1, 1, 1]
     with pytest.raises(DistributedError, match=r"the mesh dp 1 x pp 1 x tp 2 has 2 ranks, but the run has 1"):
         make_groups(Mesh(tp=2))
 
@@ -230,7 +230,7 @@ def next_run(store: str) -> list[int]:
     after = make_groups(Mesh(tp=2))
     assert after is not before
     init_process_group()  # does nothing, as there is one
-    return list(after.mp.comm.all_gather(torch.tensor([rank])).tolist())
+    return list(after.tp.all_gather(torch.tensor([rank])).tolist())
 
 
 @pytest.mark.fresh

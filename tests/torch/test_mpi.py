@@ -14,9 +14,9 @@ import pytest
 import torch
 from torch import distributed as dist
 
-from partita.cli.meeting import meeting
 from partita.ranks.backends import open_mpi
 from partita.ranks.liveness import LOST
+from partita.ranks.rendezvous import meeting
 from partita.torch.collectives.groups import make_groups
 from partita.torch.collectives.mpi import MpiCommunicator
 from tests.support.models import CONFIGS

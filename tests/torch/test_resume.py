@@ -240,7 +240,7 @@ def runs_out_of_room(folder: str) -> str:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def limit(report: StepReport) -> None:
-        if report.step == 3 and groups.mp.rank == 1:
+        if report.step == 3 and groups.tp.rank == 1:
             resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))
 
     try:

@@ -85,7 +85,7 @@ def wrong(change: str) -> list[str]:
     unsplit = fill_unsplit(build_on_meta(read_hf_config(CONFIGS["llama-3-heads"]), torch.bfloat16))
     split = shard(copy.deepcopy(unsplit), tp=2)
     groups = make_groups(Mesh(tp=2))
-    if change == "value" and groups.mp.rank == 1:
+    if change == "value" and groups.tp.rank == 1:
         with torch.no_grad():
             split.model.layers[1].mlp.down_proj.linear.weight.mul_(1.05)  # type: ignore[union-attr]
     if change == "dtype":

@@ -2,41 +2,50 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from typing import Annotated, Any
+from collections.abc import Callable
+from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
 
 from partita import __version__
-from partita.cli import rank
-from partita.cli.console import examples, replace_unprintable
+from partita.cli import launch
+from partita.cli.arguments.command import add_command
 from partita.cli.demo import demo
-from partita.cli.failure import fail
-from partita.cli.generate import generate
+from partita.cli.generate import GenerateJob, GenerateOptions, generate
+from partita.cli.job import Job
 from partita.cli.layout import layout
-from partita.cli.messages import routed
-from partita.cli.plan import plan
+from partita.cli.plan import PlanCommandOptions, plan
 from partita.cli.reference import reference
 from partita.cli.schedule import schedule
-from partita.cli.train import train
-from partita.cli.verify import verify
+from partita.cli.terminal.console import examples, replace_unprintable
+from partita.cli.terminal.failure import fail
+from partita.cli.terminal.messages import routed
+from partita.cli.train import TrainOptions, train
+from partita.cli.train_job import TrainJob
+from partita.cli.verify import VerifyJob, VerifyOptions, verify
+from partita.ranks import rank_process
 
 
 class _Commands(TyperGroup):
     """Ends a command that raised: one message and an exit code, and a traceback only with `--debug`."""
 
     def invoke(self, ctx: Any) -> Any:
-        debug = bool(ctx.params.get("debug"))
-        try:
-            with routed(debug=debug):
-                return super().invoke(ctx)
-        except BaseException as error:
-            _tell_value(error)
-            code = fail(error, debug=debug)
-            if code is None:
-                raise
-            raise typer.Exit(code) from None
+        return _guarded(lambda: super(_Commands, self).invoke(ctx), debug=bool(ctx.params.get("debug")))
+
+
+def _guarded(body: Callable[[], Any], *, debug: bool) -> Any:
+    try:
+        with routed(debug=debug):
+            return body()
+    except BaseException as error:
+        _tell_value(error)
+        code = fail(error, debug=debug)
+        if code is None:
+            raise
+        raise typer.Exit(code) from None
 
 
 def _tell_value(error: Any) -> None:
@@ -79,58 +88,72 @@ def options(
     """Options of every command."""
 
 
-for _command, _examples in (
-    (layout, ('partita layout "Et*3|(tt|)*29,m|L" --pp 16', 'partita layout "E|t*8|t*8|L" --pp 2 --json')),
-    (
-        plan,
-        (
-            "partita plan meta-llama/Llama-3.1-8B --tp 4",
-            'partita plan config.json --tp 8 --pp 4 --layout "E(t*7|)*6t*7|t*10L"',
-            "partita plan ./my-model --tp 3 --tensors",
-            "partita plan ./my-model --tp 2 --save plan.json",
-        ),
+app.command(
+    epilog=examples('partita layout "Et*3|(tt|)*29,m|L" --pp 16', 'partita layout "E|t*8|t*8|L" --pp 2 --json')
+)(layout)
+add_command(
+    app, plan, PlanCommandOptions, name="plan",
+    epilog=examples(
+        "partita plan meta-llama/Llama-3.1-8B --tp 4",
+        'partita plan config.json --tp 8 --pp 4 --layout "E(t*7|)*6t*7|t*10L"',
+        "partita plan ./my-model --tp 3 --tensors",
+        "partita plan ./my-model --tp 2 --save plan.json; partita plan --plan plan.json",
     ),
-    (
-        schedule,
-        (
-            "partita schedule --kind 1f1b --pp 4 --microbatches 8",
-            "partita schedule --kind zb-h1 --pp 8 --microbatches 24 --f 12 --b 11.5 --w 8 --comm 0.4 --picture zb-h1.svg",
-            "partita schedule --kind interleaved-1f1b --pp 4 --vpp 2 --microbatches 8 --f 3,4,4,4,4,4,4,3 --json",
-            "partita schedule --kind gpipe --pp 2 --microbatches 4 --csv > mine.csv; partita schedule --from mine.csv",
-        ),
+)  # fmt: skip
+app.command(
+    epilog=examples(
+        "partita schedule --kind 1f1b --pp 4 --microbatches 8",
+        "partita schedule --kind zb-h1 --pp 8 --microbatches 24 --f 12 --b 11.5 --w 8 --comm 0.4 --picture zb-h1.svg",
+        "partita schedule --kind interleaved-1f1b --pp 4 --vpp 2 --microbatches 8 --f 3,4,4,4,4,4,4,3 --json",
+        "partita schedule --kind gpipe --pp 2 --microbatches 4 --csv > mine.csv; partita schedule --from mine.csv",
+    )
+)(schedule)
+add_command(
+    app, generate, GenerateOptions, name="generate",
+    epilog=examples(
+        'partita generate ./my-model "Once upon a time" --tp 2',
+        'partita generate ./my-model "One" "Two" --tp 2 --temperature 0.8 --top-p 0.95 --seed 1 --json',
+        'partita generate ./my-model "Hello" --plan plan.json',
+        'torchrun --nproc-per-node 4 -m partita generate ./my-model "Hello" --tp 4',
     ),
-    (
-        generate,
-        (
-            'partita generate ./my-model "Once upon a time" --tp 2',
-            'partita generate ./my-model "One" "Two" --tp 2 --temperature 0.8 --top-p 0.95 --seed 1 --json',
-            'torchrun --nproc-per-node 4 -m partita generate ./my-model "Hello" --tp 4',
-        ),
+)  # fmt: skip
+add_command(
+    app, train, TrainOptions, name="train",
+    epilog=examples(
+        "partita train --config config.json --data stdlib --tp 2 --steps 200 --out runs/first",
+        "partita train --model ./my-model --data texts/ --tp 2 --dp 2 --lora-rank 8 --out runs/tuned",
     ),
-    (
-        train,
-        (
-            "partita train --config config.json --data stdlib --tp 2 --steps 200 --out runs/first",
-            "partita train --model ./my-model --data texts/ --tp 2 --dp 2 --lora-rank 8 --out runs/tuned",
-        ),
+)  # fmt: skip
+add_command(
+    app, verify, VerifyOptions, name="verify",
+    epilog=examples(
+        "partita verify ./my-model --tp 2",
+        "partita verify deepseek-ai/DeepSeek-V3 --tp 4",
+        "partita verify config.json --tp 3 --dtype float32 --json",
     ),
-    (
-        verify,
-        (
-            "partita verify ./my-model --tp 2",
-            "partita verify deepseek-ai/DeepSeek-V3 --tp 4",
-            "partita verify config.json --tp 3 --dtype float32 --json",
-        ),
-    ),
-    (demo, ("partita demo", "partita demo --steps 400 --out runs/demo")),
-):
-    app.command(epilog=examples(*_examples))(_command)
+)  # fmt: skip
+app.command(epilog=examples("partita demo", "partita demo --steps 400 --out runs/demo"))(demo)
 app.command("reference", hidden=True)(reference)
+
+JOBS: dict[str, type[Job]] = {job.__name__: job for job in (GenerateJob, TrainJob, VerifyJob)}
+"""The jobs that a launcher sends to its ranks."""
 
 
 def main() -> None:
-    """Run the command line of this process."""
+    """Run the command line of this process, or the job of a rank."""
     replace_unprintable()
-    rank.attach()
+    rank_process.attach()
+    file = os.environ.pop(launch.JOB, None)
+    if file is not None:
+        _main_of_rank(file)
     app(prog_name="partita")
     sys.exit(0)
+
+
+def _main_of_rank(file: str) -> NoReturn:
+    job, debug = launch.read_job(file, JOBS)
+    try:
+        code = _guarded(lambda: launch.work_together(job.work, job.request.engine, job.backend), debug=debug)
+    except typer.Exit as ended:
+        code = ended.exit_code
+    sys.exit(code)

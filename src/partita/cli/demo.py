@@ -14,12 +14,13 @@ import typer
 
 from partita.checkpoint.durable import failing_as
 from partita.cli import launch
-from partita.cli.console import out, plural
-from partita.cli.failure import Failure
-from partita.cli.model import make_plan
+from partita.cli.arguments.model import make_plan
+from partita.cli.terminal.console import out, plural
 from partita.core.mesh import Mesh
+from partita.core.request import PlanRequest
 from partita.errors import CheckpointError
 from partita.ranks.backends import local_mlx_backend
+from partita.ranks.failure import Failure
 
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -89,7 +90,7 @@ class _Story:
         return self.folder / "model"
 
     def plan(self) -> None:
-        from partita.cli.plan_picture import show
+        from partita.cli.terminal.plan_picture import show
 
         config = self.folder / "config.json"
         if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
@@ -99,7 +100,7 @@ class _Story:
         config.write_text(json.dumps(CONFIG, indent=2) + "\n", encoding="utf-8")
         self._chapter("A plan: which of four ranks holds what of a small Llama, two stages of two tensor ranks each")
         _command("plan", str(config), *SPLIT)
-        show(make_plan(str(config), MESH), all_tensors=False)
+        show(make_plan(PlanRequest(str(config), MESH)), all_tensors=False)
 
     def schedule(self) -> None:
         self._chapter("A schedule: who computes what when")
@@ -175,9 +176,10 @@ class _Story:
         if not silent:
             _command(*(argument for argument in arguments if argument != "--json"))
         outcome = launch.start(arguments, ranks, capture=capture, backend=backend)
-        if outcome.code > 128:
-            raise typer.Exit(outcome.code)
-        if outcome.code:
+        code = launch.show_outcome(outcome)
+        if code > 128:
+            raise typer.Exit(code)
+        if code:
             self._fail(f"`partita {arguments[0]}` failed.")
         return outcome.output.decode()
 

@@ -2,62 +2,47 @@
 
 from __future__ import annotations
 
-import importlib
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from partita.checkpoint.find import find_model, is_local
 from partita.checkpoint.index import open_checkpoint
-from partita.cli import launch, rank
-from partita.cli.console import err, mesh_name, out, plural, print_json, write
-from partita.cli.engine import BackendOption, EngineOption, choose_engine
-from partita.cli.messages import hold, release
-from partita.cli.model import check_early, for_mlx, read_tokenizer
-from partita.cli.options import (
-    AsJson,
-    Device,
-    LayoutText,
-    LostAfter,
-    ModelArgument,
-    PipelineRanks,
-    Replicas,
-    TensorRanks,
-    TrustRemoteCode,
-    VirtualStages,
-    WeightsDtype,
-)
-from partita.cli.progress import loading
+from partita.cli import launch
+from partita.cli.arguments.engine import choose_engine
+from partita.cli.arguments.model import plan_early, read_tokenizer, refuse_device, request_of
+from partita.cli.arguments.options import ModelArgument, PlanOptions, RunOptions, WeightsDtype
+from partita.cli.job import Job
+from partita.cli.terminal.console import err, mesh_name, out, plural, print_json, write
+from partita.cli.terminal.messages import hold, release
+from partita.cli.terminal.progress import loading
 from partita.core.mesh import Mesh
+from partita.engine import open_engine
 from partita.errors import ModelError, PlanError
-from partita.generation import Sampling
-
-if TYPE_CHECKING:
-    from partita.generation import Generation
+from partita.generation import Generation, Sampling
+from partita.ranks import environment
 
 SAMPLING = "Sampling"
 
 
-def generate(
-    model: ModelArgument,
+@dataclass(frozen=True, kw_only=True)
+class TextOptions(PlanOptions):
+    """Options that say what is continued, and how its tokens are chosen."""
+
+    model: ModelArgument
     prompts: Annotated[
         list[str] | None, typer.Argument(metavar="PROMPT...", help="Texts to continue.", show_default=False)
-    ] = None,
-    tp: TensorRanks = 1,
-    pp: PipelineRanks = 1,
-    dp: Replicas = 1,
-    layout: LayoutText = None,
-    vpp: VirtualStages = None,
+    ] = None
     max_new_tokens: Annotated[
         int | None,
         typer.Option(
             min=1, help="Largest number of new tokens (default: the model's limit, else 64).", show_default=False
         ),
-    ] = None,
+    ] = None
     prompt_file: Annotated[
         list[Path] | None,
         typer.Option(
@@ -69,7 +54,7 @@ def generate(
             readable=True,
             show_default=False,
         ),
-    ] = None,
+    ] = None
     temperature: Annotated[
         float | None,
         typer.Option(
@@ -79,7 +64,7 @@ def generate(
             rich_help_panel=SAMPLING,
             show_default=False,
         ),
-    ] = None,
+    ] = None
     top_k: Annotated[
         int | None,
         typer.Option(
@@ -88,7 +73,7 @@ def generate(
             rich_help_panel=SAMPLING,
             show_default=False,
         ),
-    ] = None,
+    ] = None
     top_p: Annotated[
         float | None,
         typer.Option(
@@ -98,7 +83,7 @@ def generate(
             rich_help_panel=SAMPLING,
             show_default=False,
         ),
-    ] = None,
+    ] = None
     min_p: Annotated[
         float | None,
         typer.Option(
@@ -109,7 +94,7 @@ def generate(
             rich_help_panel=SAMPLING,
             show_default=False,
         ),
-    ] = None,
+    ] = None
     repetition_penalty: Annotated[
         float | None,
         typer.Option(
@@ -118,7 +103,7 @@ def generate(
             rich_help_panel=SAMPLING,
             show_default=False,
         ),
-    ] = None,
+    ] = None
     no_repeat_ngram_size: Annotated[
         int | None,
         typer.Option(
@@ -127,7 +112,7 @@ def generate(
             rich_help_panel=SAMPLING,
             show_default=False,
         ),
-    ] = None,
+    ] = None
     min_new_tokens: Annotated[
         int | None,
         typer.Option(
@@ -136,23 +121,23 @@ def generate(
             rich_help_panel=SAMPLING,
             show_default=False,
         ),
-    ] = None,
+    ] = None
     presence_penalty: Annotated[
         float,
         typer.Option(help="Subtract this from the logits of tokens that appeared.", rich_help_panel=SAMPLING),
-    ] = 0.0,
+    ] = 0.0
     frequency_penalty: Annotated[
         float,
         typer.Option(
             help="Subtract this from a token's logit for each time that it appeared.", rich_help_panel=SAMPLING
         ),
-    ] = 0.0,
+    ] = 0.0
     penalty_window: Annotated[
         int,
         typer.Option(
             min=0, help="Penalties count only the last N tokens of the text; 0 for all.", rich_help_panel=SAMPLING
         ),
-    ] = 0,
+    ] = 0
     logit_bias: Annotated[
         list[str] | None,
         typer.Option(
@@ -162,7 +147,7 @@ def generate(
             rich_help_panel=SAMPLING,
             show_default=False,
         ),
-    ] = None,
+    ] = None
     xtc_probability: Annotated[
         float,
         typer.Option(
@@ -171,7 +156,7 @@ def generate(
             help="While sampling, exclude the most likely tokens with this probability (XTC).",
             rich_help_panel=SAMPLING,
         ),
-    ] = 0.0,
+    ] = 0.0
     xtc_threshold: Annotated[
         float,
         typer.Option(
@@ -180,7 +165,7 @@ def generate(
             help="XTC excludes tokens above this probability, but for the least likely of them.",
             rich_help_panel=SAMPLING,
         ),
-    ] = 0.1,
+    ] = 0.1
     no_generation_config: Annotated[
         bool,
         typer.Option(
@@ -188,13 +173,13 @@ def generate(
             help="Take only the end tokens from the model's generation_config.json.",
             rich_help_panel=SAMPLING,
         ),
-    ] = False,
-    seed: Annotated[int, typer.Option(help="Of the draws.", rich_help_panel=SAMPLING)] = 0,
+    ] = False
+    seed: Annotated[int, typer.Option(help="Sampling seed.", rich_help_panel=SAMPLING)] = 0
     stop: Annotated[
         list[str] | None,
         typer.Option("--stop", metavar="TEXT", help="End where this text appears. Repeatable.", show_default=False),
-    ] = None,
-    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Do not end at the model's end token.")] = False,
+    ] = None
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Do not end at the model's end token.")] = False
     adapters: Annotated[
         Path | None,
         typer.Option(
@@ -205,63 +190,110 @@ def generate(
             file_okay=False,
             show_default=False,
         ),
-    ] = None,
+    ] = None
     no_verify: Annotated[
         bool,
         typer.Option(
             "--no-verify", help="Of a training run's checkpoint: do not compare its files with their checksums."
         ),
-    ] = False,
-    dtype: WeightsDtype = None,
-    device: Device = None,
-    trust_remote_code: TrustRemoteCode = False,
-    engine: EngineOption = None,
-    backend: BackendOption = None,
-    lost_after: LostAfter = None,
-    no_stream: Annotated[bool, typer.Option("--no-stream", help="Print a text when it is complete.")] = False,
-    as_json: AsJson = False,
-) -> None:
+    ] = False
+    dtype: WeightsDtype = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateOptions(RunOptions, TextOptions):
+    """The options of `partita generate`."""
+
+    no_stream: Annotated[bool, typer.Option("--no-stream", help="Print a text when it is complete.")] = False
+
+
+def generate(options: GenerateOptions) -> None:
     """Continue one or several texts with a model split over ranks. Every layout writes the same tokens."""
-    texts = [*(prompts or []), *map(_read_prompt, prompt_file or [])]
+    texts = [*(options.prompts or []), *map(_read_prompt, options.prompt_file or [])]
     if not texts:
         raise ModelError('there is no prompt. Give one behind the model ("Once upon a time") or with --prompt-file.')
     for place, text in enumerate(texts):
         if any("\ud800" <= character <= "\udfff" for character in text):
             raise ModelError(f"prompt {place} is not UTF-8 text: {text!a:.60}.")
-    mesh = Mesh(dp=dp, pp=pp, tp=tp)
-    name = choose_engine(engine)
-    check_early(model, mesh, layout, vpp, engine=name, trust_remote_code=trust_remote_code)
-    where: dict[str, Any] = {
-        "tp": tp, "pp": pp, "dp": dp, "layout": layout, "vpp": vpp, "dtype": dtype and dtype.value, "device": device,
-        "trust_remote_code": trust_remote_code,
-    }  # fmt: skip
-    if name == "mlx":
-        where = for_mlx(model, mesh, where)
-    options: dict[str, Any] = {
-        "max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
-        "repetition_penalty": repetition_penalty, "seed": seed, "stop": tuple(stop or ()), "ignore_eos": ignore_eos,
-        "no_repeat_ngram_size": no_repeat_ngram_size, "min_new_tokens": min_new_tokens,
-        "use_generation_config": not no_generation_config, "presence_penalty": presence_penalty,
-        "frequency_penalty": frequency_penalty, "penalty_window": penalty_window, "logit_bias": _biases(logit_bias or []),
-        "xtc_probability": xtc_probability, "xtc_threshold": xtc_threshold,
-    }  # fmt: skip
-    sampling = Sampling(**options)
-    if is_local(model):
-        open_checkpoint(find_model(model))
-    if adapters is not None:
+    name = choose_engine(options.engine)
+    request, given = request_of(options.model, options, engine=name, trust_remote_code=options.trust_remote_code)
+    request = replace(request, dtype=options.dtype and options.dtype.value)
+    plan = plan_early(request, given)
+    refuse_device(name, options.device)
+    sampling = _sampling(options)
+    if is_local(options.model):
+        open_checkpoint(find_model(options.model))
+    if options.adapters is not None:
         from partita.training.adapter_files import read_adapters
 
-        read_adapters(adapters)
-    where["verify"] = not no_verify
-    stream = not no_stream and not as_json and len(texts) == 1
+        read_adapters(options.adapters)
+    launch.run(
+        GenerateJob(
+            request=request, plan=plan, backend=options.backend, device=options.device, texts=texts, sampling=sampling,
+            adapters=options.adapters, verify=not options.no_verify, as_json=options.as_json,
+            stream=not options.no_stream and not options.as_json and len(texts) == 1,
+        )
+    )  # fmt: skip
 
-    def work() -> int:
-        run = _generate(model, adapters, mesh, texts, sampling, name, where, stream, trust_remote_code)
-        if rank.is_first():
-            (_print_json if as_json else _print_texts)(run, stream)
+
+def _sampling(options: TextOptions) -> Sampling:
+    names = {field.name for field in fields(Sampling)} & {field.name for field in fields(options)} - {
+        "stop",
+        "logit_bias",
+    }
+    return Sampling(
+        **{name: getattr(options, name) for name in names}, stop=tuple(options.stop or ()),
+        logit_bias=_biases(options.logit_bias or []), use_generation_config=not options.no_generation_config,
+    )  # fmt: skip
+
+
+@dataclass(kw_only=True)
+class GenerateJob(Job):
+    """What each rank of `generate` does.
+
+    Attributes:
+        texts: The prompts.
+        sampling: How tokens are chosen.
+        adapters: Adapters for the model.
+        verify: Whether the files of a run's checkpoint are compared with their checksums.
+        stream: Whether text is printed as it comes.
+        as_json: Whether JSON is printed.
+    """
+
+    texts: list[str]
+    sampling: Sampling
+    adapters: Path | None
+    verify: bool
+    stream: bool
+    as_json: bool
+
+    def work(self) -> int:
+        """Load the model, continue the texts, and print them on the first rank."""
+        run = self._generate()
+        if environment.is_first():
+            (_print_json if self.as_json else _print_texts)(run, self.stream)
         return 0
 
-    launch.run(mesh, work, engine=name, backend=backend)
+    def _generate(self) -> _Run:
+        asked, engine = self.request, open_engine(self.request.engine)
+        start_s = time.perf_counter()
+        folder = find_model(asked.model, code=asked.trust_remote_code)
+        tokenizer = read_tokenizer(folder, trust_remote_code=asked.trust_remote_code)
+        prompts = [tokenizer.encode(text) for text in self.texts]
+        with loading(f"loading, {mesh_name(asked.mesh)}") as progress:
+            split = engine.load(folder, **self.split, dtype=asked.dtype, verify=self.verify, progress=progress)
+        if self.adapters is not None:
+            engine.load_adapters(split, self.adapters)
+        loaded_s = time.perf_counter()
+        on_text: Callable[[int, str], None] | None = None
+        if self.stream:
+            hold()
+            if environment.is_first():
+                out().print(self.texts[0], style="dim", end="", soft_wrap=True)
+            on_text = _stream
+        generations = engine.generate(split, prompts, self.sampling, tokenizer=tokenizer, on_text=on_text)
+        end_s = time.perf_counter()
+        return _Run(asked.model, asked.mesh, self.texts, prompts, generations, loaded_s - start_s, end_s - loaded_s)
 
 
 def _biases(texts: list[str]) -> dict[int, float]:
@@ -295,38 +327,6 @@ class _Run:
     @property
     def new_tokens(self) -> int:
         return sum(len(generation.tokens) for generation in self.generations)
-
-
-def _generate(
-    model: str,
-    adapters: Path | None,
-    mesh: Mesh,
-    texts: list[str],
-    sampling: Sampling,
-    name: str,
-    where: dict[str, Any],
-    stream: bool,
-    trust_remote_code: bool,
-) -> _Run:
-    engine: Any = importlib.import_module(f"partita.{name}.generate").generate
-    load: Any = importlib.import_module(f"partita.{name}.load").load
-    start_s = time.perf_counter()
-    folder = find_model(model, code=trust_remote_code)
-    tokenizer = read_tokenizer(folder, trust_remote_code=trust_remote_code)
-    prompts = [tokenizer.encode(text) for text in texts]
-    with loading(f"loading, {mesh_name(mesh)}") as progress:
-        split = load(folder, progress=progress, **where)
-    if adapters is not None:
-        importlib.import_module(f"partita.{name}.weights.peft_format").load_adapters(split, adapters)
-    loaded_s = time.perf_counter()
-    on_text: Callable[[int, str], None] | None = None
-    if stream:
-        hold()
-        if rank.is_first():
-            out().print(texts[0], style="dim", end="", soft_wrap=True)
-        on_text = _stream
-    generations = engine(split, prompts, sampling, tokenizer=tokenizer, on_text=on_text)
-    return _Run(model, mesh, texts, prompts, generations, loaded_s - start_s, time.perf_counter() - loaded_s)
 
 
 def _stream(place: int, text: str) -> None:

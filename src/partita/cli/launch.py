@@ -1,137 +1,126 @@
-"""Launch: the ranks of a command as processes of this machine, ended together whatever happens.
-
-Without a launcher's environment a command that needs several ranks starts itself once for each, as torchrun, mpirun or
-mlx.launch would, and waits here without torch or MLX. Rank 0 speaks: its stdout and stderr are the command's own. Of the
-others only the end of stderr is kept, for the one that fails first.
-"""
+"""Launch: a job is done by this process, if it is a rank already or needs no others, or else by ranks that are started here."""
 
 from __future__ import annotations
 
-import contextlib
 import os
-import selectors
-import signal
-import socket
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import partial
-from types import FrameType
-from typing import Any
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
 
 import typer
-from rich.markup import escape
 
-from partita.cli import rank
-from partita.cli.console import err, plural
-from partita.cli.failure import Failure, show
-from partita.cli.meeting import Environments, meeting
+from partita.cli.job import Job, from_json, to_json
+from partita.cli.terminal.console import err, plural
+from partita.cli.terminal.failure import show
+from partita.cli.terminal.messages import adopt_all
 from partita.core.mesh import AXES, Mesh
+from partita.engine import open_engine
 from partita.errors import DistributedError
+from partita.ranks import environment, launcher, liveness
 from partita.ranks.backends import local_mlx_backend, local_torch_backend
-from partita.ranks.liveness import LOST, Lines, Peer, Uptime, beat_s, lost_after_s, silence
+from partita.ranks.environment import EngineName
+from partita.ranks.failure import Failure
+from partita.ranks.launcher import Outcome
 
-GRACE_S = 3.0
-"""How long a rank that is told to end may take before it is killed."""
-
-ECHO_S = 1.0
-"""How long to wait for a failure's cause where only its echo is known."""
-
-KEPT_BYTES = 64 << 10
-"""How much of a silent rank's stderr is kept."""
-
-_POLL_S = 0.2
+JOB = "PARTITA_JOB"
+"""The file with the job of a rank that `run` started."""
 
 
-def run(mesh: Mesh, work: Callable[[], int], *, engine: rank.Engine = "torch", backend: str | None = None) -> None:
-    """Do `work` on every rank of `mesh` and end the process with the code that it returns.
+def run(job: Job) -> NoReturn:
+    """Do `job` on every rank of its mesh, and end the process with the code that it returns.
 
-    One rank works here. More are started, unless this process is one of theirs already.
-
-    Args:
-        mesh: The ranks.
-        work: What each does.
-        engine: By which it does it.
-        backend: How local ranks talk: `mpi`, or `gloo` (torch) or `ring` (MLX); by default Open MPI where it is installed.
+    A job of one rank is done here. Ranks for more are started, unless this process is one of them already.
 
     Raises:
         DistributedError: A launcher started another number of ranks than the mesh has, or the backend cannot make the mesh.
     """
-    world = rank.world()
+    request, world = job.request, environment.world()
+    mesh = request.mesh
     if world is None and mesh.size > 1:
-        met = local_mlx_backend(mesh, backend) if engine == "mlx" else local_torch_backend(backend)
-        raise typer.Exit(start(sys.argv[1:], mesh.size, backend=met, instead=_instead(mesh, engine, backend)).code)
+        raise typer.Exit(_start(job))
     if world is not None and world != mesh.size:
         raise DistributedError(
             f"the mesh {mesh} has {plural(mesh.size, 'rank')}, but the launcher started {world}. Start {mesh.size}, "
             f"or change --tp and --dp so that their product is {world}."
         )
-    raise typer.Exit(rank.work_together(work, engine, backend))
+    raise typer.Exit(work_together(job.work, request.engine, job.backend))
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """How a run ended.
+def _start(job: Job) -> int:
+    mesh, engine = job.request.mesh, job.request.engine
+    backend = local_mlx_backend(mesh, job.backend) if engine == "mlx" else local_torch_backend(job.backend)
+    debug = "--debug" in sys.argv
+    with tempfile.TemporaryDirectory(prefix="partita-") as folder:
+        file = Path(folder) / "job.json"
+        file.write_text(to_json(job, debug=debug), encoding="utf-8")
+        outcome = start(
+            sys.argv[1:], mesh.size, backend=backend, instead=_instead(mesh, engine, job.backend), settings={JOB: str(file)}
+        )  # fmt: skip
+    return show_outcome(outcome, debug=debug)
 
-    Attributes:
-        code: What to exit with.
-        output: What rank 0 wrote to stdout, where it was captured.
-    """
 
-    code: int
-    output: bytes = b""
+def read_job(file: str, kinds: dict[str, type[Job]]) -> tuple[Job, bool]:
+    """The job that `run` wrote for its ranks, and whether errors are shown with tracebacks."""
+    return from_json(Path(file).read_text(encoding="utf-8"), kinds)
 
 
 def start(
     arguments: Sequence[str],
     ranks: int,
-    *,
-    capture: bool = False,
-    program: Sequence[str] = ("-m", "partita"),
-    backend: str | None = None,
-    instead: str | None = None,
+    **options: Any,
 ) -> Outcome:
-    """Run `python *program *arguments` as that many ranks of this machine and wait for all of them.
+    """Run `partita *arguments` as that many ranks of this machine; as `launcher.start`, whose `options` it takes."""
+    outcome = launcher.start(arguments, ranks, tell=lambda line: err().print(line, style="dim"), **options)
+    _show_cursor()
+    return outcome
 
-    A rank that fails ends the others, and its message is shown once; so does one that is killed, or that is not heard of
-    for `PARTITA_LOST_AFTER` seconds. SIGINT, SIGTERM and SIGHUP end them too. No process is left in any case: a rank whose
-    launcher is killed ends itself.
+
+def show_outcome(outcome: Outcome, *, debug: bool = False) -> int:
+    """Show why a run failed, if it did. Returns what to exit with."""
+    failure = outcome.failure
+    if failure is None:
+        return outcome.code
+    if failure.code == Failure.INTERRUPTED:
+        show(failure)
+    elif failure.code == Failure.MISUSED:
+        show(failure, debug=debug, detail=outcome.stderr if debug else "")
+    else:
+        who = "" if outcome.rank is None else f"rank {outcome.rank}"
+        show(failure, debug=debug or outcome.rank is None, who=who, detail=outcome.stderr)
+    return outcome.code
+
+
+def work_together(work: Callable[[], int], name: EngineName = "torch", backend: str | None = None) -> int:
+    """Meet the other ranks and do `work`. Its result, the exit code of the run, is returned on the first rank, and 0 on others.
+
+    A non-zero code of another rank would look like that rank's own failure.
 
     Args:
-        arguments: Of the command.
-        ranks: How many.
-        capture: Whether rank 0's stdout is returned instead of shown.
-        program: What python runs.
-        backend: By what they meet: `gloo`, `mpi` or `ring` (see `meeting`); by default what is best for torch.
-        instead: By what they meet if that fails, which is said.
+        work: What each rank does.
+        name: The engine that does it.
+        backend: Of MLX; by default what the launcher has prepared.
 
     Raises:
-        DistributedError: mpiexec fails, and there is nothing instead; or `PARTITA_LOST_AFTER` is no number.
+        DistributedError: The launcher is one that MLX does not know.
     """
-    limit_s = lost_after_s()
-    with _signals_as_exceptions():
-        try:
-            with _met(backend or (local_torch_backend() if ranks > 1 else "gloo"), ranks, instead) as environments:
-                crew = _Crew([sys.executable, *program, *arguments], capture, limit_s)
-                try:
-                    crew.start(environments)
-                    crew.wait()
-                finally:
-                    crew.end()
-        except _Signalled as signalled:
-            _show_cursor()
-            show(Failure(Failure.INTERRUPTED, "interrupted"))
-            return Outcome(128 + signalled.number)
-    _show_cursor()
-    first = crew.first_failed()
-    if first is None:
-        return Outcome(0, bytes(crew.output))
-    return Outcome(_show_failed(first, arguments), bytes(crew.output))
+    adopt_all()
+    engine = open_engine(name)
+    joined = engine.join(backend)
+    if joined != (environment.world() or 1):
+        raise DistributedError(
+            f"the launcher started {environment.world()} ranks, but MLX knows of {joined}. Start them with mpirun or "
+            "mlx.launch, or let `partita` do it."
+        )
+    with liveness.doing("working"):
+        code = work()
+    sys.stdout.flush()
+    engine.leave()
+    return code if environment.is_first() else 0
 
 
-def _instead(mesh: Mesh, engine: rank.Engine, wanted: str | None) -> str | None:
+def _instead(mesh: Mesh, engine: EngineName, wanted: str | None) -> str | None:
     """What takes the place of Open MPI where it cannot be had, unless it was asked for."""
     if wanted or os.environ.get("PARTITA_BACKEND"):
         return None
@@ -140,259 +129,8 @@ def _instead(mesh: Mesh, engine: rank.Engine, wanted: str | None) -> str | None:
     return "ring" if sum(mesh.axis_size(axis) > 1 for axis in AXES) == 1 else None
 
 
-@contextlib.contextmanager
-def _met(backend: str, ranks: int, instead: str | None) -> Iterator[Environments]:
-    """The environments of ranks that meet by `backend`, or if that fails by another."""
-    with contextlib.ExitStack() as stack:
-        if backend == instead and ranks > 1:
-            err().print(
-                f"Open MPI is not installed, so the ranks talk over {instead}, where small messages take many times longer: "
-                "pip install 'partita\\[mpi]'",
-                style="dim",
-            )
-        try:
-            environments = stack.enter_context(meeting(backend, ranks))
-        except DistributedError as error:
-            if instead is None or backend == instead:
-                raise
-            err().print(f"The ranks talk over {instead}: {escape(str(error))}", style="dim")
-            environments = stack.enter_context(meeting(instead, ranks))
-        yield environments
-
-
-def surroundings(met: dict[str, str], ranks: int) -> dict[str, str]:
-    """The whole environment of a rank that meets the others by `met`."""
-    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    loopback = "lo" if sys.platform == "linux" else "lo0"
-    environment = {
-        "OMP_NUM_THREADS": str(max(1, cores // ranks)),
-        "GLOO_SOCKET_IFNAME": loopback,
-        **os.environ,
-        **met,
-    }
-    if sys.path and sys.path[0] not in ("", os.getcwd()):
-        environment["PYTHONSAFEPATH"] = "1"  # a file json.py in the user's folder is no module of ours
-    return environment
-
-
-@dataclass
-class _Rank:
-    number: int
-    process: subprocess.Popen[bytes]
-    line: socket.socket
-    peer: Peer
-    lines: Lines = field(default_factory=Lines)
-    lost: Failure | None = None
-    lost_s: float | None = None
-    stderr: bytearray = field(default_factory=bytearray)
-    ended_s: float | None = None
-    sent: set[int] = field(default_factory=set)
-
-    @property
-    def failure(self) -> Failure | None:
-        """What it said was wrong with it, or what silence says."""
-        report = self.peer.failure
-        return Failure(report["code"], report["message"], report["echo"]) if report else self.lost
-
-    @property
-    def failed_s(self) -> float | None:
-        """When it failed, None if it did not (yet)."""
-        if self.peer.failure:
-            return float(self.peer.failure["time_s"])
-        return self.lost_s if self.lost_s is not None else self.ended_s if self.process.returncode else None
-
-    @property
-    def was_told_to_end(self) -> bool:
-        """Whether it ended because it was sent a signal from here."""
-        return self.failure is None and -(self.process.returncode or 0) in self.sent
-
-    @property
-    def is_echo(self) -> bool:
-        """Whether it failed because another rank was gone."""
-        return self.failure is not None and self.failure.echo
-
-    def send(self, number: int) -> None:
-        """Send a signal to it and to what it started, unless it has ended."""
-        if self.process.poll() is None:
-            self.sent.add(number)
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(self.process.pid, number)
-
-
-class _Crew:
-    """The ranks of one run."""
-
-    def __init__(self, command: list[str], capture: bool, limit_s: float) -> None:
-        self.command, self.capture, self.limit_s = command, capture, limit_s
-        self.clock = Uptime(limit_s)
-        self.ranks: list[_Rank] = []
-        self.output = bytearray()
-        self.selector = selectors.DefaultSelector()
-
-    def start(self, environments: Environments) -> None:
-        for number, met in enumerate(environments):
-            ours, theirs = socket.socketpair()
-            with theirs:
-                process = subprocess.Popen(
-                    self.command,
-                    env={**surroundings(met, len(environments)), rank.LINE: str(theirs.fileno())},
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.PIPE
-                    if number == 0 and self.capture
-                    else None
-                    if number == 0
-                    else subprocess.DEVNULL,
-                    stderr=None if number == 0 else subprocess.PIPE,
-                    pass_fds=[theirs.fileno()],
-                    start_new_session=True,
-                )
-            member = _Rank(number, process, ours, Peer(number, socket.gethostname(), heard_s=self.clock.now_s()))
-            self.ranks.append(member)
-            self._listen(ours, partial(self._told, member))
-            if process.stdout is not None:
-                self._listen(process.stdout, self.output.extend)
-            if process.stderr is not None:
-                self._listen(process.stderr, partial(_keep_end, member.stderr))
-
-    def _listen(self, stream: Any, take: Callable[[bytes], None]) -> None:
-        os.set_blocking(stream.fileno(), False)
-        self.selector.register(stream, selectors.EVENT_READ, take)
-
-    def _told(self, member: _Rank, data: bytes) -> None:
-        for told in member.lines.take(data):
-            member.peer.take(told, self.clock.now_s())
-
-    def wait(self) -> None:
-        """Until every rank has ended, or one has failed and its cause has had time to be told."""
-        while self._alive():
-            self._hear(min(_POLL_S, beat_s(self.limit_s)))
-            self._find_silent()
-            failed = [member for member in self.ranks if member.failed_s is not None]
-            if failed:
-                if all(member.is_echo for member in failed):
-                    self._hear_until(lambda: self._cause_is_known() or not self._alive(), ECHO_S)
-                return
-
-    def _find_silent(self) -> None:
-        """Give up ranks that have told nothing for too long, all that are silent with the first."""
-        now_s = self.clock.now_s()
-        silent_s = {member.number: member.peer.silent_s(now_s) for member in self.ranks if member.ended_s is None}
-        if max(silent_s.values(), default=0.0) > self.limit_s:
-            for member in self.ranks:
-                if silent_s.get(member.number, 0.0) > self.limit_s / 2:
-                    member.lost = Failure(LOST, member.peer.lost(silence(self.limit_s)))
-                    member.lost_s = time.monotonic()
-
-    def _cause_is_known(self) -> bool:
-        return any(member.failed_s is not None and not member.is_echo for member in self.ranks)
-
-    def end(self) -> None:
-        """No rank is left when this returns, nor when it is interrupted."""
-        try:
-            for number, grace_s in ((signal.SIGTERM, GRACE_S), (signal.SIGKILL, 60.0)):
-                if self._alive():
-                    for member in self.ranks:
-                        member.send(number)
-                    self._hear_until(lambda: not self._alive(), grace_s)
-            while self._hear(0):
-                pass
-        finally:
-            for member in self.ranks:
-                member.send(signal.SIGKILL)
-            for member in self.ranks:
-                member.process.wait()
-                member.line.close()
-                for stream in (member.process.stdout, member.process.stderr):
-                    if stream is not None:
-                        stream.close()
-            self.selector.close()
-
-    def first_failed(self) -> _Rank | None:
-        """The rank that failed first by itself, rather than because another was gone or it was told to end."""
-        failed = [member for member in self.ranks if member.failed_s is not None and not member.was_told_to_end]
-        return min(failed, key=lambda member: (member.is_echo, member.failed_s), default=None)
-
-    def _alive(self) -> bool:
-        for member in self.ranks:
-            if member.ended_s is None and member.process.poll() is not None:
-                member.ended_s = time.monotonic()
-        return any(member.ended_s is None for member in self.ranks)
-
-    def _hear_until(self, done: Callable[[], bool], limit_s: float) -> None:
-        deadline = time.monotonic() + limit_s
-        while not done() and time.monotonic() < deadline:
-            self._hear(min(_POLL_S, limit_s))
-
-    def _hear(self, timeout_s: float) -> bool:
-        """Read what the ranks have said since, waiting for it a while. Returns whether there was anything."""
-        heard = False
-        for key, _ in self.selector.select(timeout_s):
-            data = b""
-            with contextlib.suppress(ConnectionError):
-                data = os.read(key.fd, 1 << 16)
-            if not data:
-                self.selector.unregister(key.fileobj)
-            heard |= bool(data)
-            key.data(data)
-        return heard
-
-
-def _keep_end(kept: bytearray, data: bytes) -> None:
-    kept += data
-    del kept[:-KEPT_BYTES]
-
-
-def _show_failed(member: _Rank, arguments: Sequence[str]) -> int:
-    """Show why a rank failed. Returns what to exit with."""
-    failure, code = member.failure, member.process.returncode
-    debug = "--debug" in arguments
-    stderr = member.stderr.decode(errors="replace")
-    if failure is not None and failure.code == Failure.MISUSED:
-        show(failure, debug=debug, detail=stderr if debug else "")
-        return failure.code
-    if failure is None:
-        if member.number == 0 and code > 0:
-            return code  # it said so itself: a verdict, or a usage error
-        why = f"it {_how_it_ended(code)}"
-        failure = Failure(LOST, member.peer.lost(why)) if code < 0 else Failure(Failure.FAILED, why)
-    is_named = failure.code == LOST
-    show(failure, debug=debug or is_named, who="" if is_named else f"rank {member.number}", detail=stderr)
-    return failure.code
-
-
-def _how_it_ended(code: int) -> str:
-    if code >= 0:
-        return f"ended with exit code {code}"
-    try:
-        name = signal.Signals(-code).name
-    except ValueError:
-        name = f"signal {-code}"
-    return f"was ended by {name}" + (" (is the machine out of memory?)" if -code == signal.SIGKILL else "")
-
-
-class _Signalled(BaseException):
-    def __init__(self, number: int) -> None:
-        self.number = number
-
-
-@contextlib.contextmanager
-def _signals_as_exceptions() -> Iterator[None]:
-    def raise_it(number: int, frame: FrameType | None) -> None:
-        raise _Signalled(number)
-
-    before = {}
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            before[number] = signal.signal(number, raise_it)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def _show_cursor() -> None:
-    """A rank that was ended in the middle of its progress bar has left the cursor hidden."""
+    """Show the cursor again: a rank that was ended in the middle of its progress bar has left it hidden."""
     if sys.stderr.isatty():
         sys.stderr.write("\x1b[?25h")
         sys.stderr.flush()

@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from partita.cli.console import layer_ids, out, plural, print_json
-from partita.cli.options import AsJson
+from partita.cli.arguments.options import AsJson
+from partita.cli.terminal.console import layer_ids, out, plural, print_json
 from partita.core.layout.layout import LayerType, Layout
 
 MAX_ROWS = 400

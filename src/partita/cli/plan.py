@@ -2,77 +2,92 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from partita.checkpoint.facts import dtype_note, stored_dtype_at
-from partita.cli.console import err, print_json
-from partita.cli.engine import EngineName, choose_engine
-from partita.cli.model import find_config, make_plan
-from partita.cli.options import (
-    AsJson,
-    LayoutText,
-    ModelArgument,
-    PipelineRanks,
-    Replicas,
-    TensorRanks,
-    TrustRemoteCode,
-    VirtualStages,
-)
-from partita.cli.timeline import check_file
-from partita.core.mesh import Mesh
+from partita.cli.arguments.engine import EngineChoice, choose_engine
+from partita.cli.arguments.model import find_config, make_plan, refuse_other_model, request_of
+from partita.cli.arguments.options import AsJson, PlanOptions, TrustRemoteCode
+from partita.cli.terminal.console import err, print_json
+from partita.cli.terminal.timeline import check_file
 from partita.core.model.spec import read_config
 from partita.core.plan import Plan
 from partita.notes import note
+from partita.ranks.environment import EngineName
 
 
-def plan(
-    model: ModelArgument,
-    tp: TensorRanks = 1,
-    pp: PipelineRanks = 1,
-    dp: Replicas = 1,
-    layout: LayoutText = None,
-    vpp: VirtualStages = None,
-    tensors: Annotated[bool, typer.Option("--tensors", help="List how every tensor is cut.")] = False,
+@dataclass(frozen=True, kw_only=True)
+class PlanCommandOptions(PlanOptions):
+    """The options of `partita plan`."""
+
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="MODEL",
+            help="A folder in Hugging Face's form, a config file, or a hub id (owner/name).",
+            show_default=False,
+        ),
+    ] = None
+    tensors: Annotated[bool, typer.Option("--tensors", help="List how every tensor is split.")] = False
     save: Annotated[
         Path | None, typer.Option("--save", metavar="FILE", help="Write the whole plan as JSON.", show_default=False)
-    ] = None,
+    ] = None
     engine: Annotated[
-        EngineName | None,
+        EngineChoice | None,
         typer.Option(
             "--engine",
             help="mlx for the plan of MLX's own model; by default Hugging Face's, for which no engine is needed.",
             show_default=False,
         ),
-    ] = None,
-    trust_remote_code: TrustRemoteCode = False,
-    as_json: AsJson = False,
-) -> None:
-    """Show what each rank would hold of a model: layers, parameters, bytes, and how tensors are cut. Needs no weights."""
-    if save is not None:
-        check_file("--save", save)
-    name = choose_engine(engine) if engine == EngineName.mlx else "torch"
-    made = make_plan(model, Mesh(dp, pp, tp), layout, vpp, engine=name, trust_remote_code=trust_remote_code)
+    ] = None
+    trust_remote_code: TrustRemoteCode = False
+    as_json: AsJson = False
+
+
+def plan(options: PlanCommandOptions) -> None:
+    """Show what each rank would hold of a model: layers, parameters, bytes, and how tensors are cut. Needs no weights.
+
+    With --plan FILE: show the plan in the file, and compare it with MODEL where that is given.
+    """
+    if options.save is not None:
+        check_file("--save", options.save)
+    name = choose_engine(options.engine) if options.engine == EngineChoice.mlx else "torch"
+    if options.plan is not None and options.model is None:
+        made = request_of("", options)[1]
+        assert made is not None
+    elif options.model is None:
+        raise typer.BadParameter("Give a folder, a config file or a hub id, or --plan FILE.", param_hint="MODEL")
+    else:
+        made = _planned(options.model, options, name)
+    if options.save is not None:
+        options.save.write_text(made.to_json() + "\n", encoding="utf-8")
+    if options.as_json:
+        print_json(as_data(options.model, made, tensors=options.tensors))
+        return
+    from partita.cli.terminal.plan_picture import show
+
+    show(made, all_tensors=options.tensors)
+    if options.save is not None:
+        err().print(f"The plan was written to {options.save}.", soft_wrap=True)
+
+
+def _planned(model: str, options: PlanCommandOptions, name: EngineName) -> Plan:
+    request, given = request_of(model, options, engine=name, trust_remote_code=options.trust_remote_code)
+    if given is not None:
+        refuse_other_model(given, request)
+    made = given if given is not None else make_plan(request)
     path = find_config(model)
     line = dtype_note(path, stored_dtype_at(path), read_config(path))
     if line:
         note(line)
-    if save is not None:
-        save.write_text(made.to_json() + "\n", encoding="utf-8")
-    if as_json:
-        print_json(as_data(model, made, tensors=tensors))
-        return
-    from partita.cli.plan_picture import show
-
-    show(made, all_tensors=tensors)
-    if save is not None:
-        err().print(f"The plan was written to {save}.", soft_wrap=True)
+    return made
 
 
-def as_data(model: str, made: Plan, *, tensors: bool) -> dict[str, Any]:
+def as_data(model: str | None, made: Plan, *, tensors: bool) -> dict[str, Any]:
     """A plan as data: the model, the stages, and what each rank holds."""
     spec, mesh = made.spec, made.mesh
     data: dict[str, Any] = {

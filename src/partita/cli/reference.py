@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from partita.cli.console import print_json
-from partita.cli.options import Dtype
+from partita.cli.arguments.options import Dtype
+from partita.cli.terminal.console import print_json
 
 
 def reference(

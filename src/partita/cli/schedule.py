@@ -8,9 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
-from partita.cli.console import out, print_json, write
-from partita.cli.options import AsJson
-from partita.cli.timeline import check_file
+from partita.cli.arguments.options import AsJson
+from partita.cli.terminal.console import out, print_json, write
+from partita.cli.terminal.timeline import check_file
 from partita.errors import ScheduleError
 from partita.schedule import (
     KINDS,

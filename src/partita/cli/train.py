@@ -3,40 +3,34 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from partita.checkpoint.run_folder import RunFolder
-from partita.cli import elastic, launch, rank
-from partita.cli.engine import BackendOption, EngineOption, choose_engine
-from partita.cli.model import check_early, for_mlx
-from partita.cli.options import (
+from partita.cli import launch
+from partita.cli.arguments import elastic
+from partita.cli.arguments.engine import choose_engine
+from partita.cli.arguments.model import plan_early, refuse_device, request_of
+from partita.cli.arguments.options import (
     PIPELINE,
-    AsJson,
-    Device,
-    LayoutText,
-    LostAfter,
     Microbatches,
-    PipelineRanks,
-    Replicas,
+    PlanOptions,
+    RunOptions,
     ScheduleKind,
-    TensorRanks,
-    TrustRemoteCode,
-    VirtualStages,
     WeightsDtype,
 )
-from partita.cli.resume import NOTED, given_options, newest_state, resumed_layout, resumed_options
-from partita.cli.stages import choose
-from partita.cli.timeline import check_file, show_timeline
-from partita.cli.train_run import TrainRun
-from partita.core.mesh import Mesh
+from partita.cli.arguments.resume import LAYOUT, NOTED, newest_state, resumed_layout, resumed_options
+from partita.cli.arguments.stages import choose
+from partita.cli.terminal.timeline import check_file
+from partita.cli.train_job import TrainJob
+from partita.core.plan import Plan
+from partita.core.request import PlanRequest
 from partita.errors import CheckpointError, ModelError
-
-if TYPE_CHECKING:
-    from partita.schedule import Timeline
+from partita.training import TrainSettings, texts
 
 
 class Autocast(StrEnum):
@@ -62,8 +56,10 @@ class MasterDtype(StrEnum):
 OPTIMIZER, MEMORY, CHECKPOINTS = "Optimizer", "Memory and precision", "Checkpoints"
 
 
-def train(
-    ctx: typer.Context,
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions(PlanOptions):
+    """Options that say what is trained on what, and how."""
+
     data: Annotated[
         str | None,
         typer.Option(
@@ -72,26 +68,23 @@ def train(
             show_default=False,
             help="A text file, a folder of them, or `stdlib`: the sources of Python's standard library.",
         ),
-    ] = None,
+    ] = None
     config: Annotated[
         str | None,
         typer.Option("--config", metavar="FILE", help="Begin with new weights for this config.", show_default=False),
-    ] = None,
+    ] = None
     model: Annotated[
         str | None, typer.Option("--model", metavar="MODEL", help="Begin with this checkpoint.", show_default=False)
-    ] = None,
-    tp: TensorRanks = 1,
-    pp: PipelineRanks = 1,
-    dp: Replicas = 1,
-    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 100,
-    batch_size: Annotated[int, typer.Option(min=1, help="Sequences of one step, over all replicas.")] = 8,
-    sequence_length: Annotated[int, typer.Option(min=1, help="Tokens of a sequence.")] = 128,
-    microbatches: Microbatches = None,
-    seed: Annotated[int, typer.Option(help="Of new weights and of the order of the data.")] = 0,
+    ] = None
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 100
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences of one step, over all replicas.")] = 8
+    sequence_length: Annotated[int, typer.Option(min=1, help="Tokens of a sequence.")] = 128
+    microbatches: Microbatches = None
+    seed: Annotated[int, typer.Option(help="Of new weights and of the order of the data.")] = 0
     out_folder: Annotated[
         Path | None,
         typer.Option("--out", metavar="DIR", help="Where the trained checkpoint goes.", show_default=False),
-    ] = None,
+    ] = None
     save_every: Annotated[
         int | None,
         typer.Option(
@@ -102,7 +95,7 @@ def train(
             rich_help_panel=CHECKPOINTS,
             show_default=False,
         ),
-    ] = None,
+    ] = None
     keep: Annotated[
         int | None,
         typer.Option(
@@ -112,7 +105,7 @@ def train(
             rich_help_panel=CHECKPOINTS,
             show_default=False,
         ),
-    ] = None,
+    ] = None
     resume: Annotated[
         bool,
         typer.Option(
@@ -122,7 +115,7 @@ def train(
             "them the run's own.",
             rich_help_panel=CHECKPOINTS,
         ),
-    ] = False,
+    ] = False
     no_verify: Annotated[
         bool,
         typer.Option(
@@ -130,10 +123,8 @@ def train(
             help="With --resume: look at the sizes of the checkpoint's files only, not at their contents.",
             rich_help_panel=CHECKPOINTS,
         ),
-    ] = False,
-    layout: LayoutText = None,
-    vpp: VirtualStages = None,
-    schedule: ScheduleKind = None,
+    ] = False
+    schedule: ScheduleKind = None
     group_size: Annotated[
         int | None,
         typer.Option(
@@ -143,7 +134,7 @@ def train(
             rich_help_panel=PIPELINE,
             show_default=False,
         ),
-    ] = None,
+    ] = None
     picture: Annotated[
         Path | None,
         typer.Option(
@@ -153,7 +144,7 @@ def train(
             rich_help_panel=PIPELINE,
             show_default=False,
         ),
-    ] = None,
+    ] = None
     trace: Annotated[
         Path | None,
         typer.Option(
@@ -163,13 +154,13 @@ def train(
             rich_help_panel=PIPELINE,
             show_default=False,
         ),
-    ] = None,
-    learning_rate: Annotated[float, typer.Option(min=0.0, help="At its peak.", rich_help_panel=OPTIMIZER)] = 3e-4,
+    ] = None
+    learning_rate: Annotated[float, typer.Option(min=0.0, help="At its peak.", rich_help_panel=OPTIMIZER)] = 3e-4
     warmup_steps: Annotated[
         int, typer.Option(min=0, help="Until the peak; a cosine down to a tenth follows.", rich_help_panel=OPTIMIZER)
-    ] = 10,
-    weight_decay: Annotated[float, typer.Option(min=0.0, help="AdamW's.", rich_help_panel=OPTIMIZER)] = 0.1,
-    clip_norm: Annotated[float, typer.Option(min=0.0, help="Largest gradient norm.", rich_help_panel=OPTIMIZER)] = 1.0,
+    ] = 10
+    weight_decay: Annotated[float, typer.Option(min=0.0, help="AdamW's.", rich_help_panel=OPTIMIZER)] = 0.1
+    clip_norm: Annotated[float, typer.Option(min=0.0, help="Largest gradient norm.", rich_help_panel=OPTIMIZER)] = 1.0
     aux_loss_scope: Annotated[
         AuxLossScope,
         typer.Option(
@@ -178,13 +169,13 @@ def train(
             "where the layout does not change it. The config's `output_router_logits` asks for that loss.",
             rich_help_panel=OPTIMIZER,
         ),
-    ] = AuxLossScope.microbatch,
+    ] = AuxLossScope.microbatch
     lora_rank: Annotated[
         int | None,
         typer.Option(
             "--lora-rank", min=1, help="Train adapters of this rank only.", rich_help_panel=MEMORY, show_default=False
         ),
-    ] = None,
+    ] = None
     autocast: Annotated[
         Autocast | None,
         typer.Option(
@@ -193,7 +184,7 @@ def train(
             rich_help_panel=MEMORY,
             show_default=False,
         ),
-    ] = None,
+    ] = None
     master_dtype: Annotated[
         MasterDtype,
         typer.Option(
@@ -202,106 +193,138 @@ def train(
             "own dtype, which saves 8 bytes a weight but rounds small steps away.",
             rich_help_panel=MEMORY,
         ),
-    ] = MasterDtype.float32,
+    ] = MasterDtype.float32
     checkpointing: Annotated[
         bool,
         typer.Option(
             "--checkpointing", help="Compute activations again instead of keeping them.", rich_help_panel=MEMORY
         ),
-    ] = False,
+    ] = False
     zero: Annotated[
         bool,
         typer.Option("--zero", help="Each replica keeps a share of the optimizer's state.", rich_help_panel=MEMORY),
-    ] = False,
-    dtype: WeightsDtype = None,
-    device: Device = None,
-    trust_remote_code: TrustRemoteCode = False,
-    engine: EngineOption = None,
-    backend: BackendOption = None,
-    lost_after: LostAfter = None,
-    as_json: AsJson = False,
-) -> None:
+    ] = False
+    dtype: WeightsDtype = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions(RunOptions, TrainingOptions):
+    """The options of `partita train`."""
+
+
+def train(options: TrainOptions) -> None:
     """Train a model split over ranks and save it unsplit, as Hugging Face does."""
-    from partita.training import TrainSettings, texts
-
-    is_restarted = elastic.goes_on(out_folder)
-    resume = resume or is_restarted
-    places: dict[str, Any] = {
-        "tp": tp, "pp": pp, "dp": dp, "layout": layout, "vpp": vpp, "schedule": schedule, "microbatches": microbatches,
-        "group_size": group_size,
-    }  # fmt: skip
-    options: dict[str, Any] = {
-        "steps": steps, "batch_size": batch_size, "sequence_length": sequence_length, "learning_rate": learning_rate,
-        "warmup_steps": warmup_steps, "weight_decay": weight_decay, "clip_norm": clip_norm, "seed": seed,
-        "autocast": autocast and autocast.value, "master_dtype": master_dtype.value, "aux_loss_scope": aux_loss_scope.value,
-    }  # fmt: skip
-    notes: dict[str, Any] = {
-        "data": data, "config": config, "model": model, "dtype": dtype and dtype.value, "lora_rank": lora_rank,
-        "save_every": save_every, "keep": keep, "run_id": elastic.run_id(),
-    }  # fmt: skip
-    if resume:
-        from partita.training.state import kept_settings
-
-        found, state = newest_state(out_folder)
-        given = given_options(ctx)
-        made = resumed_options(found, state, {**options, **notes}, given)
-        places = resumed_layout(state, places, given)
-        options = {**kept_settings(state.settings), **{name: made[name] for name in options}}
-        notes = {**{name: made[name] for name in notes}, **{name: state.notes.get(name) for name in NOTED}}
-        source = str(found)
-        if state.base is not None:
-            from partita.training.adapter_files import read_adapters
-
-            state.base.find(model)
-            source = model or state.base.path
-            notes["lora_rank"] = notes["lora_rank"] or read_adapters(found).rank
-    else:
-        source = _source(config, model)
-    if not notes["data"]:
+    is_restarted = elastic.goes_on(options.out_folder)
+    run = _resumed(options) if options.resume or is_restarted else _begun(options)
+    if not run.notes["data"]:
         raise ModelError("there is nothing to train on. Give --data: a text file, a folder of them, or `stdlib`.")
-    mesh = Mesh(dp=places["dp"], pp=places["pp"], tp=places["tp"])
-    if is_restarted:
-        mesh = elastic.fitted(mesh)
-    notes["layout"] = {**places, "dp": mesh.dp}
+    request, given = _request(options, run, is_restarted=is_restarted)
+    run.notes["layout"] = {**run.places, "dp": request.mesh.dp}
     stages = choose(
-        mesh, places["layout"], places["vpp"], places["schedule"], batch_size=options["batch_size"],
-        microbatches=places["microbatches"], group_size=places["group_size"],
+        request, run.places["schedule"], batch_size=run.settings["batch_size"], microbatches=run.places["microbatches"],
+        group_size=run.places["group_size"], is_planned=given is not None,
     )  # fmt: skip
-    name = choose_engine(engine)
-    check_early(
-        source, mesh, stages.layout, stages.vpp, stages.placement, engine=name, trust_remote_code=trust_remote_code
-    )
-    goes_on_whole = resume and notes["lora_rank"] is None
-    where = {**stages.plan, "dtype": None if goes_on_whole else notes["dtype"], "device": device}
-    where["trust_remote_code"] = trust_remote_code
-    if name == "mlx":
-        _check_for_mlx(stages.placement)
-        where = for_mlx(source, mesh, where)
-    for _ in texts(notes["data"]):
+    if request.engine == "mlx" and stages.request.placement != "loop":
+        raise ModelError(
+            "the command line trains on MLX with stages that are assigned in turn. Use another --schedule than zb-v."
+        )
+    plan = plan_early(stages.request, given)
+    refuse_device(request.engine, options.device)
+    for _ in texts(run.notes["data"]):
         """What cannot be read is told before ranks start."""
-    if not resume:
-        _check_saving(out_folder, save_every, keep, no_verify, lora_rank, model)
-    if picture is not None:
-        check_file("--picture", picture, ".svg", ".png")
-    if trace is not None:
-        check_file("--trace", trace, ".json")
-    options |= {"checkpointing": checkpointing, "zero": zero, **stages.training}
-    TrainSettings(**options)
-    run = TrainRun(
-        name, backend, mesh, source, notes["config"] is not None and not resume, notes, where, options, out_folder, resume,
-        is_restarted, not no_verify, notes["lora_rank"], as_json, trust_remote_code,
+    if not run.is_resumed:
+        _check_saving(options)
+    if options.picture is not None:
+        check_file("--picture", options.picture, ".svg", ".png")
+    if options.trace is not None:
+        check_file("--trace", options.trace, ".json")
+    settings = {
+        **run.settings, "checkpointing": options.checkpointing, "zero": options.zero, **stages.training,
+    }  # fmt: skip
+    TrainSettings(**settings)
+    launch.run(
+        TrainJob(
+            request=stages.request, plan=plan, backend=options.backend, device=options.device,
+            new=run.notes["config"] is not None and not run.is_resumed, notes=run.notes, options=settings,
+            out=options.out_folder, resume=run.is_resumed, is_restarted=is_restarted, verify=not options.no_verify,
+            lora_rank=run.notes["lora_rank"], as_json=options.as_json, picture=options.picture, trace=options.trace,
+        )
     )  # fmt: skip
 
-    def work() -> int:
-        timelines: list[Timeline] = []
-        watch = timelines.append if picture is not None or trace is not None else None
-        run.train(watch)
-        if timelines and rank.is_first():
-            show_timeline(timelines[0], picture, trace)
-        run.end()
-        return 0
 
-    launch.run(mesh, work, engine=name, backend=backend)
+@dataclass
+class _Run:
+    """What a run is, new or resumed.
+
+    Attributes:
+        source: What the model is made or loaded of.
+        places: The options of `resume.LAYOUT`: how the work is distributed.
+        settings: Those of `TrainSettings` that do not depend on the layout.
+        notes: What is kept with checkpoints for the next command.
+        is_resumed: Whether it goes on from a checkpoint.
+    """
+
+    source: str
+    places: dict[str, Any]
+    settings: dict[str, Any]
+    notes: dict[str, Any]
+    is_resumed: bool
+
+
+def _begun(options: TrainOptions) -> _Run:
+    """A new run."""
+    places = {name: getattr(options, name) for name in LAYOUT}
+    settings: dict[str, Any] = {
+        name: getattr(options, name)
+        for name in (
+            "steps", "batch_size", "sequence_length", "learning_rate", "warmup_steps", "weight_decay", "clip_norm", "seed",
+        )
+    }  # fmt: skip
+    settings |= {
+        "autocast": options.autocast and options.autocast.value, "master_dtype": options.master_dtype.value,
+        "aux_loss_scope": options.aux_loss_scope.value,
+    }  # fmt: skip
+    notes = {
+        "data": options.data, "config": options.config, "model": options.model,
+        "dtype": options.dtype and options.dtype.value, "lora_rank": options.lora_rank, "save_every": options.save_every,
+        "keep": options.keep, "run_id": elastic.run_id(),
+    }  # fmt: skip
+    source = "" if options.resume or elastic.goes_on(options.out_folder) else _source(options.config, options.model)
+    return _Run(source, places, settings, notes, is_resumed=False)
+
+
+def _resumed(options: TrainOptions) -> _Run:
+    """The run in --out, with what the command line changes of it."""
+    from partita.training.state import kept_settings
+
+    asked = _begun(options)
+    found, state = newest_state(options.out_folder)
+    made = resumed_options(found, state, {**asked.settings, **asked.notes}, options.given)
+    places = asked.places if options.plan is not None else resumed_layout(state, asked.places, options.given)
+    settings = {**kept_settings(state.settings), **{name: made[name] for name in asked.settings}}
+    notes = {**{name: made[name] for name in asked.notes}, **{name: state.notes.get(name) for name in NOTED}}
+    source = str(found)
+    if state.base is not None:
+        from partita.training.adapter_files import read_adapters
+
+        state.base.find(options.model)
+        source = options.model or state.base.path
+        notes["lora_rank"] = notes["lora_rank"] or read_adapters(found).rank
+    return _Run(source, places, settings, notes, is_resumed=True)
+
+
+def _request(options: TrainOptions, run: _Run, *, is_restarted: bool) -> tuple[PlanRequest, Plan | None]:
+    """What is asked of the plan, and the plan of `--plan FILE`."""
+    where = replace(options, **{name: run.places[name] for name in ("tp", "pp", "dp", "layout", "vpp")})
+    request, given = request_of(
+        run.source, where, engine=choose_engine(options.engine), trust_remote_code=options.trust_remote_code
+    )
+    if is_restarted:
+        request = replace(request, mesh=elastic.fitted(request.mesh))
+        given = given if given is None or given.mesh == request.mesh else None
+    goes_on_unsplit = run.is_resumed and run.notes["lora_rank"] is None
+    run.places.update({name: getattr(request.mesh, name) for name in ("tp", "pp")})
+    return replace(request, dtype=None if goes_on_unsplit else run.notes["dtype"]), given
 
 
 def _source(config: str | None, model: str | None) -> str:
@@ -314,30 +337,16 @@ def _source(config: str | None, model: str | None) -> str:
     return config or model or ""
 
 
-def _check_for_mlx(placement: str) -> None:
-    """Refuse what training on MLX has not."""
-    if placement != "loop":
-        raise ModelError(
-            "the command line trains on MLX with stages dealt out in turn. Use another --schedule than zb-v."
-        )
-
-
-def _check_saving(
-    folder: Path | None,
-    save_every: int | None,
-    keep: int | None,
-    no_verify: bool,
-    lora_rank: int | None,
-    model: str | None,
-) -> None:
+def _check_saving(options: TrainOptions) -> None:
     """Refuse before training where saving would be refused after it."""
-    if no_verify:
+    folder, save_every = options.out_folder, options.save_every
+    if options.no_verify:
         raise ModelError("--no-verify is for --resume. Leave it out.")
-    if keep is not None and save_every is None:
+    if options.keep is not None and save_every is None:
         raise ModelError("--keep is of the checkpoints that --save-every makes. Give --save-every, or leave it out.")
     if save_every is not None and folder is None:
         raise ModelError("--save-every needs a folder for its checkpoints. Give --out.")
-    if save_every is not None and lora_rank is not None and model is None:
+    if save_every is not None and options.lora_rank is not None and options.model is None:
         raise ModelError(
             "--save-every with --lora-rank keeps adapters alone, and their model must be on disk to go on. Give --model, or "
             "leave --save-every out."

@@ -4,49 +4,40 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, Any
+from dataclasses import asdict, dataclass, replace
+from typing import Annotated, Any
 
 import typer
 
-from partita.cli import launch, rank
-from partita.cli.console import out, plural, print_json, runs
-from partita.cli.engine import BackendOption, EngineOption, choose_engine
-from partita.cli.failure import Failure
-from partita.cli.model import check_early, for_mlx
-from partita.cli.options import (
-    AsJson,
-    Device,
-    Dtype,
-    LayoutText,
-    LostAfter,
-    Microbatches,
-    ModelArgument,
-    PipelineRanks,
-    Replicas,
-    ScheduleKind,
-    TrustRemoteCode,
-    VirtualStages,
-)
-from partita.cli.stages import choose
+from partita.cli import launch
+from partita.cli.arguments.engine import choose_engine
+from partita.cli.arguments.model import plan_early, refuse_device, request_of
+from partita.cli.arguments.options import Dtype, Microbatches, ModelArgument, PlanOptions, RunOptions, ScheduleKind
+from partita.cli.arguments.stages import choose
+from partita.cli.job import Job
+from partita.cli.terminal.console import out, plural, print_json, runs
 from partita.core.mesh import Mesh
+from partita.engine import open_engine
+from partita.proof.report import Report, Row
+from partita.ranks import environment
+from partita.ranks.failure import Failure
 
-if TYPE_CHECKING:
-    from partita.proof.report import Report, Row
 
+@dataclass(frozen=True, kw_only=True)
+class VerifyOptions(RunOptions, PlanOptions):
+    """The options of `partita verify`."""
 
-def verify(
-    model: ModelArgument,
+    model: ModelArgument
     tp: Annotated[
-        int | None, typer.Option("--tp", min=1, help="Tensor parallel ranks; 2 where nothing else splits it.")
-    ] = None,
-    pp: PipelineRanks = 1,
-    dp: Replicas = 1,
-    layout: LayoutText = None,
-    vpp: VirtualStages = None,
-    schedule: ScheduleKind = None,
-    microbatches: Microbatches = None,
-    steps: Annotated[int, typer.Option("--steps", min=0, help="Training steps to compare too; 0: none.")] = 3,
+        int,
+        typer.Option(
+            "--tp", min=1, help="Tensor parallel ranks (default: 2 where nothing else splits the model, else 1).",
+            show_default=False,
+        ),
+    ] = 1  # fmt: skip
+    schedule: ScheduleKind = None
+    microbatches: Microbatches = None
+    steps: Annotated[int, typer.Option("--steps", min=0, help="Training steps to compare too; 0: none.")] = 3
     dtype: Annotated[
         list[Dtype] | None,
         typer.Option(
@@ -54,44 +45,66 @@ def verify(
             help="Compare in this dtype; may be given several times (default: float64 and the dtype of the weights; on MLX "
             "float32).",
         ),
-    ] = None,
-    device: Device = None,
-    trust_remote_code: TrustRemoteCode = False,
-    engine: EngineOption = None,
-    backend: BackendOption = None,
-    lost_after: LostAfter = None,
-    all_rows: Annotated[
-        bool, typer.Option("--all", help="A row for every layer, not for layers that are alike.")
-    ] = False,
-    as_json: AsJson = False,
-) -> None:
+    ] = None
+    all_rows: Annotated[bool, typer.Option("--all", help="A row for every layer, not for layers that are alike.")] = (
+        False
+    )
+
+
+def verify(options: VerifyOptions) -> None:
     """Compare a split model with the unsplit one: what every module returns, every gradient, tokens, training steps.
 
     Exits with 1 where they differ, and names the first module that does.
     """
-    mesh = Mesh(dp=dp, pp=pp, tp=tp if tp is not None else 2 if pp * dp == 1 else 1)
-    wanted = microbatches if microbatches is not None else 1 if pp == 1 else 2 * pp
-    stages = choose(mesh, layout, vpp, schedule, batch_size=wanted * dp, microbatches=wanted)
-    name = choose_engine(engine)
-    check_early(model, mesh, layout, stages.vpp, stages.placement, engine=name, trust_remote_code=trust_remote_code)
-    dtypes = [one.value for one in dtype] if dtype else None
-    where: dict[str, Any] = {"device": device, "trust_remote_code": trust_remote_code}
-    where = where if name == "torch" else for_mlx(model, mesh, where)
+    if options.plan is None and "tp" not in options.given and options.pp * options.dp == 1:
+        options = replace(options, tp=2)
+    name = choose_engine(options.engine)
+    request, given = request_of(
+        options.model, options, engine=name, trust_remote_code=options.trust_remote_code
+    )  # fmt: skip
+    mesh = request.mesh
+    wanted = options.microbatches if options.microbatches is not None else 1 if mesh.pp == 1 else 2 * mesh.pp
+    stages = choose(
+        request, options.schedule, batch_size=wanted * mesh.dp, microbatches=wanted, is_planned=given is not None
+    )
+    refuse_device(name, options.device)
+    launch.run(
+        VerifyJob(
+            request=stages.request, plan=plan_early(stages.request, given), backend=options.backend, device=options.device,
+            training=stages.training, steps=options.steps, dtypes=[one.value for one in options.dtype or ()] or None,
+            all_rows=options.all_rows, as_json=options.as_json,
+        )
+    )  # fmt: skip
 
-    def work() -> int:
-        if name == "mlx":
-            from partita.mlx.verify import verify as compare
-        else:
-            from partita.torch.verify import verify as compare
-        report = compare(model, **stages.plan, **stages.training, steps=steps, dtype=dtypes, **where)
-        if rank.is_first():
-            if as_json:
-                print_json(_as_data(model, mesh, report))
+
+@dataclass(kw_only=True)
+class VerifyJob(Job):
+    """What each rank of `verify` does.
+
+    Attributes:
+        training: Settings of the training steps.
+        steps: How many there are.
+        dtypes: The dtypes to compare in; None for the default.
+        all_rows: Whether every layer has a row.
+        as_json: Whether JSON is printed.
+    """
+
+    training: dict[str, Any]
+    steps: int
+    dtypes: list[str] | None
+    all_rows: bool
+    as_json: bool
+
+    def work(self) -> int:
+        """Compare, and report on the first rank."""
+        engine = open_engine(self.request.engine)
+        report = engine.verify(self.request.model, **self.split, **self.training, steps=self.steps, dtype=self.dtypes)
+        if environment.is_first():
+            if self.as_json:
+                print_json(_as_data(self.request.model, self.request.mesh, report))
             else:
-                _show(report, all_rows=all_rows)
+                _show(report, all_rows=self.all_rows)
         return 0 if report.equal else Failure.DIFFERS
-
-    launch.run(mesh, work, engine=name, backend=backend)
 
 
 def _as_data(model: str, mesh: Mesh, report: Report) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from partita.generation import Generation, Sampling
 from partita.mlx.auto import pipeline_auto_parallel
 from partita.mlx.collectives.checked import CheckedCommunicator
 from partita.mlx.collectives.comm import Communicator
-from partita.mlx.collectives.groups import ParallelGroups, init, make_groups
+from partita.mlx.collectives.groups import ParallelGroups, init, join, leave, make_groups
 from partita.mlx.collectives.mappings import all_gather, copy_to, gather_from, reduce_from, reduce_scatter, scatter_to
 from partita.mlx.generate import generate
 from partita.mlx.layers.embedding import VocabParallelEmbedding
@@ -25,9 +25,11 @@ from partita.mlx.layers.sharded import (
 )
 from partita.mlx.layers.sharding import shard_inplace, shard_linear
 from partita.mlx.load import load, shard
+from partita.mlx.model.parts import plan_of
 from partita.mlx.new import fresh
 from partita.mlx.stages.pipeline import Pipeline
 from partita.mlx.train import train
+from partita.mlx.verify import verify
 from partita.mlx.weights.adapters import add_lora, merge_lora
 from partita.mlx.weights.peft_format import load_adapters, save_adapters
 from partita.mlx.weights.save import save
@@ -58,11 +60,14 @@ __all__ = [
     "gather_from",
     "generate",
     "init",
+    "join",
+    "leave",
     "load",
     "load_adapters",
     "make_groups",
     "merge_lora",
     "pipeline_auto_parallel",
+    "plan_of",
     "reduce_from",
     "reduce_scatter",
     "save",
@@ -72,5 +77,6 @@ __all__ = [
     "shard_inplace",
     "shard_linear",
     "train",
+    "verify",
     "vocab_parallel_cross_entropy",
 ]

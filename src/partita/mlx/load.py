@@ -18,6 +18,8 @@ from partita.checkpoint.index import Checkpoint, open_checkpoint
 from partita.checkpoint.manifest import check_model
 from partita.checkpoint.read import Reader
 from partita.checkpoint.unused import Unused
+from partita.core.layout.layout import PipelineParallelLayerLayout
+from partita.core.layout.placement import Placement
 from partita.core.model.spec import config_number, text_config
 from partita.core.plan import Plan, mesh_of
 from partita.errors import CheckpointError, ModelError
@@ -57,8 +59,12 @@ def load(
     tp: int = 1,
     pp: int = 1,
     dp: int = 1,
-    layout: str | list[Any] | None = None,
+    layout: str | list[Any] | PipelineParallelLayerLayout | None = None,
+    vpp: int | None = None,
+    placement: Placement = "loop",
     dtype: mx.Dtype | str | None = None,
+    device: None = None,
+    trust_remote_code: bool = False,
     backend: str | None = None,
     progress: Progress | None = None,
     groups: ParallelGroups | None = None,
@@ -76,8 +82,12 @@ def load(
         pp: Pipeline stages' ranks.
         dp: Replicas.
         layout: Which layers each stage runs.
+        vpp: Stages on each pipeline rank; by default as many as `layout` has, else one.
+        placement: Which rank runs which stage: `loop`, or `v` for the schedule `zb-v`.
         dtype: Of what is computed: of the weights that are not quantized, and of the scales of those that are; by default the
             checkpoint's.
+        device: Must be None: MLX runs on its default device (`mx.set_default_device`).
+        trust_remote_code: Changes nothing: the code of a model is for transformers, and refused here.
         backend: Of MLX's communication; by default what the launcher has prepared.
         progress: Told of every array that is read.
         groups: The groups of the mesh; by default made from the run.
@@ -90,6 +100,7 @@ def load(
     mesh = mesh_of(plan, dp, pp, tp)
     groups = groups if groups is not None else make_groups(mesh, backend=backend)
     with together(groups):
+        refuse_device(device)
         wanted = as_dtype(dtype)
         folder = find_model(model)
         if verify:
@@ -124,7 +135,7 @@ def load(
         if groups.rank == 0 and (line := rest.note(f"mlx-lm's {config['model_type']}")):
             note(line)
         if plan is None:
-            plan = plan_of_model(built, mesh, layout, config=config)
+            plan = plan_of_model(built, mesh, layout, config=config, vpp=vpp, placement=placement)
         else:
             plan = prove_unless_proven(built, fitted(plan, built, config))
         prove_stages(built, plan)
@@ -145,7 +156,7 @@ def shard(
     tp: int = 1,
     pp: int = 1,
     dp: int = 1,
-    layout: str | list[Any] | None = None,
+    layout: str | list[Any] | PipelineParallelLayerLayout | None = None,
     groups: ParallelGroups | None = None,
 ) -> nn.Module:
     """Split a model in memory, in place; every rank calls it with an equal model. Returns the model.
@@ -195,12 +206,15 @@ def fitted(plan: Plan, model: nn.Module, config: Mapping[str, Any] | None = None
     spec = spec_of(model, config)
     if {n: t.shape for n, t in plan.spec.tensors.items()} == {n: t.shape for n, t in spec.tensors.items()}:
         return plan
-    if plan.spec.family != spec.family or plan.spec.num_layers != spec.num_layers:
-        raise ModelError(
-            f"the plan is of a {plan.spec.family} of {plan.spec.num_layers} layers, but the model is a {spec.family} of "
-            f"{spec.num_layers}. Make the plan of this model."
-        )
+    if difference := plan.spec.first_difference(spec, names=False):
+        raise ModelError(f"the plan is another model's: {difference}. Make the plan of this model.")
     return plan_of_model(model, plan.mesh, plan.layout, config=config, placement=plan.placement)
+
+
+def refuse_device(device: object) -> None:
+    """Raise `ModelError` where a device is given."""
+    if device is not None:
+        raise ModelError(f"device {device} is for torch; MLX runs on its own default device. Leave it out.")
 
 
 def as_dtype(dtype: mx.Dtype | str | None) -> mx.Dtype | None:

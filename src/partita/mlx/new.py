@@ -10,6 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from partita.checkpoint.find import find_model
+from partita.core.layout.layout import PipelineParallelLayerLayout
 from partita.core.layout.placement import Placement
 from partita.core.model.spec import read_config
 from partita.core.plan import Plan, mesh_of
@@ -17,7 +18,7 @@ from partita.core.sharding.split import check_sizes
 from partita.errors import ModelError
 from partita.mlx.collectives.collective_errors import together
 from partita.mlx.collectives.groups import ParallelGroups, make_groups
-from partita.mlx.load import as_dtype, fitted
+from partita.mlx.load import as_dtype, fitted, refuse_device
 from partita.mlx.model.config import read_mlx_config
 from partita.mlx.model.mlx_lm_models import build
 from partita.mlx.proof.family import plan_of_model, prove_unless_proven
@@ -36,11 +37,13 @@ def fresh(
     tp: int = 1,
     pp: int = 1,
     dp: int = 1,
-    layout: str | list[Any] | None = None,
+    layout: str | list[Any] | PipelineParallelLayerLayout | None = None,
     vpp: int | None = None,
     placement: Placement = "loop",
     seed: int = 0,
     dtype: mx.Dtype | str | None = None,
+    device: None = None,
+    trust_remote_code: bool = False,
     backend: str | None = None,
     groups: ParallelGroups | None = None,
 ) -> nn.Module:
@@ -60,6 +63,8 @@ def fresh(
         placement: Which rank runs which stage: `loop`, or `v` for the schedule `zb-v`.
         seed: Of the weights.
         dtype: Of the weights; by default the config's.
+        device: Must be None: MLX runs on its default device (`mx.set_default_device`).
+        trust_remote_code: Changes nothing: the code of a model is for transformers, and refused here.
         backend: Of MLX's communication; by default what the launcher has prepared.
         groups: The groups of the mesh; by default made from the run.
 
@@ -70,6 +75,7 @@ def fresh(
     mesh = mesh_of(plan, dp, pp, tp)
     groups = groups if groups is not None else make_groups(mesh, backend=backend)
     with together(groups):
+        refuse_device(device)
         source = find_model(config, weights=False) if isinstance(config, (str, os.PathLike)) else config
         plain, data = read_config(source), read_mlx_config(source)
         if "quantization" in data:

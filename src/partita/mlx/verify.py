@@ -15,20 +15,21 @@ import mlx.nn as nn
 import numpy as np
 
 from partita.checkpoint.find import find_model
+from partita.core.layout.layout import PipelineParallelLayerLayout
 from partita.core.layout.placement import Placement
-from partita.core.mesh import Mesh
+from partita.core.plan import Plan, mesh_of
 from partita.errors import CheckpointError, ModelError
 from partita.generation import Sampling
 from partita.mlx.collectives.collective_errors import together
 from partita.mlx.collectives.groups import ParallelGroups, make_groups, single_groups
 from partita.mlx.generate import generate
-from partita.mlx.load import as_dtype, load, shard
+from partita.mlx.load import as_dtype, fitted, load, refuse_device, shard
 from partita.mlx.model.config import read_mlx_config
 from partita.mlx.model.mlx_lm_models import build, describe
 from partita.mlx.model.parts import main_output, plan_of
 from partita.mlx.model.sliding_window import refuse_beyond_window
 from partita.mlx.proof.compare import compare, compare_parameters, gradients
-from partita.mlx.proof.family import fill, plan_of_model, runs, sample_inputs
+from partita.mlx.proof.family import fill, plan_of_model, prove_unless_proven, runs, sample_inputs
 from partita.mlx.proof.reference import reference_of, unchecked
 from partita.mlx.proof.rounding import (
     compare_rounding,
@@ -76,11 +77,12 @@ SEQUENCE_LENGTH = 8
 @doing("verifying")
 def verify(
     model: str | os.PathLike[str],
+    plan: Plan | None = None,
     *,
     tp: int = 1,
     pp: int = 1,
     dp: int = 1,
-    layout: str | None = None,
+    layout: str | PipelineParallelLayerLayout | None = None,
     vpp: int | None = None,
     placement: Placement = "loop",
     schedule: str | None = None,
@@ -88,6 +90,8 @@ def verify(
     accumulate: int = 1,
     steps: int = 3,
     dtype: str | Sequence[str] | None = None,
+    device: None = None,
+    trust_remote_code: bool = False,
 ) -> Report:
     """Compare the split model with the unsplit one: every module's output, every gradient, generated tokens, and training.
 
@@ -95,6 +99,7 @@ def verify(
 
     Args:
         model: A folder, a config file or a hub id.
+        plan: How to split; by default made from `tp`, `pp`, `dp` and `layout`.
         tp: Tensor parallel ranks.
         pp: Pipeline stages' ranks.
         dp: Replicas.
@@ -106,6 +111,8 @@ def verify(
         accumulate: Micro-batches of a training step.
         steps: Training steps; 0 for none.
         dtype: The dtype of the weights that are not quantized, or several that are compared in turn; by default float32.
+        device: Must be None: MLX runs on its default device (`mx.set_default_device`).
+        trust_remote_code: Changes nothing: the code of a model is for transformers, and refused here.
 
     Returns:
         The report, the same on every rank.
@@ -114,14 +121,17 @@ def verify(
         PartitaError: The model cannot be split so, or is one that mlx-lm runs without its sliding window and this is too
             small for what is compared.
     """
-    mesh = Mesh(dp, pp, tp)
+    mesh = mesh_of(plan, dp, pp, tp)
+    if plan is not None:
+        layout, vpp, placement = plan.layout, None, plan.placement
     groups = make_groups(mesh)
     settings = TrainSettings(
-        steps=max(steps, 1), batch_size=accumulate * dp, sequence_length=SEQUENCE_LENGTH, accumulate=accumulate,
+        steps=max(steps, 1), batch_size=accumulate * mesh.dp, sequence_length=SEQUENCE_LENGTH, accumulate=accumulate,
         warmup_steps=1, learning_rate=1e-3, epsilon=EPSILON, schedule=schedule, group_size=group_size,
     )  # fmt: skip
     names = list(dict.fromkeys([dtype] if isinstance(dtype, str) else dtype or ["float32"]))
     with together(groups):
+        refuse_device(device)
         folder = find_model(model)
         # Built once before: what mlx-lm cannot run has no reference.
         build(read_mlx_config(folder))
@@ -141,11 +151,14 @@ def verify(
                 raise ModelError(f"mlx-lm itself does not run this model: {describe(error)}") from error
             # Whether it is quantized is for the model to say: random weights are not.
             config = {key: value for key, value in read_mlx_config(folder).items() if key != "quantization"}
-            plan = plan_of_model(unsplit, mesh, layout, config=config, vpp=vpp, placement=placement)
-            refuse_beyond_window(plan.spec, inputs.shape[1] + NEW_TOKENS, "what is compared")
+            if plan is None:
+                made = plan_of_model(unsplit, mesh, layout, config=config, vpp=vpp, placement=placement)
+            else:
+                made = prove_unless_proven(unsplit, fitted(plan, unsplit, config))
+            refuse_beyond_window(made.spec, inputs.shape[1] + NEW_TOKENS, "what is compared")
             whole = shard(copy.deepcopy(unsplit), groups=single_groups())
             can_learn = runs(gradients, unsplit, inputs)
-        split = shard(copy.deepcopy(unsplit), plan, groups=groups)
+        split = shard(copy.deepcopy(unsplit), made, groups=groups)
         found = Collected(name)
         exact = in_wide_dtype(unsplit) if wanted.size == 2 and not is_quantized(unsplit) else None
         _compare_forward(exact, unsplit, split, inputs, settings, can_learn, TOLERANCES[wanted], found)
@@ -159,8 +172,8 @@ def verify(
         found.expect("module", "output", "gradient", "tokens", *(("loss", "parameter") if steps else ()))
         rows += found.rows
         skipped += found.skipped
-    size = f"{plan.spec.parameters:,} parameters"
-    what = f"{type(unsplit).__name__} ({plan.spec.family}), {size}, {', '.join(names)}, {mesh}, MLX"
+    size = f"{made.spec.parameters:,} parameters"
+    what = f"{type(unsplit).__name__} ({made.spec.family}), {size}, {', '.join(names)}, {mesh}, MLX"
     return Report(tuple(rows), what, tuple(skipped), reference=reference)
 
 

@@ -8,6 +8,8 @@ from partita.torch.collectives.groups import (
     ParallelGroups,
     init_parallelism,
     initialize_parallelism,
+    join,
+    leave,
     make_groups,
     parallel_group_info,
     parallelism_is_initialized,
@@ -21,11 +23,13 @@ from partita.torch.layers.lora import LoraLinear
 from partita.torch.layers.loss import vocab_parallel_cross_entropy
 from partita.torch.load import load, shard
 from partita.torch.model.float64 import Float64Everywhere
+from partita.torch.model.parts import plan_of
 from partita.torch.new import fresh
 from partita.torch.seed import mp_copy, mp_gather, mp_reduce, mp_scatter
 from partita.torch.stages.pipeline import Pipeline
 from partita.torch.train import StepReport, TrainSettings, train
 from partita.torch.training.batches import load_tokens
+from partita.torch.verify import verify
 from partita.torch.weights.adapters import add_lora, merge_lora
 from partita.torch.weights.peft_format import load_adapters, save_adapters
 from partita.torch.weights.save import save
@@ -57,6 +61,8 @@ __all__ = [
     "init_parallelism",
     "initialize_model_parallel_affine_weight_",
     "initialize_parallelism",
+    "join",
+    "leave",
     "load",
     "load_adapters",
     "load_tokenizer",
@@ -70,10 +76,12 @@ __all__ = [
     "parallel_group_info",
     "parallelism_is_initialized",
     "pipeline_auto_parallel",
+    "plan_of",
     "reset_parallelism",
     "save",
     "save_adapters",
     "shard",
     "train",
+    "verify",
     "vocab_parallel_cross_entropy",
 ]

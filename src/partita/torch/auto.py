@@ -15,7 +15,7 @@ from partita.core.sharding.split import deal
 from partita.errors import ModelError, PlanError
 from partita.torch.collectives.collective_errors import together_in
 from partita.torch.collectives.comm import Communicator
-from partita.torch.collectives.groups import GroupInfo, ParallelGroups, single_groups
+from partita.torch.collectives.groups import ParallelGroups, single_groups
 from partita.torch.model.towers import forbid_media
 from partita.torch.model.transformers_models import spec_of
 from partita.torch.proof.stages import media_without_stages, prove_stages
@@ -54,7 +54,7 @@ def pipeline_auto_parallel(
     comm = group if isinstance(group, Communicator) else Communicator(group)
     alone = single_groups()
     mesh = Mesh(pp=comm.size)
-    groups = ParallelGroups(mesh, alone.mp, GroupInfo(comm), alone.dp)
+    groups = ParallelGroups(mesh, alone.tp, comm, alone.dp)
     slices: list[Any] = comm.all_gather_object((start_layer, end_layer))
     with together_in(comm):
         spec = spec_of(model)

@@ -84,13 +84,13 @@ def generate(
         new = choice.limit(length)
         # What the last new token would lead to is not asked for.
         plan.spec.refuse_beyond_positions(length + new - 1, f"a prompt of {length} tokens with {new} new ones")
-    replicas, replica = groups.dp.world_size, groups.dp.rank
+    replicas, replica = groups.dp.size, groups.dp.rank
     sequences = [
         Sequence(place, list(prompt), choice.limit(len(prompt)))
         for place, prompt in enumerate(prompts)
         if place % replicas == replica
     ]
-    listener = on_text if groups.mp.rank == groups.pp.rank == replica == 0 else None
+    listener = on_text if groups.tp.rank == groups.pp.rank == replica == 0 else None
     was_training = model.training
     model.eval()
     plain = [s for s in sequences if not more[s.place]]
@@ -105,7 +105,7 @@ def generate(
             break
     model.train(was_training)
     mine = {s.place: s.generation for s in sequences}, failure_of(sequences, plan, replica)
-    replies: list[Any] = groups.dp.comm.all_gather_object(mine)
+    replies: list[Any] = groups.dp.all_gather_object(mine)
     if failures := [failure for _, failure in replies if failure]:
         raise ModelError(failures[0])
     done = {place: generation for part, _ in replies for place, generation in part.items()}
@@ -285,7 +285,7 @@ class _Run:
     ) -> None:
         plan, groups = plan_of(model)
         self.model, self.choice, self.tokenizer, self.on_text = model, choice, tokenizer, on_text
-        self.pp, self.tp = groups.pp.comm, groups.mp.comm
+        self.pp, self.tp = groups.pp, groups.tp
         self.picker = plan.stage_rank(plan.loss_stage)
         self.first = plan.stage_index(self.pp.rank, 0)
         self.has_outputs = plan.num_stages == 1

@@ -17,8 +17,10 @@ from partita.checkpoint.index import Checkpoint, open_checkpoint
 from partita.checkpoint.manifest import check_model
 from partita.checkpoint.read import Reader
 from partita.checkpoint.unused import Unused
+from partita.core.layout.layout import PipelineParallelLayerLayout
 from partita.core.layout.placement import Placement
 from partita.core.mesh import Mesh
+from partita.core.model.mtp import with_mtp
 from partita.core.plan import Plan, mesh_of
 from partita.errors import ModelError
 from partita.generation.generation_config import FILE_NAME, read_generation
@@ -27,7 +29,7 @@ from partita.ranks.liveness import doing
 from partita.torch.collectives.collective_errors import together
 from partita.torch.collectives.groups import ParallelGroups, init_process_group, is_first, make_groups
 from partita.torch.model.towers import forbid_media
-from partita.torch.model.transformers_models import build_on_meta, code_note, read_hf_config
+from partita.torch.model.transformers_models import build_on_meta, code_note, read_hf_config, spec_of
 from partita.torch.proof.family import plan_of_model, prove_unless_proven, unmeasured_media
 from partita.torch.proof.stages import media_without_stages, prove_stages
 from partita.torch.split.apply import apply_plan
@@ -48,7 +50,7 @@ def load(
     tp: int = 1,
     pp: int = 1,
     dp: int = 1,
-    layout: str | list[Any] | None = None,
+    layout: str | list[Any] | PipelineParallelLayerLayout | None = None,
     vpp: int | None = None,
     placement: Placement = "loop",
     dtype: torch.dtype | str | None = None,
@@ -87,9 +89,7 @@ def load(
     with together(groups):
         folder = find_model(model, code=trust_remote_code)
         if verify:
-            check_model(
-                folder, groups.mesh.rank(dp=groups.dp.rank, pp=groups.pp.rank, tp=groups.mp.rank), groups.mesh.size
-            )
+            check_model(folder, groups.rank, groups.mesh.size)
         checkpoint = open_checkpoint(folder)
         if is_first(groups) and (line := checkpoint.note()):
             note(line)
@@ -128,7 +128,7 @@ def shard(
     tp: int = 1,
     pp: int = 1,
     dp: int = 1,
-    layout: str | list[Any] | None = None,
+    layout: str | list[Any] | PipelineParallelLayerLayout | None = None,
     vpp: int | None = None,
     placement: Placement = "loop",
     groups: ParallelGroups | None = None,
@@ -174,6 +174,8 @@ def choose_plan(
         plan = plan_of_model(model, mesh, layout, vpp=vpp, placement=placement)
     elif plan.spec.tied != {*(ties := tied_names(model)), *ties.values()}:
         # It was made of a config that does not agree with the model about what is tied.
+        if difference := plan.spec.first_difference(with_mtp(spec_of(model), plan.num_mtp)):
+            raise ModelError(f"the plan is another model's: {difference}. Make the plan of this model.")
         plan = plan_of_model(model, plan.mesh, plan.layout, plan.rules, placement=plan.placement)
     else:
         prove_unless_proven(model, plan)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from partita.checkpoint.find import find_model
+from partita.core.layout.layout import PipelineParallelLayerLayout
 from partita.core.layout.placement import Placement
 from partita.core.plan import Plan, mesh_of
 from partita.core.sharding.split import check_sizes
@@ -27,14 +28,14 @@ from partita.torch.weights.materialize import make_unsaved_buffers, materialize
 
 def fresh(
     config: str | os.PathLike[str] | Mapping[str, Any] | Any,
+    plan: Plan | None = None,
     *,
     tp: int = 1,
     pp: int = 1,
     dp: int = 1,
-    layout: str | list[Any] | None = None,
+    layout: str | list[Any] | PipelineParallelLayerLayout | None = None,
     vpp: int | None = None,
     placement: Placement = "loop",
-    plan: Plan | None = None,
     seed: int = 0,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
@@ -45,13 +46,13 @@ def fresh(
 
     Args:
         config: A config file, a folder with one, a hub id, plain data, or transformers' config.
+        plan: How to split; by default made from `tp`, `pp`, `dp` and `layout`.
         tp: Tensor parallel ranks.
         pp: Pipeline stages' ranks.
         dp: Replicas.
         layout: Which layers each stage runs.
         vpp: Stages on each pipeline rank; by default as many as `layout` has, else one.
         placement: Which rank runs which stage: `loop`, or `v` for the schedule `zb-v`.
-        plan: How to split, instead of all these.
         seed: Of the weights.
         dtype: Of the weights; by default the config's.
         device: Where they go; by default this rank's CUDA device, or the CPU.

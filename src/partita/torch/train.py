@@ -11,6 +11,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -44,7 +45,7 @@ __all__ = ["StepReport", "TrainSettings", "accumulate_gradients", "make_optimize
 
 def train(
     model: nn.Module,
-    tokens: Tensor,
+    tokens: Tensor | np.ndarray[Any, Any],
     settings: TrainSettings,
     *,
     on_step: Callable[[StepReport], None] | None = None,
@@ -81,6 +82,7 @@ def train(
         CheckpointError: A checkpoint cannot be written, or the one to go on from is of another run; on every rank.
     """
     plan, groups = plan_of(model)
+    tokens = torch.as_tensor(tokens)
     schedule = schedule_of(plan, settings)
     plan.spec.refuse_beyond_positions(settings.sequence_length, "a sequence")
     check_ids(tokens.numpy(force=True), plan.spec.vocab_size)
@@ -93,7 +95,7 @@ def train(
         enable({"use_reentrant": False})  # type: ignore[operator]
     if plan.num_stages > 1:
         refuse_layer_drop(model)
-    start_alike([p for p in model.parameters() if p.requires_grad], groups.dp.comm)
+    start_alike([p for p in model.parameters() if p.requires_grad], groups.dp)
     optimizer = make_optimizer(model, settings, groups)
     pipeline = Pipeline(model, schedule)
     model.zero_grad(set_to_none=True)
@@ -142,8 +144,8 @@ def make_saver(
         ModelError: The model has adapters that cannot be kept (see `Share`).
     """
     _, groups = plan_of(model)
-    axes = [info.comm for info in (groups.mp, groups.pp, groups.dp) if info.world_size > 1]
-    rank = groups.mesh.rank(dp=groups.dp.rank, pp=groups.pp.rank, tp=groups.mp.rank)
+    axes = [comm for comm in (groups.tp, groups.pp, groups.dp) if comm.size > 1]
+    rank = groups.rank
     share = Share(model, optimizer, saves, run.settings.master_dtype)
     return Saver(saves, share, run, axes, rank, groups.mesh.size, on_save=on_save)
 
@@ -190,7 +192,7 @@ def make_optimizer(model: nn.Module, settings: TrainSettings, groups: ParallelGr
         ModelError: No rank has anything to train.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
-    if not any(groups.pp.comm.all_gather_object(bool(parameters))):
+    if not any(groups.pp.all_gather_object(bool(parameters))):
         raise ModelError("no parameter of the model is to be trained: all have requires_grad=False.")
     if not parameters:
         return None
@@ -202,7 +204,7 @@ def make_optimizer(model: nn.Module, settings: TrainSettings, groups: ParallelGr
     given: dict[str, Any] = {"lr": settings.learning_rate, "betas": (0.9, 0.95), "eps": settings.epsilon}
     has_masters = any(state_dtype(p.dtype, settings.master_dtype) != p.dtype for p in parameters)
     kind = MasterAdamW if has_masters else torch.optim.AdamW
-    if not settings.zero or groups.dp.world_size == 1:
+    if not settings.zero or groups.dp.size == 1:
         return kind(split, **given)
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
@@ -235,7 +237,7 @@ def accumulate_gradients(
     mask_token = settings.mask_token if settings.mask_token is not None else plan.spec.vocab_size - 1
     inputs, targets = examples(model, rows, step, settings.seed, mask_token)
     count = int((targets != IGNORED).sum())
-    replicas, replica = groups.dp.world_size, groups.dp.rank
+    replicas, replica = groups.dp.size, groups.dp.rank
     parts = [
         mine.chunk(replicas)[replica].to(device).chunk(settings.accumulate) for mine in (inputs, targets)
     ]  # fmt: skip
@@ -243,7 +245,7 @@ def accumulate_gradients(
     with local_logits(model) as split:
 
         def finish(output: Any, microbatch: int) -> Tensor:
-            summed, extra = loss_of(model, output, parts[1][microbatch], split, groups.mp.comm, settings.mtp_weight)
+            summed, extra = loss_of(model, output, parts[1][microbatch], split, groups.tp, settings.mtp_weight)
             loss = summed / count
             if extra is not None:
                 loss = loss + extra * (parts[0][microbatch].shape[0] / settings.batch_size)
@@ -263,17 +265,17 @@ def accumulate_gradients(
             )
     if on_timeline is not None:
         on_timeline(pipeline.timeline(origin_s))
-    sum_gradients([p for p in model.parameters() if p.requires_grad], groups.dp.comm)
-    total = groups.pp.comm.broadcast_(total, plan.stage_rank(plan.loss_stage))
-    return float(groups.dp.comm.all_reduce_(total))
+    sum_gradients([p for p in model.parameters() if p.requires_grad], groups.dp)
+    total = groups.pp.broadcast_(total, plan.stage_rank(plan.loss_stage))
+    return float(groups.dp.all_reduce_(total))
 
 
 def _start_together(groups: ParallelGroups) -> float:
     """Wait for all ranks of the pipeline, and give the time; of ranks on one machine, the same."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
-    groups.pp.comm.barrier()
-    now: list[Any] = groups.pp.comm.all_gather_object((socket.gethostname(), time.perf_counter()))
+    groups.pp.barrier()
+    now: list[Any] = groups.pp.all_gather_object((socket.gethostname(), time.perf_counter()))
     hosts = {host for host, _ in now}
     return min(s for _, s in now) if len(hosts) == 1 else now[groups.pp.rank][1]  # type: ignore[no-any-return]
 

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from partita.checkpoint.facts import stored_dtype
 from partita.checkpoint.find import find_model
 from partita.checkpoint.index import open_checkpoint
+from partita.core.layout.layout import PipelineParallelLayerLayout
 from partita.core.layout.placement import Placement
 from partita.core.mesh import Mesh
-from partita.core.plan import Plan
+from partita.core.plan import Plan, mesh_of
 from partita.errors import CheckpointError, ModelError
 from partita.generation import Sampling
 from partita.proof.report import (
@@ -67,11 +68,12 @@ SEQUENCE_LENGTH = 8
 @doing("verifying")
 def verify(
     model: str | os.PathLike[str],
+    plan: Plan | None = None,
     *,
     tp: int = 1,
     pp: int = 1,
     dp: int = 1,
-    layout: str | None = None,
+    layout: str | PipelineParallelLayerLayout | None = None,
     vpp: int | None = None,
     placement: Placement = "loop",
     schedule: str | None = None,
@@ -90,6 +92,7 @@ def verify(
 
     Args:
         model: A folder, a config file or a hub id.
+        plan: How to split; by default made from `tp`, `pp`, `dp` and `layout`.
         tp: Tensor parallel ranks.
         pp: Pipeline stages' ranks.
         dp: Replicas.
@@ -113,10 +116,12 @@ def verify(
         PartitaError: The model cannot be split so.
     """
     init_process_group()
-    mesh = Mesh(dp, pp, tp)
+    mesh = mesh_of(plan, dp, pp, tp)
+    if plan is not None:
+        layout, vpp, placement = plan.layout, None, plan.placement
     groups = make_groups(mesh)
     settings = TrainSettings(
-        steps=max(steps, 1), batch_size=accumulate * dp, sequence_length=SEQUENCE_LENGTH, accumulate=accumulate,
+        steps=max(steps, 1), batch_size=accumulate * mesh.dp, sequence_length=SEQUENCE_LENGTH, accumulate=accumulate,
         warmup_steps=1, learning_rate=1e-3, epsilon=EPSILON, schedule=schedule, group_size=group_size,
     )  # fmt: skip
     with together(groups):
@@ -142,8 +147,8 @@ def verify(
         for parameter in unsplit.parameters():
             parameter.requires_grad_(parameter.is_floating_point())
         with together(groups):
-            plan = choose_plan(unsplit, None, mesh, layout, vpp, placement)
-            split = finish(apply_plan(copy.deepcopy(unsplit), plan, groups), plan, groups)
+            made = choose_plan(unsplit, plan if small is None else None, mesh, layout, vpp, placement)
+            split = finish(apply_plan(copy.deepcopy(unsplit), made, groups), made, groups)
         found = Collected(name_of(wanted))
         compare_in = _compare_in_float64 if wanted == torch.float64 else _compare_rounding
         compare_in(unsplit, split, settings if steps else None, found)
@@ -153,7 +158,7 @@ def verify(
         substituted += [] if instead in (*substituted, "") else [instead]
     size = sum(p.numel() for p in unsplit.parameters())
     names = ", ".join(name_of(one) for one in dtypes)
-    what = f"{type(unsplit).__name__} ({plan.spec.family}), {size:,} parameters, {names}, {mesh}, {place.type}"
+    what = f"{type(unsplit).__name__} ({made.spec.family}), {size:,} parameters, {names}, {mesh}, {place.type}"
     return Report(tuple(rows), what, tuple(skipped), tuple(substituted))
 
 
@@ -181,7 +186,7 @@ def _ranks_on(device: torch.device, mesh: Mesh) -> int:
 
 
 def _small_instead(
-    built: nn.Module, mesh: Mesh, layout: str | None, vpp: int | None, dtype: torch.dtype
+    built: nn.Module, mesh: Mesh, layout: str | PipelineParallelLayerLayout | None, vpp: int | None, dtype: torch.dtype
 ) -> tuple[nn.Module, str]:
     """A small model on the CPU to compare in place of `built`, which is too large, and a note of it.
 

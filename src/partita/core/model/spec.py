@@ -187,6 +187,26 @@ class ModelSpec:
             modules.setdefault(name.rpartition(".")[0], []).append(name)
         return modules
 
+    def first_difference(self, other: ModelSpec, *, names: bool = True) -> str:
+        """Where `other` is not this model, in words; nothing where it is.
+
+        Args:
+            other: The model to compare with.
+            names: Whether both name their tensors alike, so that one that only one of them has is a difference.
+        """
+        for fact in ("family", "num_layers", "num_heads", "num_kv_heads", "vocab_size"):
+            mine, its = getattr(self, fact), getattr(other, fact)
+            if mine != its:
+                return f"its {fact} is {mine}, and that of the model is {its}"
+        both = self.tensors.keys() & other.tensors.keys()
+        for name in sorted(self.tensors.keys() | other.tensors.keys() if names else both):
+            mine, its = self.tensors.get(name), other.tensors.get(name)
+            if mine is None or its is None:
+                return f"{name} is in the {'plan' if its is None else 'model'} only"
+            if mine.shape != its.shape and mine.packed_bits is None and its.packed_bits is None:
+                return f"{name} has the shape {mine.shape} in the plan and {its.shape} in the model"
+        return ""
+
 
 def read_config(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
     """A model's config as plain data, from a mapping, a `config.json` or a folder that holds one."""

@@ -85,6 +85,18 @@ def init(backend: str | None = None, *, reduce_in_float32: bool = False, checked
     return _worlds[key]
 
 
+def join(backend: str | None = None) -> int:
+    """Join the ranks that the launcher's environment names, as `init` does. Returns how many there are."""
+    return init(backend).size
+
+
+def leave() -> None:
+    """Wait for all ranks of the run."""
+    for world in _worlds.values():
+        world.barrier()
+    liveness.farewell()
+
+
 def has_met_others() -> bool:
     """Whether this process has joined a run of several ranks."""
     return any(world.size > 1 for world in _worlds.values())

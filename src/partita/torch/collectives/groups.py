@@ -74,20 +74,35 @@ class ParallelGroups:
 
     Attributes:
         mesh: The mesh of the run.
-        mp: The model (tensor) parallel group.
+        tp: The tensor parallel group.
         pp: The pipeline group.
         dp: The data parallel group.
     """
 
     mesh: Mesh
+    tp: Communicator
+    pp: Communicator
+    dp: Communicator
+
+    @property
+    def rank(self) -> int:
+        """This rank in the whole run."""
+        return self.mesh.rank(dp=self.dp.rank, pp=self.pp.rank, tp=self.tp.rank)
+
+
+@dataclass(frozen=True)
+class ParallelGroupInfo:
+    """This rank's groups along every axis, as the seed API has them.
+
+    Attributes:
+        mp: The model (tensor) parallel group.
+        pp: The pipeline group.
+        dp: The data parallel group.
+    """
+
     mp: GroupInfo
     pp: GroupInfo
     dp: GroupInfo
-
-    @property
-    def tp(self) -> GroupInfo:
-        """Another name of `mp`."""
-        return self.mp
 
 
 _groups: ParallelGroups | None = None
@@ -162,8 +177,26 @@ def _watch_peers(stall_s: float, limit_s: float | None = None) -> None:
     liveness.join(dist.get_rank(), dist.get_world_size(), gather, limit_s=limit_s, stall_s=stall_s)
 
 
-def make_groups(mesh: Mesh) -> ParallelGroups:
+def join(backend: str | None = None) -> int:
+    """Join the ranks that the launcher's environment names. Returns how many there are.
+
+    `backend` is for MLX's `join`: on torch the environment of our launcher decides between gloo and Open MPI.
+    """
+    init_process_group()
+    return dist.get_world_size()
+
+
+def leave() -> None:
+    """Wait for all ranks of the run, and end the process group."""
+    dist.barrier()
+    liveness.farewell()
+    dist.destroy_process_group()
+
+
+def make_groups(mesh: Mesh, *, backend: str | None = None) -> ParallelGroups:
     """The groups of `mesh` over the ranks of the initialized process group; every rank calls it. Made once a mesh.
+
+    `backend` is for MLX's `make_groups`: torch's ranks have chosen theirs when they joined.
 
     Raises:
         DistributedError: The mesh does not have as many ranks as the run.
@@ -181,7 +214,7 @@ def make_groups(mesh: Mesh) -> ParallelGroups:
         _made_of = run
     if mesh not in _made:
         rank = dist.get_rank() if run is not None else 0
-        infos = {}
+        infos: dict[str, Communicator] = {}
         for axis in ("tp", "pp", "dp"):
             infos[axis] = _alone(rank, run)
             for ranks in mesh.groups(axis):
@@ -189,23 +222,23 @@ def make_groups(mesh: Mesh) -> ParallelGroups:
                     continue
                 group = run if len(ranks) == world else dist.new_group(list(ranks), timeout=_timeout)
                 if rank in ranks:
-                    infos[axis] = GroupInfo(mpi.MpiCommunicator(group) if mpi.is_there() else Communicator(group))
+                    infos[axis] = mpi.MpiCommunicator(group) if mpi.is_there() else Communicator(group)
         _made[mesh] = ParallelGroups(mesh, infos["tp"], infos["pp"], infos["dp"])
     liveness.ME.stage = _made[mesh].pp.rank
     return _made[mesh]
 
 
-def _alone(rank: int, run: dist.ProcessGroup | None) -> GroupInfo:
+def _alone(rank: int, run: dist.ProcessGroup | None) -> Communicator:
     """This rank by itself. In a run of several it has a group of its own, since torch takes None for all of them."""
     if run is None or run.size() == 1:
-        return GroupInfo(Communicator(run) if run is not None else Communicator.single())
-    return GroupInfo(Communicator(dist.new_group([rank], timeout=_timeout, use_local_synchronization=True)))
+        return Communicator(run) if run is not None else Communicator.single()
+    return Communicator(dist.new_group([rank], timeout=_timeout, use_local_synchronization=True))
 
 
 def single_groups(*, mesh: Mesh | None = None, tp: Communicator | None = None) -> ParallelGroups:
     """The groups of one rank alone, or of ranks that have a tensor group only."""
-    alone = GroupInfo(Communicator.single())
-    return ParallelGroups(mesh or Mesh(), GroupInfo(tp) if tp is not None else alone, alone, alone)
+    alone = Communicator.single()
+    return ParallelGroups(mesh or Mesh(), tp or alone, alone, alone)
 
 
 def init_parallelism(
@@ -262,7 +295,7 @@ def parallelism_is_initialized() -> bool:
     return _groups is not None
 
 
-def parallel_group_info() -> ParallelGroups:
+def parallel_group_info() -> ParallelGroupInfo:
     """This rank's default groups: `.mp`, `.pp` and `.dp`, each with `.group`, `.global_ranks`, `.rank`, `.world_size`.
 
     Raises:
@@ -270,9 +303,9 @@ def parallel_group_info() -> ParallelGroups:
     """
     if _groups is None:
         raise DistributedError("parallelism is not initialized. Call partita.torch.init_parallelism() first.")
-    return _groups
+    return ParallelGroupInfo(GroupInfo(_groups.tp), GroupInfo(_groups.pp), GroupInfo(_groups.dp))
 
 
 def is_first(groups: ParallelGroups) -> bool:
     """Whether this is the first rank of the mesh."""
-    return groups.dp.rank == groups.pp.rank == groups.mp.rank == 0
+    return groups.rank == 0

@@ -73,7 +73,7 @@ def compare(
         raise ModelError(
             "the unsplit model's own output holds NaN, to which nothing is equal. Look at its weights and its dtype."
         )
-    with watch(split, plan, lambda path, out: _note(path, out, expected, found, plan, groups.mp.comm)):
+    with watch(split, plan, lambda path, out: _note(path, out, expected, found, plan, groups.tp)):
         output = main_output(split(**inputs))
     modules = [Difference("module", path, error) for path, error in found.items()]
     differences = [Difference("output", "the model", relative_error(reference.detach(), output.detach()))]
@@ -82,14 +82,14 @@ def compare(
         weight = torch.randn(reference.shape, generator=generator, dtype=reference.dtype).to(reference.device)
         (reference * weight).sum().backward()
         (output * weight).sum().backward()
-        differences += _gradients(unsplit, split, plan, groups.mp.comm)
+        differences += _gradients(unsplit, split, plan, groups.tp)
     return _largest([*modules, *differences], groups, [*expected, *plan.spec.tensors])
 
 
 def _largest(mine: list[Difference], groups: ParallelGroups, order: list[str]) -> list[Difference]:
     """What all ranks of a replica found: the largest error of each thing, modules in the order in which they ran."""
     kinds, places = ("module", "output", "gradient", "parameter"), {name: place for place, name in enumerate(order)}
-    for comm in (groups.mp.comm, groups.pp.comm):
+    for comm in (groups.tp, groups.pp):
         merged: dict[tuple[str, str], Difference] = {}
         for part in comm.all_gather_object(mine):
             for one in part:  # type: ignore[attr-defined]
@@ -110,7 +110,7 @@ def compare_parameters(unsplit: nn.Module, split: nn.Module, plan: Plan, groups:
     for name, local in local_tensors(split, plan).items():
         if name in whole:
             expected = whole[name].detach()
-            part = local_part_of(expected, plan, name, groups.mp.rank)
+            part = local_part_of(expected, plan, name, groups.tp.rank)
             found.append(
                 Difference(
                     "parameter", name, relative_error(part, local.detach(), max(float(expected.abs().max()), least))

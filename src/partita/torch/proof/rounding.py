@@ -115,7 +115,7 @@ def compare_rounding(
     measured: list[Rounding] = []
     for sample in range(SAMPLES):
         runs = _run_all(exact, unsplit, split, plan, _sample(inputs, sample), sample)
-        found, dtypes, outputs = _over_ranks(_measure(runs, plan, groups.mp.rank), groups)
+        found, dtypes, outputs = _over_ranks(_measure(runs, plan, groups.tp.rank), groups)
         measured = add_ranks([measured, found])
         judged = judge(measured, torch.finfo(runs.unsplit.output.dtype).eps / 2)
         if all(one.error <= one.allowed for one in judged):
@@ -134,7 +134,7 @@ def trained_rounding(
     measured = []
     for name, local in local_tensors(split, plan).items():
         if name in whole:
-            exact_part, own = (local_part_of(m[name].detach(), plan, name, groups.mp.rank) for m in (wide, whole))
+            exact_part, own = (local_part_of(m[name].detach(), plan, name, groups.tp.rank) for m in (wide, whole))
             measured.append(_rounding("parameter", name, exact_part, own, local))
     found, _, _ = _over_ranks((measured, {}, 0), groups)
     places = {name: place for place, name in enumerate(plan.spec.tensors)}
@@ -239,11 +239,11 @@ def _gradients(runs: _Runs, plan: Plan, rank: int) -> Iterator[Rounding]:
 
 def _over_ranks(found: Found, groups: ParallelGroups) -> Found:
     measured, dtypes, outputs = found
-    for comm in (groups.mp.comm, groups.pp.comm):
+    for comm in (groups.tp, groups.pp):
         parts: Any = comm.all_gather_object((measured, dtypes, outputs))
         measured = add_ranks(part[0] for part in parts)
         dtypes = {path: dtype for part in parts for path, dtype in part[1].items()}
-        outputs = sum(part[2] for part in parts) if comm is groups.pp.comm else outputs
+        outputs = sum(part[2] for part in parts) if comm is groups.pp else outputs
     return measured, dtypes, outputs
 
 

@@ -19,7 +19,7 @@ from partita.core.plan import Plan
 from partita.core.sharding.rules import Rules
 from partita.errors import ModelError, PartitaError
 from partita.torch.collectives.comm import Communicator
-from partita.torch.collectives.groups import GroupInfo, ParallelGroups, single_groups
+from partita.torch.collectives.groups import ParallelGroups, single_groups
 from partita.torch.model.balance import SWITCH, asks_for_balance
 from partita.torch.model.float64 import Float64Everywhere
 from partita.torch.model.parts import local_tensors, main_output
@@ -226,4 +226,4 @@ def _alone_at(rank: int, plan: Plan) -> ParallelGroups:
     place = Communicator.single()
     place.rank, place.size = rank, plan.mesh.pp
     groups = single_groups(mesh=plan.mesh)
-    return ParallelGroups(plan.mesh, groups.mp, GroupInfo(place), groups.dp)
+    return ParallelGroups(plan.mesh, groups.tp, place, groups.dp)

@@ -33,10 +33,10 @@ def apply_plan(model: nn.Module, plan: Plan, groups: ParallelGroups) -> nn.Modul
         DistributedError: `groups` are not of the plan's mesh.
         ModelError: The model is not the plan's, or holds a layer that cannot be cut.
     """
-    comm = groups.mp.comm
-    if (comm.size, groups.pp.world_size) != (plan.mesh.tp, plan.mesh.pp):
+    comm = groups.tp
+    if (comm.size, groups.pp.size) != (plan.mesh.tp, plan.mesh.pp):
         raise DistributedError(
-            f"the plan has tp={plan.mesh.tp} and pp={plan.mesh.pp}, but the groups have {comm.size} and {groups.pp.world_size} "
+            f"the plan has tp={plan.mesh.tp} and pp={plan.mesh.pp}, but the groups have {comm.size} and {groups.pp.size} "
             "ranks."
         )
     check_model(model, plan)

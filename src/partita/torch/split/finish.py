@@ -22,12 +22,12 @@ def finish(model: nn.Module, plan: Plan, groups: ParallelGroups) -> nn.Module:
     """Tie what is tied, and let parameters that several ranks hold have whole gradients."""
     homes = parameter_homes(model)
     tie(homes, plan)
-    sum_partial_gradients(homes, plan, groups.mp.comm)
+    sum_partial_gradients(homes, plan, groups.tp)
     wire_stages(model, plan, groups.pp.rank)
     model.partita_plan = plan  # type: ignore[assignment]
     model.partita_groups = groups  # type: ignore[assignment]
     call_as_whole(model, plan, groups)
-    gather_attentions(model, plan, groups.mp.comm)
+    gather_attentions(model, plan, groups.tp)
     if plan.mesh.tp * plan.mesh.pp > 1 and hasattr(type(model), "generate"):
         model.generate = MethodType(_generate_alike, model)  # type: ignore[assignment]
     if plan.mesh.tp * plan.mesh.pp > 1 and hasattr(type(model), "save_pretrained"):
@@ -48,8 +48,8 @@ def _generate_alike(model: Any, *args: Any, **kwargs: Any) -> Any:
             "partita.torch.generate(), or give each rank a layer."
         )
     state = torch.get_rng_state()
-    for info in (model.partita_groups.pp, model.partita_groups.mp):
-        state = info.comm.broadcast_(state)
+    for comm in (model.partita_groups.pp, model.partita_groups.tp):
+        state = comm.broadcast_(state)
     torch.set_rng_state(state)
     return type(model).generate(model, *args, **kwargs)
 

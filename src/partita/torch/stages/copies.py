@@ -46,7 +46,7 @@ def summed_copies(model: nn.Module, plan: Plan, groups: ParallelGroups) -> Itera
 
 def _sum(own: Tensor, holders: tuple[int, ...], groups: ParallelGroups) -> Tensor:
     """The sum over `holders`, ranks of the pipeline, in their order, on each of them."""
-    comm, rank = groups.pp.comm, groups.pp.rank
+    comm, rank = groups.pp, groups.pp.rank
     owner, *others = holders
     if rank != owner:
         comm.send(own, owner)

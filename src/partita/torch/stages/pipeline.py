@@ -63,8 +63,8 @@ class Pipeline:
         self.gradients = WeightGradients()
         # Gradients that are added in place save an addition; where layers are split, their own backward overlaps with sums.
         splits_backward = any(action.kind is Kind.W for action in self.actions)
-        self._keeps_gradients = splits_backward or (self.trains and groups.mp.world_size == 1)
-        self._links = Links(groups.pp.comm, next((p.device for p in model.parameters()), torch.device("cpu")))
+        self._keeps_gradients = splits_backward or (self.trains and groups.tp.size == 1)
+        self._links = Links(groups.pp, next((p.device for p in model.parameters()), torch.device("cpu")))
         self._homes = self.schedule.rank_of
         self._reset()
 
@@ -133,7 +133,7 @@ class Pipeline:
         Every rank calls it. `origin_s` is what `time.perf_counter()` gave on this rank when all ranks left a barrier.
         """
         mine = [(begin - origin_s, end - origin_s) for begin, end in self._spans]
-        spans: list[Any] = self.groups.pp.comm.all_gather_object(mine)
+        spans: list[Any] = self.groups.pp.all_gather_object(mine)
         return Timeline(
             self.schedule,
             tuple(tuple(begin for begin, _ in rank) for rank in spans),

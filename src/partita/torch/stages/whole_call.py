@@ -40,7 +40,7 @@ def call_as_whole(model: nn.Module, plan: Plan, groups: ParallelGroups) -> None:
     if not is_cut(plan):
         return
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    model.partita_links = Links(groups.pp.comm, device)  # type: ignore[assignment]
+    model.partita_links = Links(groups.pp, device)  # type: ignore[assignment]
 
     # transformers asks the signature of `forward` what it may be given.
     @wraps(type(model).forward)
@@ -59,7 +59,7 @@ def _forward(model: Any, *args: Any, **kwargs: Any) -> Any:
     with call.randomness():
         output = call.forward()
     form = _take_apart(output, made) if call.is_last else None
-    comm, last = call.groups.pp.comm, call.plan.stage_rank(call.plan.loss_stage)
+    comm, last = call.groups.pp, call.plan.stage_rank(call.plan.loss_stage)
     described: Any = ([(t.dtype, tuple(t.shape)) for t in made], form)
     described = comm.broadcast_object(described, last)
     shapes, form = described
@@ -145,7 +145,7 @@ class _Call:
         leaf_of = {id(v): leaf for v, leaf in zip(self.given, self.leaves, strict=True)}
         self.inputs = {name: leaf_of.get(id(v), v) for name, v in inputs.items()}
         trains = torch.is_grad_enabled() and bool(self.given or any(p.requires_grad for p in model.parameters()))
-        self.trains = torch.is_grad_enabled() and any(self.groups.pp.comm.all_gather_object(trains))
+        self.trains = torch.is_grad_enabled() and any(self.groups.pp.all_gather_object(trains))
         rank = self.groups.pp.rank
         self.stages = sorted(self.plan.stage_index(rank, vpp) for vpp in range(self.plan.vpp))
         self.is_last = self.plan.loss_stage in self.stages
@@ -214,7 +214,7 @@ class _Call:
                     self.links.send_gradient(self.plan.stage_rank(stage - 1), left)
             self.links.flush()
         grads = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in self.leaves]
-        return [self.groups.pp.comm.all_reduce_(grad) for grad in grads]
+        return [self.groups.pp.all_reduce_(grad) for grad in grads]
 
 
 def _autocast() -> tuple[torch.dtype | None, ...]:

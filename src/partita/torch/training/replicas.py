@@ -89,14 +89,14 @@ def clip_gradients(model: nn.Module, plan: Plan, groups: ParallelGroups, clip_no
         for name, parameter in copies_of(model, plan, groups).items()
         if plan.copies[name][0] != groups.pp.rank
     }
-    if groups.mp.rank > 0:
+    if groups.tp.rank > 0:
         # What every tensor rank holds whole counts on the first only.
         elsewhere |= {id(t) for name, t in local_tensors(model, plan).items() if plan.tensor(name).split is None}
     for parameter in model.parameters():
         if parameter.grad is not None and id(parameter) not in elsewhere:
             total += owned_square(parameter, parameter.grad)
-    for info in (groups.mp, groups.pp):
-        total = info.comm.all_reduce_(total)
+    for comm in (groups.tp, groups.pp):
+        total = comm.all_reduce_(total)
     norm = float(total.sqrt())
     if clip_norm and norm > clip_norm:
         scale = clip_norm / (norm + 1e-6)

@@ -45,14 +45,14 @@ def add_lora(model: nn.Module, rank: int, *, alpha: float | None = None, seed: i
             torch.manual_seed((seed ^ zlib.crc32(path.encode())) & ((1 << 63) - 1))
             if isinstance(module, (ColumnParallelLinear, RowParallelLinear)):
                 row = isinstance(module, RowParallelLinear)
-                inputs, part = (module.split, groups.mp.rank) if row else (None, 0)
+                inputs, part = (module.split, groups.tp.rank) if row else (None, 0)
                 module.linear = LoraLinear(module.linear, rank, alpha, inputs=inputs, tp_rank=part)
                 adapted.append(path)
             elif _is_linear(module) and plan.spec.linears and path in plan.spec.linears:
                 parent, _, name = path.rpartition(".")
                 setattr(model.get_submodule(parent), name, LoraLinear(module, rank, alpha))
                 adapted.append(path)
-    if not any(groups.pp.comm.all_gather_object(bool(adapted))):
+    if not any(groups.pp.all_gather_object(bool(adapted))):
         raise ModelError(
             f"{plan.spec.family}: no linear layer was found inside {plan.spec.layers or 'the model'} to adapt."
         )
@@ -62,8 +62,8 @@ def add_lora(model: nn.Module, rank: int, *, alpha: float | None = None, seed: i
 def _seed_of_first(groups: ParallelGroups) -> int:
     """A seed that rank 0 draws, on every rank: the ranks' generators need not agree."""
     seed: Any = int(torch.randint(1 << 62, ()))
-    for info in (groups.mp, groups.pp, groups.dp):
-        seed = info.comm.broadcast_object(seed)
+    for comm in (groups.tp, groups.pp, groups.dp):
+        seed = comm.broadcast_object(seed)
     return int(seed)
 
 

@@ -50,7 +50,7 @@ def materialize(model: nn.Module, plan: Plan, groups: ParallelGroups, fill: Fill
 
     Its unsaved buffers must have been made before it was split (`make_unsaved_buffers`).
     """
-    rank = groups.mp.rank
+    rank = groups.tp.rank
     homes = parameter_homes(model)
     filled: dict[str, tuple[Tensor, int]] = {}
     for name, (module, attribute) in homes.items():

@@ -70,7 +70,7 @@ def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer | None,
         inner, held = held_by(optimizer)
         master_dtype = "float32" if isinstance(inner, MasterAdamW) else "model"
         now = {one for name in trained for one in _names_on_disk(name, sources)} | _repeated_names(unsplit, plan)
-    now = {name for names in groups.pp.comm.all_gather_object(sorted(now)) for name in names}  # type: ignore[attr-defined]
+    now = {name for names in groups.pp.all_gather_object(sorted(now)) for name in names}  # type: ignore[attr-defined]
     with together(groups):
         refuse_left_out(folder, moments_in(moments, MOMENTS[0]), now)
         with Reader(moments) as reader:
@@ -90,7 +90,7 @@ def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer | None,
                         cut = (
                             plan.tensor(name) if name in plan.spec.tensors else adapter_cut(name, tensor, plan, groups)
                         )
-                        fill(name, cut, groups.mp.rank, state[kind])
+                        fill(name, cut, groups.tp.rank, state[kind])
 
 
 def _sources(

@@ -115,9 +115,9 @@ def _put_on(model: nn.Module, place: Path, source: Path) -> list[str]:
         _check_shapes(place, sources, {name: info.shape for name, info in checkpoint.tensors.items()})
         fill = CheckpointFill(reader, checkpoint.tensors, sources, nn.Module(), None, 0)
         for name, tensor in tensors.items():
-            fill(name, adapter_cut(name, tensor, plan, groups), groups.mp.rank, tensor.detach())
+            fill(name, adapter_cut(name, tensor, plan, groups), groups.tp.rank, tensor.detach())
     mine = sorted({_parsed(name)["path"] for name in tensors})
-    placed = {path for theirs in groups.pp.comm.all_gather_object(mine) for path in theirs}  # type: ignore[attr-defined]
+    placed = {path for theirs in groups.pp.all_gather_object(mine) for path in theirs}  # type: ignore[attr-defined]
     if wanted - placed:
         raise CheckpointError(
             f"{place}: adapts {min(wanted - placed)}, which is no linear layer inside the layers of {plan.spec.family}. Put "
@@ -171,9 +171,9 @@ class AdaptersOnDisk:
         """What this rank owns of a part: its name on disk, the ranges there, and the elements."""
         cut = adapter_cut(name, tensor, plan, groups)
         for piece in self.pieces[name]:
-            overlap = piece.overlap(cut.owned_ranges(groups.mp.rank))
+            overlap = piece.overlap(cut.owned_ranges(groups.tp.rank))
             if overlap is not None:
-                held = piece.overlap(cut.ranges(groups.mp.rank))
+                held = piece.overlap(cut.ranges(groups.tp.rank))
                 yield piece.name, overlap[0], own_part(tensor, held, overlap[0], stacked=False)
 
     def write_beside(self, model: nn.Module, folder: Path, tokenizer: Tokenizer | None) -> None:
@@ -195,7 +195,7 @@ def adapters_on_disk(model: nn.Module, base: str | None = None) -> AdaptersOnDis
         kinds = sorted({_kind(adapter) for _, _, adapter in adapters(model)}, key=lambda kind: (kind.rank, kind.alpha))
         sources = adapter_sources(tensors, plan, groups)
         mine = [(name, tensor.dtype, sources[name].pieces) for name, tensor in tensors.items()]
-    told: list[Any] = groups.pp.comm.all_gather_object((mine, kinds))
+    told: list[Any] = groups.pp.all_gather_object((mine, kinds))
     everywhere = sorted((one for theirs, _ in told for one in theirs), key=lambda one: one[0])
     with together(groups):
         kind = only({kind for _, theirs in told for kind in theirs})
@@ -240,7 +240,7 @@ def adapter_cut(name: str, tensor: Tensor, plan: Plan, groups: ParallelGroups) -
     match = _parsed(name)
     module = plan.modules.get(match["path"])
     split: Split | None = None
-    if module is not None and groups.mp.world_size > 1 and _CUT_SIDE.get(module.style) == match["side"]:
+    if module is not None and groups.tp.size > 1 and _CUT_SIDE.get(module.style) == match["side"]:
         split = module.split
     if split is None:
         return TensorPlan(name, tuple(tensor.shape))

@@ -47,7 +47,7 @@ class Share:
         """
         self.model, self.optimizer, self.master_dtype = model, optimizer, master_dtype
         self.plan, self.groups = plan_of(model)
-        adapted = any(self.groups.pp.comm.all_gather_object(bool(adapters(model))))
+        adapted = any(self.groups.pp.all_gather_object(bool(adapters(model))))
         check_base(saves, adapted=adapted)
         self.disk: OnDisk | AdaptersOnDisk = (
             adapters_on_disk(model, place_of(saves.base)) if saves.base is not None else on_disk(model)
@@ -56,7 +56,7 @@ class Share:
         mine = trained_tensors(model, self.plan)
         self.trained = {id(tensor) for tensor in mine.values()}  # whatever is frozen later, for a while
         trained: set[str] = set()
-        for names in self.groups.pp.comm.all_gather_object(list(mine)):
+        for names in self.groups.pp.all_gather_object(list(mine)):
             trained |= set(names)  # type: ignore[call-overload]
         with together(self.groups):
             if adapted:
@@ -93,7 +93,7 @@ class Share:
         ]
         if self.reader is not None:
             mesh, groups = self.groups.mesh, self.groups
-            rank = mesh.rank(dp=groups.dp.rank, pp=groups.pp.rank, tp=groups.mp.rank)
+            rank = mesh.rank(dp=groups.dp.rank, pp=groups.pp.rank, tp=groups.tp.rank)
             parts += [Part(*piece) for piece in self.unused.pieces(self.reader, rank, mesh.size)]
         return parts
 
@@ -112,7 +112,7 @@ class Share:
         plan, groups = self.plan, self.groups
         inner, held = held_by(self.optimizer)
         for index, (name, tensor) in enumerate(self.disk.own(self.model, plan, groups).items()):
-            mine = index % groups.dp.world_size == groups.dp.rank
+            mine = index % groups.dp.size == groups.dp.rank
             if mine:
                 for piece, take, part in self.disk.parts(name, tensor, plan, groups):
                     yield piece, take, part, tensor

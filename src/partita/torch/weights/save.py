@@ -74,7 +74,7 @@ def save(
                 writer.write(piece, take, memory_of(part))
             if progress is not None:
                 progress(writer.bytes_written, total)
-        place = groups.pp.rank * plan.mesh.tp + groups.mp.rank
+        place = groups.pp.rank * plan.mesh.tp + groups.tp.rank
         disk.unused.copy(writer.write, place, plan.mesh.pp * plan.mesh.tp)
 
     write_together(Path(folder), groups, files, lambda partial: disk.write_beside(model, partial, tokenizer), write)
@@ -128,7 +128,7 @@ class OnDisk:
     ) -> Iterator[tuple[str, list[list[Range]], Tensor]]:
         """What this rank owns of a local tensor, for each tensor on disk: its name, the ranges there, and the elements."""
         cut = plan.tensor(name)
-        ranges, owned = cut.ranges(groups.mp.rank), cut.owned_ranges(groups.mp.rank)
+        ranges, owned = cut.ranges(groups.tp.rank), cut.owned_ranges(groups.tp.rank)
         for piece in self.pieces[name]:
             overlap = piece.overlap(owned)
             if overlap is not None:
@@ -161,7 +161,7 @@ def on_disk(model: nn.Module) -> OnDisk:
         )
     mine = {n: t.dtype for n, t in local_tensors(model, plan).items() if plan.spec.tensors[n].tied_to is None}
     dtypes: dict[str, torch.dtype] = {}
-    for part in groups.pp.comm.all_gather_object(mine):
+    for part in groups.pp.all_gather_object(mine):
         dtypes.update(part)  # type: ignore[call-overload]
     config = _plain_config(model, next(iter(dtypes.values())))
     with together(groups):

@@ -50,7 +50,7 @@ def differing(model: nn.Module, sources: Mapping[str, Source], read: Read, group
     pairs = {n: t for n, t in tied_names(model).items() if n in sources and t in sources and sources[n] != sources[t]}
     if not pairs:
         return set()
-    rank = groups.mesh.rank(dp=groups.dp.rank, pp=groups.pp.rank, tp=groups.mp.rank)
+    rank = groups.rank
     with together(groups):
         mine = {n for n, t in pairs.items() if not _equal(n, t, tensors[n], read, rank, groups.mesh.size)}
     return {name for found in gather_from_all(groups, mine) for name in found}

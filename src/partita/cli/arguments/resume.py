@@ -7,8 +7,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import typer
-
 from partita.checkpoint.run_folder import RunFolder
 from partita.errors import CheckpointError, ModelError
 
@@ -23,12 +21,6 @@ LAYOUT = ("tp", "pp", "dp", "layout", "vpp", "schedule", "microbatches", "group_
 
 KEPT = ("data", "save_every", "keep")
 """Options that are taken from the checkpoint unless they are given anew."""
-
-
-def given_options(ctx: typer.Context) -> set[str]:
-    """The names of the parameters that stand on the command line, rather than being defaults."""
-    sources = {name: ctx.get_parameter_source(name) for name in ctx.params}
-    return {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
 
 
 def newest_state(folder: Path | None) -> tuple[Path, TrainingState]:
@@ -56,7 +48,9 @@ def newest_state(folder: Path | None) -> tuple[Path, TrainingState]:
     )
 
 
-def resumed_options(folder: Path, state: TrainingState, options: Mapping[str, Any], given: set[str]) -> dict[str, Any]:
+def resumed_options(
+    folder: Path, state: TrainingState, options: Mapping[str, Any], given: frozenset[str]
+) -> dict[str, Any]:
     """The options of a resumed run: what is given on the command line where it may be, else what the checkpoint says.
 
     Args:
@@ -83,7 +77,7 @@ def resumed_options(folder: Path, state: TrainingState, options: Mapping[str, An
     return made
 
 
-def resumed_layout(state: TrainingState, options: Mapping[str, Any], given: set[str]) -> dict[str, Any]:
+def resumed_layout(state: TrainingState, options: Mapping[str, Any], given: frozenset[str]) -> dict[str, Any]:
     """Of a resumed run the options of `LAYOUT`: as on the command line if one of them is given there, else the run's own."""
     return {**options, **({} if given & set(LAYOUT) else state.notes.get("layout") or {})}
 

@@ -8,12 +8,12 @@ from typing import Annotated
 
 import typer
 
-from partita.cli.rank import Engine
 from partita.errors import ModelError
 from partita.ranks.backends import MLX_BACKENDS
+from partita.ranks.environment import EngineName
 
 
-class EngineName(StrEnum):
+class EngineChoice(StrEnum):
     """The engines."""
 
     torch = "torch"
@@ -21,7 +21,7 @@ class EngineName(StrEnum):
 
 
 EngineOption = Annotated[
-    EngineName | None,
+    EngineChoice | None,
     typer.Option(
         "--engine",
         help="torch, or mlx; by default torch where it is installed. The same plan drives both.",
@@ -48,16 +48,16 @@ BackendOption = Annotated[
     ),
 ]
 
-_NEEDS: dict[Engine, tuple[str, ...]] = {"torch": ("torch", "transformers"), "mlx": ("mlx", "mlx_lm")}
+_NEEDS: dict[EngineName, tuple[str, ...]] = {"torch": ("torch", "transformers"), "mlx": ("mlx", "mlx_lm")}
 
 
-def choose_engine(wanted: EngineName | None) -> Engine:
+def choose_engine(wanted: EngineChoice | None) -> EngineName:
     """The engine that is meant.
 
     Raises:
         ModelError: It is not installed, or none is.
     """
-    names: tuple[Engine, ...] = ("torch", "mlx") if wanted is None else (wanted.value,)
+    names: tuple[EngineName, ...] = ("torch", "mlx") if wanted is None else (wanted.value,)
     for name in names:
         if all(find_spec(package) is not None for package in _NEEDS[name]):
             return name

@@ -7,8 +7,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from partita.cli import rank
-from partita.cli.console import err, size
+from partita.cli.terminal.console import err, size
+from partita.ranks import environment
 
 if TYPE_CHECKING:
     from partita.training import StepReport
@@ -21,7 +21,7 @@ LINE_EVERY_S = 5.0
 @contextlib.contextmanager
 def loading(what: str) -> Iterator[Callable[[int, int], None] | None]:
     """Show how many bytes of a model are in place; the engine calls what this yields."""
-    if not rank.is_first() or not err().is_terminal:
+    if not environment.is_first() or not err().is_terminal:
         yield None
         return
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
@@ -42,7 +42,7 @@ def training(steps: int, done: int = 0) -> Iterator[Callable[[StepReport], None]
 
     Of a resumed run `done` were done before.
     """
-    if not rank.is_first():
+    if not environment.is_first():
         yield None
     elif err().is_terminal:
         with _training_bar(steps, done) as show:
@@ -87,7 +87,7 @@ def describe(report: StepReport) -> str:
 
 def saved(report: SaveReport) -> None:
     """Tell of a checkpoint that was written while training went on."""
-    if rank.is_first():
+    if environment.is_first():
         err().print(
             f"step {report.step} saved to {report.folder} in {report.seconds:.1f} s, of which training was held up "
             f"{report.held_s:.2f} s",
@@ -98,7 +98,7 @@ def saved(report: SaveReport) -> None:
 @contextlib.contextmanager
 def saving(folder: str) -> Iterator[Callable[[int, int], None] | None]:
     """Show how many bytes of a model are written."""
-    if not rank.is_first() or not err().is_terminal:
+    if not environment.is_first() or not err().is_terminal:
         yield None
         return
     with err().status(f"saving to {folder}") as status:

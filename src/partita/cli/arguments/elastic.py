@@ -9,10 +9,10 @@ import os
 from pathlib import Path
 
 from partita.checkpoint.run_folder import RunFolder
-from partita.cli import rank
-from partita.cli.console import err, plural
-from partita.cli.resume import newest_state
+from partita.cli.arguments.resume import newest_state
+from partita.cli.terminal.console import err, plural
 from partita.core.mesh import Mesh
+from partita.ranks import environment
 
 UNNAMED = "none"
 """What torchrun calls a run that was given no name."""
@@ -38,10 +38,10 @@ def goes_on(folder: Path | None) -> bool:
 
 def fitted(mesh: Mesh) -> Mesh:
     """`mesh` with as many replicas as there are ranks for, where these are whole ones; else as it is, to be refused."""
-    ranks, per_replica = rank.world(), mesh.pp * mesh.tp
+    ranks, per_replica = environment.world(), mesh.pp * mesh.tp
     if ranks is None or ranks == mesh.size or ranks % per_replica:
         return mesh
     found = Mesh(dp=ranks // per_replica, pp=mesh.pp, tp=mesh.tp)
-    if rank.is_first():
+    if environment.is_first():
         err().print(f"torchrun has started {plural(ranks, 'rank')}: going on with --dp {found.dp}", style="dim")
     return found

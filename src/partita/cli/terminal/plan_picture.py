@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from partita.cli.console import count, layer_ids, out, plural, runs, size
 from partita.cli.layout import describe
+from partita.cli.terminal.console import count, layer_ids, out, plural, runs, size
 from partita.core.plan import Plan
 from partita.core.sharding.cuts import TensorPlan
 from partita.core.sharding.split import Split

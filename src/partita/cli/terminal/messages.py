@@ -16,8 +16,8 @@ import warnings
 from collections.abc import Iterator
 from typing import TextIO
 
-from partita.cli import rank
-from partita.cli.console import err
+from partita.cli.terminal.console import err
+from partita.ranks import environment
 
 MAX_CHARACTERS = 240
 """Characters of a message that are shown."""
@@ -63,7 +63,7 @@ class _Lines(logging.Handler):
     def show_of(self, library: str, text: str) -> None:
         """Show a library's message in one line, unless it is about code."""
         line = " ".join(text.split())
-        if rank.is_first() and not _ABOUT_CODE.search(line):
+        if environment.is_first() and not _ABOUT_CODE.search(line):
             self.show(f"{library}: {line if len(line) <= MAX_CHARACTERS else f'{line[:MAX_CHARACTERS]}...'}")
 
     def show(self, line: str) -> None:

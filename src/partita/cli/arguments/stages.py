@@ -2,45 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from partita.core.layout.layout import Layout
 from partita.core.layout.placement import Placement
-from partita.core.mesh import Mesh
+from partita.core.request import PlanRequest
 from partita.errors import PlanError
 from partita.schedule import check_kind, placement_of, vpp_of
 
 
 @dataclass(frozen=True)
 class Stages:
-    """How a model is dealt out over the pipeline ranks, and in which order they work.
+    """How the stages of a model work.
 
     Attributes:
-        mesh: All ranks.
-        layout: Which layers each stage runs, or None for even parts.
-        vpp: Stages a rank.
-        placement: Which rank runs which.
+        request: How the model is distributed over the pipeline ranks, with `vpp` and `placement` decided.
         schedule: The kind of schedule, or None for the plan's default.
         microbatches: Of a step, for each replica.
         group_size: Of interleaved schedules.
     """
 
-    mesh: Mesh
-    layout: str | None
-    vpp: int
-    placement: Placement
+    request: PlanRequest
     schedule: str | None
     microbatches: int
     group_size: int | None
-
-    @property
-    def plan(self) -> dict[str, Any]:
-        """Arguments of `load`, `fresh` and `verify`."""
-        mesh = self.mesh
-        return {
-            "tp": mesh.tp, "pp": mesh.pp, "dp": mesh.dp, "layout": self.layout, "vpp": self.vpp, "placement": self.placement,
-        }  # fmt: skip
 
     @property
     def training(self) -> dict[str, Any]:
@@ -49,22 +34,24 @@ class Stages:
 
 
 def choose(
-    mesh: Mesh,
-    layout: str | None,
-    vpp: int | None,
+    request: PlanRequest,
     schedule: str | None,
     *,
     batch_size: int,
     microbatches: int | None = None,
     group_size: int | None = None,
+    is_planned: bool = False,
 ) -> Stages:
     """What is meant by what was given; `microbatches` is by default as many as keep a pipeline busy.
+
+    `is_planned` tells that the request is that of a plan, whose placement is decided.
 
     Raises:
         PartitaError: The layout, the schedule and the batch do not go together.
     """
+    mesh, layout, vpp = request.mesh, request.layout, request.vpp
     if layout is not None:
-        of_layout = Layout(layout, mesh.pp).virtual_pipeline_model_parallel_size
+        of_layout = layout.virtual_pipeline_model_parallel_size
         if vpp is not None and vpp != of_layout:
             raise PlanError(
                 f"--vpp {vpp} and --layout {layout}, which has {of_layout} stages a rank, exclude each other. Leave --vpp out."
@@ -89,6 +76,13 @@ def choose(
         )
     if schedule == "forward-only":
         raise PlanError("--schedule forward-only has no backward, so it trains nothing. Use 1f1b.")
+    if schedule is None and is_planned and request.placement == "v":
+        schedule = "zb-v"
     check_kind(schedule or ("1f1b" if vpp == 1 else "interleaved-1f1b"), mesh.pp, microbatches, vpp, group_size)
     placement: Placement = "loop" if schedule is None or mesh.pp == 1 else placement_of(schedule)
-    return Stages(mesh, layout, vpp, placement, schedule, microbatches, group_size)
+    if is_planned and placement != request.placement:
+        raise PlanError(
+            f"--schedule {schedule} needs stages placed in the form {placement!r}, but those of the plan are in the form "
+            f"{request.placement!r}. Leave --schedule out, or make another plan."
+        )
+    return Stages(replace(request, vpp=vpp, placement=placement), schedule, microbatches, group_size)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from partita.cli.arguments.engine import BackendOption, EngineOption
 from partita.ranks.liveness import LOST_AFTER
 
 PIPELINE = "Pipeline"
@@ -38,6 +41,19 @@ VirtualStages = Annotated[
         "--vpp",
         min=1,
         help="Stages on each pipeline rank; by default as many as the layout or the schedule has.",
+        show_default=False,
+        rich_help_panel=PIPELINE,
+    ),
+]
+PlanFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--plan",
+        metavar="FILE",
+        help="A plan that `partita plan --save` wrote, instead of --tp, --pp, --dp, --layout and --vpp.",
+        exists=True,
+        dir_okay=False,
+        readable=True,
         show_default=False,
         rich_help_panel=PIPELINE,
     ),
@@ -113,3 +129,28 @@ Device = Annotated[
         show_default=False,
     ),
 ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions:
+    """Options that say how a model is split; `given` are the names of those that stand on the command line."""
+
+    tp: TensorRanks = 1
+    pp: PipelineRanks = 1
+    dp: Replicas = 1
+    layout: LayoutText = None
+    vpp: VirtualStages = None
+    plan: PlanFile = None
+    given: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """Options of every command that runs a model."""
+
+    device: Device = None
+    trust_remote_code: TrustRemoteCode = False
+    engine: EngineOption = None
+    backend: BackendOption = None
+    lost_after: LostAfter = None
+    as_json: AsJson = False

@@ -5,38 +5,15 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from dataclasses import asdict, dataclass
-from typing import ClassVar
+from dataclasses import asdict
 
 import typer
 
-from partita.cli import rank
-from partita.cli.console import OutputClosed, discard_output, err
+from partita.cli.terminal.console import OutputClosed, discard_output, err
 from partita.errors import PartitaError
+from partita.ranks import environment, rank_process
+from partita.ranks.failure import Failure
 from partita.ranks.liveness import is_echo, wait_for_verdict
-
-
-@dataclass(frozen=True)
-class Failure:
-    """What went wrong.
-
-    Attributes:
-        code: What the process exits with.
-        message: One message for the user.
-        echo: Whether it only tells that another rank is gone.
-    """
-
-    code: int
-    message: str
-    echo: bool = False
-
-    DIFFERS: ClassVar[int] = 1
-    FAILED: ClassVar[int] = 1
-    MISUSED: ClassVar[int] = 2
-    INTERRUPTED: ClassVar[int] = 130
-    CLOSED: ClassVar[int] = 141
-    """As a program ends that SIGPIPE ends."""
-
 
 _OUT_OF_MEMORY = re.compile(r"can't allocate memory|unable to allocate|out of memory|bad_alloc", re.IGNORECASE)
 _MISSING_EXTRA = (
@@ -71,7 +48,7 @@ def explain(error: BaseException) -> Failure | None:
     if isinstance(error, OSError) and error.filename is not None:
         return Failure(Failure.MISUSED, f"{os.fsdecode(error.filename)}: {error.strerror}")
     if isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(str(error)):
-        where = f" on rank {rank.number()}" if rank.is_one_of_several() else ""
+        where = f" on rank {environment.number()}" if environment.is_one_of_several() else ""
         what = f" ({' '.join(str(error).split())[:160]})" if str(error) else ""
         return Failure(
             Failure.MISUSED,
@@ -98,10 +75,10 @@ def fail(error: BaseException, *, debug: bool = False) -> int | None:
         traceback.print_exception(type(error), error, error.__traceback__)
     if failure.echo:
         wait_for_verdict()
-    if not rank.is_ours() and rank.speaks():
-        show(failure, debug=debug, who=rank.name())
-    rank.report(asdict(failure))
-    rank.leave(failure.code)
+    if not rank_process.is_ours() and environment.speaks():
+        show(failure, debug=debug, who=environment.name())
+    rank_process.report(asdict(failure))
+    rank_process.leave(failure.code)
     return failure.code
 
 

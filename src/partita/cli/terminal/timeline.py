@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from partita.cli.console import out
+from partita.cli.terminal.console import out
 from partita.errors import ScheduleError
 from partita.schedule import Timeline, chrome_trace, measured_costs, picture, simulate
 

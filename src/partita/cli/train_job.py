@@ -2,68 +2,57 @@
 
 from __future__ import annotations
 
-import importlib
 import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from partita.checkpoint.run_lock import RunLock
-from partita.cli import rank
-from partita.cli.console import count, err, mesh_name, out, plural, print_json, sparkline
-from partita.cli.model import read_tokenizer
-from partita.cli.progress import loading, saved, saving, training
-from partita.cli.rank import Engine
+from partita.cli.arguments.model import read_tokenizer
+from partita.cli.job import Job
+from partita.cli.terminal.console import count, err, mesh_name, out, plural, print_json, sparkline
+from partita.cli.terminal.progress import loading, saved, saving, training
+from partita.cli.terminal.timeline import show_timeline
 from partita.core.mesh import Mesh
+from partita.core.plan import Plan
+from partita.engine import Engine, Groups, Model, open_engine
 from partita.errors import CheckpointError, ModelError
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from partita.generation import Tokenizer
-    from partita.schedule import Timeline
-    from partita.training import StepReport, TrainSettings
-    from partita.training.saving import SaveReport, Saves
+from partita.generation import Tokenizer
+from partita.ranks import environment
+from partita.schedule import Timeline
+from partita.training import SaveReport, Saves, StepReport, TrainSettings, read_ids
 
 ADAPTERS = "adapters"
 """Where adapters go, in the folder of the model that they are merged into."""
 
 
-@dataclass
-class TrainRun:
-    """What one rank of `train` does.
+@dataclass(kw_only=True)
+class TrainJob(Job):
+    """What each rank of `train` does. `request.model` is what the model is made or loaded of.
+
+    Of a resumed run that is the newest checkpoint, complete or not, and of adapters the model that they belong to.
 
     Attributes:
-        engine: By which.
-        backend: Of MLX's communication.
-        mesh: All ranks.
-        source: What the model is made or loaded of; of a resumed run the newest checkpoint, whole or not, and of adapters the
-            model that they belong to.
         new: Whether it begins with new weights.
         notes: What is kept with checkpoints for the next command.
-        where: Arguments of `load` and `fresh`.
         options: Those of `TrainSettings`.
         out: Where the model or the checkpoints go.
-        resume: Whether it goes on from the newest whole checkpoint there.
-        is_restarted: Whether torchrun has started it anew, so that it may be done already.
-        verify: Whether that is read as a whole before.
+        resume: Whether it goes on from the newest complete checkpoint there.
+        is_restarted: Whether torchrun has restarted it, so that it may be done already.
+        verify: Whether that checkpoint is read completely before.
         lora_rank: Of the adapters that are trained, if they are.
         as_json: Whether JSON is printed at the end.
-        trust_remote_code: Whether code that comes with the model and its tokenizer is run.
+        picture: Where the last step is drawn.
+        trace: Where its trace goes.
         reports: The steps that are done.
         checkpoints: Those that are written.
         saved: Where the model is at the end.
     """
 
-    engine: Engine
-    backend: str | None
-    mesh: Mesh
-    source: str
     new: bool
     notes: dict[str, Any]
-    where: dict[str, Any]
     options: dict[str, Any]
     out: Path | None
     resume: bool
@@ -71,45 +60,64 @@ class TrainRun:
     verify: bool
     lora_rank: int | None
     as_json: bool
-    trust_remote_code: bool
-    reports: list[StepReport] = field(default_factory=list)
-    checkpoints: list[SaveReport] = field(default_factory=list)
-    saved: Path | None = None
+    picture: Path | None
+    trace: Path | None
+    reports: list[StepReport] = field(default_factory=list, init=False)
+    checkpoints: list[SaveReport] = field(default_factory=list, init=False)
+    saved: Path | None = field(default=None, init=False)
+    groups: Groups | None = field(default=None, init=False)
 
-    def train(self, watch: Callable[[Timeline], None] | None) -> None:
-        """Load, train and save, while no other run may use the folder."""
-        with RunLock(self.out, self.notes["run_id"]) if self.out is not None and rank.is_first() else nullcontext():
+    @property
+    def engine(self) -> Engine:
+        """The engine that trains."""
+        return open_engine(self.request.engine)
+
+    @property
+    def mesh(self) -> Mesh:
+        """The ranks."""
+        return self.request.mesh
+
+    def work(self) -> int:
+        """Load, train and save, and report it on the first rank."""
+        timelines: list[Timeline] = []
+        watch = timelines.append if self.picture is not None or self.trace is not None else None
+        # No other run may use the folder meanwhile.
+        with (
+            RunLock(self.out, self.notes["run_id"])
+            if self.out is not None and environment.is_first()
+            else nullcontext()
+        ):
             self._train(watch)
+        if environment.is_first():
+            if timelines:
+                show_timeline(timelines[0], self.picture, self.trace)
+            self._report()
+        return 0
 
     def _train(self, watch: Callable[[Timeline], None] | None) -> None:
-        from partita.training import TrainSettings
-
-        run: Any = importlib.import_module(f"partita.{self.engine}.train").train
         begun, done = self._find_whole() if self.resume else (None, 0)
         split, tokenizer = self._begin(begun)
         self.options["mask_token"] = tokenizer.inner.mask_token_id
         if self.lora_rank is not None:
             self._adapt(split, begun)
-        tokens = _tokens(self.notes["data"], tokenizer, self.engine, split)
-        if rank.is_first() and not self.as_json and self.engine == "torch":
+        tokens = _tokens(self.notes["data"], tokenizer, self.engine.plan_of(split)[0])
+        if environment.is_first() and not self.as_json and self.request.engine == "torch":
             _print_start(split, self.mesh, len(tokens), TrainSettings(**self.options))
         saves = self._saves(tokenizer)
         if done < self.options["steps"]:
             with training(self.options["steps"], done) as on_step:
-                self.reports = run(
+                self.reports = self.engine.train(
                     split, tokens, TrainSettings(**self.options), on_step=on_step, on_timeline=watch, saves=saves,
                     on_save=self._on_save, resume=begun,
                 )  # fmt: skip
         if self.out is not None and (saves is None or self.lora_rank is not None):
             self._save(split, tokenizer, self.out)
 
-    def end(self) -> None:
-        """Tell what was done."""
-        if rank.is_first():
-            if self.as_json:
-                _print_json(self.reports, self.mesh, self.saved, self.checkpoints)
-            else:
-                _print_end(self.reports, self.mesh, self.saved)
+    def _report(self) -> None:
+        if self.as_json:
+            _print_json(self.reports, self.mesh, self.saved, self.checkpoints)
+        else:
+            _print_end(self.reports, self.mesh, self.saved)
 
     def _find_whole(self) -> tuple[Path, int]:
         """The newest whole checkpoint and its steps; it is to be loaded in the groups that have looked for it."""
@@ -117,13 +125,10 @@ class TrainRun:
         from partita.training.state import read_state
 
         assert self.out is not None
-        make_groups: Any = importlib.import_module(f"partita.{self.engine}.collectives.groups").make_groups
-        groups = make_groups(self.mesh, **({"backend": self.backend} if self.engine == "mlx" else {}))
-        self.where["groups"] = groups
-        comms = [getattr(one, "comm", one) for one in (groups.tp, groups.pp, groups.dp)]
+        groups = self.groups = self.engine.make_groups(self.mesh, backend=self.backend)
+        comms = [comm for comm in (groups.tp, groups.pp, groups.dp) if comm.size > 1]
         found = newest_whole(
-            self.out, [comm for comm in comms if comm.size > 1], rank.number(), self.mesh.size,
-            verify=self.verify, on_broken=_tell_broken,
+            self.out, comms, environment.number(), self.mesh.size, verify=self.verify, on_broken=_tell_broken
         )  # fmt: skip
         step = read_state(found).step
         # A run of adapters may have been ended while it wrote the model that they are merged into.
@@ -134,42 +139,38 @@ class TrainRun:
                 "learning rate."
             )
         self.saved = found
-        if rank.is_first():
+        if environment.is_first():
             err().print(f"going on from {found}", style="dim", soft_wrap=True)
         return found, step
 
-    def _begin(self, begun: Path | None) -> tuple[nn.Module, Tokenizer]:
+    def _begin(self, begun: Path | None) -> tuple[Model, Tokenizer]:
         whole = begun is not None and self.lora_rank is None
         found = begun if begun is not None and whole else self._find()
         place = begun or (found if found.is_dir() else found.parent)
-        tokenizer = read_tokenizer(place, trust_remote_code=self.trust_remote_code)
+        tokenizer = read_tokenizer(place, trust_remote_code=self.request.trust_remote_code)
+        where = {**self.split, "dtype": self.request.dtype, "groups": self.groups}
         if self.new:
-            fresh: Any = importlib.import_module(f"partita.{self.engine}.new").fresh
-            return fresh(found, seed=self.options["seed"], **self.where), tokenizer
-        load: Any = importlib.import_module(f"partita.{self.engine}.load").load
+            return self.engine.fresh(found, seed=self.options["seed"], **where), tokenizer
         with loading("loading") as progress:
-            # What a run goes on from was looked at when it was found.
-            return load(found, progress=progress, verify=begun is None, **self.where), tokenizer
+            # A run's checkpoint was verified when it was found.
+            return self.engine.load(found, progress=progress, verify=begun is None, **where), tokenizer
 
     def _find(self) -> Path:
         from partita.checkpoint.find import find_model
 
-        return find_model(self.source, weights=not self.new, code=self.trust_remote_code)
+        return find_model(self.request.model, weights=not self.new, code=self.request.trust_remote_code)
 
-    def _adapt(self, split: nn.Module, begun: Path | None) -> None:
+    def _adapt(self, split: Model, begun: Path | None) -> None:
         """Put on new adapters, or those of a checkpoint."""
         if begun is not None:
-            importlib.import_module(f"partita.{self.engine}.weights.peft_format").load_adapters(split, begun)
-            return
-        adapt: Any = importlib.import_module(f"partita.{self.engine}.weights.adapters")
-        adapt.add_lora(split, self.lora_rank, seed=self.options["seed"])
+            self.engine.load_adapters(split, begun)
+        elif self.lora_rank is not None:
+            self.engine.add_lora(split, self.lora_rank, seed=self.options["seed"])
 
     def _saves(self, tokenizer: Tokenizer) -> Saves | None:
-        from partita.training.saving import Saves
-
         if self.out is None or (self.notes["save_every"] is None and not self.resume):
             return None
-        base = self.source if self.lora_rank is not None else None
+        base = self.request.model if self.lora_rank is not None else None
         return Saves(self.out, self.notes["save_every"], self.notes["keep"], tokenizer, notes=self.notes, base=base)
 
     def _on_save(self, report: SaveReport) -> None:
@@ -177,21 +178,18 @@ class TrainRun:
         self.saved = report.folder
         saved(report)
 
-    def _save(self, split: nn.Module, tokenizer: Tokenizer, folder: Path) -> None:
+    def _save(self, split: Model, tokenizer: Tokenizer, folder: Path) -> None:
         """Save the model alone, as its last step left it: adapters beside the model that they are merged into."""
-        save: Any = importlib.import_module(f"partita.{self.engine}.weights.save").save
         if self.lora_rank is not None:
             from partita.training.base import place_of
 
-            if self.resume and rank.is_first():
+            if self.resume and environment.is_first():
                 _remove_result(folder)
-            base = None if self.new else place_of(self.source)
-            importlib.import_module(f"partita.{self.engine}.weights.peft_format").save_adapters(
-                split, folder / ADAPTERS, base=base
-            )
-            importlib.import_module(f"partita.{self.engine}.weights.adapters").merge_lora(split)
+            base = None if self.new else place_of(self.request.model)
+            self.engine.save_adapters(split, folder / ADAPTERS, base=base)
+            self.engine.merge_lora(split)
         with saving(str(folder)) as progress:
-            save(split, folder, tokenizer=tokenizer, progress=progress)
+            self.engine.save(split, folder, tokenizer=tokenizer, progress=progress)
         self.saved = folder
 
 
@@ -206,19 +204,12 @@ def _remove_result(folder: Path) -> None:
 
 
 def _tell_broken(why: str) -> None:
-    if rank.is_first():
+    if environment.is_first():
         err().print(f"not whole: {why}. Looking at the one before.", soft_wrap=True)
 
 
-def _tokens(data: str, tokenizer: Tokenizer, name: str, split: nn.Module) -> Any:
-    from partita.training import read_ids
-
-    plan, _ = importlib.import_module(f"partita.{name}.model.parts").plan_of(split)
-    tokens: Any = read_ids(data, tokenizer)
-    if name == "torch":
-        import torch
-
-        tokens = torch.from_numpy(tokens)
+def _tokens(data: str, tokenizer: Tokenizer, plan: Plan) -> Any:
+    tokens = read_ids(data, tokenizer)
     if plan.spec.vocab_size and (largest := int(tokens.max())) >= plan.spec.vocab_size:
         raise ModelError(
             f"the model's vocabulary has {plan.spec.vocab_size} ids, but the text has id {largest}: the tokenizer "
@@ -227,7 +218,7 @@ def _tokens(data: str, tokenizer: Tokenizer, name: str, split: nn.Module) -> Any
     return tokens
 
 
-def _print_start(split: nn.Module, mesh: Mesh, tokens: int, settings: TrainSettings) -> None:
+def _print_start(split: Model, mesh: Mesh, tokens: int, settings: TrainSettings) -> None:
     from partita.torch.model.balance import asks_for_balance
     from partita.torch.model.parts import plan_of
 

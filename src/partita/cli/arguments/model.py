@@ -1,0 +1,215 @@
+"""MODEL of a command line as a ModelSpec and a Plan, without torch wherever the family is known without it."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from partita.checkpoint.facts import stored_dtype_at
+from partita.checkpoint.find import find_model, hub_is_near, is_local, not_fetched
+from partita.cli.arguments.options import PlanOptions
+from partita.cli.terminal.messages import adopt, adopt_all
+from partita.core.mesh import Mesh
+from partita.core.model.mtp import with_mtp
+from partita.core.model.spec import ModelSpec, read_config
+from partita.core.plan import Plan
+from partita.core.request import PlanRequest
+from partita.core.sharding.rules import Rules
+from partita.errors import ModelError, PlanError, UnknownFamilyError
+from partita.notes import note
+from partita.ranks import environment
+from partita.ranks.environment import EngineName
+
+if TYPE_CHECKING:
+    from partita.generation import Tokenizer
+
+
+def request_of(
+    model: str, options: PlanOptions, *, engine: EngineName = "torch", trust_remote_code: bool = False
+) -> tuple[PlanRequest, Plan | None]:
+    """What the options ask for, and the plan of `--plan FILE` where it is given.
+
+    Raises:
+        PlanError: The file is no plan, or other options say how to split too.
+        LayoutError: `--layout` is no layout.
+    """
+    if options.plan is None:
+        mesh = Mesh(options.dp, options.pp, options.tp)
+        found = PlanRequest.parse(
+            model, mesh, options.layout, vpp=options.vpp, engine=engine, trust_remote_code=trust_remote_code
+        )
+        return found, None
+    for name in ("tp", "pp", "dp", "layout", "vpp"):
+        if name in options.given:
+            raise PlanError(
+                f"--{name} and --plan {options.plan}, which says how to split, exclude each other. Leave one out."
+            )
+    plan = read_plan(options.plan)
+    found = PlanRequest(
+        model, plan.mesh, plan.layout, placement=plan.placement, engine=engine, trust_remote_code=trust_remote_code
+    )
+    return found, plan
+
+
+def read_plan(file: Path) -> Plan:
+    """The plan in a file.
+
+    Raises:
+        PlanError: It is none.
+    """
+    try:
+        return Plan.from_json(file.read_text(encoding="utf-8"))
+    except (PlanError, UnicodeDecodeError) as error:
+        raise PlanError(f"--plan {file}: {error}") from error
+
+
+def make_plan(request: PlanRequest) -> Plan:
+    """The plan that is asked for, from the model's config alone. MLX is loaded where it is asked for its own.
+
+    Raises:
+        PartitaError: There is no such model, or it cannot be split so.
+    """
+    if request.engine == "mlx":
+        from partita.mlx.plan import plan_of_config
+
+        return plan_of_config(
+            find_config(request.model), request.mesh, request.layout, vpp=request.vpp, placement=request.placement
+        )
+    return request.plan(*read_spec(request.model, trust_remote_code=request.trust_remote_code))
+
+
+def plan_early(request: PlanRequest, given: Plan | None = None) -> Plan | None:
+    """The plan for the ranks, where it can be made quickly and without a framework; refuses what the ranks would refuse.
+
+    Args:
+        request: What is asked for.
+        given: The plan of `--plan FILE`, which is compared with the model.
+
+    Raises:
+        PartitaError: There is no such model, it cannot be split so, or the plan is another model's.
+    """
+    from partita.core.model.families import known_families
+
+    config = read_config(find_config(request.model))
+    if request.trust_remote_code and request.engine == "torch" and config.get("auto_map"):
+        return given
+    if config["model_type"] in known_families():
+        if given is not None:
+            refuse_other_model(given, request)
+            return given
+        plan = request.plan(read_spec(request.model)[0])
+        return plan if plan.rules.proven or plan.mesh.tp == 1 else None
+    if request.mesh.pp > 1 and request.engine == "torch":
+        _try_stages(config, request)
+    return given
+
+
+def refuse_other_model(plan: Plan, request: PlanRequest) -> None:
+    """Raise `PlanError` where `plan` is not of the model of `request`, with the first difference."""
+    spec, _ = read_spec(request.model, trust_remote_code=request.trust_remote_code)
+    difference = plan.spec.first_difference(with_mtp(spec, plan.num_mtp), names=request.engine == "torch")
+    if difference:
+        raise PlanError(f"the plan is another model's: {difference}. Make the plan of {request.model}.")
+
+
+def read_spec(model: str, *, trust_remote_code: bool = False) -> tuple[ModelSpec, Rules | None]:
+    """The facts of MODEL, and its rules where transformers, or the model's own code, had to be asked."""
+    from partita.core.model.families import spec_from_config
+
+    path = find_config(model)
+    config = read_config(path)
+    if trust_remote_code and config.get("auto_map"):
+        return _ask_own_code(model)
+    stored = stored_dtype_at(path)
+    if stored is not None:
+        config["dtype"] = stored
+    try:
+        return spec_from_config(config), None
+    except UnknownFamilyError:
+        return _ask_transformers(config)
+
+
+def _need_transformers(config: dict[str, Any]) -> None:
+    if find_spec("torch") is None or find_spec("transformers") is None:
+        raise ModelError(
+            f"{config['model_type']!r} is not a family that Partita knows itself, and transformers is not installed to be "
+            "asked: pip install 'partita[torch]'"
+        )
+
+
+def _ask_transformers(config: dict[str, Any]) -> tuple[ModelSpec, Rules]:
+    _need_transformers(config)
+    adopt_all()
+    from partita.torch.model.transformers_models import build_on_meta, read_hf_config, rules_of, spec_of
+
+    built = build_on_meta(read_hf_config(config))
+    spec = spec_of(built)
+    return spec, rules_of(built, spec)
+
+
+def _ask_own_code(model: str) -> tuple[ModelSpec, Rules]:
+    adopt_all()
+    from partita.torch.model.transformers_models import build_on_meta, code_note, read_hf_config, rules_of, spec_of
+
+    folder = find_model(model, weights=False, code=True)
+    config = read_hf_config(folder, trust_remote_code=True)
+    note(code_note(folder, config))
+    built = build_on_meta(config, trust_remote_code=True)
+    spec = spec_of(built)
+    return spec, rules_of(built, spec)
+
+
+def _try_stages(config: dict[str, Any], request: PlanRequest) -> None:
+    """Refuse a family that cannot be partitioned into stages."""
+    _need_transformers(config)
+    adopt_all()
+    from partita.torch.load import choose_plan
+    from partita.torch.model.transformers_models import build_on_meta, read_hf_config
+
+    mesh = Mesh(pp=request.mesh.pp)
+    built = build_on_meta(read_hf_config(config))
+    choose_plan(built, None, mesh, request.layout, request.vpp, request.placement)
+
+
+def read_tokenizer(folder: Path, *, trust_remote_code: bool) -> Tokenizer:
+    """The tokenizer of a model. The first rank says when code that comes with it is run."""
+    from partita.generation import load_tokenizer
+
+    file = folder / "tokenizer_config.json"
+    if (
+        trust_remote_code
+        and environment.is_first()
+        and file.exists()
+        and '"auto_map"' in file.read_text(encoding="utf-8")
+    ):
+        note(f"{folder}: running code that comes with the tokenizer, as --trust-remote-code asks.")
+    return load_tokenizer(folder, trust_remote_code=trust_remote_code)
+
+
+def find_config(model: str) -> Path:
+    """The config file of MODEL, or a folder that has one; of a hub id only this one file is fetched.
+
+    Raises:
+        ModelError: It is no folder and no file, and the hub has no such model or cannot be reached.
+    """
+    if is_local(model):
+        return Path(model)
+    if find_spec("huggingface_hub") is None:
+        raise ModelError(
+            f"{model} is no local folder, and huggingface_hub is not installed to look further: pip install 'partita[torch]'"
+        )
+    near = hub_is_near()
+    adopt("huggingface_hub")
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(model, "config.json", local_files_only=not near))
+    except Exception as error:
+        raise not_fetched(model, error) from error
+
+
+def refuse_device(engine: EngineName, device: str | None) -> None:
+    """Raise `ModelError` for `--device` on MLX."""
+    if engine == "mlx" and device is not None:
+        raise ModelError(f"--device {device} is for torch; MLX runs on its own default device. Leave it out.")

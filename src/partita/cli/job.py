@@ -1,0 +1,102 @@
+"""A job: what each rank of a command does, decided once and sent to the ranks as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from partita.core.plan import Plan
+from partita.core.request import PlanRequest
+
+
+@dataclass(kw_only=True)
+class Job(ABC):
+    """What each rank of a command does.
+
+    Attributes:
+        request: What is asked of the plan.
+        plan: The plan, where the launcher could make it; else the ranks make it from the request.
+        backend: How the ranks communicate; None for the default.
+        device: Where the model is; None for the engine's default.
+    """
+
+    request: PlanRequest
+    plan: Plan | None = None
+    backend: str | None = None
+    device: str | None = None
+
+    @abstractmethod
+    def work(self) -> int:
+        """Do it, on every rank. Returns the exit code of the run."""
+
+    @property
+    def split(self) -> dict[str, Any]:
+        """The arguments of an engine's `load`, `fresh` and `verify` that say how the model is split and where it is."""
+        asked, mesh = self.request, self.request.mesh
+        how: dict[str, Any] = {"plan": self.plan}
+        if self.plan is None:
+            how = {name: getattr(asked, name) for name in ("layout", "vpp", "placement")}
+            how |= {"tp": mesh.tp, "pp": mesh.pp, "dp": mesh.dp}
+        return {**how, "device": self.device, "trust_remote_code": asked.trust_remote_code}
+
+
+def to_json(job: Job, *, debug: bool) -> str:
+    """A job as text; `from_json` reads it back."""
+    return json.dumps({"debug": debug, "job": type(job).__name__, "fields": _encoded_fields(job)})
+
+
+def from_json(text: str, kinds: Mapping[str, type[Job]]) -> tuple[Job, bool]:
+    """The inverse of `to_json`: a job of one of `kinds`, by their names, and whether errors are shown with tracebacks."""
+    data = json.loads(text)
+    kind = kinds[data["job"]]
+    hints = get_type_hints(kind)
+    return kind(**{name: _decoded(hints[name], value) for name, value in data["fields"].items()}), data["debug"]
+
+
+def _encoded_fields(value: Any) -> dict[str, Any]:
+    return {field.name: _encoded(getattr(value, field.name)) for field in dataclasses.fields(value) if field.init}
+
+
+def _encoded(value: Any) -> Any:
+    if isinstance(value, Plan):
+        return value.to_json()
+    if isinstance(value, PlanRequest):
+        return value.to_data()
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, Enum):
+        return value.value
+    if dataclasses.is_dataclass(value):
+        return _encoded_fields(value)
+    if isinstance(value, Mapping):
+        return {key: _encoded(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_encoded(one) for one in value]
+    return value
+
+
+def _decoded(hint: Any, value: Any) -> Any:
+    arguments = [one for one in get_args(hint) if one is not types.NoneType]
+    if value is None:
+        return None
+    if get_origin(hint) in (Union, types.UnionType):
+        return _decoded(arguments[-1], value)
+    if hint is Plan:
+        return Plan.from_json(value)
+    if hint is PlanRequest:
+        return PlanRequest.from_data(value)
+    if isinstance(hint, type) and issubclass(hint, (Path, Enum)):
+        return hint(value)
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        hints = get_type_hints(hint)
+        return hint(**{name: _decoded(hints[name], one) for name, one in value.items()})
+    if get_origin(hint) in (list, tuple):
+        return get_origin(hint)(_decoded(arguments[0], one) for one in value)
+    return value

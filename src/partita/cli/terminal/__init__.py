@@ -1,0 +1,1 @@
+"""What commands show: text, progress, failures, pictures."""

@@ -1,0 +1,206 @@
+"""The seam between the engines and what drives them: what both must have, and the only import of an engine by its name."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+from partita.core.layout.layout import PipelineParallelLayerLayout
+from partita.core.layout.placement import Placement
+from partita.core.mesh import Mesh
+from partita.core.plan import Plan
+from partita.generation import Generation, OnText, Sampling, Tokenizer
+from partita.proof.report import Report
+from partita.ranks.environment import EngineName
+from partita.schedule import Timeline
+from partita.training import SaveReport, Saves, StepReport, TrainSettings
+
+Model = Any
+"""A module of torch or of MLX: opaque outside of the engine that made it."""
+
+Progress = Callable[[int, int], None]
+"""Called with the bytes that are done and those of all."""
+
+
+class Communicator(Protocol):
+    """The ranks of one group, as shared code uses them; an engine's own communicator has collectives of tensors too."""
+
+    @property
+    def rank(self) -> int:
+        """This rank's place in the group."""
+
+    @property
+    def size(self) -> int:
+        """Ranks of the group."""
+
+    def all_gather_object(self, value: object) -> list[Any]:
+        """The objects of all ranks of the group, in their order."""
+
+    def barrier(self) -> None:
+        """Wait until every rank of the group is here."""
+
+
+class Groups(Protocol):
+    """This rank's groups along every axis of a mesh."""
+
+    @property
+    def mesh(self) -> Mesh:
+        """The mesh of the run."""
+
+    @property
+    def rank(self) -> int:
+        """This rank in the whole run."""
+
+    @property
+    def tp(self) -> Communicator:
+        """The tensor parallel group."""
+
+    @property
+    def pp(self) -> Communicator:
+        """The pipeline group."""
+
+    @property
+    def dp(self) -> Communicator:
+        """The data parallel group."""
+
+
+class Engine(Protocol):
+    """What `partita.torch` and `partita.mlx` have in common; each documents its own functions."""
+
+    def join(self, backend: str | None = None) -> int:
+        """Meet the other ranks of the run. Returns how many there are."""
+
+    def leave(self) -> None:
+        """Wait for all ranks, and part from them."""
+
+    def make_groups(self, mesh: Mesh, *, backend: str | None = None) -> Any:
+        """The groups of `mesh` over the ranks of the run."""
+
+    def plan_of(self, model: Model) -> tuple[Plan, Any]:
+        """The plan and groups of a split model."""
+
+    def load(
+        self,
+        model: str | os.PathLike[str],
+        plan: Plan | None = None,
+        *,
+        tp: int = 1,
+        pp: int = 1,
+        dp: int = 1,
+        layout: PipelineParallelLayerLayout | None = None,
+        vpp: int | None = None,
+        placement: Placement = "loop",
+        dtype: Any = None,
+        device: Any = None,
+        trust_remote_code: bool = False,
+        progress: Progress | None = None,
+        groups: Any = None,
+        verify: bool = True,
+    ) -> Model:
+        """This rank's part of a checkpoint."""
+
+    def fresh(
+        self,
+        config: Any,
+        plan: Plan | None = None,
+        *,
+        tp: int = 1,
+        pp: int = 1,
+        dp: int = 1,
+        layout: PipelineParallelLayerLayout | None = None,
+        vpp: int | None = None,
+        placement: Placement = "loop",
+        seed: int = 0,
+        dtype: Any = None,
+        device: Any = None,
+        trust_remote_code: bool = False,
+        groups: Any = None,
+    ) -> Model:
+        """This rank's part of a new model."""
+
+    def generate(
+        self,
+        model: Model,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        *,
+        tokenizer: Tokenizer | None = None,
+        on_text: OnText | None = None,
+    ) -> list[Generation]:
+        """Continue prompts."""
+
+    def train(
+        self,
+        model: Model,
+        tokens: Any,
+        settings: TrainSettings,
+        *,
+        on_step: Callable[[StepReport], None] | None = None,
+        on_timeline: Callable[[Timeline], None] | None = None,
+        saves: Saves | None = None,
+        on_save: Callable[[SaveReport], None] | None = None,
+        resume: str | os.PathLike[str] | None = None,
+    ) -> list[StepReport]:
+        """Train a split model."""
+
+    def save(
+        self,
+        model: Model,
+        folder: str | os.PathLike[str],
+        *,
+        tokenizer: Tokenizer | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        """Save the unsplit model."""
+
+    def add_lora(self, model: Model, rank: int, *, seed: int = 0) -> list[str]:
+        """Put LoRA adapters on a split model."""
+
+    def merge_lora(self, model: Model) -> None:
+        """Merge them into the weights."""
+
+    def load_adapters(self, model: Model, folder: str | os.PathLike[str]) -> list[str]:
+        """Put adapters on that are on disk."""
+
+    def save_adapters(self, model: Model, folder: str | os.PathLike[str], *, base: str | None = None) -> None:
+        """Save adapters, unsplit."""
+
+    def verify(
+        self,
+        model: str | os.PathLike[str],
+        plan: Plan | None = None,
+        *,
+        tp: int = 1,
+        pp: int = 1,
+        dp: int = 1,
+        layout: PipelineParallelLayerLayout | None = None,
+        vpp: int | None = None,
+        placement: Placement = "loop",
+        schedule: str | None = None,
+        group_size: int | None = None,
+        accumulate: int = 1,
+        steps: int = 3,
+        dtype: Sequence[str] | None = None,
+        device: Any = None,
+        trust_remote_code: bool = False,
+    ) -> Report:
+        """Compare a split model with the unsplit one."""
+
+
+def open_engine(name: EngineName) -> Engine:
+    """The engine of that name, which is imported here.
+
+    Raises:
+        ModuleNotFoundError: It is not installed.
+    """
+    return cast("Engine", importlib.import_module(f"partita.{name}"))
+
+
+if TYPE_CHECKING:
+    import partita.mlx
+    import partita.torch
+
+    _torch: Engine = partita.torch  # each is checked against the protocol
+    _mlx: Engine = partita.mlx
