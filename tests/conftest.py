@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.compiling import SETTING
 from tests.support.ranks import close_all
 
 ROOT = Path(__file__).resolve().parent
@@ -29,6 +31,11 @@ def _leave_no_process_group() -> Iterator[None]:
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_initialized():
         distributed.destroy_process_group()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if "not slow" in config.option.markexpr.split(" or ")[0]:
+        os.environ.setdefault(SETTING, "1")
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -84,7 +84,7 @@ LAYOUT = [
 ]
 
 MODEL = [
-    Case("no model", "plan", "Missing argument 'MODEL'."),
+    Case("no model", "plan", "Give a folder, a config file or a hub id, or --plan FILE."),
     Case(
         "a model without a name",
         "plan ''",

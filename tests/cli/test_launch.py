@@ -74,7 +74,7 @@ def test_debug_shows_the_traceback_of_the_failing_rank(capfd: pytest.CaptureFixt
 def test_a_rank_that_ignores_the_request_to_end_is_killed(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(launch, "GRACE_S", 0.3)
+    monkeypatch.setattr(launcher, "GRACE_S", 0.3)
     assert start("one_fails_while_another_will_not_end") == 1
     assert "rank 1: ValueError" in capfd.readouterr().err
     assert gone_by(pids(tmp_path, 1), 0.0)

@@ -12,6 +12,7 @@ from partita.errors import DistributedError
 from partita.mlx.collectives.comm import Communicator
 from partita.mlx.collectives.mappings import copy_to, reduce_from
 from tests.mlx.compare import assert_equal, world
+from tests.support.compiling import compiling
 from tests.support.mlx_ranks import BACKENDS, RankError, mlx_ranks
 
 NUMBERS = ["int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64", "float16", "bfloat16", "float32",
@@ -354,7 +355,7 @@ def test_a_checked_receiver_is_told_what_is_sent_instead(backend: str) -> None:
 
 def compiled() -> str:
     comm = world(checked=True)
-    with pytest.raises(DistributedError) as raised:
+    with compiling(), pytest.raises(DistributedError) as raised:
         mx.compile(comm.all_sum)(mx.ones(2))
     return str(raised.value)
 

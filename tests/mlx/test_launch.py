@@ -173,7 +173,7 @@ def port() -> int:
 
 
 @pytest.mark.parametrize(
-    ("environment", "world", "number"),
+    ("variables", "world", "number"),
     [
         ({}, None, 0),
         ({"RANK": "1", "WORLD_SIZE": "4"}, 4, 1),
@@ -185,14 +185,14 @@ def port() -> int:
     ],
 )
 def test_the_place_in_a_run_is_read_from_any_launcher(
-    environment: dict[str, str], world: int | None, number: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    variables: dict[str, str], world: int | None, number: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     (tmp_path / "hosts").write_text('[["a:1"], ["b:1"], ["c:1"]]')
     monkeypatch.chdir(tmp_path)
     for name in list(os.environ):
         if name.startswith(("RANK", "WORLD_SIZE", "OMPI_", "MLX_")):
             monkeypatch.delenv(name)
-    for name, value in environment.items():
+    for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert environment.world() == world
     assert environment.number() == number

@@ -13,6 +13,7 @@ from partita.errors import DistributedError
 from partita.mlx.collectives import mappings
 from partita.mlx.collectives.comm import Communicator
 from tests.mlx.compare import assert_equal, draw, part, world
+from tests.support.compiling import compiling
 from tests.support.mlx_ranks import BACKENDS, mlx_ranks, on_mlx
 
 everywhere = pytest.mark.parametrize("backend", BACKENDS)
@@ -84,7 +85,9 @@ def compare(kind: str, axis: int, sizes: tuple[int, ...]) -> None:
     assert_equal(mx.grad(second(split))(x), mx.grad(second(whole))(x), what="gradient of the gradient")
     assert_equal(mx.vjp(split, [x], [scale])[1][0], mx.vjp(whole, [x], [scale])[1][0], what="vjp")
     assert_equal(mx.jvp(split, [x], [scale])[1][0], mx.jvp(whole, [x], [scale])[1][0], what="jvp")
-    assert_equal(mx.compile(mx.grad(loss(split)))(x), mx.grad(loss(whole))(x), what="compiled gradient")
+    if axis == 0 and comm.size == 2:  # each shape is a kernel
+        with compiling():
+            assert_equal(mx.compile(mx.grad(loss(split)))(x), mx.grad(loss(whole))(x), what="compiled gradient")
     many = mx.stack([x, x + 1])
     assert_equal(mx.vmap(split)(many), mx.stack([whole(x), whole(x + 1)]), what="vmap")
 

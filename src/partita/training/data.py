@@ -6,15 +6,17 @@ import sysconfig
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from partita.errors import ModelError
 from partita.generation import Tokenizer
 
 TEXT_ENDINGS = (".txt", ".md", ".py", ".rst", ".jsonl", ".json", ".c", ".h", ".html")
 
-Ids = np.ndarray[tuple[int], np.dtype[np.int64]]
+if TYPE_CHECKING:
+    import numpy as np
+
+    Ids = np.ndarray[tuple[int], np.dtype[np.int64]]
 
 
 def read_ids(source: str, tokenizer: Tokenizer, *, limit_bytes: int = 64 << 20) -> Ids:
@@ -31,6 +33,8 @@ def read_ids(source: str, tokenizer: Tokenizer, *, limit_bytes: int = 64 << 20) 
     Raises:
         ModelError: As `texts` does.
     """
+    import numpy as np  # not when a command line is read
+
     ids: list[Ids] = []
     end = np.array(sorted(tokenizer.eos_ids)[:1], np.int64)
     for text in texts(source, limit_bytes=limit_bytes):
@@ -109,6 +113,8 @@ def order(count: int, seed: int) -> tuple[int, ...]:
 
     It swaps each place with one of those behind it or itself (Durstenfeld 1964, algorithm 235), drawn by a Mersenne twister.
     """
+    import numpy as np
+
     draws = np.random.RandomState(seed & 0xFFFFFFFF).randint(0, 1 << 32, size=max(0, count - 1), dtype=np.uint32)
     places = list(range(count))
     for i, draw in enumerate(draws.tolist()):

@@ -12,9 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Protocol
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, Protocol
 
 from partita.checkpoint.header import TensorInfo
 from partita.checkpoint.index import Checkpoint
@@ -28,6 +26,9 @@ from partita.training.background import POLL_S, BackgroundWrite, Job, Part
 from partita.training.base import Base
 from partita.training.settings import TrainSettings
 from partita.training.state import STATE_NAME, TrainingState
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,15 @@ import json
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, NoReturn
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from partita.checkpoint.header import brief, parse_json, reason
 from partita.errors import CheckpointError
 from partita.training.base import Base
 from partita.training.settings import TrainSettings
+
+if TYPE_CHECKING:
+    import numpy as np
 
 STATE_NAME = "training_state.json"
 
@@ -56,6 +57,8 @@ class TrainingState:
         base: Base | None = None,
     ) -> TrainingState:
         """The state of a run that has not begun, on a text of ids `[tokens]`."""
+        import numpy as np
+
         ids = np.ascontiguousarray(text, dtype="<i8")
         return cls(0, settings, len(ids), hashlib.sha256(ids.data).hexdigest(), dict(notes or {}), base)
 
