@@ -14,56 +14,18 @@ from partita.core.plan import Plan
 from partita.generation import Generation, OnText, Sampling, Tokenizer
 from partita.proof.report import Report
 from partita.ranks.environment import EngineName
+from partita.ranks.groups import AxisGroups, Communicator
 from partita.schedule import Timeline
 from partita.training import SaveReport, Saves, StepReport, TrainSettings
 
 Model = Any
 """A module of torch or of MLX: opaque outside of the engine that made it."""
 
+Groups = AxisGroups[Communicator]
+"""This rank's groups along every axis of a mesh."""
+
 Progress = Callable[[int, int], None]
 """Called with the bytes that are done and those of all."""
-
-
-class Communicator(Protocol):
-    """The ranks of one group, as shared code uses them; an engine's own communicator has collectives of tensors too."""
-
-    @property
-    def rank(self) -> int:
-        """This rank's place in the group."""
-
-    @property
-    def size(self) -> int:
-        """Ranks of the group."""
-
-    def all_gather_object(self, value: object) -> list[Any]:
-        """The objects of all ranks of the group, in their order."""
-
-    def barrier(self) -> None:
-        """Wait until every rank of the group is here."""
-
-
-class Groups(Protocol):
-    """This rank's groups along every axis of a mesh."""
-
-    @property
-    def mesh(self) -> Mesh:
-        """The mesh of the run."""
-
-    @property
-    def rank(self) -> int:
-        """This rank in the whole run."""
-
-    @property
-    def tp(self) -> Communicator:
-        """The tensor parallel group."""
-
-    @property
-    def pp(self) -> Communicator:
-        """The pipeline group."""
-
-    @property
-    def dp(self) -> Communicator:
-        """The data parallel group."""
 
 
 class Engine(Protocol):
@@ -75,7 +37,7 @@ class Engine(Protocol):
     def leave(self) -> None:
         """Wait for all ranks, and part from them."""
 
-    def make_groups(self, mesh: Mesh, *, backend: str | None = None) -> Any:
+    def make_groups(self, mesh: Mesh, *, backend: str | None = None) -> Groups:
         """The groups of `mesh` over the ranks of the run."""
 
     def plan_of(self, model: Model) -> tuple[Plan, Any]:

@@ -24,7 +24,9 @@ from partita.checkpoint.manifest import OPTIMIZER, check_contents, read_manifest
 from partita.checkpoint.read import Reader
 from partita.checkpoint.run_folder import RunFolder
 from partita.checkpoint.write import FilePlan, plan_files
+from partita.core.mesh import Mesh
 from partita.errors import CheckpointError
+from partita.ranks.groups import AxisGroups
 from partita.training import TrainSettings
 from partita.training.background import Job, Part
 from partita.training.resume import newest_whole
@@ -34,6 +36,23 @@ from tests.support.ranks import ROOT
 
 ROWS, COLUMNS = 8, 3000
 RUN = TrainingState.of(TrainSettings(steps=20), np.arange(50))
+
+
+class One:
+    """A communicator that is asked for its place."""
+
+    def __init__(self, rank: int = 0, size: int = 1) -> None:
+        self.rank, self.size = rank, size
+
+    def all_gather_object(self, value: object) -> list[Any]:
+        return [value] * self.size
+
+    def barrier(self) -> None: ...
+
+
+def groups_of(comm: Any = None) -> AxisGroups[Any]:
+    comm = comm if comm is not None else One()
+    return AxisGroups(Mesh(dp=comm.size), One(), One(), comm)
 
 
 class Gathers:
@@ -46,7 +65,7 @@ class Gathers:
     def of(self, rank: int) -> Any:
         outer = self
 
-        class Rank:
+        class Rank(One):
             def all_gather_object(self, value: object) -> list[Any]:
                 outer.values[rank] = value
                 outer.barrier.wait()
@@ -54,7 +73,7 @@ class Gathers:
                 outer.barrier.wait()
                 return told
 
-        return Rank()
+        return Rank(rank, len(self.values))
 
 
 class Rows:
@@ -108,7 +127,7 @@ def train(
 ) -> list[SaveReport]:
     """A run whose weights are the number of the step."""
     rows, told = Rows(rank, ranks), []
-    with Saver(saves, rows, RUN, [comm] if ranks > 1 else [], rank, ranks, on_save=told.append) as saver:
+    with Saver(saves, rows, RUN, groups_of(comm), on_save=told.append) as saver:
         for step in range(1, steps + 1):
             rows.value = step
             spoil(step, rows)
@@ -153,7 +172,7 @@ def test_training_goes_on_while_a_slow_disk_is_written(tmp_path: Path) -> None:
     rows = Rows(0, 1)
     rows.parts = lambda parts: Acting(parts, lambda: gate.wait(30))
     told: list[SaveReport] = []
-    with Saver(Saves(tmp_path, every=1000), rows, RUN, [], 0, 1, on_save=told.append) as saver:
+    with Saver(Saves(tmp_path, every=1000), rows, RUN, groups_of(), on_save=told.append) as saver:
         rows.value = 1000.0
         saver.after(1000)
         for step in range(1001, 1101):
@@ -298,7 +317,7 @@ def test_a_run_does_not_begin_in_the_folder_of_another(tmp_path: Path) -> None:
     train(0, 1, None, Saves(tmp_path), 3)
     with pytest.raises(CheckpointError, match=r"holds a run already \(its last checkpoint is of step 3\)\. Resume it"):
         train(0, 1, None, Saves(tmp_path), 3)
-    with Saver(Saves(tmp_path, every=1), Rows(0, 1), RUN.at(3), [], 0, 1) as saver:
+    with Saver(Saves(tmp_path, every=1), Rows(0, 1), RUN.at(3), groups_of()) as saver:
         saver.after(4)
         saver.wait()
     assert RunFolder(tmp_path).steps() == [3, 4]
@@ -311,13 +330,9 @@ def test_a_rank_that_is_lost_leaves_no_thread_behind(tmp_path: Path) -> None:
     gathers = Gathers(2)
     gathers.barrier.abort()
 
-    class Silent:
-        def all_gather_object(self, value: object) -> list[Any]:
-            return [value, value]
-
     with (
         pytest.raises(threading.BrokenBarrierError),
-        Saver(Saves(tmp_path, every=1), rows, RUN, [Silent()], 0, 2) as saver,
+        Saver(Saves(tmp_path, every=1), rows, RUN, groups_of(One(0, 2))) as saver,
     ):
         train_on(saver, gathers)
     assert threading.active_count() == before
@@ -391,11 +406,11 @@ from pathlib import Path
 from partita.checkpoint.run_folder import RunFolder
 from partita.training.resume import newest_whole
 from partita.training.saving import Saver, Saves
-from tests.checkpoint.test_saving import RUN, Rows
+from tests.checkpoint.test_saving import RUN, Rows, groups_of
 folder = Path(sys.argv[1])
 first = int(newest_whole(folder).name[5:]) if RunFolder(folder).steps() else 0
 rows = Rows(0, 1)
-with Saver(Saves(folder, every=1, keep=2), rows, RUN.at(first), [], 0, 1) as saver:
+with Saver(Saves(folder, every=1, keep=2), rows, RUN.at(first), groups_of()) as saver:
     print("begun", flush=True)
     for step in range(first + 1, 1_000_000):
         rows.value = step

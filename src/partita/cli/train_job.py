@@ -126,9 +126,8 @@ class TrainJob(Job):
 
         assert self.out is not None
         groups = self.groups = self.engine.make_groups(self.mesh, backend=self.backend)
-        comms = [comm for comm in (groups.tp, groups.pp, groups.dp) if comm.size > 1]
         found = newest_whole(
-            self.out, comms, environment.number(), self.mesh.size, verify=self.verify, on_broken=_tell_broken
+            self.out, groups.axes, environment.number(), self.mesh.size, verify=self.verify, on_broken=_tell_broken
         )  # fmt: skip
         step = read_state(found).step
         # A run of adapters may have been ended while it wrote the model that they are merged into.

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import os
 import socket
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -32,14 +29,14 @@ from partita.mlx.training.optimizer import AdamW
 from partita.mlx.training.replicas import clip_gradients, start_alike, sum_over_replicas
 from partita.mlx.weights.moments import restore_optimizer
 from partita.mlx.weights.rank_shard import Share
-from partita.ranks.liveness import doing
 from partita.schedule import Timeline
 from partita.training import StepReport, TrainSettings, row_starts, schedule_of
 from partita.training.ids import check_ids
+from partita.training.loop import StepHooks, begin_run, run_steps
 from partita.training.random import step_seed
-from partita.training.saving import Saver, SaveReport, Saves, state_of
+from partita.training.saving import Saver, SaveReport, Saves
 from partita.training.settings import FLOAT16
-from partita.training.state import TrainingState, read_state
+from partita.training.state import TrainingState
 
 
 def train(
@@ -98,27 +95,28 @@ def train(
     pipeline = Pipeline(model, schedule)
     optimizer = AdamW(settings.weight_decay, settings.epsilon, settings.master_dtype)
     text = np.asarray(tokens, np.int64)
-    with together(groups):
-        run = state_of(settings, text, saves)
-    if resume is not None:
-        folder = Path(resume)
-        with together(groups):
-            run = run.at(read_state(folder).go_on(run, folder))
-        restore_optimizer(model, trainable, optimizer, folder)
+    run = begin_run(
+        settings, text, saves, resume,
+        together=lambda: together(groups), restore=lambda folder: restore_optimizer(model, trainable, optimizer, folder),
+    )  # fmt: skip
     saver = make_saver(model, trainable, optimizer, saves, run, on_save) if saves is not None else None
+    gradients: dict[str, mx.array] = {}
+
+    def backward(step: int, on_timeline: Callable[[Timeline], None] | None) -> float:
+        nonlocal gradients
+        starts = row_starts(len(text), step, settings.batch_size, settings.sequence_length, settings.seed)
+        rows = np.stack([text[start : start + settings.sequence_length + 1] for start in starts])
+        loss, gradients = gradients_of(pipeline, rows, settings, step, on_timeline=on_timeline)
+        return loss
+
+    def update(rate: float) -> None:
+        nonlocal gradients
+        optimizer.step(trainable, gradients, rate)
+        gradients = {}
+
+    hooks = StepHooks(backward, lambda: clip_gradients(gradients, model, plan, groups, settings.clip_norm), update)
     model.train()
-    reports = []
-    with saver if saver is not None else nullcontext():
-        for step in range(run.step, settings.steps):
-            with doing(f"training step {step + 1} of {settings.steps}"):
-                report = _step(pipeline, optimizer, trainable, text, step, settings, saver, on_timeline)
-            reports.append(report)
-            if on_step is not None:
-                on_step(report)
-            if saver is not None:
-                saver.after(step + 1)
-        if saver is not None:
-            saver.finish(settings.steps)
+    reports = run_steps(run, settings, hooks, saver, on_step=on_step, on_timeline=on_timeline)
     model.eval()
     return reports
 
@@ -144,40 +142,8 @@ def make_saver(
         ModelError: The model has arrays that cannot be kept (see `Share`).
     """
     _, groups = plan_of(model)
-    axes = [comm for comm in (groups.tp, groups.pp, groups.dp) if comm.size > 1]
     share = Share(model, trainable, optimizer, saves)
-    return Saver(saves, share, run, axes, groups.rank, groups.mesh.size, on_save=on_save)
-
-
-def _step(
-    pipeline: Pipeline,
-    optimizer: AdamW,
-    trainable: Trainable,
-    text: np.ndarray[Any, Any],
-    step: int,
-    settings: TrainSettings,
-    saver: Saver | None,
-    on_timeline: Callable[[Timeline], None] | None,
-) -> StepReport:
-    """Do step `step`, counted from 0."""
-    model, plan, groups = pipeline.model, pipeline.plan, pipeline.groups
-    begin = time.perf_counter()
-    starts = row_starts(len(text), step, settings.batch_size, settings.sequence_length, settings.seed)
-    rows = np.stack([text[start : start + settings.sequence_length + 1] for start in starts])
-    timed = on_timeline if step == settings.steps - 1 else None
-    loss, gradients = gradients_of(pipeline, rows, settings, step, on_timeline=timed)
-    norm = clip_gradients(gradients, model, plan, groups, settings.clip_norm)
-    if not math.isfinite(loss) or not math.isfinite(norm):
-        if saver is not None:
-            saver.wait()
-        raise ModelError(
-            f"step {step + 1}: the loss is {loss} and the gradient's norm {norm}. Lower the learning rate "
-            f"({settings.learning_rate}) or clip_norm ({settings.clip_norm}), or train in a wider dtype."
-        )
-    rate = settings.learning_rate_at(step)
-    optimizer.step(trainable, gradients, rate)
-    count = settings.batch_size * settings.sequence_length
-    return StepReport(step + 1, loss, rate, norm, count, time.perf_counter() - begin)
+    return Saver(saves, share, run, groups, on_save=on_save)
 
 
 def _check(settings: TrainSettings, plan: Plan) -> None:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import os
 import socket
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from partita.errors import ModelError
-from partita.ranks.liveness import doing
 from partita.schedule import Timeline
 from partita.torch.collectives.collective_errors import together
 from partita.torch.collectives.groups import ParallelGroups
@@ -35,10 +31,11 @@ from partita.torch.weights.moments import restore_optimizer
 from partita.torch.weights.rank_shard import Share
 from partita.training import StepReport, TrainSettings, schedule_of
 from partita.training.ids import check_ids
+from partita.training.loop import StepHooks, begin_run, run_steps
 from partita.training.random import step_seed
-from partita.training.saving import Saver, SaveReport, Saves, state_of
+from partita.training.saving import Saver, SaveReport, Saves
 from partita.training.settings import FLOAT16
-from partita.training.state import TrainingState, read_state
+from partita.training.state import TrainingState
 
 __all__ = ["StepReport", "TrainSettings", "accumulate_gradients", "make_optimizer", "schedule_of", "train"]
 
@@ -99,27 +96,26 @@ def train(
     optimizer = make_optimizer(model, settings, groups)
     pipeline = Pipeline(model, schedule)
     model.zero_grad(set_to_none=True)
-    with together(groups):
-        run = state_of(settings, tokens.cpu().numpy(), saves)
-    if resume is not None:
-        folder = Path(resume)
-        with together(groups):
-            run = run.at(read_state(folder).go_on(run, folder))
-        restore_optimizer(model, optimizer, folder)
+    run = begin_run(
+        settings, tokens.cpu().numpy(), saves, resume,
+        together=lambda: together(groups), restore=lambda folder: restore_optimizer(model, optimizer, folder),
+    )  # fmt: skip
     saver = make_saver(model, optimizer, saves, run, on_save) if saves is not None else None
+
+    def backward(step: int, on_timeline: Callable[[Timeline], None] | None) -> float:
+        rows = batch(tokens, step, settings.batch_size, settings.sequence_length, settings.seed)
+        return accumulate_gradients(pipeline, rows, step, settings, on_timeline=on_timeline)
+
+    def update(rate: float) -> None:
+        if optimizer is not None:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
+        model.zero_grad(set_to_none=True)
+
+    hooks = StepHooks(backward, lambda: clip_gradients(model, plan, groups, settings.clip_norm), update)
     model.train()
-    reports = []
-    with saver if saver is not None else nullcontext():
-        for step in range(run.step, settings.steps):
-            with doing(f"training step {step + 1} of {settings.steps}"):
-                report = _step(pipeline, optimizer, tokens, step, settings, saver, on_timeline)
-            reports.append(report)
-            if on_step is not None:
-                on_step(report)
-            if saver is not None:
-                saver.after(step + 1)
-        if saver is not None:
-            saver.finish(settings.steps)
+    reports = run_steps(run, settings, hooks, saver, on_step=on_step, on_timeline=on_timeline)
     model.eval()
     return reports
 
@@ -144,43 +140,8 @@ def make_saver(
         ModelError: The model has adapters that cannot be kept (see `Share`).
     """
     _, groups = plan_of(model)
-    axes = [comm for comm in (groups.tp, groups.pp, groups.dp) if comm.size > 1]
-    rank = groups.rank
     share = Share(model, optimizer, saves, run.settings.master_dtype)
-    return Saver(saves, share, run, axes, rank, groups.mesh.size, on_save=on_save)
-
-
-def _step(
-    pipeline: Pipeline,
-    optimizer: torch.optim.Optimizer | None,
-    tokens: Tensor,
-    step: int,
-    settings: TrainSettings,
-    saver: Saver | None,
-    on_timeline: Callable[[Timeline], None] | None,
-) -> StepReport:
-    """Do step `step`, counted from 0."""
-    model, plan, groups = pipeline.model, pipeline.plan, pipeline.groups
-    begin = time.perf_counter()
-    rows = batch(tokens, step, settings.batch_size, settings.sequence_length, settings.seed)
-    timed = on_timeline if step == settings.steps - 1 else None
-    loss = accumulate_gradients(pipeline, rows, step, settings, on_timeline=timed)
-    norm = clip_gradients(model, plan, groups, settings.clip_norm)
-    if not math.isfinite(loss) or not math.isfinite(norm):
-        if saver is not None:
-            saver.wait()
-        raise ModelError(
-            f"step {step + 1}: the loss is {loss} and the gradient's norm {norm}. Lower the learning rate "
-            f"({settings.learning_rate}) or clip_norm ({settings.clip_norm}), or train in a wider dtype."
-        )
-    rate = settings.learning_rate_at(step)
-    if optimizer is not None:
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        optimizer.step()
-    model.zero_grad(set_to_none=True)
-    count = settings.batch_size * settings.sequence_length
-    return StepReport(step + 1, loss, rate, norm, count, time.perf_counter() - begin)
+    return Saver(saves, share, run, groups, on_save=on_save)
 
 
 def make_optimizer(model: nn.Module, settings: TrainSettings, groups: ParallelGroups) -> torch.optim.Optimizer | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,7 +21,8 @@ from partita.checkpoint.run_lock import RunLock
 from partita.checkpoint.write import FilePlan
 from partita.errors import CheckpointError, ModelError
 from partita.generation import Tokenizer
-from partita.ranks.agreement import Hears, standing, worst
+from partita.ranks.agreement import standing, worst
+from partita.ranks.groups import AxisGroups, Communicator
 from partita.training.background import POLL_S, BackgroundWrite, Job, Part
 from partita.training.base import Base
 from partita.training.settings import TrainSettings
@@ -141,9 +142,7 @@ class Saver:
         saves: Saves,
         share: Share,
         state: TrainingState,
-        axes: Sequence[Hears],
-        rank: int,
-        ranks: int,
+        groups: AxisGroups[Communicator],
         *,
         on_save: Callable[[SaveReport], None] | None = None,
     ) -> None:
@@ -153,16 +152,15 @@ class Saver:
             saves: Where and how often.
             share: What this rank writes.
             state: The run.
-            axes: The communicators of the mesh.
-            rank: This one in the whole run.
-            ranks: How many there are.
+            groups: This rank's groups.
             on_save: Told, on every rank, of each checkpoint that is whole.
 
         Raises:
             CheckpointError: It cannot be made, holds another run, or another run holds its lock; on every rank.
         """
         self.saves, self.share, self.state, self.on_save = saves, share, state, on_save
-        self.axes, self.rank, self.ranks = axes, rank, ranks
+        axes, rank = groups.axes, groups.rank
+        self.axes, self.rank, self.ranks = axes, rank, groups.mesh.size
         self.last_step = state.step
         self._write: BackgroundWrite | None = None
         self._lock: RunLock | None = None

@@ -31,5 +31,4 @@ def together(groups: ParallelGroups) -> AbstractContextManager[None]:
 
     A rank that raised raises its own error; the others raise `PeerFailed` with that of one that failed.
     """
-    axes = [comm for comm in (groups.tp, groups.pp, groups.dp) if comm.size > 1]
-    return _Together(axes, groups.rank) if axes else nullcontext()
+    return _Together(groups.axes, groups.rank) if groups.axes else nullcontext()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 
 import mlx.core as mx
 
@@ -13,6 +12,7 @@ from partita.mlx.collectives.checked import CheckedCommunicator
 from partita.mlx.collectives.comm import Communicator
 from partita.ranks import liveness
 from partita.ranks.backends import MLX_BACKENDS, open_mpi, refuse_mesh
+from partita.ranks.groups import AxisGroups
 
 _OF_LAUNCHER = {
     "mpi": ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE"),
@@ -23,26 +23,8 @@ _OF_LAUNCHER = {
 """What a launcher leaves in the environment of a rank, by the backend that it is for."""
 
 
-@dataclass(frozen=True)
-class ParallelGroups:
-    """This rank's groups along every axis.
-
-    Attributes:
-        mesh: The mesh of the run.
-        tp: The tensor parallel group.
-        pp: The pipeline group.
-        dp: The data parallel group.
-    """
-
-    mesh: Mesh
-    tp: Communicator
-    pp: Communicator
-    dp: Communicator
-
-    @property
-    def rank(self) -> int:
-        """This rank in the whole run."""
-        return self.mesh.rank(dp=self.dp.rank, pp=self.pp.rank, tp=self.tp.rank)
+class ParallelGroups(AxisGroups[Communicator]):
+    """This rank's groups along every axis: `.mesh`, `.tp`, `.pp` and `.dp`, and its number `.rank` in the whole run."""
 
 
 def backend_of_environment() -> str | None:

@@ -16,6 +16,7 @@ from partita.core.layout.layout import set_default_pipeline_rank
 from partita.core.mesh import Mesh
 from partita.errors import DistributedError
 from partita.ranks import liveness
+from partita.ranks.groups import AxisGroups
 from partita.torch.collectives import mpi
 from partita.torch.collectives.comm import Communicator, Work
 from partita.torch.collectives.mappings import gather_from, scatter_to
@@ -68,26 +69,8 @@ class GroupInfo:
         return gather_from(tensor, self.comm, dim)
 
 
-@dataclass(frozen=True)
-class ParallelGroups:
-    """This rank's groups along every axis.
-
-    Attributes:
-        mesh: The mesh of the run.
-        tp: The tensor parallel group.
-        pp: The pipeline group.
-        dp: The data parallel group.
-    """
-
-    mesh: Mesh
-    tp: Communicator
-    pp: Communicator
-    dp: Communicator
-
-    @property
-    def rank(self) -> int:
-        """This rank in the whole run."""
-        return self.mesh.rank(dp=self.dp.rank, pp=self.pp.rank, tp=self.tp.rank)
+class ParallelGroups(AxisGroups[Communicator]):
+    """This rank's groups along every axis: `.mesh`, `.tp`, `.pp` and `.dp`, and its number `.rank` in the whole run."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,56 @@
+"""The groups of a rank along the axes of a mesh, whatever an engine's communicators are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
+
+from partita.core.mesh import Mesh
+
+
+class Communicator(Protocol):
+    """The ranks of one group, as shared code uses them; an engine's own communicator has collectives of tensors too."""
+
+    @property
+    def rank(self) -> int:
+        """This rank's place in the group."""
+
+    @property
+    def size(self) -> int:
+        """Ranks of the group."""
+
+    def all_gather_object(self, value: object) -> list[Any]:
+        """The objects of all ranks of the group, in their order."""
+
+    def barrier(self) -> None:
+        """Wait until every rank of the group is here."""
+
+
+C = TypeVar("C", bound=Communicator, covariant=True)
+
+
+@dataclass(frozen=True)
+class AxisGroups(Generic[C]):
+    """This rank's groups along every axis.
+
+    Attributes:
+        mesh: The mesh of the run.
+        tp: The tensor parallel group.
+        pp: The pipeline group.
+        dp: The data parallel group.
+    """
+
+    mesh: Mesh
+    tp: C
+    pp: C
+    dp: C
+
+    @property
+    def rank(self) -> int:
+        """This rank in the whole run."""
+        return self.mesh.rank(dp=self.dp.rank, pp=self.pp.rank, tp=self.tp.rank)
+
+    @property
+    def axes(self) -> list[C]:
+        """The groups of several ranks. What goes along one after the other reaches every rank."""
+        return [comm for comm in (self.tp, self.pp, self.dp) if comm.size > 1]

@@ -1,0 +1,127 @@
+"""The loop over the steps of a run, the same on either engine: an engine hands in what names a tensor."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from partita.errors import ModelError
+from partita.ranks.liveness import doing
+from partita.schedule import Timeline
+from partita.training.saving import Saver, Saves, state_of
+from partita.training.settings import StepReport, TrainSettings
+from partita.training.state import TrainingState, read_state
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+@dataclass(frozen=True)
+class StepHooks:
+    """What an engine does in a step.
+
+    Attributes:
+        backward: Leaves the gradients of a step, counted from 0, and returns the mean loss of the whole batch; gives the
+            times of its actions to the second argument where that is not None.
+        clip: Scales the gradients down to the largest norm, and returns the norm that they had.
+        update: Steps what is trained, at a learning rate, and drops the gradients.
+    """
+
+    backward: Callable[[int, Callable[[Timeline], None] | None], float]
+    clip: Callable[[], float]
+    update: Callable[[float], None]
+
+
+def begin_run(
+    settings: TrainSettings,
+    text: np.ndarray[Any, Any],
+    saves: Saves | None,
+    resume: str | os.PathLike[str] | None,
+    *,
+    together: Callable[[], AbstractContextManager[None]],
+    restore: Callable[[Path], None],
+) -> TrainingState:
+    """The state of a run that begins, or that goes on from the checkpoint `resume`; every rank calls it.
+
+    Args:
+        settings: How it trains.
+        text: The ids that it trains on, int64 `[tokens]`.
+        saves: Where and how often checkpoints are kept.
+        resume: A checkpoint of the run.
+        together: Makes a block at whose end every rank raises what one of them raised in it.
+        restore: Gives the optimizer its state from a checkpoint.
+
+    Raises:
+        CheckpointError: The checkpoint is another run's; on every rank.
+    """
+    with together():
+        run = state_of(settings, text, saves)
+    if resume is None:
+        return run
+    folder = Path(resume)
+    with together():
+        run = run.at(read_state(folder).go_on(run, folder))
+    restore(folder)
+    return run
+
+
+def run_steps(
+    run: TrainingState,
+    settings: TrainSettings,
+    hooks: StepHooks,
+    saver: Saver | None,
+    *,
+    on_step: Callable[[StepReport], None] | None = None,
+    on_timeline: Callable[[Timeline], None] | None = None,
+) -> list[StepReport]:
+    """Do the steps that `run` has left, and save as often as `saver` says; every rank calls it.
+
+    Returns:
+        A report for each step that was done here.
+
+    Raises:
+        ModelError: The loss or the gradient's norm is not finite.
+        CheckpointError: A checkpoint cannot be written; on every rank.
+    """
+    reports = []
+    with saver if saver is not None else nullcontext():
+        for step in range(run.step, settings.steps):
+            with doing(f"training step {step + 1} of {settings.steps}"):
+                report = _step(step, settings, hooks, saver, on_timeline if step == settings.steps - 1 else None)
+            reports.append(report)
+            if on_step is not None:
+                on_step(report)
+            if saver is not None:
+                saver.after(step + 1)
+        if saver is not None:
+            saver.finish(settings.steps)
+    return reports
+
+
+def _step(
+    step: int,
+    settings: TrainSettings,
+    hooks: StepHooks,
+    saver: Saver | None,
+    on_timeline: Callable[[Timeline], None] | None,
+) -> StepReport:
+    start_s = time.perf_counter()
+    loss = hooks.backward(step, on_timeline)
+    norm = hooks.clip()
+    if not math.isfinite(loss) or not math.isfinite(norm):
+        if saver is not None:
+            saver.wait()
+        raise ModelError(
+            f"step {step + 1}: the loss is {loss} and the gradient's norm {norm}. Lower the learning rate "
+            f"({settings.learning_rate}) or clip_norm ({settings.clip_norm}), or train in a wider dtype."
+        )
+    rate = settings.learning_rate_at(step)
+    hooks.update(rate)
+    tokens = settings.batch_size * settings.sequence_length
+    return StepReport(step + 1, loss, rate, norm, tokens, time.perf_counter() - start_s)
