@@ -13,6 +13,7 @@ import transformers
 
 from partita.cli.arguments.model import make_plan
 from partita.core.mesh import Mesh
+from partita.core.request import PlanRequest
 from partita.torch import load
 from partita.torch.train import TrainSettings, train
 from tests.support.loaded import differences, random_model
@@ -80,7 +81,7 @@ def test_on_mlx(tmp_path: Path, named: str | None, caplog: pytest.LogCaptureFixt
 def test_a_plan_shows_its_bytes(tmp_path: Path, engine: Any) -> None:
     pytest.importorskip("mlx.core" if engine == "mlx" else "torch")
     in_bfloat16(tmp_path, None)
-    made = make_plan(str(tmp_path), Mesh(tp=2), engine=engine)
+    made = make_plan(PlanRequest(str(tmp_path), Mesh(tp=2), engine=engine))
     assert (made.spec.dtype, made.spec.parameter_bytes) == ("bfloat16", 2 * made.spec.parameters)
 
 

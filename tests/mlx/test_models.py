@@ -223,5 +223,7 @@ def test_a_plan_of_another_model_is_refused() -> None:
     config = _config("llama")
     plan = plan_of_model(build(config), Mesh(), config=config)
     other = build(_config("qwen2"))
-    with pytest.raises(ModelError, match="the plan is of a llama of 2 layers, but the model is a qwen2 of 2"):
+    with pytest.raises(
+        ModelError, match="the plan is another model's: its family is llama, and that of the model is qwen2"
+    ):
         shard(other, plan, groups=single_groups())

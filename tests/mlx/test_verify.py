@@ -16,11 +16,12 @@ from partita.mlx.collectives.groups import make_groups, single_groups
 from partita.mlx.load import shard
 from partita.mlx.model.mlx_lm_models import quantize
 from partita.mlx.model.parts import parameter_homes, plan_of
-from partita.mlx.proof.compare import Difference, _largest, compare_parameters
+from partita.mlx.proof.compare import compare_parameters
 from partita.mlx.proof.family import plan_of_model
 from partita.mlx.train import train
 from partita.mlx.verify import verify
 from partita.mlx.weights.save import save
+from partita.proof.differences import Difference, largest_of_ranks
 from partita.training import TrainSettings
 from tests.mlx.test_stage import whole
 from tests.support.mlx_models import tiny_config
@@ -174,7 +175,7 @@ def test_not_a_number_is_not_equal() -> None:
 def worst_of(errors: list[float]) -> list[float]:
     groups = make_groups(Mesh(tp=len(errors)))
     mine = [Difference("output", "the model", errors[groups.rank])]
-    return [d.error for d in _largest(mine, groups)]
+    return [d.error for d in largest_of_ranks(mine, (groups.tp, groups.pp), [d.name for d in mine])]
 
 
 @pytest.mark.parametrize("errors", [[0.0, 1e-3], [1e-3, 0.0], [float("inf"), 0.5], [0.0, 0.0]])

@@ -12,8 +12,9 @@ SOURCE = Path(partita.__file__).parent
 
 
 def sources(folder: str) -> Iterator[tuple[str, ast.Module]]:
-    """The Python files under a folder of the package, by their paths in it, and what is in them."""
-    for file in sorted((SOURCE / folder).rglob("*.py")):
+    """The Python files under a folder of the package (or one file), by their paths in it, and what is in them."""
+    place = SOURCE / folder
+    for file in [place] if place.is_file() else sorted(place.rglob("*.py")):
         yield str(file.relative_to(SOURCE)), ast.parse(file.read_text(encoding="utf-8"))
 
 

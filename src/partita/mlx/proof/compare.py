@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -29,32 +28,15 @@ from partita.mlx.model.parts import (
 from partita.mlx.stages.copies import sum_copies
 from partita.mlx.stages.layers import AbsentLayer, AbsentModule
 from partita.mlx.stages.pipeline import Pipeline
+from partita.proof.differences import SMALL, Difference, largest_of_ranks
 from partita.schedule import Schedule
 
 FLOOR = 1e-6
 """Gradients this much smaller than the model's largest are rounding (a key's bias has none in exact arithmetic), so errors
 are taken relative to no less than this fraction of the largest."""
 
-SMALL = 1e-3
-"""Parameters are compared relative to no less than this fraction of the model's largest."""
-
 CACHED_STEPS = 2
 """How many of the last tokens go through the model one by one, behind a cache of the others."""
-
-
-@dataclass(frozen=True)
-class Difference:
-    """How far one thing of the split model is from the unsplit one's, relative to its largest magnitude.
-
-    Attributes:
-        kind: `output`, `module`, `gradient` or `parameter`.
-        name: The module's or parameter's path in the unsplit model.
-        error: The largest over all ranks; infinite where it is missing or not a number on one side only.
-    """
-
-    kind: str
-    name: str
-    error: float
 
 
 def compare(
@@ -110,12 +92,7 @@ def compare(
         whole = gradients(unsplit, inputs)
         mine = gradients(split, inputs) if schedule is None else pipeline_gradients(split, inputs, schedule)
         differences += _compare_gradients(whole, mine, split, plan, rank)
-    largest = _largest(differences, groups)
-    named = {d.name for d in largest if d.kind == "gradient"}
-    largest += [Difference("gradient", name, float("inf")) for name in whole if name not in named]
-    order = {name: place for place, name in enumerate([*expected, *whole])}
-    kinds = ("module", "output", "gradient")
-    return sorted(largest, key=lambda d: (kinds.index(d.kind), order.get(d.name, 0)))
+    return largest_of_ranks(differences, (groups.tp, groups.pp), [*expected, *whole], missing=whole)
 
 
 def compare_parameters(unsplit: nn.Module, split: nn.Module, plan: Plan, groups: ParallelGroups) -> list[Difference]:
@@ -143,21 +120,7 @@ def compare_parameters(unsplit: nn.Module, split: nn.Module, plan: Plan, groups:
             part = take(whole[name], local_ranges(home, key, name, plan, groups.tp.rank))
             scale = max(float(mx.abs(whole[name]).max()), least)
             found.append(Difference("parameter", name, relative_error(part, home[key], scale)))
-    places = {name: place for place, name in enumerate(whole)}
-    return sorted(_largest(found, groups), key=lambda d: places[d.name])
-
-
-def _largest(mine: list[Difference], groups: ParallelGroups) -> list[Difference]:
-    """What all ranks of a replica found: the largest error of each thing, in the order of the first that has it."""
-    for comm in (groups.tp, groups.pp):
-        merged: dict[tuple[str, str], float] = {}
-        for part in comm.all_gather_object([(d.kind, d.name, d.error) for d in mine]):
-            for kind, name, error in part:
-                # A comparison with NaN is false: once there, it stays, as more than any number.
-                if error != error or error > merged.get((kind, name), -1.0):
-                    merged[kind, name] = error
-        mine = [Difference(kind, name, error) for (kind, name), error in merged.items()]
-    return mine
+    return largest_of_ranks(found, (groups.tp, groups.pp), list(whole))
 
 
 def forward(model: nn.Module, inputs: mx.array, plan: Plan | None = None) -> tuple[dict[str, mx.array], mx.array]:

@@ -26,9 +26,10 @@ from partita.mlx.mlx_lm_internals import family_of
 from partita.mlx.model.mlx_lm_models import build, config_of, describe, rules_of, spec_of
 from partita.mlx.model.parts import main_output
 from partita.mlx.model.tree import every_array
-from partita.mlx.proof.compare import Difference, compare, generate_steps, gradients
+from partita.mlx.proof.compare import compare, generate_steps, gradients
 from partita.mlx.proof.rounding import compare_rounding, in_wide_dtype
 from partita.mlx.split.apply import apply_plan, finish
+from partita.proof.differences import Difference, first_wrong
 from partita.proof.rounding import Measured
 
 TOLERANCES: Mapping[mx.Dtype, float] = {mx.float64: 1e-6, mx.float32: 1e-4}
@@ -178,11 +179,6 @@ def dtype_of(model: nn.Module) -> mx.Dtype:
         if mx.issubdtype(array.dtype, mx.floating):
             counts[array.dtype] += array.size
     return counts.most_common(1)[0][0]
-
-
-def first_wrong(differences: list[Difference], tolerance: float) -> Difference | None:
-    """The first difference above `tolerance`, in order of execution."""
-    return next((d for d in differences if not d.error <= tolerance), None)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from partita.core.plan import Plan
 from partita.core.sharding.cuts import ModulePlan
 from partita.errors import ModelError
+from partita.proof.differences import SMALL, Difference, largest_of_ranks
 from partita.torch.collectives.comm import Communicator
 from partita.torch.collectives.groups import ParallelGroups
 from partita.torch.model.parts import local_tensors, main_output
@@ -21,25 +21,6 @@ from partita.torch.stages.cut import Absent
 FLOOR = 1e-6
 """Gradients this much smaller than the model's largest are rounding (a key's bias has none in exact arithmetic), so errors
 are taken relative to no less than this fraction of the largest."""
-
-
-SMALL = 1e-3
-"""Parameters are compared relative to no less than this fraction of the model's largest."""
-
-
-@dataclass(frozen=True)
-class Difference:
-    """How far one thing of the split model is from the unsplit one's, relative to its largest magnitude.
-
-    Attributes:
-        kind: `output`, `module`, `gradient` or `parameter`.
-        name: The module's or parameter's path in the unsplit model.
-        error: The largest over all ranks; infinite where it is missing or not a number on one side only.
-    """
-
-    kind: str
-    name: str
-    error: float
 
 
 def compare(
@@ -83,22 +64,8 @@ def compare(
         (reference * weight).sum().backward()
         (output * weight).sum().backward()
         differences += _gradients(unsplit, split, plan, groups.tp)
-    return _largest([*modules, *differences], groups, [*expected, *plan.spec.tensors])
-
-
-def _largest(mine: list[Difference], groups: ParallelGroups, order: list[str]) -> list[Difference]:
-    """What all ranks of a replica found: the largest error of each thing, modules in the order in which they ran."""
-    kinds, places = ("module", "output", "gradient", "parameter"), {name: place for place, name in enumerate(order)}
-    for comm in (groups.tp, groups.pp):
-        merged: dict[tuple[str, str], Difference] = {}
-        for part in comm.all_gather_object(mine):
-            for one in part:  # type: ignore[attr-defined]
-                known = merged.get((one.kind, one.name))
-                # Not a number counts as more than any number.
-                if known is None or one.error != one.error or one.error > known.error:
-                    merged[one.kind, one.name] = one
-        mine = list(merged.values())
-    return sorted(mine, key=lambda d: (kinds.index(d.kind), places.get(d.name, 0)))
+    axes = (groups.tp, groups.pp)
+    return largest_of_ranks([*modules, *differences], axes, [*expected, *plan.spec.tensors])
 
 
 def compare_parameters(unsplit: nn.Module, split: nn.Module, plan: Plan, groups: ParallelGroups) -> list[Difference]:
@@ -116,7 +83,7 @@ def compare_parameters(unsplit: nn.Module, split: nn.Module, plan: Plan, groups:
                     "parameter", name, relative_error(part, local.detach(), max(float(expected.abs().max()), least))
                 )
             )
-    return _largest(found, groups, list(plan.spec.tensors))
+    return largest_of_ranks(found, (groups.tp, groups.pp), list(plan.spec.tensors))
 
 
 def local_part_of(tensor: Tensor, plan: Plan, name: str, rank: int) -> Tensor:

@@ -19,13 +19,14 @@ from partita.core.model.shrink import shrunk_configs
 from partita.core.plan import Plan
 from partita.core.sharding.rules import Rules, isolated_rules
 from partita.errors import ModelError, PartitaError
+from partita.proof.differences import Difference, first_wrong
 from partita.proof.rounding import Measured
 from partita.torch.collectives.groups import single_groups
 from partita.torch.collectives.threads import run_as_threads
 from partita.torch.model.float64 import Float64Everywhere
 from partita.torch.model.towers import media_of, sample_media
 from partita.torch.model.transformers_models import build_on_meta, config_like, rules_of, spec_of
-from partita.torch.proof.compare import Difference, compare
+from partita.torch.proof.compare import compare
 from partita.torch.proof.rounding import compare_rounding, in_float64, name_of
 from partita.torch.split.apply import apply_plan
 from partita.torch.split.finish import finish
@@ -188,11 +189,6 @@ def dtype_of(model: nn.Module) -> torch.dtype:
         if parameter.is_floating_point() and parameter.itemsize > 1:
             counts[parameter.dtype] += parameter.numel()
     return counts.most_common(1)[0][0]
-
-
-def first_wrong(differences: list[Difference], tolerance: float) -> Difference | None:
-    """The first difference above `tolerance`, in order of execution."""
-    return next((d for d in differences if not d.error <= tolerance), None)
 
 
 def small_model(model: nn.Module, num_heads: int, *, layers: int = 0, dtype: torch.dtype = torch.float64) -> nn.Module:
