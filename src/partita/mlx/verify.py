@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ from partita.core.layout.layout import PipelineParallelLayerLayout
 from partita.core.layout.placement import Placement
 from partita.core.plan import Plan, mesh_of
 from partita.errors import CheckpointError, ModelError
-from partita.generation import Sampling
 from partita.mlx.collectives.collective_errors import together
 from partita.mlx.collectives.groups import ParallelGroups, make_groups, single_groups
 from partita.mlx.generate import generate
@@ -51,9 +49,9 @@ from partita.proof.report import (
     loss_rounding,
     loss_rows,
     rounding_rows,
-    token_rows,
 )
 from partita.proof.rounding import judge
+from partita.proof.verify import NEW_TOKENS, compare_tokens, expect_all, unsplit_settings, verification_settings
 from partita.ranks.liveness import doing
 from partita.training import TrainSettings, schedule_of
 
@@ -65,13 +63,7 @@ Those of bfloat16 and float16 are for quantized models; others are judged by `pa
 STEPS_TOLERANCES = {mx.float64: 1e-12, mx.float32: 1e-5, mx.bfloat16: 0.1, mx.float16: 0.1}
 """The largest errors of losses and parameters after some steps; as `TOLERANCES`."""
 
-EPSILON = 1e-4
-"""AdamW divides a gradient by its own size and this: were it much smaller, rounding of small gradients would be blown up."""
-
 NO_GRADIENTS = "MLX does not compute all gradients of the unsplit model"
-
-NEW_TOKENS = 12
-SEQUENCE_LENGTH = 8
 
 
 @doing("verifying")
@@ -125,10 +117,7 @@ def verify(
     if plan is not None:
         layout, vpp, placement = plan.layout, None, plan.placement
     groups = make_groups(mesh)
-    settings = TrainSettings(
-        steps=max(steps, 1), batch_size=accumulate * mesh.dp, sequence_length=SEQUENCE_LENGTH, accumulate=accumulate,
-        warmup_steps=1, learning_rate=1e-3, epsilon=EPSILON, schedule=schedule, group_size=group_size,
-    )  # fmt: skip
+    settings = verification_settings(steps, accumulate, mesh.dp, schedule, group_size)
     names = list(dict.fromkeys([dtype] if isinstance(dtype, str) else dtype or ["float32"]))
     with together(groups):
         refuse_device(device)
@@ -169,7 +158,7 @@ def verify(
             _compare_training(exact, whole, split, groups, settings, STEPS_TOLERANCES[wanted], found)
         elif steps:
             found.skip("loss", "parameter", why=NO_GRADIENTS)
-        found.expect("module", "output", "gradient", "tokens", *(("loss", "parameter") if steps else ()))
+        expect_all(found, steps)
         rows += found.rows
         skipped += found.skipped
     size = f"{made.spec.parameters:,} parameters"
@@ -221,22 +210,11 @@ def _unsplit(folder: Path, dtype: Any) -> nn.Module:
 
 def _compare_tokens(whole: nn.Module, split: nn.Module, ids: mx.array, is_close: Any, found: Collected) -> None:
     """Whether both continue two prompts of different lengths, taken from `ids`, with the same tokens."""
-    prompts: list[list[int]] = [ids[0, :6].tolist(), ids[1].tolist()]  # type: ignore[list-item]
-    sampling = Sampling(NEW_TOKENS, temperature=0.0, ignore_eos=True, use_generation_config=False)
-    try:
-        expected = generate(whole, prompts, sampling)
-    except Exception as error:
-        found.skip("tokens", why=f"the unsplit model does not generate: {first_line(error)}")
-        return
-    try:
-        refuse_undecodable(split, plan_of(split)[0])
-    except ModelError as error:
-        found.skip("tokens", why=first_line(error))
-        return
-    made = generate(split, prompts, sampling)
-    found.add(
-        token_rows(prompts, expected, made) if is_close is None else token_rows(prompts, expected, made, is_close)
-    )
+    rows: Any = ids.tolist()
+    compare_tokens(
+        found, lambda: rows, partial(generate, whole), partial(generate, split),
+        lambda: refuse_undecodable(split, plan_of(split)[0]), *(() if is_close is None else (is_close,)),
+    )  # fmt: skip
 
 
 def _compare_training(
@@ -253,7 +231,7 @@ def _compare_training(
     tokens = np.random.default_rng(0).integers(0, plan.spec.vocab_size, 512)
     for model in (whole, split) if exact is None else (exact, whole, split):
         _without_dropout(model)
-    alone = replace(settings, schedule=None, group_size=None)
+    alone = unsplit_settings(settings)
     try:
         wide = train(exact, tokens, alone) if exact is not None else []
         expected = train(whole, tokens, alone)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,7 @@ from partita.core.layout.layout import PipelineParallelLayerLayout
 from partita.core.layout.placement import Placement
 from partita.core.mesh import Mesh
 from partita.core.plan import Plan, mesh_of
-from partita.errors import CheckpointError, ModelError
-from partita.generation import Sampling
+from partita.errors import CheckpointError
 from partita.proof.report import (
     Collected,
     Report,
@@ -31,9 +30,9 @@ from partita.proof.report import (
     loss_rounding,
     loss_rows,
     rounding_rows,
-    token_rows,
 )
 from partita.proof.rounding import judge
+from partita.proof.verify import compare_tokens, expect_all, unsplit_settings, verification_settings
 from partita.ranks.liveness import doing
 from partita.torch.collectives.collective_errors import gather_from_all, together
 from partita.torch.collectives.groups import ParallelGroups, has_own_gpu, init_process_group, make_groups, single_groups
@@ -57,12 +56,6 @@ TOLERANCE = 1e-12
 
 MEMORY_SHARE = 0.5
 """The part of the free memory that unsplit models on all ranks may take."""
-
-EPSILON = 1e-4
-"""AdamW divides a gradient by its own size and this: were it much smaller, rounding of small gradients would be blown up."""
-
-NEW_TOKENS = 12
-SEQUENCE_LENGTH = 8
 
 
 @doing("verifying")
@@ -120,10 +113,7 @@ def verify(
     if plan is not None:
         layout, vpp, placement = plan.layout, None, plan.placement
     groups = make_groups(mesh)
-    settings = TrainSettings(
-        steps=max(steps, 1), batch_size=accumulate * mesh.dp, sequence_length=SEQUENCE_LENGTH, accumulate=accumulate,
-        warmup_steps=1, learning_rate=1e-3, epsilon=EPSILON, schedule=schedule, group_size=group_size,
-    )  # fmt: skip
+    settings = verification_settings(steps, accumulate, mesh.dp, schedule, group_size)
     with together(groups):
         place = as_device(device)
         folder = find_model(model, code=trust_remote_code)
@@ -152,7 +142,7 @@ def verify(
         found = Collected(name_of(wanted))
         compare_in = _compare_in_float64 if wanted == torch.float64 else _compare_rounding
         compare_in(unsplit, split, settings if steps else None, found)
-        found.expect("module", "output", "gradient", "tokens", *(("loss", "parameter") if steps else ()))
+        expect_all(found, steps)
         rows += found.rows
         skipped += found.skipped
         substituted += [] if instead in (*substituted, "") else [instead]
@@ -292,20 +282,10 @@ def _compare_tokens(
     is_tie: Callable[[Sequence[int], int, int], bool] = lambda prefix, one, other: False,
 ) -> None:
     """Whether both continue two prompts of different lengths with the same tokens."""
-    try:
-        ids = sample_inputs(unsplit)["input_ids"]
-        prompts = [ids[0, :6].tolist(), ids[1].tolist()]
-        sampling = Sampling(NEW_TOKENS, temperature=0.0, ignore_eos=True, use_generation_config=False)
-        expected = generate(unsplit, prompts, sampling)
-    except Exception as error:
-        found.skip("tokens", why=f"the unsplit model does not generate: {first_line(error)}")
-        return
-    try:
-        refuse_undecodable(split, plan_of(split)[0])
-    except ModelError as error:
-        found.skip("tokens", why=first_line(error))
-        return
-    found.add(token_rows(prompts, expected, generate(split, prompts, sampling), is_tie))
+    compare_tokens(
+        found, lambda: sample_inputs(unsplit)["input_ids"].tolist(), partial(generate, unsplit), partial(generate, split),
+        lambda: refuse_undecodable(split, plan_of(split)[0]), is_tie,
+    )  # fmt: skip
 
 
 def _training_tokens(*models: nn.Module) -> Tensor:
@@ -319,7 +299,7 @@ def _training_tokens(*models: nn.Module) -> Tensor:
 def _trained(unsplit: nn.Module, tokens: Tensor, settings: TrainSettings, found: Collected) -> list[StepReport] | None:
     """The reports of training the unsplit model; None, which is noted, where it does not train."""
     try:
-        return train(unsplit, tokens, replace(settings, schedule=None, group_size=None))
+        return train(unsplit, tokens, unsplit_settings(settings))
     except Exception as error:
         found.skip("loss", "parameter", why=f"the unsplit model does not train: {first_line(error)}")
         return None

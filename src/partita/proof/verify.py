@@ -1,0 +1,81 @@
+"""What `verify` decides alike on either engine: the training steps, the prompts, and what is not compared and why."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from partita.errors import ModelError
+from partita.generation import Generation, Sampling
+from partita.proof.report import Collected, first_line, token_rows
+from partita.training import TrainSettings
+
+NEW_TOKENS = 12
+"""Tokens by which each prompt is continued."""
+
+SEQUENCE_LENGTH = 8
+"""Tokens of a sequence that is trained on."""
+
+EPSILON = 1e-4
+"""AdamW divides a gradient by its own size and this: were it much smaller, rounding of small gradients would be blown up."""
+
+Generate = Callable[[list[list[int]], Sampling], list[Generation]]
+
+
+def verification_settings(
+    steps: int, microbatches: int, replicas: int, schedule: str | None, group_size: int | None
+) -> TrainSettings:
+    """The training steps that are compared: one sequence for each micro-batch and replica.
+
+    Raises:
+        PlanError: The settings contradict each other.
+    """
+    return TrainSettings(
+        steps=max(steps, 1), batch_size=microbatches * replicas, sequence_length=SEQUENCE_LENGTH, accumulate=microbatches,
+        warmup_steps=1, learning_rate=1e-3, epsilon=EPSILON, schedule=schedule, group_size=group_size,
+    )  # fmt: skip
+
+
+def unsplit_settings(settings: TrainSettings) -> TrainSettings:
+    """The same steps for the unsplit model, which has no schedule."""
+    return replace(settings, schedule=None, group_size=None)
+
+
+def expect_all(found: Collected, steps: int) -> None:
+    """Note each kind of comparison of which there is neither a row nor a reason."""
+    found.expect("module", "output", "gradient", "tokens", *(("loss", "parameter") if steps else ()))
+
+
+def compare_tokens(
+    found: Collected,
+    ids: Callable[[], Sequence[Any]],
+    unsplit: Generate,
+    split: Generate,
+    refuse: Callable[[], None],
+    is_tie: Callable[[Sequence[int], int, int], bool] = lambda prefix, one, other: False,
+) -> None:
+    """Compare how both models continue two prompts of different lengths.
+
+    Args:
+        found: What was compared so far.
+        ids: Gives two rows of ids, lists of Python numbers.
+        unsplit: Continues prompts with the unsplit model.
+        split: Continues them with the split one.
+        refuse: Raises `ModelError` where the split model cannot generate.
+        is_tie: As in `token_rows`.
+    """
+    sampling = Sampling(NEW_TOKENS, temperature=0.0, ignore_eos=True, use_generation_config=False)
+    try:
+        first, second, *_ = ids()
+        prompts = [first[:6], second]
+        expected = unsplit(prompts, sampling)
+    except Exception as error:
+        found.skip("tokens", why=f"the unsplit model does not generate: {first_line(error)}")
+        return
+    try:
+        refuse()
+    except ModelError as error:
+        found.skip("tokens", why=first_line(error))
+        return
+    found.add(token_rows(prompts, expected, split(prompts, sampling), is_tie))
