@@ -136,7 +136,7 @@ def _ours(kind: str, work: Work) -> tuple[Step, Mapping[str, Any], Any]:
     model = shard(copy.deepcopy(work.whole), pp=RANKS, vpp=vpp_of(kind, None), placement=placement_of(kind))
     plan, _ = plan_of(model)
     settings = TrainSettings(
-        batch_size=MICROBATCHES, sequence_length=work.ids.shape[1], accumulate=MICROBATCHES, schedule=kind
+        batch_size=MICROBATCHES, sequence_length=work.ids.shape[1], microbatches=MICROBATCHES, schedule=kind
     )
     pipeline = Pipeline(model, schedule_of(plan, settings))
 

@@ -142,7 +142,7 @@ class Engine(Protocol):
         placement: Placement = "loop",
         schedule: str | None = None,
         group_size: int | None = None,
-        accumulate: int = 1,
+        microbatches: int = 1,
         steps: int = 3,
         dtype: Sequence[str] | None = None,
         device: Any = None,

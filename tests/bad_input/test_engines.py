@@ -353,7 +353,7 @@ CALLS: list[Made] = [
     ),
     (
         "train: batch",
-        "train(load('model'), ids(99), TrainSettings(1, 3, 8, accumulate=2))",
+        "train(load('model'), ids(99), TrainSettings(1, 3, 8, microbatches=2))",
         "batch_size must be a multiple of...(1 x 2)",
     ),
     (

@@ -79,21 +79,21 @@ def check(name: str, mesh: Mesh, kinds: dict[str, int], changes: dict[str, Any],
     ],
 )
 def test_every_schedule_has_the_loss_of_one_rank(name: str, kinds: dict[str, int]) -> None:
-    check(name, Mesh(pp=2), kinds, {"accumulate": 4}, {"accumulate": 4})
+    check(name, Mesh(pp=2), kinds, {"microbatches": 4}, {"microbatches": 4})
 
 
 @pytest.mark.parametrize("mesh", [Mesh(tp=2), Mesh(dp=2)], ids=str)
 def test_the_same_micro_batches_have_the_same_loss_on_two_ranks(mesh: Mesh) -> None:
-    check("qwen3-moe", mesh, {"1f1b": 1}, {"accumulate": 4 // mesh.dp}, {"accumulate": 4})
+    check("qwen3-moe", mesh, {"1f1b": 1}, {"microbatches": 4 // mesh.dp}, {"microbatches": 4})
 
 
 @pytest.mark.parametrize("mesh", [Mesh(tp=2, pp=2), Mesh(dp=2, pp=2)], ids=str)
 def test_the_same_micro_batches_have_the_same_loss_on_four_ranks(mesh: Mesh) -> None:
-    check("qwen3-moe", mesh, {"zb-h1": 1}, {"accumulate": 4 // mesh.dp}, {"accumulate": 4})
+    check("qwen3-moe", mesh, {"zb-h1": 1}, {"microbatches": 4 // mesh.dp}, {"microbatches": 4})
 
 
 @pytest.mark.parametrize(
-    ("mesh", "kinds", "accumulate"),
+    ("mesh", "kinds", "microbatches"),
     [
         (Mesh(pp=2), {"interleaved-1f1b": 2, "zb-h1": 1}, 2),
         (Mesh(dp=2), {"1f1b": 1}, 1),
@@ -102,10 +102,10 @@ def test_the_same_micro_batches_have_the_same_loss_on_four_ranks(mesh: Mesh) -> 
     ids=str,
 )
 def test_the_loss_of_sequences_depends_on_neither_mesh_nor_micro_batches(
-    mesh: Mesh, kinds: dict[str, int], accumulate: int
+    mesh: Mesh, kinds: dict[str, int], microbatches: int
 ) -> None:
     scope = {"aux_loss_scope": "sequence"}
-    check("qwen3-moe", mesh, kinds, {"accumulate": accumulate, **scope}, {"accumulate": 1, **scope})
+    check("qwen3-moe", mesh, kinds, {"microbatches": microbatches, **scope}, {"microbatches": 1, **scope})
 
 
 def first_losses(name: str, scope: str, rows_of_a_part: int) -> tuple[float, float]:
@@ -119,8 +119,8 @@ def first_losses(name: str, scope: str, rows_of_a_part: int) -> tuple[float, flo
                 output = model(input_ids=part[:, :-1], output_router_logits=True)
                 entropy = F.cross_entropy(output.logits.flatten(0, 1), part[:, 1:].flatten())
                 parts.append(float(entropy + COEFFICIENT * output.aux_loss))
-        accumulate = 1 if scope == "sequence" else len(parts)
-        settings = replace(SETTINGS, steps=1, accumulate=accumulate, aux_loss_scope=scope)
+        microbatches = 1 if scope == "sequence" else len(parts)
+        settings = replace(SETTINGS, steps=1, microbatches=microbatches, aux_loss_scope=scope)
         return train(model, tokens(), settings)[0].loss, sum(parts) / len(parts)
 
 

@@ -113,7 +113,7 @@ def by_hand(layout: Layout) -> tuple[float, bool]:
 
     Also whether any parameter differs from where it began.
     """
-    settings = replace(SETTINGS, steps=4, learning_rate=3e-3, warmup_steps=1, clip_norm=0.5, accumulate=2)
+    settings = replace(SETTINGS, steps=4, learning_rate=3e-3, warmup_steps=1, clip_norm=0.5, microbatches=2)
     trained, other = (fresh(LLAMA, seed=3, dtype="bfloat16", **where(layout)) for _ in range(2))
     first = [p.detach().clone() for p in trained.parameters()]
     train(trained, tokens(), replace(settings, zero=layout.get("zero", False)))

@@ -82,7 +82,7 @@ def test_norm_weights_move_at_the_default_rate(alone: Path) -> None:
 
 def by_hand(mesh: Mesh) -> tuple[bool, bool]:
     """Whether `train` gives the weights of AdamW by hand, in NumPy's float32, and whether they have moved."""
-    settings = replace(SETTINGS, steps=4, learning_rate=3e-3, warmup_steps=1, clip_norm=0.5, accumulate=2)
+    settings = replace(SETTINGS, steps=4, learning_rate=3e-3, warmup_steps=1, clip_norm=0.5, microbatches=2)
     trained, other = (fresh(TIED, seed=3, **where(mesh)) for _ in range(2))
     train(trained, TEXT, settings)
     (plan, groups), text = plan_of(other), np.asarray(TEXT, np.int64)

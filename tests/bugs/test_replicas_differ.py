@@ -98,7 +98,7 @@ def dropped(zero: bool) -> tuple[float, float]:
     """How far two replicas of a model with layer drop are from one rank that has their micro-batches."""
     with Float64Everywhere():
         whole = fresh(DROPPING, dtype="float64", seed=3, groups=single_groups())
-        expected = train(whole, tokens(), replace(SETTINGS, accumulate=2))
+        expected = train(whole, tokens(), replace(SETTINGS, microbatches=2))
         split = fresh(DROPPING, dtype="float64", seed=3, dp=2)
         reports = train(split, tokens(), replace(SETTINGS, zero=zero))
     loss = max(abs(a.loss / b.loss - 1) for a, b in zip(reports, expected, strict=True))

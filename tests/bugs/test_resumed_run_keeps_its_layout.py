@@ -127,7 +127,7 @@ def test_a_layout_that_leaves_out_what_was_trained_is_refused(
 def refused(source: str, text: str, folder: str) -> str:
     """What a rank of two stages says that resumes without the prediction layer."""
     tokens = torch.from_numpy(read_ids(text, load_tokenizer(Path(source))))
-    settings = replace(read_state(Path(source)).settings, accumulate=2)
+    settings = replace(read_state(Path(source)).settings, microbatches=2)
     try:
         train(load(source, pp=2, layout="Et|tL"), tokens, settings, saves=Saves(Path(folder)), resume=source)
     except CheckpointError as error:

@@ -24,7 +24,7 @@ from tests.torch.test_schedules import plan_for, tokens
 
 DATA = {**CONFIGS["gpt2"], "n_layer": 4, "resid_pdrop": 0.3, "embd_pdrop": 0.2, "attn_pdrop": 0.1}
 SETTINGS = TrainSettings(
-    steps=2, batch_size=4, sequence_length=12, accumulate=2, learning_rate=3e-3, warmup_steps=1, epsilon=1e-4
+    steps=2, batch_size=4, sequence_length=12, microbatches=2, learning_rate=3e-3, warmup_steps=1, epsilon=1e-4
 )
 
 
@@ -72,7 +72,7 @@ def apart(mesh: Mesh, kind: str, vpp: int, changes: dict[str, Any], whole: dict[
     [
         (Mesh(pp=2), "zb-h1", 1, {}),
         (Mesh(pp=2), "interleaved-1f1b", 2, {"checkpointing": True}),
-        (Mesh(dp=2), "1f1b", 1, {"accumulate": 1}),
+        (Mesh(dp=2), "1f1b", 1, {"microbatches": 1}),
     ],
     ids=["zb-h1", "interleaved-checkpointing", "dp2"],
 )

@@ -41,7 +41,7 @@ def test_it_reads_back(tmp_path_factory: pytest.TempPathFactory, step: int, sett
 
 
 def test_it_does_not_depend_on_the_layout() -> None:
-    other = replace(SETTINGS, accumulate=2, schedule="zb-h1", zero=True, checkpointing=True)
+    other = replace(SETTINGS, microbatches=2, schedule="zb-h1", zero=True, checkpointing=True)
     assert TrainingState.of(other, TEXT, {"data": "text.txt"}).to_json() == RUN.to_json()
     assert not set(kept_settings(SETTINGS)) & set(FREE)
 
@@ -52,7 +52,7 @@ def test_the_position_in_the_data() -> None:
 
 
 MAY_CHANGE: list[dict[str, Any]] = [
-    {"steps": 21}, {"accumulate": 4}, {"schedule": "gpipe"}, {"group_size": 2}, {"zero": True}, {"checkpointing": True},
+    {"steps": 21}, {"microbatches": 4}, {"schedule": "gpipe"}, {"group_size": 2}, {"zero": True}, {"checkpointing": True},
 ]  # fmt: skip
 MAY_NOT: list[tuple[dict[str, Any], str]] = [
     ({"steps": 19}, r"steps \(20 then, 19 now; more are allowed\)"),

@@ -58,7 +58,7 @@ BAD: list[tuple[str, str]] = [
         "--microbatches must divide the 8 sequences of a replica (--batch-size 8 / --dp 1), but is 3.",
     ),
     (
-        "--pp 2 --dp 2 --batch-size 8 --accumulate 8",
+        "--pp 2 --dp 2 --batch-size 8 --microbatches 8",
         "must divide the 4 sequences of a replica (--batch-size 8 / --dp 2)",
     ),
     ("--pp 2 --dp 3", "--batch-size must be a multiple of --dp (3), but is 8."),

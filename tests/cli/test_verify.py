@@ -98,15 +98,15 @@ def asked(partita: Run, monkeypatch: pytest.MonkeyPatch, file: str, engine: str,
 @pytest.mark.parametrize(
     ("options", "mesh", "expected"),
     [
-        ("--pp 2", Mesh(pp=2), {"vpp": 1, "placement": "loop", "schedule": None, "accumulate": 4}),
-        ("--pp 2 --tp 2", Mesh(pp=2, tp=2), {"vpp": 1, "accumulate": 4}),
-        ("--pp 2 --dp 2", Mesh(pp=2, dp=2), {"vpp": 1, "accumulate": 4}),
+        ("--pp 2", Mesh(pp=2), {"vpp": 1, "placement": "loop", "schedule": None, "microbatches": 4}),
+        ("--pp 2 --tp 2", Mesh(pp=2, tp=2), {"vpp": 1, "microbatches": 4}),
+        ("--pp 2 --dp 2", Mesh(pp=2, dp=2), {"vpp": 1, "microbatches": 4}),
         ("--pp 2 --vpp 2", Mesh(pp=2), {"vpp": 2, "placement": "loop", "schedule": None}),
         ("--pp 2 --schedule zb-v", Mesh(pp=2), {"vpp": 2, "placement": "v", "schedule": "zb-v"}),
         ("--pp 2 --schedule interleaved-1f1b", Mesh(pp=2), {"vpp": 2, "placement": "loop"}),
         ("--pp 2 --layout E|t|tt|tL", Mesh(pp=2), {"vpp": 2, "layout": "E|t|tt|tL"}),
-        ("--pp 2 --microbatches 3", Mesh(pp=2), {"accumulate": 3}),
-        ("", Mesh(tp=2), {"vpp": 1, "layout": None, "accumulate": 1}),
+        ("--pp 2 --microbatches 3", Mesh(pp=2), {"microbatches": 3}),
+        ("", Mesh(tp=2), {"vpp": 1, "layout": None, "microbatches": 1}),
     ],
 )
 def test_options_of_stages_reach_the_engine(
@@ -168,11 +168,11 @@ ON_MLX = {**TINY, "num_hidden_layers": 4, "rms_norm_eps": 1e-5}
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ("", {"vpp": 1, "layout": None, "steps": 3, "accumulate": 1, "dtype": None}),
+        ("", {"vpp": 1, "layout": None, "steps": 3, "microbatches": 1, "dtype": None}),
         ("--steps 0", {"steps": 0}),
         ("--dtype float64 --dp 2", {"dp": 2, "tp": 1, "dtype": ["float64"]}),
-        ("--pp 2 --schedule zb-v", {"vpp": 2, "placement": "v", "schedule": "zb-v", "accumulate": 4}),
-        ("--pp 2 --layout E|t|tt|tL --microbatches 2", {"vpp": 2, "layout": "E|t|tt|tL", "accumulate": 2}),
+        ("--pp 2 --schedule zb-v", {"vpp": 2, "placement": "v", "schedule": "zb-v", "microbatches": 4}),
+        ("--pp 2 --layout E|t|tt|tL --microbatches 2", {"vpp": 2, "layout": "E|t|tt|tL", "microbatches": 2}),
     ],
 )
 def test_options_reach_mlx(

@@ -144,8 +144,8 @@ def curve(config: dict[str, Any], options: dict[str, Any], settings: dict[str, A
     ("size", "options", "settings"),
     [
         (2, {"tp": 2}, {}),
-        (2, {"pp": 2, "layout": "Et|ttL"}, {"accumulate": 2}),
-        (2, {"pp": 2, "layout": "Et|t|t|L", "placement": "v"}, {"accumulate": 2, "schedule": "zb-v"}),
+        (2, {"pp": 2, "layout": "Et|ttL"}, {"microbatches": 2}),
+        (2, {"pp": 2, "layout": "Et|t|t|L", "placement": "v"}, {"microbatches": 2, "schedule": "zb-v"}),
         (4, {"dp": 2, "tp": 2}, {}),
     ],
 )

@@ -29,7 +29,7 @@ from tests.support.mlx_ranks import mlx_ranks, on_mlx
 
 TEXT = [(7 * i * i + 3 * i) % 100 + 1 for i in range(600)]
 """Ids without 0, with which these models pad: torch trains its embedding not at all, MLX as any other."""
-SETTINGS = TrainSettings(steps=6, batch_size=8, sequence_length=12, learning_rate=1e-2, warmup_steps=2, accumulate=2)
+SETTINGS = TrainSettings(steps=6, batch_size=8, sequence_length=12, learning_rate=1e-2, warmup_steps=2, microbatches=2)
 STOPPED = 4
 
 Mesh = tuple[int, int, int]

@@ -130,7 +130,7 @@ def test_a_model_that_was_never_on_disk(tmp_path: Path) -> None:
 
 def train_and_save(source: str, folder: str, pp: int, tp: int) -> None:
     model = load(source, pp=pp, tp=tp, **({"groups": single_groups()} if pp * tp == 1 else {}))
-    train(model, TEXT, TrainSettings(steps=2, batch_size=4, sequence_length=12, accumulate=2))
+    train(model, TEXT, TrainSettings(steps=2, batch_size=4, sequence_length=12, microbatches=2))
     save(model, folder)
 
 

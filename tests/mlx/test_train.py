@@ -80,15 +80,15 @@ def run(
     ("size", "family", "mesh", "changes", "settings"),
     [
         (2, "llama", (1, 1, 2), {}, {}),
-        (2, "llama", (2, 1, 1), {}, {"accumulate": 2}),
-        (2, "llama", (1, 2, 1), {"tie_word_embeddings": False}, {"accumulate": 4}),
-        (2, "llama", (1, 2, 1), {"layout": "E|ttttL"}, {"accumulate": 2, "schedule": "gpipe"}),
-        (2, "llama", (1, 2, 1), {"layout": "Et|t|t|tL"}, {"accumulate": 4}),
-        (2, "llama", (1, 2, 1), {"layout": "Et|t|t|tL", "placement": "v"}, {"accumulate": 4, "schedule": "zb-v"}),
-        (2, "qwen3_moe", (1, 2, 1), {}, {"accumulate": 2}),
-        (3, "gpt2", (1, 3, 1), {}, {"accumulate": 4, "schedule": "zb-h1"}),
-        (4, "llama", (1, 2, 2), {"num_key_value_heads": 1}, {"accumulate": 2}),
-        (4, "gemma2", (2, 2, 1), {}, {"accumulate": 2}),
+        (2, "llama", (2, 1, 1), {}, {"microbatches": 2}),
+        (2, "llama", (1, 2, 1), {"tie_word_embeddings": False}, {"microbatches": 4}),
+        (2, "llama", (1, 2, 1), {"layout": "E|ttttL"}, {"microbatches": 2, "schedule": "gpipe"}),
+        (2, "llama", (1, 2, 1), {"layout": "Et|t|t|tL"}, {"microbatches": 4}),
+        (2, "llama", (1, 2, 1), {"layout": "Et|t|t|tL", "placement": "v"}, {"microbatches": 4, "schedule": "zb-v"}),
+        (2, "qwen3_moe", (1, 2, 1), {}, {"microbatches": 2}),
+        (3, "gpt2", (1, 3, 1), {}, {"microbatches": 4, "schedule": "zb-h1"}),
+        (4, "llama", (1, 2, 2), {"num_key_value_heads": 1}, {"microbatches": 2}),
+        (4, "gemma2", (2, 2, 1), {}, {"microbatches": 2}),
     ],
 )
 def test_the_loss_curve_and_every_parameter(
@@ -101,7 +101,7 @@ def test_the_loss_curve_and_every_parameter(
 
 @pytest.mark.parametrize("mesh", [(1, 2, 1), (1, 1, 2)])
 def test_in_float64(mesh: tuple[int, int, int]) -> None:
-    mlx_ranks(2).run(run, "llama", mesh, {}, {"accumulate": 2}, "float64")
+    mlx_ranks(2).run(run, "llama", mesh, {}, {"microbatches": 2}, "float64")
 
 
 def run_lora(mesh: tuple[int, int, int], bits: int) -> list[float]:
@@ -115,7 +115,7 @@ def run_lora(mesh: tuple[int, int, int], bits: int) -> list[float]:
         made.freeze()
         linear_to_lora_layers(made, 4, {"rank": 4, "scale": 4.0, "dropout": 0.0})
     _begin_alike(alone, split)
-    settings = TrainSettings(**{**SETTINGS, "accumulate": 2})
+    settings = TrainSettings(**{**SETTINGS, "microbatches": 2})
     reference, reports = train(alone, TEXT, settings), train(split, TEXT, settings)
     for mine, theirs in zip(reports, reference, strict=True):
         assert mine.loss == pytest.approx(theirs.loss, rel=1e-5)
@@ -156,7 +156,7 @@ def whole_gradients(kind: str, layout: str, placement: str, count: int) -> None:
     alone = shard(copy.deepcopy(model), groups=single_groups())
     plan = Plan.make(spec_of(model), Mesh(pp=2), layout, placement=placement)
     split = shard(model, plan)
-    settings = TrainSettings(**{**SETTINGS, "accumulate": count})
+    settings = TrainSettings(**{**SETTINGS, "microbatches": count})
     rows = np.array([TEXT[13 * i : 13 * i + 13] for i in range(8)])
     told: list[Timeline] = []
     vpp = plan.vpp
@@ -221,7 +221,7 @@ def test_the_curve_is_that_of_the_torch_engine(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"batch_size": 3, "accumulate": 2}, "batch_size must be a multiple"),
+        ({"batch_size": 3, "microbatches": 2}, "batch_size must be a multiple"),
         ({"autocast": "bfloat16"}, "autocast='bfloat16' is not for the MLX engine: load the model in that dtype"),
         ({"zero": True}, "zero=True is not for the MLX engine"),
         ({"checkpointing": True}, "checkpointing=True is not for the MLX engine"),

@@ -43,14 +43,14 @@ def verified(file: str, options: dict[str, Any]) -> list[tuple[str, str, float, 
     ("size", "family", "options"),
     [
         (2, "llama", {"tp": 2}),
-        (2, "llama", {"dp": 2, "accumulate": 2}),
-        (2, "llama", {"pp": 2, "accumulate": 4}),
-        (2, "llama", {"pp": 2, "accumulate": 3, "schedule": "zb-h1"}),
-        (2, "llama", {"pp": 2, "vpp": 2, "accumulate": 4, "schedule": "interleaved-1f1b", "group_size": 2}),
-        (2, "llama", {"pp": 2, "vpp": 2, "placement": "v", "accumulate": 3, "schedule": "zb-v"}),
-        (2, "llama", {"pp": 2, "layout": "E|ttttL", "accumulate": 2, "schedule": "gpipe"}),
-        (4, "llama", {"pp": 2, "tp": 2, "accumulate": 2}),
-        (4, "gpt2", {"pp": 2, "dp": 2, "accumulate": 2}),
+        (2, "llama", {"dp": 2, "microbatches": 2}),
+        (2, "llama", {"pp": 2, "microbatches": 4}),
+        (2, "llama", {"pp": 2, "microbatches": 3, "schedule": "zb-h1"}),
+        (2, "llama", {"pp": 2, "vpp": 2, "microbatches": 4, "schedule": "interleaved-1f1b", "group_size": 2}),
+        (2, "llama", {"pp": 2, "vpp": 2, "placement": "v", "microbatches": 3, "schedule": "zb-v"}),
+        (2, "llama", {"pp": 2, "layout": "E|ttttL", "microbatches": 2, "schedule": "gpipe"}),
+        (4, "llama", {"pp": 2, "tp": 2, "microbatches": 2}),
+        (4, "gpt2", {"pp": 2, "dp": 2, "microbatches": 2}),
         (2, "gemma2", {"tp": 2}),
     ],
 )
@@ -82,7 +82,7 @@ def test_in_float32(family: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("family", "options"),
-    [("llama", {"tp": 2}), ("gpt2", {"tp": 2}), ("llama", {"pp": 2, "accumulate": 2}), ("gemma2", {"tp": 2})],
+    [("llama", {"tp": 2}), ("gpt2", {"tp": 2}), ("llama", {"pp": 2, "microbatches": 2}), ("gemma2", {"tp": 2})],
 )
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_rounds_at_most_twice_as_much(family: str, options: dict[str, Any], dtype: str, tmp_path: Path) -> None:

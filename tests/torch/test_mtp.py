@@ -61,7 +61,7 @@ def test_is_the_papers() -> None:
         data = config_of("llama-biases-tied", 2)
         model = fresh(data, dtype="float64", seed=3, groups=single_groups(), layout="EttmmL").train()
         ids = tokens()[:26].view(2, 13)
-        settings = replace(SETTINGS, batch_size=2, accumulate=1)
+        settings = replace(SETTINGS, batch_size=2, microbatches=1)
         pipeline = Pipeline(model, build("1f1b", 1, 1))
         loss = accumulate_gradients(pipeline, ids, 0, settings)
         found = {name: p.grad.clone() for name, p in model.named_parameters()}
@@ -77,7 +77,7 @@ def test_is_the_papers() -> None:
 def over_layouts(data: dict[str, Any], tp: int, folder: str) -> list[tuple[str, float, float]]:
     found = []
     with Float64Everywhere():
-        settings = replace(SETTINGS, steps=3, accumulate=2)
+        settings = replace(SETTINGS, steps=3, microbatches=2)
         whole = fresh(data, dtype="float64", seed=3, groups=single_groups(), layout="EttmmL")
         expected = train(whole, tokens(), settings)
         for layout in LAYOUTS if tp == 1 else ["EttmmL"]:

@@ -28,7 +28,7 @@ from tests.support.models import CONFIGS
 from tests.support.ranks import RankError, on, ranks
 
 SETTINGS = TrainSettings(
-    steps=6, batch_size=8, sequence_length=12, learning_rate=3e-3, warmup_steps=2, clip_norm=0.5, accumulate=2
+    steps=6, batch_size=8, sequence_length=12, learning_rate=3e-3, warmup_steps=2, clip_norm=0.5, microbatches=2
 )
 STOPPED = 4
 LLAMA: dict[str, Any] = {**CONFIGS["llama-biases-tied"], "num_hidden_layers": 4}

@@ -33,7 +33,7 @@ from tests.support.models import CONFIGS
 from tests.support.ranks import on
 
 SETTINGS = TrainSettings(
-    steps=6, batch_size=8, sequence_length=12, learning_rate=1e-2, warmup_steps=2, clip_norm=0.5, accumulate=2
+    steps=6, batch_size=8, sequence_length=12, learning_rate=1e-2, warmup_steps=2, clip_norm=0.5, microbatches=2
 )
 STOPPED, LAST = "step-000004", "step-000006"
 RANK, ALPHA = 3, 6.0

@@ -28,7 +28,7 @@ SETTINGS = TrainSettings(
     steps=20,
     batch_size=4,
     sequence_length=12,
-    accumulate=4,
+    microbatches=4,
     learning_rate=3e-3,
     warmup_steps=2,
     clip_norm=0.5,
@@ -70,7 +70,7 @@ def apart(
     with Float64Everywhere():
         whole = fresh(data, dtype="float64", seed=3, groups=single_groups())
         settings = replace(SETTINGS, **changes)
-        expected = train(whole, tokens(), replace(settings, accumulate=1, zero=False, group_size=None))
+        expected = train(whole, tokens(), replace(settings, microbatches=1, zero=False, group_size=None))
         for kind, vpp in kinds.items():
             split = fresh(data, dtype="float64", seed=3, plan=plan_for(data, Mesh(*mesh), kind, vpp))
             reports = train(split, tokens(), replace(settings, schedule=kind))
@@ -119,7 +119,7 @@ def test_with_other_axes(mesh: tuple[int, int, int], changes: dict[str, Any]) ->
 
 def test_micro_batches_that_pp_does_not_divide_and_groups_of_them() -> None:
     kinds = {"interleaved-1f1b": 2}
-    for changes in ({"accumulate": 3, "batch_size": 6}, {"accumulate": 5, "batch_size": 5, "group_size": 3}):
+    for changes in ({"microbatches": 3, "batch_size": 6}, {"microbatches": 5, "batch_size": 5, "group_size": 3}):
         for found in ranks(2).run(apart, config_of("llama-3-heads"), (1, 2, 1), kinds, {**changes, "steps": 3}):
             for kind, loss, norm, parameter, where in found:
                 assert max(loss, norm, parameter) <= 1e-12, (kind, loss, norm, parameter, where)
@@ -189,7 +189,7 @@ def wrong(changes: dict[str, Any], vpp: int) -> str:
 @pytest.mark.parametrize(
     ("changes", "vpp", "text"),
     [
-        ({"accumulate": 3}, 1, "batch_size must be a multiple of dp x micro-batches"),
+        ({"microbatches": 3}, 1, "batch_size must be a multiple of dp x micro-batches"),
         ({"schedule": "zb-v"}, 2, "needs its stages placed as `v`"),
         ({"schedule": "zb-h1"}, 2, "has one stage on every rank, but vpp is 2"),
         ({"schedule": "1f2b"}, 1, "Did you mean 1f1b"),

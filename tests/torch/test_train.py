@@ -18,7 +18,7 @@ from tests.support.models import CONFIGS
 from tests.support.ranks import ranks
 
 SETTINGS = TrainSettings(
-    steps=5, batch_size=8, sequence_length=12, accumulate=2, learning_rate=3e-3, warmup_steps=2, clip_norm=0.5
+    steps=5, batch_size=8, sequence_length=12, microbatches=2, learning_rate=3e-3, warmup_steps=2, clip_norm=0.5
 )
 _TOKENS = 2000
 

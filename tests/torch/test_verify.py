@@ -55,7 +55,7 @@ def kinds(report: Report, dtype: str) -> set[str]:
     ("name", "mesh"),
     [
         ("mixtral", {"tp": 2}),
-        ("llama-biases-tied", {"pp": 2, "accumulate": 2}),
+        ("llama-biases-tied", {"pp": 2, "microbatches": 2}),
         ("gpt2", {"dp": 2}),
     ],
 )
@@ -111,10 +111,10 @@ def test_another_dtype_is_a_difference_though_the_values_are_equal() -> None:
 @pytest.mark.parametrize(
     ("size", "options", "layers"),
     [
-        (3, {"pp": 3, "accumulate": 3}, 3),
-        (2, {"pp": 2, "vpp": 2, "accumulate": 4}, 4),
-        (2, {"pp": 2, "vpp": 2, "placement": "v", "schedule": "zb-v", "accumulate": 4}, 4),
-        (2, {"pp": 2, "layout": "Et|ttttttt|L|", "vpp": 2, "accumulate": 4}, 8),
+        (3, {"pp": 3, "microbatches": 3}, 3),
+        (2, {"pp": 2, "vpp": 2, "microbatches": 4}, 4),
+        (2, {"pp": 2, "vpp": 2, "placement": "v", "schedule": "zb-v", "microbatches": 4}, 4),
+        (2, {"pp": 2, "layout": "Et|ttttttt|L|", "vpp": 2, "microbatches": 4}, 8),
         (2, {"tp": 2}, 2),
     ],
 )

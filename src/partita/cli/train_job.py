@@ -233,7 +233,7 @@ def _print_start(split: Model, mesh: Mesh, tokens: int, settings: TrainSettings)
     if asks_for_balance(split):
         rows, what = 1, "sequence"
         if settings.aux_loss_scope == "microbatch":
-            rows = settings.batch_size // (mesh.dp * settings.accumulate)
+            rows = settings.batch_size // (mesh.dp * settings.microbatches)
             what = f"micro-batch of {plural(rows, 'sequence')}"
         tokens_of_each = f"the {rows * settings.sequence_length:,} tokens of each {what}"
         err().print(

@@ -181,7 +181,7 @@ def gradients_of(
     """
     model, plan, groups = pipeline.model, pipeline.plan, pipeline.groups
     mine = np.split(rows, groups.dp.size)[groups.dp.rank]
-    parts = [mx.array(part) for part in np.split(mine, settings.accumulate)]
+    parts = [mx.array(part) for part in np.split(mine, settings.microbatches)]
     count = rows.shape[0] * (rows.shape[1] - 1)
     with local_logits(model, plan) as split:
         origin_s = _start_together(groups) if on_timeline is not None else 0.0
@@ -192,7 +192,7 @@ def gradients_of(
             ),
             key=lambda microbatch: tuple(parts[microbatch].shape),
             seed=lambda stage, microbatch: step_seed(
-                settings.seed, step, groups.dp.rank * settings.accumulate + microbatch, stage
+                settings.seed, step, groups.dp.rank * settings.microbatches + microbatch, stage
             ),
         )
     if on_timeline is not None:

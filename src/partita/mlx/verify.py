@@ -79,7 +79,7 @@ def verify(
     placement: Placement = "loop",
     schedule: str | None = None,
     group_size: int | None = None,
-    accumulate: int = 1,
+    microbatches: int = 1,
     steps: int = 3,
     dtype: str | Sequence[str] | None = None,
     device: None = None,
@@ -100,7 +100,7 @@ def verify(
         placement: Which rank runs which stage.
         schedule: The kind of pipeline schedule that the training steps run.
         group_size: Of interleaved schedules.
-        accumulate: Micro-batches of a training step.
+        microbatches: Micro-batches of a training step.
         steps: Training steps; 0 for none.
         dtype: The dtype of the weights that are not quantized, or several that are compared in turn; by default float32.
         device: Must be None: MLX runs on its default device (`mx.set_default_device`).
@@ -117,7 +117,7 @@ def verify(
     if plan is not None:
         layout, vpp, placement = plan.layout, None, plan.placement
     groups = make_groups(mesh)
-    settings = verification_settings(steps, accumulate, mesh.dp, schedule, group_size)
+    settings = verification_settings(steps, microbatches, mesh.dp, schedule, group_size)
     names = list(dict.fromkeys([dtype] if isinstance(dtype, str) else dtype or ["float32"]))
     with together(groups):
         refuse_device(device)

@@ -32,7 +32,7 @@ def verification_settings(
         PlanError: The settings contradict each other.
     """
     return TrainSettings(
-        steps=max(steps, 1), batch_size=microbatches * replicas, sequence_length=SEQUENCE_LENGTH, accumulate=microbatches,
+        steps=max(steps, 1), batch_size=microbatches * replicas, sequence_length=SEQUENCE_LENGTH, microbatches=microbatches,
         warmup_steps=1, learning_rate=1e-3, epsilon=EPSILON, schedule=schedule, group_size=group_size,
     )  # fmt: skip
 

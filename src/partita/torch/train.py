@@ -200,7 +200,7 @@ def accumulate_gradients(
     count = int((targets != IGNORED).sum())
     replicas, replica = groups.dp.size, groups.dp.rank
     parts = [
-        mine.chunk(replicas)[replica].to(device).chunk(settings.accumulate) for mine in (inputs, targets)
+        mine.chunk(replicas)[replica].to(device).chunk(settings.microbatches) for mine in (inputs, targets)
     ]  # fmt: skip
     total = torch.zeros((), dtype=torch.float64, device=device)
     with local_logits(model) as split:
@@ -221,7 +221,7 @@ def accumulate_gradients(
                 key=lambda microbatch: tuple(parts[0][microbatch].shape),
                 around=lambda: _autocast(settings, device),
                 balance=balance_of(model, plan, settings.aux_loss_scope),
-                seed=lambda microbatch: step_seed(settings.seed, step, replica * settings.accumulate + microbatch),
+                seed=lambda microbatch: step_seed(settings.seed, step, replica * settings.microbatches + microbatch),
                 timed=on_timeline is not None,
             )
     if on_timeline is not None:

@@ -71,7 +71,7 @@ def verify(
     placement: Placement = "loop",
     schedule: str | None = None,
     group_size: int | None = None,
-    accumulate: int = 1,
+    microbatches: int = 1,
     steps: int = 3,
     dtype: str | Sequence[str] | None = None,
     device: torch.device | str | None = None,
@@ -94,7 +94,7 @@ def verify(
         placement: Which rank runs which stage.
         schedule: The kind of pipeline schedule that the training steps run.
         group_size: Of interleaved schedules.
-        accumulate: Micro-batches of a training step.
+        microbatches: Micro-batches of a training step.
         steps: Training steps; 0 for none.
         dtype: One dtype or several, which are compared in turn. In float64 nothing is narrowed to float32, so that errors are
             at most 1e-12. In narrower dtypes the split model may round at most twice as much as the unsplit one. By default
@@ -113,7 +113,7 @@ def verify(
     if plan is not None:
         layout, vpp, placement = plan.layout, None, plan.placement
     groups = make_groups(mesh)
-    settings = verification_settings(steps, accumulate, mesh.dp, schedule, group_size)
+    settings = verification_settings(steps, microbatches, mesh.dp, schedule, group_size)
     with together(groups):
         place = as_device(device)
         folder = find_model(model, code=trust_remote_code)

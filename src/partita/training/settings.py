@@ -36,7 +36,7 @@ class TrainSettings:
         weight_decay: Of tensors of two dimensions or more (AdamW: Loshchilov and Hutter 2019, 1711.05101).
         epsilon: AdamW adds it to what it divides by.
         clip_norm: Gradients of a larger global norm are scaled down to it; 0 for none.
-        accumulate: Into how many micro-batches a replica cuts its part of the batch.
+        microbatches: Into how many micro-batches a replica cuts its part of the batch.
         schedule: The kind of pipeline schedule (see `partita.schedule.KINDS`); by default `1f1b`, with several stages a rank
             `interleaved-1f1b`, or `zb-v` where they are placed in a V.
         group_size: Of `interleaved-1f1b`: micro-batches that pass a virtual stage in a row; by default pp.
@@ -64,7 +64,7 @@ class TrainSettings:
     weight_decay: float = 0.1
     epsilon: float = 1e-8
     clip_norm: float = 1.0
-    accumulate: int = 1
+    microbatches: int = 1
     seed: int = 0
     autocast: str | None = None
     master_dtype: str = "float32"
@@ -77,7 +77,7 @@ class TrainSettings:
     aux_loss_scope: str = "microbatch"
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "sequence_length", "accumulate"):
+        for name in ("steps", "batch_size", "sequence_length", "microbatches"):
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise PlanError(f"{name} must be a whole number of at least 1, but is {value!r}.")
@@ -124,15 +124,15 @@ def schedule_of(plan: Plan, settings: TrainSettings) -> Schedule:
             stages.
     """
     replicas, pp, vpp = plan.mesh.dp, plan.mesh.pp, plan.vpp
-    check_batch(settings.batch_size, replicas, settings.accumulate)
+    check_batch(settings.batch_size, replicas, settings.microbatches)
     kind = settings.schedule or default_schedule(plan)
-    check_kind(kind, pp, settings.accumulate, vpp, settings.group_size)
+    check_kind(kind, pp, settings.microbatches, vpp, settings.group_size)
     if placement_of(kind) != plan.placement and pp > 1:
         raise PlanError(
             f"schedule {kind} needs its stages placed as `{placement_of(kind)}`, but the plan has `{plan.placement}`. Make the "
             f"plan with placement={placement_of(kind)!r} and vpp={vpp_of(kind, None)}."
         )
-    return build(kind, pp, settings.accumulate, vpp, group_size=settings.group_size)
+    return build(kind, pp, settings.microbatches, vpp, group_size=settings.group_size)
 
 
 def default_schedule(plan: Plan) -> str:

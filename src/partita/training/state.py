@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 STATE_NAME = "training_state.json"
 
-FREE = ("steps", "accumulate", "schedule", "group_size", "zero", "checkpointing")
+FREE = ("steps", "microbatches", "schedule", "group_size", "zero", "checkpointing")
 """Settings that a resumed run may change: how the work is dealt out, and up to where it goes (see `go_on`)."""
 
 

@@ -72,9 +72,8 @@ Microbatches = Annotated[
     int | None,
     typer.Option(
         "--microbatches",
-        "--accumulate",
         min=1,
-        help="Into how many pieces a replica cuts its part of a step; by default 1, or what keeps a pipeline busy.",
+        help="Micro-batches of a step, for each replica (default: 1, or as many as keep a pipeline busy).",
         show_default=False,
     ),
 ]

@@ -30,7 +30,7 @@ class Stages:
     @property
     def training(self) -> dict[str, Any]:
         """Settings of `TrainSettings`."""
-        return {"schedule": self.schedule, "group_size": self.group_size, "accumulate": self.microbatches}
+        return {"schedule": self.schedule, "group_size": self.group_size, "microbatches": self.microbatches}
 
 
 def choose(
