@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 PACKAGE := .[torch,mlx,mpi,lora,dev]
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: install lock demo test test-sweeps test-slow test-all test-gpu test-versions test-oldest test-newest bench lint clean
+.PHONY: install lock demo test test-sweeps test-slow test-all test-gpu test-versions test-oldest test-newest bench docs lint clean
 
 install: $(STAMP)
 
@@ -94,6 +94,17 @@ $(VENV)-oldest/.installed: pyproject.toml | $(STAMP)
 
 bench: install
 	$(BIN)/python -m bench
+
+# The site is in build/site. It refers to nothing outside of it, and building it needs no network.
+DOCS_STAMP := $(VENV)/.installed-docs
+
+docs: $(DOCS_STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+$(DOCS_STAMP): $(STAMP)
+	@echo "Installing what builds the documentation"
+	@$(PIP) install --quiet --constraint $(LOCK) --no-build-isolation --editable '.[docs]'
+	@touch $@
 
 lint: install
 	$(BIN)/ruff format --check src tests bench
