@@ -4,7 +4,6 @@ torchrun --nproc-per-node 2 examples/generate.py                     # a tiny ne
 torchrun --nproc-per-node 2 examples/generate.py ./model "Once upon a time"
 """
 
-import os
 import sys
 
 import partita.torch as pt
@@ -15,7 +14,7 @@ TINY = {
     "max_position_embeddings": 256, "dtype": "float64",
 }  # fmt: skip
 
-ranks = int(os.environ.get("WORLD_SIZE", "1"))  # torchrun sets it
+ranks = pt.join()  # the ranks of the launcher, or this process alone
 
 if len(sys.argv) > 1:
     model, tokenizer = pt.load(sys.argv[1], tp=ranks), pt.load_tokenizer(sys.argv[1])
@@ -37,6 +36,7 @@ generations = pt.generate(
     tokenizer=tokenizer,
     on_text=show,
 )
-if os.environ.get("RANK", "0") == "0":
+_, groups = pt.plan_of(model)
+if groups.rank == 0:
     for text, generation in zip(texts, generations, strict=True):
         print(f"{text!r} -> {len(generation.tokens)} tokens, ended by {generation.finish_reason}")

@@ -4,7 +4,6 @@ torchrun --nproc-per-node 2 examples/own_module.py
 """
 
 import copy
-import os
 
 import torch
 from torch import Tensor, nn
@@ -61,8 +60,8 @@ class Model(nn.Module):
         return self.head(x)
 
 
-ranks = int(os.environ.get("WORLD_SIZE", "1"))  # torchrun sets it
-pt.init_parallelism(model_parallelism=ranks)
+ranks = pt.join()  # the ranks of the launcher, or this process alone
+rank = pt.init_parallelism(model_parallelism=ranks).rank
 torch.manual_seed(0)  # every rank builds the same unsplit model
 unsplit = Model().double()
 
@@ -94,7 +93,6 @@ expected, output = unsplit(ids), split(ids)
 expected.square().sum().backward()
 output.square().sum().backward()
 torch.testing.assert_close(output, expected, rtol=1e-12, atol=1e-12)
-rank = int(os.environ.get("RANK", "0"))
 for name, parameter in split.named_parameters():
     path = name.replace(".linear.", ".").replace(".embedding.", ".")  # sharded layers wrap an inner layer
     part, cut = unsplit.get_parameter(path).grad, plan.tensor(path)

@@ -4,7 +4,6 @@ torchrun --nproc-per-node 2 examples/own_training_loop.py runs/own              
 torchrun --nproc-per-node 2 examples/own_training_loop.py runs/own ./model
 """
 
-import os
 import sys
 
 import torch
@@ -18,8 +17,7 @@ TINY = {
 }  # fmt: skip
 STEPS, BATCH, LENGTH = 20, 8, 32
 
-ranks = int(os.environ.get("WORLD_SIZE", "1"))  # torchrun sets it
-is_first = os.environ.get("RANK", "0") == "0"
+ranks = pt.join()  # the ranks of the launcher, or this process alone
 
 out = sys.argv[1]
 if len(sys.argv) > 2:
@@ -27,6 +25,7 @@ if len(sys.argv) > 2:
 else:
     model, tokenizer = pt.fresh(TINY, tp=ranks, seed=0), pt.byte_tokenizer()
 
+_, groups = pt.plan_of(model)
 tokens = pt.load_tokens("stdlib", tokenizer, limit_bytes=100_000)
 optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
 rows = torch.Generator().manual_seed(0)  # every tensor rank must see the same rows
@@ -43,10 +42,10 @@ for step in range(1, STEPS + 1):
     torch.nn.utils.clip_grad_value_(model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad()
-    if is_first and step in (1, STEPS // 2, STEPS):
+    if groups.rank == 0 and step in (1, STEPS // 2, STEPS):
         print(f"step {step}: loss {loss.item():.4f}")
 
 model.eval()
 pt.save(model, out, tokenizer=tokenizer)  # AutoModelForCausalLM.from_pretrained reads it
-if is_first:
+if groups.rank == 0:
     print(f"saved to {out}")
