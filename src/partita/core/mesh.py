@@ -27,6 +27,13 @@ class Mesh:
 
     For 8 ranks with tp=2 and pp=2 the tp groups are [[0, 1], [2, 3], [4, 5], [6, 7]], the pp groups
     [[0, 2], [1, 3], [4, 6], [5, 7]] and the dp groups [[0, 4], [1, 5], [2, 6], [3, 7]].
+
+    Examples:
+        >>> mesh = Mesh(dp=2, pp=2, tp=2)
+        >>> mesh.groups("pp")
+        ((0, 2), (1, 3), (4, 6), (5, 7))
+        >>> mesh.coordinate(6)
+        Coordinate(dp=1, pp=1, tp=0)
     """
 
     dp: int = 1

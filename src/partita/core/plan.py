@@ -73,6 +73,20 @@ class Plan:
         Raises:
             PlanError: The model cannot be split so; the text says why and what is nearest.
             LayoutError: The layout does not fit the model.
+
+        Examples:
+            >>> from partita import spec_from_config
+            >>> spec = spec_from_config({
+            ...     "model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4,
+            ...     "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 100,
+            ... })
+            >>> plan = Plan.make(spec, Mesh(pp=2, tp=2), "Et*3|tL")
+            >>> plan.stage(pp=1)
+            Stage(layers=(3,), mtp_layers=(), embedding=False, loss=True)
+            >>> plan.local_shape("model.layers.0.self_attn.k_proj.weight", rank=0)
+            (16, 64)
+            >>> Plan.from_json(plan.to_json()) == plan
+            True
         """
         for name, value, kind in (("spec", spec, ModelSpec), ("mesh", mesh, Mesh), ("rules", rules, Rules)):
             if not isinstance(value, kind) and (name, value) != ("rules", None):

@@ -50,6 +50,12 @@ def generate(
         PlanError: A prompt is empty or holds an id that the model has not, or `stop` is given without a tokenizer.
         ModelError: The model was not split by Partita, or has no cache; or a prompt with its new tokens is longer than a
             sliding window that mlx-lm leaves out; or logits are not finite: the text names the step and the rank.
+
+    Examples:
+        >>> model = pm.load("./model", tp=2)
+        >>> (generation,) = pm.generate(model, [[7, 8, 9]], pm.Sampling(max_new_tokens=4, ignore_eos=True))
+        >>> len(generation.tokens), generation.finish_reason
+        (4, 'length')
     """
     plan, groups = plan_of(model)
     refuse_undecodable(model, plan)

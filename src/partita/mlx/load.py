@@ -96,6 +96,11 @@ def load(
     Raises:
         PartitaError: The model cannot be split so, is not whole on disk, or mlx-lm computes something else of its config than
             transformers; on every rank.
+
+    Examples:
+        >>> model = pm.load("./model", tp=2)
+        >>> model(ids).shape  # the same logits on every rank
+        (1, 5, 257)
     """
     mesh = mesh_of(plan, dp, pp, tp)
     groups = groups if groups is not None else make_groups(mesh, backend=backend)
@@ -172,6 +177,11 @@ def shard(
 
     Raises:
         PartitaError: The model cannot be split so; on every rank.
+
+    Examples:
+        >>> model = pm.shard(unsplit, tp=2)  # every rank has the same unsplit model
+        >>> model.model.layers[0].mlp.down_proj.linear.weight.shape  # of [48, 96]
+        (48, 48)
     """
     if not isinstance(model, nn.Module):
         raise ModelError(f"model must be a module in memory, but is {model!r:.100}. load() takes a folder or a hub id.")

@@ -70,6 +70,11 @@ def fresh(
 
     Raises:
         PartitaError: The model cannot be split so, or saved under the names of transformers, or is to be quantized.
+
+    Examples:
+        >>> model = pm.fresh("./model/config.json", tp=2, seed=0)
+        >>> pm.plan_of(model)[0].mesh
+        Mesh(dp=1, pp=1, tp=2)
     """
     check_sizes(0, seed=seed)
     mesh = mesh_of(plan, dp, pp, tp)

@@ -79,6 +79,12 @@ def train(
         ModelError: There is nothing to train, or the model has float16 arrays; the loss is not finite; a sequence is longer
             than a sliding window that mlx-lm leaves out; or the config asks for the auxiliary loss of routers.
         CheckpointError: A checkpoint cannot be written, or the one to go on from is of another run; on every rank.
+
+    Examples:
+        >>> model = pm.load("./model", tp=2)
+        >>> reports = pm.train(model, tokens, pm.TrainSettings(steps=2, batch_size=2, sequence_length=8))
+        >>> [report.step for report in reports]
+        [1, 2]
     """
     plan, groups = plan_of(model)
     schedule = schedule_of(plan, settings)

@@ -49,6 +49,12 @@ def build(kind: str, pp: int, microbatches: int, vpp: int | None = None, *, grou
 
     Raises:
         ScheduleError: There is no such schedule (see `check_kind`).
+
+    Examples:
+        >>> print(build("1f1b", pp=2, microbatches=3))
+        0F0,0F1,0BW0,0F2,0BW1,0BW2
+        1F0,1BW0,1F1,1BW1,1F2,1BW2
+        <BLANKLINE>
     """
     check_kind(kind, pp, microbatches, vpp, group_size)
     v = vpp_of(kind, vpp)

@@ -27,6 +27,15 @@ def check(schedule: Schedule) -> None:
 
     Raises:
         ScheduleError: It is not. The message says why and shows the rank x step grid there, with > < at the fault.
+
+    Examples:
+        >>> from partita.schedule import build
+        >>> check(build("zb-h1", pp=4, microbatches=8))
+        >>> check(Schedule.from_csv("0F0,0BW0"))
+        >>> check(Schedule.from_csv("0BW0,0F0"))  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        partita.errors.ScheduleError: rank 0, step 0: 0BW0 needs 0F0, which comes later (step 1).
+        ...
     """
     steps = _find(schedule)
     _check_complete(schedule, steps)

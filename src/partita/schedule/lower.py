@@ -27,6 +27,13 @@ def lower(schedule: Schedule, costs: Costs | None = None) -> Schedule:
 
     Raises:
         ScheduleError: The schedule cannot run, or `costs` are for other stages.
+
+    Examples:
+        >>> from partita.schedule import build
+        >>> print(lower(build("gpipe", pp=2, microbatches=1)))
+        0F0,0SEND_F0,0RECV_B0,0BW0
+        1RECV_F0,1F0,1BW0,1SEND_B0
+        <BLANKLINE>
     """
     if schedule.is_lowered:
         return schedule

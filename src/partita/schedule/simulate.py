@@ -94,6 +94,12 @@ def simulate(schedule: Schedule, costs: Costs) -> Timeline:
 
     Raises:
         ScheduleError: The schedule cannot run to its end (`check` says why), or `costs` are for other stages.
+
+    Examples:
+        >>> from partita.schedule import build
+        >>> timeline = simulate(build("1f1b", pp=4, microbatches=8), Costs(f=1, b=1, w=1))
+        >>> timeline.makespan, f"{timeline.bubble_makespan:.1%}", timeline.peak_activations
+        (33.0, '27.3%', (4, 3, 2, 1))
     """
     walked = walk_to_end(schedule, costs)
     return Timeline(schedule, tuple(map(tuple, walked.starts)), tuple(map(tuple, walked.ends)))

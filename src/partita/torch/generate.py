@@ -74,6 +74,12 @@ def generate(
         PlanError: A prompt is empty or holds an id that the model has not, or `stop` is given without a tokenizer.
         ModelError: The model does not generate, does not take such inputs, its generation config asks for what is not
             supported, or its logits are not finite; the text names the step and the rank.
+
+    Examples:
+        >>> model = pt.load("./model", tp=2)
+        >>> (generation,) = pt.generate(model, [[7, 8, 9]], pt.Sampling(max_new_tokens=4, ignore_eos=True))
+        >>> len(generation.tokens), generation.finish_reason
+        (4, 'length')
     """
     plan, groups = plan_of(model)
     refuse_undecodable(model, plan)

@@ -82,6 +82,11 @@ def load(
 
     Raises:
         PartitaError: The model cannot be split so, or is not whole on disk; on every rank.
+
+    Examples:
+        >>> model = pt.load("./model", tp=2)
+        >>> model(input_ids=ids).logits.shape  # the same logits on every rank
+        torch.Size([1, 5, 257])
     """
     init_process_group()
     mesh = mesh_of(plan, dp, pp, tp)
@@ -148,6 +153,11 @@ def shard(
 
     Raises:
         PartitaError: The model cannot be split so; on every rank.
+
+    Examples:
+        >>> model = pt.shard(unsplit, tp=2)  # every rank has the same unsplit model
+        >>> model.model.layers[0].mlp.down_proj.linear.weight.shape  # of [48, 96]
+        torch.Size([48, 48])
     """
     if not isinstance(model, nn.Module):
         raise ModelError(f"model must be a module in memory, but is {model!r:.100}. load() takes a folder or a hub id.")

@@ -61,6 +61,11 @@ def fresh(
 
     Raises:
         PartitaError: The model cannot be split so, or does not say how a tensor of it begins.
+
+    Examples:
+        >>> model = pt.fresh("./model/config.json", tp=2, seed=0)
+        >>> pt.plan_of(model)[0].mesh
+        Mesh(dp=1, pp=1, tp=2)
     """
     init_process_group()
     check_sizes(0, seed=seed)

@@ -77,6 +77,12 @@ def train(
         ModelError: The model is no causal language model, or has float16 weights; the loss is not finite, or its config asks
             for an auxiliary loss that cannot be computed over stages or sequences.
         CheckpointError: A checkpoint cannot be written, or the one to go on from is of another run; on every rank.
+
+    Examples:
+        >>> model = pt.load("./model", tp=2)
+        >>> reports = pt.train(model, tokens, pt.TrainSettings(steps=2, batch_size=2, sequence_length=8))
+        >>> [report.step for report in reports]
+        [1, 2]
     """
     plan, groups = plan_of(model)
     tokens = torch.as_tensor(tokens)

@@ -60,6 +60,15 @@ class PipelineParallelLayerLayout:
 
     Raises:
         LayoutError: `layout` cannot be read, or its stages cannot be dealt out evenly.
+
+    Examples:
+        >>> layout = Layout("Et*3|(tt|)*2tL", pipeline_model_parallel_size=2)
+        >>> layout.num_stages, layout.virtual_pipeline_model_parallel_size
+        (4, 2)
+        >>> layout.get_layer_id_list("decoder", vp_stage=1, pp_rank=0)
+        [5, 6]
+        >>> str(Layout([["embedding", "decoder", "decoder"], ["decoder", "decoder", "loss"]], 2))
+        'Ett|ttL'
     """
 
     pipeline_model_parallel_size: int

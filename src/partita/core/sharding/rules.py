@@ -76,7 +76,13 @@ class Rules:
 
     @classmethod
     def parse(cls, table: Mapping[str, str]) -> Rules:
-        """Rules from `{pattern: "style"}` or `{pattern: "style over option ..."}`, e.g. `"column heads gather_output"`."""
+        """Rules from `{pattern: "style"}` or `{pattern: "style over option ..."}`, e.g. `"column heads gather_output"`.
+
+        Examples:
+            >>> rules = Rules.parse({"attn.{q,k,v}": "column heads", "attn.out": "row heads"})
+            >>> rules.find("layers.0.attn.k").style
+            'column'
+        """
         rules = []
         for pattern, words in table.items():
             style, *rest = str(words).split() or [""]

@@ -52,6 +52,11 @@ def add_lora(model: nn.Module, rank: int, *, alpha: float | None = None, seed: i
 
     Raises:
         ModelError: There is no linear layer to adapt, or one that on disk is not one tensor.
+
+    Examples:
+        >>> model = pm.load("./model", tp=2)
+        >>> pm.add_lora(model, rank=4, seed=0)[0]
+        'model.layers.0.self_attn.q_proj'
     """
     plan, groups = plan_of(model)
     if type(rank) is not int or rank < 1:
@@ -117,6 +122,11 @@ def merge_lora(model: nn.Module) -> None:
     """Add every LoRA adapter into the weight it sits on, and take it off; no rank needs another for it.
 
     A quantized weight is quantized anew.
+
+    Examples:
+        >>> model = pm.load("./model", tp=2)
+        >>> paths = pm.add_lora(model, rank=4, seed=0)
+        >>> pm.merge_lora(model)  # after training; the model can be saved again
     """
     for holder, key, adapter in adapters(model):
         inner = adapter["linear"]

@@ -58,6 +58,10 @@ def save(
     Raises:
         CheckpointError: The folder holds a model already, or cannot be written.
         ModelError: The model has arrays that the unsplit one has not, such as adapters.
+
+    Examples:
+        >>> model = pm.load("./model", tp=2)
+        >>> pm.save(model, "./trained")  # AutoModelForCausalLM.from_pretrained reads it
     """
     plan, groups = plan_of(model)
     disk = on_disk(model)

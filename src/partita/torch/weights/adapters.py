@@ -32,6 +32,11 @@ def add_lora(model: nn.Module, rank: int, *, alpha: float | None = None, seed: i
 
     Raises:
         ModelError: There is no linear layer to adapt.
+
+    Examples:
+        >>> model = pt.load("./model", tp=2)
+        >>> pt.add_lora(model, rank=4, seed=0)[0]
+        'model.layers.0.self_attn.q_proj'
     """
     plan, groups = plan_of(model)
     model.requires_grad_(False)
@@ -88,6 +93,11 @@ def merge_lora(model: nn.Module) -> None:
 
     Raises:
         ModelError: An adapter is not one of ours; peft merges its own (`merge_and_unload`).
+
+    Examples:
+        >>> model = pt.load("./model", tp=2)
+        >>> paths = pt.add_lora(model, rank=4, seed=0)
+        >>> pt.merge_lora(model)  # after training; the model can be saved again
     """
     for parent, name, adapter in adapters(model):
         if not isinstance(adapter, LoraLinear):

@@ -60,6 +60,10 @@ def save(
     Raises:
         CheckpointError: The folder holds a model already, or cannot be written.
         ModelError: The model has adapters that are not merged.
+
+    Examples:
+        >>> model = pt.load("./model", tp=2)
+        >>> pt.save(model, "./trained")  # AutoModelForCausalLM.from_pretrained reads it
     """
     plan, groups = plan_of(model)
     disk = on_disk(model)
