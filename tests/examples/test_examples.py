@@ -31,6 +31,8 @@ def run(name: str, *arguments: str) -> str:
             runpy.run_path(str(EXAMPLES / name), run_name="__main__")
     finally:
         sys.argv = given
+        if (engine := sys.modules.get("partita.torch")) is not None:
+            engine.reset_parallelism()  # the ranks are shared with other tests
     return printed.getvalue()
 
 
