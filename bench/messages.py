@@ -39,8 +39,8 @@ def set_up(size: int) -> dict[str, Contestant]:
 
     groups = make_groups(Mesh(tp=dist.get_world_size()))
     sums = {
-        OURS: groups.tp.comm.all_reduce_,
-        OURS_GLOO: over_gloo(groups).tp.comm.all_reduce_,
+        OURS: groups.tp.all_reduce_,
+        OURS_GLOO: over_gloo(groups).tp.all_reduce_,
         MPI: open_mpi_sum(),
         GLOO: dist.all_reduce,
     }

@@ -35,7 +35,7 @@ def torch_work(work: str, folder: Path) -> None:
     if work == "collective":
         repeat(folder, everyone.rank, lambda: everyone.all_reduce_(torch.ones(1000)))
     if work == "send":
-        pipeline = make_groups(Mesh(pp=ranks)).pp.comm
+        pipeline = make_groups(Mesh(pp=ranks)).pp
         right, left = (pipeline.rank + 1) % ranks, (pipeline.rank - 1) % ranks
 
         def pass_on() -> None:

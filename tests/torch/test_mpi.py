@@ -77,7 +77,7 @@ def _kinds() -> list[str]:
     from partita.core.mesh import Mesh
 
     groups = make_groups(Mesh(pp=2, tp=2))
-    return [type(info.comm).__name__ for info in (groups.tp, groups.pp)]
+    return [type(comm).__name__ for comm in (groups.tp, groups.pp)]
 
 
 def test_groups_of_a_mesh_talk_through_it() -> None:
@@ -95,7 +95,7 @@ import os, sys, torch
 from partita.torch.collectives.groups import init_process_group, make_groups
 from partita.core.mesh import Mesh
 init_process_group(lost_after_s=float(sys.argv[1]))
-comm = make_groups(Mesh(tp=2)).tp.comm
+comm = make_groups(Mesh(tp=2)).tp
 print("met", flush=True)
 for _ in range(10**9):
     comm.all_reduce_(torch.ones(4))

@@ -61,7 +61,6 @@ OVER_TENSOR_RANKS = {
     "inkling_text": "embed_norm.weight differs",
     "longcat_flash": "is out of bounds",
     "mamba": "size of tensor a",
-    "marian": "cannot be split: only nn.Linear",
     "openai-gpt": "mat1 and mat2",
     "phi4_multimodal": TOO_LARGE,
     "rwkv": TOO_LARGE,
@@ -182,4 +181,4 @@ def test_over_stages(family: str, model: Any) -> None:
 def test_the_floor() -> None:
     refused = ({*NOT_BUILT, *OVER_TENSOR_RANKS}, {*NOT_BUILT, *OVER_STAGES})
     assert set().union(*refused, GENERATING_OVER_STAGES) <= set(FAMILIES)
-    assert [len(FAMILIES) - len(families) for families in refused] >= [160, 146]
+    assert [len(FAMILIES) - len(families) for families in refused] >= [161, 146]

@@ -28,7 +28,7 @@ _INNER = (
     "shared_experts_intermediate_size",
     "moe_shared_expert_intermediate_size",
 )
-_VOCABULARY = ("vocab_size", "vocab_size_per_layer_input", "unpadded_vocab_size")
+_VOCABULARY = ("vocab_size", "decoder_vocab_size", "vocab_size_per_layer_input", "unpadded_vocab_size")
 _HEAD_DIMS = ("rotary_dim", "linear_head_dim", "linear_key_head_dim", "linear_value_head_dim", "swa_head_dim")
 _LATENT_WIDTHS = (("qk_rope_head_dim", 8), ("qk_nope_head_dim", 16), ("v_head_dim", 12))
 _STATES = ("mamba_d_state", "ssm_state_size", "state_size")
