@@ -103,6 +103,11 @@ def test_training_and_verifying_end(tmp_path: Path, command: str, tp: int) -> No
     assert "error" not in said
 
 
+@pytest.mark.parametrize("options", [("--help",), ("train", "--help")])
+def test_help_ends(options: tuple[str, ...]) -> None:
+    assert unread(*PARTITA, *options) == (CLOSED, "")
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
 def test_text_that_cannot_be_printed(tmp_path: Path, encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
     written(tmp_path)

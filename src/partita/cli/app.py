@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Callable
@@ -27,6 +28,7 @@ from partita.cli.train import TrainOptions, train
 from partita.cli.train_job import TrainJob
 from partita.cli.verify import VerifyJob, VerifyOptions, verify
 from partita.ranks import rank_process
+from partita.ranks.failure import Failure
 
 
 class _Commands(TyperGroup):
@@ -146,8 +148,22 @@ def main() -> None:
     file = os.environ.pop(launch.JOB, None)
     if file is not None:
         _main_of_rank(file)
-    app(prog_name="partita")
+    stdout = _stdout()
+    try:
+        app(prog_name="partita")
+    except SystemExit:
+        if _stdout() != stdout:
+            sys.exit(Failure.CLOSED)
+        raise
     sys.exit(0)
+
+
+def _stdout() -> tuple[int, int] | None:
+    """What stdout is: rich opens /dev/null in its place where nobody reads the help any more, and exits with 1."""
+    with contextlib.suppress(OSError, ValueError):
+        status = os.fstat(sys.stdout.fileno())
+        return status.st_dev, status.st_ino
+    return None
 
 
 def _main_of_rank(file: str) -> NoReturn:
