@@ -24,8 +24,9 @@ PROMPTS = [[3, 1, 4], [1, 5], [9, 2, 6], [5, 3]]
 
 
 def lies_in_columns(model: nn.Module) -> set[bool]:
-    """Whether the weights of linear layers do."""
+    """Whether the weights of linear layers do; nothing only of a stage that has no linear layer."""
     weights = [m.weight for m in model.modules() if isinstance(m, nn.Linear) and min(m.weight.shape) > 1]
+    assert weights or model.partita_plan.spec.family == "gpt2"  # type: ignore[union-attr]
     return {weight.T.is_contiguous() for weight in weights}
 
 
@@ -36,12 +37,15 @@ def decoded(name: str, mesh: dict[str, int], folder: str) -> tuple[list[int], li
     kept = {name: id(p) for name, p in model.named_parameters()}
     short = generate(model, PROMPTS[:1], SHORT)[0].tokens
     several = [list(g.tokens) for g in generate(model, PROMPTS, LONG)]
-    assert lies_in_columns(model) <= ({False} if "pp" not in mesh or len(PROMPTS) // mesh["pp"] in FEW else {True})
+    assert lies_in_columns(model) in (
+        set(),
+        {False} if "pp" not in mesh or len(PROMPTS) // mesh["pp"] in FEW else {True},
+    )
     model(input_ids=IDS, labels=IDS).loss.backward()
     rows = {name: p.grad for name, p in model.named_parameters()}
     model.zero_grad()
     long = generate(model, PROMPTS[:1], LONG)[0].tokens
-    assert lies_in_columns(model) <= {True}
+    assert lies_in_columns(model) in (set(), {True})
     assert {name: id(p) for name, p in model.named_parameters()} == kept
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     assert not any("forward" in vars(module) for module in model.modules() if type(module) is nn.Linear)

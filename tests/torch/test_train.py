@@ -54,7 +54,7 @@ def test_all_meshes_lie_on_one_line(name: str) -> None:
             assert their_norms == pytest.approx(norms, rel=tolerance)
             assert their_weights
             for parameter, value in their_weights.items():
-                assert value == pytest.approx(weights.get(parameter, value), rel=tolerance), parameter
+                assert value == pytest.approx(weights[parameter], rel=tolerance), parameter
 
 
 def _dropout_keeps_ranks_together() -> list[float]:
