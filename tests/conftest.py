@@ -12,7 +12,7 @@ from tests.support.compiling import SETTING
 from tests.support.ranks import close_all
 
 ROOT = Path(__file__).resolve().parent
-SLOW: dict[str, list[str]] = tomllib.loads((ROOT / "slow.toml").read_text())["kept"]
+SLOW: dict[str, list[str] | int] = tomllib.loads((ROOT / "slow.toml").read_text())["kept"]
 
 POOLS = ("mlx_ranks", "on_mlx", "ranks", "on")
 """The functions that a test module takes ranks of a shared pool from."""
@@ -40,18 +40,20 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    seen: dict[str, set[str]] = {}
+    seen: dict[str, list[str]] = {}
     for item in items:
         function, _, parameters = item.nodeid.partition("[")
         if function in SLOW:
-            seen.setdefault(function, set()).add(parameters.removesuffix("]"))
-            if parameters.removesuffix("]") not in SLOW[function]:
+            kept, place = SLOW[function], len(seen.setdefault(function, []))
+            seen[function].append(parameters.removesuffix("]"))
+            if place % kept if isinstance(kept, int) else seen[function][-1] not in kept:
                 item.add_marker(pytest.mark.slow)
     if not any("::" in argument for argument in config.args):
         for function, found in seen.items():
-            if not found >= set(SLOW[function]):
+            kept = SLOW[function]
+            if not isinstance(kept, int) and not set(found) >= set(kept):
                 raise pytest.UsageError(
-                    f"tests/slow.toml keeps {sorted(set(SLOW[function]) - found)} of {function}, which has {sorted(found)}."
+                    f"tests/slow.toml keeps {sorted(set(kept) - set(found))} of {function}, which has {sorted(found)}."
                 )
     if config.pluginmanager.hasplugin("xdist"):
         # Ranks of a pool fill the cores by themselves. So one worker runs all tests that use them, first, and the other workers

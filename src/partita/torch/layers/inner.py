@@ -24,13 +24,14 @@ def linear_shape(linear: nn.Module) -> tuple[int, int, bool]:
     """
     weight = linear._parameters.get("weight")
     if isinstance(linear, nn.Linear) and weight is not None:
-        if tuple(weight.shape) != (linear.out_features, linear.in_features):
+        if tuple(weight.shape) == (linear.out_features, linear.in_features):
+            return linear.out_features, linear.in_features, False
+        if type(linear) is nn.Linear:  # other classes pack their weights
             raise ModelError(
                 f"the weight of a linear layer must have the shape (out_features, in_features), which is "
                 f"({linear.out_features}, {linear.in_features}), but has {tuple(weight.shape)}. Set both to the weight's sizes."
             )
-        return linear.out_features, linear.in_features, False
-    if type(linear).__name__ == "Conv1D" and hasattr(linear, "nf") and weight is not None:
+    elif type(linear).__name__ == "Conv1D" and hasattr(linear, "nf") and weight is not None:
         return weight.shape[1], weight.shape[0], True
     raise ModelError(
         f"{type(linear).__module__}.{type(linear).__name__} cannot be split: only nn.Linear and transformers' Conv1D "
