@@ -49,7 +49,10 @@ class Job(ABC):
 
 def to_json(job: Job, *, debug: bool) -> str:
     """A job as text; `from_json` reads it back."""
-    return json.dumps({"debug": debug, "job": type(job).__name__, "fields": _encoded_fields(job)})
+    fields = _encoded_fields(job)
+    if job.plan is not None:
+        fields["request"]["layout"] = None  # the plan has it, so that a rank parses it once
+    return json.dumps({"debug": debug, "job": type(job).__name__, "fields": fields})
 
 
 def from_json(text: str, kinds: Mapping[str, type[Job]]) -> tuple[Job, bool]:
@@ -57,7 +60,10 @@ def from_json(text: str, kinds: Mapping[str, type[Job]]) -> tuple[Job, bool]:
     data = json.loads(text)
     kind = kinds[data["job"]]
     hints = get_type_hints(kind)
-    return kind(**{name: _decoded(hints[name], value) for name, value in data["fields"].items()}), data["debug"]
+    job = kind(**{name: _decoded(hints[name], value) for name, value in data["fields"].items()})
+    if job.plan is not None:
+        job.request = dataclasses.replace(job.request, layout=job.plan.layout)
+    return job, data["debug"]
 
 
 def _encoded_fields(value: Any) -> dict[str, Any]:
