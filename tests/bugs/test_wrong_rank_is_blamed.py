@@ -83,19 +83,19 @@ def fail_on_rank(failing: int, engine: str, mesh: Mesh) -> tuple[str, str, int |
     """What a rank raises where rank `failing` of `mesh` fails: type, text, whom it names, whether it is an echo, exit code."""
     groups: Any
     if engine == "torch":
-        from partita.torch.collectives.collective_errors import together
+        from partita.torch.collectives.collective_errors import collective_errors
         from partita.torch.collectives.groups import make_groups
 
         groups = make_groups(mesh)
         number = groups.rank
     else:
-        from partita.mlx.collectives.collective_errors import together as together_on_mlx
+        from partita.mlx.collectives.collective_errors import collective_errors as collective_errors_on_mlx
         from partita.mlx.collectives.groups import make_groups as make_mlx_groups
 
         groups = make_mlx_groups(mesh)
         number = groups.rank
     try:
-        with together(groups) if engine == "torch" else together_on_mlx(groups):
+        with collective_errors(groups) if engine == "torch" else collective_errors_on_mlx(groups):
             if number == failing:
                 raise ModelError("this rank is to blame")
     except Exception as error:

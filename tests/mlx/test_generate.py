@@ -21,7 +21,7 @@ from partita.mlx.collectives.groups import single_groups
 from partita.mlx.collectives.threads import run_as_threads
 from partita.mlx.generate import generate
 from partita.mlx.load import shard
-from partita.mlx.model.head import likeliest, local_logits
+from partita.mlx.model.head import local_logits, most_likely
 from partita.mlx.model.mlx_lm_models import build
 from partita.mlx.proof.family import fill, plan_of_model
 from partita.mlx.split.apply import apply_plan, finish
@@ -185,7 +185,7 @@ def test_a_model_of_its_own_is_refused() -> None:
 
 
 @pytest.mark.parametrize("parts", [2, 3, 5])
-def test_likeliest_of_parts_is_likeliest_of_all(parts: int) -> None:
+def test_most_likely_of_parts_is_most_likely_of_all(parts: int) -> None:
     rows = np.random.default_rng(0).standard_normal((6, 23)).astype(np.float32)
     rows[0, [3, 17]] = 9.0  # the first of two equal ones counts, over ranks too
     rows[1, [2, 3]] = 9.0
@@ -194,7 +194,7 @@ def test_likeliest_of_parts_is_likeliest_of_all(parts: int) -> None:
     def one(comm: Any) -> tuple[list[int], list[int]]:
         ((start, stop),) = split.ranges(comm.rank)
         whole = mx.array(rows)
-        return likeliest(whole[:, start:stop], split, comm).tolist(), likeliest(whole, None, comm).tolist()
+        return most_likely(whole[:, start:stop], split, comm).tolist(), most_likely(whole, None, comm).tolist()
 
     for mine, alone in run_as_threads(parts, one):
         assert mine == alone == rows.argmax(1).tolist()

@@ -257,7 +257,7 @@ def write_folder(
     beside: Callable[[Path], None],
     write: Callable[[Writer], None],
     *,
-    together: Callable[[], AbstractContextManager[None]],
+    collective: Callable[[], AbstractContextManager[None]],
     is_first: bool,
     is_writer: bool,
 ) -> None:
@@ -268,7 +268,7 @@ def write_folder(
         files: The same on every rank.
         beside: Writes, on the first rank, what else belongs into the folder.
         write: Writes a rank's own parts.
-        together: Makes a block at whose end every rank raises what one of them raised in it.
+        collective: Makes a block at whose end every rank raises what one of them raised in it.
         is_first: Whether this is the first rank, which makes the folder.
         is_writer: Whether this rank writes parts.
 
@@ -276,12 +276,12 @@ def write_folder(
         CheckpointError: The folder holds weights already, another save is writing it, or it cannot be written; on every rank.
     """
     with contextlib.ExitStack() as lock:
-        with together():
+        with collective():
             partial = partial_of(path)
             if is_first:  # two saves to one place would write into the same files
                 lock.enter_context(RunLock(path, file=partial.with_name(f"{partial.name}.lock")))
         try:
-            with together():
+            with collective():
                 if is_first:
                     with failing_as(path, "cannot be made"):
                         refuse_weights(path)
@@ -289,11 +289,11 @@ def write_folder(
                     create_files(partial, files)
                     write_index(partial, files)
                     beside(partial)
-            with together():
+            with collective():
                 if is_writer:
                     with Writer(partial, files) as writer:
                         write(writer)
-            with together():
+            with collective():
                 if is_first:
                     appear(partial, path)
         except Exception:

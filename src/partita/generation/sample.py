@@ -100,7 +100,7 @@ def choose(
             _process(row, one, choice, columns.start)
     scores[wrong] = np.nan
     if choice.temperature == 0:
-        return _likeliest(scores, columns)
+        return _most_likely(scores, columns)
     scores /= choice.temperature
     draws = [generator.random() for generator in generators]
     excludes = [choice.xtc_probability > 0 and g.random() < choice.xtc_probability for g in generators]
@@ -224,7 +224,7 @@ def _excluding(scores: Array, excludes: list[bool], draws: list[float], choice: 
     return [int(one) for one in columns.gather(np.array(ids, np.float64))[0]]
 
 
-def _likeliest(scores: Array, columns: Columns) -> list[int]:
+def _most_likely(scores: Array, columns: Columns) -> list[int]:
     places = scores.argmax(1)
     told = columns.gather(np.stack([scores.max(1), places + columns.start], 1).astype(np.float64))
     if (codes := _codes(told[:, :, 0])) is not None:

@@ -13,7 +13,7 @@ from partita.core.plan import Plan
 from partita.core.sharding.rules import Rules
 from partita.core.sharding.split import deal
 from partita.errors import ModelError, PlanError
-from partita.mlx.collectives.collective_errors import together
+from partita.mlx.collectives.collective_errors import collective_errors
 from partita.mlx.collectives.comm import Communicator
 from partita.mlx.collectives.groups import ParallelGroups, as_communicator
 from partita.mlx.model.mlx_lm_models import config_of, spec_of
@@ -55,7 +55,7 @@ def pipeline_auto_parallel(
     mesh, alone = Mesh(pp=comm.size), Communicator.single()
     groups = ParallelGroups(mesh, alone, comm, alone)
     slices: list[Any] = comm.all_gather_object((start_layer, end_layer))
-    with together(groups):
+    with collective_errors(groups):
         spec = spec_of(model)
         if not spec.layers:
             raise ModelError(f"no list of layers was found in {type(model).__name__}, so it cannot be cut into stages.")

@@ -24,7 +24,7 @@ from partita.core.model.spec import config_number, text_config
 from partita.core.plan import Plan, mesh_of
 from partita.errors import CheckpointError, ModelError
 from partita.generation.generation_config import read_generation
-from partita.mlx.collectives.collective_errors import together
+from partita.mlx.collectives.collective_errors import collective_errors
 from partita.mlx.collectives.groups import ParallelGroups, make_groups
 from partita.mlx.layers.inner import in_columns, multiplies_by_columns
 from partita.mlx.model.config import read_mlx_config
@@ -104,7 +104,7 @@ def load(
     """
     mesh = mesh_of(plan, dp, pp, tp)
     groups = groups if groups is not None else make_groups(mesh, backend=backend)
-    with together(groups):
+    with collective_errors(groups):
         refuse_device(device)
         wanted = as_dtype(dtype)
         folder = find_model(model)
@@ -117,7 +117,7 @@ def load(
         _name_dtype(config, checkpoint, groups, asked=wanted is not None)
         twice = stored_twice(config, checkpoint)
     untied = twice is not None and differ(twice, checkpoint, groups)
-    with together(groups):
+    with collective_errors(groups):
         if untied and twice is not None:
             untie(config)
             check_head(build(config), twice)
@@ -144,7 +144,7 @@ def load(
         else:
             plan = prove_unless_proven(built, fitted(plan, built, config))
         prove_stages(built, plan)
-    with together(groups), Reader(checkpoint) as reader:
+    with collective_errors(groups), Reader(checkpoint) as reader:
         computed = _Computed(again, sources, checkpoint)
         split = apply_plan(built, plan, groups.tp, groups.pp.rank)
         _Fill(reader, sources, computed, plan, groups.tp.rank, wanted, progress)(split)
@@ -187,7 +187,7 @@ def shard(
         raise ModelError(f"model must be a module in memory, but is {model!r:.100}. load() takes a folder or a hub id.")
     mesh = mesh_of(plan, dp, pp, tp)
     groups = groups if groups is not None else make_groups(mesh)
-    with together(groups):
+    with collective_errors(groups):
         adapters = take_off(model)
         if plan is None:
             plan = plan_of_model(model, mesh, layout)

@@ -16,7 +16,7 @@ from partita.core.model.spec import read_config
 from partita.core.plan import Plan, mesh_of
 from partita.core.sharding.split import check_sizes
 from partita.errors import ModelError
-from partita.mlx.collectives.collective_errors import together
+from partita.mlx.collectives.collective_errors import collective_errors
 from partita.mlx.collectives.groups import ParallelGroups, make_groups
 from partita.mlx.load import as_dtype, fitted, refuse_device
 from partita.mlx.model.config import read_mlx_config
@@ -79,7 +79,7 @@ def fresh(
     check_sizes(0, seed=seed)
     mesh = mesh_of(plan, dp, pp, tp)
     groups = groups if groups is not None else make_groups(mesh, backend=backend)
-    with together(groups):
+    with collective_errors(groups):
         refuse_device(device)
         source = find_model(config, weights=False) if isinstance(config, (str, os.PathLike)) else config
         plain, data = read_config(source), read_mlx_config(source)
@@ -97,7 +97,7 @@ def fresh(
         prove_stages(new.model, plan)
         wanted = as_dtype(dtype) or as_dtype(plan.spec.dtype) or mx.float32
         fill = InitialFill(data, zero_scales(new.model), seed, wanted)
-    with together(groups):
+    with collective_errors(groups):
         split = apply_plan(new.model, plan, groups.tp, groups.pp.rank)
         fill(split, plan, groups.tp.rank)
     split.partita_origin = Origin(new.sources, new.tensors, config=plain)

@@ -15,7 +15,7 @@ import numpy as np
 from partita.core.plan import Plan
 from partita.core.sharding.split import Split
 from partita.errors import ModelError, PlanError
-from partita.mlx.collectives.collective_errors import together
+from partita.mlx.collectives.collective_errors import collective_errors
 from partita.mlx.collectives.comm import Communicator
 from partita.mlx.collectives.groups import ParallelGroups
 from partita.mlx.layers.loss import vocab_parallel_cross_entropy
@@ -28,7 +28,7 @@ from partita.mlx.stages.pipeline import Pipeline
 from partita.mlx.training.optimizer import AdamW
 from partita.mlx.training.replicas import clip_gradients, start_alike, sum_over_replicas
 from partita.mlx.weights.moments import restore_optimizer
-from partita.mlx.weights.rank_shard import Share
+from partita.mlx.weights.rank_shard import RankShard
 from partita.schedule import Timeline
 from partita.training import StepReport, TrainSettings, row_starts, schedule_of
 from partita.training.ids import check_ids
@@ -92,7 +92,7 @@ def train(
     check_ids(np.asarray(tokens), plan.spec.vocab_size)
     _check(settings, plan)
     refuse_beyond_window(plan.spec, settings.sequence_length, "a sequence")
-    with together(groups):
+    with collective_errors(groups):
         _refuse_float16(model)
     trainable = Trainable(model)
     if not any(groups.pp.all_gather_object(bool(trainable.names))):
@@ -103,7 +103,8 @@ def train(
     text = np.asarray(tokens, np.int64)
     run = begin_run(
         settings, text, saves, resume,
-        together=lambda: together(groups), restore=lambda folder: restore_optimizer(model, trainable, optimizer, folder),
+        collective=lambda: collective_errors(groups),
+        restore=lambda folder: restore_optimizer(model, trainable, optimizer, folder),
     )  # fmt: skip
     saver = make_saver(model, trainable, optimizer, saves, run, on_save) if saves is not None else None
     gradients: dict[str, mx.array] = {}
@@ -145,10 +146,10 @@ def make_saver(
 
     Raises:
         CheckpointError: The run's folder cannot be made.
-        ModelError: The model has arrays that cannot be kept (see `Share`).
+        ModelError: The model has arrays that cannot be kept (see `RankShard`).
     """
     _, groups = plan_of(model)
-    share = Share(model, trainable, optimizer, saves)
+    share = RankShard(model, trainable, optimizer, saves)
     return Saver(saves, share, run, groups, on_save=on_save)
 
 

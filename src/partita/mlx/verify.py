@@ -18,7 +18,7 @@ from partita.core.layout.layout import PipelineParallelLayerLayout
 from partita.core.layout.placement import Placement
 from partita.core.plan import Plan, mesh_of
 from partita.errors import CheckpointError, ModelError
-from partita.mlx.collectives.collective_errors import together
+from partita.mlx.collectives.collective_errors import collective_errors
 from partita.mlx.collectives.groups import ParallelGroups, make_groups, single_groups
 from partita.mlx.generate import generate
 from partita.mlx.load import as_dtype, fitted, load, refuse_device, shard
@@ -119,7 +119,7 @@ def verify(
     groups = make_groups(mesh)
     settings = verification_settings(steps, microbatches, mesh.dp, schedule, group_size)
     names = list(dict.fromkeys([dtype] if isinstance(dtype, str) else dtype or ["float32"]))
-    with together(groups):
+    with collective_errors(groups):
         refuse_device(device)
         folder = find_model(model)
         # Built once before: what mlx-lm cannot run has no reference.
@@ -130,7 +130,7 @@ def verify(
     rows: list[Row] = []
     skipped: list[Skip] = []
     for name in names:
-        with together(groups), unchecked():
+        with collective_errors(groups), unchecked():
             wanted = as_dtype(name) or mx.float32
             unsplit = _unsplit(folder, wanted)
             inputs = sample_inputs(unsplit)

@@ -13,7 +13,7 @@ from partita.core.plan import Plan
 from partita.core.sharding.rules import Rules
 from partita.core.sharding.split import deal
 from partita.errors import ModelError, PlanError
-from partita.torch.collectives.collective_errors import together_in
+from partita.torch.collectives.collective_errors import collective_errors_in
 from partita.torch.collectives.comm import Communicator
 from partita.torch.collectives.groups import ParallelGroups, single_groups
 from partita.torch.model.towers import forbid_media
@@ -56,7 +56,7 @@ def pipeline_auto_parallel(
     mesh = Mesh(pp=comm.size)
     groups = ParallelGroups(mesh, alone.tp, comm, alone.dp)
     slices: list[Any] = comm.all_gather_object((start_layer, end_layer))
-    with together_in(comm):
+    with collective_errors_in(comm):
         spec = spec_of(model)
         if not spec.layers:
             raise ModelError(f"no list of layers was found in {type(model).__name__}, so it cannot be cut into stages.")

@@ -24,7 +24,7 @@ from partita.schedule import Action, Kind, Schedule
 from partita.torch.collectives.comm import Work
 from partita.torch.layers.decode_matmul import decoding
 from partita.torch.model.balance import SWITCH, asks_for_balance
-from partita.torch.model.head import likeliest, local_logits
+from partita.torch.model.head import local_logits, most_likely
 from partita.torch.model.parts import plan_of
 from partita.torch.model.towers import refuse_forbidden
 from partita.torch.proof.stages import refuse_undecodable
@@ -336,7 +336,7 @@ class _Run:
         group = self.groups[place]
         logits = output.logits[:, -1]
         if self.choice.is_plain:
-            chosen = likeliest(logits, self.split, self.tp)
+            chosen = most_likely(logits, self.split, self.tp)
         else:
             chosen = self._choose(logits, group.sequences)
         ids = chosen.cpu()

@@ -26,7 +26,7 @@ from partita.errors import ModelError
 from partita.generation.generation_config import FILE_NAME, read_generation
 from partita.notes import note
 from partita.ranks.liveness import doing
-from partita.torch.collectives.collective_errors import together
+from partita.torch.collectives.collective_errors import collective_errors
 from partita.torch.collectives.groups import ParallelGroups, init_process_group, is_first, make_groups
 from partita.torch.model.towers import forbid_media
 from partita.torch.model.transformers_models import build_on_meta, code_note, read_hf_config, spec_of
@@ -91,7 +91,7 @@ def load(
     init_process_group()
     mesh = mesh_of(plan, dp, pp, tp)
     groups = groups if groups is not None else make_groups(mesh)
-    with together(groups):
+    with collective_errors(groups):
         folder = find_model(model, code=trust_remote_code)
         if verify:
             check_model(folder, groups.rank, groups.mesh.size)
@@ -105,7 +105,7 @@ def load(
         shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
     if tied_names(built):
         _compare_tied(built, checkpoint, shapes, groups)
-    with together(groups):
+    with collective_errors(groups):
         plan = choose_plan(built, plan, mesh, layout, vpp, placement)
         attach_mtp(built, plan)
         sources, unused = sources_for_reading(built, shapes)
@@ -115,7 +115,7 @@ def load(
         rest = Unused(folder, {name: checkpoint.tensors[name] for name in unused})
         if is_first(groups) and (line := rest.note(type(built).__name__)):
             note(line)
-    with together(groups), Reader(checkpoint) as reader:
+    with collective_errors(groups), Reader(checkpoint) as reader:
         place = as_device(device)
         make_unsaved_buffers(built, place)
         split = apply_plan(built, plan, groups)
@@ -163,11 +163,11 @@ def shard(
         raise ModelError(f"model must be a module in memory, but is {model!r:.100}. load() takes a folder or a hub id.")
     mesh = mesh_of(plan, dp, pp, tp)
     groups = groups if groups is not None else make_groups(mesh)
-    with together(groups):
+    with collective_errors(groups):
         plan = choose_plan(model, plan, mesh, layout, vpp, placement)
         if plan.num_mtp:
             raise ModelError("a model in memory has no layers of multi-token prediction (m). Use fresh() or load().")
-    with together(groups):
+    with collective_errors(groups):
         split = apply_plan(model, plan, groups)
     return finish(split, plan, groups)
 
@@ -207,7 +207,7 @@ def _compare_tied(
     built: nn.Module, checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]], groups: ParallelGroups
 ) -> None:
     """Untie in `built` what its config ties although the checkpoint holds different values. Every rank calls it."""
-    with together(groups):
+    with collective_errors(groups):
         sources, _ = sources_for_reading(built, shapes)
     with Reader(checkpoint) as reader:
         read = CheckpointFill(reader, checkpoint.tensors, sources, built).read

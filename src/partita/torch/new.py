@@ -14,7 +14,7 @@ from partita.core.layout.layout import PipelineParallelLayerLayout
 from partita.core.layout.placement import Placement
 from partita.core.plan import Plan, mesh_of
 from partita.core.sharding.split import check_sizes
-from partita.torch.collectives.collective_errors import together
+from partita.torch.collectives.collective_errors import collective_errors
 from partita.torch.collectives.groups import ParallelGroups, init_process_group, make_groups
 from partita.torch.load import choose_plan, read_config
 from partita.torch.model.transformers_models import build_on_meta
@@ -71,7 +71,7 @@ def fresh(
     check_sizes(0, seed=seed)
     mesh = mesh_of(plan, dp, pp, tp)
     groups = groups if groups is not None else make_groups(mesh)
-    with together(groups):
+    with collective_errors(groups):
         source = config
         if isinstance(config, (str, os.PathLike)):
             source = find_model(config, weights=False, code=trust_remote_code)
@@ -80,7 +80,7 @@ def fresh(
         plan = choose_plan(built, plan, mesh, layout, vpp, placement)
         attach_mtp(built, plan)
         recipes = record_initialization(built)
-    with together(groups):
+    with collective_errors(groups):
         place = as_device(device)
         make_unsaved_buffers(built, place)
         split = apply_plan(built, plan, groups)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from partita.errors import ModelError
 from partita.schedule import Timeline
-from partita.torch.collectives.collective_errors import together
+from partita.torch.collectives.collective_errors import collective_errors
 from partita.torch.collectives.groups import ParallelGroups
 from partita.torch.model.head import local_logits
 from partita.torch.model.parts import plan_of
@@ -28,7 +28,7 @@ from partita.torch.training.optimizer import MasterAdamW, state_dtype
 from partita.torch.training.replicas import clip_gradients, start_alike, sum_gradients
 from partita.torch.weights.fill import as_dtype
 from partita.torch.weights.moments import restore_optimizer
-from partita.torch.weights.rank_shard import Share
+from partita.torch.weights.rank_shard import RankShard
 from partita.training import StepReport, TrainSettings, schedule_of
 from partita.training.ids import check_ids
 from partita.training.loop import StepHooks, begin_run, run_steps
@@ -90,7 +90,7 @@ def train(
     plan.spec.refuse_beyond_positions(settings.sequence_length, "a sequence")
     check_ids(tokens.numpy(force=True), plan.spec.vocab_size)
     check_trainable(model)
-    with together(groups):
+    with collective_errors(groups):
         _refuse_float16(model)
     balance_of(model, plan, settings.aux_loss_scope)  # which raises before anything is done
     if settings.checkpointing:
@@ -104,7 +104,7 @@ def train(
     model.zero_grad(set_to_none=True)
     run = begin_run(
         settings, tokens.cpu().numpy(), saves, resume,
-        together=lambda: together(groups), restore=lambda folder: restore_optimizer(model, optimizer, folder),
+        collective=lambda: collective_errors(groups), restore=lambda folder: restore_optimizer(model, optimizer, folder),
     )  # fmt: skip
     saver = make_saver(model, optimizer, saves, run, on_save) if saves is not None else None
 
@@ -143,10 +143,10 @@ def make_saver(
 
     Raises:
         CheckpointError: The run's folder cannot be made.
-        ModelError: The model has adapters that cannot be kept (see `Share`).
+        ModelError: The model has adapters that cannot be kept (see `RankShard`).
     """
     _, groups = plan_of(model)
-    share = Share(model, optimizer, saves, run.settings.master_dtype)
+    share = RankShard(model, optimizer, saves, run.settings.master_dtype)
     return Saver(saves, share, run, groups, on_save=on_save)
 
 

@@ -34,7 +34,7 @@ from partita.proof.report import (
 from partita.proof.rounding import judge
 from partita.proof.verify import compare_tokens, expect_all, unsplit_settings, verification_settings
 from partita.ranks.liveness import doing
-from partita.torch.collectives.collective_errors import gather_from_all, together
+from partita.torch.collectives.collective_errors import collective_errors, gather_from_all
 from partita.torch.collectives.groups import ParallelGroups, has_own_gpu, init_process_group, make_groups, single_groups
 from partita.torch.generate import generate
 from partita.torch.load import choose_plan, load, read_config
@@ -114,7 +114,7 @@ def verify(
         layout, vpp, placement = plan.layout, None, plan.placement
     groups = make_groups(mesh)
     settings = verification_settings(steps, microbatches, mesh.dp, schedule, group_size)
-    with together(groups):
+    with collective_errors(groups):
         place = as_device(device)
         folder = find_model(model, code=trust_remote_code)
         config = read_config(folder, groups, trust_remote_code=trust_remote_code)
@@ -123,12 +123,12 @@ def verify(
     skipped: list[Skip] = []
     substituted: list[str] = []
     for wanted in dtypes:
-        with together(groups):
+        with collective_errors(groups):
             config = read_hf_config(folder, trust_remote_code=trust_remote_code)
             built = build_on_meta(config, wanted, trust_remote_code=trust_remote_code)
             required = _required_bytes(built, wanted) * _ranks_on(place, mesh)
         fits = all(gather_from_all(groups, required <= _free_bytes(place) * MEMORY_SHARE))
-        with together(groups):
+        with collective_errors(groups):
             small, instead = (None, "") if fits else _small_instead(built, mesh, layout, vpp, wanted)
         if small is not None:
             unsplit = small.to(place)
@@ -136,7 +136,7 @@ def verify(
             unsplit = _whole(folder, built, wanted, place, trust_remote_code=trust_remote_code)
         for parameter in unsplit.parameters():
             parameter.requires_grad_(parameter.is_floating_point())
-        with together(groups):
+        with collective_errors(groups):
             made = choose_plan(unsplit, plan if small is None else None, mesh, layout, vpp, placement)
             split = finish(apply_plan(copy.deepcopy(unsplit), made, groups), made, groups)
         found = Collected(name_of(wanted))
@@ -245,7 +245,7 @@ def _compare_rounding(unsplit: nn.Module, split: nn.Module, settings: TrainSetti
 def _inputs(unsplit: nn.Module, groups: ParallelGroups, found: Collected) -> dict[str, Tensor] | None:
     """What both models are called with; None, which is noted, where the unsplit model gives nothing to compare with."""
     kinds = ("module", "output", "gradient")
-    with together(groups):
+    with collective_errors(groups):
         try:
             inputs = sample_inputs(unsplit)
             with torch.no_grad():

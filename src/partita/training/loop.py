@@ -44,7 +44,7 @@ def begin_run(
     saves: Saves | None,
     resume: str | os.PathLike[str] | None,
     *,
-    together: Callable[[], AbstractContextManager[None]],
+    collective: Callable[[], AbstractContextManager[None]],
     restore: Callable[[Path], None],
 ) -> TrainingState:
     """The state of a run that begins, or that goes on from the checkpoint `resume`; every rank calls it.
@@ -54,18 +54,18 @@ def begin_run(
         text: The ids that it trains on, int64 `[tokens]`.
         saves: Where and how often checkpoints are kept.
         resume: A checkpoint of the run.
-        together: Makes a block at whose end every rank raises what one of them raised in it.
+        collective: Makes a block at whose end every rank raises what one of them raised in it.
         restore: Gives the optimizer its state from a checkpoint.
 
     Raises:
         CheckpointError: The checkpoint is another run's; on every rank.
     """
-    with together():
+    with collective():
         run = state_of(settings, text, saves)
     if resume is None:
         return run
     folder = Path(resume)
-    with together():
+    with collective():
         run = run.at(read_state(folder).go_on(run, folder))
     restore(folder)
     return run

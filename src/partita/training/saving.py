@@ -80,7 +80,7 @@ class SaveReport:
     bytes_written: int
 
 
-class Share(Protocol):
+class RankShard(Protocol):
     """What a rank of an engine has to write, and where."""
 
     @property
@@ -140,7 +140,7 @@ class Saver:
     def __init__(
         self,
         saves: Saves,
-        share: Share,
+        share: RankShard,
         state: TrainingState,
         groups: AxisGroups[Communicator],
         *,

@@ -10,7 +10,7 @@ from partita.mlx.collectives.groups import ParallelGroups
 from partita.ranks.agreement import failure_record, raise_failure_of_peer
 
 
-class _Together(AbstractContextManager[None]):
+class _CollectiveErrors(AbstractContextManager[None]):
     def __init__(self, axes: list[Communicator], rank: int) -> None:
         self.axes, self.rank = axes, rank
 
@@ -26,9 +26,9 @@ class _Together(AbstractContextManager[None]):
             raise_failure_of_peer([record])
 
 
-def together(groups: ParallelGroups) -> AbstractContextManager[None]:
+def collective_errors(groups: ParallelGroups) -> AbstractContextManager[None]:
     """A block at whose end every rank hears whether it went well everywhere; it holds no collective of its own.
 
     A rank that raised raises its own error; the others raise `PeerFailed` with that of one that failed.
     """
-    return _Together(groups.axes, groups.rank) if groups.axes else nullcontext()
+    return _CollectiveErrors(groups.axes, groups.rank) if groups.axes else nullcontext()

@@ -45,7 +45,7 @@ def _head(model: nn.Module, plan: Plan) -> ColumnParallelLinear | VocabParallelE
     return heads[0] if len(heads) == 1 else None
 
 
-def likeliest(logits: mx.array, split: Split | None, comm: Communicator) -> mx.array:
+def most_likely(logits: mx.array, split: Split | None, comm: Communicator) -> mx.array:
     """The first id of the largest logit of each row, as `argmax` of the unsplit logits gives it; lazy.
 
     Args:

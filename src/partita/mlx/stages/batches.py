@@ -17,7 +17,7 @@ from partita.generation.settings import OnText, Sequence
 from partita.generation.tokenizer import Tokenizer
 from partita.mlx.collectives.groups import ParallelGroups
 from partita.mlx.mlx_lm_internals import make_cache
-from partita.mlx.model.head import likeliest, local_logits
+from partita.mlx.model.head import local_logits, most_likely
 from partita.mlx.model.parts import main_output
 from partita.mlx.model.rotary import recomputed_beyond, text_length
 
@@ -99,7 +99,7 @@ class Batches:
     ) -> mx.array:
         """The next token of each sequence, `[batch]`, the same on all ranks. A draw is made by the first rank for all."""
         if self.choice.is_plain:
-            return likeliest(logits, split, self.comm)
+            return most_likely(logits, split, self.comm)
         wide = mx.float64 if logits.dtype == mx.float64 else mx.float32
         rows = np.array(logits.astype(wide))
         if split is not None and logits.shape[-1] != split.size:

@@ -14,7 +14,7 @@ from partita.checkpoint.index import open_checkpoint
 from partita.checkpoint.manifest import OPTIMIZER
 from partita.checkpoint.read import Reader
 from partita.errors import CheckpointError
-from partita.mlx.collectives.collective_errors import together
+from partita.mlx.collectives.collective_errors import collective_errors
 from partita.mlx.model.parts import Ranges, local_ranges, plan_of
 from partita.mlx.model.trainable import Trainable
 from partita.mlx.training.optimizer import AdamW
@@ -57,13 +57,13 @@ def restore_optimizer(model: nn.Module, trainable: Trainable, optimizer: AdamW, 
     """
     plan, groups = plan_of(model)
     origin: Origin = model.partita_origin
-    with together(groups):
+    with collective_errors(groups):
         adapters = adapter_places(model)
         boxes, checkpoint = origin.boxes() | dict(adapters.boxes), open_checkpoint(folder, stem=OPTIMIZER)
         run = read_state(folder)
     mine = sorted({box.name for name in trainable.names for box in boxes[name]})
     now = [name for names in groups.pp.all_gather_object(mine) for name in names]
-    with together(groups), Reader(checkpoint) as reader:
+    with collective_errors(groups), Reader(checkpoint) as reader:
         refuse_left_out(folder, moments_in(checkpoint, MOMENTS[0]), now)
         optimizer.steps = {name: run.count(name, [box.name for box in boxes[name]]) for name in trainable.names}
         for name, (home, key) in trainable.homes.items():

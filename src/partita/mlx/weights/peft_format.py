@@ -19,7 +19,7 @@ from partita.core.plan import Plan
 from partita.core.sharding.split import Range
 from partita.errors import CheckpointError, ModelError
 from partita.generation import Tokenizer
-from partita.mlx.collectives.collective_errors import together
+from partita.mlx.collectives.collective_errors import collective_errors
 from partita.mlx.collectives.groups import ParallelGroups
 from partita.mlx.model.parts import parameter_homes, plan_of
 from partita.mlx.model.tree import Home
@@ -85,7 +85,7 @@ def load_adapters(model: nn.Module, folder: str | os.PathLike[str]) -> list[str]
     _, groups = plan_of(model)
     place = Path(folder)
     with contextlib.ExitStack() as stack:
-        with together(groups):
+        with collective_errors(groups):
             if adapters(model):
                 raise ModelError("the model has adapters already. Merge them (merge_lora), or load it without.")
             known = paths_on_disk(model)
@@ -96,12 +96,12 @@ def load_adapters(model: nn.Module, folder: str | os.PathLike[str]) -> list[str]
 def _put_on(model: nn.Module, place: Path, source: Path) -> list[str]:
     """Put the adapters in `source`, which has peft's format, on a split model; errors name `place`."""
     plan, groups = plan_of(model)
-    with together(groups):
+    with collective_errors(groups):
         kind = read_adapters(source)
         checkpoint = open_checkpoint(source / weights_name(STEM))
         wanted = {path_of(name) for name in checkpoint.tensors}
     put_on = add_lora(model, kind.rank, alpha=kind.alpha)
-    with together(groups), Reader(checkpoint) as reader:
+    with collective_errors(groups), Reader(checkpoint) as reader:
         there = paths_on_disk(model)
         _keep_only(model, lambda path: there[path] in wanted)
         places = adapter_places(model)
@@ -193,7 +193,7 @@ def adapters_on_disk(model: nn.Module, base: str | None = None) -> AdaptersOnDis
     """
     _, groups = plan_of(model)
     origin: Origin = model.partita_origin
-    with together(groups):
+    with collective_errors(groups):
         places = adapter_places(model)
         kinds = {_kind(adapter) for _, _, adapter in adapters(model)}
         mine = [
@@ -206,7 +206,7 @@ def adapters_on_disk(model: nn.Module, base: str | None = None) -> AdaptersOnDis
             for name, (home, key) in places.homes.items()
         ]
     told = groups.pp.all_gather_object((mine, [(kind.rank, kind.alpha) for kind in kinds]))
-    with together(groups):
+    with collective_errors(groups):
         kind = only({Adapters(*one) for _, theirs in told for one in theirs})
         everywhere = sorted((one for theirs, _ in told for one in theirs), key=lambda one: one[0])
         boxes = {name: (Box(there, (0, 0), tuple(shape), (1, 0), (0, 0)),) for name, _, shape, there in everywhere}

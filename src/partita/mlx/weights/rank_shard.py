@@ -12,7 +12,7 @@ from partita.checkpoint.manifest import OPTIMIZER
 from partita.checkpoint.unused import Unused
 from partita.checkpoint.write import FilePlan, plan_files
 from partita.errors import ModelError
-from partita.mlx.collectives.collective_errors import together
+from partita.mlx.collectives.collective_errors import collective_errors
 from partita.mlx.model.parts import plan_of
 from partita.mlx.model.trainable import Trainable
 from partita.mlx.training.optimizer import AdamW
@@ -27,8 +27,8 @@ from partita.training.base import place_of
 from partita.training.saving import MASTER, MOMENTS, Saves, check_base, files_beside
 
 
-class Share:
-    """See `partita.training.saving.Share`. Of a model with adapters only these are written.
+class RankShard:
+    """See `partita.training.saving.RankShard`. Of a model with adapters only these are written.
 
     Attributes:
         files: The files of weights and of the optimizer's state, the same on every rank, by how their names begin.
@@ -50,7 +50,7 @@ class Share:
             adapters_on_disk(model, place_of(saves.base)) if saves.base is not None else on_disk(model)
         )
         trained = {n for names in self.groups.pp.all_gather_object(list(trainable.names)) for n in names}
-        with together(self.groups):
+        with collective_errors(self.groups):
             if adapted:
                 _refuse_others(trained - self.disk.boxes.keys())
             tensors = self.disk.tensors(trained.__contains__)

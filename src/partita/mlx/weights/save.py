@@ -20,7 +20,7 @@ from partita.core.plan import Plan
 from partita.core.sharding.split import Range
 from partita.errors import ModelError
 from partita.generation import Tokenizer
-from partita.mlx.collectives.collective_errors import together
+from partita.mlx.collectives.collective_errors import collective_errors
 from partita.mlx.collectives.groups import ParallelGroups
 from partita.mlx.model.parts import Ranges, local_ranges, parameter_homes, plan_of
 from partita.mlx.stages.copies import elsewhere
@@ -66,7 +66,7 @@ def save(
     plan, groups = plan_of(model)
     disk = on_disk(model)
     path = Path(folder)
-    with together(groups):
+    with collective_errors(groups):
         files = disk.files(max_shard_bytes)
 
     def write(writer: Writer) -> None:
@@ -92,7 +92,7 @@ def write_together(
     """`write_folder` by the ranks of `groups`, of which the first replica writes its parts."""
     write_folder(
         path, files, beside, write,
-        together=lambda: together(groups), is_first=groups.rank == 0, is_writer=groups.dp.rank == 0,
+        collective=lambda: collective_errors(groups), is_first=groups.rank == 0, is_writer=groups.dp.rank == 0,
     )  # fmt: skip
 
 
@@ -166,13 +166,13 @@ def on_disk(model: nn.Module) -> OnDisk:
     _, groups = plan_of(model)
     origin: Origin = model.partita_origin
     homes = parameter_homes(model)
-    with together(groups):
+    with collective_errors(groups):
         _refuse_strange(homes, origin)
     dtypes: dict[str, mx.Dtype] = {}
     mine = {name: str(home[key].dtype).removeprefix("mlx.core.") for name, (home, key) in homes.items()}
     for part in groups.pp.all_gather_object(mine):
         dtypes.update({name: getattr(mx, dtype) for name, dtype in part.items()})
-    with together(groups):
+    with collective_errors(groups):
         boxes = origin.boxes()
     unused = origin.unused.without({box.name for places in boxes.values() for box in places})
     missing = unused.missing()

@@ -17,7 +17,7 @@ from partita.checkpoint.index import Checkpoint
 from partita.checkpoint.read import Reader
 from partita.core.model.spec import text_config
 from partita.errors import ModelError
-from partita.mlx.collectives.collective_errors import together
+from partita.mlx.collectives.collective_errors import collective_errors
 from partita.mlx.collectives.groups import ParallelGroups
 from partita.mlx.model.config import HEAD
 from partita.mlx.model.parts import parameter_homes
@@ -47,7 +47,7 @@ def differ(names: tuple[str, str], checkpoint: Checkpoint, groups: ParallelGroup
     Raises:
         CheckpointError: A tensor cannot be read; on every rank.
     """
-    with together(groups), Reader(checkpoint) as reader:
+    with collective_errors(groups), Reader(checkpoint) as reader:
         mine = False
         for kind in ("weight", "scales", "biases"):
             one, other = (checkpoint.tensors.get(name.removesuffix("weight") + kind) for name in names)

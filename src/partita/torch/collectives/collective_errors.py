@@ -13,7 +13,7 @@ from partita.torch.collectives.comm import Communicator
 from partita.torch.collectives.groups import ParallelGroups
 
 
-class _Together(AbstractContextManager[None]):
+class _CollectiveErrors(AbstractContextManager[None]):
     def __init__(self, gather: Callable[[object], list[Any]], rank: int) -> None:
         self.gather, self.rank = gather, rank
 
@@ -25,17 +25,19 @@ class _Together(AbstractContextManager[None]):
             raise_failure_of_peer(records)
 
 
-def together(groups: ParallelGroups) -> AbstractContextManager[None]:
+def collective_errors(groups: ParallelGroups) -> AbstractContextManager[None]:
     """A block at whose end every rank hears whether it went well everywhere; it holds no collective of its own.
 
     A rank that raised raises its own error; the others raise `PeerFailed` with the first failing rank's.
     """
-    return _Together(_gather_from_world, torch.distributed.get_rank()) if groups.mesh.size > 1 else nullcontext()
+    return (
+        _CollectiveErrors(_gather_from_world, torch.distributed.get_rank()) if groups.mesh.size > 1 else nullcontext()
+    )
 
 
-def together_in(comm: Communicator) -> AbstractContextManager[None]:
+def collective_errors_in(comm: Communicator) -> AbstractContextManager[None]:
     """The same among the ranks of `comm` alone."""
-    return _Together(comm.all_gather_object, comm.global_ranks[comm.rank])
+    return _CollectiveErrors(comm.all_gather_object, comm.global_ranks[comm.rank])
 
 
 def gather_from_all(groups: ParallelGroups, value: Any) -> list[Any]:

@@ -32,7 +32,7 @@ def local_logits(model: nn.Module) -> Iterator[Split | None]:
         head.gather_output = True
 
 
-def likeliest(logits: Tensor, split: Split | None, comm: Communicator) -> Tensor:
+def most_likely(logits: Tensor, split: Split | None, comm: Communicator) -> Tensor:
     """The first id of the largest logit of each row, as `argmax` of the unsplit logits gives it; below 0 where there is none.
 
     Args:

@@ -16,7 +16,7 @@ from partita.checkpoint.manifest import OPTIMIZER
 from partita.checkpoint.read import Range, Reader
 from partita.core.plan import Plan
 from partita.errors import CheckpointError
-from partita.torch.collectives.collective_errors import together
+from partita.torch.collectives.collective_errors import collective_errors
 from partita.torch.collectives.groups import ParallelGroups
 from partita.torch.model.parts import local_tensors, plan_of
 from partita.torch.training.optimizer import MasterAdamW, initial_state, state_kinds
@@ -63,7 +63,7 @@ def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer | None,
             that of parameters of another dtype.
     """
     plan, groups = plan_of(model)
-    with together(groups):
+    with collective_errors(groups):
         moments, run = open_checkpoint(folder, stem=OPTIMIZER), read_state(folder)
         trained = trained_tensors(model, plan)
         unsplit, sources = _sources(model, plan, groups, trained, folder)
@@ -71,7 +71,7 @@ def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer | None,
         master_dtype = "float32" if isinstance(inner, MasterAdamW) else "model"
         now = {one for name in trained for one in _names_on_disk(name, sources)} | _repeated_names(unsplit, plan)
     now = {name for names in groups.pp.all_gather_object(sorted(now)) for name in names}  # type: ignore[attr-defined]
-    with together(groups):
+    with collective_errors(groups):
         refuse_left_out(folder, moments_in(moments, MOMENTS[0]), now)
         with Reader(moments) as reader:
             for kind in (*MOMENTS, MASTER):

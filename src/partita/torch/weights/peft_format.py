@@ -21,7 +21,7 @@ from partita.core.sharding.cuts import TensorPlan
 from partita.core.sharding.split import Range, Split
 from partita.errors import CheckpointError, ModelError
 from partita.generation import Tokenizer
-from partita.torch.collectives.collective_errors import together
+from partita.torch.collectives.collective_errors import collective_errors
 from partita.torch.collectives.groups import ParallelGroups
 from partita.torch.model.parts import parameter_homes, plan_of
 from partita.torch.weights.adapters import adapters, add_lora
@@ -90,7 +90,7 @@ def load_adapters(model: nn.Module, folder: str | os.PathLike[str]) -> list[str]
     plan, groups = plan_of(model)
     place = Path(folder)
     with contextlib.ExitStack() as stack:
-        with together(groups):
+        with collective_errors(groups):
             if adapters(model):
                 raise ModelError("the model has adapters already. Merge them (merge_lora), or load it without.")
             source = stack.enter_context(in_peft_format(place, lambda path: _path_here(plan, path)))
@@ -100,12 +100,12 @@ def load_adapters(model: nn.Module, folder: str | os.PathLike[str]) -> list[str]
 def _put_on(model: nn.Module, place: Path, source: Path) -> list[str]:
     """Put the adapters in `source`, which has peft's format, on a split model; errors name `place`."""
     plan, groups = plan_of(model)
-    with together(groups):
+    with collective_errors(groups):
         kind = read_adapters(source)
         checkpoint = open_checkpoint(source / weights_name(STEM))
         wanted = {path_of(name) for name in checkpoint.tensors}
     put_on = add_lora(model, kind.rank, alpha=kind.alpha)
-    with together(groups), Reader(checkpoint) as reader:
+    with collective_errors(groups), Reader(checkpoint) as reader:
         paths = {id(tensor): _parsed(name)["path"] for name, tensor in adapter_tensors(model)}
         for parent, name, adapter in adapters(model):
             if paths[id(adapter.lora_A.weight)] not in wanted:  # type: ignore[union-attr]
@@ -190,14 +190,14 @@ def adapters_on_disk(model: nn.Module, base: str | None = None) -> AdaptersOnDis
         ModelError: There are none, or some that are no plain LoRA of one rank and scale.
     """
     plan, groups = plan_of(model)
-    with together(groups):
+    with collective_errors(groups):
         tensors = dict(adapter_tensors(model))
         kinds = sorted({_kind(adapter) for _, _, adapter in adapters(model)}, key=lambda kind: (kind.rank, kind.alpha))
         sources = adapter_sources(tensors, plan, groups)
         mine = [(name, tensor.dtype, sources[name].pieces) for name, tensor in tensors.items()]
     told: list[Any] = groups.pp.all_gather_object((mine, kinds))
     everywhere = sorted((one for theirs, _ in told for one in theirs), key=lambda one: one[0])
-    with together(groups):
+    with collective_errors(groups):
         kind = only({kind for _, theirs in told for kind in theirs})
         paths = {_parsed(name)["path"] for name, _, _ in everywhere}
         unsplit = unsplit_on_meta(model, plan)

@@ -13,7 +13,7 @@ from partita.checkpoint.manifest import OPTIMIZER
 from partita.checkpoint.unused import Unused
 from partita.checkpoint.write import FilePlan, plan_files
 from partita.errors import ModelError
-from partita.torch.collectives.collective_errors import together
+from partita.torch.collectives.collective_errors import collective_errors
 from partita.torch.collectives.groups import is_first
 from partita.torch.model.parts import plan_of
 from partita.torch.training.optimizer import initial_state, state_dtype, state_kinds
@@ -28,8 +28,8 @@ from partita.training.base import place_of
 from partita.training.saving import MASTER, MOMENTS, Saves, check_base, files_beside
 
 
-class Share:
-    """See `partita.training.saving.Share`. Of a model with adapters only these are written.
+class RankShard:
+    """See `partita.training.saving.RankShard`. Of a model with adapters only these are written.
 
     Attributes:
         files: The files of weights and of the optimizer's state, the same on every rank, by how their names begin.
@@ -58,7 +58,7 @@ class Share:
         trained: set[str] = set()
         for names in self.groups.pp.all_gather_object(list(mine)):
             trained |= set(names)  # type: ignore[call-overload]
-        with together(self.groups):
+        with collective_errors(self.groups):
             if adapted:
                 _refuse_others(trained - self.disk.dtypes.keys())
             state = [

@@ -22,7 +22,7 @@ from partita.generation import Tokenizer
 from partita.generation.generation_config import FILE_NAME
 from partita.notes import note
 from partita.ranks.liveness import doing
-from partita.torch.collectives.collective_errors import gather_from_all, together
+from partita.torch.collectives.collective_errors import collective_errors, gather_from_all
 from partita.torch.collectives.groups import ParallelGroups, is_first
 from partita.torch.model.parts import local_tensors, plan_of
 from partita.torch.model.transformers_models import build_on_meta
@@ -67,7 +67,7 @@ def save(
     """
     plan, groups = plan_of(model)
     disk = on_disk(model)
-    with together(groups):
+    with collective_errors(groups):
         files = disk.files(max_shard_bytes)
 
     def write(writer: Writer) -> None:
@@ -94,7 +94,7 @@ def write_together(
     """`write_folder` by the ranks of `groups`, of which the first replica writes its parts."""
     write_folder(
         path, files, beside, write,
-        together=lambda: together(groups), is_first=is_first(groups), is_writer=groups.dp.rank == 0,
+        collective=lambda: collective_errors(groups), is_first=is_first(groups), is_writer=groups.dp.rank == 0,
     )  # fmt: skip
 
 
@@ -168,7 +168,7 @@ def on_disk(model: nn.Module) -> OnDisk:
     for part in groups.pp.all_gather_object(mine):
         dtypes.update(part)  # type: ignore[call-overload]
     config = _plain_config(model, next(iter(dtypes.values())))
-    with together(groups):
+    with collective_errors(groups):
         unsplit = unsplit_on_meta(model, plan, config)
         pieces = repeated_pieces(unsplit, plan, pieces_for_writing(unsplit))
     saved = {name: dtypes[name] for name in plan.spec.tensors if name in dtypes}

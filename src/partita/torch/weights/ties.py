@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from partita.core.sharding.split import Range
-from partita.torch.collectives.collective_errors import gather_from_all, together
+from partita.torch.collectives.collective_errors import collective_errors, gather_from_all
 from partita.torch.collectives.groups import ParallelGroups
 from partita.torch.transformers_internals import forget_tie, text_config_of
 from partita.torch.weights.names import Source
@@ -51,7 +51,7 @@ def differing(model: nn.Module, sources: Mapping[str, Source], read: Read, group
     if not pairs:
         return set()
     rank = groups.rank
-    with together(groups):
+    with collective_errors(groups):
         mine = {n for n, t in pairs.items() if not _equal(n, t, tensors[n], read, rank, groups.mesh.size)}
     return {name for found in gather_from_all(groups, mine) for name in found}
 
