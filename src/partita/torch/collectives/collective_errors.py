@@ -1,4 +1,4 @@
-"""What goes wrong on one rank goes wrong on all, so that none is left waiting in the next collective."""
+"""Raise one rank's error on every rank, so that no rank is left waiting in the next collective."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class _CollectiveErrors(AbstractContextManager[None]):
 
 
 def collective_errors(groups: ParallelGroups) -> AbstractContextManager[None]:
-    """A block at whose end every rank hears whether it went well everywhere; it holds no collective of its own.
+    """A context at whose end every rank learns whether any rank failed in it. The block itself must not contain collectives.
 
-    A rank that raised raises its own error; the others raise `PeerFailed` with the first failing rank's.
+    A rank that raised raises its own error; the others raise `PeerFailed` with the error of the first failing rank.
     """
     return (
         _CollectiveErrors(_gather_from_world, torch.distributed.get_rank()) if groups.mesh.size > 1 else nullcontext()
@@ -36,7 +36,7 @@ def collective_errors(groups: ParallelGroups) -> AbstractContextManager[None]:
 
 
 def collective_errors_in(comm: Communicator) -> AbstractContextManager[None]:
-    """The same among the ranks of `comm` alone."""
+    """Like `collective_errors`, among the ranks of `comm` only."""
     return _CollectiveErrors(comm.all_gather_object, comm.global_ranks[comm.rank])
 
 

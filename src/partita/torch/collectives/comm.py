@@ -1,4 +1,4 @@
-"""Communicator: the only object through which layers talk to other ranks."""
+"""Communicator: the only object through which layers communicate with other ranks."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from partita.torch.collectives import cpu_memory
 
 
 class Work(Protocol):
-    """A collective under way."""
+    """A collective in progress."""
 
     def wait(self) -> object:
-        """Return when the result is there."""
+        """Block until the result is available."""
 
 
 class _Done:
@@ -32,16 +32,16 @@ class _Done:
 _DONE = _Done()
 
 EXCHANGE_BYTES = 1 << 20
-"""Up to this size two CPU ranks do better to send each other what they have than to use gloo's collectives: in 112
-microseconds against 310 for 4 KB, 689 against 949 for 1 MB (best tenths, one host, two cores)."""
+"""Up to this size, send and receive between two CPU ranks are faster than gloo's collectives: 112
+microseconds instead of 310 for 4 KB, 689 instead of 949 for 1 MB (best tenths, one host, two cores)."""
 
 _TAG = 0x50A7
-"""Marks our exchanges, so that they never meet a send of somebody else."""
+"""Tag of our exchanges, so that they never match another library's send."""
 
 
 @contextmanager
 def _memory_of(tensor: Tensor) -> Iterator[Tensor]:
-    """`tensor`, or where it does not lie in one piece a copy of it whose values it takes over."""
+    """Yield `tensor`, or a contiguous copy whose values are copied back to it at the end."""
     if tensor.is_contiguous():
         yield tensor
         return
@@ -52,7 +52,7 @@ def _memory_of(tensor: Tensor) -> Iterator[Tensor]:
 
 
 def exactly_empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """An uninitialized tensor of exactly `dtype`, to receive into, also while `Float64Everywhere` widens other tensors."""
+    """An uninitialized tensor of exactly `dtype`, to receive into, even while `Float64Everywhere` widens other tensors."""
     with torch._C.DisableTorchFunction():
         return torch.empty(tuple(shape), dtype=dtype, device=device)
 
@@ -64,13 +64,13 @@ class Communicator:
     where a method takes `sizes`.
 
     Attributes:
-        rank: Place of this process in the group.
-        size: Ranks of the group.
-        global_ranks: Their ranks in the whole run.
+        rank: Rank of this process within the group.
+        size: Number of ranks in the group.
+        global_ranks: Ranks of the members in the whole run.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
-        """The communicator of `group`, by default of all ranks."""
+        """Create the communicator of `group` (default: all ranks)."""
         if not dist.is_initialized():
             raise DistributedError(
                 "torch.distributed is not initialized. Call partita.torch.init_parallelism() or "
@@ -85,12 +85,12 @@ class Communicator:
         self.global_ranks: tuple[int, ...] = tuple(dist.get_process_group_ranks(self.group))
         backends = dict(part.split(":", 1) for part in dist.get_backend_config(self.group).split(","))
         self._is_pair = self.size == 2 and "gloo" in backends.values()
-        # The kinds of devices whose tensors the group's backends exchange themselves.
+        # Device types whose tensors the group's backends can exchange directly.
         self._direct = frozenset(device for device, backend in backends.items() if backend != "gloo" or device == "cpu")
 
     @classmethod
     def single(cls) -> Communicator:
-        """One rank alone: every collective returns at once."""
+        """A single rank: every collective returns immediately."""
         alone = cls.__new__(cls)
         alone.group = None
         alone.rank, alone.size, alone.global_ranks = 0, 1, (0,)
@@ -99,12 +99,12 @@ class Communicator:
         return alone
 
     def _is_staged(self, tensor: Tensor) -> bool:
-        """Whether a tensor has to travel through CPU memory."""
+        """Whether a tensor must be exchanged through CPU memory."""
         return self.size > 1 and not tensor.is_cpu and tensor.device.type not in self._direct
 
     @waits_in("an all-reduce")
     def all_reduce_(self, tensor: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
-        """Reduce over the ranks, in place."""
+        """Reduce over the ranks in place."""
         if self.size == 1:
             return tensor
         if self._is_staged(tensor):
@@ -113,27 +113,27 @@ class Communicator:
             other = torch.empty_like(tensor, memory_format=torch.contiguous_format)
             self._exchange(tensor.contiguous(), other)
             with torch.no_grad():
-                # a + b is b + a to the last bit, so that both ranks have the same sum.
+                # a + b equals b + a bit for bit, so both ranks get the same sum.
                 return tensor.add_(other)
         with _memory_of(tensor) as memory:
             dist.all_reduce(memory, op=op, group=self.group)
         return tensor
 
     def _exchanges(self, tensor: Tensor, numel: int) -> bool:
-        """Whether a tensor of at most `numel` elements is to go by send and receive between two ranks."""
+        """Whether two ranks should exchange a tensor of at most `numel` elements by send and receive."""
         return self._is_pair and tensor.device.type == "cpu" and numel * tensor.itemsize <= EXCHANGE_BYTES
 
-    def _exchange(self, mine: Tensor, theirs: Tensor) -> None:
-        """Send the other of two ranks `mine` and receive what it sends; the sizes may differ."""
+    def _exchange(self, local: Tensor, remote: Tensor) -> None:
+        """Send `local` to the other of two ranks and receive its tensor into `remote`; the sizes may differ."""
         assert self.group is not None
         other = 1 - self.rank
-        received = self.group.recv([theirs], other, _TAG)
-        sent = self.group.send([mine], other, _TAG)
+        received = self.group.recv([remote], other, _TAG)
+        sent = self.group.send([local], other, _TAG)
         received.wait()
         sent.wait()
 
     def start_all_reduce_(self, tensor: Tensor) -> Work:
-        """Begin to sum over the ranks in place; `tensor` holds the sum after `wait()`."""
+        """Start a sum over the ranks in place; `tensor` holds the sum after `wait()`."""
         if self.size == 1:
             return _DONE
         if not tensor.is_contiguous() or self._is_staged(tensor):
@@ -145,12 +145,12 @@ class Communicator:
 
     @waits_in("an all-gather")
     def all_gather(self, tensor: Tensor, dim: int = -1, sizes: Sequence[int] | None = None) -> Tensor:
-        """The tensors of all ranks one behind the other along `dim`.
+        """The tensors of all ranks, concatenated along `dim` in rank order.
 
         Args:
             tensor: `[..., n_r, ...]`.
-            dim: The dimension along which they are put together.
-            sizes: `n_r` of each rank where they differ.
+            dim: The dimension of concatenation.
+            sizes: `n_r` of each rank if they differ.
 
         Returns:
             `[..., sum(n_r), ...]`.
@@ -161,17 +161,17 @@ class Communicator:
             return cpu_memory.all_gather(self, tensor, dim, sizes)
         shape = list(tensor.shape)
         shape[dim] = max(sizes) if sizes is not None else shape[dim]
-        # Both ranks must choose alike, so the larger part of the two decides.
+        # Both ranks must choose alike, so the larger part decides.
         if self._exchanges(tensor, math.prod(shape)):
             shape[dim] = sizes[1 - self.rank] if sizes is not None else shape[dim]
-            mine, theirs = tensor.contiguous(), tensor.new_empty(shape)
-            self._exchange(mine, theirs)
-            return torch.cat([mine, theirs] if self.rank == 0 else [theirs, mine], dim)
+            local, remote = tensor.contiguous(), tensor.new_empty(shape)
+            self._exchange(local, remote)
+            return torch.cat([local, remote] if self.rank == 0 else [remote, local], dim)
         if sizes is None or len(set(sizes)) == 1:
             parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(self.size)]
             dist.all_gather(parts, tensor.contiguous(), group=self.group)
             return torch.cat(parts, dim)
-        # gloo gathers equal sizes only: pad along a leading dim, then cut the padding off.
+        # gloo gathers equal sizes only: pad along a leading dim, then remove the padding.
         rows = tensor.movedim(dim, 0)
         padded = rows.new_empty((max(sizes), *rows.shape[1:]))
         padded[: rows.shape[0]] = rows
@@ -181,12 +181,12 @@ class Communicator:
 
     @waits_in("a reduce-scatter")
     def reduce_scatter(self, tensor: Tensor, dim: int = 0, sizes: Sequence[int] | None = None) -> Tensor:
-        """The sum over the ranks, of which each gets its part along `dim`.
+        """Sum over the ranks and return this rank's part along `dim`.
 
         Args:
             tensor: `[..., n, ...]`, the same shape on every rank.
-            dim: The dimension that is dealt out.
-            sizes: How much of it each rank gets; by default equal parts.
+            dim: The dimension to distribute.
+            sizes: Size of each rank's part (default: equal parts).
 
         Returns:
             `[..., sizes[rank], ...]`.
@@ -198,13 +198,13 @@ class Communicator:
         sizes = sizes if sizes is not None else self.even_sizes(tensor.shape[dim])
         rows = tensor.movedim(dim, 0).contiguous()
         if len(set(sizes)) == 1:
-            mine = rows.new_empty((sizes[self.rank], *rows.shape[1:]))
-            dist.reduce_scatter_tensor(mine, rows, group=self.group)
+            part = rows.new_empty((sizes[self.rank], *rows.shape[1:]))
+            dist.reduce_scatter_tensor(part, rows, group=self.group)
         else:
             parts = list(rows.split(list(sizes)))
-            mine = torch.empty_like(parts[self.rank])
-            dist.reduce_scatter(mine, parts, group=self.group)
-        return mine.movedim(0, dim)
+            part = torch.empty_like(parts[self.rank])
+            dist.reduce_scatter(part, parts, group=self.group)
+        return part.movedim(0, dim)
 
     def gather_split(self, tensor: Tensor, dim: int, split: Split) -> Tensor:
         """The unsplit tensor of which each rank holds `split.ranges(rank)` of `dim`."""
@@ -213,19 +213,19 @@ class Communicator:
         gathered = self.all_gather(tensor, dim, split.local_sizes)
         if split.is_in_order:
             return gathered
-        whole = gathered.new_empty(
+        unsplit = gathered.new_empty(
             (*gathered.shape[: dim % gathered.dim()], split.size, *gathered.shape[dim % gathered.dim() + 1 :])
         )
         offset = 0
         for ranges in split.by_rank:
             for start, stop in ranges:
-                whole.narrow(dim, start, stop - start).copy_(gathered.narrow(dim, offset, stop - start))
+                unsplit.narrow(dim, start, stop - start).copy_(gathered.narrow(dim, offset, stop - start))
                 offset += stop - start
-        return whole
+        return unsplit
 
     @waits_in("a broadcast")
     def broadcast_(self, tensor: Tensor, source: int = 0) -> Tensor:
-        """Give every rank the tensor of rank `source` of the group, in place."""
+        """Send the tensor of rank `source` of the group to every rank, in place."""
         if self._is_staged(tensor):
             return cpu_memory.broadcast_(self, tensor, source)
         if self.size > 1:
@@ -235,7 +235,7 @@ class Communicator:
 
     @waits_in("a broadcast")
     def broadcast_object(self, value: object, source: int = 0) -> object:
-        """Give every rank the Python object of rank `source` of the group. For small things between our own ranks."""
+        """Send a small Python object of rank `source` of the group to every rank (pickled: trusted ranks only)."""
         if self.size == 1:
             return value
         box = [value]
@@ -244,7 +244,7 @@ class Communicator:
 
     @waits_in("an all-gather")
     def all_gather_object(self, value: object) -> list[object]:
-        """The Python objects of all ranks, in order. For small things between our own ranks."""
+        """Small Python objects of all ranks, in rank order (pickled: trusted ranks only)."""
         if self.size == 1:
             return [value]
         values: list[object] = [None] * self.size
@@ -269,9 +269,9 @@ class Communicator:
         return tensor
 
     def start_send(self, tensor: Tensor, to: int, tag: int = 0) -> Work:
-        """Begin to send a contiguous tensor to rank `to` of the group; it must not be changed before `wait()`.
+        """Start sending a contiguous tensor to rank `to` of the group; it must not be changed before `wait()`.
 
-        Messages of one tag between two ranks arrive in the order in which they were begun. NCCL has no tags.
+        Messages with the same tag between two ranks arrive in the order they were started. NCCL has no tags.
         """
         if self._is_staged(tensor):
             return cpu_memory.start_send(self, tensor, to, tag)
@@ -280,7 +280,7 @@ class Communicator:
         return work
 
     def start_recv_(self, tensor: Tensor, source: int, tag: int = 0) -> Work:
-        """Begin to receive from rank `source` of the group into a contiguous tensor, which is there after `wait()`."""
+        """Start receiving from rank `source` of the group into a contiguous tensor, which is complete after `wait()`."""
         if self._is_staged(tensor):
             return cpu_memory.start_recv_(self, tensor, source, tag)
         work = dist.irecv(tensor, group=self.group, group_src=source, tag=tag)
@@ -289,18 +289,18 @@ class Communicator:
 
     @waits_in("a barrier")
     def barrier(self) -> None:
-        """Return when every rank of the group has come here."""
+        """Block until every rank of the group reaches this call."""
         if self.size > 1:
             dist.barrier(group=self.group)
 
     def even_sizes(self, size: int) -> tuple[int, ...]:
-        """`size` dealt over the ranks, which must divide it."""
+        """`size` in equal parts, one per rank; the number of ranks must divide it."""
         if size % self.size:
-            raise DistributedError(f"{size} cannot be dealt evenly to {self.size} ranks. Pass `sizes`, one a rank.")
+            raise DistributedError(f"{size} cannot be split evenly over {self.size} ranks. Pass `sizes`, one per rank.")
         return (size // self.size,) * self.size
 
     def __deepcopy__(self, memo: object) -> Communicator:
-        """A copy of a model talks to the same ranks."""
+        """Return itself: a copy of a model communicates with the same ranks."""
         return self
 
     def __repr__(self) -> str:

@@ -1,8 +1,8 @@
-"""Collectives of tensors that a group's backend cannot reach: they travel through CPU memory.
+"""Collectives of tensors that a group's backend cannot access, staged through CPU memory.
 
 gloo sends and receives CPU tensors only, and few of its collectives take CUDA tensors. So ranks that share one GPU, where NCCL
-allows one rank a GPU, copy each message to the CPU, exchange it there, and copy the result back. Each function does what the
-method of `Communicator` with its name does.
+allows one rank per GPU, copy each message to the CPU, exchange it there, and copy the result back. Each function corresponds to
+the `Communicator` method of the same name.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def _put_back(tensor: Tensor, host: Tensor) -> Tensor:
 
 
 def all_reduce_(comm: Communicator, tensor: Tensor, op: torch.distributed.ReduceOp.RedOpType) -> Tensor:
-    """Reduce over the ranks, in place."""
+    """Reduce over the ranks in place."""
     return _put_back(tensor, comm.all_reduce_(on_host(tensor), op))
 
 
@@ -43,7 +43,7 @@ def reduce_scatter(comm: Communicator, tensor: Tensor, dim: int, sizes: Sequence
 
 
 def broadcast_(comm: Communicator, tensor: Tensor, source: int) -> Tensor:
-    """Give every rank the tensor of rank `source`, in place."""
+    """Send the tensor of rank `source` to every rank, in place."""
     host = comm.broadcast_(on_host(tensor), source)
     return tensor if comm.rank == source else _put_back(tensor, host)
 
@@ -59,30 +59,30 @@ def recv_(comm: Communicator, tensor: Tensor, source: int) -> Tensor:
 
 
 class Transfer:
-    """A transfer under way, its CPU memory, and for a receive the tensor that gets the result."""
+    """A transfer in progress, its CPU buffer, and for a receive the tensor that gets the result."""
 
     def __init__(self, work: Work, host: Tensor, into: Tensor | None) -> None:
         self.work, self.host, self.into = work, host, into
 
     def wait(self) -> None:
-        """Return when it has ended and the result is in its tensor."""
+        """Block until the transfer is complete and the result is in its tensor."""
         self.work.wait()
         if self.into is not None:
             _put_back(self.into, self.host)
             self.into = None
 
     def is_completed(self) -> bool:
-        """Whether `wait` would return at once."""
+        """Whether `wait` would return immediately."""
         return bool(self.work.is_completed())  # type: ignore[attr-defined]
 
 
 def start_send(comm: Communicator, tensor: Tensor, to: int, tag: int) -> Work:
-    """Begin to send to rank `to`; `tensor` may be changed at once."""
+    """Start sending to rank `to`; `tensor` may be changed immediately."""
     host = on_host(tensor)
     return Transfer(comm.start_send(host, to, tag), host, None)
 
 
 def start_recv_(comm: Communicator, tensor: Tensor, source: int, tag: int) -> Work:
-    """Begin to receive from rank `source` into `tensor`, which holds the message after `wait()`."""
+    """Start receiving from rank `source` into `tensor`, which holds the message after `wait()`."""
     host = on_host(tensor)
     return Transfer(comm.start_recv_(host, source, tag), host, tensor)

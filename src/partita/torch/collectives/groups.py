@@ -1,4 +1,4 @@
-"""The process groups of a run along the axes of its mesh, and the defaults that the seed API's layers take from them."""
+"""The process groups of a run along the axes of its mesh, and the default groups of the seed API's layers."""
 
 from __future__ import annotations
 
@@ -34,26 +34,26 @@ class GroupInfo:
 
     @property
     def group(self) -> dist.ProcessGroup | None:
-        """The group of torch.distributed; None where no process group is initialized."""
+        """The torch.distributed group; None if no process group is initialized."""
         return self.comm.group
 
     @property
     def global_ranks(self) -> list[int]:
-        """The ranks of the group in the whole run."""
+        """Ranks of the group's members in the whole run."""
         return list(self.comm.global_ranks)
 
     @property
     def rank(self) -> int:
-        """This rank's place in the group."""
+        """Rank of this process within the group."""
         return self.comm.rank
 
     @property
     def world_size(self) -> int:
-        """Ranks of the group."""
+        """Number of ranks in the group."""
         return self.comm.size
 
     def reduce(self, tensor: Tensor, op: Any = dist.ReduceOp.SUM, *, async_op: bool = False) -> Tensor | Work:
-        """Reduce `tensor` over the group in place: the tensor, or with `async_op` (sums only) a handle to wait for."""
+        """Reduce `tensor` over the group in place. Returns the tensor, or with `async_op` (sums only) a handle to wait for."""
         if not async_op:
             return self.comm.all_reduce_(tensor, op)
         if op != dist.ReduceOp.SUM:
@@ -70,12 +70,12 @@ class GroupInfo:
 
 
 class ParallelGroups(AxisGroups[Communicator]):
-    """This rank's groups along every axis: `.mesh`, `.tp`, `.pp` and `.dp`, and its number `.rank` in the whole run."""
+    """This rank's groups along every axis: `.mesh`, `.tp`, `.pp` and `.dp`, and its rank `.rank` in the whole run."""
 
 
 @dataclass(frozen=True)
 class ParallelGroupInfo:
-    """This rank's groups along every axis, as the seed API has them.
+    """This rank's groups along every axis, with the seed API's names.
 
     Attributes:
         mp: The model (tensor) parallel group.
@@ -91,20 +91,20 @@ class ParallelGroupInfo:
 _groups: ParallelGroups | None = None
 _made: dict[Mesh, ParallelGroups] = {}
 _made_of: dist.ProcessGroup | None = None
-"""The process group whose ranks `_made` is of: another run in this process has groups of its own."""
+"""The process group that the groups in `_made` belong to: another run in this process has its own groups."""
 _timeout: timedelta | None = None
 
 
 def init_process_group(
     *, backend: str | None = None, timeout_s: float = 1800.0, lost_after_s: float | None = None
 ) -> None:
-    """Join the ranks that the launcher's environment names (torchrun's RANK, WORLD_SIZE, ...), or be one rank alone.
+    """Join the ranks that the launcher's environment defines (torchrun's RANK, WORLD_SIZE, ...), or run as a single rank.
 
-    Does nothing where a process group is there already. `backend` is gloo on CPU and NCCL on CUDA unless given; ranks that
-    share a GPU use gloo there too. The other arguments are those of `init_parallelism`.
+    Does nothing if a process group exists already. `backend` defaults to gloo on CPU and NCCL on CUDA; ranks that
+    share a GPU default to gloo. The other arguments are those of `init_parallelism`.
 
     Raises:
-        DistributedError: A process group is there, of another backend than is asked for.
+        DistributedError: A process group with another backend exists already.
     """
     global _timeout
     if dist.is_initialized():
@@ -126,15 +126,15 @@ def init_process_group(
 
 
 def has_own_gpu() -> bool:
-    """Whether each rank of this machine has a GPU of its own, which NCCL needs."""
+    """Whether each rank of this machine has its own GPU, which NCCL requires."""
     return torch.cuda.is_available() and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) <= torch.cuda.device_count()
 
 
 def _store(timeout: timedelta) -> tuple[Any, int, int]:
-    """The store by which the ranks meet, this one's number, and how many there are; none where torch's own is right.
+    """The rendezvous store, this process's rank and the number of ranks; empty if torch's default store is suitable.
 
-    torch's listens on all networks, even where the ranks are on one machine. And torchrun keeps one for all attempts, where
-    gloo would find the addresses of ranks that are gone (torch 2.13).
+    torch's store listens on all networks, even if all ranks are on one machine. And torchrun keeps one store for all attempts,
+    so gloo would read the addresses of ranks that have exited (torch 2.13).
     """
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if attempt != "0":
@@ -150,7 +150,7 @@ def _store(timeout: timedelta) -> tuple[Any, int, int]:
 
 
 def _watch_peers(stall_s: float, limit_s: float | None = None) -> None:
-    """Let the ranks find out when one is lost (see `partita.ranks.liveness`)."""
+    """Start the detection of lost ranks (see `partita.ranks.liveness`)."""
 
     def gather(value: object) -> list[Any]:
         told: list[Any] = [None] * dist.get_world_size()
@@ -161,9 +161,9 @@ def _watch_peers(stall_s: float, limit_s: float | None = None) -> None:
 
 
 def join(backend: str | None = None) -> int:
-    """Join the ranks that the launcher's environment names. Returns how many there are.
+    """Join the ranks that the launcher's environment defines. Returns the number of ranks.
 
-    `backend` is for MLX's `join`: on torch the environment of our launcher decides between gloo and Open MPI.
+    `backend` exists for MLX's `join`; with torch, our launcher's environment selects gloo or Open MPI.
     """
     init_process_group()
     return dist.get_world_size()
@@ -177,12 +177,12 @@ def leave() -> None:
 
 
 def make_groups(mesh: Mesh, *, backend: str | None = None) -> ParallelGroups:
-    """The groups of `mesh` over the ranks of the initialized process group; every rank calls it. Made once a mesh.
+    """The groups of `mesh` over the ranks of the initialized process group, created once per mesh. Every rank must call it.
 
-    `backend` is for MLX's `make_groups`: torch's ranks have chosen theirs when they joined.
+    `backend` exists for MLX's `make_groups`; torch ranks selected theirs when they joined.
 
     Raises:
-        DistributedError: The mesh does not have as many ranks as the run.
+        DistributedError: The mesh and the run have different numbers of ranks.
     """
     world = dist.get_world_size() if dist.is_initialized() else 1
     if mesh.size != world:
@@ -212,14 +212,14 @@ def make_groups(mesh: Mesh, *, backend: str | None = None) -> ParallelGroups:
 
 
 def _alone(rank: int, run: dist.ProcessGroup | None) -> Communicator:
-    """This rank by itself. In a run of several it has a group of its own, since torch takes None for all of them."""
+    """A communicator of this rank only. In a run of several ranks it has its own group, since torch reads None as all ranks."""
     if run is None or run.size() == 1:
         return Communicator(run) if run is not None else Communicator.single()
     return Communicator(dist.new_group([rank], timeout=_timeout, use_local_synchronization=True))
 
 
 def single_groups(*, mesh: Mesh | None = None, tp: Communicator | None = None) -> ParallelGroups:
-    """The groups of one rank alone, or of ranks that have a tensor group only."""
+    """The groups of a single rank, or of ranks with a tensor group only."""
     alone = Communicator.single()
     return ParallelGroups(mesh or Mesh(), tp or alone, alone, alone)
 
@@ -232,18 +232,18 @@ def init_parallelism(
     timeout_s: float = 1800.0,
     lost_after_s: float | None = None,
 ) -> ParallelGroups:
-    """Join the run and make its groups; what is left over after model and pipeline parallelism is data parallelism.
+    """Join the run and create its groups. The data parallel size is the number of ranks divided by the other two sizes.
 
     Args:
-        model_parallelism: Ranks of a tensor parallel group (tp).
-        pipeline_parallelism: Ranks of a pipeline group (pp).
-        backend: Of torch.distributed; by default gloo on CPU, and NCCL on CUDA where each rank has a GPU of its own.
-        timeout_s: After how many seconds a collective fails that others do not come to, though they live.
-        lost_after_s: After how many seconds of silence a rank counts as lost, which ends the processes of all others with
-            exit code 75 and a message that names it; by default `PARTITA_LOST_AFTER`, else 30; 0 for never.
+        model_parallelism: Number of ranks in a tensor parallel group (tp).
+        pipeline_parallelism: Number of ranks in a pipeline group (pp).
+        backend: torch.distributed backend (default: gloo on CPU, NCCL on CUDA if each rank has its own GPU).
+        timeout_s: Seconds after which a collective fails that other live ranks do not join.
+        lost_after_s: Seconds of silence after which a rank counts as lost and all other ranks exit with
+            exit code 75 and a message that names it (default: `PARTITA_LOST_AFTER`, else 30; 0 for never).
 
     Raises:
-        DistributedError: It was called already, or the run's ranks are not a multiple of the product.
+        DistributedError: It was called already, or the number of ranks is not a multiple of the product.
 
     Source: `ml.utils.parallel.init_parallelism`.
     """

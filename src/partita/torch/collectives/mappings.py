@@ -1,8 +1,8 @@
-"""Collectives with gradients: how tensors enter and leave a region in which each rank computes its part.
+"""Collectives with gradients: they move tensors into and out of a region in which each rank computes its part.
 
-Every mapping's backward is another mapping of the same module, so that gradients of any order are right. They take a
-tensor that is *replicated* (the same on every rank, and its gradient too), *split* (each rank has its part), or *partial*
-(the sum over the ranks is meant):
+Every mapping's backward is another mapping of this module, so gradients of any order are correct. A tensor is
+*replicated* (the same on every rank, and its gradient too), *split* (each rank has its part), or *partial*
+(its value is the sum over the ranks):
 
     mapping            forward                     backward
     copy_to            replicated -> replicated    sum of the ranks' gradients
@@ -41,13 +41,13 @@ class _Copy(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if not torch.is_grad_enabled():
-            # No gradient of the gradient is asked for, which is the rule: no node, no context.
+            # The usual case, no second-order gradient: no autograd node and no context.
             return ctx.comm.all_reduce_(grad.clone(memory_format=torch.contiguous_format)), None
         return _Reduce.apply(grad, ctx.comm, dist.ReduceOp.SUM), None
 
 
 class _CopyOnce(Function):
-    """Gradients are averaged, or their maximum taken: no sum's gradient, so that its own gradient raises."""
+    """Averages gradients or takes their maximum. This is not the gradient of a sum, so the second-order gradient raises."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, comm: Communicator, op: Any) -> Tensor:
@@ -140,7 +140,7 @@ class _ReduceScatter(Function):
 def copy_to(x: Tensor, comm: Communicator, op: Any = dist.ReduceOp.SUM) -> Tensor:
     """Enter a split region: forward as it is, backward reduces the gradient over the ranks. Shape `(*)` to `(*)`.
 
-    Second-order gradients are right for SUM and raise for the other reductions.
+    Second-order gradients are correct for SUM and raise for the other reductions.
     """
     if comm.size == 1:
         return x
@@ -154,7 +154,7 @@ def reduce_from(x: Tensor, comm: Communicator, op: Any = dist.ReduceOp.SUM) -> T
 
 
 def reduce_from_(x: Tensor, comm: Communicator) -> Tensor:
-    """`reduce_from` in the memory of `x`, which nothing else may need: what a linear layer has just made."""
+    """`reduce_from` in the memory of `x`, which nothing else may use: the new output of a linear layer."""
     if comm.size == 1:
         return x
     if not x.is_contiguous():
@@ -163,12 +163,12 @@ def reduce_from_(x: Tensor, comm: Communicator) -> Tensor:
 
 
 def scatter_to(x: Tensor, comm: Communicator, dim: int = -1, sizes: Sizes = None) -> Tensor:
-    """Each rank its part: `[..., sum(sizes), ...]` to `[..., sizes[rank], ...]`. Backward gathers."""
+    """Take each rank's part: `[..., sum(sizes), ...]` to `[..., sizes[rank], ...]`. Backward gathers."""
     return x if comm.size == 1 else _Scatter.apply(x, comm, dim, whole_sizes(x, comm, dim, sizes))
 
 
 def gather_from(x: Tensor, comm: Communicator, dim: int = -1, sizes: Sizes = None) -> Tensor:
-    """The parts together: `[..., sizes[rank], ...]` to `[..., sum(sizes), ...]`. Backward takes the own part."""
+    """Concatenate the parts: `[..., sizes[rank], ...]` to `[..., sum(sizes), ...]`. Backward takes this rank's part."""
     return x if comm.size == 1 else _Gather.apply(x, comm, dim, part_sizes(x, comm, dim, sizes))
 
 
@@ -183,14 +183,14 @@ def reduce_scatter(x: Tensor, comm: Communicator, dim: int = 0, sizes: Sizes = N
 
 
 def check_op(op: Any) -> Any:
-    """`op`, unless it is one whose gradients are not known: `DistributedError`."""
+    """Return `op`. Raises `DistributedError` if its gradient is not defined."""
     if op not in (dist.ReduceOp.SUM, dist.ReduceOp.AVG, dist.ReduceOp.MAX, dist.ReduceOp.MIN):
-        raise DistributedError(f"op must be SUM, AVG, MAX or MIN, whose gradients are known, but is {op}.")
+        raise DistributedError(f"op must be SUM, AVG, MAX or MIN, whose gradients are defined; got {op}.")
     return op
 
 
 def whole_sizes(x: Tensor, comm: Communicator, dim: int, sizes: Sizes) -> tuple[int, ...]:
-    """Each rank's part of dimension `dim` of `x`, which is whole. Raises `DistributedError` where `sizes` are not that."""
+    """Size of each rank's part of dimension `dim` of the unsplit `x`. Raises `DistributedError` if `sizes` do not fit."""
     sizes = tuple(sizes) if sizes is not None else comm.even_sizes(x.shape[dim])
     if len(sizes) != comm.size or sum(sizes) != x.shape[dim] or min(sizes) < 0:
         raise DistributedError(
@@ -200,7 +200,7 @@ def whole_sizes(x: Tensor, comm: Communicator, dim: int, sizes: Sizes) -> tuple[
 
 
 def part_sizes(x: Tensor, comm: Communicator, dim: int, sizes: Sizes) -> tuple[int, ...]:
-    """Each rank's part of dimension `dim`, of which `x` is one. Raises `DistributedError` where `sizes` are not that."""
+    """Size of each rank's part of dimension `dim`; `x` is this rank's. Raises `DistributedError` if `sizes` do not fit."""
     sizes = tuple(sizes) if sizes is not None else (x.shape[dim],) * comm.size
     if len(sizes) != comm.size or sizes[comm.rank] != x.shape[dim]:
         raise DistributedError(

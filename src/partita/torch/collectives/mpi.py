@@ -1,6 +1,6 @@
-"""Open MPI under a communicator, for CPU tensors: shared memory between ranks of one host, any network between hosts.
+"""A communicator over Open MPI for CPU tensors: shared memory between ranks of one host, any network between hosts.
 
-Whether a process is a rank of Open MPI is told by its environment. What is not on the CPU goes by torch.distributed.
+The environment shows whether a process is a rank of Open MPI. Tensors on other devices use torch.distributed.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ _SUM = dist.ReduceOp.SUM
 
 
 def is_there() -> bool:
-    """Whether this process is a rank of Open MPI and can talk through it."""
+    """Whether this process is a rank of Open MPI and can use it."""
     return "OMPI_COMM_WORLD_SIZE" in os.environ and find_spec("mpi4py") is not None
 
 
 def _mpi() -> Any:
-    # More ranks than cores must give way to each other while they wait.
+    # With more ranks than cores, waiting ranks must yield the processor.
     os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
     from mpi4py import MPI
 
@@ -37,7 +37,7 @@ def _mpi() -> Any:
 
 
 def meet() -> None:
-    """Set what torch.distributed looks for in the environment, where mpirun started the ranks, which does not."""
+    """Set the environment variables of torch.distributed, which mpirun does not set."""
     if not is_there() or "RANK" in os.environ:
         return
     world = _mpi().COMM_WORLD
@@ -56,29 +56,29 @@ def meet() -> None:
 
 
 class _Request:
-    """A transfer under way, and the memory it reads or writes."""
+    """A transfer in progress, and the memory it reads or writes."""
 
     def __init__(self, request: Any, kept: Tensor) -> None:
         self.request, self.kept = request, kept
 
     def wait(self) -> None:
-        """Return when it has ended."""
+        """Block until the transfer is complete."""
         with ME.over("a transfer"):
             self.request.Wait()
 
     def is_completed(self) -> bool:
-        """Whether it has ended."""
+        """Whether the transfer is complete."""
         return bool(self.request.Test())
 
 
 class MpiCommunicator(Communicator):
-    """A group of ranks that talk through Open MPI.
+    """A group of ranks that communicate through Open MPI.
 
-    Sums of float16 and bfloat16 are made in float32. Every rank gets the same bits, and the same again from run to run.
+    Sums of float16 and bfloat16 are computed in float32. Results are bitwise equal on every rank and from run to run.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
-        """The communicator of `group`, by default of all ranks; every rank of the group makes it."""
+        """Create the communicator of `group` (default: all ranks). Every rank of the group must call it."""
         super().__init__(group)
         self._is_pair = False
         mpi = _mpi()
@@ -106,7 +106,7 @@ class MpiCommunicator(Communicator):
         return [self._memory(tensor.data_ptr(), tensor.numel() * tensor.itemsize), self._byte]
 
     def _summable(self, tensor: Tensor) -> Tensor:
-        """`tensor`, or its values in a contiguous one of a dtype that MPI can reduce."""
+        """`tensor`, or a contiguous copy in a dtype that MPI can reduce."""
         if tensor.dtype in self._types:
             return tensor.detach().contiguous()
         return tensor.detach().to(torch.float32 if tensor.is_floating_point() else torch.uint8).contiguous()
@@ -115,7 +115,8 @@ class MpiCommunicator(Communicator):
         """See `Communicator.all_reduce_`."""
         kind = self._types.get(tensor.dtype)
         if kind is not None and op is _SUM and tensor.is_cpu and self.size > 1 and tensor.is_contiguous():
-            # The layers' own case. Of a small message every step costs: the context manager alone a quarter of its time.
+            # The fast path of layers. Every step of a small message costs: the context manager alone takes a quarter of its
+            # time.
             count = tensor.numel()
             ME.begin("an all-reduce")
             memory = self._memory(tensor.data_ptr(), count * tensor.itemsize)

@@ -1,4 +1,4 @@
-"""Ranks as threads of one process: to try a split on a small model without asking anything of the other processes."""
+"""Ranks as threads of one process: to test a split on a small model without the other processes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _REDUCE: dict[Any, Callable[[Tensor], Tensor]] = {
 
 
 class _Exchange:
-    """Where the threads of a group put what they hand round. A thread that fails breaks it for all, so none waits on."""
+    """Values that the threads of a group exchange. A thread that fails breaks the barrier, so no thread waits forever."""
 
     def __init__(self, size: int) -> None:
         self.barrier = threading.Barrier(size)
@@ -38,10 +38,10 @@ class _Exchange:
 
 
 class ThreadCommunicator(Communicator):
-    """The communicator of one thread among `size`."""
+    """The communicator of one of `size` threads."""
 
     def __init__(self, exchange: _Exchange, rank: int, size: int) -> None:
-        """Rank `rank` of the threads that share `exchange`."""
+        """Create rank `rank` of the threads that share `exchange`."""
         self.group = None
         self.rank, self.size, self.global_ranks = rank, size, tuple(range(size))
         self._is_pair = False
@@ -88,10 +88,10 @@ class ThreadCommunicator(Communicator):
 
 
 def run_as_threads(size: int, work: Callable[[Communicator], Result]) -> list[Result]:
-    """Call `work` once for each of `size` ranks, each in a thread with a communicator of its own.
+    """Call `work` once for each of `size` ranks, each in its own thread with its own communicator.
 
     Raises:
-        Exception: What the first rank that failed raised.
+        Exception: The error of the lowest rank that failed.
     """
     exchange = _Exchange(size)
     results: list[Any] = [None] * size

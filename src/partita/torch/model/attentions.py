@@ -1,4 +1,4 @@
-"""What concerns the heads of all tensor ranks: attention weights that a model returns, and masks with a row for each head.
+"""Attention weights that a model returns and masks with a row per head, which concern the heads of all tensor ranks.
 
 A model of transformers returns the attention weights `[batch, heads, queries, keys]` of each layer on request. Each rank
 computes those of its own heads. They are gathered where they leave the innermost model around the attention modules. A mask
@@ -25,10 +25,10 @@ def gather_attentions(model: nn.Module, plan: Plan, comm: Communicator) -> None:
     """Let every model in `model` return the attention weights of all heads, and take masks of all heads."""
     if comm.size == 1:
         return
-    inside: dict[str, dict[str, Split]] = {}
+    by_model: dict[str, dict[str, Split]] = {}
     for path, attention in plan.attention.items():
-        inside.setdefault(innermost_model(model, path), {})[path] = attention.heads
-    for path, heads in inside.items():
+        by_model.setdefault(innermost_model(model, path), {})[path] = attention.heads
+    for path, heads in by_model.items():
         module = model.get_submodule(path)
         hooks = _Hooks(heads, comm, path)
         module.register_forward_pre_hook(hooks.enter, prepend=True, with_kwargs=True)
@@ -36,7 +36,7 @@ def gather_attentions(model: nn.Module, plan: Plan, comm: Communicator) -> None:
 
 
 def innermost_model(model: nn.Module, path: str) -> str:
-    """The path of the innermost model of transformers around a module; the whole model's where there is none."""
+    """The path of the innermost transformers model around a module; empty if there is none."""
     from transformers import PreTrainedModel
 
     found, module, parts = "", model, path.split(".")
@@ -51,11 +51,11 @@ def innermost_model(model: nn.Module, path: str) -> str:
 
 
 class _AsTuple:
-    """The `return_dict` of a call that is answered with a tuple, once attention weights are found by their names."""
+    """The `return_dict` of a call that expects a tuple: the output is converted after attention weights are gathered."""
 
 
 class _Hooks:
-    """Around the forward of one model, whose attention modules hold the heads that `heads` says by their paths."""
+    """Hooks around the forward of one model; `heads` maps the paths of its attention modules to the split of their heads."""
 
     def __init__(self, heads: Mapping[str, Split], comm: Communicator, path: str) -> None:
         self.heads, self.comm, self.path = heads, comm, path
@@ -65,7 +65,7 @@ class _Hooks:
     def enter(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Let attention modules narrow masks once one has rows for heads, and let what is returned have names."""
+        """Make attention modules narrow masks once a mask has rows for heads, and make the output a `ModelOutput`."""
         given = by_name(module, args, kwargs)
         if not self.narrows and any(_has_heads(value) for name, value in given.items() if "mask" in name):
             self._narrow_masks(module)
@@ -80,28 +80,28 @@ class _Hooks:
             try:
                 attention = module.get_submodule(inner)
             except AttributeError:
-                # A layer of another stage.
+                # The layer belongs to another stage.
                 continue
             narrow = _Narrow(split, self.comm)
             attention.register_forward_pre_hook(narrow.enter, prepend=True, with_kwargs=True)
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """Gather the attention weights of an output, whatever else is in it."""
+        """Gather the attention weights in an output."""
         from transformers.utils import ModelOutput
 
         if not isinstance(output, ModelOutput):
             return output
         for name in [name for name in output if name.endswith("attentions")]:
-            output[name] = self._whole(output[name], name, type(module).__name__)
+            output[name] = self._gather(output[name], name, type(module).__name__)
         return output.to_tuple() if isinstance(kwargs.get("return_dict"), _AsTuple) else output
 
-    def _whole(self, value: Any, name: str, family: str) -> Any:
+    def _gather(self, value: Any, name: str, family: str) -> Any:
         parts = list(_tensors(value))
         if not parts:
             return value
-        # Every rank must see the same: what is gathered is decided by the shapes of all.
+        # All ranks must decide alike, so they decide from the shapes of all ranks.
         shapes: list[Any] = self.comm.all_gather_object([tuple(t.shape) for t in parts])
-        whole = []
+        gathered = []
         for place, tensor in enumerate(parts):
             counts = tuple(rank[place][1] if len(rank[place]) > 2 else 0 for rank in shapes)
             split = next((s for s in self.splits if s.local_sizes == counts), None)
@@ -112,12 +112,12 @@ class _Hooks:
                     f"{name} of {family} has the shape {tuple(tensor.shape)}. Its second dimension is not "
                     "the number of heads, so the ranks' parts cannot be gathered. Leave it out, or use tp=1."
                 )
-            whole.append(tensor)
-        return _with_tensors(value, iter(whole))
+            gathered.append(tensor)
+        return _with_tensors(value, iter(gathered))
 
 
 class _Narrow:
-    """Gives one attention module the rows of its own rank's heads of every mask."""
+    """Narrows every mask of one attention module to the rows of this rank's heads."""
 
     def __init__(self, split: Split, comm: Communicator) -> None:
         self.split, self.comm = split, comm
@@ -130,7 +130,7 @@ class _Narrow:
         if not _has_heads(mask):
             return mask
         if mask.requires_grad:
-            # Each rank sees what its own heads contribute to the gradient.
+            # Each rank computes only what its own heads contribute to the gradient.
             mask = copy_to(mask, self.comm)
         if mask.shape[1] != self.split.size:
             return mask
@@ -160,7 +160,7 @@ def by_name(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any])
 
 
 def asks_for(model: nn.Module, given: Mapping[str, Any], name: str) -> bool:
-    """Whether a call of a model of transformers with the arguments `given` asks for `name`, or its config does."""
+    """Whether a call of a transformers model with the arguments `given`, or else its config, asks for `name`."""
     value = given.get(name)
     return bool(getattr(getattr(model, "config", None), name, False) if value is None else value)
 

@@ -7,8 +7,8 @@ Letters: E experts, of which each token goes to k; G groups of tokens.
     N [G]       the number of terms in each sum of p
     loss        the mean over groups of E sum_e (n_e / N) (p_e / N)
 
-Both sums add up over layers: a stage adds its layers' to those that it receives and sends two small tensors on, whatever the
-number of layers and tokens. The product of two means is not linear in the batch, so the loss depends on what a group is.
+Both sums add up over layers: a stage adds its layers' sums to those that it receives and sends two small tensors on, whatever
+the number of layers and tokens. The product of two means is not linear in the batch, so the loss depends on what a group is.
 
     scope `microbatch`    G = 1: all tokens of a micro-batch, as transformers does with a batch
     scope `sequence`      G = batch: each sequence by itself, so that neither mesh nor micro-batches change the loss
@@ -39,9 +39,9 @@ class Balance:
     """The auxiliary loss of one model.
 
     Attributes:
-        experts: E.
-        top_k: k.
-        routers: The routers of this rank, each with the place of its logits `[tokens, E]` in its output.
+        experts: Number of experts, E.
+        top_k: Experts per token, k.
+        routers: The routers of this rank, each with the index of its logits `[tokens, E]` in its output.
         scope: `microbatch` or `sequence`.
     """
 
@@ -52,7 +52,7 @@ class Balance:
 
     @contextmanager
     def recorded(self) -> Iterator[list[Tensor]]:
-        """The logits `[tokens, E]` of the routers that run meanwhile, in the order of execution."""
+        """Collect the logits `[tokens, E]` of the routers that run inside the context, in the order of execution."""
         logits: list[Tensor] = []
         handles = [
             router.register_forward_hook(partial(_record, logits, place)) for router, place in self.routers
@@ -66,9 +66,9 @@ class Balance:
     def sums(
         self, logits: Sequence[Tensor], inputs: Mapping[str, Any], received: Sequence[Tensor] = ()
     ) -> tuple[Tensor, Tensor]:
-        """n and p, each `[G, E]`, of all layers so far: those `received`, and those of `logits`, each `[tokens, E]`.
+        """n and p, each `[G, E]`, of all layers so far: the sums `received` plus those of `logits`, each `[tokens, E]`.
 
-        `inputs` are the model's; padding that their attention mask leaves out does not count.
+        `inputs` are the model's; padding that their attention mask excludes does not count.
         """
         rows = next(value for name in ("input_ids", "inputs_embeds") if (value := inputs.get(name)) is not None)
         groups = rows.shape[0] if self.scope == "sequence" else 1
@@ -107,10 +107,10 @@ def asks_for_balance(model: nn.Module) -> bool:
 
 
 def coefficient_of(model: nn.Module) -> float:
-    """How much the auxiliary loss of `model` counts beside the cross-entropy.
+    """Weight of the auxiliary loss of `model` relative to the cross-entropy.
 
     Raises:
-        ModelError: Neither the model nor its config says it.
+        ModelError: Neither the model nor its config defines it.
     """
     names = ("router_aux_loss_coef", "aux_loss_coef")
     for holder in (model, text_config_of(getattr(model, "config", None))):
@@ -119,6 +119,6 @@ def coefficient_of(model: nn.Module) -> float:
             if isinstance(value, int | float):
                 return float(value)
     raise ModelError(
-        f"{type(model).__name__} has an auxiliary loss, but no {names[0]} that says how much it counts. Set {SWITCH} to False "
+        f"{type(model).__name__} has an auxiliary loss, but no weight for it ({names[0]}). Set {SWITCH} to False "
         "in the config."
     )

@@ -1,8 +1,8 @@
-"""Caches on a pipeline stage: full length, filled for its own layers, and kept in step for the others.
+"""Caches on a pipeline stage: full length, filled for the stage's own layers, token counts advanced for the others.
 
-A cache of transformers has an entry a layer, and the model asks the first entries of each kind how many tokens there are.
-On a stage that has other layers these entries would stay empty, and positions and masks be wrong. So the first entry of
-each kind is given keys of width 1 for every token that passes.
+A transformers cache has one entry per layer, and the model asks the first entry of each kind for the number of tokens.
+On a stage with other layers these entries would stay empty, and positions and masks would be wrong. So the first entry of
+each kind receives keys of width 1 for every token.
 """
 
 from __future__ import annotations
@@ -49,21 +49,22 @@ def advance_cache(cache: Any, own: Collection[int], inputs: Mapping[str, Any]) -
 
 
 def counting_cache(model: Any, inputs: Mapping[str, Any]) -> Any:
-    """A cache for the caller on a rank without layers, that counts the tokens of one forward."""
+    """A cache for the caller on a rank without layers; it counts the tokens of one forward."""
     cache = new_cache(model.config)
     advance_cache(cache, (), inputs)
     return cache
 
 
 def check_cache(cache: Any) -> None:
-    """See that every entry of a cache can be counted where its layer is not; before the ranks begin, as only some would see.
+    """Check that every entry of a cache can count tokens on a rank without its layer. Every rank checks before the forward
+    begins.
 
     Raises:
-        ModelError: One cannot.
+        ModelError: An entry cannot.
     """
     for entry in cache.layers:
         if not (grows_with_tokens(entry) or keeps_state(entry) or holds_nothing(entry)):
             raise ModelError(
-                f"a cache of {type(entry).__name__} cannot be kept in step over the stages of a pipeline. Use the default "
+                f"a cache of {type(entry).__name__} cannot be kept consistent across pipeline stages. Use the default "
                 "dynamic cache, or pp=1."
             )

@@ -17,24 +17,24 @@ _WIDER = {
 }
 
 _CASTS = {Tensor.float, Tensor.half, Tensor.bfloat16}
-"""Casts whose name is the dtype."""
+"""Cast methods named after a dtype."""
 
 _LIKE_OTHER = {Tensor.to, Tensor.type_as}
 """Casts that may take the dtype of another tensor."""
 
 _REINTERPRETING = {Tensor.view, torch.frombuffer}
-"""Functions to which a dtype describes memory: another would change the result."""
+"""Functions whose dtype argument describes memory layout: another dtype would change the result."""
 
 
 class Float64Everywhere(TorchFunctionMode):
     """Keep float64 where a model asks for a narrower floating-point dtype.
 
-    The weights and inputs of the model must be float64. Model code narrows in many ways, mostly to float32 and for speed;
-    while the mode is active each gives float64, or complex128:
+    The weights and inputs of the model must be float64. Model code narrows in many ways, mostly to float32 for speed;
+    while the mode is active each returns float64 or complex128:
 
     - a dtype among the arguments: `x.to(torch.float32)`, `x.type(torch.float32)`, `softmax(x, -1, dtype=torch.float32)`,
       `torch.zeros(n, dtype=torch.float32)`;
-    - a cast by name: `x.float()`, `x.half()`, `x.bfloat16()`, `x.type("torch.FloatTensor")`;
+    - a cast method: `x.float()`, `x.half()`, `x.bfloat16()`, `x.type("torch.FloatTensor")`;
     - a cast to the dtype of another tensor: `x.to(other)`, `x.type_as(other)`;
     - the default dtype: `torch.zeros(n)`, `torch.tensor(0.5)`, `ids / 2`.
     """
@@ -54,16 +54,16 @@ class Float64Everywhere(TorchFunctionMode):
         if func is Tensor.type and len(args) > 1:
             args = (args[0], _widened_type(args[1]), *args[2:])
         if func is torch.full and kwargs.get("dtype") is None and isinstance(_fill_value(args, kwargs), float):
-            # The smallest float64, with which masks are filled, overflows the default dtype.
+            # Masks are filled with the smallest float64, which overflows the default dtype.
             kwargs["dtype"] = torch.float64
         result = func(*args, **kwargs)
         return _widened_default(result, [*args, *kwargs.values()])
 
 
 def _widened_default(result: Any, given: Sequence[Any]) -> Any:
-    """`result`, widened where its dtype is torch's default: where no tensor that was `given` has such a dtype.
+    """`result`, widened if its dtype is torch's default and no tensor in `given` has that dtype.
 
-    So a view of an argument, and an argument changed in place, stay what they are.
+    So views of arguments and arguments changed in place stay unchanged.
     """
     if not isinstance(result, Tensor) or result.dtype not in _WIDER or result.requires_grad:
         return result
@@ -81,7 +81,7 @@ def _widened(value: Any) -> Any:
 
 
 def _widened_type(kind: Any) -> Any:
-    """The argument of `Tensor.type` where it is a class of tensors or the name of one."""
+    """Whether the argument of `Tensor.type` is a tensor class or the name of one."""
     name = kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__name__}" if isinstance(kind, type) else ""
     for narrow in ("FloatTensor", "HalfTensor", "BFloat16Tensor"):
         if name.endswith(f".{narrow}"):

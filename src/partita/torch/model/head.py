@@ -1,4 +1,4 @@
-"""The head of a language model whose vocabulary is split: its logits need not be put together."""
+"""The head of a language model whose vocabulary is split: the unsplit logits are never gathered."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from partita.torch.layers.linear import ColumnParallelLinear
 
 @contextmanager
 def local_logits(model: nn.Module) -> Iterator[Split | None]:
-    """While it lasts the model's head gives each rank its own columns. Yields their split, None where they
+    """Make the model's head return each rank's own columns inside the context. Yields their split, None if they
     are not split.
 
-    What a model does with its logits (scaling, soft capping) it does to each by itself, so it may do it to a part.
+    Models transform their logits elementwise (scaling, soft capping), so a part can be transformed by itself.
     """
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
     if not isinstance(head, ColumnParallelLinear) or not head.gather_output:
@@ -33,15 +33,15 @@ def local_logits(model: nn.Module) -> Iterator[Split | None]:
 
 
 def most_likely(logits: Tensor, split: Split | None, comm: Communicator) -> Tensor:
-    """The first id of the largest logit of each row, as `argmax` of the unsplit logits gives it; below 0 where there is none.
+    """The first id of the largest logit of each row, as `argmax` of the unsplit logits gives it; negative if there is none.
 
     Args:
         logits: `[rows, vocab_r]`, this rank's columns, or all of them where `split` is None.
-        split: Who has which.
-        comm: The tensor ranks; each gives one value and one id a row.
+        split: Which rank holds which columns.
+        comm: The tensor ranks; each sends one value and one id per row.
 
     Returns:
-        int64 `[rows]`, the same on every rank. A row whose logits are not finite has a code instead.
+        int64 `[rows]`, the same on every rank. A row with non-finite logits has a code instead.
     """
     value, index = logits.max(-1)
     if split is None:
@@ -55,6 +55,6 @@ def most_likely(logits: Tensor, split: Split | None, comm: Communicator) -> Tens
 
 
 def _or_code(ids: Tensor, values: Tensor, ranks: Tensor) -> Tensor:
-    """`ids`, or a code where the largest logits `values`, which rank `ranks` has, are not finite."""
+    """`ids`, or a code where the largest logits `values`, held by rank `ranks`, are not finite."""
     codes = torch.where(values == -torch.inf, ALL_EXCLUDED, no_token(0) - ranks)
     return torch.where(values.isfinite(), ids, codes)

@@ -1,4 +1,4 @@
-"""The parts of a split model: its plan and groups, and where each tensor of the unsplit model is in it."""
+"""The parts of a split model: its plan and groups, and where each tensor of the unsplit model is stored in it."""
 
 from __future__ import annotations
 
@@ -14,45 +14,43 @@ from partita.torch.layers.embedding import VocabParallelEmbedding
 from partita.torch.layers.linear import ColumnParallelLinear, RowParallelLinear
 
 WRAPPERS = ("linear", "embedding", "base_layer")
-"""Names that split layers and adapters put into a parameter's path."""
+"""Names that split layers and adapters insert into a parameter's path."""
 
 
 def plan_of(model: nn.Module) -> tuple[Plan, ParallelGroups]:
-    """The plan and groups of a model that `load` or `shard` made.
+    """The plan and groups of a model that `load` or `shard` returned.
 
     Raises:
-        ModelError: It was not made by them.
+        ModelError: The model was not split by them.
     """
     plan, groups = getattr(model, "partita_plan", None), getattr(model, "partita_groups", None)
     if not isinstance(plan, Plan) or not isinstance(groups, ParallelGroups):
-        raise ModelError(
-            "this model was not split by Partita. Make it with partita.torch.load() or partita.torch.shard()."
-        )
+        raise ModelError("this model was not split by Partita. Use partita.torch.load() or partita.torch.shard().")
     return plan, groups
 
 
 def check_model(model: nn.Module, plan: Plan) -> None:
     """Raise `ModelError` unless `model` has the tensors of the plan's model, in its shapes."""
-    mine = {name: tuple(t.shape) for name, t in model.state_dict(keep_vars=True).items()}
-    theirs = {name: t.shape for name, t in plan.spec.tensors.items()}
-    if mine != theirs:
-        name = next(n for n in sorted({*mine, *theirs}) if mine.get(n) != theirs.get(n))
+    local = {name: tuple(t.shape) for name, t in model.state_dict(keep_vars=True).items()}
+    planned = {name: t.shape for name, t in plan.spec.tensors.items()}
+    if local != planned:
+        name = next(n for n in sorted({*local, *planned}) if local.get(n) != planned.get(n))
         raise ModelError(
-            f"the model is not the plan's ({plan.spec.family}): {name} has the shape {mine.get(name, 'none')} in the model "
-            f"and {theirs.get(name, 'none')} in the plan. Make the plan of this model."
+            f"the model does not match the plan ({plan.spec.family}): {name} has the shape {local.get(name, 'none')} in the "
+            f"model and {planned.get(name, 'none')} in the plan. Create the plan from this model."
         )
 
 
 def unsplit_name(name: str) -> str:
-    """The name in the unsplit model of a split model's parameter, for models that have no modules of such names themselves.
+    """The unsplit name of a split model's parameter, for models whose own modules have no such names.
 
-    `parameter_homes` knows the split layers by their classes, and so any model's names.
+    `parameter_homes` recognizes split layers by their classes instead, which works for any model.
     """
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
 def parameter_homes(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
-    """Where each tensor of the unsplit model lives in the split one: by unsplit name the module and its attribute."""
+    """Where each tensor of the unsplit model is stored in the split one: maps its unsplit name to (module, attribute)."""
     homes: dict[str, tuple[nn.Module, str]] = {}
 
     def walk(module: nn.Module, path: str) -> None:
@@ -69,7 +67,7 @@ def parameter_homes(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
 
 
 def _is_inner(module: nn.Module, name: str) -> bool:
-    """Whether a child is what a split layer or an adapter wraps, whose name the unsplit model has not."""
+    """Whether a split layer or an adapter wraps this child, so that the unsplit model lacks its name."""
     if isinstance(module, (ColumnParallelLinear, RowParallelLinear)):
         return name == "linear"
     if isinstance(module, VocabParallelEmbedding):
@@ -84,7 +82,7 @@ def local_tensors(model: nn.Module, plan: Plan) -> dict[str, Tensor]:
 
 
 def tie(homes: Mapping[str, tuple[nn.Module, str]], plan: Plan) -> None:
-    """Let tensors that share memory in the unsplit model share it here."""
+    """Make tensors that share memory in the unsplit model share it in the split one."""
     for name, tensor in plan.spec.tensors.items():
         if tensor.tied_to is not None and name in homes and tensor.tied_to in homes:
             module, attribute = homes[name]
@@ -92,7 +90,7 @@ def tie(homes: Mapping[str, tuple[nn.Module, str]], plan: Plan) -> None:
 
 
 def main_output(output: Any) -> Tensor:
-    """What a model's output is about: logits, or the last hidden state."""
+    """The main tensor of a model's output: logits, or the last hidden state."""
     for name in ("logits", "prediction_logits", "last_hidden_state"):
         value = getattr(output, name, None)
         if isinstance(value, Tensor):

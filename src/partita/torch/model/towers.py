@@ -1,4 +1,4 @@
-"""Vision and audio towers of a model: where they are, which arguments feed them, and what images and sound to try them on."""
+"""Vision and audio towers of a model: their paths, the arguments that feed them, and sample images and sound to test them."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from partita.torch.transformers_internals import text_config_of
 
 
 class Medium(NamedTuple):
-    """How models of transformers take one kind of media.
+    """How transformers models accept one kind of media.
 
     Attributes:
         name: `image`, `video` or `audio`.
-        features: The model's method that turns it into features.
-        pixels: The argument that holds it, first the usual name.
-        grid: The argument with each one's size in patches, of models that take patches one behind the other.
-        type_id: What `mm_token_type_ids` says at its tokens.
+        features: The model's method that computes its features.
+        pixels: Names of the argument that holds it, the most common first.
+        grid: The argument with each item's size in patches, for models that take concatenated patches.
+        type_id: The value of `mm_token_type_ids` at its tokens.
     """
 
     name: str
@@ -50,10 +50,11 @@ IMAGES_BY_ROW = (2, 1, 0)
 
 
 def tower_paths(model: nn.Module) -> tuple[str, ...]:
-    """Paths of all that turns images and sound into features for the text model of `model`; none for a model of text alone.
+    """Paths of the modules and tensors that turn images and sound into features for the text model; empty for a text-only
+    model.
 
-    What is neither the text model nor its head nor holds these is a tower, its projector or a tensor of its own. Inside the
-    text model a tower is what says of itself that it takes no text.
+    Whatever is not the text model, its head, or a module that holds these is a tower, its projector or one of its tensors.
+    Inside the text model, a module is a tower if it declares that it takes no text.
     """
     config: Any = getattr(model, "config", None)
     modalities = _modalities(model)
@@ -109,17 +110,17 @@ def _asked(model: nn.Module, part: str) -> nn.Module | None:
 
 
 def media_of(model: nn.Module) -> tuple[Medium, ...]:
-    """The kinds of media that a model's forward takes."""
+    """The kinds of media that a model's forward accepts."""
     takes = inspect.signature(type(model).forward).parameters
     return tuple(medium for medium in MEDIA if any(name in takes for name in medium.pixels))
 
 
 def forbid_media(model: nn.Module, reasons: Mapping[str, str]) -> None:
-    """Let a model refuse, when it is called with them, the kinds of media with which its split was not found right.
+    """Make a model raise when it is called with kinds of media for which its split could not be verified.
 
     Args:
         model: The unsplit model, before it is split.
-        reasons: By the kind's name why not.
+        reasons: Maps the kind's name to the reason.
     """
     for medium in MEDIA:
         if medium.name in reasons and medium.name not in forbidden_media(model):
@@ -129,7 +130,7 @@ def forbid_media(model: nn.Module, reasons: Mapping[str, str]) -> None:
 
 
 def forbidden_media(model: nn.Module) -> Mapping[str, str]:
-    """What `forbid_media` was told."""
+    """The reasons passed to `forbid_media`."""
     return getattr(model, "partita_forbidden_media", {})
 
 
@@ -138,20 +139,21 @@ def _refuse_media(model: nn.Module, args: object, kwargs: Mapping[str, Any]) -> 
 
 
 def refuse_forbidden(model: nn.Module, inputs: Mapping[str, Any]) -> None:
-    """Raise `ModelError` where `inputs` hold media with which the split of `model` was not found right."""
+    """Raise `ModelError` if `inputs` hold media for which the split of `model` could not be verified."""
     ready = inputs.get("mm_encoder_outputs") or {}
     for medium in MEDIA:
         reason = forbidden_media(model).get(medium.name)
         given = ready.get(medium.name) is not None or any(inputs.get(name) is not None for name in medium.pixels)
         if reason is not None and given:
             raise ModelError(
-                f"{medium.name} inputs of {type(model).__name__} were not found equal to the unsplit model's: {reason} Text "
-                "alone was. Use one rank for them."
+                f"the split {type(model).__name__} could not be verified to match the unsplit model on {medium.name} inputs: "
+                f"{reason} Text "
+                "inputs could. Use one rank for {medium.name} inputs."
             )
 
 
 def give_no_features(model: nn.Module) -> None:
-    """Let a model whose towers are on another stage give none: transformers' own `generate` asks before it begins."""
+    """Make a model whose towers are on another stage return no features: transformers' `generate` asks before it begins."""
     for module in model.modules():
         for medium in MEDIA:
             method = getattr(module, medium.features, None)
@@ -171,25 +173,25 @@ _FEEDS_A_TOWER = re.compile(r"pixel_values|input_features$|^mm_encoder_outputs$"
 
 
 def without_media(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """What a model is called with, but for what feeds towers: for a stage that has none.
+    """The inputs of a model without those that feed towers, for a stage that has none.
 
-    Sizes and kinds of tokens stay, of which positions and masks are made.
+    Token sizes and token types stay: positions and masks are computed from them.
     """
     return {name: value for name, value in inputs.items() if not _FEEDS_A_TOWER.search(name)}
 
 
 def sample_media(model: nn.Module, medium: Medium, by_row: tuple[int, ...] = IMAGES_BY_ROW) -> dict[str, Tensor]:
-    """What a model is called with for rows of text with `by_row` images each, of sizes that differ where they may.
+    """Inputs of a model for rows of text with `by_row` images each, of different sizes where the model allows it.
 
-    How many tokens an image takes is told by the model itself, which is asked for the features.
+    The number of tokens of an image comes from the features that the model itself computes.
 
     Raises:
-        ModelError: No form of images that is known is one that the model takes.
+        ModelError: The model accepts none of the known forms of images.
     """
     config: Any = model.config
     token = next((t for key in medium.tokens if type(t := getattr(config, key, None)) is int), None)
     if token is None:
-        raise ModelError(f"{type(model).__name__} does not say which token stands for {medium.name} features.")
+        raise ModelError(f"{type(model).__name__} does not define a placeholder token for {medium.name} features.")
     if not any(by_row):
         return _text_around(model, medium, token, [[] for _ in by_row])
     reasons = []
@@ -204,11 +206,13 @@ def sample_media(model: nn.Module, medium: Medium, by_row: tuple[int, ...] = IMA
                 model(**inputs)
         except Exception as error:
             reasons.append(f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}")
-    raise ModelError(f"no {medium.name} was found that it takes ({reasons[0] if reasons else 'of no known form'}).")
+    raise ModelError(
+        f"the model accepts none of the {medium.name} inputs tried ({reasons[0] if reasons else 'of no known form'})."
+    )
 
 
 def _forms(model: nn.Module, medium: Medium, by_row: tuple[int, ...]) -> Iterator[dict[str, Tensor]]:
-    """Ways in which a model may take images, so many in each row, the most likely first."""
+    """Forms in which a model may accept images, `by_row` in each row, the most likely first."""
     config: Any = model.config
     takes = _takes(type(model).forward)
     name = next(name for name in medium.pixels if name in takes)
@@ -236,7 +240,7 @@ def _forms(model: nn.Module, medium: Medium, by_row: tuple[int, ...]) -> Iterato
         pixels = _noise(rows, max(by_row), channels, side, side)
         mask = torch.ones(rows, max(by_row), side, side, dtype=torch.bool)
         for row, images in enumerate(by_row):
-            # An image of zeros is none.
+            # Models treat an image of zeros as padding.
             pixels[row, images:] = 0
             mask[row, :, :, side - patch * row :] = row == 0
         yield {name: pixels, "pixel_attention_mask": mask}
@@ -286,20 +290,20 @@ _WRONG_COUNT = (ValueError, RuntimeError, IndexError)
 """What models raise when images and placeholder tokens do not match."""
 
 _MOST_TOKENS = 40
-"""How many tokens an image may have in a model that does not say how many."""
+"""Largest number of tokens per image to try in a model that does not define it."""
 
 
 def _possible_runs(
     model: nn.Module, medium: Medium, form: Mapping[str, Tensor], by_row: tuple[int, ...]
 ) -> Iterator[list[list[int]]]:
-    """How many tokens each image of each row takes: as the model says, or else one number after the other."""
+    """How many tokens each image of each row takes: as the model defines it, or else every number in turn."""
     for module in model.modules():
         method = getattr(module, medium.features, None)
         if method is not None and any(name in _takes(method) for name in medium.pixels):
             with torch.no_grad():
                 yield _runs_of(method(**{k: v for k, v in form.items() if k in _takes(method)}), by_row)
             return
-    # One token alone stood for all features of a recording in older processors.
+    # Older processors used a single token for all features of a recording.
     yield from ([[count] * images for images in by_row] for count in range(2, _MOST_TOKENS))
 
 
@@ -312,7 +316,7 @@ def _runs_of(features: Any, by_row: tuple[int, ...]) -> list[list[int]]:
         found = list(found) if found.dim() > 2 else list(found.chunk(sum(by_row)))
     counts = [part.numel() // part.shape[-1] for part in found]
     if len(counts) == len(by_row) and counts[-1] == by_row[-1] == 0:
-        # A model may give those of a row together.
+        # A model may return all features of a row in one tensor.
         return [[count // images] * images if images else [] for images, count in zip(by_row, counts, strict=True)]
     each = iter(counts)
     return [[next(each) for _ in range(images)] for images in by_row]
@@ -326,23 +330,23 @@ def _text_around(model: nn.Module, medium: Medium, token: int, runs: list[list[i
     usable = torch.tensor([i for i in range(3, vocabulary) if i not in special])
     generator = torch.Generator().manual_seed(0)
 
-    def words(count: int) -> list[int]:
+    def sample_ids(count: int) -> list[int]:
         return usable[torch.randint(0, len(usable), (count,), generator=generator)].tolist()
 
     rows = []
     for row, lengths in enumerate(runs):
-        ids = words(2 + row)
+        ids = sample_ids(2 + row)
         for length in lengths:
-            ids += [token] * length + words(3)
+            ids += [token] * length + sample_ids(3)
         rows.append(ids)
     longest = max(len(row) for row in rows) + 1
-    padded = torch.tensor([row + words(longest - len(row)) for row in rows])
+    padded = torch.tensor([row + sample_ids(longest - len(row)) for row in rows])
     mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
-    made = {"input_ids": padded, "attention_mask": mask}
+    inputs = {"input_ids": padded, "attention_mask": mask}
     here = torch.eq(padded, token).long()
     takes = _takes(type(model).forward)
     if "mm_token_type_ids" in takes:
-        made["mm_token_type_ids"] = here * medium.type_id
+        inputs["mm_token_type_ids"] = here * medium.type_id
     if "token_type_ids" in takes:
-        made["token_type_ids"] = here
-    return made
+        inputs["token_type_ids"] = here
+    return inputs

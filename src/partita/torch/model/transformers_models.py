@@ -1,4 +1,4 @@
-"""Models as transformers knows them: found on disk or on the hub, and built on the meta device without any weight."""
+"""transformers models: read from a local folder or config, and built on the meta device without weights."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from partita.torch.transformers_internals import (
 )
 
 OWN_CODE = (
-    "{} brings code of its own, which is not run unless you ask for it. If you trust it, give trust_remote_code=True "
+    "{} comes with its own code, which is not run by default. If you trust it, give trust_remote_code=True "
     "(--trust-remote-code)."
 )
 
@@ -52,23 +52,21 @@ def _first_line(error: BaseException) -> str:
 
 
 def read_hf_config(source: str | os.PathLike[str] | Mapping[str, Any] | Any, *, trust_remote_code: bool = False) -> Any:
-    """transformers' config of a local folder, a config file, plain data, or a config already.
+    """Read a transformers config from a local folder, a config file, plain data, or another config.
 
     Args:
-        source: Any of these.
-        trust_remote_code: Whether to run code that comes with it.
+        source: One of these.
+        trust_remote_code: Whether to run code that comes with the config.
 
     Raises:
-        ModelError: It is not one that the installed transformers can read, or it needs code of its own.
+        ModelError: The installed transformers cannot read it, or it needs its own code.
     """
     from transformers import AutoConfig, PretrainedConfig
 
     if isinstance(source, PretrainedConfig):
         return copy.deepcopy(source)
     if not isinstance(source, (str, os.PathLike, Mapping)):
-        raise ModelError(
-            f"config must be a file, a folder, plain data or transformers' config, but is {source!r:.100}."
-        )
+        raise ModelError(f"config must be a file, a folder, plain data or a transformers config; got {source!r:.100}.")
     try:
         if isinstance(source, Mapping):
             return AutoConfig.for_model(**dict(source))
@@ -90,7 +88,7 @@ def _names_code(source: Any) -> bool:
 
 
 def code_note(folder: Any, config: Any) -> str:
-    """The line to show when code that comes with a model is run; empty where none does."""
+    """The message to show when code that comes with a model runs; empty if there is no such code."""
     places = (getattr(config, "auto_map", None) or {}).values()
     names = sorted({place.partition(".")[0] for place in places if isinstance(place, str)})
     if not names:
@@ -99,12 +97,12 @@ def code_note(folder: Any, config: Any) -> str:
 
 
 def config_like(config: Any, data: Mapping[str, Any]) -> Any:
-    """A config of the family of `config`, of other data."""
+    """A config of the same family as `config` with the values `data`."""
     return type(config).from_dict(dict(data)) if has_own_code(config) else read_hf_config(data)
 
 
 def model_class(config: Any, *, trust_remote_code: bool = False) -> Any:
-    """The class that runs a config: of the model's own code where that is trusted and there is any, else transformers' class
+    """The model class for a config: that of the model's own code if there is any and it is trusted, else the transformers class
     that the config names, else its causal language model, else its base model."""
     import transformers
 
@@ -134,10 +132,10 @@ def model_class(config: Any, *, trust_remote_code: bool = False) -> Any:
 def build_on_meta(
     config: Any, dtype: torch.dtype | None = None, cls: Any = None, *, trust_remote_code: bool = False
 ) -> nn.Module:
-    """The unsplit model of a config without any weight, in eval mode.
+    """The unsplit model of a config on the meta device, in eval mode.
 
-    In float64 all parameters and buffers are float64, and experts take the plain implementation, since the grouped ones
-    have no float64.
+    In float64 all parameters and buffers are float64, and experts use the plain implementation, since the grouped ones
+    do not support float64.
     """
     check_layers(getattr(config, "num_hidden_layers", None))
     check_architectures(getattr(config, "architectures", None))
@@ -154,7 +152,7 @@ def build_on_meta(
     _leave_no_memory(model)
     _keep_in_float32(model)
     if dtype == torch.float64:
-        # Some modules make parameters and buffers in float32 whatever the dtype of the model (routers, decays).
+        # Some modules create parameters and buffers in float32 whatever the dtype of the model (routers, decays).
         model.double()
     return model.eval()
 
@@ -177,7 +175,7 @@ def _keep_in_float32(model: Any) -> None:
 
 
 def _leave_no_memory(model: nn.Module) -> None:
-    """Move to the meta device what a model's constructor made elsewhere: torch.normal ignores the default device."""
+    """Move tensors that a model's constructor created elsewhere to the meta device: torch.normal ignores the default device."""
     moved: dict[int, tuple[Tensor, Tensor]] = {}
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
@@ -191,7 +189,7 @@ def _leave_no_memory(model: nn.Module) -> None:
 
 
 def spec_of(model: nn.Module) -> ModelSpec:
-    """The facts of an unsplit model, on any device. Tied tensors are those that are one parameter."""
+    """The `ModelSpec` of an unsplit model on any device. Tensors that are one parameter are tied."""
     first: dict[int, str] = {}
     tensors = {}
     buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
@@ -222,13 +220,13 @@ def spec_of(model: nn.Module) -> ModelSpec:
 
 
 def _heads(config: Any) -> tuple[int, int]:
-    """Head counts by transformers' own common names, (0, 0) where they differ by layer or are not known."""
+    """Head counts by the usual config names, (0, 0) if they differ by layer or are unknown."""
     config = text_config_of(config)
     try:
         heads = getattr(config, "num_attention_heads", None)
         kv_heads = getattr(config, "num_key_value_heads", None)
     except Exception:
-        # transformers refuses to give one number where layers differ.
+        # transformers raises here if the number differs by layer.
         return 0, 0
     if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):
         kv_heads = 1
@@ -251,10 +249,10 @@ def _find_layer_list(model: nn.Module, towers: tuple[str, ...]) -> tuple[str, in
 
 
 def rules_of(model: nn.Module, spec: ModelSpec) -> Rules:
-    """The rules of a model: our table of its family, else its config's `base_model_tp_plan`, else the usual names.
+    """The rules of a model: our table for its family, else its config's `base_model_tp_plan`, else rules for the usual names.
 
-    Where none of these names a module of the model, every linear layer is split by itself. No table was measured with code
-    that comes with a model, whatever family it calls itself.
+    If none of these matches a module of the model, every linear layer is split by itself. No table was verified with code
+    that comes with a model, whatever its family name.
     """
     config: Any = getattr(model, "config", None)
     rules = rules_for(spec, tp_plan_of(config))

@@ -1,4 +1,4 @@
-"""Training text as tensors: `partita.training` says which, the same on either engine."""
+"""Training text as tensors; `partita.training` selects it, the same on either engine."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from partita.training import read_ids, row_starts
 
 
 def load_tokens(source: str, tokenizer: Tokenizer, *, limit_bytes: int = 64 << 20) -> Tensor:
-    """All text of a source as one row of ids, int64 `[tokens]`; see `partita.training.read_ids`."""
+    """The whole text of a source as one row of ids, int64 `[tokens]`; see `partita.training.read_ids`."""
     return torch.from_numpy(read_ids(source, tokenizer, limit_bytes=limit_bytes))
 
 
 def batch(tokens: Tensor, step: int, batch_size: int, sequence_length: int, seed: int) -> Tensor:
-    """The sequences of one step: it depends on the seed and the step, and on nothing of the mesh.
+    """The sequences of one step. They depend on the seed and the step, not on the mesh.
 
     Returns:
-        int64 ids `[batch_size, sequence_length + 1]`: inputs, and one behind them the targets.
+        int64 ids `[batch_size, sequence_length + 1]`: the inputs, and shifted by one the targets.
     """
     starts = row_starts(len(tokens), step, batch_size, sequence_length, seed)
     return torch.stack([tokens[start : start + sequence_length + 1] for start in starts])

@@ -1,4 +1,4 @@
-"""What training asks of a model: which of its inputs it is to predict, and how far it is from that."""
+"""The training objective of a model: its targets and its loss."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ IGNORED = -100
 """A target that does not count."""
 
 MASKED_SHARE = 0.15
-"""Of the tokens, how many a masked language model has to guess (Devlin et al. 2019, 1810.04805, section 3.1)."""
+"""Fraction of tokens that a masked language model predicts (Devlin et al. 2019, 1810.04805, section 3.1)."""
 
 
 def check_trainable(model: nn.Module) -> None:
     """Raise `ModelError` for a model that predicts no tokens."""
     if not (_is_causal(model) or _is_masked(model)):
         raise ModelError(
-            f"{type(model).__name__} is neither a causal nor a masked language model, which are what can be trained."
+            f"{type(model).__name__} is neither a causal nor a masked language model. Only these can be trained."
         )
 
 
@@ -41,8 +41,8 @@ def _is_masked(model: nn.Module) -> bool:
 def examples(model: nn.Module, rows: Tensor, step: int, seed: int, mask_token: int) -> tuple[Tensor, Tensor]:
     """Inputs and targets, both int64 `[n, length]`, of `rows` `[n, length + 1]`.
 
-    A causal model predicts the next token; a masked one those that are replaced by `mask_token`, which are drawn by seed
-    and step alone.
+    A causal model predicts the next token; a masked one the tokens that `mask_token` replaces, which are sampled from
+    seed and step alone.
     """
     inputs = rows[:, :-1]
     if _is_causal(model):
@@ -58,8 +58,8 @@ def loss_of(
 ) -> tuple[Tensor, Tensor | None]:
     """The summed cross-entropy of `targets` `[n, length]`, and the auxiliary loss of a router that the model asks for.
 
-    What several tokens ahead are predicted with counts `mtp_weight`, divided by how many (2412.19437, equation 25). The head's
-    columns stay on their ranks as `split` says: the whole logits are never put together.
+    The sum over the layers of multi-token prediction is weighted by `mtp_weight` / number of layers (2412.19437, equation 25).
+    The head's columns stay on their ranks (`split`): the unsplit logits are never gathered.
     """
     auxiliary = getattr(output, "aux_loss", None)
     if auxiliary is not None:

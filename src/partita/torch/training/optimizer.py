@@ -1,8 +1,8 @@
-"""AdamW that steps parameters narrower than float32 through float32 copies of them, their master weights.
+"""AdamW that updates parameters narrower than float32 through float32 copies, the master weights.
 
     gradient, in the parameter's dtype -> float32 -> moments -> master weight -> rounded into the parameter
 
-The neighbours of 1 in bfloat16 are 0.0039 and 0.0078 away, so that steps of a usual learning rate would be rounded away.
+The neighbours of 1 in bfloat16 are 0.0039 and 0.0078 away, so updates of a usual learning rate would be rounded away.
 Source: Micikevicius et al. 2018, 1710.03740, section 3.1; AdamW: Loshchilov and Hutter 2019, 1711.05101.
 """
 
@@ -16,31 +16,31 @@ from partita.training.saving import MASTER, MOMENTS
 
 
 def state_dtype(dtype: torch.dtype, master_dtype: str) -> torch.dtype:
-    """The dtype of the optimizer's state of a parameter of `dtype`; where it is another, a master weight is part of the state.
+    """The dtype of the optimizer's state of a parameter of `dtype`; if it differs, a master weight is part of the state.
 
     Args:
-        dtype: Of the parameter.
+        dtype: dtype of the parameter.
         master_dtype: `TrainSettings.master_dtype`.
     """
     return torch.float32 if master_dtype == "float32" and dtype.itemsize < 4 else dtype
 
 
 def state_kinds(dtype: torch.dtype, master_dtype: str = "float32") -> tuple[str, ...]:
-    """What the optimizer keeps of a parameter of `dtype`, by what it is called on disk."""
+    """Names on disk of the tensors that the optimizer keeps for a parameter of `dtype`."""
     return MOMENTS if state_dtype(dtype, master_dtype) == dtype else (*MOMENTS, MASTER)
 
 
 def initial_state(kind: str, parameter: Tensor, master_dtype: str = "float32") -> Tensor:
-    """One of `state_kinds` before the first step."""
+    """Initial value of one of `state_kinds`."""
     dtype = state_dtype(parameter.dtype, master_dtype)
     return parameter.detach().to(dtype) if kind == MASTER else torch.zeros_like(parameter, dtype=dtype).detach()
 
 
 class MasterAdamW(torch.optim.AdamW):
-    """`torch.optim.AdamW` with float32 moments and a float32 `master` in the state of each parameter narrower than that.
+    """`torch.optim.AdamW` with float32 moments and a float32 `master` in the state of each narrower parameter.
 
     The state belongs to the model's parameters. So ZeRO's optimizer around it shards masters and moments alike, and sends the
-    rounded parameters alone.
+    rounded parameters only.
     """
 
     @torch.no_grad()

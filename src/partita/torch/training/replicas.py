@@ -15,19 +15,19 @@ from partita.torch.model.parts import local_tensors
 from partita.torch.stages.copies import copies_of
 
 BUCKET_BYTES = 25 << 20
-"""Gradients travel between replicas in buffers of about this size."""
+"""Approximate size of the buffers in which replicas exchange gradients."""
 
 
 @torch.no_grad()
 def start_alike(parameters: Sequence[Tensor], comm: Communicator) -> None:
-    """Give all replicas the first one's values of parameters that differ between them, such as another library's adapters."""
+    """Copy parameters that differ between replicas, such as another library's adapters, from the first replica."""
     if comm.size == 1 or not parameters:
         return
-    # Sums instead of the values themselves, which may be large.
-    mine = torch.stack(
+    # Compare sums instead of the values, which may be large.
+    sums = torch.stack(
         [torch.stack((p.sum(dtype=torch.float64), p.abs().sum(dtype=torch.float64))).cpu() for p in parameters]
     ).to(parameters[0].device)
-    differs = (mine != comm.broadcast_(mine.clone())).any(1).int()
+    differs = (sums != comm.broadcast_(sums.clone())).any(1).int()
     for parameter, one in zip(parameters, comm.all_reduce_(differs).tolist(), strict=True):
         if one:
             parameter.copy_(comm.broadcast_(parameter.detach().clone(memory_format=torch.contiguous_format)))
@@ -36,7 +36,7 @@ def start_alike(parameters: Sequence[Tensor], comm: Communicator) -> None:
 def sum_gradients(parameters: Sequence[Tensor], comm: Communicator) -> None:
     """Sum the parameters' gradients over the replicas.
 
-    One that a replica has no gradient of, as it left out a layer, counts as zero there if another replica has it.
+    A gradient that a replica lacks because it skipped a layer counts as zero if another replica has it.
     """
     if comm.size == 1 or not parameters:
         return
@@ -48,7 +48,7 @@ def sum_gradients(parameters: Sequence[Tensor], comm: Communicator) -> None:
 
 
 def sum_over_replicas(grads: Iterable[Tensor | None], comm: Communicator) -> None:
-    """Sum gradients over the data parallel ranks in place, many in one message, in float32 or wider."""
+    """Sum gradients over the data parallel ranks in place, bucketed, in float32 or wider."""
     if comm.size == 1:
         return
     by_dtype: dict[torch.dtype, list[Tensor]] = {}
@@ -78,9 +78,10 @@ def _buckets(grads: list[Tensor]) -> Iterator[list[Tensor]]:
 
 @torch.no_grad()
 def clip_gradients(model: nn.Module, plan: Plan, groups: ParallelGroups, clip_norm: float) -> float:
-    """Scale the gradients so that the norm of the unsplit model's gradient is at most `clip_norm`; returns it as it was.
+    """Scale the gradients so that the norm of the unsplit model's gradient is at most `clip_norm`; returns the norm before
+    clipping.
 
-    Each element counts once: of what several ranks hold only its owner's.
+    Each element counts once: on the rank that owns it.
     """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     total = torch.zeros((), dtype=torch.float64, device=device)
@@ -90,7 +91,7 @@ def clip_gradients(model: nn.Module, plan: Plan, groups: ParallelGroups, clip_no
         if plan.copies[name][0] != groups.pp.rank
     }
     if groups.tp.rank > 0:
-        # What every tensor rank holds whole counts on the first only.
+        # Tensors that are not split count on the first tensor rank only.
         elsewhere |= {id(t) for name, t in local_tensors(model, plan).items() if plan.tensor(name).split is None}
     for parameter in model.parameters():
         if parameter.grad is not None and id(parameter) not in elsewhere:
