@@ -39,15 +39,15 @@ def pipeline_auto_parallel(
             hidden state first. The latter is taken at its word, as nobody knows what to try it on; one of mlx-lm is measured
             first.
         group: The ranks; by default all.
-        start_layer: The first layer of this rank; by default the layers are dealt out evenly, first ranks first.
-        end_layer: The layer behind its last. Where either is left out, both are.
+        start_layer: The first layer of this rank (default: an even distribution, larger parts on the first ranks).
+        end_layer: The layer after its last. If one of the two is omitted, both are.
 
     Returns:
         The model, of which this rank's arrays are evaluated.
 
     Raises:
         PlanError: The slices of all ranks do not make up the model.
-        ModelError: The model has no list of layers that can be cut.
+        ModelError: The model has no list of layers that can be partitioned.
 
     Source: `pipeline_auto_parallel` of LocalAI's `backend/python/mlx-distributed/sharding.py`.
     """
@@ -58,7 +58,9 @@ def pipeline_auto_parallel(
     with collective_errors(groups):
         spec = spec_of(model)
         if not spec.layers:
-            raise ModelError(f"no list of layers was found in {type(model).__name__}, so it cannot be cut into stages.")
+            raise ModelError(
+                f"no list of layers was found in {type(model).__name__}, so it cannot be split into stages."
+            )
         counts = _counts(slices, spec.num_layers)
         layout = [[LayerType.decoder] * count for count in counts]
         layout[0] = [LayerType.embedding, *layout[0]]
@@ -76,7 +78,7 @@ def _cut(model: nn.Module, plan: Plan, rank: int) -> nn.Module:
     try:
         return apply_plan(model, plan, Communicator.single(), rank)
     except ModelError as error:
-        raise ModelError(f"{type(model).__name__} cannot be cut into stages: {error}") from error
+        raise ModelError(f"{type(model).__name__} cannot be split into stages: {error}") from error
 
 
 def _counts(slices: list[tuple[int | None, int | None]], num_layers: int) -> list[int]:

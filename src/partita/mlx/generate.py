@@ -40,14 +40,14 @@ def generate(
 
     Args:
         model: A split causal language model.
-        prompts: Ids of each prompt, at least one each; they may be of different lengths.
-        sampling: How tokens are chosen; what it leaves open is taken from the model's generation config.
-        tokenizer: Makes the text; without one the text is empty.
+        prompts: Ids of each prompt, at least one each; lengths may differ.
+        sampling: Sampling settings; unset ones come from the model's generation config.
+        tokenizer: Decodes the text; without one the text is empty.
         on_text: Told of new text as it comes, with the prompt's place; on the first rank of the run only, and not for
             prompts of other replicas.
 
     Raises:
-        PlanError: A prompt is empty or holds an id that the model has not, or `stop` is given without a tokenizer.
+        PlanError: A prompt is empty or has an id outside the vocabulary, or `stop` is given without a tokenizer.
         ModelError: The model was not split by Partita, or has no cache; or a prompt with its new tokens is longer than a
             sliding window that mlx-lm leaves out; or logits are not finite: the text names the step and the rank.
 

@@ -42,7 +42,7 @@ from partita.notes import note
 from partita.ranks.liveness import doing
 
 Progress = Callable[[int, int], None]
-"""Called with the bytes of this rank that are in place and those of all."""
+"""Called with the bytes that this rank has loaded and their total."""
 
 _ROWS, _PAD = 64, 16
 """How many rows of a matrix are turned in memory at once, and how far apart they are kept: 5.6 GB/s, where a whole matrix
@@ -72,18 +72,18 @@ def load(
 ) -> nn.Module:
     """This rank's part of a model, called like the unsplit one, with the same results on every rank.
 
-    Every rank of the run calls it; without a launcher the process is one rank alone. Only the own part is ever in memory,
+    Every rank of the run must call it; without a launcher the process is a single rank. Only the own part is ever in memory,
     and it is read an array at a time.
 
     Args:
         model: A folder in Hugging Face's form, quantized by MLX or not, or a hub id.
         plan: How to split, made for any engine; by default made from `tp`, `pp`, `dp` and `layout`.
         tp: Tensor parallel ranks.
-        pp: Pipeline stages' ranks.
+        pp: Pipeline parallel ranks.
         dp: Replicas.
-        layout: Which layers each stage runs.
-        vpp: Stages on each pipeline rank; by default as many as `layout` has, else one.
-        placement: Which rank runs which stage: `loop`, or `v` for the schedule `zb-v`.
+        layout: Layers of each stage.
+        vpp: Stages on each pipeline rank (default: as many as `layout` has, else 1).
+        placement: Assignment of stages to ranks: `loop`, or `v` for the schedule `zb-v`.
         dtype: Of what is computed: of the weights that are not quantized, and of the scales of those that are; by default the
             checkpoint's.
         device: Must be None: MLX runs on its default device (`mx.set_default_device`).
@@ -91,11 +91,11 @@ def load(
         backend: Of MLX's communication; by default what the launcher has prepared.
         progress: Told of every array that is read.
         groups: The groups of the mesh; by default made from the run.
-        verify: Whether a checkpoint of a run is read whole before, by all ranks together, and compared with its manifest.
+        verify: Whether the ranks first read a run's checkpoint completely and compare it with its manifest.
 
     Raises:
-        PartitaError: The model cannot be split so, is not whole on disk, or mlx-lm computes something else of its config than
-            transformers; on every rank.
+        PartitaError: The model cannot be split this way, is not whole on disk, or mlx-lm computes something else of its config
+            than transformers; on every rank.
 
     Examples:
         >>> model = pm.load("./model", tp=2)
@@ -170,13 +170,13 @@ def shard(
         model: An unsplit model of mlx-lm, evaluated or not, quantized or not.
         plan: How to split, made for any engine; by default made of `tp`, `pp`, `dp` and `layout` from the model itself.
         tp: Tensor parallel ranks.
-        pp: Pipeline stages' ranks.
+        pp: Pipeline parallel ranks.
         dp: Replicas.
-        layout: Which layers each stage runs.
+        layout: Layers of each stage.
         groups: The groups of the plan's mesh; by default made from the run.
 
     Raises:
-        PartitaError: The model cannot be split so; on every rank.
+        PartitaError: The model cannot be split this way; on every rank.
 
     Examples:
         >>> model = pm.shard(unsplit, tp=2)  # every rank has the same unsplit model
@@ -217,7 +217,7 @@ def fitted(plan: Plan, model: nn.Module, config: Mapping[str, Any] | None = None
     if {n: t.shape for n, t in plan.spec.tensors.items()} == {n: t.shape for n, t in spec.tensors.items()}:
         return plan
     if difference := plan.spec.first_difference(spec, names=False):
-        raise ModelError(f"the plan is another model's: {difference}. Make the plan of this model.")
+        raise ModelError(f"the plan belongs to another model: {difference}. Create the plan from this model.")
     return plan_of_model(model, plan.mesh, plan.layout, config=config, placement=plan.placement)
 
 
@@ -231,14 +231,14 @@ def as_dtype(dtype: mx.Dtype | str | None) -> mx.Dtype | None:
     """A dtype of MLX of its name; None for the checkpoint's own.
 
     Raises:
-        ModelError: It is not a floating dtype that models are made of.
+        ModelError: Models cannot have this dtype.
     """
     names = {"float64": mx.float64, "float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
     if dtype is None or dtype == "auto":
         return None
     found = names.get(dtype.removeprefix("mlx.core.")) if isinstance(dtype, str) else dtype
     if not isinstance(found, mx.Dtype) or found not in names.values():
-        raise ModelError(f"dtype must be one of {', '.join(names)}, but is {dtype}.")
+        raise ModelError(f"dtype must be one of {', '.join(names)}; got {dtype}.")
     if found == mx.float64 and mx.default_device() != mx.cpu:
         raise ModelError(
             "MLX computes in float64 on the CPU only. Take float32, or mx.set_default_device(mx.cpu) first."

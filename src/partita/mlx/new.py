@@ -56,20 +56,20 @@ def fresh(
         config: A config file, a folder with one, a hub id, or plain data, as transformers writes it.
         plan: How to split, made for any engine; by default made of what follows.
         tp: Tensor parallel ranks.
-        pp: Pipeline stages' ranks.
+        pp: Pipeline parallel ranks.
         dp: Replicas.
-        layout: Which layers each stage runs.
-        vpp: Stages on each pipeline rank; by default as many as `layout` has, else one.
-        placement: Which rank runs which stage: `loop`, or `v` for the schedule `zb-v`.
-        seed: Of the weights.
-        dtype: Of the weights; by default the config's.
+        layout: Layers of each stage.
+        vpp: Stages on each pipeline rank (default: as many as `layout` has, else 1).
+        placement: Assignment of stages to ranks: `loop`, or `v` for the schedule `zb-v`.
+        seed: Seed of the weights.
+        dtype: dtype of the weights (default: the config's).
         device: Must be None: MLX runs on its default device (`mx.set_default_device`).
         trust_remote_code: Changes nothing: the code of a model is for transformers, and refused here.
         backend: Of MLX's communication; by default what the launcher has prepared.
         groups: The groups of the mesh; by default made from the run.
 
     Raises:
-        PartitaError: The model cannot be split so, or saved under the names of transformers, or is to be quantized.
+        PartitaError: The model cannot be split this way, or saved under the names of transformers, or is to be quantized.
 
     Examples:
         >>> model = pm.fresh("./model/config.json", tp=2, seed=0)

@@ -30,11 +30,11 @@ def plan_of_config(
         source: A config file, a folder with one, or plain data.
         mesh: The ranks.
         layout: Which layers each pipeline stage runs.
-        vpp: Stages on each pipeline rank; by default as many as `layout` has, else one.
-        placement: Which rank runs which stage.
+        vpp: Stages on each pipeline rank (default: as many as `layout` has, else 1).
+        placement: Assignment of stages to ranks.
 
     Raises:
-        PlanError: The model cannot be dealt out so.
+        PlanError: The model cannot be distributed this way.
         ModelError: mlx-lm has no such model, or it cannot be split or cut so that it stays right.
     """
     config = read_mlx_config(source)

@@ -63,22 +63,22 @@ def train(
     Args:
         model: What `load` or `shard` made.
         tokens: The text, ids `[tokens]`.
-        settings: How.
-        on_step: Told of every step, on every rank.
-        on_timeline: Told, on every rank, when each action of the last step began and ended.
-        saves: Where and how often checkpoints are kept.
-        on_save: Told, on every rank, of each checkpoint that is whole, between two steps.
+        settings: The training settings.
+        on_step: Called after every step, on every rank.
+        on_timeline: Called on every rank with the start and end of each action of the last step.
+        saves: Folder and interval of checkpoints.
+        on_save: Called on every rank for each complete checkpoint, between two steps.
         resume: The checkpoint of a run (`.../step-000100`) that `model`, or what `load_adapters` put on it, was loaded from, to
             go on from it.
 
     Returns:
-        A report a step that was done here, the same on every rank but for the seconds.
+        One report per step, the same on every rank except for the times.
 
     Raises:
         PlanError: The batch cannot be dealt out to the replicas and micro-batches, or a setting is not for this engine.
         ModelError: There is nothing to train, or the model has float16 arrays; the loss is not finite; a sequence is longer
             than a sliding window that mlx-lm leaves out; or the config asks for the auxiliary loss of routers.
-        CheckpointError: A checkpoint cannot be written, or the one to go on from is of another run; on every rank.
+        CheckpointError: A checkpoint cannot be written, or the one to resume from belongs to another run; on every rank.
 
     Examples:
         >>> model = pm.load("./model", tp=2)
@@ -142,10 +142,10 @@ def make_saver(
     run: TrainingState,
     on_save: Callable[[SaveReport], None] | None = None,
 ) -> Saver:
-    """What keeps the checkpoints of a run; every rank calls it.
+    """Create the saver of a run's checkpoints. Every rank must call it.
 
     Raises:
-        CheckpointError: The run's folder cannot be made.
+        CheckpointError: The run's folder cannot be created.
         ModelError: The model has arrays that cannot be kept (see `RankShard`).
     """
     _, groups = plan_of(model)

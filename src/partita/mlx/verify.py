@@ -87,20 +87,20 @@ def verify(
 ) -> Report:
     """Compare the split model with the unsplit one: every module's output, every gradient, generated tokens, and training.
 
-    Every rank of the run calls it. A config without weights gets random ones. What MLX has no gradient of is not trained.
+    Every rank of the run must call it. A config without weights gets random ones. What MLX has no gradient of is not trained.
 
     Args:
         model: A folder, a config file or a hub id.
-        plan: How to split; by default made from `tp`, `pp`, `dp` and `layout`.
+        plan: The plan (default: created from `tp`, `pp`, `dp` and `layout`).
         tp: Tensor parallel ranks.
-        pp: Pipeline stages' ranks.
+        pp: Pipeline parallel ranks.
         dp: Replicas.
-        layout: Which layers each stage runs.
+        layout: Layers of each stage.
         vpp: Stages on each pipeline rank.
-        placement: Which rank runs which stage.
+        placement: Assignment of stages to ranks.
         schedule: The kind of pipeline schedule that the training steps run.
-        group_size: Of interleaved schedules.
-        microbatches: Micro-batches of a training step.
+        group_size: Group size of interleaved schedules.
+        microbatches: Micro-batches per training step.
         steps: Training steps; 0 for none.
         dtype: The dtype of the weights that are not quantized, or several that are compared in turn; by default float32.
         device: Must be None: MLX runs on its default device (`mx.set_default_device`).
@@ -110,7 +110,7 @@ def verify(
         The report, the same on every rank.
 
     Raises:
-        PartitaError: The model cannot be split so, or is one that mlx-lm runs without its sliding window and this is too
+        PartitaError: The model cannot be split this way, or is one that mlx-lm runs without its sliding window and this is too
             small for what is compared.
     """
     mesh = mesh_of(plan, dp, pp, tp)

@@ -1,4 +1,4 @@
-"""The seed's call: an existing model, cut into one stage a rank."""
+"""The seed's call: an existing model, split into one stage per rank."""
 
 from __future__ import annotations
 
@@ -31,23 +31,23 @@ def pipeline_auto_parallel(
 ) -> nn.Module:
     """Keep of an unsplit model, in place, this rank's slice of layers; calling it gives every rank the final output.
 
-    Every rank of the group calls it with an equal model. Afterwards `model(...)` is called like before, on every rank at
-    once: forward, backward and transformers' own `generate` work. The first rank has the embedding, the last the head.
+    Every rank of the group must call it with an equal model. Afterwards every rank calls `model(...)` as before, at the
+    same time: forward, backward and transformers' own `generate` work. The first rank has the embedding, the last the head.
 
     Args:
         model: A model with a list of layers: of transformers, or any module with an `nn.ModuleList` whose layers are called
-            one after the other with the hidden state first. The latter is taken at its word, as nobody knows what to try it
-            on; one of transformers is measured first, unless its family was.
-        group: The ranks; by default all.
-        start_layer: The first layer of this rank; by default the layers are dealt out evenly, first ranks first.
-        end_layer: The layer behind its last. Where either is left out, both are.
+            in turn with the hidden state first. Such a module is not verified, since no test inputs are
+            known; a transformers model is verified first, unless its family was measured.
+        group: The ranks (default: all).
+        start_layer: The first layer of this rank (default: an even distribution, larger parts on the first ranks).
+        end_layer: The layer after its last. If one of the two is omitted, both are.
 
     Returns:
         The model.
 
     Raises:
-        PlanError: The slices of all ranks do not make up the model.
-        ModelError: The model has no list of layers that can be cut.
+        PlanError: The slices of the ranks do not cover the model.
+        ModelError: The model has no list of layers that can be partitioned.
 
     Source: `pipeline_auto_parallel` of LocalAI's `backend/python/mlx-distributed/sharding.py`.
     """
@@ -59,7 +59,7 @@ def pipeline_auto_parallel(
     with collective_errors_in(comm):
         spec = spec_of(model)
         if not spec.layers:
-            raise ModelError(f"no list of layers was found in {type(model).__name__}, so it cannot be cut into stages.")
+            raise ModelError(f"{type(model).__name__} has no list of layers, so it cannot be split into stages.")
         counts = _counts(slices, spec.num_layers)
         layout = [[LayerType.decoder] * count for count in counts]
         layout[0] = [LayerType.embedding, *layout[0]]
@@ -73,7 +73,7 @@ def pipeline_auto_parallel(
 
 
 def _counts(slices: list[tuple[int | None, int | None]], num_layers: int) -> list[int]:
-    """Layers of each rank, whose slices must follow one another from the first layer to the last."""
+    """Layers of each rank; the slices must be consecutive and cover all layers."""
     even = deal(num_layers, len(slices), allow_empty=True)
     counts, place = [], 0
     for rank, (start, stop) in enumerate(slices):
@@ -82,8 +82,8 @@ def _counts(slices: list[tuple[int | None, int | None]], num_layers: int) -> lis
             stop = start + even[rank]
         if start != place or not start <= stop <= num_layers:
             raise PlanError(
-                f"rank {rank} asks for layers {start} to {stop} (end_layer not included), but the ranks before it end at "
-                f"{place} and the model has {num_layers} layers. Let the slices follow one another, or leave them all out."
+                f"rank {rank} requests layers {start} to {stop} (end_layer not included), but the ranks before it end at "
+                f"{place} and the model has {num_layers} layers. Make the slices consecutive, or omit them on all ranks."
             )
         counts.append(stop - start)
         place = stop

@@ -40,7 +40,7 @@ from partita.torch.transformers_internals import (
 )
 
 _IDS = 1 << 20
-"""Tags of messages with token ids begin here, one a group of sequences, apart from those with hidden states."""
+"""First tag of messages with token ids, one per group of sequences; messages with hidden states use lower tags."""
 
 
 @doing("generating")
@@ -55,25 +55,25 @@ def generate(
 ) -> list[Generation]:
     """Continue every prompt; every rank of the run calls it with the same arguments and returns the same.
 
-    Replicas (dp) share the prompts. Where there are several stages the prompts go through them in as many groups, so that all
-    stages work. A sequence's tokens do not depend on how the model is split, nor on the other prompts,
+    Replicas (dp) share the prompts. With several stages the prompts pass through them in as many groups, so that all stages
+    are busy. A sequence's tokens do not depend on how the model is split, nor on the other prompts,
     beyond the rounding of the dtype.
 
     Args:
         model: A split causal language model.
-        prompts: Ids of each prompt, at least one each; they may be of different lengths.
-        sampling: How tokens are chosen; what it leaves open is taken from the model's generation config.
-        inputs: For each prompt what else the model is called with, as a processor of transformers gives it for this prompt
+        prompts: Ids of each prompt, at least one each; lengths may differ.
+        sampling: Sampling settings; unset ones come from the model's generation config.
+        inputs: For each prompt the model's other inputs, as a transformers processor returns them for this prompt
             alone (`pixel_values`, `image_grid_thw`, `image_sizes`, `token_type_ids`, ...), or None. A prompt with inputs is
-            computed by itself, not in a batch with others.
-        tokenizer: Makes the text; without one the text is empty.
-        on_text: Told of new text as it comes, with the prompt's place; on the first rank of the run only, and not for
+            not batched with others.
+        tokenizer: Decodes the text; without one the text is empty.
+        on_text: Called with the prompt's index and new text as it is generated; on the first rank of the run only, and not for
             prompts of other replicas.
 
     Raises:
-        PlanError: A prompt is empty or holds an id that the model has not, or `stop` is given without a tokenizer.
-        ModelError: The model does not generate, does not take such inputs, its generation config asks for what is not
-            supported, or its logits are not finite; the text names the step and the rank.
+        PlanError: A prompt is empty or has an id outside the vocabulary, or `stop` is given without a tokenizer.
+        ModelError: The model does not generate, does not accept such inputs, its generation config requests what is not
+            supported, or its logits are not finite; the message names the step and the rank.
 
     Examples:
         >>> model = pt.load("./model", tp=2)
@@ -88,7 +88,7 @@ def generate(
     _check(model, prompts, choice, tokenizer, plan.spec.vocab_size, more)
     for length in sorted({len(prompt) for prompt in prompts}, reverse=True):
         new = choice.limit(length)
-        # What the last new token would lead to is not asked for.
+        # The last new token is not fed back to the model.
         plan.spec.refuse_beyond_positions(length + new - 1, f"a prompt of {length} tokens with {new} new ones")
     replicas, replica = groups.dp.size, groups.dp.rank
     sequences = [
@@ -129,23 +129,25 @@ def _check(
     if not hasattr(model, "get_output_embeddings") or model.get_output_embeddings() is None:  # type: ignore[operator]
         raise ModelError(f"{type(model).__name__} has no language model head, so it cannot generate.")
     if getattr(model.config, "is_encoder_decoder", False) or "MaskedLM" in type(model).__name__:
-        raise ModelError(f"{type(model).__name__} is no causal language model, so it cannot continue a prompt.")
+        raise ModelError(f"{type(model).__name__} is not a causal language model, so it cannot continue a prompt.")
     if not prompts:
-        raise PlanError("prompts must hold at least one prompt.")
+        raise PlanError("prompts must contain at least one prompt.")
     for place, prompt in enumerate(prompts):
         if not prompt:
             raise PlanError(f"prompt {place} is empty: it must have at least one token.")
         if not all(isinstance(i, int) for i in prompt):
-            raise PlanError(f"prompt {place} must be ids, but is {prompt!r:.60}. tokenizer.encode(text) makes them.")
+            raise PlanError(f"prompt {place} must be ids; got {prompt!r:.60}. Use tokenizer.encode(text).")
         strange = [i for i in prompt if not 0 <= i < (vocab_size or 1 << 62)]
-        # An id that stands for an image may be none of the vocabulary's.
+        # A placeholder id for an image may be outside the vocabulary.
         if strange and not more[place]:
-            raise PlanError(f"prompt {place} holds the id {strange[0]}, but the model has ids 0 to {vocab_size - 1}.")
+            raise PlanError(
+                f"prompt {place} contains the id {strange[0]}, but the model has ids 0 to {vocab_size - 1}."
+            )
     strange = [i for i, _ in choice.logit_bias if not 0 <= i < (vocab_size or 1 << 62)]
     if strange:
         raise PlanError(f"logit_bias names the id {strange[0]}, but the model has ids 0 to {vocab_size - 1}.")
     if choice.stop and tokenizer is None:
-        raise PlanError("stop needs a tokenizer to see the text.")
+        raise PlanError("stop needs a tokenizer to decode the text.")
 
 
 def _more_inputs(
@@ -153,11 +155,11 @@ def _more_inputs(
     prompts: SequenceOf[SequenceOf[int]],
     inputs: SequenceOf[Mapping[str, Tensor] | None] | None,
 ) -> list[Mapping[str, Tensor]]:
-    """What each prompt gives the model beside its ids; nothing for most."""
+    """The model's inputs beside the ids, for each prompt; usually empty."""
     if inputs is None:
         return [{} for _ in prompts]
     if len(inputs) != len(prompts):
-        raise PlanError(f"inputs must have one entry a prompt ({len(prompts)}), but has {len(inputs)}.")
+        raise PlanError(f"inputs must have one entry per prompt ({len(prompts)}); got {len(inputs)}.")
     takes = _takes(model)
     more: list[Mapping[str, Tensor]] = []
     for place, given in enumerate(inputs):
@@ -174,7 +176,7 @@ def _more_inputs(
 
 
 def _batches(model: nn.Module, sequences: list[Sequence]) -> list[list[Sequence]]:
-    """All at once, padded on the left; one length at a time where padding would change what a sequence is continued with."""
+    """Batch all prompts, padded on the left, or one length at a time if padding would change the results."""
     if not sequences:
         return []
     longest = max(len(s.prompt) + s.limit for s in sequences)
@@ -187,14 +189,14 @@ def _batches(model: nn.Module, sequences: list[Sequence]) -> list[list[Sequence]
 
 
 def _can_pad(model: nn.Module, longest: int) -> bool:
-    """Whether each of several padded texts, the longest of `longest` tokens, is computed as it is alone."""
+    """Whether padded texts, the longest of `longest` tokens, give the same results in a batch as alone."""
     if "attention_mask" not in _takes(model) or is_stateful(model):
         return False
-    # The plain attention of transformers narrows a float64 mask to float32, where a padded row becomes not a number.
+    # transformers' plain attention narrows a float64 mask to float32, where a padded row becomes NaN.
     wide = next((p.dtype for p in model.parameters()), None) == torch.float64
     if wide and is_plain_attention(model):
         return False
-    # The frequencies of all rows are those of the longest.
+    # All rows use the rotary frequencies of the longest.
     fixed = fixed_positions(model.config)
     if fixed is not None and longest > fixed:
         return False
@@ -207,7 +209,7 @@ def _takes(model: nn.Module) -> SetOf[str]:
 
 
 class _Group:
-    """Sequences that go through the pipeline together, and what the model is called with next."""
+    """Sequences that pass through the pipeline as a group, and the model's next inputs."""
 
     def __init__(
         self, model: nn.Module, sequences: list[Sequence], device: torch.device, more: Mapping[str, Tensor]
@@ -239,10 +241,10 @@ class _Group:
         self.next: dict[int, dict[str, Any]] = {}
 
     def inputs(self, stage: int) -> dict[str, Any]:
-        """What the model is called with at `stage`.
+        """The model's inputs at `stage`.
 
         Raises:
-            ModelError: The model gave back no cache, but is called with the last token alone.
+            ModelError: The model returned no cache, but is called with the last token only.
         """
         if stage not in self.next:
             cache = self.caches.get(stage)
@@ -253,16 +255,14 @@ class _Group:
                 and not self.keeps_state
                 and found["input_ids"].shape[1] < self.text.shape[1]
             ):
-                raise ModelError(
-                    f"{type(self.model).__name__} gives back no cache, so it cannot generate token by token."
-                )
+                raise ModelError(f"{type(self.model).__name__} returns no cache, so it cannot generate token by token.")
             self.next[stage] = found
         return self.next[stage]
 
     def go_on(self, chosen: Tensor, output: Any) -> None:
-        """Take up the next token of each sequence, `[sequences]`.
+        """Append the next token of each sequence, `[sequences]`.
 
-        `output` is the model's, from which some families keep a state of their own; None where stages are elsewhere.
+        `output` is the model's, from which some families keep a state; None if the last stage is on another rank.
         """
         known = self.state.keys()
         self.state = advance(self.model, output, self.state)
@@ -278,7 +278,7 @@ class _Group:
 
 
 class _Run:
-    """Sequences under way on one rank. The stage with the loss picks tokens, all others are told of them."""
+    """Generation on one rank. The stage with the loss chooses tokens and sends them to all others."""
 
     def __init__(
         self,
@@ -318,12 +318,12 @@ class _Run:
                     skips=self._is_done,
                     keep_cache=self._keep_cache,
                 )
-                # All ranks have heard of what failed in the step before.
+                # All ranks know by now whether the previous step failed.
                 if all(group.is_done for group in self.groups) or self.failed_step < step:
                     break
             for place, group in enumerate(self.groups):
                 if group.taken <= self.step and not group.is_done:
-                    self._hear(place)
+                    self._receive_tokens(place)
         self.pipeline.flush()
         for _, work in self.sent:
             work.wait()
@@ -332,7 +332,7 @@ class _Run:
         self.groups[place].caches[stage] = cache
 
     def _pick(self, output: Any, place: int) -> None:
-        """Choose the next token of each sequence of a group, and tell the other stages."""
+        """Choose the next token of each sequence of a group, and send it to the other stages."""
         group = self.groups[place]
         logits = output.logits[:, -1]
         if self.choice.is_plain:
@@ -351,7 +351,7 @@ class _Run:
         generators = [self.generators[s.place] for s in batch]
         if self.split is not None:
             return torch.tensor(choose(rows, batch, self.choice, generators, self._columns(self.split)))
-        # All tensor ranks have the same logits; the first one's word counts.
+        # All tensor ranks have the same logits; the first rank decides.
         chosen = torch.zeros(len(batch), dtype=torch.long)
         if self.tp.rank == 0:
             chosen = torch.tensor(choose(rows, batch, self.choice, generators))
@@ -364,14 +364,14 @@ class _Run:
         return Columns(split.ranges(self.tp.rank)[0][0], max(split.local_sizes), self.tp.rank, gather)
 
     def _is_done(self, place: int) -> bool:
-        """Whether a group has ended, its tokens of the step before being known."""
+        """Whether a group has ended, once the previous step's tokens are known."""
         group = self.groups[place]
         if group.taken < self.step and not group.is_done:
-            self._hear(place)
+            self._receive_tokens(place)
         return group.is_done
 
-    def _hear(self, place: int) -> None:
-        """Take up the tokens that the last stage picked for a group."""
+    def _receive_tokens(self, place: int) -> None:
+        """Receive the tokens that the last stage chose for a group."""
         group = self.groups[place]
         ids = torch.empty(len(group.sequences), dtype=torch.long)
         self.pp.start_recv_(ids, self.picker, _IDS + place).wait()
@@ -388,7 +388,7 @@ class _Run:
 
 
 def _forward_only(plan: Plan, count: int) -> Schedule:
-    """Each rank runs its stages in turn, each for all `count` groups."""
+    """The actions of all ranks: each rank runs its stages in turn, each for all `count` groups."""
     pp, places = plan.mesh.pp, range(count)
     rows = ([Action(plan.stage_index(r, v), Kind.F, g) for v in range(plan.vpp) for g in places] for r in range(pp))
     return Schedule(tuple(map(tuple, rows)))

@@ -1,4 +1,4 @@
-"""Loading: the model is built without weights, split as its plan says, and each rank reads its own bytes of the checkpoint."""
+"""Loading: the model is built without weights, split by its plan, and each rank reads its own bytes of the checkpoint."""
 
 from __future__ import annotations
 
@@ -60,28 +60,29 @@ def load(
     groups: ParallelGroups | None = None,
     verify: bool = True,
 ) -> nn.Module:
-    """This rank's part of a model, called like the unsplit one, with the same results on every rank.
+    """Load this rank's part of a model. It is called like the unsplit model, with the same results on every rank.
 
-    Every rank of the run calls it; without a launcher the process is one rank alone. Only the own part is ever in memory.
+    Every rank of the run must call it; without a launcher the process is a single rank. Only this rank's part is ever in
+    memory.
 
     Args:
-        model: A folder in Hugging Face's form, or a hub id.
-        plan: How to split; by default made from `tp`, `pp`, `dp` and `layout`.
+        model: A folder in Hugging Face's format, or a hub id.
+        plan: The plan (default: created from `tp`, `pp`, `dp` and `layout`).
         tp: Tensor parallel ranks.
-        pp: Pipeline stages' ranks.
+        pp: Pipeline parallel ranks.
         dp: Replicas.
-        layout: Which layers each stage runs.
-        vpp: Stages on each pipeline rank; by default as many as `layout` has, else one.
-        placement: Which rank runs which stage: `loop`, or `v` for the schedule `zb-v`.
-        dtype: Of the weights; by default the checkpoint's.
-        device: Where they go; by default this rank's CUDA device, or the CPU.
+        layout: Layers of each stage.
+        vpp: Stages on each pipeline rank (default: as many as `layout` has, else 1).
+        placement: Assignment of stages to ranks: `loop`, or `v` for the schedule `zb-v`.
+        dtype: dtype of the weights (default: the checkpoint's).
+        device: Device of the weights (default: this rank's CUDA device, else the CPU).
         trust_remote_code: Whether to run code that comes with the model (its config's `auto_map`). Read it before you do.
-        progress: Told of every chunk that is read.
-        groups: The groups of the mesh; by default made from the initialized process group.
-        verify: Whether a checkpoint of a run is read whole before, by all ranks together, and compared with its manifest.
+        progress: Called after every chunk that is read.
+        groups: The groups of the mesh (default: created from the initialized process group).
+        verify: Whether the ranks first read a run's checkpoint completely and compare it with its manifest.
 
     Raises:
-        PartitaError: The model cannot be split so, or is not whole on disk; on every rank.
+        PartitaError: The model cannot be split this way, or is incomplete on disk; on every rank.
 
     Examples:
         >>> model = pt.load("./model", tp=2)
@@ -141,18 +142,18 @@ def shard(
     """Split a model in memory, in place; every rank calls it with an equal model. Returns the model.
 
     Args:
-        model: An unsplit model of transformers, or any module whose paths the plan's rules name.
-        plan: How to split; by default made from the model itself for what follows.
+        model: An unsplit model of transformers, or any module whose paths match the plan's rules.
+        plan: The plan (default: created from the model and the arguments below).
         tp: Tensor parallel ranks.
-        pp: Pipeline stages' ranks.
+        pp: Pipeline parallel ranks.
         dp: Replicas.
-        layout: Which layers each stage runs.
+        layout: Layers of each stage.
         vpp: Stages on each pipeline rank.
-        placement: Which rank runs which stage.
-        groups: The groups of the plan's mesh; by default made from the initialized process group.
+        placement: Assignment of stages to ranks.
+        groups: The groups of the plan's mesh (default: created from the initialized process group).
 
     Raises:
-        PartitaError: The model cannot be split so; on every rank.
+        PartitaError: The model cannot be split this way; on every rank.
 
     Examples:
         >>> model = pt.shard(unsplit, tp=2)  # every rank has the same unsplit model
@@ -160,7 +161,7 @@ def shard(
         torch.Size([48, 48])
     """
     if not isinstance(model, nn.Module):
-        raise ModelError(f"model must be a module in memory, but is {model!r:.100}. load() takes a folder or a hub id.")
+        raise ModelError(f"model must be a module in memory; got {model!r:.100}. Use load() for a folder or a hub id.")
     mesh = mesh_of(plan, dp, pp, tp)
     groups = groups if groups is not None else make_groups(mesh)
     with collective_errors(groups):
@@ -175,17 +176,17 @@ def shard(
 def choose_plan(
     model: nn.Module, plan: Plan | None, mesh: Mesh, layout: Any, vpp: int | None, placement: Placement
 ) -> Plan:
-    """`plan`, or one made of the unsplit `model`; either is proven to be right for it.
+    """Return `plan`, or a plan created from the unsplit `model`, after verifying it for the model.
 
     Raises:
-        PartitaError: It is not, or there is none.
+        PartitaError: The plan fails, or none passes.
     """
     if plan is None:
         plan = plan_of_model(model, mesh, layout, vpp=vpp, placement=placement)
     elif plan.spec.tied != {*(ties := tied_names(model)), *ties.values()}:
-        # It was made of a config that does not agree with the model about what is tied.
+        # The plan was created from a config that ties other tensors than the model.
         if difference := plan.spec.first_difference(with_mtp(spec_of(model), plan.num_mtp)):
-            raise ModelError(f"the plan is another model's: {difference}. Make the plan of this model.")
+            raise ModelError(f"the plan belongs to another model: {difference}. Create the plan from this model.")
         plan = plan_of_model(model, plan.mesh, plan.layout, plan.rules, placement=plan.placement)
     else:
         prove_unless_proven(model, plan)
@@ -195,7 +196,7 @@ def choose_plan(
 
 
 def _stored_dtype(checkpoint: Checkpoint, config: Any, groups: ParallelGroups) -> torch.dtype | None:
-    """The dtype of a checkpoint's weights; None where only the config can tell. A note says where the two disagree."""
+    """The dtype of a checkpoint's weights; None if only the config defines it. Adds a note if the two disagree."""
     stored = stored_dtype(checkpoint)
     line = dtype_note(checkpoint.folder, stored, {"dtype": getattr(config, "dtype", None)})
     if line and is_first(groups):
@@ -206,7 +207,7 @@ def _stored_dtype(checkpoint: Checkpoint, config: Any, groups: ParallelGroups) -
 def _compare_tied(
     built: nn.Module, checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]], groups: ParallelGroups
 ) -> None:
-    """Untie in `built` what its config ties although the checkpoint holds different values. Every rank calls it."""
+    """Untie tensors of `built` that its config ties although their values in the checkpoint differ. Every rank must call it."""
     with collective_errors(groups):
         sources, _ = sources_for_reading(built, shapes)
     with Reader(checkpoint) as reader:
@@ -216,13 +217,13 @@ def _compare_tied(
     untie(built, apart)
     for name in sorted(apart) if is_first(groups) else ():
         note(
-            f"{checkpoint.folder}: config.json ties {name} to {ties[name]}, but the weights hold both and they differ: "
+            f"{checkpoint.folder}: config.json ties {name} to {ties[name]}, but the checkpoint has different values for both: "
             "loaded untied."
         )
 
 
 def read_config(source: Any, groups: ParallelGroups, *, trust_remote_code: bool) -> Any:
-    """The config of a model; the first rank says when code that comes with it is run. Raises as `read_hf_config`."""
+    """The config of a model; the first rank reports if code that comes with it runs. Raises like `read_hf_config`."""
     config = read_hf_config(source, trust_remote_code=trust_remote_code)
     if trust_remote_code and is_first(groups) and (line := code_note(source, config)):
         note(line)
@@ -230,7 +231,7 @@ def read_config(source: Any, groups: ParallelGroups, *, trust_remote_code: bool)
 
 
 def _read_generation_config(model: nn.Module, folder: Path) -> None:
-    """Give a model the generation settings of its checkpoint, as `from_pretrained` does. Raises `ModelError` if malformed."""
+    """Load a checkpoint's generation settings into a model, as `from_pretrained` does. Raises `ModelError` if malformed."""
     read_generation(folder)
     if getattr(model, "generation_config", None) is None:
         return
@@ -247,13 +248,13 @@ def _read_generation_config(model: nn.Module, folder: Path) -> None:
 
 
 def _check_readable(config: Any, plan: Plan, checkpoint: Checkpoint, unused: list[str]) -> None:
-    """Refuse a checkpoint whose numbers mean something else than the model would take them for."""
+    """Raise for a checkpoint whose values the model would misinterpret."""
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:
         data = quantization if isinstance(quantization, dict) else quantization.to_dict()
         raise ModelError(
             f"{checkpoint.folder} is quantized ({data.get('quant_method', 'unknown method')}), which cannot be split on torch "
-            "yet. Save it dequantized (transformers: model.dequantize()), and load that."
+            "yet. Dequantize it (transformers: model.dequantize()), save that, and load it."
         )
     for name in unused:
         module, _, attribute = name.rpartition(".")
@@ -265,5 +266,5 @@ def _check_readable(config: Any, plan: Plan, checkpoint: Checkpoint, unused: lis
 
 
 def _for_conversion(built: nn.Module, sources: Mapping[str, Source]) -> nn.Module:
-    """The unsplit model that transformers' converters ask, where one is needed: `built` is about to be split."""
+    """The unsplit model that transformers' converters need, if any: a copy of `built` before it is split."""
     return copy.deepcopy(built) if any(source.converter is not None for source in sources.values()) else built

@@ -1,4 +1,4 @@
-"""A new model with initial weights, split."""
+"""A new, split model with initial weights."""
 
 from __future__ import annotations
 
@@ -42,25 +42,25 @@ def fresh(
     groups: ParallelGroups | None = None,
     trust_remote_code: bool = False,
 ) -> nn.Module:
-    """This rank's part of a new model: the same seed gives the same unsplit weights for every mesh.
+    """Create this rank's part of a new model. The same seed gives the same unsplit weights on every mesh.
 
     Args:
         config: A config file, a folder with one, a hub id, plain data, or transformers' config.
-        plan: How to split; by default made from `tp`, `pp`, `dp` and `layout`.
+        plan: The plan (default: created from `tp`, `pp`, `dp` and `layout`).
         tp: Tensor parallel ranks.
-        pp: Pipeline stages' ranks.
+        pp: Pipeline parallel ranks.
         dp: Replicas.
-        layout: Which layers each stage runs.
-        vpp: Stages on each pipeline rank; by default as many as `layout` has, else one.
-        placement: Which rank runs which stage: `loop`, or `v` for the schedule `zb-v`.
-        seed: Of the weights.
-        dtype: Of the weights; by default the config's.
-        device: Where they go; by default this rank's CUDA device, or the CPU.
-        groups: The groups of the mesh; by default made from the initialized process group.
+        layout: Layers of each stage.
+        vpp: Stages on each pipeline rank (default: as many as `layout` has, else 1).
+        placement: Assignment of stages to ranks: `loop`, or `v` for the schedule `zb-v`.
+        seed: Seed of the weights.
+        dtype: dtype of the weights (default: the config's).
+        device: Device of the weights (default: this rank's CUDA device, else the CPU).
+        groups: The groups of the mesh (default: created from the initialized process group).
         trust_remote_code: Whether to run code that comes with the config (its `auto_map`). Read it before you do.
 
     Raises:
-        PartitaError: The model cannot be split so, or does not say how a tensor of it begins.
+        PartitaError: The model cannot be split this way, or does not define the initial value of a tensor.
 
     Examples:
         >>> model = pt.fresh("./model/config.json", tp=2, seed=0)

@@ -20,7 +20,7 @@ def mp_copy(x: Tensor, op: Any = dist.ReduceOp.SUM, *, group: Communicator | Non
     Args:
         x: `(*)`, the same on every rank.
         op: How gradients are reduced: SUM, AVG, MAX or MIN.
-        group: The ranks; by default `parallel_group_info().mp`.
+        group: The ranks (default: `parallel_group_info().mp`).
 
     Returns:
         `(*)`.
@@ -35,9 +35,9 @@ def mp_reduce(x: Tensor, op: Any = dist.ReduceOp.SUM, *, group: Communicator | N
     With AVG the gradient is divided by the ranks; with MAX and MIN it goes to the ranks that hold the extremum.
 
     Args:
-        x: `(*)`, each rank's own; it is not changed.
+        x: `(*)`, different on each rank; not modified.
         op: SUM, AVG, MAX or MIN.
-        group: The ranks; by default `parallel_group_info().mp`.
+        group: The ranks (default: `parallel_group_info().mp`).
 
     Returns:
         `(*)`, the same on every rank.
@@ -49,13 +49,13 @@ def mp_reduce(x: Tensor, op: Any = dist.ReduceOp.SUM, *, group: Communicator | N
 def mp_scatter(
     x: Tensor, dim: int = -1, *, sizes: Sequence[int] | None = None, group: Communicator | None = None
 ) -> Tensor:
-    """Scatter over the model parallel ranks: forward takes the own part, backward gathers.
+    """Scatter over the model parallel ranks: forward takes this rank's part, backward gathers.
 
     Args:
         x: `(..., N, ...)`, the same on every rank.
-        dim: The dimension that is dealt out.
-        sizes: Each rank's part; by default `N / world_size`, which must be whole.
-        group: The ranks; by default `parallel_group_info().mp`.
+        dim: The dimension to distribute.
+        sizes: Size of each rank's part (default: `N / world_size`, which must be an integer).
+        group: The ranks (default: `parallel_group_info().mp`).
 
     Returns:
         `(..., N / world_size, ...)`, or `(..., sizes[rank], ...)`.
@@ -69,13 +69,13 @@ def mp_scatter(
 def mp_gather(
     x: Tensor, dim: int = -1, *, sizes: Sequence[int] | None = None, group: Communicator | None = None
 ) -> Tensor:
-    """Gather from the model parallel ranks: forward puts the parts together, backward takes the own part.
+    """Gather from the model parallel ranks: forward concatenates the parts, backward takes this rank's part.
 
     Args:
-        x: `(..., N, ...)`, each rank's own.
-        dim: The dimension along which the parts are put together.
-        sizes: Each rank's `N` where they differ.
-        group: The ranks; by default `parallel_group_info().mp`.
+        x: `(..., N, ...)`, different on each rank.
+        dim: The dimension of concatenation.
+        sizes: Each rank's `N` if they differ.
+        group: The ranks (default: `parallel_group_info().mp`).
 
     Returns:
         `(..., N * world_size, ...)`, or `(..., sum(sizes), ...)`.
@@ -88,7 +88,7 @@ def mp_gather(
 
 def _check_dim(x: Tensor, dim: int) -> None:
     if not -x.dim() <= dim < x.dim():
-        raise DistributedError(f"dim must be in [{-x.dim()}, {x.dim()}) for x of shape {tuple(x.shape)}, but is {dim}.")
+        raise DistributedError(f"dim must be in [{-x.dim()}, {x.dim()}) for x of shape {tuple(x.shape)}; got {dim}.")
 
 
 def _group(group: Communicator | None) -> Communicator:

@@ -53,30 +53,30 @@ def train(
 ) -> list[StepReport]:
     """Train a split causal language model in place; every rank calls it with the same tokens and settings.
 
-    With `saves` checkpoints are written while training goes on, of which each holds all that the run needs to go on. A run
-    that is resumed on the same layout is bit for bit the one that was never stopped; on another it differs by rounding. The
-    same micro-batches have the same dropout on every mesh, but for dropout inside layers that tensor ranks split. Of a model
-    with adapters only these are kept, and go on with `load_adapters(model, checkpoint)` on the model that they belong to.
+    With `saves`, checkpoints are written during training; each holds everything needed to resume. A run
+    resumed on the same layout matches the uninterrupted run bit for bit; on another layout it differs by rounding. The
+    same micro-batches have the same dropout on every mesh, except inside layers that tensor ranks split. For a model
+    with adapters, only the adapters are saved; resume with `load_adapters(model, checkpoint)` on their base model.
 
     Args:
-        model: What `load`, `shard` or `fresh` made.
+        model: A result of `load`, `shard` or `fresh`.
         tokens: The text, int64 `[tokens]`.
-        settings: How.
-        on_step: Told of every step, on every rank.
-        on_timeline: Told, on every rank, when each action of the last step began and ended.
-        saves: Where and how often checkpoints are kept.
-        on_save: Told, on every rank, of each checkpoint that is whole, between two steps.
-        resume: The checkpoint of a run (`.../step-000100`) that `model`, or what `load_adapters` put on it, was loaded from, to
-            go on from it.
+        settings: The training settings.
+        on_step: Called after every step, on every rank.
+        on_timeline: Called on every rank with the start and end of each action of the last step.
+        saves: Folder and interval of checkpoints.
+        on_save: Called on every rank for each complete checkpoint, between two steps.
+        resume: The run's checkpoint (`.../step-000100`) to resume from, from which `model` or its adapters were
+            loaded.
 
     Returns:
-        A report a step that was done here, the same on every rank but for the seconds.
+        One report per step, the same on every rank except for the times.
 
     Raises:
-        PlanError: The batch cannot be dealt out to the replicas and micro-batches.
-        ModelError: The model is no causal language model, or has float16 weights; the loss is not finite, or its config asks
-            for an auxiliary loss that cannot be computed over stages or sequences.
-        CheckpointError: A checkpoint cannot be written, or the one to go on from is of another run; on every rank.
+        PlanError: The batch cannot be distributed over the replicas and micro-batches.
+        ModelError: The model is not a causal language model, or has float16 weights; the loss is not finite, or its config
+            requests an auxiliary loss that cannot be computed with stages or per sequence.
+        CheckpointError: A checkpoint cannot be written, or the one to resume from belongs to another run; on every rank.
 
     Examples:
         >>> model = pt.load("./model", tp=2)
@@ -139,11 +139,11 @@ def make_saver(
     run: TrainingState,
     on_save: Callable[[SaveReport], None] | None = None,
 ) -> Saver:
-    """What keeps the checkpoints of a run; every rank calls it.
+    """Create the saver of a run's checkpoints. Every rank must call it.
 
     Raises:
-        CheckpointError: The run's folder cannot be made.
-        ModelError: The model has adapters that cannot be kept (see `RankShard`).
+        CheckpointError: The run's folder cannot be created.
+        ModelError: The model has adapters that cannot be saved (see `RankShard`).
     """
     _, groups = plan_of(model)
     share = RankShard(model, optimizer, saves, run.settings.master_dtype)
@@ -151,16 +151,16 @@ def make_saver(
 
 
 def make_optimizer(model: nn.Module, settings: TrainSettings, groups: ParallelGroups) -> torch.optim.Optimizer | None:
-    """AdamW over what this rank has to train, None where that is nothing; norms and biases do not decay.
+    """AdamW over this rank's trainable parameters, None if there are none; norms and biases do not decay.
 
     Parameters narrower than float32 have float32 master weights and moments, unless `settings.master_dtype` is `model`.
 
     Raises:
-        ModelError: No rank has anything to train.
+        ModelError: No rank has trainable parameters.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     if not any(groups.pp.all_gather_object(bool(parameters))):
-        raise ModelError("no parameter of the model is to be trained: all have requires_grad=False.")
+        raise ModelError("no parameter of the model is trainable: all have requires_grad=False.")
     if not parameters:
         return None
     split: list[dict[str, Any]] = [
@@ -176,7 +176,7 @@ def make_optimizer(model: nn.Module, settings: TrainSettings, groups: ParallelGr
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
     class MixedOptimizer(ZeroRedundancyOptimizer):
-        """Takes parameters of several dtypes (a router in float32); only its shared buckets, unused here, need one dtype."""
+        """Takes parameters of mixed dtypes (a router in float32); only ZeRO's shared buckets, unused here, need one dtype."""
 
         def _verify_same_dense_param_type(self) -> None:
             pass
@@ -192,12 +192,12 @@ def accumulate_gradients(
     *,
     on_timeline: Callable[[Timeline], None] | None = None,
 ) -> float:
-    """Backward of the mean loss over the whole batch `rows` `[batch_size, length + 1]`, of which a replica takes its part.
+    """Backward of the mean loss over the full batch `rows` `[batch_size, length + 1]`; each replica takes its part.
 
-    The auxiliary loss of routers is the mean over micro-batches, or over sequences, as `settings.aux_loss_scope` says.
+    The auxiliary loss of routers is the mean over micro-batches, or over sequences (`settings.aux_loss_scope`).
 
     Returns:
-        The mean loss of the whole batch.
+        The mean loss of the full batch.
     """
     model, plan, groups = pipeline.model, pipeline.plan, pipeline.groups
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
@@ -238,7 +238,7 @@ def accumulate_gradients(
 
 
 def _start_together(groups: ParallelGroups) -> float:
-    """Wait for all ranks of the pipeline, and give the time; of ranks on one machine, the same."""
+    """Wait for all ranks of the pipeline, and return the time, which is equal for ranks on one machine."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
     groups.pp.barrier()

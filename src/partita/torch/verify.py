@@ -79,34 +79,34 @@ def verify(
 ) -> Report:
     """Compare the split model with the unsplit one: every module's output, every gradient, generated tokens, and training.
 
-    Every rank of the run calls it. Where the unsplit model, once a rank, does not fit into half the free memory, a small one
-    of the same family with the same heads, layout and schedule is compared in its place. A config without weights gets
+    Every rank of the run must call it. Where the unsplit model, once a rank, does not fit into half the free memory, a small
+    one of the same family with the same heads, layout and schedule is compared in its place. A config without weights gets
     random ones.
 
     Args:
         model: A folder, a config file or a hub id.
-        plan: How to split; by default made from `tp`, `pp`, `dp` and `layout`.
+        plan: The plan (default: created from `tp`, `pp`, `dp` and `layout`).
         tp: Tensor parallel ranks.
-        pp: Pipeline stages' ranks.
+        pp: Pipeline parallel ranks.
         dp: Replicas.
-        layout: Which layers each stage runs.
+        layout: Layers of each stage.
         vpp: Stages on each pipeline rank.
-        placement: Which rank runs which stage.
+        placement: Assignment of stages to ranks.
         schedule: The kind of pipeline schedule that the training steps run.
-        group_size: Of interleaved schedules.
-        microbatches: Micro-batches of a training step.
+        group_size: Group size of interleaved schedules.
+        microbatches: Micro-batches per training step.
         steps: Training steps; 0 for none.
         dtype: One dtype or several, which are compared in turn. In float64 nothing is narrowed to float32, so that errors are
             at most 1e-12. In narrower dtypes the split model may round at most twice as much as the unsplit one. By default
             float64 and the dtype of the weights.
-        device: Where both models compute; by default this rank's CUDA device, or the CPU.
+        device: Device of both models (default: this rank's CUDA device, else the CPU).
         trust_remote_code: Whether to run code that comes with the model (its config's `auto_map`). Read it before you do.
 
     Returns:
         The report, the same on every rank.
 
     Raises:
-        PartitaError: The model cannot be split so.
+        PartitaError: The model cannot be split this way.
     """
     init_process_group()
     mesh = mesh_of(plan, dp, pp, tp)

@@ -1,4 +1,4 @@
-"""What goes wrong on one rank goes wrong on all, so that none is left waiting in the next collective."""
+"""Raise one rank's error on every rank, so that no rank is left waiting in the next collective."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class _CollectiveErrors(AbstractContextManager[None]):
 
 
 def collective_errors(groups: ParallelGroups) -> AbstractContextManager[None]:
-    """A block at whose end every rank hears whether it went well everywhere; it holds no collective of its own.
+    """A context at whose end every rank learns whether any rank failed in it. The block itself must not contain collectives.
 
     A rank that raised raises its own error; the others raise `PeerFailed` with that of one that failed.
     """

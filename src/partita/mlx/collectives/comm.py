@@ -1,4 +1,4 @@
-"""Communicator: the only object through which layers talk to other ranks."""
+"""Communicator: the only object through which layers communicate with other ranks."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Communicator:
 
     Attributes:
         group: MLX's group, None for one rank alone.
-        rank: Place of this process in the group.
+        rank: Rank of this process within the group.
         size: Ranks of the group.
         backend: What MLX calls what stands behind the group, None where it is not known.
         reduce_in_float32: Whether float16 and bfloat16 are summed in float32.
@@ -74,7 +74,7 @@ class Communicator:
 
     @classmethod
     def single(cls) -> Communicator:
-        """One rank alone: every collective returns at once."""
+        """A single rank: every collective returns immediately."""
         return cls(None)
 
     # --- what the backend does -----------------------------------------------------------------------------------------
@@ -189,7 +189,7 @@ class Communicator:
         Args:
             x: `[..., n, ...]`, the same shape on every rank.
             axis: The axis that is dealt out.
-            sizes: How much of it each rank gets; by default equal parts.
+            sizes: Size of each rank's part (default: equal parts).
 
         Returns:
             `[..., sizes[rank], ...]`.
@@ -218,7 +218,7 @@ class Communicator:
         return self._done(whole.view(x.dtype))
 
     def barrier(self) -> None:
-        """Return when every rank of the group has come here."""
+        """Block until every rank of the group reaches this call."""
         if self.size > 1:
             self._agree("barrier", (), mx.uint8)
             with ME.over("a barrier"):
@@ -252,7 +252,7 @@ class Communicator:
     # --- groups ------------------------------------------------------------------------------------------------------------
 
     def split(self, color: int, key: int = -1) -> Communicator:
-        """The ranks that give the same `color`, in the order of their `key` (by default as here). Every rank calls it.
+        """The ranks that give the same `color`, in the order of their `key` (by default as here). Every rank must call it.
 
         Raises:
             DistributedError: The backend cannot split a group.
@@ -273,7 +273,7 @@ class Communicator:
         return type(self)(group, backend=self.backend, reduce_in_float32=self.reduce_in_float32)
 
     def even_sizes(self, size: int) -> tuple[int, ...]:
-        """`size` dealt over the ranks, which must divide it."""
+        """`size` in equal parts, one per rank; the number of ranks must divide it."""
         if size % self.size:
             raise DistributedError(f"{size} cannot be dealt evenly to {self.size} ranks. Pass `sizes`, one a rank.")
         return (size // self.size,) * self.size
@@ -297,7 +297,7 @@ class Communicator:
         return self.size == 1 or x.size == 0
 
     def __deepcopy__(self, memo: object) -> Communicator:
-        """A copy of a model talks to the same ranks."""
+        """Return itself: a copy of a model communicates with the same ranks."""
         return self
 
     def __repr__(self) -> str:

@@ -24,7 +24,7 @@ _OF_LAUNCHER = {
 
 
 class ParallelGroups(AxisGroups[Communicator]):
-    """This rank's groups along every axis: `.mesh`, `.tp`, `.pp` and `.dp`, and its number `.rank` in the whole run."""
+    """This rank's groups along every axis: `.mesh`, `.tp`, `.pp` and `.dp`, and its rank `.rank` in the whole run."""
 
 
 def backend_of_environment() -> str | None:
@@ -104,7 +104,7 @@ def _join(backend: str) -> mx.distributed.Group:
 def make_groups(
     mesh: Mesh, *, backend: str | None = None, reduce_in_float32: bool = False, checked: bool = False
 ) -> ParallelGroups:
-    """The groups of `mesh` over the ranks of the run; every rank calls it. The arguments are those of `init`.
+    """The groups of `mesh` over the ranks of the run. Every rank must call it. The arguments are those of `init`.
 
     Raises:
         DistributedError: The mesh does not have as many ranks as the run, or the backend cannot make its groups.
@@ -133,7 +133,7 @@ def _along(axis: str, mesh: Mesh, world: Communicator) -> Communicator:
 
 
 def single_groups(mesh: Mesh | None = None, *, tp: Communicator | None = None) -> ParallelGroups:
-    """The groups of one rank alone, or of ranks that have a tensor group only."""
+    """The groups of a single rank, or of ranks with a tensor group only."""
     alone = Communicator.single()
     return ParallelGroups(mesh or Mesh(), tp or alone, alone, alone)
 

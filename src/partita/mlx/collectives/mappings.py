@@ -45,7 +45,7 @@ def reduce_from(x: mx.array, comm: Communicator) -> mx.array:
 
 
 def scatter_to(x: mx.array, comm: Communicator, axis: int = -1, sizes: Sizes = None) -> mx.array:
-    """Each rank its part: `[..., sum(sizes), ...]` to `[..., sizes[rank], ...]`. Backward gathers."""
+    """Take each rank's part: `[..., sum(sizes), ...]` to `[..., sizes[rank], ...]`. Backward gathers."""
     if comm.size == 1:
         return x
     counts = _whole_sizes(x, comm, axis, sizes)
@@ -58,7 +58,7 @@ def scatter_to(x: mx.array, comm: Communicator, axis: int = -1, sizes: Sizes = N
 
 
 def gather_from(x: mx.array, comm: Communicator, axis: int = -1, sizes: Sizes = None) -> mx.array:
-    """The parts together: `[..., sizes[rank], ...]` to `[..., sum(sizes), ...]`. Backward takes the own part."""
+    """Concatenate the parts: `[..., sizes[rank], ...]` to `[..., sum(sizes), ...]`. Backward takes this rank's part."""
     if comm.size == 1:
         return x
     axis, counts = axis % x.ndim, _part_sizes(x, comm, axis, sizes)

@@ -20,7 +20,7 @@ Result = TypeVar("Result")
 
 
 class _Exchange:
-    """Where the threads of a group put what they hand round. A thread that fails breaks it for all, so none waits on."""
+    """Values that the threads of a group exchange. A thread that fails breaks the barrier, so no thread waits forever."""
 
     def __init__(self, size: int) -> None:
         self.turn = threading.Lock()
@@ -46,7 +46,7 @@ class ThreadCommunicator(Communicator):
     """The communicator of one thread among `size`. Its collectives are done when they return."""
 
     def __init__(self, exchange: _Exchange, rank: int, size: int) -> None:
-        """Rank `rank` of the threads that share `exchange`."""
+        """Create rank `rank` of the threads that share `exchange`."""
         super().__init__(None)
         self.rank, self.size = rank, size
         self._board = exchange
@@ -90,7 +90,7 @@ def run_as_threads(size: int, work: Callable[[Communicator], Result]) -> list[Re
     What `work` takes from outside and what it returns must be evaluated. Random numbers of a thread are its own.
 
     Raises:
-        Exception: What the first rank that failed raised.
+        Exception: The error of the lowest rank that failed.
     """
     exchange = _Exchange(size)
     results: list[Any] = [None] * size

@@ -55,7 +55,7 @@ class VocabParallelEmbedding(nn.Module):
         Args:
             embedding: An `nn.Embedding` or `nn.QuantizedEmbedding`.
             comm: The ranks.
-            split: Who holds which rows, one range a rank; by default dealt out evenly.
+            split: Assignment of rows to ranks, one range a rank(default: even).
             gather_logits: Whether `as_linear` gives every rank all logits, or its own.
 
         Raises:

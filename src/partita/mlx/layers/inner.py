@@ -26,7 +26,7 @@ def linear_shape(linear: nn.Module) -> tuple[int, int]:
     """Outputs and inputs of a linear layer, plain or quantized.
 
     Raises:
-        ModelError: It is not a layer that can be cut.
+        ModelError: The layer cannot be split.
     """
     weight = linear.get("weight")
     if isinstance(linear, nn.Linear | nn.QuantizedLinear) and weight is not None and weight.ndim == 2:

@@ -65,7 +65,7 @@ class _ShardedLinear(nn.Module):
 class ColumnParallelLinear(_ShardedLinear):
     """A linear layer of which each rank computes some outputs.
 
-    Rank r of R holds `weight [out_r, in]` and `bias [out_r]` in `.linear`, where the `out_r` add up to `out`. A quantized
+    Rank r of R holds `weight [out_r, in]` and `bias [out_r]` in `.linear`; the `out_r` add up to `out`. A quantized
     inner layer holds those rows' words, scales and biases.
 
         forward          y_r [..., out_r] = x [..., in] @ weight_r.T + bias_r, gathered to [..., out] with `gather_output`
@@ -118,15 +118,15 @@ class ColumnParallelLinear(_ShardedLinear):
         Args:
             linear: An `nn.Linear` or `nn.QuantizedLinear`.
             comm: The ranks.
-            split: Who computes which outputs; by default `even_outputs`.
+            split: Assignment of outputs to ranks; by default `even_outputs`.
             gather_output: Whether every rank gets all outputs.
             expand: Positions of the local outputs in the order in which they are to come out; given to all ranks or none.
-            entry: What sibling layers with the same input share.
+            entry: The region entry that sibling layers with the same input share.
             sequence_parallel: Whether the input is this rank's part of the sequence, to be gathered first.
             sequence_axis: Which axis of the input is the sequence.
 
         Raises:
-            ModelError: The layer is of a kind that cannot be split.
+            ModelError: The layer's class cannot be split.
             PlanError: The split does not fit it, or `gather_output` is asked of copies or a sequence.
         """
         return cls._cut(
@@ -219,13 +219,13 @@ class RowParallelLinear(_ShardedLinear):
         Args:
             linear: An `nn.Linear` or `nn.QuantizedLinear`.
             comm: The ranks.
-            split: Who sees which inputs; by default `even_inputs`.
-            input_is_parallel: Whether each rank is given its own inputs, or all of them.
+            split: Assignment of inputs to ranks; by default `even_inputs`.
+            input_is_parallel: Whether each rank receives only its own inputs instead of all.
             sequence_parallel: Whether each rank gets its part of the sequence of the output.
             sequence_axis: Which axis of the output is the sequence.
 
         Raises:
-            ModelError: The layer is of a kind that cannot be split.
+            ModelError: The layer's class cannot be split.
             PlanError: The split does not fit it, has copies, or cuts through a quantization group.
         """
         return cls._cut(

@@ -41,7 +41,7 @@ def adopt(linear: nn.Module, comm: Communicator, split: Split, style: Style) -> 
     """Fit what was put on an inner layer, or in its place, to the split: what is whole starts equal on all ranks.
 
     A fresh adapter (whose `lora_b` is zero) is drawn anew as that of the unsplit layer, and a row layer's `m` becomes the
-    norm of the whole rows. Every rank calls it.
+    norm of the whole rows. Every rank must call it.
 
     Raises:
         ModelError: It is an adapter whose parts cannot be told to be split or whole, or that differ between the ranks.

@@ -33,7 +33,7 @@ class AllToShardedLinear(ColumnParallelLinear):
 
         Args:
             input_dims: Inputs.
-            output_dims: Outputs of the unsplit layer; dealt out as evenly as they go.
+            output_dims: Outputs of the unsplit layer, distributed as evenly as possible.
             bias: Whether it has a bias.
             group: The ranks; by default all of the run.
 
@@ -68,7 +68,7 @@ class AllToShardedLinear(ColumnParallelLinear):
             group: The ranks; by default all of the run.
 
         Raises:
-            ModelError: The layer is of a kind that cannot be split.
+            ModelError: The layer's class cannot be split.
             PlanError: The segments or sizes do not fit.
         """
         return cls._cut(linear_layer, *outputs_of(linear_layer, segments, sizes, group))
@@ -91,7 +91,7 @@ class QuantizedAllToShardedLinear(ColumnParallelLinear):
 
         Args:
             input_dims: Inputs, a multiple of the group size.
-            output_dims: Outputs of the unsplit layer; dealt out as evenly as they go.
+            output_dims: Outputs of the unsplit layer, distributed as evenly as possible.
             bias: Whether it has a bias.
             group_size: Inputs that share a scale; by default the mode's.
             bits: Of an entry; by default the mode's.
@@ -128,9 +128,9 @@ class ShardedToAllLinear(RowParallelLinear):
         """A new layer whose unsplit weight does not depend on the number of ranks, which must be seeded alike.
 
         Args:
-            input_dims: Inputs of the unsplit layer; dealt out as evenly as they go.
+            input_dims: Inputs of the unsplit layer, distributed as evenly as possible.
             output_dims: Outputs.
-            bias: Whether it has a bias, which every rank holds whole.
+            bias: Whether it has a bias, which is not split.
             group: The ranks; by default all of the run.
 
         Raises:

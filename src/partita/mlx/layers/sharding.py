@@ -47,7 +47,7 @@ def shard_linear(
         group: The ranks; by default all of the run.
 
     Raises:
-        ModelError: The layer is of a kind that cannot be split.
+        ModelError: The layer's class cannot be split.
         PlanError: The segments or sizes do not fit, or `sharding` is neither.
     """
     column = _is_column(sharding)

@@ -1,4 +1,4 @@
-"""The head of a language model whose vocabulary is split: its logits need not be put together."""
+"""The head of a language model whose vocabulary is split: the unsplit logits are never gathered."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from partita.mlx.model.parts import unsplit_modules
 
 @contextmanager
 def local_logits(model: nn.Module, plan: Plan) -> Iterator[Split | None]:
-    """While it lasts the model's head gives each rank its own columns. Yields their split, None where they are not split.
+    """Make the model's head return each rank's own columns inside the context. Yields their split, None if they are not split.
 
     What a model does with its logits (scaling, soft capping) it does to each by itself, so it may do it to a part; the proof
     of a split takes this way too.
@@ -51,7 +51,7 @@ def most_likely(logits: mx.array, split: Split | None, comm: Communicator) -> mx
     Args:
         logits: `[rows, vocab_r]`, this rank's columns, or all of them where `split` is None or they came whole.
         split: Who has which.
-        comm: The tensor ranks; each gives one value and one id a row.
+        comm: The tensor ranks; each sends one value and one id per row.
 
     Returns:
         int32 `[rows]`, the same on every rank. A row whose logits are not finite has a code instead.

@@ -86,10 +86,10 @@ def stored_ranges(home: nn.Module, attribute: str, ranges: Ranges) -> Ranges:
 
 
 def plan_of(model: nn.Module) -> tuple[Plan, ParallelGroups]:
-    """The plan and groups of a model that `load` or `shard` made.
+    """The plan and groups of a model that `load` or `shard` returned.
 
     Raises:
-        ModelError: It was not made by them.
+        ModelError: The model was not split by them.
     """
     plan, groups = getattr(model, "partita_plan", None), getattr(model, "partita_groups", None)
     if not isinstance(plan, Plan) or not isinstance(groups, ParallelGroups):

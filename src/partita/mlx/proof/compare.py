@@ -50,7 +50,7 @@ def compare(
     cached: bool = True,
     schedule: Schedule | None = None,
 ) -> list[Difference]:
-    """Run both models on the same ids, forward, with a cache, and backward, and compare what comes; every rank calls it.
+    """Run both models on the same ids, forward, with a cache, and backward, and compare what comes. Every rank must call it.
 
     Over several stages nothing is compared with a cache, and the backward follows `schedule`, every micro-batch of which has
     the same ids.
@@ -198,7 +198,7 @@ def pipeline_gradients(
     *,
     dtype: mx.Dtype | None = None,
 ) -> dict[str, mx.array]:
-    """As `gradients`, of a model that is cut into stages: of what this rank holds; every rank calls it."""
+    """As `gradients`, of a model that is cut into stages: of what this rank holds. Every rank must call it."""
     plan, groups = plan_of(model)
     pipeline = Pipeline(model, schedule)
     count = schedule.num_microbatches

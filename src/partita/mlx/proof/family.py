@@ -58,11 +58,11 @@ def plan_of_model(
         layout: Which layers each pipeline stage runs.
         rules: How modules are split; by default found.
         config: The config that the model was built from, where it is at hand.
-        vpp: Stages on each pipeline rank; by default as many as `layout` has, else one.
-        placement: Which rank runs which stage.
+        vpp: Stages on each pipeline rank (default: as many as `layout` has, else 1).
+        placement: Assignment of stages to ranks.
 
     Raises:
-        PlanError: The model cannot be dealt out so.
+        PlanError: The model cannot be distributed this way.
         ModelError: No way of splitting it gives what the unsplit model gives; the text says where each goes wrong.
     """
     spec = spec_of(model, config)
@@ -187,7 +187,7 @@ class Small:
 
     Attributes:
         model: The model.
-        dtype: Its dtype.
+        dtype: dtype of the weight.
         backward: Whether MLX has all its gradients.
         cached: Whether it generates with a cache.
     """

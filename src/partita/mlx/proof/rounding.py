@@ -46,7 +46,7 @@ def compare_rounding(
     backward: bool = True,
     schedule: Schedule | None = None,
 ) -> Measured:
-    """Run all three on the same ids, forward and backward, and compare what comes; every rank calls it.
+    """Run all three on the same ids, forward and backward, and compare what comes. Every rank must call it.
 
     Args:
         exact: What `in_wide_dtype` made of `unsplit`.

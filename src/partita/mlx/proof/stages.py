@@ -47,14 +47,14 @@ def prove_stages(model: nn.Module, plan: Plan) -> None:
     if key not in _verdicts:
         _verdicts[key] = _measure(model, plan.spec.num_heads)
     if _verdicts[key][0]:
-        raise ModelError(f"{plan.spec.family} cannot be cut into stages: {_verdicts[key][0]} Use tp and pp=1.")
+        raise ModelError(f"{plan.spec.family} cannot be split into stages: {_verdicts[key][0]} Use tp and pp=1.")
 
 
 def refuse_undecodable(model: nn.Module, plan: Plan) -> None:
     """Raise `ModelError` for a model whose cache was found not to work over stages."""
     reason = _verdicts.get(_key(model), ("", ""))[1]
     if plan.num_stages > 1 and reason:
-        raise ModelError(f"{plan.spec.family} cannot generate over several stages: {reason} Use tp and pp=1.")
+        raise ModelError(f"{plan.spec.family} cannot generate with pipeline stages: {reason} Use tp and pp=1.")
 
 
 def _key(model: nn.Module) -> tuple[Any, str, mx.Dtype]:

@@ -31,7 +31,7 @@ def apply_plan(model: nn.Module, plan: Plan, comm: Communicator, pp_rank: int = 
 
     Raises:
         DistributedError: `comm` is not of the plan's tensor axis.
-        ModelError: The model is not the plan's, or holds a layer that cannot be cut.
+        ModelError: The model does not match the plan, or has a layer that cannot be split.
         PlanError: A cut parts a quantization group.
     """
     if comm.size != plan.mesh.tp:
@@ -69,12 +69,12 @@ def check_model(model: nn.Module, plan: Plan) -> None:
         name = next(n for n in sorted({*mine, *theirs}) if mine.get(n) != theirs.get(n))
         raise ModelError(
             f"the model is not the plan's ({plan.spec.family}): {name} has the shape {mine.get(name, 'none')} in the model "
-            f"and {theirs.get(name, 'none')} in the plan. Make the plan of this model."
+            f"and {theirs.get(name, 'none')} in the plan. Create the plan from this model."
         )
 
 
 def _shared_entries(plan: Plan, comm: Communicator) -> dict[str, RegionInput]:
-    """One entry for the column layers of one parent that have inputs of the same width."""
+    """One shared entry for the column layers of a parent whose inputs have the same width."""
     siblings: dict[tuple[str, int], list[str]] = {}
     for path, module in plan.modules.items():
         weight = plan.tensor(f"{path}.weight").shape if module.style == "column" else ()
@@ -150,7 +150,7 @@ _GROUP_COUNTS = ("num_key_value_groups", "n_rep", "num_kv_groups", "n_kv_groups"
 
 
 def _localize_heads(module: nn.Module, plan: AttentionPlan, rank: int) -> None:
-    """Let an attention module count its own rank's heads wherever it counts heads."""
+    """Make an attention module use its rank's head counts everywhere."""
     heads, kv_heads = plan.local_heads(rank), plan.local_kv_heads(rank)
     for names, whole, local in (
         (_HEAD_COUNTS, plan.num_heads, heads),

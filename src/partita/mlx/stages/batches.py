@@ -104,7 +104,7 @@ class Batches:
         rows = np.array(logits.astype(wide))
         if split is not None and logits.shape[-1] != split.size:
             return mx.array(choose(rows, batch, self.choice, generators, self._columns(split)), mx.int32)
-        # All tensor ranks have the same logits; the first one's word counts.
+        # All tensor ranks have the same logits; the first rank decides.
         ids = mx.zeros((len(batch),), mx.int32)
         if self.comm.rank == 0:
             ids = mx.array(choose(rows, batch, self.choice, generators), mx.int32)

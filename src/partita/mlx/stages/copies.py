@@ -31,7 +31,7 @@ def sum_copies(gradients: dict[str, mx.array], model: nn.Module, plan: Plan, gro
 
 
 def _sum(own: mx.array, holders: tuple[int, ...], pp: Communicator) -> mx.array:
-    """The sum over `holders`, ranks of the pipeline, in their order, on each of them."""
+    """The sum over the pipeline ranks `holders`, in their order, on each of them."""
     owner, *others = holders
     if pp.rank != owner:
         pp.send(own, owner)

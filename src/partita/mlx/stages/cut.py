@@ -1,4 +1,4 @@
-"""Partitioning a model into stages: what a pipeline rank keeps of it, and what takes the place of the rest."""
+"""Partitioning a model into stages: which modules a pipeline rank keeps, and which stand-ins replace the others."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ class Stages:
 
 
 def cut_stages(model: nn.Module, plan: Plan, pp_rank: int) -> None:
-    """Leave of an unsplit `model` what pipeline rank `pp_rank` needs, in place. Nothing is evaluated.
+    """Reduce an unsplit `model`, in place, to the modules that pipeline rank `pp_rank` needs. Nothing is evaluated.
 
     Raises:
-        ModelError: The model has no list of layers that can be cut.
+        ModelError: The model has no list of layers that can be partitioned.
     """
     if plan.num_stages == 1:
         return

@@ -16,7 +16,7 @@ from partita.mlx.model.tree import children
 
 @dataclass(frozen=True)
 class Message:
-    """What a stage hands to the next.
+    """Message from a stage to the next.
 
     Attributes:
         arrays: The hidden state `[batch, sequence, hidden]`, and what else a layer of the model returns.
@@ -37,7 +37,7 @@ class Message:
 
 
 class Left(BaseException):
-    """Ends a forward with what left the last layer of a stage; no error, so that nobody's `except Exception` sees it."""
+    """Ends a forward with the output of the stage's last layer. Not an `Exception`, so `except Exception` misses it."""
 
     def __init__(self, message: Message) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class StageRun:
     """The stage that is running.
 
     Attributes:
-        received: What came from the stage before.
+        received: The message of the previous stage.
         cache: The cache of the model, one entry a layer or as its family has it.
         filled: The entries that layers of this stage were given.
         called: The layers that were called, by their numbers.
@@ -115,7 +115,7 @@ class AbsentModule(_Elsewhere):
         self.stand_in = _stand_in(module, run)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Stand in for the module."""
+        """Create the stand-in for `module`."""
         return self.stand_in(*args, **kwargs)
 
 
@@ -134,7 +134,7 @@ def _without_arrays(node: Any) -> Any:
 
 
 def _stand_in(module: nn.Module, run: StageRun) -> Callable[..., Any]:
-    """What takes the place of a module before the layers in the forward of a stage that is not with the embedding."""
+    """Replaces a module before the layers in the forward of a stage without the embedding."""
     inner = module.get("embedding", module.get("linear", module))
     if isinstance(inner, (nn.Embedding, nn.QuantizedEmbedding)):
         width = dense_width(inner)
@@ -211,7 +211,7 @@ class Silent(Stand):
         self.stand_in = _stand_in(module, run)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Stand in for the module."""
+        """Create the stand-in for `module`."""
         return self.stand_in(*args, **kwargs)
 
 

@@ -25,7 +25,7 @@ _HEADER = 2 + _MAX_ARRAYS * (3 + _MAX_DIMS)
 
 @dataclass(frozen=True)
 class _Form:
-    """What a message looks like."""
+    """Shapes, dtypes and labels of a message."""
 
     places: tuple[bool, ...] | None
     arrays: tuple[tuple[mx.Dtype, tuple[int, ...]], ...]
@@ -75,10 +75,10 @@ class Links:
         """Send what stage `stage` computed to rank `to`.
 
         Args:
-            to: The rank in the pipeline group.
+            to: Rank within the pipeline group.
             stage: The stage that sends.
-            message: What it hands on.
-            key: What the form of the message depends on and both ends know, such as the shape of the ids.
+            message: Its output.
+            key: What determines the form of the message and both ends know, such as the shape of the ids.
         """
         form = _Form.of(message)
         known = self._forms.get(("sent", stage, key))
@@ -86,7 +86,7 @@ class Links:
             self._forms["sent", stage, key] = form
             self.comm.send(form.header(), to)
         elif known != form:
-            raise DistributedError(f"stage {stage} hands on {form}, but for the same inputs it was {known}.")
+            raise DistributedError(f"stage {stage} sends {form}, but for inputs of the same shape it sent {known}.")
         for array in message.arrays:
             self.comm.send(array, to)
 

@@ -1,4 +1,4 @@
-"""Running a schedule: one rank of a pipeline does its actions in their order.
+"""Running a schedule: a pipeline rank executes its actions in order.
 
 What is computed when, and what is sent when, stands in the schedule; here it is only done. MLX differentiates functions, so a
 backward needs the forward with it:
@@ -49,7 +49,7 @@ class Pipeline:
         """A pipeline of `model`, which `load` or `shard` made, that runs `schedule`, lowered or not.
 
         Raises:
-            PlanError: The schedule is of other stages than the model's plan.
+            PlanError: The stages of the schedule differ from those of the model's plan.
         """
         plan, groups = plan_of(model)
         check_schedule(schedule, plan)
@@ -88,12 +88,12 @@ class Pipeline:
         key: Callable[[int], Any] = lambda microbatch: None,
         seed: Callable[[int, int], int] | None = None,
     ) -> None:
-        """Do every action of this rank once; every rank of the pipeline calls it.
+        """Execute every action of this rank once; every rank of the pipeline must call it.
 
         Args:
-            inputs: What the model is called with.
+            inputs: The model's inputs.
             finish: What becomes of the model's output, on the stage with the loss only.
-            key: What the shapes of a micro-batch depend on; the same on every rank.
+            key: What determines the shapes of a micro-batch; the same on every rank.
             seed: What MLX's random numbers are seeded with before a stage computes a micro-batch, also where it computes it
                 again in backward; by default they go on.
         """

@@ -1,9 +1,9 @@
-"""A stage of any model: the model's own forward, run with some of its layers.
+"""A stage of any model: the model's own forward, run with a subset of its layers.
 
 A pipeline rank keeps the modules whose arrays its plan gives it. The list of layers keeps its length and its numbers: in
-place of a layer of another rank stands one that passes on what it is given. While stage i of the pipeline runs:
+place of another rank's layer, a stand-in passes its input on. While stage i of the pipeline runs:
 
-    [1] the embedding runs where the layout has it; elsewhere zeros of its shape stand for it, which nobody computes
+    [1] the embedding runs on its stage; on other stages zeros of its shape, never computed, replace it
     [2] what the stage before sent is what every layer before the stage's first returns
     [3] what leaves the last layer of the stage ends the forward, unless the loss is with it
 
@@ -39,13 +39,13 @@ def run_stage(
     *,
     output: bool = True,
 ) -> Any:
-    """Run stage `index` of the pipeline, which must be one of this rank's. Nothing is evaluated.
+    """Run stage `index` of the pipeline, one of this rank's stages. Nothing is evaluated.
 
     Args:
-        model: What `cut_stages` left of the model.
+        model: The result of `cut_stages`.
         plan: How it was cut.
-        index: The stage's place in the pipeline.
-        received: What the stage before handed on; None for the first.
+        index: Index of the stage in the pipeline.
+        received: The message of the previous stage; None for the first.
         inputs: The ids `[batch, sequence]` that the unsplit model is called with.
         cache: The whole model's cache, as mlx-lm makes it; entries of other stages' layers are kept in step.
         options: What else the unsplit model is called with.

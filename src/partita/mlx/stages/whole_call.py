@@ -1,4 +1,4 @@
-"""Calling a model that is cut into stages: every rank calls it like the unsplit one, and every rank gets the whole output.
+"""Calling a model that is split into stages: every rank calls it like the unsplit model and gets the full output.
 
 A model called so has one batch under way and no gradients; `pipeline.Pipeline` runs schedules of many, forward and backward.
 """
@@ -23,7 +23,7 @@ from partita.mlx.stages.run import length_of, run_stage
 
 
 def call_as_whole(model: nn.Module, plan: Plan, groups: ParallelGroups) -> None:
-    """Let calling `model`, which is cut into stages, run the whole pipeline."""
+    """Make a call of `model`, which is split into stages, run the whole pipeline."""
     if plan.num_stages == 1:
         return
     cls: Any = type(model)
@@ -100,7 +100,7 @@ def _refuse_tracing(made: Any) -> None:
         arrays = [made]
     else:
         raise ModelError(
-            f"it returns {type(made).__name__}, not an array of logits, so it cannot be cut into stages. Use pp=1."
+            f"it returns {type(made).__name__}, not an array of logits, so it cannot be split into stages. Use pp=1."
         )
     try:
         mx.async_eval(arrays)

@@ -1,1 +1,1 @@
-"""What a training step needs beside the model."""
+"""Batches, objective, optimizer and gradient reduction of a training step."""

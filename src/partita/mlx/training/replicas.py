@@ -21,7 +21,7 @@ from partita.mlx.model.trainable import Trainable
 from partita.mlx.stages.copies import elsewhere
 
 BUCKET_BYTES = 25 << 20
-"""Gradients travel between replicas in buffers of about this size."""
+"""Approximate size of the buffers in which replicas exchange gradients."""
 
 
 _STYLES: Mapping[type[Any], Style] = {
@@ -35,7 +35,7 @@ def start_alike(trainable: Trainable, comm: Communicator) -> None:
     """Give all replicas the first one's values of arrays that differ between them, such as adapters that mlx-lm drew."""
     if comm.size == 1:
         return
-    # Sums instead of the values themselves, which may be large.
+    # Compare sums instead of the values, which may be large.
     sums = [[mx.sum(array).item(), mx.sum(mx.abs(array)).item()] for array in trainable.arrays]
     told = comm.all_gather_object(sums)
     arrays = list(trainable.arrays)
@@ -47,7 +47,7 @@ def start_alike(trainable: Trainable, comm: Communicator) -> None:
 
 
 def sum_over_replicas(gradients: dict[str, mx.array], comm: Communicator) -> None:
-    """Sum gradients over the data parallel ranks in place, many in one message, in float32 or wider."""
+    """Sum gradients over the data parallel ranks in place, bucketed, in float32 or wider."""
     if comm.size == 1:
         return
     for names in _buckets(gradients):

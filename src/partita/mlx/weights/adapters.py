@@ -44,11 +44,11 @@ def add_lora(model: nn.Module, rank: int, *, alpha: float | None = None, seed: i
     Args:
         model: What `load`, `shard` or `fresh` made; it may be quantized.
         rank: Of the adapters.
-        alpha: The scale is `alpha / rank`; by default 1.
+        alpha: The scale is `alpha / rank` (default scale: 1).
         seed: Of `lora_a`; `lora_b` is zero, so that at first nothing changes.
 
     Returns:
-        The paths of this rank's layers that were adapted.
+        Paths of this rank's adapted layers.
 
     Raises:
         ModelError: There is no linear layer to adapt, or one that on disk is not one tensor.
@@ -119,7 +119,7 @@ def _is_router(path: str, modules: Mapping[str, nn.Module]) -> bool:
 
 
 def merge_lora(model: nn.Module) -> None:
-    """Add every LoRA adapter into the weight it sits on, and take it off; no rank needs another for it.
+    """Merge every LoRA adapter into its base weight and remove it. No communication.
 
     A quantized weight is quantized anew.
 
@@ -254,7 +254,7 @@ def adapter_places(model: nn.Module) -> AdapterPlaces:
     boxes, shapes, held, owned = {}, {}, {}, {}
     for name, (home, key) in homes.items():
         if key not in ("lora_a", "lora_b"):
-            raise ModelError(f"{name} is no part of a plain LoRA adapter, which are what can be saved.")
+            raise ModelError(f"{name} is not part of a plain LoRA adapter. Only plain LoRA can be saved.")
         path, side = name.rpartition(".")[0], _SIDES[key]
         cut = _cut(name, tuple(home[key].shape), modules[path], groups)
         boxes[name] = (Box(name_on_disk(_on_disk(on_disk, path), side), (0, 0), cut.shape, (1, 0), (0, 0)),)

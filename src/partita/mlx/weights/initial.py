@@ -1,4 +1,4 @@
-"""Initial weights that do not depend on how a model is split.
+"""Initial weights that do not depend on how the model is split.
 
 MLX's layers begin at weights of mlx-lm's choice, made for loading others over them. So matrices and embeddings are drawn as
 transformers draws them, in blocks of rows, each from a key of the seed and the tensor's name; a rank draws the blocks that it

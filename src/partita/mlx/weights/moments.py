@@ -41,19 +41,19 @@ def initial_state(kind: str, array: mx.array, optimizer: AdamW) -> mx.array:
 
 
 def restore_optimizer(model: nn.Module, trainable: Trainable, optimizer: AdamW, folder: Path) -> None:
-    """Give an optimizer the state that it had when a checkpoint was written; every rank calls it.
+    """Give an optimizer the state that it had when a checkpoint was written. Every rank must call it.
 
     Where the checkpoint has no master of an array, it is the array itself, in float32.
 
     Args:
-        model: What it trains, in any layout, loaded from the same checkpoint.
+        model: The model that it trains, in any layout, loaded from the same checkpoint.
         trainable: What of it.
         optimizer: One that has not stepped yet.
         folder: The checkpoint.
 
     Raises:
-        CheckpointError: The checkpoint has no such state, or not of all parameters, or of some that the model leaves out, or
-            that of parameters of another dtype.
+        CheckpointError: The checkpoint has no such state, lacks some parameters, has parameters that the model lacks, or
+            has another dtype for a parameter.
     """
     plan, groups = plan_of(model)
     origin: Origin = model.partita_origin
@@ -97,7 +97,7 @@ def _dtype_of(
     for box in boxes:
         if kind != MASTER and f"{kind}.{box.name}" not in infos:
             raise CheckpointError(
-                f"{folder}: has no {kind}.{box.name}, so {name} was not trained in that run. Train what it trained."
+                f"{folder}: has no {kind}.{box.name}, so {name} was not trained in that run. Train the same parameters."
             )
         has_master, moment = f"{MASTER}.{box.name}" in infos, infos[f"{MOMENTS[0]}.{box.name}"]
         if has_master and wide == dtype:

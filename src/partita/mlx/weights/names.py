@@ -84,7 +84,7 @@ class Source:
 
     Attributes:
         shape: Its unsplit shape, as it is stored.
-        dtype: Its dtype.
+        dtype: dtype of the weight.
         boxes: What on disk makes it up; None where `sanitize` computes it.
         reads: The tensors on disk that it is computed of, where that can be told; else None.
     """

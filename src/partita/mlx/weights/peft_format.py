@@ -1,4 +1,4 @@
-"""LoRA adapters on disk, unsplit, in peft's format: what `PeftModel.from_pretrained` puts on transformers' own model."""
+"""LoRA adapters on disk, unsplit, in peft's format: `PeftModel.from_pretrained` reads them onto transformers' own model."""
 
 from __future__ import annotations
 
@@ -41,18 +41,18 @@ from partita.training.mlx_adapters import in_peft_format
 
 
 def save_adapters(model: nn.Module, folder: str | os.PathLike[str], *, base: str | None = None) -> None:
-    """Write the LoRA adapters of a split model, unsplit, as peft does; every rank of the run calls it.
+    """Write the LoRA adapters of a split model, unsplit, in peft's format. Every rank of the run must call it.
 
-    The folder, with `adapter_config.json` and `adapter_model.safetensors`, appears whole or not at all. It does not depend
+    The folder, with `adapter_config.json` and `adapter_model.safetensors`, is created atomically. It does not depend
     on how the model was split.
 
     Args:
         model: A model with what `add_lora`, or mlx-lm, put on it.
-        folder: Where to; made if it is not there. It must not hold weights already.
-        base: The model that they belong to, for peft to find; by default where `model` was loaded from.
+        folder: Destination; created if needed. It must not hold weights already.
+        base: The base model's folder or id for peft (default: where `model` was loaded from).
 
     Raises:
-        ModelError: The model has no adapters, or some that are no plain LoRA of one rank and scale.
+        ModelError: The model has no adapters, or some that are not plain LoRA of one rank and scale.
         CheckpointError: The folder holds weights already, or cannot be written.
     """
     plan, groups = plan_of(model)
@@ -67,19 +67,19 @@ def save_adapters(model: nn.Module, folder: str | os.PathLike[str], *, base: str
 
 
 def load_adapters(model: nn.Module, folder: str | os.PathLike[str]) -> list[str]:
-    """Put adapters that peft, `mlx_lm.lora` or `save_adapters` wrote on a split model, ready to be trained.
+    """Add adapters that peft, `mlx_lm.lora` or `save_adapters` wrote to a split model, trainable.
 
-    Every rank of the run calls it. Each rank reads its own part. All else is frozen.
+    Every rank of the run must call it. Each rank reads its own part. All other parameters are frozen.
 
     Args:
-        model: What `load`, `shard` or `fresh` made, in any layout: the model that they belong to, without adapters.
-        folder: With `adapter_config.json`, and `adapter_model.safetensors` or mlx-lm's `adapters.safetensors`.
+        model: Their base model, from `load`, `shard` or `fresh`, in any layout, without adapters.
+        folder: A folder with `adapter_config.json`, and `adapter_model.safetensors` or mlx-lm's `adapters.safetensors`.
 
     Returns:
-        The paths of this rank's layers that were adapted.
+        Paths of this rank's adapted layers.
 
     Raises:
-        CheckpointError: There are none, or they are no plain LoRA, or not for this model; on every rank.
+        CheckpointError: There are none, or they are not plain LoRA, or not for this model; on every rank.
         ModelError: The model has adapters already.
     """
     _, groups = plan_of(model)
@@ -87,14 +87,16 @@ def load_adapters(model: nn.Module, folder: str | os.PathLike[str]) -> list[str]
     with contextlib.ExitStack() as stack:
         with collective_errors(groups):
             if adapters(model):
-                raise ModelError("the model has adapters already. Merge them (merge_lora), or load it without.")
+                raise ModelError(
+                    "the model has adapters already. Merge them (merge_lora), or load the model without adapters."
+                )
             known = paths_on_disk(model)
             source = stack.enter_context(in_peft_format(place, lambda path: known.get(path, path)))
         return _put_on(model, place, source)
 
 
 def _put_on(model: nn.Module, place: Path, source: Path) -> list[str]:
-    """Put the adapters in `source`, which has peft's format, on a split model; errors name `place`."""
+    """Add the adapters in `source`, which has peft's format, to a split model; errors name `place`."""
     plan, groups = plan_of(model)
     with collective_errors(groups):
         kind = read_adapters(source)
@@ -135,7 +137,7 @@ def _check_shape(folder: Path, box: Box, found: tuple[int, ...] | None) -> None:
     if found != expected:
         raise CheckpointError(
             f"{folder}: {box.name} must be {list(expected)} for this model, but is "
-            f"{'not there' if found is None else list(found)}. Give the model that these adapters were trained on."
+            f"{'no such tensor' if found is None else list(found)}. Use the model that these adapters were trained on."
         )
 
 
@@ -146,7 +148,7 @@ class AdaptersOnDisk:
     Attributes:
         config: The text of `adapter_config.json`.
         boxes: For each array the tensor on disk; the same on every rank, as are the dtypes.
-        dtypes: The dtype of each.
+        dtypes: For each tensor, its dtype.
         places: Those of this rank.
     """
 
@@ -186,10 +188,10 @@ class AdaptersOnDisk:
 
 
 def adapters_on_disk(model: nn.Module, base: str | None = None) -> AdaptersOnDisk:
-    """The unsplit adapters of a split model, as they are on disk; every rank of the run calls it.
+    """The unsplit adapters of a split model as stored on disk. Every rank of the run must call it.
 
     Raises:
-        ModelError: There are none, or some that are no plain LoRA of one rank and scale.
+        ModelError: There are none, or some that are not plain LoRA of one rank and scale.
     """
     _, groups = plan_of(model)
     origin: Origin = model.partita_origin

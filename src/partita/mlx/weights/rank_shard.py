@@ -1,4 +1,4 @@
-"""What a rank writes of a checkpoint of a run: its part of weights, moments and masters, distributed over the replicas."""
+"""A rank's part of a run's checkpoint: its weights, moments and master weights, distributed over the replicas."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ from partita.training.saving import MASTER, MOMENTS, Saves, check_base, files_be
 
 
 class RankShard:
-    """See `partita.training.saving.RankShard`. Of a model with adapters only these are written.
+    """See `partita.training.saving.RankShard`. Only the adapters of a model that has any are written.
 
     Attributes:
-        files: The files of weights and of the optimizer's state, the same on every rank, by how their names begin.
+        files: The files of weights and optimizer state, the same on every rank, by name prefix.
         beside: Configs and tokenizer, by name, on the first rank.
     """
 
     def __init__(self, model: nn.Module, trainable: Trainable, optimizer: AdamW, saves: Saves) -> None:
-        """Of a model in training; every rank of the run calls it.
+        """Create the shard of a model in training. Every rank of the run must call it.
 
         Raises:
-            ModelError: The model has adapters, and `saves` does not say of which model; or some that are no plain LoRA, or more
+            ModelError: The model has adapters, and `saves` does not name their base model; or some are not plain LoRA, or more
                 is trained than them; or other arrays that the unsplit model has not.
         """
         self.model, self.trainable, self.optimizer = model, trainable, optimizer
@@ -64,7 +64,7 @@ class RankShard:
                 STEM if adapted else MODEL: self.disk.files(saves.max_shard_bytes),
                 OPTIMIZER: plan_files(state, saves.max_shard_bytes, stem=OPTIMIZER),
             }
-            # Open from now on: a run that resumed from a checkpoint of its own may remove that one.
+            # Open it now: a run that resumed from its own checkpoint may remove that checkpoint.
             self.unused = Unused() if isinstance(self.disk, AdaptersOnDisk) else self.disk.unused
             self.reader = self.unused.opened() if self.unused else None
             if self.reader is not None:
@@ -76,7 +76,7 @@ class RankShard:
             )
 
     def copy(self) -> list[Part]:
-        """The present values of all that this rank writes: of what replicas hold alike each writes its share."""
+        """The current values that this rank writes; each replica writes its share of replicated tensors."""
         parts: list[Part] = []
         for index, (name, (home, key)) in enumerate(self.disk.own(self.model, self.plan, self.groups).items()):
             if index % self.groups.dp.size != self.groups.dp.rank:
@@ -97,7 +97,7 @@ class RankShard:
         return parts
 
     def counts(self, step: int) -> dict[str, int]:
-        """AdamW's steps of what this rank trains, by the names on disk, where they are not `step`."""
+        """AdamW's step counts of this rank's parameters, by name on disk, where they differ from `step`."""
         counts: dict[str, int] = {}
         for name in self.disk.own(self.model, self.plan, self.groups).keys() & self.trainable.homes.keys():
             count = self.optimizer.steps.get(name, 0)
@@ -108,5 +108,6 @@ class RankShard:
 def _refuse_others(names: set[str]) -> None:
     if names:
         raise ModelError(
-            f"{min(names)} is trained beside the adapters, but only these are kept. Freeze it, or train the whole model."
+            f"{min(names)} is trained besides the adapters, but only the adapters are saved. Freeze it, or train the unsplit "
+            "model."
         )

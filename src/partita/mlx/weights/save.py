@@ -42,18 +42,19 @@ def save(
     max_shard_bytes: int = 5_000_000_000,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Write the unsplit model that the ranks hold together; every rank of the run calls it.
+    """Write the unsplit model of all ranks. Every rank of the run must call it.
 
     A model that was loaded is written with the names, order and config of the checkpoint that it came from, in Hugging Face's
     form: what reads that one reads this one. A model that was split in memory has mlx-lm's own names. The result does not
-    depend on how the model was split. The folder is whole or not there: all is written beside it and then renamed.
+    depend on how the model was split. The folder is whole or not there: all is written to a temporary folder, which is then
+    renamed.
 
     Args:
         model: A model that `load` or `shard` made.
-        folder: Where to; made if it is not there. It must not hold weights already.
+        folder: Destination; created if needed. It must not hold weights already.
         tokenizer: Saved with it.
-        max_shard_bytes: Largest size of one file.
-        progress: Called with the bytes that this rank has written and will write.
+        max_shard_bytes: Maximum size of one file.
+        progress: Called with the bytes that this rank has written and their total.
 
     Raises:
         CheckpointError: The folder holds a model already, or cannot be written.
@@ -89,7 +90,7 @@ def write_together(
     beside: Callable[[Path], None],
     write: Callable[[Writer], None],
 ) -> None:
-    """`write_folder` by the ranks of `groups`, of which the first replica writes its parts."""
+    """Run `write_folder` on the ranks of `groups`; the first replica writes its parts."""
     write_folder(
         path, files, beside, write,
         collective=lambda: collective_errors(groups), is_first=groups.rank == 0, is_writer=groups.dp.rank == 0,
@@ -98,13 +99,13 @@ def write_together(
 
 @dataclass(frozen=True)
 class OnDisk:
-    """The unsplit model as it is on disk: the same on every rank.
+    """The unsplit model as stored on disk, the same on every rank.
 
     Attributes:
         origin: Where it comes from.
         boxes: For each array of the model the boxes of tensors on disk that hold it.
-        dtypes: The dtype of each.
-        unused: What is copied from the checkpoint that the model was loaded from.
+        dtypes: For each tensor, its dtype.
+        unused: Tensors to copy from the checkpoint that the model was loaded from.
         announces: Whether the config may announce layers that the model has no place for.
     """
 
@@ -145,7 +146,7 @@ class OnDisk:
         return parts_of(self.boxes[name], array, held, owned)
 
     def write_beside(self, folder: Path, tokenizer: Tokenizer | None) -> None:
-        """Write what belongs to the weights: configs and the tokenizer."""
+        """Write the files beside the weights: configs and the tokenizer."""
         floating = [self.dtypes[n] for n in self.origin.sources if mx.issubdtype(self.dtypes[n], mx.floating)]
         dtype = floating[0] if floating else mx.float32
         config = self.origin.plain_config(dtype, announces=self.announces)
@@ -158,7 +159,7 @@ class OnDisk:
 
 
 def on_disk(model: nn.Module) -> OnDisk:
-    """The unsplit model that the ranks hold together, as it is on disk; every rank of the run calls it.
+    """The unsplit model of all ranks as stored on disk. Every rank of the run must call it.
 
     Raises:
         ModelError: The model has arrays that the unsplit one has not, such as adapters.

@@ -41,7 +41,7 @@ def collective_errors_in(comm: Communicator) -> AbstractContextManager[None]:
 
 
 def gather_from_all(groups: ParallelGroups, value: Any) -> list[Any]:
-    """The value of every rank of the mesh, in rank order; every rank calls it."""
+    """The value of every rank of the mesh, in rank order. Every rank must call it."""
     return _gather_from_world(value) if groups.mesh.size > 1 else [value]
 
 

@@ -153,9 +153,9 @@ def _watch_peers(stall_s: float, limit_s: float | None = None) -> None:
     """Start the detection of lost ranks (see `partita.ranks.liveness`)."""
 
     def gather(value: object) -> list[Any]:
-        told: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(told, value)
-        return told
+        values: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(values, value)
+        return values
 
     liveness.join(dist.get_rank(), dist.get_world_size(), gather, limit_s=limit_s, stall_s=stall_s)
 

@@ -154,16 +154,16 @@ class MpiCommunicator(Communicator):
         """See `Communicator.all_gather`."""
         if not self._goes(tensor):
             return super().all_gather(tensor, dim, sizes)
-        mine = tensor.detach().contiguous()
-        shapes = [list(mine.shape) for _ in range(self.size)]
+        part = tensor.detach().contiguous()
+        shapes = [list(part.shape) for _ in range(self.size)]
         for shape, size in zip(shapes, sizes or (), strict=False):
             shape[dim] = size
         counts = [torch.Size(shape).numel() for shape in shapes]
-        flat = mine.new_empty(sum(counts))
-        in_bytes = [count * mine.itemsize for count in counts]
+        flat = part.new_empty(sum(counts))
+        in_bytes = [count * part.itemsize for count in counts]
         with ME.over("an all-gather"):
             self.mpi.Allgatherv(
-                self._bytes(mine), [self._memory(flat.data_ptr(), sum(in_bytes)), in_bytes, None, self._byte]
+                self._bytes(part), [self._memory(flat.data_ptr(), sum(in_bytes)), in_bytes, None, self._byte]
             )
         return torch.cat([part.view(shape) for part, shape in zip(flat.split(counts), shapes, strict=True)], dim)
 
@@ -173,16 +173,16 @@ class MpiCommunicator(Communicator):
             return super().reduce_scatter(tensor, dim, sizes)
         sizes = sizes if sizes is not None else self.even_sizes(tensor.shape[dim])
         rows = self._summable(tensor.movedim(dim, 0))
-        mine = rows.new_empty((sizes[self.rank], *rows.shape[1:]))
+        part = rows.new_empty((sizes[self.rank], *rows.shape[1:]))
         inner = torch.Size(rows.shape[1:]).numel()
         with ME.over("a reduce-scatter"):
             self.mpi.Reduce_scatter(
                 self._elements(rows),
-                self._elements(mine),
+                self._elements(part),
                 [size * inner for size in sizes],
                 self._ops[dist.ReduceOp.SUM],
             )
-        return mine.to(tensor.dtype).movedim(0, dim)
+        return part.to(tensor.dtype).movedim(0, dim)
 
     def broadcast_(self, tensor: Tensor, source: int = 0) -> Tensor:
         """See `Communicator.broadcast_`."""

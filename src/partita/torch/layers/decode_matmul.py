@@ -1,6 +1,6 @@
-"""Products of few rows with large weights on a CPU: how the weights lie in memory, and how they are multiplied, while decoding.
+"""Matrix products of few rows with large weights on a CPU while decoding: memory layout of the weights and operand order.
 
-A product of few rows is bound by how fast the weight is read, and BLAS does not read it equally fast in every form. Of a weight
+Reading the weight bounds a product of few rows, and BLAS does not read every layout equally fast. For a weight
 of 1376 x 512 in float32, microseconds a product (MKL of torch 2.13, AMD EPYC, one thread):
 
     rows                                  1     2     3     4     8    16
@@ -8,7 +8,7 @@ of 1376 x 512 in float32, microseconds a product (MKL of torch 2.13, AMD EPYC, o
     x @ W.T, columns one after another    181   247   292   346   439   601
     (W @ x.T).T, rows one after another   295   149   203   285   399   627
 
-So for one sequence the weights are turned, and for a few the product is. Other dtypes gain nothing or lose.
+So the weights are transposed for one sequence, and the product for a few. Other dtypes gain nothing or lose.
 """
 
 from __future__ import annotations
@@ -23,22 +23,23 @@ from torch import Tensor, nn
 from partita.torch.layers.inner import has_no_hooks
 
 PAYS_AFTER_TOKENS = 32
-"""To turn a weight takes as long as is saved on about so many tokens."""
+"""Transposing a weight pays off after about this many tokens."""
 
 FEW = range(2, 9)
-"""Rows of which the product is turned."""
+"""Numbers of rows for which the product is transposed."""
 
 
 @contextmanager
 def decoding(model: nn.Module, rows: int, tokens: int) -> Iterator[None]:
-    """While it lasts the linear layers of `model` are quick with `rows` rows.
+    """Speed up the linear layers of `model` for `rows` rows inside the context.
 
-    Weights may lie otherwise in memory afterwards; shapes, values and parameters stay the same. One at a time is held twice.
+    The memory layout of weights may differ afterwards; shapes, values and parameters stay the same. One weight at a time is
+    held twice.
 
     Args:
-        model: Split or not.
-        rows: Sequences that are continued together.
-        tokens: How many each of them may get.
+        model: A split or unsplit model.
+        rows: Sequences in a batch.
+        tokens: Maximum number of new tokens per sequence.
     """
     layers = [module for module in model.modules() if type(module) is nn.Linear and _gains(module.weight)]
     if tokens >= PAYS_AFTER_TOKENS and rows not in FEW:
@@ -60,7 +61,7 @@ def _gains(weight: Tensor) -> bool:
 
 
 def _turned(layer: nn.Linear, x: Tensor) -> Tensor:
-    """What `layer` makes of `x`, `[..., in]` to `[..., out]`."""
+    """The output of `layer` for `x`, `[..., in]` to `[..., out]`."""
     flat = x.reshape(-1, x.shape[-1])
     if flat.shape[0] not in FEW:
         return nn.functional.linear(x, layer.weight, layer.bias)

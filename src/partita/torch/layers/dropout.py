@@ -1,4 +1,4 @@
-"""Random numbers of dropout: the same on all ranks where they hold the same, their own inside a split region and a layer."""
+"""Random numbers of dropout: equal on all ranks for replicated tensors, different per rank inside a split region."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from partita.training.random import mixed_seed
 
 
 class RegionRandomness:
-    """Forks the default generator while a rank is inside a split region, and joins it again behind the region.
+    """Forks the default generator while a rank is inside a split region, and restores it after the region.
 
-    Inside, ranks drop different elements of different sizes, so that their generators part. Were they not joined, the next
-    dropout of what all ranks hold would differ between them, and with it the model. After the region every rank goes on
-    from where the region began, one draw later. Source: Megatron-LM's CudaRNGStatesTracker.
+    Inside, ranks drop different elements of tensors of different sizes, so their generators diverge. Without restoring, the
+    next dropout of a replicated tensor would differ between ranks, and so would the model. After the region every rank
+    continues from the state at its start, one sample later. Source: Megatron-LM's CudaRNGStatesTracker.
     """
 
     def __init__(self, comm: Communicator) -> None:
-        """Of a model whose tensor ranks are `comm`."""
+        """Create the fork of a model with the tensor ranks `comm`."""
         self.comm = comm
         self._outside: Tensor | None = None
         self._device = torch.device("cpu")
 
     def enter(self, x: Tensor) -> None:
-        """A region begins, whose input is `x`; a second entry into the same region does nothing."""
+        """Enter a region with input `x`; a second entry into the same region does nothing."""
         if self._outside is None:
             self._device = x.device
             self._outside = self._generator().get_state()
@@ -39,7 +39,7 @@ class RegionRandomness:
             self._generator().manual_seed((seed + 0x9E3779B97F4A7C15 * (self.comm.rank + 1)) % (1 << 63))
 
     def leave(self) -> None:
-        """The region ends."""
+        """Leave the region."""
         if self._outside is not None:
             self._generator().set_state(self._outside)
             torch.rand((), device=self._device)
@@ -66,20 +66,21 @@ class _Reached(Function):
 
 
 def reached(x: Tensor) -> Tensor:
-    """`x`, a new tensor, which checkpointing computes again too: it stops behind the last tensor that is kept, which is here.
+    """`x` as a new tensor that checkpointing recomputes too: recomputation stops after the last saved tensor, which is this
+    one.
 
-    Called where a region ends, as a recomputation that stopped inside would leave the generator forked.
+    Called at the end of a region, because a recomputation that stops inside would leave the generator forked.
     """
     return _Reached.apply(x) if x.requires_grad else x
 
 
 @contextmanager
 def layer_randomness(model: nn.Module, plan: Plan) -> Iterator[None]:
-    """While it lasts, each layer of `model` draws from a generator of its own, seeded by one draw and the layer's number.
+    """Give each layer of `model` its own generator inside the context, seeded by one sample and the layer's index.
 
-    Stages whose generators begin alike drop different elements in different layers, and a layer the same ones on whatever
-    stage it is: a stage draws once for a layer of another stage too (see `StageLayers`). A layer that is computed again in
-    backward is seeded alike, as checkpointing restores the generator that it found.
+    Stages whose generators start equal then drop different elements in different layers, and a layer drops the same ones on any
+    stage: a stage samples once for a layer of another stage too (see `StageLayers`). A layer that is recomputed in
+    backward gets the same seed, because checkpointing restores the generator.
     """
     layers = model.get_submodule(plan.spec.layers) if plan.spec.layers else nn.ModuleList()
     run = getattr(layers, "run", None)
@@ -110,12 +111,12 @@ def _seeded(layer: Any, index: int, *args: Any, **kwargs: Any) -> Any:
 
 
 def skip_draw() -> int:
-    """What a layer draws to be seeded with; a stage calls it in place of each layer that it does not have."""
+    """Sample a layer's seed; a stage calls it for each layer that it does not have."""
     return int(torch.randint(1 << 62, ()))
 
 
 def has_dropout(config: Any) -> bool:
-    """Whether a model's config drops anything in training."""
+    """Whether a model's config enables dropout in training."""
     data = config.to_dict() if hasattr(config, "to_dict") else {}
     return any("drop" in key and isinstance(value, float) and value > 0 for key, value in _flat(data))
 

@@ -20,12 +20,12 @@ from partita.torch.layers.lora import adopt
 
 
 class ParallelEmbedding(nn.Module):
-    """An embedding of which each rank holds some of the width.
+    """An embedding whose width is split over the ranks.
 
     Rank r of R holds `weight [num_embeddings, dim_r]`, where the `dim_r` add up to `embedding_dim`.
 
         forward          gather of weight_r[ids]: ids `[...]` to `[..., embedding_dim]`
-        weight gradient  the own columns, no communication
+        weight gradient  this rank's columns, no communication
 
     Source: `ml.models.parallel.ParallelEmbedding`, whose arguments are those of `nn.Embedding`.
     """
@@ -49,26 +49,26 @@ class ParallelEmbedding(nn.Module):
 
         Args:
             num_embeddings: Rows.
-            embedding_dim: Width of the unsplit embedding; dealt out as evenly as it goes.
+            embedding_dim: Width of the unsplit embedding, distributed as evenly as possible.
             padding_idx: The row that is zero at first and gets no gradient, as in `nn.Embedding`.
-            max_norm: Rows of a larger norm (of the unsplit row) are scaled down to it when they are looked up.
-            norm_type: Which norm `max_norm` is of.
-            scale_grad_by_freq: Whether gradients are divided by how often the row occurs.
+            max_norm: Looked-up rows with a larger norm (of the unsplit row) are scaled down to it.
+            norm_type: The p of the norm for `max_norm`.
+            scale_grad_by_freq: Whether gradients are divided by the frequency of the row in the batch.
             sparse: Whether the weight's gradient is sparse.
-            init_type: How the unsplit weight is drawn.
-            group: The ranks; by default `parallel_group_info().mp`.
-            device: Where the weight lies.
-            dtype: Its dtype.
+            init_type: Distribution of the unsplit weight.
+            group: The ranks (default: `parallel_group_info().mp`).
+            device: Device of the weight.
+            dtype: dtype of the weight.
 
         Raises:
-            PlanError: There are fewer columns than ranks, `padding_idx` is no row, or `norm_type` is not positive.
+            PlanError: There are fewer columns than ranks, `padding_idx` is out of range, or `norm_type` is not positive.
         """
         super().__init__()
         check_sizes(num_embeddings=num_embeddings, embedding_dim=embedding_dim)
         if padding_idx is not None and not -num_embeddings <= padding_idx < num_embeddings:
-            raise PlanError(f"padding_idx must be in [{-num_embeddings}, {num_embeddings}), but is {padding_idx}.")
+            raise PlanError(f"padding_idx must be in [{-num_embeddings}, {num_embeddings}); got {padding_idx}.")
         if not norm_type > 0:
-            raise PlanError(f"norm_type must be a positive number, but is {norm_type}.")
+            raise PlanError(f"norm_type must be a positive number; got {norm_type}.")
         self.comm = group if group is not None else parallel_group_info().mp.comm
         self.split = Split.even(embedding_dim, self.comm.size)
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
@@ -85,7 +85,7 @@ class ParallelEmbedding(nn.Module):
 
     @property
     def master_weight(self) -> Tensor:
-        """The unsplit weight `[num_embeddings, embedding_dim]`, the same on every rank; every rank must ask."""
+        """The unsplit weight `[num_embeddings, embedding_dim]`, the same on every rank. Every rank must call it."""
         return self.comm.gather_split(self.weight.detach(), 1, self.split)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -99,7 +99,7 @@ class ParallelEmbedding(nn.Module):
 
     @torch.no_grad()
     def _renorm_(self, ids: Tensor, max_norm: float) -> None:
-        """Scale the rows that are looked up to `max_norm`, by the norm of the whole row. As torch.embedding_renorm_."""
+        """Scale looked-up rows to `max_norm` by the norm of the unsplit row, like torch.embedding_renorm_."""
         rows = ids.unique()
         part = self.weight[rows].double()
         if math.isinf(self.norm_type):
@@ -110,47 +110,47 @@ class ParallelEmbedding(nn.Module):
         self.weight[rows] = (part * scale[:, None]).to(self.weight.dtype)
 
     def extra_repr(self) -> str:
-        """Shown when printed."""
+        """The description that `print` shows."""
         return f"{self.num_embeddings}, width={self.split}, rank {self.comm.rank}"
 
 
 class VocabParallelEmbedding(nn.Module):
-    """An embedding of which each rank holds some rows, around an inner embedding of any class.
+    """An embedding whose rows are split over the ranks, around an inner embedding of any class.
 
-    Rank r of R holds `embedding.weight [vocab_r, dim]`; what the inner class does besides (scaling) stays.
+    Rank r of R holds `embedding.weight [vocab_r, dim]`; the inner class may add its own operations (scaling).
 
         forward          sum over the ranks of their rows, zero where another rank holds the row: ids `[...]` to `[..., dim]`
-        weight gradient  the own rows, no communication
+        weight gradient  this rank's rows, no communication
 
     Source: Megatron-LM (Shoeybi et al. 2019, section 3).
     """
 
     def __init__(self, embedding: nn.Embedding, group: Communicator | None = None, split: Split | None = None) -> None:
-        """The split form of `embedding`, of whose weight this rank's rows are copied out.
+        """The split form of `embedding`, with a copy of this rank's rows of the weight.
 
         Args:
             embedding: An `nn.Embedding` or a subclass of it, on any device, meta too.
-            group: The ranks; by default `parallel_group_info().mp`.
-            split: Who holds which rows; by default dealt out evenly.
+            group: The ranks (default: `parallel_group_info().mp`).
+            split: Assignment of rows to ranks(default: even).
 
         Raises:
             ModelError: It is not an embedding, or one with `max_norm` or sparse gradients.
-            PlanError: `split` does not give each rank one range of rows of its own.
+            PlanError: `split` does not assign each rank one exclusive range of rows.
         """
         super().__init__()
         if not isinstance(embedding, nn.Embedding):
             raise ModelError(
-                f"{type(embedding).__name__} is no nn.Embedding. Leave it whole with the rule `replicate`."
+                f"{type(embedding).__name__} is not an nn.Embedding. Keep it unsplit with the rule `replicate`."
             )
         if embedding.max_norm is not None or embedding.sparse or embedding.scale_grad_by_freq:
             raise ModelError(
                 "an embedding with max_norm, sparse or scale_grad_by_freq cannot be split by vocabulary. "
-                "Split it by width with ParallelEmbedding, or leave it whole."
+                "Split it by width with ParallelEmbedding, or keep it unsplit."
             )
         self.comm = group if group is not None else parallel_group_info().mp.comm
         self.split = split if split is not None else Split.even(embedding.num_embeddings, self.comm.size)
         if not self.split.is_partition or any(len(ranges) != 1 for ranges in self.split.by_rank):
-            raise PlanError(f"each rank must hold rows of its own in one range, but the split is {self.split}.")
+            raise PlanError(f"each rank must hold one exclusive range of rows; got the split {self.split}.")
         ((self.start, self.stop),) = self.split.ranges(self.comm.rank)
         self.num_embeddings, self.embedding_dim = embedding.num_embeddings, embedding.embedding_dim
         inner = copy_module(embedding)
@@ -164,7 +164,7 @@ class VocabParallelEmbedding(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "embedding":
-            # As of a linear layer: an adapter that is put on must fit the split.
+            # As with a linear layer, an adapter must fit the split.
             adopt(value, self.comm, self.split, "vocab")
             self._is_adapted = base_layer(value) is not value
         super().__setattr__(name, value)
@@ -176,7 +176,7 @@ class VocabParallelEmbedding(nn.Module):
 
     @property
     def master_weight(self) -> Tensor:
-        """The unsplit weight, the same on every rank; every rank must ask."""
+        """The unsplit weight, the same on every rank. Every rank must call it."""
         return self.comm.gather_split(self.weight.detach(), 0, self.split)
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -186,7 +186,7 @@ class VocabParallelEmbedding(nn.Module):
         if self._is_adapted:
             adopt(self.embedding, self.comm, self.split, "vocab")
         local = ids - self.start
-        # An id outside the whole vocabulary is left as it is: the lookup raises on every rank, as it does unsplit.
+        # An id outside the unsplit vocabulary stays unchanged: the lookup raises on every rank, as in the unsplit model.
         elsewhere = ((local < 0) | (local >= self.stop - self.start)) & (ids >= 0) & (ids < self.num_embeddings)
         rows: Tensor = self.embedding(local.masked_fill(elsewhere, 0)).masked_fill(elsewhere.unsqueeze(-1), 0)
         if torch.is_grad_enabled() and rows.requires_grad:
@@ -194,5 +194,5 @@ class VocabParallelEmbedding(nn.Module):
         return self.comm.all_reduce_(rows)
 
     def extra_repr(self) -> str:
-        """Shown when printed."""
+        """The description that `print` shows."""
         return f"vocabulary={self.split}, rank {self.comm.rank}"

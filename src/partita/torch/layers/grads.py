@@ -1,4 +1,4 @@
-"""Gradients of parameters that several ranks hold, each of which sees only a part of them."""
+"""Gradients of parameters that several ranks hold, where each rank computes only a part."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from partita.torch.collectives.mappings import reduce_from
 
 
 def sum_gradient(parameter: nn.Parameter, comm: Communicator) -> None:
-    """Let every gradient of `parameter`, which all ranks hold whole, be the sum of what the ranks see of it."""
+    """Sum every gradient of `parameter`, which is replicated on all ranks, over the ranks."""
     if comm.size > 1:
         _register(parameter, lambda grad: reduce_from(grad, comm))
         parameter._partita_owned = () if comm.rank else None  # type: ignore[attr-defined]
 
 
 def sum_shared_gradient(parameter: nn.Parameter, comm: Communicator, dim: int, split: Split) -> None:
-    """Let the gradient of what more than one rank holds of `parameter` along `dim` be the sum over those ranks.
+    """Sum the gradient of the ranges of `parameter` along `dim` that several ranks hold over those ranks.
 
-    The shared ranges travel in one buffer in which every rank fills its own and leaves the others zero.
+    One buffer carries the shared ranges; every rank fills its own and leaves the others zero.
     """
     shared = split.shared_ranges
     if comm.size == 1 or not shared:
@@ -43,13 +43,13 @@ def sum_shared_gradient(parameter: nn.Parameter, comm: Communicator, dim: int, s
 
 
 def owned_places(split: Split, rank: int, dim: int) -> tuple[tuple[int, int, int], ...]:
-    """What `rank` owns of its local tensor, as arguments of `narrow`: dim, start, length."""
+    """The part of its local tensor that `rank` owns, as arguments of `narrow`: dim, start, length."""
     spans = split.owned_ranges(rank)
     return tuple((dim, split.to_local(rank, start) or 0, stop - start) for start, stop in spans)
 
 
 def owned_square(parameter: Tensor, gradient: Tensor) -> Tensor | float:
-    """The sum of squares of a gradient, of which only what this rank owns counts."""
+    """The sum of squares of the part of a gradient that this rank owns."""
     owned = getattr(parameter, "_partita_owned", None)
     if owned is None:
         return gradient.double().square().sum()
@@ -57,7 +57,7 @@ def owned_square(parameter: Tensor, gradient: Tensor) -> Tensor | float:
 
 
 def _register(parameter: nn.Parameter, hook: Callable[[Tensor], Tensor]) -> None:
-    """Register `hook` on a parameter, a frozen one too, as it may be trained later; a deep copy of it has it too."""
+    """Register `hook` on a parameter, even a frozen one, which may be trained later. Deep copies keep the hook."""
     trained = parameter.requires_grad
     parameter.requires_grad_(True).register_hook(hook)
     parameter.requires_grad_(trained)
@@ -73,7 +73,7 @@ def _register(parameter: nn.Parameter, hook: Callable[[Tensor], Tensor]) -> None
 
 
 def _shared_places(split: Split, rank: int) -> tuple[Tensor, Tensor]:
-    """Of the shared elements that `rank` holds: their places in the buffer of all shared ones, and in its local tensor."""
+    """The shared elements that `rank` holds: their indices in the buffer of all shared elements, and in its local tensor."""
     places, held, offset = [], [], 0
     for start, stop in split.shared_ranges:
         for index in range(start, stop):

@@ -22,13 +22,13 @@ STD = 0.02
 CONSTANT = 0.01
 """The value of `constant`."""
 BLOCK_ELEMENTS = 1 << 24
-"""Weights of more elements are drawn in blocks of whole rows of about this many, so that no rank holds them whole."""
+"""Larger weights are sampled in blocks of complete rows of about this many elements, so that no rank holds them unsplit."""
 
 
 def check_init_type(init_type: str) -> None:
     """Raise `PlanError` unless `init_type` is one of the 13 kinds."""
     if init_type not in get_args(InitType):
-        raise PlanError(f"init_type must be one of {', '.join(get_args(InitType))}, but is {init_type!r}.")
+        raise PlanError(f"init_type must be one of {', '.join(get_args(InitType))}; got {init_type!r}.")
 
 
 def initialize_model_parallel_affine_weight_(
@@ -43,9 +43,9 @@ def initialize_model_parallel_affine_weight_(
     rank: int | None = None,
     world_size: int | None = None,
 ) -> None:
-    """Fill this rank's part of an affine weight, so that all ranks together hold one that does not depend on the mesh.
+    """Fill this rank's part of an affine weight; the unsplit weight does not depend on the mesh.
 
-    Every rank draws the whole `[out_features, in_features]` weight from torch's default generator (block by block where it
+    Every rank samples the unsplit `[out_features, in_features]` weight from torch's default generator (block by block if it
     is large) and keeps its part: with the same seed on every rank the unsplit weight is the same for any number of ranks.
 
     Args:
@@ -54,11 +54,11 @@ def initialize_model_parallel_affine_weight_(
         out_features: Rows of the unsplit weight.
         in_features: Columns of the unsplit weight.
         per_partition_size: This rank's size of the dimension that is split.
-        partition_dim: Which dimension is split, 0 or 1.
-        init_type: How the unsplit weight is distributed.
-        stride: Into how many segments the split dimension falls, of each of which a rank has its part.
-        rank: This rank's place in the model parallel group; by default that of `parallel_group_info().mp`.
-        world_size: Ranks of the group; likewise.
+        partition_dim: The dimension to split, 0 or 1.
+        init_type: Distribution of the unsplit weight.
+        stride: Number of segments of the split dimension; a rank has its part of each.
+        rank: Rank in the model parallel group (default: that of `parallel_group_info().mp`).
+        world_size: Number of ranks in the group (default: likewise).
 
     Raises:
         PlanError: A size does not fit the others, or `init_type` is unknown.
@@ -69,23 +69,23 @@ def initialize_model_parallel_affine_weight_(
         group = parallel_group_info().mp
         rank, world_size = group.rank, group.world_size
     if partition_dim not in (0, 1):
-        raise PlanError(f"partition_dim must be 0 or 1, but is {partition_dim}.")
+        raise PlanError(f"partition_dim must be 0 or 1; got {partition_dim}.")
     check_sizes(out_features=out_features, in_features=in_features)
     split = strided_split((out_features, in_features)[partition_dim], world_size, stride)
     if split.local_size(rank) != per_partition_size:
         raise PlanError(
-            f"per_partition_size must be {split.local_size(rank)} on rank {rank} of {world_size}, but is {per_partition_size}."
+            f"per_partition_size must be {split.local_size(rank)} on rank {rank} of {world_size}; got {per_partition_size}."
         )
     shape = (per_partition_size, in_features) if partition_dim == 0 else (out_features, per_partition_size)
     if weight.shape != shape:
-        raise PlanError(f"weight must be {shape} on rank {rank} of {world_size}, but is {tuple(weight.shape)}.")
+        raise PlanError(f"weight must be {shape} on rank {rank} of {world_size}; got {tuple(weight.shape)}.")
     init_affine_(weight, (out_features, in_features), partition_dim, split.ranges(rank), init_type)
 
 
 def strided_split(size: int, parts: int, stride: int = 1) -> Split:
-    """`size` over `parts` ranks in `stride` equal segments, of each of which a rank has its part."""
+    """The split of `size` over `parts` ranks in `stride` equal segments; a rank has its part of each."""
     if stride < 1 or size % stride:
-        raise PlanError(f"stride must divide the split dimension ({size}), but is {stride}.")
+        raise PlanError(f"stride must divide the split dimension ({size}); got {stride}.")
     return Split.even(size, parts, segments=(size // stride,) * stride)
 
 
@@ -93,12 +93,12 @@ def strided_split(size: int, parts: int, stride: int = 1) -> Split:
 def init_affine_(
     weight: Tensor, shape: tuple[int, int], dim: int, ranges: tuple[tuple[int, int], ...], init_type: InitType
 ) -> None:
-    """Fill `weight`, the part `ranges` along `dim` of an unsplit weight of `shape`, as `init_type` says."""
+    """Fill `weight`, the part `ranges` along `dim` of an unsplit weight of `shape`, with `init_type`."""
     check_init_type(init_type)
     whole_kinds = ("orthogonal", "dirac")
     rows, columns = shape
     block_rows = rows if init_type in whole_kinds else max(1, BLOCK_ELEMENTS // max(1, columns))
-    # torch orthogonalizes no half precision.
+    # torch cannot orthogonalize in half precision.
     dtype = torch.float32 if init_type == "orthogonal" and weight.dtype.itemsize < 4 else weight.dtype
     done = 0
     for start in range(0, rows, block_rows):
@@ -108,7 +108,7 @@ def init_affine_(
         if dim == 1:
             weight[start:stop] = torch.cat([block[:, a:b] for a, b in ranges], 1)
         else:
-            # The ranges of a rank ascend, so its rows are met in their local order.
+            # The ranges of a rank ascend, so its rows appear in local order.
             for a, b in ranges:
                 mine = block[max(a, start) - start : max(0, min(b, stop) - start)]
                 if a < stop and b > start:

@@ -1,4 +1,4 @@
-"""The inner layers that sharded layers wrap: what they are, and how a part of one is cut out."""
+"""The inner layers that sharded layers wrap: their classes, and how to extract a part of one."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def linear_shape(linear: nn.Module) -> tuple[int, int, bool]:
-    """Outputs and inputs of a linear layer, and whether its weight lies [in, out].
+    """Outputs and inputs of a linear layer, and whether its weight is stored as [in, out].
 
     Raises:
-        ModelError: It is not a layer that can be cut.
+        ModelError: The layer cannot be split.
     """
     weight = linear._parameters.get("weight")
     if isinstance(linear, nn.Linear) and weight is not None:
@@ -36,12 +36,12 @@ def linear_shape(linear: nn.Module) -> tuple[int, int, bool]:
     raise ModelError(
         f"{type(linear).__module__}.{type(linear).__name__} cannot be split: only nn.Linear and transformers' Conv1D "
         "with a plain weight can. "
-        "Split the model before its layers are replaced, or leave this one whole with the rule `replicate`."
+        "Split the model before its layers are replaced, or keep this one unsplit with the rule `replicate`."
     )
 
 
 def slice_linear(linear: nn.Module, dim: int, ranges: Sequence[Range], *, bias: bool) -> nn.Module:
-    """A layer of the same class that holds `ranges` of the weight's `dim`, and of the bias where that is the outputs."""
+    """A layer of the same class with `ranges` of the weight's `dim`, and of the bias if `dim` is the outputs."""
     _, _, transposed = linear_shape(linear)
     inner: nn.Module = copy_module(linear)
     local = slice_parameter(linear.weight, dim, ranges)  # type: ignore[arg-type]
@@ -54,9 +54,9 @@ def slice_linear(linear: nn.Module, dim: int, ranges: Sequence[Range], *, bias: 
         inner.nf = local.shape[1]  # type: ignore[assignment]
         inner.nx = local.shape[0]  # type: ignore[assignment]
         if whole_bias is not None and not bias:
-            # Conv1D's forward always adds a bias; the row layer adds the true one after the sum.
+            # Conv1D's forward always adds a bias; the row layer adds the real bias after the sum.
             del inner._parameters["bias"]
-            # A weight without memory gets it later, but nobody computes this buffer later.
+            # A weight on the meta device is filled later, but this buffer would not be.
             device = "cpu" if local.device.type == "meta" else local.device
             zeros = torch.zeros(local.shape[1], dtype=local.dtype, device=device)
             inner.register_buffer("bias", zeros, persistent=False)
@@ -66,7 +66,7 @@ def slice_linear(linear: nn.Module, dim: int, ranges: Sequence[Range], *, bias: 
 
 
 def copy_module(module: M) -> M:
-    """A module of the same class and state, to which hooks and parameters can be given without giving them to `module`."""
+    """A module of the same class and state; hooks and parameters added to it do not affect `module`."""
     twin = copy.copy(module)
     twin.__dict__.update(
         {name: copy.copy(value) for name, value in vars(module).items() if isinstance(value, dict | set)}
@@ -77,13 +77,13 @@ def copy_module(module: M) -> M:
 def empty_linear(
     in_features: int, out_features: int, *, bias: bool, device: torch.device | str | None, dtype: torch.dtype | None
 ) -> nn.Linear:
-    """An `nn.Linear` whose weight nobody has drawn."""
+    """An `nn.Linear` with an uninitialized weight."""
     linear = nn.Linear(in_features, out_features, bias, device="meta", dtype=dtype)
     return linear if str(device) == "meta" else linear.to_empty(device=device or torch.get_default_device())
 
 
 def has_no_hooks(module: nn.Module) -> bool:
-    """Whether calling a module is calling its class's forward, with nothing before or after."""
+    """Whether calling a module only calls its class's forward, without hooks."""
     return not (
         module._forward_hooks
         or module._forward_pre_hooks
@@ -95,7 +95,7 @@ def has_no_hooks(module: nn.Module) -> bool:
 
 
 def slice_parameter(parameter: Tensor, dim: int, ranges: Sequence[Range]) -> nn.Parameter:
-    """A parameter of its own memory with `ranges` of `dim` of another."""
+    """A parameter with a copy of `ranges` of `dim` of another."""
     if parameter.is_meta:
         shape = list(parameter.shape)
         shape[dim] = sum(stop - start for start, stop in ranges)
@@ -107,7 +107,7 @@ def slice_parameter(parameter: Tensor, dim: int, ranges: Sequence[Range]) -> nn.
 
 
 def base_layer(linear: nn.Module) -> nn.Module:
-    """The innermost layer of adapters that wrap one another (peft's and ours call it `base_layer`)."""
+    """The innermost layer of adapters that wrap one another (`base_layer` in peft and in ours)."""
     while isinstance(getattr(linear, "base_layer", None), nn.Module):
         linear = linear.base_layer  # type: ignore[assignment]
     return linear

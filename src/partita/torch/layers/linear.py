@@ -37,7 +37,7 @@ from partita.torch.layers.region import RegionInput
 
 
 class _ShardedLinear(nn.Module):
-    """What column and row layers share: an inner layer `linear`, the group, and how the dimension is split."""
+    """Base of column and row layers: an inner layer `linear`, the group, and the split of the dimension."""
 
     linear: nn.Module
     comm: Communicator
@@ -53,9 +53,9 @@ class _ShardedLinear(nn.Module):
 
     @property
     def master_weight(self) -> Tensor:
-        """The unsplit weight `[out_features, in_features]` (of a Conv1D the other way round), the same on every rank.
+        """The unsplit weight `[out_features, in_features]` (transposed for a Conv1D), the same on every rank.
 
-        Every rank must ask.
+        Every rank must call it.
         """
         return self.comm.gather_split(self.weight.detach(), self._weight_dim, self.split)
 
@@ -65,7 +65,7 @@ class _ShardedLinear(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "linear":
-            # LoRA and the like replace the inner layer; what they bring must fit the split.
+            # Adapters such as LoRA replace the inner layer; their parameters must fit the split.
             adopt(value, self.comm, self.split, self._style)
             self._is_adapted = base_layer(value) is not value
         super().__setattr__(name, value)
@@ -83,9 +83,9 @@ class _ShardedLinear(nn.Module):
 
 
 class ColumnParallelLinear(_ShardedLinear):
-    """A linear layer of which each rank computes some outputs.
+    """A linear layer whose outputs are split over the ranks.
 
-    Rank r of R holds `weight [out_r, in]` and `bias [out_r]` in `.linear`, where the `out_r` add up to `out`.
+    Rank r of R holds `weight [out_r, in]` and `bias [out_r]` in `.linear`; the `out_r` add up to `out`.
 
         forward          y_r [..., out_r] = x [..., in] @ weight_r.T + bias_r, gathered to [..., out] with `gather_output`
         input gradient   sum over the ranks of dy_r @ weight_r
@@ -117,17 +117,17 @@ class ColumnParallelLinear(_ShardedLinear):
 
         Args:
             in_features: Inputs.
-            out_features: Outputs of the unsplit layer; dealt out as evenly as they go.
+            out_features: Outputs of the unsplit layer, distributed as evenly as possible.
             bias: Whether it has a bias.
-            gather_output: Whether every rank gets all outputs, or its own only.
-            init_type: How the unsplit weight is drawn; see `initialize_model_parallel_affine_weight_`.
-            stride: Into how many equal segments the outputs fall, of each of which a rank has its part.
-            lora_rank: The rank of a LoRA adapter to put on, if any.
-            group: The ranks; by default `parallel_group_info().mp`.
+            gather_output: Whether every rank gets all outputs instead of its own.
+            init_type: Distribution of the unsplit weight; see `initialize_model_parallel_affine_weight_`.
+            stride: Number of equal segments of the outputs; a rank has its part of each.
+            lora_rank: Rank of a LoRA adapter to add, if any.
+            group: The ranks (default: `parallel_group_info().mp`).
             sequence_parallel: Whether the input is this rank's part of the sequence, to be gathered first.
             sequence_dim: Which dimension of the input is the sequence.
-            device: Where the weight lies.
-            dtype: Its dtype.
+            device: Device of the weight.
+            dtype: dtype of the weight.
 
         Raises:
             PlanError: There are fewer outputs than ranks, or `stride` does not divide them.
@@ -160,20 +160,20 @@ class ColumnParallelLinear(_ShardedLinear):
         sequence_parallel: bool = False,
         sequence_dim: int = 1,
     ) -> ColumnParallelLinear:
-        """The split form of an unsplit linear layer, of whose weight this rank's part is copied out.
+        """The split form of an unsplit linear layer, with a copy of this rank's part of the weight.
 
         Args:
             linear: An `nn.Linear` or a transformers `Conv1D`, on any device, meta too.
-            group: The ranks; by default `parallel_group_info().mp`.
-            split: Who computes which outputs; by default dealt out evenly.
+            group: The ranks (default: `parallel_group_info().mp`).
+            split: Assignment of outputs to ranks(default: even).
             gather_output: Whether every rank gets all outputs.
-            entry: What sibling layers with the same input share.
-            expand: Positions of the local outputs in the order in which they are to come out.
+            entry: The region entry that sibling layers with the same input share.
+            expand: Indices of the local outputs in the order of the result.
             sequence_parallel: Whether the input is this rank's part of the sequence.
             sequence_dim: Which dimension of the input is the sequence.
 
         Raises:
-            ModelError: The layer is of a kind that cannot be split.
+            ModelError: The layer's class cannot be split.
         """
         comm = _default_comm(group)
         out_features, in_features, transposed = linear_shape(linear)
@@ -204,9 +204,11 @@ class ColumnParallelLinear(_ShardedLinear):
         self.entry.join(self)
         self.register_buffer("expand", None, persistent=False)
         if sequence_parallel and gather_output:
-            raise PlanError("gather_output=True and sequence_parallel=True exclude each other: leave by a row layer.")
+            raise PlanError(
+                "gather_output=True and sequence_parallel=True exclude each other: use a row layer to leave the region."
+            )
         if gather_output and not split.is_partition:
-            raise PlanError(f"gather_output=True needs a split without copies, but it is {split}.")
+            raise PlanError(f"gather_output=True needs a split without copies; got {split}.")
         self.linear = inner
 
     @property
@@ -242,14 +244,14 @@ class ColumnParallelLinear(_ShardedLinear):
         return y.index_select(-1, _unsplit_order(self.split).to(y.device))
 
     def extra_repr(self) -> str:
-        """Shown when printed."""
+        """The description that `print` shows."""
         return f"in={self.in_features}, out={self.split}, rank {self.comm.rank}, gather_output={self.gather_output}"
 
 
 class RowParallelLinear(_ShardedLinear):
-    """A linear layer of which each rank sees some inputs.
+    """A linear layer whose inputs are split over the ranks.
 
-    Rank r of R holds `weight [out, in_r]` in `.linear`, where the `in_r` add up to `in`, and the whole `bias [out]`.
+    Rank r of R holds `weight [out, in_r]` in `.linear`and the unsplit `bias [out]`; the `in_r` add up to `in`.
 
         forward          y [..., out] = sum over the ranks of x_r [..., in_r] @ weight_r.T, then + bias, once
         input gradient   dx_r = dy @ weight_r, no communication
@@ -280,18 +282,18 @@ class RowParallelLinear(_ShardedLinear):
         """A new layer whose unsplit weight does not depend on the number of ranks.
 
         Args:
-            in_features: Inputs of the unsplit layer; dealt out as evenly as they go.
+            in_features: Inputs of the unsplit layer, distributed as evenly as possible.
             out_features: Outputs.
-            bias: Whether it has a bias, which every rank holds whole.
-            input_is_parallel: Whether each rank is given its own inputs, or all of them.
-            init_type: How the unsplit weight is drawn.
-            stride: Into how many equal segments the inputs fall, of each of which a rank has its part.
-            lora_rank: The rank of a LoRA adapter to put on, if any.
-            group: The ranks; by default `parallel_group_info().mp`.
-            sequence_parallel: Whether each rank gets its part of the sequence of the output, instead of the whole.
+            bias: Whether it has a bias, which is not split.
+            input_is_parallel: Whether each rank receives only its own inputs instead of all.
+            init_type: Distribution of the unsplit weight.
+            stride: Number of equal segments of the inputs; a rank has its part of each.
+            lora_rank: Rank of a LoRA adapter to add, if any.
+            group: The ranks (default: `parallel_group_info().mp`).
+            sequence_parallel: Whether each rank gets its part of the output's sequence instead of all of it.
             sequence_dim: Which dimension of the output is the sequence.
-            device: Where the weight lies.
-            dtype: Its dtype.
+            device: Device of the weight.
+            dtype: dtype of the weight.
 
         Raises:
             PlanError: There are fewer inputs than ranks, or `stride` does not divide them.
@@ -322,18 +324,18 @@ class RowParallelLinear(_ShardedLinear):
         sequence_parallel: bool = False,
         sequence_dim: int = 1,
     ) -> RowParallelLinear:
-        """The split form of an unsplit linear layer, of whose weight this rank's part is copied out.
+        """The split form of an unsplit linear layer, with a copy of this rank's part of the weight.
 
         Args:
             linear: An `nn.Linear` or a transformers `Conv1D`, on any device, meta too.
-            group: The ranks; by default `parallel_group_info().mp`.
-            split: Who sees which inputs; by default dealt out evenly.
-            input_is_parallel: Whether each rank is given its own inputs, or all of them.
+            group: The ranks (default: `parallel_group_info().mp`).
+            split: Assignment of inputs to ranks(default: even).
+            input_is_parallel: Whether each rank receives only its own inputs instead of all.
             sequence_parallel: Whether each rank gets its part of the sequence of the output.
             sequence_dim: Which dimension of the output is the sequence.
 
         Raises:
-            ModelError: The layer is of a kind that cannot be split.
+            ModelError: The layer's class cannot be split.
         """
         comm = _default_comm(group)
         out_features, in_features, transposed = linear_shape(linear)
@@ -358,7 +360,7 @@ class RowParallelLinear(_ShardedLinear):
         sequence_dim: int,
     ) -> None:
         if not split.is_partition:
-            raise PlanError(f"the inputs of a row layer must be split without copies, but are {split}.")
+            raise PlanError(f"the inputs of a row layer must be split without copies; got {split}.")
         self.comm, self.split, self.transposed = comm, split, transposed
         self.split_input = split_input
         self.randomness: RegionRandomness | None = None
@@ -368,12 +370,12 @@ class RowParallelLinear(_ShardedLinear):
 
     @property
     def input_is_parallel(self) -> bool:
-        """Whether each rank is given its own inputs."""
+        """Whether each rank receives only its own inputs."""
         return not self.split_input
 
     @property
     def master_bias(self) -> Tensor | None:
-        """The bias `[out_features]`, which every rank holds whole, or None."""
+        """The bias `[out_features]`, unsplit on every rank, or None."""
         return None if self.bias is None else self.bias.detach()
 
     @property
@@ -397,7 +399,7 @@ class RowParallelLinear(_ShardedLinear):
         return y if bias is None else y + bias.to(y.dtype)
 
     def _reduce(self, y: Tensor) -> Tensor:
-        """The sum over the ranks: in the memory of `y` where a plain layer has just made it and nobody else has seen it."""
+        """The sum over the ranks, in the memory of `y` if `y` is the new output of a plain layer without hooks."""
         if not self._is_plain:
             return reduce_from(y, self.comm)
         if torch.is_grad_enabled() and y.requires_grad:
@@ -410,7 +412,7 @@ class RowParallelLinear(_ShardedLinear):
         return scatter_to(x, self.comm, -1, self.split.local_sizes)
 
     def extra_repr(self) -> str:
-        """Shown when printed."""
+        """The description that `print` shows."""
         return f"in={self.split}, out={self.out_features}, rank {self.comm.rank}, bias={self.bias is not None}"
 
 
@@ -424,5 +426,5 @@ def _split_order(split: Split) -> Tensor:
 
 
 def _unsplit_order(split: Split) -> Tensor:
-    """Where each element of the unsplit dimension lies in the ranks' parts one behind the other."""
+    """The index of each element of the unsplit dimension in the concatenated parts of the ranks."""
     return torch.argsort(_split_order(split))

@@ -1,9 +1,9 @@
-"""LoRA on split layers: ours, and peft's put on afterwards.
+"""LoRA on split layers: our own, and peft's added afterwards.
 
-An adapter sits on the inner layer, so it is split with it. Of a column layer `lora_B [out_r, rank]` is split as the
-weight and `lora_A [rank, in]` is whole on every rank; of a row layer `lora_A [rank, in_r]` is split and `lora_B [out, rank]`
-is whole; of a vocabulary `lora_embedding_A [rank, vocab_r]` is split and `lora_embedding_B [dim, rank]` is whole. What is
-whole must start equal, and each rank sees only a part of its gradient, which is summed.
+An adapter wraps the inner layer, so it is split with it. In a column layer `lora_B [out_r, rank]` is split like the
+weight and `lora_A [rank, in]` is replicated; in a row layer `lora_A [rank, in_r]` is split and `lora_B [out, rank]`
+is replicated; in a vocabulary `lora_embedding_A [rank, vocab_r]` is split and `lora_embedding_B [dim, rank]` is replicated.
+Replicated parts must start equal; each rank computes a part of their gradient, and the parts are summed.
 Source: LoRA (Hu et al. 2021, 2106.09685).
 """
 
@@ -23,7 +23,7 @@ from partita.torch.layers.inner import base_layer, empty_linear
 
 
 class LoraLinear(nn.Module):
-    """`y = base(x) + alpha / rank * x @ lora_A.T @ lora_B.T` with the base frozen; names as in peft."""
+    """`y = base(x) + alpha / rank * x @ lora_A.T @ lora_B.T` with the base frozen; names follow peft."""
 
     def __init__(
         self,
@@ -34,23 +34,23 @@ class LoraLinear(nn.Module):
         inputs: Split | None = None,
         tp_rank: int = 0,
     ) -> None:
-        """Put an adapter of `rank` on a linear layer. `alpha` is by default `rank`, so that the scale is 1.
+        """Add an adapter of `rank` to a linear layer. `alpha` defaults to `rank`, so that the scale is 1.
 
-        `lora_A` is drawn (Kaiming uniform, as peft does) and `lora_B` is zero: at first nothing changes.
+        `lora_A` is sampled (Kaiming uniform, as in peft) and `lora_B` is zero: at first nothing changes.
 
         Args:
             base_layer: The layer; it is frozen.
             rank: Rows of `lora_A`.
             alpha: The scale is `alpha / rank`.
-            inputs: Of a row layer's part, how the inputs are split: `lora_A` is then the part of the unsplit one that every
-                rank draws.
-            tp_rank: Which part this is.
+            inputs: For a row layer's part, the split of the inputs: `lora_A` is then this rank's part of an unsplit one that
+                every rank samples.
+            tp_rank: The tensor rank of this part.
         """
         super().__init__()
         if type(rank) is not int or rank < 1:
-            raise ModelError(f"the rank of LoRA must be a whole number of at least 1, but is {rank!r}.")
+            raise ModelError(f"the rank of LoRA must be an integer of at least 1; got {rank!r}.")
         if alpha is not None and not math.isfinite(alpha):
-            raise ModelError(f"the alpha of LoRA must be a finite number, but is {alpha!r}.")
+            raise ModelError(f"the alpha of LoRA must be a finite number; got {alpha!r}.")
         weight: Tensor = base_layer.weight  # type: ignore[assignment]
         out_features, in_features = weight.shape[::-1] if hasattr(base_layer, "nf") else weight.shape
         self.base_layer = base_layer.requires_grad_(False)
@@ -72,13 +72,13 @@ class LoraLinear(nn.Module):
 
 @torch.no_grad()
 def adopt(linear: Any, comm: Communicator, split: Split, style: Literal["column", "row", "vocab"]) -> None:
-    """Fit what was put on an inner layer to its split: what is whole starts equal and has its gradients summed.
+    """Fit an adapter on an inner layer to its split: replicated parts start equal and have their gradients summed.
 
-    A fresh `lora_A` of a row layer is drawn anew, as peft draws that of the unsplit layer. Does nothing for what it has
-    fitted already. Every rank calls it.
+    A new `lora_A` of a row layer is sampled again, as peft samples that of the unsplit layer. Does nothing for an adapter that
+    is fitted already. Every rank must call it.
 
     Raises:
-        ModelError: It is an adapter whose parts cannot be told to be split or whole, or do not belong together.
+        ModelError: It is unknown whether parts of the adapter are split, or the ranks' parts do not match.
     """
     base = base_layer(linear)
     if comm.size == 1 or base is linear:
@@ -95,11 +95,11 @@ def adopt(linear: Any, comm: Communicator, split: Split, style: Literal["column"
     strange = [name for name, kind in kinds.items() if kind is None]
     if strange:
         raise ModelError(
-            f"{type(linear).__name__} brings {strange[0]!r}, which cannot be split. Use a plain LoRA adapter "
-            "(no DoRA, no lora_bias), or put it on the unsplit model, merge it, and split that."
+            f"{type(linear).__name__} has {strange[0]!r}, which cannot be split. Use a plain LoRA adapter "
+            "(no DoRA, no lora_bias), or add it to the unsplit model, merge it, and split that."
         )
     if any(p.is_meta for _, p in added):
-        raise ModelError("an adapter on the meta device has no values yet. Put it on after the model is loaded.")
+        raise ModelError("an adapter on the meta device has no values yet. Add it after the model is loaded.")
     zero = all(bool((p == 0).all()) for name, p in added if kinds[name] in _ZERO_AT_FIRST)
     fresh = all(comm.all_gather_object(zero))
     for name, parameter in added:
@@ -129,7 +129,7 @@ def _kind(name: str) -> str | None:
 
 
 def _make_equal(name: str, parameter: Tensor, comm: Communicator, fresh: bool) -> None:
-    """Give every rank the first one's values of a fresh adapter; those of another must be equal already."""
+    """Copy the values of a new adapter from the first rank; a trained adapter must be equal on all ranks already."""
     first = comm.broadcast_(parameter.detach().clone(memory_format=torch.contiguous_format))
     if fresh:
         parameter.copy_(first)
@@ -138,7 +138,7 @@ def _make_equal(name: str, parameter: Tensor, comm: Communicator, fresh: bool) -
 
 
 def _check_copies(name: str, parameter: Tensor, comm: Communicator, split: Split) -> None:
-    """The rows of `lora_B` of heads that several ranks hold must be the same on all of them."""
+    """Check that the rows of `lora_B` for heads that several ranks hold are equal on all of them."""
     whole = comm.gather_split(parameter.detach(), 0, split)
     _must_be_equal(name, torch.cat([whole[a:b] for a, b in split.ranges(comm.rank)]), parameter, comm)
 
@@ -146,13 +146,13 @@ def _check_copies(name: str, parameter: Tensor, comm: Communicator, split: Split
 def _must_be_equal(name: str, expected: Tensor, parameter: Tensor, comm: Communicator) -> None:
     if not all(comm.all_gather_object(torch.equal(expected, parameter))):
         raise ModelError(
-            f"{name} is not the same on all ranks, as it must be where the adapter changes something. "
-            "Put on one that changes nothing at first (init_lora_weights=True), then load its weights."
+            f"{name} must be equal on all ranks if the adapter changes the output, but it differs. "
+            "Add an adapter that changes nothing at first (init_lora_weights=True), then load its weights."
         )
 
 
 def _draw(part: Tensor, inputs: Split) -> Tensor:
-    """An unsplit `lora_A [rank, in]`, drawn as peft does, of which `part` is to be a part."""
+    """Sample an unsplit `lora_A [rank, in]` as peft does; `part` will hold a part of it."""
     bound = 1.0 / math.sqrt(inputs.size)
     return torch.empty(part.shape[0], inputs.size, dtype=part.dtype, device=part.device).uniform_(-bound, bound)
 
@@ -162,7 +162,7 @@ def _part(whole: Tensor, inputs: Split, rank: int) -> Tensor:
 
 
 def _draw_alike(comm: Communicator, device: torch.device) -> None:
-    """Let all ranks draw the same random numbers again, after an adapter has drawn parts of unequal sizes."""
+    """Synchronize the ranks' generators after an adapter sampled parts of unequal sizes."""
     state = comm.broadcast_object(torch.get_rng_state())
     assert isinstance(state, Tensor)
     torch.set_rng_state(state)

@@ -1,4 +1,4 @@
-"""Cross-entropy over a vocabulary that is split over the tensor ranks, without the whole logits on any of them."""
+"""Cross-entropy over a vocabulary that is split over the tensor ranks, without the unsplit logits on any rank."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ class _VocabParallelCrossEntropy(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         result = _VocabParallelCrossEntropy.gradient(ctx, grad.detach())
-        # Under create_graph the gradient must not pass for a constant.
+        # Under create_graph the gradient must not be treated as a constant.
         return _Once.apply(result.requires_grad_()) if torch.is_grad_enabled() else result, None, None, None, None, None
 
     @staticmethod
     @torch.no_grad()
     def gradient(ctx: Any, grad: Tensor) -> Tensor:
-        """`softmax - target` of the own columns, times the gradient of each row's loss."""
+        """`softmax - target` of this rank's columns, times the gradient of each row's loss."""
         softmax, column, here, keep = ctx.saved_tensors
         scale = grad.masked_fill(~keep, 0).unsqueeze(-1)
         result = softmax - ctx.smoothing / ctx.vocabulary if ctx.smoothing else softmax.clone()
@@ -60,7 +60,7 @@ class _VocabParallelCrossEntropy(Function):
 
 
 class _Once(Function):
-    """A gradient that has none itself. torch's `once_differentiable` lets one pass whose own incoming gradient is constant."""
+    """A gradient without second derivative. torch's `once_differentiable` raises only for non-constant gradients."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -69,7 +69,7 @@ class _Once(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         raise RuntimeError(
-            "vocab_parallel_cross_entropy has no second derivative. Use torch.nn.functional.cross_entropy on whole logits."
+            "vocab_parallel_cross_entropy has no second derivative. Use torch.nn.functional.cross_entropy on unsplit logits."
         )
 
 
@@ -83,18 +83,18 @@ def vocab_parallel_cross_entropy(
     label_smoothing: float = 0.0,
     reduction: Literal["none", "mean", "sum"] = "mean",
 ) -> Tensor:
-    """What `torch.nn.functional.cross_entropy` gives for the unsplit logits, the same on every rank.
+    """`torch.nn.functional.cross_entropy` of the unsplit logits, the same on every rank.
 
-    Rank r holds `logits [..., vocab_r]`. Forward sends a maximum and a sum for each row over the ranks and nothing of
-    vocabulary's size; backward, `softmax - target` of the own columns, needs no communication. Computed in float32 or wider.
+    Rank r holds `logits [..., vocab_r]`. Forward reduces a maximum and a sum per row over the ranks, and sends nothing of
+    vocabulary size; backward, `softmax - target` of this rank's columns, needs no communication. Computed in float32 or wider.
 
     Args:
         logits: This rank's columns, `[..., vocab_r]`.
-        target: Ids of the whole vocabulary, `[...]`, the same on every rank.
-        group: The ranks; by default `parallel_group_info().mp`.
-        split: Who holds which ids; by default dealt out evenly over as many as the ranks hold together.
+        target: Ids in the unsplit vocabulary, `[...]`, the same on every rank.
+        group: The ranks (default: `parallel_group_info().mp`).
+        split: Assignment of ids to ranks (default: even, over as many ids as the ranks hold in total).
         ignore_index: Rows with this target have no loss and no gradient.
-        label_smoothing: Share of the target spread evenly over the whole vocabulary, in [0, 1].
+        label_smoothing: Fraction of the target spread evenly over the unsplit vocabulary, in [0, 1].
         reduction: `mean` over the rows that are not ignored, `sum`, or `none` for `[...]`.
 
     Raises:
@@ -110,14 +110,14 @@ def vocab_parallel_cross_entropy(
             bounds.append(bounds[-1] + size)
         split = Split(bounds[-1], tuple(((bounds[r], bounds[r + 1]),) for r in range(comm.size)))
     if not split.is_partition or any(len(ranges) != 1 for ranges in split.by_rank):
-        raise PlanError(f"each rank must hold logits of its own in one range, but the split is {split}.")
+        raise PlanError(f"each rank must hold one exclusive range of logits; got the split {split}.")
     if not 0.0 <= label_smoothing <= 1.0:
-        raise PlanError(f"label_smoothing must be in [0, 1], but is {label_smoothing}.")
+        raise PlanError(f"label_smoothing must be in [0, 1]; got {label_smoothing}.")
     if reduction not in ("none", "mean", "sum"):
-        raise PlanError(f"reduction must be none, mean or sum, but is {reduction!r}.")
+        raise PlanError(f"reduction must be none, mean or sum; got {reduction!r}.")
     if logits.shape[:-1] != target.shape or logits.shape[-1] != split.local_size(comm.rank):
         raise PlanError(
-            f"logits must be {(*target.shape, split.local_size(comm.rank))} on rank {comm.rank}, but are {tuple(logits.shape)}."
+            f"logits must be {(*target.shape, split.local_size(comm.rank))} on rank {comm.rank}; got {tuple(logits.shape)}."
         )
     flat = target.reshape(-1)
     keep = flat != ignore_index

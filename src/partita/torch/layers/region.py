@@ -4,12 +4,12 @@ Backward of a region's entry, for column layers i with the same input x:
 
     [1] dx_i = dy_i @ W_i          each layer; dy_i is kept
     [2] start the all-reduce of dx = sum of dx_i
-    [3] dW_i = dy_i.T @ x          each layer, while [2] is under way
+    [3] dW_i = dy_i.T @ x          each layer, while [2] runs
     [4] wait for [2]
 
-Autograd runs the node that was made last of those that are ready. So the forward makes the nodes in the order [4], [3],
-[2], [1]; were they run in another order, the result would be the same and only the overlap lost.
-Source: Megatron-LM's `LinearWithGradAccumulationAndAsyncCommunication`, which is one node for one layer.
+Of the nodes that are ready, autograd runs the one created last. So the forward creates the nodes in the order [4], [3],
+[2], [1]; another order would give the same result without the overlap.
+Source: Megatron-LM's `LinearWithGradAccumulationAndAsyncCommunication`, which uses one node per layer.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ from partita.torch.collectives.mappings import copy_to, reduce_from
 from partita.torch.layers.dropout import RegionRandomness
 
 OVERLAP_MACS = 1 << 24
-"""Regions of fewer multiplications than this (tokens x inputs x outputs) are over before an overlap pays for its nodes."""
+"""Regions of fewer multiplications than this (tokens x inputs x outputs) finish before an overlap pays for its nodes."""
 
 
 class _Later:
-    """What [1] leaves for [3], and [2] for [4]; nothing where a gradient of the gradient is asked for."""
+    """Tensors that [1] stores for [3], and [2] for [4]; empty if second-order gradients are requested."""
 
     def __init__(self) -> None:
         self.work: Work | None = None
         self.grad: Tensor | None = None
         self.input: Tensor | None = None
         self.backward = -1
-        """Which run of autograd has left `grad`: a run that wants no weight gradient leaves it behind."""
+        """The autograd run that stored `grad`: a run without weight gradients leaves it behind."""
 
     def take(self) -> tuple[Tensor, Tensor] | None:
-        """The gradient and the input of [1] in this run of autograd, if it came by."""
+        """The gradient and the input of [1] in this autograd run, if [1] has run."""
         grad, x = self.grad, self.input
         self.grad = self.input = None
         if grad is None or x is None or self.backward != torch._C._current_graph_task_id():
@@ -73,7 +73,7 @@ class _Start(Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             return reduce_from(grad, ctx.comm), None, None
-        # The gradient was made by [1] for nobody else, so that it may be summed in place.
+        # Only this node uses the gradient that [1] computed, so it may be summed in place.
         grad = grad.contiguous()
         ctx.later.work = ctx.comm.start_all_reduce_(grad)
         return grad, None, None
@@ -88,7 +88,7 @@ class _WeightGradient(Function):
 
     @staticmethod
     def backward(ctx: Any, given: Tensor | None) -> tuple[Tensor | None, ...]:
-        # What is given comes from gradients of gradients.
+        # The incoming gradient comes from second-order gradients.
         left = ctx.later.take()
         if left is None:
             return given, None
@@ -122,14 +122,14 @@ def _weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
 
 
 class RegionInput:
-    """The one entry by which sibling column layers take the same input into their region.
+    """The shared entry of sibling column layers that take the same input into their region.
 
     Query, key and value projections share their input; entering once means one sum over the ranks in backward instead of
     three.
     """
 
     def __init__(self, comm: Communicator, users: int = 1, randomness: RegionRandomness | None = None) -> None:
-        """The entry of `users` layers that are called one after the other with the same tensor."""
+        """Create the entry of `users` layers that are called in turn with the same tensor."""
         self.comm = comm
         self.randomness = randomness
         self.users = users
@@ -141,7 +141,7 @@ class RegionInput:
         self._left = 0
 
     def __deepcopy__(self, memo: dict[int, object]) -> RegionInput:
-        """An entry for the copies of its layers, which do not overlap: a copied layer must not bring its siblings along."""
+        """An entry for the copies of its layers, without overlap: a copied layer must not keep references to its siblings."""
         twin = RegionInput(self.comm, self.users, copy.deepcopy(self.randomness, memo))
         memo[id(self)] = twin
         return twin
@@ -151,9 +151,9 @@ class RegionInput:
         self.layers.append(layer)
 
     def apply(self, layer: nn.Module, x: Tensor) -> Tensor:
-        """What the inner layer of `layer` makes of `x`, whose gradient is summed over the ranks once for all users.
+        """The output of the inner layer of `layer` for `x`, whose gradient is summed over the ranks once for all users.
 
-        That is for those that pass this very tensor one after the other.
+        This holds for users that pass the same tensor object in turn.
         """
         if layer.training and self.randomness is not None:
             self.randomness.enter(x)
@@ -164,7 +164,7 @@ class RegionInput:
             self._left -= 1
         else:
             if self._left:
-                # The siblings turned out to have inputs of their own; waiting for them would keep a graph alive.
+                # The siblings have different inputs; waiting for them would keep a graph alive.
                 self.users = 1
             self._enter(x)
         entered, weights = self._entered, self._weights
@@ -191,7 +191,7 @@ class RegionInput:
         self._input, self._version, self._left = x, x._version, self.users - 1
 
     def _overlaps(self, x: Tensor) -> bool:
-        """Whether all users are plain linear layers with enough to do while the all-reduce is under way."""
+        """Whether all users are plain linear layers with enough work to overlap with the all-reduce."""
         if self.users != len(self.layers) or torch.is_autocast_enabled(x.device.type):
             return False
         inner: list[Any] = [layer.linear for layer in self.layers]

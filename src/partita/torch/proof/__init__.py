@@ -1,1 +1,1 @@
-"""A split model compared with the unsplit one."""
+"""Comparison of a split model with the unsplit one."""

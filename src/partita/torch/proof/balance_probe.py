@@ -1,4 +1,4 @@
-"""Proof before use, of the auxiliary loss: a small model of the class computes it by itself and by `Balance`."""
+"""Verification of the auxiliary loss before use: on a small model of the class, `Balance` must match the model's own loss."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ _verdicts: dict[tuple[str, str], str] = {}
 
 
 def balance_of(model: nn.Module, plan: Plan, scope: str) -> Balance | None:
-    """The auxiliary loss that the config of `model`, which is split as `plan` says, asks for.
+    """The auxiliary loss that the config of `model`, split by `plan`, requests.
 
     Returns:
-        None where it asks for none, or where only the model's own forward can compute it and the whole model is here.
+        None if it requests none, or if only the model's own forward can compute it and the model has a single stage.
 
     Raises:
-        ModelError: It is of another form than `Balance` computes, and is to be computed over stages or of sequences; or
-            `scope` is `sequence` and the config asks for none.
+        ModelError: Its form differs from what `Balance` computes, but stages or sequences need it; or
+            `scope` is `sequence` and the config requests none.
     """
     if not asks_for_balance(model):
         if scope == "sequence":
             raise ModelError(
-                f"aux_loss_scope='sequence' is for a model whose config asks for the auxiliary loss of its routers ({SWITCH}), "
-                f"and that of {type(model).__name__} does not. Leave it out, or set {SWITCH} to True in the config."
+                f"aux_loss_scope='sequence' needs a model whose config requests the auxiliary loss of its routers ({SWITCH}), "
+                f"but that of {type(model).__name__} does not. Leave it out, or set {SWITCH} to True in the config."
             )
         return None
     reason = _verdict(model, plan)
@@ -47,13 +47,13 @@ def balance_of(model: nn.Module, plan: Plan, scope: str) -> Balance | None:
         return None
     where = "of each sequence" if scope == "sequence" else "over stages"
     raise ModelError(
-        f"the config asks for the auxiliary loss of the routers ({SWITCH}), which for {type(model).__name__} cannot be "
+        f"the config requests the auxiliary loss of the routers ({SWITCH}), which for {type(model).__name__} cannot be "
         f"computed {where}: {reason} Set {SWITCH} to False in the config, or use pp=1 and aux_loss_scope='microbatch'."
     )
 
 
 def _verdict(model: nn.Module, plan: Plan) -> str:
-    """Why `Balance` does not compute the auxiliary loss of a model; nothing where it does."""
+    """Why `Balance` does not compute the auxiliary loss of a model; empty if it does."""
     key = type(model).__name__, json.dumps(dict(plan.spec.config), sort_keys=True, default=str)
     if key not in _verdicts:
         try:
@@ -67,11 +67,11 @@ def _verdict(model: nn.Module, plan: Plan) -> str:
 
 
 def _difference(small: Any) -> str:
-    """What differs, in words, between the auxiliary loss of a small model and that of `Balance`."""
+    """Description of the difference between the auxiliary loss of a small model and that of `Balance`."""
     spec = spec_of(small)
     balance = _assumed(small, spec.layers, spec.num_layers)
     if not balance.routers:
-        return "transformers does not say which of its modules are routers."
+        return "transformers does not define which of its modules are routers."
     inputs = sample_inputs(small)
     labels = inputs["input_ids"]
     with Float64Everywhere(), torch.no_grad():
@@ -100,13 +100,13 @@ def _difference(small: Any) -> str:
 
 
 def _assumed(model: nn.Module, layers: str, length: int) -> Balance:
-    """The auxiliary loss that the attributes of `model` suggest, with the routers of its first `length` layers."""
+    """The auxiliary loss derived from the attributes of `model`, with the routers of its first `length` layers."""
     config = text_config_of(getattr(model, "config", None))
     experts, top_k = (
         getattr(model, name, None) or getattr(config, name, None) for name in ("num_experts", "num_experts_per_tok")
     )
     if not isinstance(experts, int) or not isinstance(top_k, int):
-        raise ModelError("it does not say how many experts it has and how many a token goes to.")
+        raise ModelError("its config does not define the number of experts and the experts per token.")
     routers = tuple(
         (module, place)
         for path, module in model.named_modules()
@@ -118,6 +118,6 @@ def _assumed(model: nn.Module, layers: str, length: int) -> Balance:
 
 
 def _layer_of(path: str, layers: str) -> float:
-    """The number of the layer that `path` is in, infinity for none."""
+    """The index of the layer that contains `path`, infinity for none."""
     number = path.removeprefix(f"{layers}.").partition(".")[0] if path.startswith(f"{layers}.") else ""
     return int(number) if number.isdigit() else float("inf")

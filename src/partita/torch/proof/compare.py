@@ -19,30 +19,30 @@ from partita.torch.model.parts import local_tensors, main_output
 from partita.torch.stages.cut import Absent
 
 FLOOR = 1e-6
-"""Gradients this much smaller than the model's largest are rounding (a key's bias has none in exact arithmetic), so errors
-are taken relative to no less than this fraction of the largest."""
+"""Gradients this much smaller than the model's largest are rounding (a key bias has a zero gradient in exact arithmetic), so
+errors are relative to at least this fraction of the largest."""
 
 
 def compare(
     unsplit: nn.Module, split: nn.Module, plan: Plan, groups: ParallelGroups, inputs: dict[str, Tensor]
 ) -> list[Difference]:
-    """Run both models on the same inputs, forward and backward, and compare what comes; every rank calls it.
+    """Run both models on the same inputs, forward and backward, and compare the results. Every rank must call it.
 
-    Both are in eval mode and hold the same weights. Their gradients are left behind.
+    Both are in eval mode and have the same weights. Their gradients remain set.
 
     Args:
-        unsplit: The whole model, on this rank too.
-        split: This rank's part of it.
-        plan: How it was split.
+        unsplit: The unsplit model, on every rank.
+        split: This rank's part of the split model.
+        plan: The plan of the split model.
         groups: The groups of the plan's mesh.
-        inputs: What both are called with.
+        inputs: Inputs of both models.
 
     Returns:
         Differences in the order of execution: modules, the output, then gradients in the model's order. The same on every
         rank.
 
     Raises:
-        ModelError: The unsplit model's output holds NaN, to which nothing is equal.
+        ModelError: The unsplit model's output contains NaN.
     """
     for model in (unsplit, split):
         model.zero_grad(set_to_none=True)
@@ -52,7 +52,7 @@ def compare(
         reference = main_output(unsplit(**inputs))
     if bool(reference.isnan().any()):
         raise ModelError(
-            "the unsplit model's own output holds NaN, to which nothing is equal. Look at its weights and its dtype."
+            "the unsplit model's output contains NaN, so nothing can be compared with it. Check its weights and its dtype."
         )
     with watch(split, plan, lambda path, out: _note(path, out, expected, found, plan, groups.tp)):
         output = main_output(split(**inputs))
@@ -71,7 +71,7 @@ def compare(
 def compare_parameters(unsplit: nn.Module, split: nn.Module, plan: Plan, groups: ParallelGroups) -> list[Difference]:
     """How far each parameter of the split model is from the unsplit one's; every rank calls it, and gets the same."""
     whole = dict(unsplit.named_parameters(remove_duplicate=False))
-    # A parameter that began at zero and has no gradient (a key's bias) is rounding itself.
+    # A parameter that started at zero and has a zero gradient (a key bias) consists of rounding errors.
     least = SMALL * max((float(p.detach().abs().max()) for p in whole.values()), default=0.0)
     found = []
     for name, local in local_tensors(split, plan).items():
@@ -87,7 +87,7 @@ def compare_parameters(unsplit: nn.Module, split: nn.Module, plan: Plan, groups:
 
 
 def local_part_of(tensor: Tensor, plan: Plan, name: str, rank: int) -> Tensor:
-    """What a tensor rank holds of an unsplit tensor of the plan's model."""
+    """A tensor rank's part of an unsplit tensor of the plan's model."""
     for dim, ranges in enumerate(plan.tensor(name).ranges(rank)):
         tensor = torch.cat([tensor.narrow(dim, a, b - a) for a, b in ranges], dim)
     return tensor
@@ -113,7 +113,7 @@ def _gradients(unsplit: nn.Module, split: nn.Module, plan: Plan, comm: Communica
 
 @contextmanager
 def watch(model: nn.Module, plan: Plan, see: Callable[[str, Tensor], object]) -> Iterator[None]:
-    """Show `see` the first output of every module of the unsplit model's, by its path."""
+    """Call `see` with the first output of every module and its unsplit path."""
     paths = {path for name in plan.spec.modules for path in _with_parents(name)}
     handles = []
     for path in sorted(paths):
@@ -155,7 +155,7 @@ def _note(
 
 
 def local_output(whole: Tensor, path: str, plan: Plan, rank: int) -> Tensor:
-    """The part of a module's unsplit output that the module at `path` gives on a tensor rank."""
+    """The part of a module's unsplit output that the module at `path` returns on a tensor rank."""
     module = plan.modules.get(path)
     return _local_part(whole, module, rank) if module is not None and _is_local(module) else whole
 
@@ -175,7 +175,7 @@ def _local_part(whole: Tensor, module: ModulePlan, rank: int) -> Tensor:
 
 
 def relative_error(whole: Tensor, mine: Tensor, scale: float | None = None) -> float:
-    """The largest difference, relative to `scale`, by default the largest magnitude of `whole`."""
+    """The largest difference, relative to `scale` (default: the largest magnitude of `whole`)."""
     if whole.shape != mine.shape:
         return float("inf")
     if whole.numel() == 0:

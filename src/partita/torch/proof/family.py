@@ -1,4 +1,4 @@
-"""Proof before use: a split whose rules nobody has measured for a family is tried on a small model of it first."""
+"""Verification before use: rules that were not measured for a family are tested on a small model of it first."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ from partita.torch.weights.initial import FreshFill, record_initialization
 from partita.torch.weights.materialize import make_unsaved_buffers, materialize
 
 TOLERANCE = 1e-9
-"""Largest relative error of a split that counts as right in float64: far above rounding, far below any mistake."""
+"""Largest relative error of a correct split in float64: far above rounding, far below any mistake."""
 
 LARGEST_PARAMETERS = 100_000_000
-"""A small model of more parameters than this is not small."""
+"""Maximum number of parameters of a small model."""
 
 LARGEST_ROUNDED = 25_000_000
-"""Small models of more parameters are measured in float64 alone: each rank would need a third and a fourth copy."""
+"""Larger small models are compared in float64 only: other dtypes need a third and a fourth copy on each rank."""
 
 
 def plan_of_model(
@@ -53,11 +53,11 @@ def plan_of_model(
     vpp: int | None = None,
     placement: Placement = "loop",
 ) -> Plan:
-    """The plan of an unsplit model (on any device): of its family's rules where these were measured, else of those that pass.
+    """The plan of an unsplit model (on any device): with its family's rules if these were measured, else with rules that pass.
 
     Raises:
-        PlanError: The model cannot be dealt out so.
-        ModelError: No way of splitting it gives what the unsplit model gives; the text says where each goes wrong.
+        PlanError: The model cannot be distributed this way.
+        ModelError: No split matches the unsplit model; the message says where each differs.
     """
     spec = spec_of(model)
     first = rules if rules is not None else rules_of(model, spec)
@@ -77,10 +77,10 @@ def plan_of_model(
 
 
 def prove_unless_proven(model: nn.Module, plan: Plan) -> Plan:
-    """`plan`, whose rules were measured for its family or pass now.
+    """Return `plan` if its rules were measured for its family or pass now.
 
     Raises:
-        ModelError: They do not.
+        ModelError: They do not pass.
     """
     if plan.mesh.tp > 1 and not plan.rules.proven:
         prove(model, plan)
@@ -88,10 +88,10 @@ def prove_unless_proven(model: nn.Module, plan: Plan) -> Plan:
 
 
 def prove(model: nn.Module, plan: Plan) -> None:
-    """Measure the rules of `plan` on a small random model of the family of `model`, its ranks threads of this process.
+    """Measure the rules of `plan` on a small random model of the family of `model`, with threads of this process as ranks.
 
     Raises:
-        ModelError: It is not equal to its unsplit self, or cannot be built small.
+        ModelError: The split model differs from the unsplit one, or no small model can be built.
     """
     key = _key(model, plan)
     if key not in _proven:
@@ -101,7 +101,7 @@ def prove(model: nn.Module, plan: Plan) -> None:
 
 
 def _key(model: nn.Module, plan: Plan) -> tuple[Any, ...]:
-    # Every switch of the config counts: a verdict on one is none on another.
+    # Every config option counts: a result for one config does not hold for another.
     config = json.dumps(dict(plan.spec.config), sort_keys=True, default=str)
     return type(model).__name__, plan.spec.family, plan.mesh.tp, config, plan.rules, dtype_of(model)
 
@@ -111,12 +111,12 @@ _media: dict[Any, dict[str, str]] = {}
 
 
 def unmeasured_media(model: nn.Module, plan: Plan) -> Mapping[str, str]:
-    """Of the kinds of media that a model takes those with which `plan` was not found right, and why; `prove` comes first."""
+    """The kinds of media for which `plan` could not be verified, and why. Call `prove` first."""
     return _media.get(_key(model, plan), {}) if plan.mesh.tp > 1 else {}
 
 
 def measure_media(unsplit: nn.Module, measure: Callable[[dict[str, Tensor]], str]) -> dict[str, str]:
-    """Why a small model is not right with some kinds of media; `measure` says what is wrong with given inputs, or nothing."""
+    """Why a small model fails with some kinds of media; `measure` returns the problem with given inputs, or an empty text."""
     reasons = {}
     for medium in media_of(unsplit):
         try:
@@ -138,7 +138,7 @@ def _measure(model: nn.Module, plan: Plan) -> str:
     try:
         unsplit = small_model(model, plan.spec.num_heads)
     except PartitaError as error:
-        return f"its rules were not measured, and they cannot be: {error}"
+        return f"its rules were not measured, and cannot be tested: {error}"
     try:
         spec = spec_of(unsplit)
         small = Plan.make(spec, Mesh(tp=plan.mesh.tp), None, plan.rules)
@@ -155,7 +155,7 @@ def _measure(model: nn.Module, plan: Plan) -> str:
 
 
 def _difference(unsplit: nn.Module, plan: Plan, inputs: dict[str, Tensor]) -> str:
-    """What differs first between a small model and itself split, in words."""
+    """Description of the first difference between a small model and its split form."""
     wrong = first_wrong(compare_on_threads(unsplit, plan, inputs), TOLERANCE)
     if wrong is None:
         return ""
@@ -163,14 +163,14 @@ def _difference(unsplit: nn.Module, plan: Plan, inputs: dict[str, Tensor]) -> st
 
 
 def _rounding_difference(model: nn.Module, plan: Plan) -> str:
-    """What a split rounds worse, or in another dtype, than a small model in the dtype of `model`, in words."""
+    """Description of tensors that a split rounds worse, or in another dtype, than a small model in the dtype of `model`."""
     dtype = dtype_of(model)
     if dtype == torch.float64:
         return ""
     try:
         unsplit = small_model(model, plan.spec.num_heads, dtype=dtype)
     except ModelError:
-        return ""  # The unsplit model does not run in this dtype here, so that nothing can be equal to it.
+        return ""  # The unsplit model does not run in this dtype here, so there is nothing to compare with.
     if sum(p.numel() for p in unsplit.parameters()) > LARGEST_ROUNDED:
         return ""
     try:
@@ -192,20 +192,20 @@ def dtype_of(model: nn.Module) -> torch.dtype:
 
 
 def small_model(model: nn.Module, num_heads: int, *, layers: int = 0, dtype: torch.dtype = torch.float64) -> nn.Module:
-    """A small model of the same class on the CPU, with random weights of which none is zero for all.
+    """A small model of the same class on the CPU, with random nonzero weights.
 
     Args:
-        model: The large model, which may be on the meta device.
-        num_heads: The number of attention heads, which is kept.
-        layers: The small model has at least this many layers.
+        model: The large model, on any device including meta.
+        num_heads: The number of attention heads, which stays the same.
+        layers: Minimum number of layers.
         dtype: The dtype of the small model.
 
     Raises:
-        ModelError: The class has no config to make small, or none of the small ones can be built and run.
+        ModelError: The class has no config to reduce, or no small model can be built and run.
     """
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "to_dict"):
-        raise ModelError(f"{type(model).__name__} has no config of transformers.")
+        raise ModelError(f"{type(model).__name__} has no transformers config.")
     reasons: list[str] = []
     runs_on_text: nn.Module | None = None
     for data in shrunk_configs(config.to_dict(), num_heads, layers):
@@ -214,7 +214,7 @@ def small_model(model: nn.Module, num_heads: int, *, layers: int = 0, dtype: tor
             small.architectures = [type(model).__name__]
             built = build_on_meta(small, dtype, type(model))
             if sum(p.numel() for p in built.parameters()) > LARGEST_PARAMETERS:
-                reasons.append("it is too large even when made small")
+                reasons.append("it is too large even when reduced")
                 continue
             filled = _drawn(small, built, dtype)
             with torch.no_grad(), Float64Everywhere() if dtype == torch.float64 else nullcontext():
@@ -232,13 +232,13 @@ def small_model(model: nn.Module, num_heads: int, *, layers: int = 0, dtype: tor
 
 
 def _drawn(config: Any, built: Any, dtype: torch.dtype) -> nn.Module:
-    """What `built` is on the meta device, with weights of its own making, and noise on norms and biases."""
+    """`built` with its own initialization, and noise on norms and biases."""
     with torch.random.fork_rng(devices=[]), quiet():
         torch.manual_seed(0)
         model: nn.Module = new_model(type(built), config, dtype).eval()
         if dtype == torch.float64:
             model.double()
-        # Some tensors are kept in float32 where the model is narrower.
+        # Some tensors stay in float32 in a narrower model.
         for tensor, like in zip(model.state_dict(keep_vars=True).values(), built.state_dict().values(), strict=True):
             tensor.data = tensor.data.to(like.dtype)
         with torch.no_grad():
@@ -249,7 +249,7 @@ def _drawn(config: Any, built: Any, dtype: torch.dtype) -> nn.Module:
 
 
 def fill_unsplit(built: nn.Module, seed: int = 0) -> nn.Module:
-    """Give an unsplit model on the meta device random weights, biases and norms too, so that no mistake hides in zeros."""
+    """Fill an unsplit model on the meta device with random weights, including biases and norms: zeros could hide mistakes."""
     groups = single_groups()
     plan = Plan.make(spec_of(built), Mesh())
     fill = FreshFill(record_initialization(built), seed, perturb=0.1)
@@ -259,7 +259,7 @@ def fill_unsplit(built: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def compare_on_threads(unsplit: nn.Module, plan: Plan, inputs: dict[str, Tensor] | None = None) -> list[Difference]:
-    """Split copies of `unsplit` by `plan` over threads, and compare them with it on `inputs`, by default text alone."""
+    """Split copies of `unsplit` by `plan` over threads, and compare them with it on `inputs` (default: text only)."""
     given = sample_inputs(unsplit) if inputs is None else inputs
 
     def one(comm: Any) -> list[Difference]:
@@ -284,21 +284,21 @@ def compare_rounding_on_threads(unsplit: nn.Module, plan: Plan) -> Measured:
 
 
 def sample_inputs(model: nn.Module, *, batch: int = 2, length: int = 9) -> dict[str, Tensor]:
-    """Random ids with some padding at the end, as every text model of transformers takes them, on the model's device.
+    """Random ids with some padding at the end, as every transformers text model accepts, on the model's device.
 
     Raises:
-        ModelError: The model has no vocabulary, or takes no text.
+        ModelError: The model has no vocabulary, or accepts no text.
     """
     main = getattr(model, "main_input_name", "input_ids")
     if main != "input_ids" and "input_ids" not in inspect.signature(type(model).forward).parameters:
         raise ModelError(
-            f"{type(model).__name__} takes {main} and not text, and there is no sample of these to try it on. Use one rank."
+            f"{type(model).__name__} takes {main} instead of text, and Partita has no sample of these to test it. Use one rank."
         )
     config: Any = model.config
     text = text_config_of(config)
     vocabulary = int(getattr(text, "vocab_size", 0) or 0)
     if vocabulary < 2:
-        raise ModelError(f"{type(model).__name__} has no vocabulary, so nobody knows what to feed it.")
+        raise ModelError(f"{type(model).__name__} has no vocabulary, so its inputs are unknown.")
     ids = torch.randint(0, vocabulary, (batch, length), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     mask[0, -3:] = 0

@@ -1,4 +1,4 @@
-"""Comparing a split model with the unsplit one in the dtype that is run, both against the unsplit model in float64."""
+"""Comparing the rounding of a split and an unsplit model in the run's dtype, both against the unsplit model in float64."""
 
 from __future__ import annotations
 
@@ -30,24 +30,24 @@ def in_float64(model: nn.Module) -> nn.Module:
         config: Any = getattr(module, "config", None)
         if config is not None and hasattr(config, "to_dict"):
             config.dtype = torch.float64
-            # The grouped kernels have no float64.
+            # The grouped kernels do not support float64.
             use_plain_experts(config)
     return wide.double()
 
 
 @dataclass
 class Choices:
-    """Which elements `topk` chose in a first run, so that later runs choose the same.
+    """Records the elements that `topk` chose in a first run, so that later runs choose the same.
 
-    Where a router's scores are close, rounding decides which experts compute, and the errors of two runs cannot be compared.
-    Choices are known by the module that was entered last, since a pipeline rank runs only some of the layers.
+    If a router's scores are close, rounding decides which experts compute, and the errors of two runs cannot be compared.
+    Choices are keyed by the module that was entered last, since a pipeline rank runs only some of the layers.
     """
 
     chosen: dict[tuple[str, int], Tensor] = field(default_factory=dict)
 
     @contextmanager
     def of(self, model: nn.Module) -> Iterator[None]:
-        """Within, `topk` in the forward of `model` chooses what it chose in the first run, or is recorded in that one."""
+        """Record the choices of `topk` in the forward of `model` in the first run, and repeat them in later runs."""
         inside = ["", Counter[str]()]
 
         def enter(path: str) -> Any:
@@ -96,21 +96,21 @@ def compare_rounding(
     groups: ParallelGroups,
     inputs: Mapping[str, Tensor],
 ) -> Measured:
-    """Run all three on the same inputs, forward and backward, and compare what comes; every rank calls it.
+    """Run all three models on the same inputs, forward and backward, and compare them. Every rank must call it.
 
-    All are in eval mode and hold the same stored weights. Their gradients are left behind. A tensor of a few elements (a
+    All are in eval mode and have the same stored weights. Their gradients remain set. A tensor of a few elements (a
     norm of heads, a router's bias) can be over the limit by chance; then more samples are added, up to `SAMPLES`.
 
     Args:
-        exact: What `in_float64` made of `unsplit`.
-        unsplit: The whole model, on this rank too.
-        split: This rank's part of it.
-        plan: How it was split.
+        exact: The result of `in_float64` for `unsplit`.
+        unsplit: The unsplit model, on every rank.
+        split: This rank's part of the split model.
+        plan: The plan of the split model.
         groups: The groups of the plan's mesh.
-        inputs: What they are called with.
+        inputs: Inputs of all three.
 
     Raises:
-        ModelError: The unsplit model's output is not finite, so that nothing is equal to it.
+        ModelError: The unsplit model's output is not finite.
     """
     measured: list[Rounding] = []
     for sample in range(SAMPLES):
@@ -142,7 +142,7 @@ def trained_rounding(
 
 
 def _sample(inputs: Mapping[str, Tensor], sample: int) -> dict[str, Tensor]:
-    """`inputs` for the first sample, with the ids in another order for others; beside images their places have a meaning."""
+    """`inputs` for the first sample, with permuted ids for others, except beside images, where order matters."""
     if sample == 0 or set(inputs) - {"input_ids", "attention_mask"}:
         return dict(inputs)
     ids = inputs["input_ids"]
@@ -200,11 +200,11 @@ def _forward(model: nn.Module, plan: Plan, inputs: dict[str, Tensor], choices: C
 
 
 Found = tuple[list[Rounding], dict[str, str], int]
-"""What was measured, the dtypes that differ, and how many dtypes were compared."""
+"""The measurements, the dtypes that differ, and the number of compared dtypes."""
 
 
 def _measure(runs: _Runs, plan: Plan, rank: int) -> Found:
-    """What this rank holds of everything that can be compared."""
+    """This rank's parts of all tensors that can be compared."""
     measured, dtypes = [], {}
     for path, output in runs.split.outputs.items():
         if path not in runs.exact.outputs or path not in runs.unsplit.outputs:
@@ -248,7 +248,7 @@ def _over_ranks(found: Found, groups: ParallelGroups) -> Found:
 
 
 def _rounding(kind: str, name: str, exact: Tensor, unsplit: Tensor, split: Tensor) -> Rounding:
-    """The sums of squares of one tensor on this rank; where the unsplit model overflows, the split one has to overflow too."""
+    """The sums of squares of one tensor on this rank; where the unsplit model overflows, the split one must overflow too."""
     if exact.shape != split.shape:
         return Rounding(kind, name, exact.numel(), 1.0, 0.0, float("inf"))
     exact, unsplit, split = (t.detach().double() for t in (exact, unsplit, split))
@@ -261,10 +261,10 @@ def _rounding(kind: str, name: str, exact: Tensor, unsplit: Tensor, split: Tenso
 
 
 def is_tie(exact: nn.Module, unsplit: nn.Module, prefix: Sequence[int], one: int, other: int) -> bool:
-    """Whether after the ids `prefix` two tokens' logits are closer than what rounding may move them.
+    """Whether two tokens' logits after the ids `prefix` are closer than the allowed rounding.
 
-    Either token may be the most likely one where the unsplit model's error in one logit, and the split model's, which may be
-    `FACTOR` times as large, in the other, are together larger than their difference.
+    Either token may be the most likely if the unsplit model's error in one logit plus the split model's, which may be
+    `FACTOR` times as large, in the other exceed their difference.
     """
     ids = torch.tensor([list(prefix)], device=next(unsplit.parameters()).device)
     with torch.no_grad():

@@ -1,6 +1,6 @@
-"""Proof before use, of stages: a family that nobody has cut into stages is cut between all layers of a small model of it.
+"""Verification of stages before use: a small model of an unmeasured family is split between all its layers.
 
-The stages run one after the other in this process, forward and backward, then token by token with a cache.
+The stages run in sequence in this process, forward and backward, then token by token with a cache.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ _media: dict[Any, dict[str, str]] = {}
 
 
 def prove_stages(model: nn.Module, plan: Plan) -> None:
-    """Refuse a model that cannot be cut into stages.
+    """Raise for a model that cannot be split into stages.
 
     Raises:
-        ModelError: The stages together do not give what the unsplit model gives, or cannot be tried.
+        ModelError: The stages do not match the unsplit model, or cannot be tested.
     """
     if plan.num_stages == 1:
         return
@@ -53,19 +53,19 @@ def prove_stages(model: nn.Module, plan: Plan) -> None:
     if key not in _verdicts:
         _verdicts[key] = _measure(model, plan)
     if _verdicts[key][0]:
-        raise ModelError(f"{plan.spec.family} cannot be cut into stages: {_verdicts[key][0]} Use tp and pp=1.")
+        raise ModelError(f"{plan.spec.family} cannot be split into stages: {_verdicts[key][0]} Use tp and pp=1.")
 
 
 def media_without_stages(model: nn.Module, plan: Plan) -> Mapping[str, str]:
-    """Of the kinds of media that a model takes those that do not work over stages, and why; `prove_stages` comes first."""
+    """The kinds of media that a model accepts but that fail with stages, and why. Call `prove_stages` first."""
     return _media.get(_key(model, plan), {}) if plan.num_stages > 1 else {}
 
 
 def refuse_undecodable(model: nn.Module, plan: Plan) -> None:
-    """Raise `ModelError` for a model whose cache was found not to work over stages."""
+    """Raise `ModelError` for a model whose cache failed with stages."""
     reason = _verdicts.get(_key(model, plan), ("", ""))[1]
     if plan.num_stages > 1 and reason:
-        raise ModelError(f"{plan.spec.family} cannot generate over several stages: {reason} Use tp and pp=1.")
+        raise ModelError(f"{plan.spec.family} cannot generate with pipeline stages: {reason} Use tp and pp=1.")
 
 
 def _key(model: nn.Module, plan: Plan) -> tuple[Any, ...]:
@@ -73,14 +73,14 @@ def _key(model: nn.Module, plan: Plan) -> tuple[Any, ...]:
 
 
 def _measure(model: nn.Module, plan: Plan) -> tuple[str, str]:
-    """Why stages are not right, for a forward and backward, and for generating; nothing where they are."""
+    """Why stages fail, in forward and backward, and in generation; empty if they do not."""
     try:
         unsplit = small_model(model, plan.spec.num_heads)
         parts = _Parts(unsplit)
     except PartitaError as error:
-        return f"nobody has measured it, and it cannot be tried: {error}", ""
+        return f"its stages were not measured, and cannot be tested: {error}", ""
     except Exception as error:
-        return f"it cannot be tried: {_line(error)}", ""
+        return f"it cannot be tested: {_line(error)}", ""
     try:
         with Float64Everywhere():
             wrong = parts.difference(sample_inputs(unsplit))
@@ -98,7 +98,7 @@ def _measure(model: nn.Module, plan: Plan) -> tuple[str, str]:
 
 
 def _difference_in(dtype: torch.dtype, model: nn.Module, plan: Plan) -> str:
-    """What differs in the dtype of the model, in words; nothing where the unsplit model does not run in it."""
+    """Description of differences in the dtype of the model; empty if the unsplit model does not run in it."""
     if dtype == torch.float64:
         return ""
     try:
@@ -117,18 +117,18 @@ def _line(error: BaseException) -> str:
 
 
 class _Parts:
-    """A small model cut between all its layers, a copy with one stage each."""
+    """A small model split between all its layers, one copy per stage."""
 
     def __init__(self, unsplit: nn.Module) -> None:
         spec = spec_of(unsplit)
         if not spec.layers or spec.num_layers < 1:
-            raise ModelError("no list of layers was found in it.")
+            raise ModelError("it has no list of layers.")
         first = [LayerType.decoder] * spec.feature_layers
         layers = [[LayerType.decoder] for _ in range(spec.num_layers - len(first))]
         layout = [[LayerType.embedding, *first], *layers, [LayerType.loss]]
         self.unsplit = unsplit
         dtype = dtype_of(unsplit)
-        # Stages compute what the unsplit model does in the same order, but for the sum of a tied tensor's two gradients.
+        # Stages compute in the order of the unsplit model, except for the sum of a tied tensor's two gradients.
         self.tolerance = TOLERANCE if dtype == torch.float64 else 4 * torch.finfo(dtype).eps
         self.plan = Plan.make(spec, Mesh(pp=len(layout)), layout, Rules(()))
         self.parts = []
@@ -139,7 +139,7 @@ class _Parts:
             self.parts.append(part)
 
     def run(self, inputs: dict[str, Any], caches: list[Any]) -> tuple[list[tuple[Message, Any]], Any]:
-        """What each stage was given and made, and the output."""
+        """Inputs and outputs of each stage, and the model's output."""
         message, steps = Message(()), []
         for index, part in enumerate(self.parts):
             given = message.as_leaves() if torch.is_grad_enabled() else message
@@ -151,10 +151,10 @@ class _Parts:
         return steps, steps[-1][1]
 
     def difference(self, inputs: dict[str, Tensor]) -> str:
-        """What differs first in a forward and backward, in words."""
+        """Description of the first difference in a forward and backward."""
         given_inputs: dict[str, Any] = dict(inputs)
         if asks_for_balance(self.unsplit):
-            given_inputs[SWITCH] = False  # the auxiliary loss has a proof of its own
+            given_inputs[SWITCH] = False  # the auxiliary loss is verified separately
         for model in (self.unsplit, *self.parts):
             model.zero_grad(set_to_none=True)
         expected = main_output(self.unsplit(**given_inputs))
@@ -176,7 +176,7 @@ class _Parts:
         return self._gradient_difference()
 
     def difference_in_float64(self, inputs: dict[str, Tensor]) -> str:
-        """As `difference`, without narrowing."""
+        """Like `difference`, without narrowing."""
         with Float64Everywhere():
             return self.difference(inputs)
 
@@ -202,7 +202,7 @@ class _Parts:
         return ""
 
     def decoding_difference(self) -> str:
-        """What differs first when tokens come one by one, in words."""
+        """Description of the first difference in token-by-token generation."""
         ids = sample_inputs(self.unsplit)["input_ids"]
         caches: list[Any] = [None] * len(self.parts)
         cache: Any = None
@@ -213,7 +213,7 @@ class _Parts:
             whole = self.unsplit(**inputs, **{cache_argument(self.unsplit): cache})
             cache = cache_of(whole)
             if cache is None:
-                return ""  # It does not generate token by token at all.
+                return ""  # The unsplit model does not generate token by token.
             _, made = self.run(inputs, caches)
             error = relative_error(main_output(whole), main_output(made))
             if not error <= self.tolerance:
@@ -222,7 +222,7 @@ class _Parts:
 
 
 def _alone_at(rank: int, plan: Plan) -> ParallelGroups:
-    """Groups of one process that stands for pipeline rank `rank`."""
+    """Groups of one process in the role of pipeline rank `rank`."""
     place = Communicator.single()
     place.rank, place.size = rank, plan.mesh.pp
     groups = single_groups(mesh=plan.mesh)

@@ -1,4 +1,4 @@
-"""Splitting a model: each module that a plan names is replaced by, or dressed as, its split form."""
+"""Splitting a model: each module that a plan names is replaced by its split form."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from partita.torch.transformers_internals import PLAIN_EXPERTS
 
 
 def apply_plan(model: nn.Module, plan: Plan, groups: ParallelGroups) -> nn.Module:
-    """Leave of an unsplit `model`, in place, what this rank holds as `plan` says; it may be on any device, meta too.
+    """Reduce an unsplit `model`, in place, to the part that `plan` assigns to this rank. Any device, including meta.
 
     Raises:
-        DistributedError: `groups` are not of the plan's mesh.
-        ModelError: The model is not the plan's, or holds a layer that cannot be cut.
+        DistributedError: `groups` do not match the plan's mesh.
+        ModelError: The model does not match the plan, or has a layer that cannot be split.
     """
     comm = groups.tp
     if (comm.size, groups.pp.size) != (plan.mesh.tp, plan.mesh.pp):
@@ -52,12 +52,12 @@ def apply_plan(model: nn.Module, plan: Plan, groups: ParallelGroups) -> nn.Modul
     for path, attention in plan.attention.items():
         if path in here:
             _localize_heads(model.get_submodule(path), attention, comm.rank)
-    _cut_bare_parameters(parameter_homes(model), plan, comm)
+    _split_bare_parameters(parameter_homes(model), plan, comm)
     return model
 
 
 def _shared_entries(plan: Plan, comm: Communicator, randomness: RegionRandomness | None) -> dict[str, RegionInput]:
-    """One entry for the column layers of one parent that have inputs of the same width."""
+    """One shared entry for the column layers of a parent whose inputs have the same width."""
     siblings: dict[tuple[str, int], list[str]] = {}
     for path, module in plan.modules.items():
         if module.style == "column" and not module.gather_output:
@@ -103,7 +103,7 @@ def _split_module(
             split = RowParallelLinear.from_linear(module, comm, plan.split, input_is_parallel=not plan.split_input)
             split.randomness = None if plan.split_input else randomness
         else:
-            raise ModelError(f"the style {plan.style!r} is not one that a torch model can be split with.")
+            raise ModelError(f"torch models cannot be split with the style {plan.style!r}.")
     except ModelError as error:
         raise ModelError(f"{path}: {error}") from error
     parent, _, name = path.rpartition(".")
@@ -123,10 +123,10 @@ def _copy_outputs(comm: Communicator, count: int) -> Any:
 
 
 def _split_experts(module: nn.Module, comm: Communicator, split: Split) -> None:
-    """Fused experts of which each rank has some of the inner width: enter with everything that has a gradient, then sum."""
+    """Hooks of fused experts whose inner width is split: inputs with gradients enter the region, the output is summed."""
 
     if split.local_size(comm.rank) % 8 and hasattr(module, "config"):
-        # The grouped kernels refuse rows that are not whole 16 bytes.
+        # The grouped kernels require rows of a multiple of 16 bytes.
         module.config = LocalConfig(module.config, PLAIN_EXPERTS)  # type: ignore[assignment]
 
     def enter(
@@ -156,10 +156,10 @@ _HEAD_WIDTHS = ("split_size", "all_head_size")
 
 
 class LocalConfig:
-    """A model's config in which the head counts are those of one tensor rank; all else is the config's own."""
+    """A view of a model's config with the head counts of one tensor rank; all other values are the config's own."""
 
     def __init__(self, config: Any, counts: Mapping[str, Any]) -> None:
-        """Show `counts` in place of the config's."""
+        """Wrap a config and override its head counts with `counts`."""
         object.__setattr__(self, "_config", config)
         object.__setattr__(self, "_counts", dict(counts))
 
@@ -173,7 +173,7 @@ class LocalConfig:
 
 
 def _localize_heads(module: nn.Module, plan: AttentionPlan, rank: int) -> None:
-    """Let an attention module count its own rank's heads wherever it counts heads."""
+    """Make an attention module use its rank's head counts everywhere."""
     heads, kv_heads = plan.local_heads(rank), plan.local_kv_heads(rank)
     for names, whole, local in (
         (_HEAD_COUNTS, plan.num_heads, heads),
@@ -194,8 +194,8 @@ def _localize_heads(module: nn.Module, plan: AttentionPlan, rank: int) -> None:
         module.config = LocalConfig(config, counts)  # type: ignore[assignment]
 
 
-def _cut_bare_parameters(homes: Mapping[str, tuple[nn.Module, str]], plan: Plan, comm: Communicator) -> None:
-    """Cut the tensors of modules that are not replaced: fused experts, and one row a head."""
+def _split_bare_parameters(homes: Mapping[str, tuple[nn.Module, str]], plan: Plan, comm: Communicator) -> None:
+    """Split the tensors of modules that are not replaced: fused experts, and tensors with one row per head."""
     for name, cut in plan.cuts.items():
         if cut.split is None or cut.dim is None or name not in homes:
             continue
@@ -206,7 +206,7 @@ def _cut_bare_parameters(homes: Mapping[str, tuple[nn.Module, str]], plan: Plan,
 
 
 def sum_partial_gradients(homes: Mapping[str, tuple[nn.Module, str]], plan: Plan, comm: Communicator) -> None:
-    """Let parameters of which each rank sees a part of the gradient have the sum."""
+    """Sum the gradients of parameters for which each rank computes only a part."""
     for name, cut in plan.cuts.items():
         if not cut.partial_grad or name not in homes or plan.spec.tensors[name].tied_to in homes:
             continue

@@ -1,4 +1,4 @@
-"""The last step of splitting: what is shared is tied, gradients are made whole, and calling the model is as before."""
+"""The last step of splitting: tie shared tensors, sum partial gradients, and keep the model's calling convention."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from partita.torch.stages.whole_call import call_as_whole
 
 
 def finish(model: nn.Module, plan: Plan, groups: ParallelGroups) -> nn.Module:
-    """Tie what is tied, and let parameters that several ranks hold have whole gradients."""
+    """Tie shared tensors, and sum the gradients of parameters that several ranks hold."""
     homes = parameter_homes(model)
     tie(homes, plan)
     sum_partial_gradients(homes, plan, groups.tp)
@@ -36,15 +36,16 @@ def finish(model: nn.Module, plan: Plan, groups: ParallelGroups) -> nn.Module:
 
 
 def _generate_alike(model: Any, *args: Any, **kwargs: Any) -> Any:
-    """transformers' own `generate`, whose draws are the same on all ranks of a replica: they begin where the first stands.
+    """transformers' own `generate` with equal samples on all ranks of a replica: each starts from the first rank's generator
+    state.
 
     Raises:
-        ModelError: A rank has no tensor, of which transformers would ask the device; on every rank.
+        ModelError: A rank has no tensor, and transformers reads the device from one. Raised on every rank.
     """
     empty = [rank for rank in range(model.partita_plan.mesh.size) if not model.partita_plan.held_by(rank)]
     if empty:
         raise ModelError(
-            f"rank {empty[0]} holds no tensor of the model, and transformers' generate needs one on each. Call "
+            f"rank {empty[0]} holds no tensor of the model, but transformers' generate needs one on every rank. Call "
             "partita.torch.generate(), or give each rank a layer."
         )
     state = torch.get_rng_state()
@@ -56,6 +57,6 @@ def _generate_alike(model: Any, *args: Any, **kwargs: Any) -> Any:
 
 def _refuse_to_save(model: Any, *args: Any, **kwargs: Any) -> None:
     raise ModelError(
-        "save_pretrained would write this rank's part alone. Let every rank call partita.torch.save(model, folder): it writes "
+        "save_pretrained would write only this rank's part. Call partita.torch.save(model, folder) on every rank: it writes "
         "the unsplit model, which from_pretrained reads."
     )

@@ -1,4 +1,4 @@
-"""Parameters that several pipeline stages hold, such as a head tied to the embedding: their gradients are one."""
+"""Parameters that several pipeline stages hold, such as a head tied to the embedding. Their gradients are summed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from partita.torch.model.parts import local_tensors
 
 
 def copies_of(model: nn.Module, plan: Plan, groups: ParallelGroups) -> dict[str, Tensor]:
-    """Of what more than one pipeline rank holds, this rank's part, by the name of the tensor that is not tied to another."""
+    """This rank's copies of tensors that several pipeline ranks hold, by the name of the tensor that the others are tied to."""
     local = local_tensors(model, plan)
     found = {}
     for name, holders in plan.copies.items():
@@ -26,7 +26,7 @@ def copies_of(model: nn.Module, plan: Plan, groups: ParallelGroups) -> dict[str,
 
 @contextmanager
 def summed_copies(model: nn.Module, plan: Plan, groups: ParallelGroups) -> Iterator[None]:
-    """What backward inside adds to the gradients of copies is, at the end, the sum over the stages on each."""
+    """Sum the gradients that backward inside the context adds to copies over the stages, on every stage."""
     if not plan.copies:
         yield
         return
@@ -45,7 +45,7 @@ def summed_copies(model: nn.Module, plan: Plan, groups: ParallelGroups) -> Itera
 
 
 def _sum(own: Tensor, holders: tuple[int, ...], groups: ParallelGroups) -> Tensor:
-    """The sum over `holders`, ranks of the pipeline, in their order, on each of them."""
+    """The sum over the pipeline ranks `holders`, in their order, on each of them."""
     comm, rank = groups.pp, groups.pp.rank
     owner, *others = holders
     if rank != owner:

@@ -1,4 +1,4 @@
-"""Partitioning a model into stages: what a pipeline rank keeps of it, and what takes the place of the rest."""
+"""Partitioning a model into stages: which modules a pipeline rank keeps, and which stand-ins replace the others."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from partita.torch.stages.layers import StageLayers, StageRun
 
 
 def cut_stages(model: nn.Module, plan: Plan, pp_rank: int) -> None:
-    """Leave of an unsplit `model` what pipeline rank `pp_rank` needs, in place.
+    """Reduce an unsplit `model`, in place, to the modules that pipeline rank `pp_rank` needs.
 
     Raises:
-        ModelError: The model has no list of layers that can be cut.
+        ModelError: The model has no list of layers that can be partitioned.
     """
     if not is_cut(plan):
         return
@@ -34,7 +34,7 @@ def cut_stages(model: nn.Module, plan: Plan, pp_rank: int) -> None:
         names = [t.name for t in plan.spec.module_tensors(path) if not plan.spec.is_in_tower(t.name)]
         if names and plan.spec.layer_of(path) is None and not any(plan.is_held(name, pp_rank) for name in names):
             if path == "":
-                raise ModelError("the model holds tensors itself, so it cannot be cut into stages. Use pp=1.")
+                raise ModelError("the model itself holds tensors, so it cannot be split into stages. Use pp=1.")
             module = model.get_submodule(path)
             if any(True for _ in module.children()):
                 for name in names:
@@ -43,42 +43,44 @@ def cut_stages(model: nn.Module, plan: Plan, pp_rank: int) -> None:
                 _set(model, path, Absent(module, is_input=module is _input_embedding(model)))
     layers = model.get_submodule(plan.spec.layers)
     if not isinstance(layers, nn.ModuleList):
-        raise ModelError(f"{plan.spec.layers} is no list of layers, so the model cannot be cut into stages. Use pp=1.")
-    mine = {i for stage in stages.values() for i in stage.layers}
-    mine |= {plan.spec.num_layers + i for stage in stages.values() for i in stage.mtp_layers}
-    _set(model, plan.spec.layers, StageLayers(layers, plan.spec.num_layers, mine, stages))
+        raise ModelError(
+            f"{plan.spec.layers} is not a list of layers, so the model cannot be split into stages. Use pp=1."
+        )
+    own = {i for stage in stages.values() for i in stage.layers}
+    own |= {plan.spec.num_layers + i for stage in stages.values() for i in stage.mtp_layers}
+    _set(model, plan.spec.layers, StageLayers(layers, plan.spec.num_layers, own, stages))
 
 
 def is_cut(plan: Plan) -> bool:
-    """Whether the model's forward is run in parts."""
+    """Whether the model's forward runs as several stages."""
     return plan.num_stages > 1 or plan.num_mtp > 0
 
 
 def refuse_uncuttable(model: nn.Module) -> None:
-    """Raise `ModelError` for what a pipeline would get wrong, by name."""
+    """Raise `ModelError` for models that a pipeline cannot compute correctly."""
     config: Any = getattr(model, "config", None)
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(
-            f"{type(model).__name__} has an encoder and a decoder, two lists of layers, and cannot be cut into stages. Use "
+            f"{type(model).__name__} has two lists of layers, an encoder and a decoder, so it cannot be split into stages. Use "
             "tp and pp=1."
         )
 
 
 def refuse_features_elsewhere(plan: Plan) -> None:
-    """Raise `ModelError` where layers to which the model adds features of images are not on the stage that has these."""
+    """Raise `ModelError` if layers to which the model adds image features are not on the stage that computes these."""
     count = plan.spec.feature_layers
     with_embedding = next(s for s in map(plan.stage_at, range(plan.num_stages)) if s.embedding)
     held = len(with_embedding.layers)
     if held < count or (held == count == plan.spec.num_layers > 0 and not with_embedding.loss):
         raise ModelError(
-            f"{plan.spec.family} adds features of images (deepstack) behind its first {count} layers, so these must be on the "
-            f"stage of the embedding, which has {held} of {plan.spec.num_layers}. Use a layout that begins with E"
+            f"{plan.spec.family} adds image features (deepstack) after each of its first {count} layers, so these must be on "
+            f"the embedding's stage, which has {held} of {plan.spec.num_layers} layers. Use a layout that begins with E"
             f"{'t' * count if count < 6 else f't*{count}'}, or pp=1."
         )
 
 
 def _remove_tower(model: nn.Module, path: str) -> None:
-    """Take away a module, or a single tensor, that only the stage of the embedding needs."""
+    """Remove a module or a single tensor that only the stage of the embedding needs."""
     parent, _, name = path.rpartition(".")
     holder = model.get_submodule(parent)
     if name in holder._parameters:
@@ -88,13 +90,13 @@ def _remove_tower(model: nn.Module, path: str) -> None:
 
 
 def refuse_layer_drop(model: nn.Module) -> None:
-    """Raise `ModelError` for a model that leaves out whole layers in training, to be trained over stages."""
+    """Raise `ModelError` for a model that skips whole layers in training (LayerDrop): stages cannot train it."""
     config: Any = getattr(model, "config", None)
     for name in ("layerdrop", "decoder_layerdrop", "encoder_layerdrop"):
         if getattr(config, name, 0.0):
             raise ModelError(
-                f"{name}={getattr(config, name)} leaves out whole layers in training, and the first and the last layer of a "
-                f"stage cannot be left out. Set {name} to 0 in the config, or use pp=1."
+                f"{name}={getattr(config, name)} skips whole layers in training, but the first and the last layer of a "
+                f"stage cannot be skipped. Set {name} to 0 in the config, or use pp=1."
             )
 
 
@@ -109,33 +111,33 @@ def _input_embedding(model: nn.Module) -> nn.Module | None:
 
 
 class Absent(nn.Module):
-    """A module of another stage, without its tensors: zeros in place of an embedding, else what it is given."""
+    """Stand-in for a module of another stage, without tensors: returns zeros for an embedding, else its input."""
 
     def __init__(self, module: nn.Module, *, is_input: bool) -> None:
         super().__init__()
         self.act = _stand_in(module, is_input=is_input)
         self.run: StageRun | None = None
-        # A model may ask for the dtype of a weight.
+        # A model may read the dtype of a weight.
         weight = getattr(module, "weight", None)
         self.__dict__["weight"] = None if weight is None else torch.empty(0, dtype=weight.dtype)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Stand in for the module."""
+        """Create the stand-in for `module`."""
         assert self.run is not None
         return self.act(self.run, *args, **kwargs)
 
 
 class _AbsentTower(Absent):
-    """A tower of another stage: a model may ask where it is and what it computes in, also when there is nothing for it."""
+    """Stand-in for a tower of another stage: a model may read its device and dtype even without inputs for it."""
 
     @property
     def device(self) -> torch.device:
-        """Where the hidden state is."""
+        """Device of the hidden state."""
         return self._hidden.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the hidden state is."""
+        """dtype of the hidden state."""
         return self._hidden.dtype
 
     @property
@@ -146,7 +148,7 @@ class _AbsentTower(Absent):
 
 
 def _stand_in(module: nn.Module, *, is_input: bool) -> Callable[..., Any]:
-    """What takes the place of a module before the layers in the forward of a stage that is not with the embedding."""
+    """Replaces a module before the layers in the forward of a stage without the embedding."""
     if isinstance(module, nn.Embedding):
         width = module.embedding_dim
         if is_input:
@@ -169,7 +171,7 @@ def _zeros(run: StageRun, shape: tuple[int, ...]) -> Tensor:
 
 
 def wire_stages(model: nn.Module, plan: Plan, pp_rank: int) -> None:
-    """Connect the parts of a cut model: what comes before the layers must know which stage is running."""
+    """Connect the parts of a partitioned model: modules before the layers must know which stage is running."""
     if not is_cut(plan):
         return
     layers = stage_layers(model, plan)
@@ -190,13 +192,13 @@ def wire_stages(model: nn.Module, plan: Plan, pp_rank: int) -> None:
 
 
 def _switch(module: nn.Module, run: StageRun, *, is_input: bool) -> None:
-    """Let a module before the layers compute only while the stage of the embedding runs."""
+    """Make a module before the layers compute only while the stage of the embedding runs."""
     compute, stand_in = module.forward, _stand_in(_plain(module), is_input=is_input)
     module.forward = lambda *args, **kwargs: compute(*args, **kwargs) if run.embeds else stand_in(run, *args, **kwargs)
 
 
 def _pass_normed(norm: nn.Module, run: StageRun) -> None:
-    """Let the last norm leave alone what has passed a norm of its own."""
+    """Make the last norm pass through hidden states that are normalized already."""
     compute = norm.forward
     norm.forward = lambda x: x if run.normed else compute(x)
 
@@ -207,7 +209,7 @@ def _plain(module: nn.Module) -> nn.Module:
 
 
 def stage_layers(model: nn.Module, plan: Plan) -> StageLayers:
-    """The list of layers of a cut model."""
+    """The list of layers of a partitioned model."""
     layers = model.get_submodule(plan.spec.layers)
     assert isinstance(layers, StageLayers)
     return layers

@@ -18,17 +18,17 @@ from partita.torch.model.towers import without_media
 from partita.torch.transformers_internals import cache_of, recorded
 
 RECORDED = ("hidden_states", "attentions", "cross_attentions", "router_logits")
-"""What transformers records in the layers for a caller that asks for it, and stages hand on."""
+"""Outputs that transformers records in the layers on request, and that stages pass on."""
 
 
 @dataclass(frozen=True)
 class Message:
-    """What a stage hands to the next.
+    """Message from a stage to the next.
 
     Attributes:
         tensors: The hidden state `[batch, sequence, hidden]`, then those of multi-token prediction, then recorded outputs.
-        arity: How many values a layer of the model returns in a tuple, the hidden state first; 0 where it returns it bare.
-        labels: What the last tensors are, each one of `RECORDED`: outputs of earlier layers that the caller asks for.
+        arity: Length of the tuple that a layer of the model returns, the hidden state first; 0 if it returns a bare tensor.
+        labels: Kinds of the last tensors, each one of `RECORDED`: outputs of earlier layers that the caller requested.
     """
 
     tensors: tuple[Tensor, ...]
@@ -36,19 +36,19 @@ class Message:
     labels: tuple[str, ...] = ()
 
     def as_leaves(self) -> Message:
-        """The same values, at which a backward ends and leaves its gradients."""
+        """The same values as leaf tensors, which receive the gradients of a backward."""
         leaves = tuple(t.detach().requires_grad_(t.is_floating_point()) for t in self.tensors)
         return Message(leaves, self.arity, self.labels)
 
     @property
     def recorded(self) -> list[tuple[str, Tensor | None]]:
-        """The recorded outputs with their labels; None for one that the caller does not select."""
+        """The recorded outputs with their labels; None for an output that the caller does not select."""
         last = self.tensors[len(self.tensors) - len(self.labels) :]
         return [(label, None if t.dtype == torch.bool else t) for label, t in zip(self.labels, last, strict=True)]
 
 
 class Left(BaseException):
-    """Ends a forward with what left the last layer of a stage; no error, so that nobody's `except Exception` sees it."""
+    """Ends a forward with the output of the stage's last layer. Not an `Exception`, so `except Exception` misses it."""
 
     def __init__(self, hidden: Tensor, arity: int) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class Left(BaseException):
 
 
 _NOT_SELECTED = torch.zeros(1, dtype=torch.bool)
-"""In place of a recorded output that the caller does not select, so that those after it keep their numbers."""
+"""Placeholder for a recorded output that the caller does not select, so that later ones keep their index."""
 
 
 @dataclass
@@ -66,15 +66,15 @@ class StageRun:
     """The stage that is running.
 
     Attributes:
-        items: What stands at each place of the list of layers.
-        arity: How many values the last layer of the stage returned in a tuple; see `Message`.
-        embeds: Whether the embedding is with it.
-        received: What came from the stage before.
-        cache: The key-value cache that the model hands to its layers.
-        normed: Whether what was received has passed the last norm already.
-        restored: Whether what earlier layers recorded stands where those of this stage record.
-        entered: Whether what was received has entered the first layer.
-        draws: Whether layers are seeded by a draw each (see `layer_randomness`).
+        items: The module at each index of the list of layers.
+        arity: Length of the tuple that the last layer of the stage returned; see `Message`.
+        embeds: Whether the stage has the embedding.
+        received: The message of the previous stage.
+        cache: The key-value cache that the model passes to its layers.
+        normed: Whether the received hidden state has passed the last norm already.
+        restored: Whether the outputs that earlier layers recorded precede those of this stage.
+        entered: Whether the received hidden state has entered the first layer.
+        draws: Whether each layer is seeded by one random number (see `layer_randomness`).
     """
 
     items: list[Any] = field(default_factory=list)
@@ -88,7 +88,7 @@ class StageRun:
     entered: bool = False
 
     def restore(self) -> None:
-        """Put what earlier stages recorded before what this stage's layers record."""
+        """Insert the outputs that earlier stages recorded before those of this stage's layers."""
         if self.restored or self.received is None:
             return
         self.restored = True
@@ -97,20 +97,20 @@ class StageRun:
 
 
 class StageLayers(nn.ModuleList):
-    """A model's list of layers on one pipeline rank: its own layers under their own numbers, stand-ins for all others."""
+    """A model's list of layers on one pipeline rank: its own layers at their unsplit indices, stand-ins for all others."""
 
     __repr__ = nn.Module.__repr__
 
-    def __init__(self, layers: nn.ModuleList, length: int, mine: Collection[int], stages: Mapping[int, Stage]) -> None:
-        """Keep the layers `mine` of `layers`, of which `length` are the model's and what follows predicts more tokens.
+    def __init__(self, layers: nn.ModuleList, length: int, own: Collection[int], stages: Mapping[int, Stage]) -> None:
+        """Keep the layers `own` of `layers`. The first `length` are the model's; prediction layers follow.
 
-        `stages` are those of this rank, by their place in the pipeline.
+        `stages` are this rank's stages, by their index in the pipeline.
         """
         nn.Module.__init__(self)
-        # No submodules: only what an absent layer says of itself is asked for, on the meta device.
+        # No submodules: the model only reads attributes of an absent layer, which is on the meta device.
         absent: dict[int, nn.Module] = {}
         for index, layer in enumerate(layers):
-            if index in mine:
+            if index in own:
                 self.add_module(str(index), layer)
             elif index < length:
                 absent[index] = layer.to("meta")
@@ -126,14 +126,14 @@ class StageLayers(nn.ModuleList):
         return [self._modules[str(i)] if str(i) in self._modules else self.absent[i] for i in range(self.length)]
 
     def items_of(self, stage: Stage) -> list[Any]:
-        """What stands at each place of the list while `stage` runs."""
+        """The module at each index of the list while `stage` runs."""
         if stage not in self.items:
             self.items[stage] = self._items_of(stage)
         return self.items[stage]
 
     def _items_of(self, stage: Stage) -> list[Any]:
         if stage.layers and stage.layers[0] >= self.length:
-            # A prediction layer runs in the place of the last.
+            # A prediction layer runs at the index of the last layer.
             layer = self._modules[str(stage.layers[0])]
             return [*(_Skip(self.run, layer) for layer in self._outside()[:-1]), _Gate(self.run, layer, True, True)]
         items: list[Any] = []
@@ -152,7 +152,7 @@ class StageLayers(nn.ModuleList):
 
     @contextmanager
     def embedding(self) -> Iterator[None]:
-        """While it lasts the embedding computes."""
+        """Make the embedding compute inside the context."""
         before, self.run.embeds = self.run.embeds, True
         try:
             yield
@@ -170,7 +170,7 @@ class StageLayers(nn.ModuleList):
 
 
 class _Stand:
-    """Stands in the list of layers for `layer`, and says of itself what the layer says."""
+    """Stands in for `layer` in the list of layers, and has the layer's attributes."""
 
     def __init__(self, run: StageRun, layer: Any) -> None:
         self.run, self.layer = run, layer
@@ -181,20 +181,20 @@ class _Stand:
         return getattr(self.layer, name)
 
     def see(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-        """The hidden state that a layer is called with; the cache is noted, and earlier layers' outputs are restored."""
+        """The hidden state that a layer is called with. Records the cache and restores the outputs of earlier layers."""
         self.run.restore()
         if self.run.cache is None:
             self.run.cache = find_cache(args, kwargs)
         hidden = args[0] if args else kwargs.get("hidden_states")
         if not isinstance(hidden, Tensor):
             raise ModelError(
-                "its layers are not called with the hidden state first, so the model cannot be cut into stages. Use pp=1."
+                "its layers do not take the hidden state as first argument, so the model cannot be split into stages. Use pp=1."
             )
         return hidden
 
 
 class _Skip(_Stand):
-    """A layer of another stage: what was received, or given, leaves as if it had come from the layer."""
+    """A layer of another stage: returns the received message, or its input, in the form of the layer's output."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         hidden = self.see(args, kwargs)
@@ -208,14 +208,14 @@ class _Skip(_Stand):
 
 
 class _End(_Stand):
-    """The first layer of the stage behind: what would enter it leaves, with all that the model does between layers."""
+    """The first layer of the next stage: its input, after all that the model does between layers, leaves the stage."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         raise Left(self.see(args, kwargs), self.run.arity)
 
 
 class _Gate(_Stand):
-    """The first or last layer of a stage: lets in what was received, and out what the layer returns."""
+    """The first or last layer of a stage: takes the received message in, or sends the layer's output out."""
 
     def __init__(self, run: StageRun, layer: Any, enters: bool, ends: bool, leaves: bool = True) -> None:
         super().__init__(run, layer)
@@ -243,9 +243,7 @@ def _opened(output: Any) -> tuple[Tensor, int]:
         return output, 0
     if isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor):
         return output[0], len(output)
-    raise ModelError(
-        f"its layers return {type(output).__name__}, so the model cannot be cut into stages after one. Use pp=1."
-    )
+    raise ModelError(f"its layers return {type(output).__name__}, so the model cannot be split into stages. Use pp=1.")
 
 
 def run_part(
@@ -257,9 +255,9 @@ def run_part(
     *,
     normed: bool = False,
 ) -> tuple[Any, Any]:
-    """Run the model's forward with what `stage` says; as `run_stage`, but for prediction layers.
+    """Run the model's forward with the layers of `stage`; like `run_stage`, without prediction layers.
 
-    `normed` tells that what was received has passed the last norm already.
+    `normed` is whether the received hidden state has passed the last norm already.
     """
     run = layers.run
     run.items, run.embeds, run.received, run.cache = layers.items_of(stage), stage.embedding, received, None
@@ -275,11 +273,11 @@ def run_part(
         cache, run.received, run.embeds, run.normed = run.cache, None, True, False
         run.items = layers._outside()
     if cache is None and not isinstance(output, Message):
-        # Where one stage has all layers, nothing stands among them that sees the cache.
+        # If one stage has all layers, no stand-in sees the cache.
         cache = find_cache(output, {}) if isinstance(output, tuple) else cache_of(output)
     if stage.layers and not ((run.entered or stage.embedding) and (stage.loss or isinstance(output, Message))):
         raise ModelError(
-            f"{type(model).__name__} left out the first or the last layer of a stage. Use a model that runs every layer, or "
+            f"{type(model).__name__} skipped the first or the last layer of a stage. Use a model that runs every layer, or "
             "pp=1."
         )
     if cache is not None:

@@ -1,4 +1,4 @@
-"""Messages between the stages of a pipeline: tensors whose shapes and dtypes are agreed once, and again when they change."""
+"""Messages between the stages of a pipeline: tensors whose shapes and dtypes are sent first, and again when they change."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from partita.torch.stages.layers import RECORDED, Message
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int32, torch.bool)
 _MAX_DIMS = 6
 _FIRST = 8
-"""Tensors that a header has room for. A message of more, which carries recorded outputs, has a second header."""
+"""Tensors that fit a header. A message with more, which carries recorded outputs, has a second header."""
 _ENTRY = 3 + _MAX_DIMS
-"""Numbers of a header for each tensor: dtype, label, dims, sizes. Before these stand the number of tensors and the arity."""
+"""Numbers per tensor in a header: dtype, label, dims, sizes. The number of tensors and the arity precede them."""
 
 
 @dataclass(frozen=True)
 class _Form:
-    """What a message looks like."""
+    """Shapes, dtypes and labels of a message."""
 
     arity: int
     tensors: tuple[tuple[torch.dtype, tuple[int, ...]], ...]
@@ -41,7 +41,7 @@ class _Form:
 
     @classmethod
     def received(cls, receive: Callable[[int], list[int]]) -> _Form:
-        """The form whose headers arrive; `receive` gives the next header, of so many numbers."""
+        """Read a form from its headers; `receive` returns the next header of the given length."""
         count, arity, *entries = receive(2 + _FIRST * _ENTRY)
         if count > _FIRST:
             entries += receive((count - _FIRST) * _ENTRY)
@@ -57,7 +57,7 @@ class _Form:
         tensors = tuple((t.dtype, tuple(t.shape)) for t in message.tensors)
         if any(d not in _DTYPES or len(s) > _MAX_DIMS for d, s in tensors):
             raise DistributedError(
-                f"stages can hand on tensors of up to {_MAX_DIMS} dims in torch's usual dtypes, but these are {tensors}. Use "
+                f"stages can pass on tensors of up to {_MAX_DIMS} dims in torch's usual dtypes; got {tensors}. Use "
                 "pp=1."
             )
         return cls(message.arity, tensors, message.labels)
@@ -65,13 +65,13 @@ class _Form:
 
 @dataclass
 class Pending:
-    """A message on its way."""
+    """A message that is being received."""
 
     message: Message
     works: list[Work]
 
     def wait(self) -> Message:
-        """The message, once it is there."""
+        """Block until the message is complete, and return it."""
         for work in self.works:
             work.wait()
         return self.message
@@ -83,7 +83,7 @@ class Links:
 
     Attributes:
         comm: The pipeline group.
-        device: Where messages live.
+        device: Device of the messages.
     """
 
     comm: Communicator
@@ -92,13 +92,13 @@ class Links:
     _sent: list[tuple[Tensor, Work]] = field(default_factory=list)
 
     def send(self, to: int, stage: int, message: Message, key: Hashable) -> None:
-        """Begin to send what stage `stage` computed to rank `to`.
+        """Start sending the output of stage `stage` to rank `to`.
 
         Args:
-            to: The rank in the pipeline group.
+            to: Rank within the pipeline group.
             stage: The stage that sends.
-            message: What it hands on.
-            key: What the form of the message depends on and both ends know, such as the shape of the ids.
+            message: Its output.
+            key: What determines the form of the message and both ends know, such as the shape of the ids.
         """
         form = _Form.of(message)
         known = self._forms.get(("sent", stage, key))
@@ -107,12 +107,12 @@ class Links:
             for header in form.headers(self.device):
                 self._start(header, to)
         elif known != form:
-            raise DistributedError(f"stage {stage} hands on {form}, but for the same inputs it was {known}.")
+            raise DistributedError(f"stage {stage} sends {form}, but for inputs of the same shape it sent {known}.")
         for tensor in message.tensors:
             self._start(tensor.detach().contiguous(), to)
 
     def receive(self, source: int, stage: int, key: Hashable) -> Pending:
-        """Begin to receive from rank `source` what the stage before `stage` sends; arguments as in `send`."""
+        """Start receiving the message of the stage before `stage` from rank `source`; arguments as in `send`."""
         form = self._forms.get(("received", stage, key))
         if form is None:
             form = self._forms["received", stage, key] = _Form.received(lambda numbers: self._header(numbers, source))
@@ -124,16 +124,16 @@ class Links:
         return header.tolist()
 
     def send_gradient(self, to: int, gradients: Sequence[Tensor]) -> None:
-        """Begin to send the gradients of a message that was received."""
+        """Start sending the gradients of a received message."""
         for gradient in gradients:
             self._start(gradient.contiguous(), to)
 
     def receive_gradient(self, source: int, stage: int, key: Hashable) -> Pending:
-        """Begin to receive the gradients of a message that `stage` sent, which look like it."""
+        """Start receiving the gradients of a message that `stage` sent, which have the same form."""
         return self._post(self._forms["sent", stage, key], source)
 
     def _start(self, tensor: Tensor, to: int) -> None:
-        # A tensor under way must stay; those that have arrived are let go.
+        # Keep tensors that are being sent; release those that have arrived.
         self._sent = [(t, work) for t, work in self._sent if not work.is_completed()]  # type: ignore[attr-defined]
         self._sent.append((tensor, self.comm.start_send(tensor, to)))
 
@@ -144,7 +144,7 @@ class Links:
         )
 
     def flush(self) -> None:
-        """Return when everything that was sent has left."""
+        """Block until all sends are complete."""
         for _, work in self._sent:
             work.wait()
         self._sent.clear()

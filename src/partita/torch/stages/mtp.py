@@ -1,7 +1,7 @@
 """Multi-token prediction on any family of decoder layers: DeepSeek-V3's module, in training.
 
 Module k, counted from 1, predicts at position i the token i + k + 1. Letters: h the main model's hidden states behind its last
-norm, x the ids of a row of length n, y_k what module k hands to the next; y_0 = h.
+norm, x the ids of a row of length n, y_k the output of module k to the next; y_0 = h.
 
         u_k = eh_proj [enorm embedding(x[k:n]), hnorm y_(k-1)[: n-k]]
         y_k = decoder layer (u_k)
@@ -26,9 +26,9 @@ from partita.torch.stages.layers import Message, StageLayers, run_part
 
 
 def attach_mtp(model: nn.Module, plan: Plan) -> None:
-    """Put the plan's prediction layers behind the layers of an unsplit model, which may be on the meta device.
+    """Append the plan's prediction layers to the layers of an unsplit model, which may be on the meta device.
 
-    They are copies of its last layer, whose weights are meant to be read or drawn afterwards.
+    They are copies of its last layer, whose weights must be read or initialized afterwards.
     """
     if plan.num_mtp == 0:
         return
@@ -58,7 +58,7 @@ def attach_mtp(model: nn.Module, plan: Plan) -> None:
 def run_predicting(
     model: Any, plan: Plan, layers: StageLayers, stage: Stage, received: Message | None, inputs: Mapping[str, Any]
 ) -> tuple[Any, Any]:
-    """Run a stage that has prediction layers, or the loss behind some; as `stage.run_stage` says."""
+    """Run a stage that has prediction layers, or the loss after some; see `stage.run_stage`."""
     if not model.training:
         if not (stage.layers or stage.embedding or stage.loss):
             return received, None
@@ -93,7 +93,7 @@ def run_predicting(
 
 
 def _predict(model: Any, plan: Plan, layers: StageLayers, k: int, before: Tensor, inputs: Mapping[str, Any]) -> Tensor:
-    """y_(k+1) of y_k."""
+    """Compute y_(k+1) from y_k."""
     layer = _layer(layers, plan, k)
     ids = inputs["input_ids"]
     length = ids.shape[1] - (k + 1)

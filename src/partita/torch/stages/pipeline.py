@@ -1,7 +1,7 @@
-"""Running a schedule: one rank of a pipeline does its actions in their order.
+"""Running a schedule: a pipeline rank executes its actions in order.
 
-What is computed when, and what is sent when, stands in the schedule; here it is only done. Sends and receives are begun in
-their place and waited for where they are needed, so that they overlap with what is computed between.
+The schedule decides what is computed and sent when; this module only executes it. Sends and receives start at
+their place in the schedule and are waited for where they are needed, so they overlap with the computation in between.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from partita.torch.stages.run import run_stage
 from partita.torch.stages.weight_gradients import WeightGradients, complete, deferrable
 
 Inputs = Callable[[int, int], Mapping[str, Any]]
-"""Given a stage and a micro-batch: what the model is called with."""
+"""Maps a stage and a micro-batch to the model's inputs."""
 
 Finish = Callable[[Any, int], Tensor | None]
-"""Given the model's output and its micro-batch, on the last stage: its loss, or nothing where none is wanted."""
+"""Maps the model's output and its micro-batch, on the last stage, to the loss, or None without one."""
 
 
 @dataclass
 class _Alive:
-    """What a stage keeps of a micro-batch between its forward and its backward: what it was given and what it made."""
+    """What a stage keeps of a micro-batch between its forward and its backward: its inputs and its output."""
 
     received: tuple[Tensor, ...]
     made: tuple[Tensor, ...]
@@ -46,10 +46,10 @@ class Pipeline:
     """One rank's part of a pipeline: its stages, and its actions of a schedule."""
 
     def __init__(self, model: nn.Module, schedule: Schedule) -> None:
-        """A pipeline of `model`, which `load`, `shard` or `fresh` made, that runs `schedule`, lowered or not.
+        """Create a pipeline of `model`, a result of `load`, `shard` or `fresh`, that runs `schedule`, lowered or not.
 
         Raises:
-            PlanError: The schedule is of other stages than the model's plan.
+            PlanError: The stages of the schedule differ from those of the model's plan.
         """
         plan, groups = plan_of(model)
         check_schedule(schedule, plan)
@@ -58,10 +58,10 @@ class Pipeline:
         self.trains = schedule.trains
         self.actions = self.schedule.ranks[groups.pp.rank]
         if not self.trains:
-            # A token may be chosen, and the next one be under way, before an empty stage behind the loss is told.
+            # A token may be chosen, and the next one computed, before an empty stage after the loss receives it.
             self.actions = tuple(action for action in self.actions if not self._is_behind_loss(action))
         self.gradients = WeightGradients()
-        # Gradients that are added in place save an addition; where layers are split, their own backward overlaps with sums.
+        # In-place accumulation saves an addition. With split layers, their own backward overlaps with the reductions.
         splits_backward = any(action.kind is Kind.W for action in self.actions)
         self._keeps_gradients = splits_backward or (self.trains and groups.tp.size == 1)
         self._links = Links(groups.pp, next((p.device for p in model.parameters()), torch.device("cpu")))
@@ -89,20 +89,20 @@ class Pipeline:
         seed: Callable[[int], int] | None = None,
         timed: bool = False,
     ) -> None:
-        """Do every action of this rank once; every rank of the pipeline calls it.
+        """Execute every action of this rank once; every rank of the pipeline must call it.
 
-        Gradients are added to the parameters' `grad`; copies of one parameter on several stages have each their own part.
+        Gradients are added to the parameters' `grad`; each stage's copy of a shared parameter has its own part.
 
         Args:
-            inputs: What the model is called with.
-            finish: What becomes of the model's output, on the last stage only.
-            key: What the shapes of a micro-batch depend on; the same on every rank.
-            skips: Whether a micro-batch is left out; the same on every rank.
-            keep_cache: Told of a stage, a micro-batch and the cache that the layers used.
-            around: A context for each forward.
-            balance: The auxiliary loss, as `run_stage` takes it.
-            seed: What the generator is seeded with before the forward of a micro-batch; by default it goes on.
-            timed: Whether `timeline` is asked for: on a GPU an action then ends when its kernels have, which takes longer.
+            inputs: The model's inputs.
+            finish: Computes the loss from the model's output, on the last stage only.
+            key: What determines the shapes of a micro-batch; the same on every rank.
+            skips: Whether a micro-batch is skipped; the same on every rank.
+            keep_cache: Called with a stage, a micro-batch and the cache that the layers used.
+            around: Creates a context for each forward.
+            balance: The auxiliary loss; see `run_stage`.
+            seed: Generator seed for the forward of a micro-batch (default: the generator is not seeded).
+            timed: Whether to record `timeline`. On a GPU an action then waits for its kernels, which is slower.
         """
         self._finish, self._inputs, self._key = finish, inputs, key
         self._keep_cache, self._around, self._balance, self._seed = keep_cache, around, balance, seed
@@ -119,18 +119,18 @@ class Pipeline:
         assert not self._alive
 
     def _is_behind_loss(self, action: Action) -> bool:
-        """Whether an action is of one of the empty stages behind the loss, or sends to one."""
+        """Whether an action belongs to one of the empty stages after the loss, or sends to one."""
         last = self.plan.loss_stage
         return action.stage > last or (action.stage == last and action.kind is Kind.SEND_F)
 
     def flush(self) -> None:
-        """Return when everything that was sent has left."""
+        """Block until all sends are complete."""
         self._links.flush()
 
     def timeline(self, origin_s: float) -> Timeline:
-        """When each action of the last run, which was `timed`, began and ended on every rank, in seconds since `origin_s`.
+        """Start and end of each action of the last `timed` run on every rank, in seconds since `origin_s`.
 
-        Every rank calls it. `origin_s` is what `time.perf_counter()` gave on this rank when all ranks left a barrier.
+        Every rank must call it. `origin_s` is this rank's `time.perf_counter()` when all ranks left a barrier.
         """
         mine = [(begin - origin_s, end - origin_s) for begin, end in self._spans]
         spans: list[Any] = self.groups.pp.all_gather_object(mine)
@@ -143,7 +143,7 @@ class Pipeline:
     def _do(self, action: Action) -> None:
         self._begin_s = time.perf_counter()
         getattr(self, f"_{action.kind.value}")(action.stage, action.microbatch)
-        # What was waited for is no part of what was done.
+        # Exclude the time spent waiting.
         self._spans.append((self._begin_s, self._now_s()))
 
     def _now_s(self) -> float:

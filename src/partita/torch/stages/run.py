@@ -1,13 +1,13 @@
-"""A stage of any model: the model's own forward, run with some of its layers.
+"""A stage of any model: the model's own forward, run with a subset of its layers.
 
-A pipeline rank keeps the modules whose tensors its plan gives it. The list of layers keeps its length and its numbers: in
-place of a layer of another rank stands one that passes on what it is given. While stage i of the pipeline runs:
+A pipeline rank keeps the modules whose tensors its plan assigns to it. The list of layers keeps its length and indices: in
+place of another rank's layer, a stand-in passes its input on. While stage i of the pipeline runs:
 
-    [1] the embedding runs where the layout has it; elsewhere zeros of its shape stand for it
-    [2] what the stage before sent takes the place of what enters the first layer of the stage
-    [3] what would enter the first layer of the stage behind ends the forward
+    [1] the embedding runs on its stage; on other stages zeros of its shape replace it
+    [2] the message of the previous stage replaces the input of the stage's first layer
+    [3] the forward ends with what would enter the first layer of the next stage
 
-So everything else that a family computes from ids, positions and masks is computed by the family's own code on every stage.
+So the family's own code computes everything else from ids, positions and masks on every stage.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ def run_stage(
     inputs: Mapping[str, Any],
     balance: Balance | None = None,
 ) -> tuple[Any, Any]:
-    """Run stage `index` of the pipeline, which must be one of this rank's.
+    """Run stage `index` of the pipeline, one of this rank's stages.
 
     Args:
-        model: What `cut_stages` left of the model.
-        plan: How it was cut.
-        index: The stage's place in the pipeline.
-        received: What the stage before handed on; None for the first.
-        inputs: What the unsplit model is called with.
-        balance: The auxiliary loss, where it is not the model's forward that computes it. Messages end with its sums, and the
-            output's `aux_loss` is that of all stages.
+        model: The result of `cut_stages`.
+        plan: The plan of its partition.
+        index: Index of the stage in the pipeline.
+        received: The message of the previous stage; None for the first.
+        inputs: The inputs of the unsplit model.
+        balance: The auxiliary loss, unless the model's forward computes it. Messages end with its sums, and the
+            output's `aux_loss` covers all stages.
 
     Returns:
-        A `Message` for the next stage, or of the last stage the model's own output; and the cache that the layers used.
+        A `Message` for the next stage, or the model's own output on the last; and the cache that the layers used.
     """
     if balance is None:
         return _run_stage(model, plan, index, received, inputs)
@@ -72,7 +72,7 @@ def _run_stage(
     layers = stage_layers(model, plan)
     stage = layers.stages[index]
     if stage.embedding:
-        # What came before, if anything, is the nothing of empty stages.
+        # Earlier stages, if any, are empty and sent nothing.
         received = None
     if stage.mtp_layers or (stage.loss and plan.num_mtp):
         return run_predicting(model, plan, layers, stage, received, inputs)

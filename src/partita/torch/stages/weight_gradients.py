@@ -1,10 +1,10 @@
-"""Weight gradients put off: the backward of a linear layer gives the input gradient, the weight's comes when it is asked for.
+"""Deferred weight gradients: the backward of a linear layer computes the input gradient, `complete` the weight gradient later.
 
         forward          y = x @ weight.T + bias
         backward         dx = dy @ weight, and x and dy are kept
         later            weight.grad += dy.T @ x
 
-Zero-bubble schedules fill the bubble with what comes later. Source: 2401.10241, section 2.
+Zero-bubble schedules fill the bubble with the deferred part. Source: 2401.10241, section 2.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ class _Kept(NamedTuple):
 
     @property
     def is_plain(self) -> bool:
-        """Whether nothing but an addition is to be done with the gradient.
+        """Whether the gradient only needs to be accumulated.
 
-        What several ranks hold is summed by a hook of autograd.
+        An autograd hook sums the gradients of parameters that several ranks hold.
         """
         hooks = self.weight._backward_hooks or self.weight._post_accumulate_grad_hooks
         return not hooks and self.left.dtype == self.weight.dtype
 
     def accumulate(self) -> None:
-        """Add `left.T @ right` to the weight's gradient, in its memory where it has one."""
+        """Add `left.T @ right` to the weight's gradient, in place if it exists."""
         weight, left, right = self.weight, _rows(self.left).t(), _rows(self.right)
         if not self.is_plain:
             torch.autograd.backward((weight,), ((left @ right).to(weight.dtype),))
@@ -46,14 +46,14 @@ class _Kept(NamedTuple):
 
 
 class WeightGradients:
-    """Where the linear layers of one model leave what their weight gradients are made of."""
+    """Stores the operands of the deferred weight gradients of one model's linear layers."""
 
     def __init__(self) -> None:
         self._kept: list[_Kept] | None = None
 
     @contextmanager
     def put_off(self) -> Iterator[list[_Kept]]:
-        """While it lasts, backward leaves out weight gradients; `complete` makes them of what is yielded."""
+        """Defer weight gradients of backward inside the context; `complete` computes them from the yielded list."""
         kept: list[_Kept] = []
         self._kept = kept
         try:
@@ -63,17 +63,17 @@ class WeightGradients:
 
     @property
     def are_put_off(self) -> bool:
-        """Whether backward leaves them out now."""
+        """Whether backward currently defers weight gradients."""
         return self._kept is not None
 
     def keep(self, kept: _Kept) -> None:
-        """Leave a weight's gradient for later."""
+        """Defer a weight's gradient."""
         assert self._kept is not None
         self._kept.append(kept)
 
 
 def complete(kept: list[_Kept]) -> None:
-    """Add the gradients that were put off, and forget what they were made of."""
+    """Add the deferred gradients, and release their operands."""
     with torch.no_grad():
         for one in kept:
             one.accumulate()
@@ -82,12 +82,12 @@ def complete(kept: list[_Kept]) -> None:
 
 @contextmanager
 def deferrable(model: nn.Module, gradients: WeightGradients) -> Iterator[None]:
-    """While it lasts, the weight gradients of every linear layer of `model` can be put off."""
+    """Allow the weight gradients of every linear layer of `model` to be deferred inside the context."""
     changed = []
     for module in model.modules():
         is_linear = type(module) is nn.Linear
         known = (is_linear or type(module).__name__ == "Conv1D") and "forward" not in module.__dict__
-        # A hook on a weight (what several ranks hold is summed by one) must not be called before there is a gradient.
+        # A hook on a weight (one sums the gradients of several ranks) must not be called before there is a gradient.
         if known and not (module.weight._backward_hooks or module.weight._post_accumulate_grad_hooks):
             module.forward = partial(_forward, module, gradients, not is_linear)
             changed.append(module)

@@ -1,10 +1,10 @@
-"""Calling a model that is cut into stages: every rank calls it like the unsplit one, and every rank gets the whole output.
+"""Calling a model that is split into stages: every rank calls it like the unsplit model and gets the full output.
 
-        forward    each rank runs its stages when what they need arrives; the last one's output goes to all
-        backward   from the output on the last stage, stage by stage to the first; other ranks' gradients of it are not asked.
-                   Gradients of inputs (embeddings, masks) are summed over the stages, so that every rank has them
+        forward    each rank runs its stages when their inputs arrive; the last stage's output is sent to all ranks
+        backward   from the output on the last stage, stage by stage to the first; other ranks' gradients of it are ignored
+                   Gradients of inputs (embeddings, masks) are summed over the stages, so that every rank has them.
 
-A model called so has one micro-batch under way; `pipeline.Pipeline` runs schedules of many.
+Such a call runs a single micro-batch; `pipeline.Pipeline` runs schedules of many.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ from partita.torch.transformers_internals import cache_argument, is_cache, recor
 
 
 def call_as_whole(model: nn.Module, plan: Plan, groups: ParallelGroups) -> None:
-    """Let calling `model`, which is cut into stages, run the whole pipeline."""
+    """Make a call of `model`, which is split into stages, run the whole pipeline."""
     if not is_cut(plan):
         return
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     model.partita_links = Links(groups.pp, device)  # type: ignore[assignment]
 
-    # transformers asks the signature of `forward` what it may be given.
+    # transformers reads the accepted arguments from the signature of `forward`.
     @wraps(type(model).forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return _forward(self, *args, **kwargs)
@@ -51,26 +51,26 @@ def call_as_whole(model: nn.Module, plan: Plan, groups: ParallelGroups) -> None:
 
 
 def _forward(model: Any, *args: Any, **kwargs: Any) -> Any:
-    """Run the pipeline once; arguments and result are the unsplit model's."""
+    """Run the pipeline once, with the arguments and result of the unsplit model."""
     call = _Call(model, _bound(model, args, kwargs))
     if model.training and call.plan.num_stages > 1:
         refuse_layer_drop(model)
-    made: list[Tensor] = []
+    outputs: list[Tensor] = []
     with call.randomness():
         output = call.forward()
-    form = _take_apart(output, made) if call.is_last else None
+    form = _take_apart(output, outputs) if call.is_last else None
     comm, last = call.groups.pp, call.plan.stage_rank(call.plan.loss_stage)
-    described: Any = ([(t.dtype, tuple(t.shape)) for t in made], form)
+    described: Any = ([(t.dtype, tuple(t.shape)) for t in outputs], form)
     described = comm.broadcast_object(described, last)
     shapes, form = described
     if call.is_last:
-        tensors = [t.detach().contiguous() for t in made]
+        tensors = [t.detach().contiguous() for t in outputs]
     else:
         tensors = [exactly_empty(shape, dtype, call.links.device) for dtype, shape in shapes]
     for tensor in tensors:
         comm.broadcast_(tensor, last)
     if call.trains:
-        call.made = made
+        call.outputs = outputs
         tensors = list(_Output.apply(torch.zeros((), requires_grad=True), call, *call.given, *tensors))
     if call.cache is None and call.plan.vpp == 1 and not call.has_layers and _has_cache(form):
         call.cache = counting_cache(model, call.inputs)
@@ -78,17 +78,17 @@ def _forward(model: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _bound(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a call by their names.
+    """The arguments of a call by name.
 
     Raises:
-        ModelError: They ask for what one stage does not have.
+        ModelError: They request something that a single stage does not have.
     """
     inputs, cache_name = rename_cache(model, by_name(model, args, kwargs)), cache_argument(model)
     plan = plan_of(model)[0]
     _refuse_unrecorded(model, plan, inputs)
     if plan.num_mtp and model.training and inputs.get("input_ids") is None:
         raise ModelError(
-            "layers that predict more tokens embed the ids of later positions, so training them needs input_ids, not "
+            "multi-token prediction layers embed the ids of later positions, so training them needs input_ids, not "
             "inputs_embeds."
         )
     cache = inputs.get(cache_name)
@@ -97,33 +97,33 @@ def _bound(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict
     if (cache is not None or inputs.get("use_cache")) and plan.vpp > 1:
         name = f"{cache_name}=..." if cache is not None else "use_cache=True"
         raise ModelError(
-            f"{name} would share one cache between several stages of a rank, each of which counts its tokens. Call "
+            f"{name} would share one cache between several stages of a rank, and each would count its tokens. Call "
             "partita.torch.generate(), or use vpp=1."
         )
     return inputs
 
 
 def _refuse_unrecorded(model: Any, plan: Plan, inputs: Mapping[str, Any]) -> None:
-    """Raise `ModelError` for outputs of every layer that are asked for and cannot be handed on from stage to stage."""
+    """Raise `ModelError` for requested per-layer outputs that stages cannot pass on."""
     can = recordable(model.get_submodule(innermost_model(model, plan.spec.layers)))
     for name, wanted in _requests(model, plan, inputs).items():
         label = name.removeprefix("output_")
         if not wanted or (can and label not in can):
-            # transformers, too, ignores a request for what a model has not.
+            # transformers, too, ignores a request for outputs that a model does not have.
             continue
         if label not in can.intersection(RECORDED):
             raise ModelError(
-                f"{name}=True asks for what every stage has a part of, and {type(model).__name__} does not record it in a way "
-                "that stages can hand on. Leave it out, or use pp=1."
+                f"{name}=True requests outputs of every stage, but {type(model).__name__} does not record them in a way "
+                "that stages can pass on. Leave it out, or use pp=1."
             )
         if plan.num_mtp and model.training:
             raise ModelError(
-                f"{name}=True cannot be answered while layers that predict more tokens train. Leave it out, or call eval()."
+                f"{name}=True is not supported while multi-token prediction layers train. Leave it out, or call eval()."
             )
 
 
 def _requests(model: Any, plan: Plan, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """What a call asks for of the outputs of every layer, by the argument's name, whether by it or by a config."""
+    """The per-layer outputs that a call or a config requests, by the argument's name."""
     inner = model.get_submodule(innermost_model(model, plan.spec.layers))
     configs = [getattr(module, "config", None) for module in (model, inner)]
     names = {f"output_{name}" for name in RECORDED} | {name for name in inputs if name.startswith("output_")}
@@ -134,12 +134,12 @@ def _requests(model: Any, plan: Plan, inputs: Mapping[str, Any]) -> dict[str, An
 
 
 class _Call:
-    """One call of a model: what each stage of this rank was given and made."""
+    """One call of a model: inputs and outputs of each stage of this rank."""
 
     def __init__(self, model: Any, inputs: Mapping[str, Any]) -> None:
         self.plan, self.groups = plan_of(model)
         self.model, self.links = model, model.partita_links
-        # A stage's own backward ends at the inputs; the gradients of all stages are summed after it.
+        # A stage's backward ends at the inputs; the gradients of all stages are summed afterwards.
         self.given = [v for v in inputs.values() if isinstance(v, Tensor) and v.requires_grad]
         self.leaves = [v.detach().requires_grad_() for v in self.given]
         leaf_of = {id(v): leaf for v, leaf in zip(self.given, self.leaves, strict=True)}
@@ -152,21 +152,21 @@ class _Call:
         self.has_layers = any(self.plan.stage(rank, vpp).layers for vpp in range(self.plan.vpp))
         self.cache: Any = None
         requests = tuple((name, str(wanted)) for name, wanted in _requests(model, self.plan, inputs).items() if wanted)
-        # Attention weights are as long as the cache.
+        # The size of attention weights depends on the cache.
         past = find_cache((), inputs).get_seq_length() if requests and find_cache((), inputs) is not None else 0
         self.key = (model.training, requests, past, *_autocast(), *_shapes(inputs))
-        self.made: list[Tensor] = []
+        self.outputs: list[Tensor] = []
         self._alive: dict[int, tuple[tuple[Tensor, ...], tuple[Tensor, ...]]] = {}
 
     def _is_here(self, stage: int) -> bool:
         return self.plan.stage_rank(stage) == self.groups.pp.rank
 
     def randomness(self) -> AbstractContextManager[None]:
-        """Around forward and backward: layers of different stages drop different elements."""
+        """Context around forward and backward in which layers of different stages drop different elements."""
         return layer_randomness(self.model, self.plan) if self.trains else nullcontext()
 
     def forward(self) -> Any:
-        """Run this rank's stages; the output of the last stage, a message of any other."""
+        """Run this rank's stages. Returns the output of the last stage, or the message of any other."""
         result: Any = None
         message = Message(())
         for stage in self.stages:
@@ -187,15 +187,16 @@ class _Call:
         return result
 
     def backward(self, output_grads: tuple[Tensor | None, ...]) -> list[Tensor]:
-        """Backward of this rank's stages, from the output's gradients on the last, from what the next sends on others.
+        """Backward of this rank's stages, from the output's gradients on the last stage, from the next stage's message on
+        others.
 
         Returns:
-            The gradients of the inputs that need them, the same on every rank.
+            Gradients of the inputs that require them, the same on every rank.
         """
         with summed_copies(self.model, self.plan, self.groups):
             left: list[Tensor] = []
             for stage in reversed(self.stages):
-                received, made = self._alive.pop(stage)
+                received, outputs = self._alive.pop(stage)
                 given: Any
                 if stage == self.plan.num_stages - 1:
                     given = ()
@@ -205,8 +206,8 @@ class _Call:
                     source = self.plan.stage_rank(stage + 1)
                     given = self.links.receive_gradient(source, stage, self.key).wait().tensors
                 if stage == self.plan.loss_stage:
-                    made, given = tuple(self.made), output_grads
-                pairs = [(t, g) for t, g in zip(made, given, strict=True) if t.requires_grad and g is not None]
+                    outputs, given = tuple(self.outputs), output_grads
+                pairs = [(t, g) for t, g in zip(outputs, given, strict=True) if t.requires_grad and g is not None]
                 if pairs:
                     torch.autograd.backward([t for t, _ in pairs], [g for _, g in pairs])
                 left = [torch.zeros_like(t) if t.grad is None else t.grad for t in received]
@@ -218,12 +219,12 @@ class _Call:
 
 
 def _autocast() -> tuple[torch.dtype | None, ...]:
-    """What autocast computes in, on each kind of device: what stages hand on depends on it."""
+    """autocast's dtype on each device type; it determines the form of the stages' messages."""
     return tuple(torch.get_autocast_dtype(k) if torch.is_autocast_enabled(k) else None for k in ("cpu", "cuda"))
 
 
 class _Output(Function):
-    """The output of a pipeline, whose backward is that of its stages."""
+    """The output of a pipeline; its backward runs the backward of the stages."""
 
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, call: _Call, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -245,13 +246,13 @@ def _shapes(inputs: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 class _Place(NamedTuple):
-    """Where a tensor of an output was."""
+    """Placeholder for a tensor of an output."""
 
     number: int
 
 
 class _Made(NamedTuple):
-    """An object of `kind` of these parts."""
+    """An object of type `kind` with these parts."""
 
     kind: Any
     parts: Any
@@ -261,7 +262,7 @@ _CACHE = "the cache"
 
 
 def _take_apart(value: Any, tensors: list[Tensor]) -> Any:
-    """`value` without its tensors, which go to `tensors`, and without its cache, which every rank has its own of."""
+    """`value` without its tensors, which are appended to `tensors`, and without its cache: every rank has its own."""
     if isinstance(value, Tensor):
         tensors.append(value)
         return _Place(len(tensors) - 1)

@@ -1,1 +1,1 @@
-"""Weights and the optimizer's state, from and to the unsplit checkpoint."""
+"""Weights and optimizer state, read from and written to the unsplit checkpoint."""

@@ -1,4 +1,4 @@
-"""LoRA on a whole split model: put on, trained, and merged into the weights again."""
+"""LoRA adapters of a split model: add, find and merge them."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from partita.torch.model.parts import plan_of
 
 
 def add_lora(model: nn.Module, rank: int, *, alpha: float | None = None, seed: int | None = None) -> list[str]:
-    """Put a LoRA adapter on every linear layer inside the layers of a split model and freeze all else.
+    """Add a LoRA adapter to every linear layer inside the layers of a split model and freeze all other parameters.
 
-    Every rank calls it. The unsplit adapters depend on the seed alone, whatever the mesh.
+    Every rank must call it. The unsplit adapters depend only on the seed, not on the mesh.
 
     Args:
-        model: What `load`, `shard` or `fresh` made.
-        rank: Of the adapters.
-        alpha: The scale is `alpha / rank`; by default 1.
-        seed: Of `lora_A`; `lora_B` is zero, so that at first nothing changes. By default one drawn by rank 0.
+        model: A result of `load`, `shard` or `fresh`.
+        rank: Rank of the adapters.
+        alpha: The scale is `alpha / rank` (default scale: 1).
+        seed: Seed of `lora_A` (default: rank 0 samples one). `lora_B` is zero, so that at first nothing changes.
 
     Returns:
-        The paths of the layers that were adapted.
+        Paths of the adapted layers.
 
     Raises:
-        ModelError: There is no linear layer to adapt.
+        ModelError: The model has no linear layer to adapt.
 
     Examples:
         >>> model = pt.load("./model", tp=2)
@@ -45,7 +45,7 @@ def add_lora(model: nn.Module, rank: int, *, alpha: float | None = None, seed: i
     for path, module in list(model.named_modules()):
         if plan.spec.layer_of(path) is None:
             continue
-        # Each layer draws from numbers of its own: which layers lie on the same stage must not matter.
+        # Each layer has its own generator, so that the assignment of layers to stages does not matter.
         with torch.random.fork_rng():
             torch.manual_seed((seed ^ zlib.crc32(path.encode())) & ((1 << 63) - 1))
             if isinstance(module, (ColumnParallelLinear, RowParallelLinear)):
@@ -65,7 +65,7 @@ def add_lora(model: nn.Module, rank: int, *, alpha: float | None = None, seed: i
 
 
 def _seed_of_first(groups: ParallelGroups) -> int:
-    """A seed that rank 0 draws, on every rank: the ranks' generators need not agree."""
+    """A seed that rank 0 samples and broadcasts: the ranks' generators need not agree."""
     seed: Any = int(torch.randint(1 << 62, ()))
     for comm in (groups.tp, groups.pp, groups.dp):
         seed = comm.broadcast_object(seed)
@@ -73,12 +73,12 @@ def _seed_of_first(groups: ParallelGroups) -> int:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    """Whether it is a linear layer of torch or of transformers' GPT-2, and nothing made of one."""
+    """Whether it is a plain linear layer of torch or of transformers' GPT-2, not a subclass or wrapper."""
     return type(module) is nn.Linear or type(module).__name__ == "Conv1D"
 
 
 def adapters(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
-    """Every adapter of a model: the module that holds it, its name there, and the adapter."""
+    """Every adapter of a model: its parent module, its attribute name, and the adapter."""
     return [
         (parent, name, child)
         for parent in list(model.modules())
@@ -89,10 +89,10 @@ def adapters(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
 
 @torch.no_grad()
 def merge_lora(model: nn.Module) -> None:
-    """Add every LoRA adapter into the weight it sits on, and take it off; no rank needs another for it.
+    """Merge every LoRA adapter into its base weight and remove it. No communication.
 
     Raises:
-        ModelError: An adapter is not one of ours; peft merges its own (`merge_and_unload`).
+        ModelError: Another library added an adapter; peft merges its own (`merge_and_unload`).
 
     Examples:
         >>> model = pt.load("./model", tp=2)
@@ -102,7 +102,7 @@ def merge_lora(model: nn.Module) -> None:
     for parent, name, adapter in adapters(model):
         if not isinstance(adapter, LoraLinear):
             raise ModelError(
-                f"{type(adapter).__name__} was put on by another library. Merge it there, e.g. merge_and_unload()."
+                f"{type(adapter).__name__} belongs to another library. Merge it there, e.g. with merge_and_unload()."
             )
         base = adapter.base_layer
         update = adapter.lora_B.weight @ adapter.lora_A.weight * adapter.scaling

@@ -24,10 +24,10 @@ DTYPES = {
 """torch's dtypes by their safetensors names."""
 
 CHUNK_BYTES = 8 << 20
-"""How much is read at once before it is converted and put in place."""
+"""Bytes to read at once before they are converted and copied to the local tensor."""
 
 Progress = Callable[[int, int], None]
-"""Called with the bytes of this rank that are in place and those of all."""
+"""Called with the bytes that this rank has loaded and their total."""
 
 
 class CheckpointFill:
@@ -47,7 +47,7 @@ class CheckpointFill:
         self.done_bytes = 0
 
     def __call__(self, name: str, cut: TensorPlan, rank: int, local: Tensor) -> None:
-        """Fill the part that tensor rank `rank` holds of tensor `name`."""
+        """Fill `local`, the part of tensor `name` that tensor rank `rank` holds."""
         self.read(name, cut.ranges(rank), local)
 
     def read(self, name: str, ranges: tuple[tuple[Range, ...], ...], local: Tensor) -> None:
@@ -56,7 +56,7 @@ class CheckpointFill:
         if source is None:
             folder = self.reader.checkpoint.folder
             raise CheckpointError(
-                f"tensor {name} of the model is not in {folder}. The checkpoint is of another model, or not whole."
+                f"tensor {name} of the model is not in {folder}. The checkpoint belongs to another model, or is incomplete."
             )
         if source.converter is not None:
             whole = convert_whole(source, name, {n: self._read_whole(n) for n, _ in source.inputs}, self.unsplit)
@@ -68,10 +68,10 @@ class CheckpointFill:
             overlap = piece.overlap(ranges)
             if overlap is not None:
                 take, put = overlap
-                there = local
+                target = local
                 for dim, (a, b) in enumerate(put):
-                    there = there.narrow(dim, a, b - a)
-                self._read(piece.name, take, there.squeeze(0) if piece.stacked else there)
+                    target = target.narrow(dim, a, b - a)
+                self._read(piece.name, take, target.squeeze(0) if piece.stacked else target)
 
     def _read_whole(self, name: str) -> Tensor:
         info = self.infos[name]
@@ -79,35 +79,35 @@ class CheckpointFill:
         self._read(name, [[(0, size)] for size in info.shape], whole)
         return whole
 
-    def _read(self, name: str, take: list[list[tuple[int, int]]], there: Tensor) -> None:
-        """Read ranges of a tensor on disk into a view of a local one, a chunk of its first dim at a time."""
+    def _read(self, name: str, take: list[list[tuple[int, int]]], target: Tensor) -> None:
+        """Read ranges of a tensor on disk into a view of a local tensor, in chunks of its first dim."""
         info = self.infos[name]
         dtype = _dtype(info)
-        is_other_kind = dtype.itemsize == 1 or dtype.is_floating_point != there.dtype.is_floating_point
-        if is_other_kind and dtype != there.dtype:
+        is_other_kind = dtype.itemsize == 1 or dtype.is_floating_point != target.dtype.is_floating_point
+        if is_other_kind and dtype != target.dtype:
             raise CheckpointError(
-                f"{info.file}: tensor {name} is {info.dtype}, which without its scales is not the model's {there.dtype}. "
-                "Save it dequantized, and load that."
+                f"{info.file}: tensor {name} is {info.dtype}, which cannot be converted to the model's {target.dtype} without "
+                "its scales. Dequantize the checkpoint, and load that."
             )
-        direct = dtype == there.dtype and there.is_contiguous() and there.device.type == "cpu"
-        if direct or there.dim() == 0:
-            into = there if direct else torch.empty(there.shape, dtype=dtype)
+        direct = dtype == target.dtype and target.is_contiguous() and target.device.type == "cpu"
+        if direct or target.dim() == 0:
+            into = target if direct else torch.empty(target.shape, dtype=dtype)
             self.reader.read(name, take, memory_of(into))
             if not direct:
-                there.copy_(into)
+                target.copy_(into)
         else:
-            row_bytes = max(1, math.prod(there.shape[1:]) * dtype.itemsize)
+            row_bytes = max(1, math.prod(target.shape[1:]) * dtype.itemsize)
             rows = max(1, CHUNK_BYTES // row_bytes)
-            buffer = torch.empty((min(rows, there.shape[0]), *there.shape[1:]), dtype=dtype)
+            buffer = torch.empty((min(rows, target.shape[0]), *target.shape[1:]), dtype=dtype)
             done = 0
             for piece in _in_steps(take[0], rows):
                 count = sum(b - a for a, b in piece)
                 into = buffer[:count]
                 self.reader.read(name, [piece, *take[1:]], memory_of(into))
-                there[done : done + count].copy_(into)
+                target[done : done + count].copy_(into)
                 done += count
         if self.progress is not None:
-            self.done_bytes += there.numel() * there.itemsize
+            self.done_bytes += target.numel() * target.itemsize
             self.progress(self.done_bytes, self.total_bytes)
 
 
@@ -119,7 +119,7 @@ def _dtype(info: TensorInfo) -> torch.dtype:
 
 
 def _in_steps(ranges: list[tuple[int, int]], rows: int) -> list[list[tuple[int, int]]]:
-    """Ranges cut so that each step has at most `rows` elements."""
+    """`ranges` divided into chunks of at most `rows` elements."""
     steps: list[list[tuple[int, int]]] = []
     room = 0
     for start, stop in ranges:
@@ -145,25 +145,25 @@ def memory_of(tensor: Tensor) -> memoryview:
 
 
 def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """A torch dtype of its name.
+    """The torch dtype of a name.
 
     Raises:
-        ModelError: It is not a floating dtype that models are made of.
+        ModelError: Models cannot have this dtype.
     """
     names = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
     if dtype is None or dtype == "auto":
         return None
     found = names.get(dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
     if found not in names.values():
-        raise ModelError(f"dtype must be one of {', '.join(names)}, but is {dtype}.")
+        raise ModelError(f"dtype must be one of {', '.join(names)}; got {dtype}.")
     return found
 
 
 def as_device(device: torch.device | str | None) -> torch.device:
-    """The device that is meant: this rank's CUDA device where there is one and none is named, else the CPU.
+    """Resolve a device argument (default: this rank's CUDA device if there is one, else the CPU).
 
     Raises:
-        ModelError: It is none that is here.
+        ModelError: This machine has no such device.
     """
     if device is not None:
         try:
@@ -171,12 +171,10 @@ def as_device(device: torch.device | str | None) -> torch.device:
             torch.empty(0, device=found)
         except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
             raise ModelError(
-                f"device must be one that torch has here (cpu{', cuda' if torch.cuda.is_available() else ''}, ...), but is "
-                f"{str(device)!r}. Leave it out for the usual one."
+                f"device must be available on this machine (cpu{', cuda' if torch.cuda.is_available() else ''}, ...); got "
+                f"{str(device)!r}. Leave it out for the default device."
             ) from error
         if found.type == "meta":
-            raise ModelError(
-                "device must be one with memory for weights, but is 'meta'. Leave it out for the usual one."
-            )
+            raise ModelError("device must be able to store weights; got 'meta'. Leave it out for the default device.")
         return found
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")

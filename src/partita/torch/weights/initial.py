@@ -1,8 +1,8 @@
-"""Initial weights that do not depend on how a model is split.
+"""Initial weights that do not depend on how the model is split.
 
-The model's own initialization is run once on the meta device, where it does nothing but is written down: this tensor is
-filled with that distribution. Each rank then draws its part from generators seeded by the tensor's name, in blocks of
-rows, so that no rank holds a whole large tensor.
+The model's own initialization runs once on the meta device, where it computes nothing but is recorded: this tensor is
+filled with that distribution. Each rank then samples its part from generators seeded by the tensor's name, in blocks of
+rows, so that no rank holds a large tensor unsplit.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from partita.errors import ModelError
 from partita.torch.transformers_internals import can_initialize, initialize
 
 BLOCK_ELEMENTS = 1 << 22
-"""About how many elements are drawn from one generator."""
+"""Approximate number of elements to sample from one generator."""
 
 
 @dataclass
 class Recipe:
-    """How one tensor begins: in-place operations on the whole of it, then rows that are set to a value."""
+    """Initialization of one tensor: in-place operations on all of it, then rows that are set to a value."""
 
     steps: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
     rows: dict[int, float] = field(default_factory=dict)
@@ -38,7 +38,7 @@ _CHANGES = ("mul_", "add_", "sub_", "div_", "erfinv_", "clamp_", "clamp_min_", "
 
 
 class _Recorder(TorchDispatchMode):
-    """Writes down what is done in place to the tensors of a model on the meta device."""
+    """Records in-place operations on the tensors of a model on the meta device."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         super().__init__()
@@ -76,11 +76,11 @@ class _Recorder(TorchDispatchMode):
 
 
 def record_initialization(model: nn.Module) -> dict[str, Recipe]:
-    """For each tensor of an unsplit model on the meta device, how the model's own initialization fills it."""
+    """Record how the model's own initialization fills each tensor of an unsplit model on the meta device."""
     tensors = dict(model.state_dict(keep_vars=True))
     recorder = _Recorder(tensors)
     if not can_initialize(model):
-        raise ModelError(f"{type(model).__name__} is no model of transformers, so nobody knows how its weights begin.")
+        raise ModelError(f"{type(model).__name__} is not a transformers model, so its initial weights are unknown.")
     with recorder:
         initialize(model)
     return recorder.recipes
@@ -90,15 +90,17 @@ class FreshFill:
     """Fills local tensors with their part of the unsplit initial weights."""
 
     def __init__(self, recipes: Mapping[str, Recipe], seed: int, perturb: float = 0.0) -> None:
-        """Weights of `seed`. `perturb` is the deviation of noise on tensors of one dimension, which often begin equal."""
+        """Create the weights of `seed`. `perturb` is the standard deviation of noise added to one-dimensional tensors."""
         self.recipes, self.seed, self.perturb = recipes, seed, perturb
 
     def __call__(self, name: str, cut: TensorPlan, rank: int, local: Tensor) -> None:
-        """Fill `local`, the part that tensor rank `rank` has of tensor `name`."""
+        """Fill `local`, the part of tensor `name` that tensor rank `rank` holds."""
         recipe = self.recipes[name]
         if recipe.unknown or not recipe.steps:
             reason = f"it uses {recipe.unknown}" if recipe.unknown else "it leaves it unset"
-            raise ModelError(f"how {name} begins cannot be read from the model's initialization: {reason}.")
+            raise ModelError(
+                f"the initial value of {name} cannot be derived from the model's initialization: {reason}."
+            )
         shape = cut.shape or (1,)
         ranges = cut.ranges(rank) or (((0, 1),),)
         flat = local.view(-1) if not cut.shape else local
@@ -124,7 +126,7 @@ class FreshFill:
     ) -> Tensor:
         digest = hashlib.sha256(f"{self.seed}:{name}:{block}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-        # Drawn in float32 or wider, so that a model in bfloat16 begins at the rounded weights of the one in float32.
+        # Sample in float32 or wider, so that a bfloat16 model starts at the rounded weights of the float32 model.
         values = torch.empty(shape, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
         for func, args, kwargs in recipe.steps:
             operation = func._schema.name.removeprefix("aten::")
@@ -145,6 +147,6 @@ class FreshFill:
 def _rows_of(name: str, source: Tensor, rows: tuple[int, int], like: Tensor) -> Tensor:
     if source.device.type == "meta":
         raise ModelError(
-            f"how {name} begins cannot be read from the model's initialization: it is copied from elsewhere."
+            f"the initial value of {name} cannot be derived from the model's initialization: it is copied from elsewhere."
         )
     return source[rows[0] : rows[1]] if source.dim() == like.dim() else source.expand_as(like)

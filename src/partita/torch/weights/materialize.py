@@ -1,4 +1,4 @@
-"""Giving a split model on the meta device its tensors, one at a time."""
+"""Creating the tensors of a split model on the meta device, one at a time."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from partita.torch.model.parts import parameter_homes, tie
 from partita.torch.transformers_internals import can_initialize, initialize, mark_initialized
 
 Fill = Callable[[str, TensorPlan, int, Tensor], None]
-"""Given a tensor's name, its cut, the tensor rank and an empty local tensor: fill it."""
+"""Takes a tensor's name, its `TensorPlan`, the tensor rank and an empty local tensor, and fills it."""
 
 
 @dataclass(frozen=True)
 class Filled:
-    """The weights that a model was given, so that a later change is detected.
+    """The weights that a model was filled with, to detect later changes.
 
     Attributes:
-        tensors: Each local tensor by its unsplit name, and its version when it was complete.
+        tensors: Each local tensor by its unsplit name, and its version when it was filled.
     """
 
     tensors: Mapping[str, tuple[Tensor, int]]
@@ -39,16 +39,16 @@ class Filled:
         for name, (tensor, version) in self.tensors.items():
             if name not in homes or getattr(*homes[name]) is not tensor or tensor._version != version:
                 raise ModelError(
-                    f"{name} was changed after its weights were read, so the model is not the checkpoint's. This is an "
+                    f"{name} was changed after its weights were read, so the model differs from the checkpoint. This is an "
                     "error in Partita or in the model's code: please report it with the model's config."
                 )
         return model
 
 
 def materialize(model: nn.Module, plan: Plan, groups: ParallelGroups, fill: Fill, device: torch.device) -> Filled:
-    """Give a split model on the meta device its weights: each local tensor is made and filled, one at a time.
+    """Give a split model on the meta device its weights: each local tensor is created and filled, one at a time.
 
-    Its unsaved buffers must have been made before it was split (`make_unsaved_buffers`).
+    Its unsaved buffers must be computed before it is split (`make_unsaved_buffers`).
     """
     rank = groups.tp.rank
     homes = parameter_homes(model)
@@ -60,7 +60,7 @@ def materialize(model: nn.Module, plan: Plan, groups: ParallelGroups, fill: Fill
             continue
         assert tensor.device.type == "meta", name
         local = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
-        # A tied tensor whose twin is on another stage begins as the twin does.
+        # A tied tensor whose twin is on another stage is initialized like the twin.
         fill(spec.tied_to or name, plan.tensor(name), rank, local)
         if attribute in module._parameters:
             local = nn.Parameter(local, requires_grad=tensor.requires_grad)
@@ -79,9 +79,9 @@ def materialize(model: nn.Module, plan: Plan, groups: ParallelGroups, fill: Fill
 
 
 def make_unsaved_buffers(model: nn.Module, device: torch.device) -> None:
-    """Compute the buffers that are not saved with an unsplit model (rotary frequencies), whose parameters have no memory yet.
+    """Compute the unsaved buffers of an unsplit model (rotary frequencies) while its parameters have no memory yet.
 
-    Only the model's own initialization knows these values. It initializes whole modules, parameters included, and reaches
+    Only the model's own initialization computes these values. It initializes whole modules, parameters included, and reaches
     into other modules, so it runs before any weight is read and before any module is replaced.
 
     Raises:
@@ -99,13 +99,13 @@ def make_unsaved_buffers(model: nn.Module, device: torch.device) -> None:
     if not left:
         return
     if not can_initialize(model):
-        raise ModelError(f"{min(left)} is a buffer on the meta device that is not saved, so nobody knows its values.")
+        raise ModelError(f"{min(left)} is an unsaved buffer on the meta device, so its values are unknown.")
     initialize(model)
     for path, (module, name, empty) in left.items():
         if module._buffers[name] is empty and empty._version == 0:
             raise ModelError(
-                f"{path} is a buffer that is not saved, and {type(model).__name__}'s initialization does not compute it, so "
-                "nobody knows its values."
+                f"{path} is an unsaved buffer, and {type(model).__name__}'s initialization does not compute it, so "
+                "its values are unknown."
             )
     for module in model.modules():
         mark_initialized(module)

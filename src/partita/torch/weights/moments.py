@@ -30,9 +30,9 @@ from partita.training.state import read_state
 
 
 def trained_tensors(model: nn.Module, plan: Plan) -> dict[str, Tensor]:
-    """This rank's part of what is trained, by its name in the unsplit model; of tied ones under the first name alone.
+    """This rank's part of each trained tensor, by its unsplit name; tied tensors appear under the first name only.
 
-    Raises `ModelError` for adapters that are no plain LoRA.
+    Raises `ModelError` for adapters that are not plain LoRA.
     """
     trained: dict[str, Tensor] = {}
     for name, tensor in local_tensors(model, plan).items():
@@ -42,25 +42,25 @@ def trained_tensors(model: nn.Module, plan: Plan) -> dict[str, Tensor]:
 
 
 def held_by(optimizer: torch.optim.Optimizer | None) -> tuple[torch.optim.Optimizer | None, set[int]]:
-    """The optimizer that steps on this rank, and the ids of its parameters: of ZeRO's, this replica's share."""
+    """The optimizer that steps on this rank, and the ids of its parameters; with ZeRO, this replica's share."""
     inner = getattr(optimizer, "optim", optimizer)
     groups = [] if inner is None else inner.param_groups
     return inner, {id(parameter) for group in groups for parameter in group["params"]}
 
 
 def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer | None, folder: Path) -> None:
-    """Give an optimizer that has not stepped yet the state that it had when a checkpoint was written; every rank calls it.
+    """Load the state of a checkpoint into an optimizer that has not stepped yet. Every rank must call it.
 
-    Where the checkpoint has no master weight of a parameter, it is the parameter itself, in float32.
+    If the checkpoint has no master weight for a parameter, the parameter in float32 is used.
 
     Args:
-        model: What it trains, in any layout, loaded from the same checkpoint.
+        model: The model that it trains, in any layout, loaded from the same checkpoint.
         optimizer: AdamW, or ZeRO's around it; None on a rank that trains nothing.
         folder: The checkpoint.
 
     Raises:
-        CheckpointError: The checkpoint has no such state, or not of all parameters, or of some that the model leaves out, or
-            that of parameters of another dtype.
+        CheckpointError: The checkpoint has no such state, lacks some parameters, has parameters that the model lacks, or
+            has another dtype for a parameter.
     """
     plan, groups = plan_of(model)
     with collective_errors(groups):
@@ -96,7 +96,7 @@ def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer | None,
 def _sources(
     model: nn.Module, plan: Plan, groups: ParallelGroups, trained: Mapping[str, Tensor], folder: Path
 ) -> tuple[nn.Module, dict[str, Source]]:
-    """Where what is trained lies in a checkpoint, and the unsplit model that converters of it ask: none for adapters."""
+    """Sources of the trained tensors in a checkpoint, and the unsplit model that converters need (None for adapters)."""
     if not trained.keys() & plan.spec.tensors.keys():
         return nn.Module(), adapter_sources(trained, plan, groups)
     unsplit = unsplit_on_meta(model, plan)
@@ -113,16 +113,16 @@ def _is_kept(
     sources: Mapping[str, Source],
     infos: Mapping[str, TensorInfo],
 ) -> bool:
-    """Whether a checkpoint has the state `kind` of a parameter; of master weights it need not.
+    """Whether a checkpoint has the state `kind` of a parameter; master weights are optional.
 
     Raises:
-        CheckpointError: It has none, or that of a parameter of another dtype.
+        CheckpointError: It has none, or one for another dtype.
     """
     wanted = _names_on_disk(name, sources)
     missing = [one for one in wanted if f"{kind}.{one}" not in infos]
     if missing and kind != MASTER:
         raise CheckpointError(
-            f"{folder}: has no {kind}.{missing[0]}, so {name} was not trained in that run. Train what it trained."
+            f"{folder}: has no {kind}.{missing[0]}, so {name} was not trained in that run. Train the same parameters."
         )
     moment, has_master = infos[f"{MOMENTS[0]}.{wanted[0]}"], f"{MASTER}.{wanted[0]}" in infos
     if has_master and MASTER not in kinds:
@@ -138,7 +138,7 @@ def _names_on_disk(name: str, sources: Mapping[str, Source]) -> list[str]:
 
 
 def _repeated_names(unsplit: nn.Module, plan: Plan) -> set[str]:
-    """What a checkpoint repeats for layers of multi-token prediction."""
+    """Tensors that a checkpoint repeats for layers of multi-token prediction."""
     if plan.num_mtp == 0 or not dict(unsplit.named_parameters()):
         return set()
     pieces = repeated_pieces(unsplit, plan, dict.fromkeys(plan.spec.tensors, ()))
@@ -147,7 +147,7 @@ def _repeated_names(unsplit: nn.Module, plan: Plan) -> set[str]:
 
 @dataclass(frozen=True)
 class _Kind:
-    """The state of one kind as if it were a checkpoint of its own, with the parameters' names."""
+    """The state of one kind as a separate checkpoint, with the parameters' names."""
 
     reader: Reader
     checkpoint: Checkpoint

@@ -1,7 +1,7 @@
-"""Where each tensor of a model lies in its checkpoint: names on disk differ from names in the model for some families.
+"""Where each tensor of a model is stored in its checkpoint: for some families, names on disk differ from the model's.
 
-transformers keeps the experts of a layer in one tensor that on disk is many, renames modules between versions, and so on.
-Its own conversion tables say how; here they become pieces, so that a rank can read or write its part of each.
+transformers keeps the experts of a layer in one tensor that is many on disk, renames modules between versions, and so on.
+Its conversion tables define this mapping; here they become pieces, so that a rank can read or write its part of each.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from partita.torch.transformers_internals import Conversion, convert, names_for_
 
 @dataclass(frozen=True)
 class Piece:
-    """A whole tensor on disk as a box of a tensor of the model.
+    """A tensor on disk as a box within a tensor of the model.
 
     Attributes:
         name: Its name on disk.
         shape: Its shape on disk.
-        start: Where the box begins in the model's tensor, one number a dim.
-        stacked: Whether the model's tensor has a first dim that the one on disk has not (one entry an expert).
+        start: Start of the box in the model's tensor, one number per dim.
+        stacked: Whether the model's tensor has an extra first dim (one entry per expert).
     """
 
     name: str
@@ -37,38 +37,38 @@ class Piece:
     stacked: bool = False
 
     def overlap(self, ranges: tuple[tuple[Range, ...], ...]) -> tuple[list[list[Range]], list[Range]] | None:
-        """What of this piece lies in `ranges` of the model's tensor, or None where nothing does.
+        """The part of this piece within `ranges` of the model's tensor, or None if there is none.
 
         Returns:
-            For each dim on disk the ranges to take, and for each dim of the local tensor where they go.
+            The ranges to read, one per dim on disk, and their destination, one per dim of the local tensor.
         """
         size = (1, *self.shape) if self.stacked else self.shape
         take: list[list[Range]] = []
         put: list[Range] = []
         for dim_ranges, start, length in zip(ranges, self.start, size, strict=True):
-            mine, offset, first = [], 0, -1
+            ranges_held, offset, first = [], 0, -1
             for a, b in dim_ranges:
                 low, high = max(a, start), min(b, start + length)
                 if low < high:
                     first = offset + low - a if first < 0 else first
-                    mine.append((low - start, high - start))
+                    ranges_held.append((low - start, high - start))
                 offset += b - a
-            if not mine:
+            if not ranges_held:
                 return None
-            take.append(mine)
-            put.append((first, first + sum(b - a for a, b in mine)))
+            take.append(ranges_held)
+            put.append((first, first + sum(b - a for a, b in ranges_held)))
         return (take[1:] if self.stacked else take), put
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a tensor of the model comes from: pieces, or a conversion of whole tensors that only transformers knows.
+    """The source of a model's tensor: pieces, or one of transformers' own conversions of unsplit tensors.
 
     Attributes:
-        pieces: The boxes that make it up; empty where `converter` makes it.
+        pieces: The boxes that make it up; empty if `converter` computes it.
         converter: A copy of transformers' converter.
         inputs: The tensors on disk that it takes: name and the pattern that it matched.
-        first: The first tensor of the model that `converter` makes, by which transformers calls it.
+        first: The first of the model's tensors that `converter` computes; transformers identifies the conversion by it.
     """
 
     pieces: tuple[Piece, ...] = ()
@@ -80,7 +80,7 @@ class Source:
 def sources_for_reading(
     model: nn.Module, on_disk: Mapping[str, tuple[int, ...]]
 ) -> tuple[dict[str, Source], list[str]]:
-    """For each tensor of the unsplit meta `model` where it lies among the tensors `on_disk` (shapes by name).
+    """Find the source of each tensor of the unsplit meta `model` among the tensors `on_disk` (shapes by name).
 
     Returns:
         The sources by the model's names, and the names on disk that the model does not use.
@@ -117,9 +117,9 @@ def sources_for_reading(
 
 
 def pieces_for_writing(model: nn.Module) -> dict[str, tuple[Piece, ...]]:
-    """For each tensor of the unsplit meta `model` the tensors on disk that hold it, in the names that other tools expect.
+    """For each tensor of the unsplit meta `model`, the tensors on disk that hold it, with the names that other tools expect.
 
-    Where transformers' conversion is not a plain stacking, the model's own name is used, which transformers reads as well.
+    If transformers' conversion is not a plain stacking, the model's own name is used, which transformers also reads.
     """
     shapes = {name: tuple(t.shape) for name, t in model.state_dict(keep_vars=True).items()}
     try:
@@ -148,7 +148,7 @@ def _whole(target: str, shape: tuple[int, ...], name: str, on_disk: Mapping[str,
 def _stacked_pieces(
     converter: Any, inputs: tuple[tuple[str, str], ...], on_disk: Mapping[str, tuple[int, ...]]
 ) -> tuple[Piece, ...] | None:
-    """The pieces of a converter that stacks experts and puts the stacks behind one another, None for any other."""
+    """The pieces of a converter that stacks experts and concatenates the stacks, None for any other converter."""
     if not stacks_experts(converter):
         return None
     pieces: list[Piece] = []
@@ -166,7 +166,7 @@ def _stacked_pieces(
 
 
 def _covers(pieces: Iterable[Piece], shape: tuple[int, ...]) -> bool:
-    """Whether the pieces fill a tensor of `shape`, as pieces that do not overlap do when they hold as many elements."""
+    """Whether the pieces, which do not overlap, fill a tensor of `shape`: they have the same number of elements."""
     size = 1
     for length in shape:
         size *= length
@@ -183,7 +183,7 @@ def _covers(pieces: Iterable[Piece], shape: tuple[int, ...]) -> bool:
 
 
 def _converted_names(converter: Any, target: str, targets: Mapping[str, object]) -> list[str]:
-    """The model's tensors that a converter makes when its first is `target`."""
+    """The model's tensors that a converter computes if its first is `target`."""
     first = converter.target_patterns[0]
     head, found, tail = target.partition(first)
     names = [head + pattern + tail for pattern in converter.target_patterns] if found else [target]
@@ -191,22 +191,24 @@ def _converted_names(converter: Any, target: str, targets: Mapping[str, object])
 
 
 def convert_whole(source: Source, target: str, tensors: Mapping[str, torch.Tensor], model: nn.Module) -> torch.Tensor:
-    """The unsplit tensor `target` that transformers' converter makes of whole tensors from disk."""
+    """Compute the unsplit tensor `target` with transformers' converter from unsplit tensors on disk."""
     value = convert(source.converter, source.first, source.inputs, tensors, model).get(target)
     if isinstance(value, list):
         value = value[0]
     if not isinstance(value, torch.Tensor):
-        raise CheckpointError(f"{target} cannot be made of {', '.join(name for name, _ in source.inputs)[:200]}.")
+        raise CheckpointError(
+            f"{target} cannot be converted from {', '.join(name for name, _ in source.inputs)[:200]}."
+        )
     return value
 
 
 def _natural(name: str) -> list[tuple[int, int | str]]:
-    """A key that sorts `layers.10` behind `layers.9`, so that experts come in their order."""
+    """A sort key that orders `layers.10` after `layers.9`, so that experts are in order."""
     return [(0, int(part)) if part.isdigit() else (1, part) for part in name.split(".")]
 
 
 def repeated_pieces(model: Any, plan: Plan, pieces: Mapping[str, tuple[Piece, ...]]) -> dict[str, tuple[Piece, ...]]:
-    """`pieces` to write, with the embedding and the head repeated for each prediction layer, as other tools expect them."""
+    """`pieces` to write, with the embedding and the head repeated for each prediction layer, as other tools expect."""
     made = dict(pieces)
     if plan.num_mtp == 0:
         return made

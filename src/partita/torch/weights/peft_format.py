@@ -1,4 +1,4 @@
-"""LoRA adapters on disk, unsplit, in peft's format: what `PeftModel.from_pretrained` puts on transformers' own model."""
+"""LoRA adapters on disk, unsplit, in peft's format: `PeftModel.from_pretrained` reads them onto transformers' own model."""
 
 from __future__ import annotations
 
@@ -46,18 +46,18 @@ _CUT_SIDE = {"column": "B", "row": "A"}
 
 
 def save_adapters(model: nn.Module, folder: str | os.PathLike[str], *, base: str | None = None) -> None:
-    """Write the LoRA adapters of a split model, unsplit, as peft does; every rank of the run calls it.
+    """Write the LoRA adapters of a split model, unsplit, in peft's format. Every rank of the run must call it.
 
-    The folder, with `adapter_config.json` and `adapter_model.safetensors`, appears whole or not at all. It does not depend
+    The folder, with `adapter_config.json` and `adapter_model.safetensors`, is created atomically. It does not depend
     on how the model was split.
 
     Args:
-        model: A model with what `add_lora` put on it.
-        folder: Where to; made if it is not there. It must not hold weights already.
-        base: The model that they belong to, for peft to find; by default where `model` was loaded from.
+        model: A model with adapters from `add_lora` or `load_adapters`.
+        folder: Destination; created if needed. It must not hold weights already.
+        base: The base model's folder or id for peft (default: where `model` was loaded from).
 
     Raises:
-        ModelError: The model has no adapters, or some that are no plain LoRA of one rank and scale.
+        ModelError: The model has no adapters, or some that are not plain LoRA of one rank and scale.
         CheckpointError: The folder holds weights already, or cannot be written.
     """
     plan, groups = plan_of(model)
@@ -72,19 +72,19 @@ def save_adapters(model: nn.Module, folder: str | os.PathLike[str], *, base: str
 
 
 def load_adapters(model: nn.Module, folder: str | os.PathLike[str]) -> list[str]:
-    """Put adapters that peft, `mlx_lm.lora` or `save_adapters` wrote on a split model, ready to be trained.
+    """Add adapters that peft, `mlx_lm.lora` or `save_adapters` wrote to a split model, trainable.
 
-    Every rank of the run calls it. Each rank reads its own part. All else is frozen.
+    Every rank of the run must call it. Each rank reads its own part. All other parameters are frozen.
 
     Args:
-        model: What `load`, `shard` or `fresh` made, in any layout: the model that they belong to, without adapters.
-        folder: With `adapter_config.json`, and `adapter_model.safetensors` or mlx-lm's `adapters.safetensors`.
+        model: Their base model, from `load`, `shard` or `fresh`, in any layout, without adapters.
+        folder: A folder with `adapter_config.json`, and `adapter_model.safetensors` or mlx-lm's `adapters.safetensors`.
 
     Returns:
-        The paths of this rank's layers that were adapted.
+        Paths of this rank's adapted layers.
 
     Raises:
-        CheckpointError: There are none, or they are no plain LoRA, or not for this model; on every rank.
+        CheckpointError: There are none, or they are not plain LoRA, or not for this model; on every rank.
         ModelError: The model has adapters already.
     """
     plan, groups = plan_of(model)
@@ -92,13 +92,15 @@ def load_adapters(model: nn.Module, folder: str | os.PathLike[str]) -> list[str]
     with contextlib.ExitStack() as stack:
         with collective_errors(groups):
             if adapters(model):
-                raise ModelError("the model has adapters already. Merge them (merge_lora), or load it without.")
+                raise ModelError(
+                    "the model has adapters already. Merge them (merge_lora), or load the model without adapters."
+                )
             source = stack.enter_context(in_peft_format(place, lambda path: _path_here(plan, path)))
         return _put_on(model, place, source)
 
 
 def _put_on(model: nn.Module, place: Path, source: Path) -> list[str]:
-    """Put the adapters in `source`, which has peft's format, on a split model; errors name `place`."""
+    """Add the adapters in `source`, which has peft's format, to a split model; errors name `place`."""
     plan, groups = plan_of(model)
     with collective_errors(groups):
         kind = read_adapters(source)
@@ -120,14 +122,14 @@ def _put_on(model: nn.Module, place: Path, source: Path) -> list[str]:
     placed = {path for theirs in groups.pp.all_gather_object(mine) for path in theirs}  # type: ignore[attr-defined]
     if wanted - placed:
         raise CheckpointError(
-            f"{place}: adapts {min(wanted - placed)}, which is no linear layer inside the layers of {plan.spec.family}. Put "
-            "these adapters on with peft."
+            f"{place}: adapts {min(wanted - placed)}, which is not a linear layer inside the layers of {plan.spec.family}. Add "
+            "these adapters with peft."
         )
     return [path for path in put_on if path in wanted]
 
 
 def _path_here(plan: Plan, path: str) -> str:
-    """The path of a module in transformers' model, by that in mlx-lm's, which leaves out the beginning of some."""
+    """The path in transformers' model of a module in mlx-lm's model, which omits the prefix of some."""
     return next((one for one in plan.spec.modules if one == path or one.endswith(f".{path}")), path)
 
 
@@ -137,19 +139,19 @@ def _check_shapes(folder: Path, sources: Mapping[str, Source], there: Mapping[st
             found = there.get(piece.name)
             if found != piece.shape:
                 raise CheckpointError(
-                    f"{folder}: {piece.name} must be {list(piece.shape)} for this model, but is "
-                    f"{'not there' if found is None else list(found)}. Give the model that these adapters were trained on."
+                    f"{folder}: {piece.name} must be {list(piece.shape)} for this model; got "
+                    f"{'no such tensor' if found is None else list(found)}. Use the model that these adapters were trained on."
                 )
 
 
 @dataclass(frozen=True)
 class AdaptersOnDisk:
-    """The unsplit adapters that the ranks hold together, as they are on disk: the same on every rank; see `save.OnDisk`.
+    """The unsplit adapters of all ranks as stored on disk, the same on every rank; see `save.OnDisk`.
 
     Attributes:
         config: The text of `adapter_config.json`.
-        pieces: For each tensor the one on disk.
-        dtypes: The dtype of each.
+        pieces: For each tensor, its tensor on disk.
+        dtypes: For each tensor, its dtype.
     """
 
     config: str
@@ -168,7 +170,7 @@ class AdaptersOnDisk:
     def parts(
         self, name: str, tensor: Tensor, plan: Plan, groups: ParallelGroups
     ) -> Iterator[tuple[str, list[list[Range]], Tensor]]:
-        """What this rank owns of a part: its name on disk, the ranges there, and the elements."""
+        """The elements of a part that this rank owns: name on disk, ranges on disk, and values."""
         cut = adapter_cut(name, tensor, plan, groups)
         for piece in self.pieces[name]:
             overlap = piece.overlap(cut.owned_ranges(groups.tp.rank))
@@ -184,10 +186,10 @@ class AdaptersOnDisk:
 
 
 def adapters_on_disk(model: nn.Module, base: str | None = None) -> AdaptersOnDisk:
-    """The unsplit adapters of a split model, as they are on disk; every rank of the run calls it.
+    """The unsplit adapters of a split model as stored on disk. Every rank of the run must call it.
 
     Raises:
-        ModelError: There are none, or some that are no plain LoRA of one rank and scale.
+        ModelError: There are none, or some that are not plain LoRA of one rank and scale.
     """
     plan, groups = plan_of(model)
     with collective_errors(groups):
@@ -212,20 +214,20 @@ def adapters_on_disk(model: nn.Module, base: str | None = None) -> AdaptersOnDis
 
 
 def adapter_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The adapters' parts on this rank, by the names that they have in the unsplit model.
+    """The adapters' parts on this rank, by unsplit name.
 
     Raises:
-        ModelError: Some are of no plain LoRA.
+        ModelError: Some adapters are not plain LoRA.
     """
     for name, (module, attribute) in parameter_homes(model).items():
         if ".lora_" in name:
             if _LORA.fullmatch(name) is None:
-                raise ModelError(f"{name} is no part of a plain LoRA adapter, which are what can be saved.")
+                raise ModelError(f"{name} is not part of a plain LoRA adapter. Only plain LoRA can be saved.")
             yield name, getattr(module, attribute)
 
 
 def adapter_sources(tensors: Mapping[str, Tensor], plan: Plan, groups: ParallelGroups) -> dict[str, Source]:
-    """Where each of the adapters' parts lies on disk: the whole of one tensor."""
+    """Where each of the adapters' parts is stored on disk: each is one tensor."""
     sources = {}
     for name, tensor in tensors.items():
         match = _parsed(name)
@@ -236,7 +238,7 @@ def adapter_sources(tensors: Mapping[str, Tensor], plan: Plan, groups: ParallelG
 
 
 def adapter_cut(name: str, tensor: Tensor, plan: Plan, groups: ParallelGroups) -> TensorPlan:
-    """How a part is cut: of a column layer `lora_B [out, rank]` along its rows, of a row layer `lora_A [rank, in]`."""
+    """How a part is split: of a column layer `lora_B [out, rank]` along its rows, of a row layer `lora_A [rank, in]`."""
     match = _parsed(name)
     module = plan.modules.get(match["path"])
     split: Split | None = None
@@ -260,7 +262,7 @@ def _kind(adapter: Any) -> Adapters:
     scaling, side = adapter.scaling, adapter.lora_A
     if isinstance(scaling, dict):
         if set(scaling) != {"default"}:
-            raise ModelError(f"one adapter a layer can be saved, called `default`, but there are {sorted(scaling)}.")
+            raise ModelError(f"only one adapter per layer, named `default`, can be saved; got {sorted(scaling)}.")
         scaling, side = scaling["default"], side["default"]
     rank = int(side.weight.shape[0])
     return Adapters(rank, float(scaling) * rank)

@@ -1,4 +1,4 @@
-"""What a rank writes of a checkpoint of a run: its part of weights, moments and masters, distributed over the replicas."""
+"""A rank's part of a run's checkpoint: its weights, moments and master weights, distributed over the replicas."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ from partita.training.saving import MASTER, MOMENTS, Saves, check_base, files_be
 
 
 class RankShard:
-    """See `partita.training.saving.RankShard`. Of a model with adapters only these are written.
+    """See `partita.training.saving.RankShard`. Only the adapters of a model that has any are written.
 
     Attributes:
-        files: The files of weights and of the optimizer's state, the same on every rank, by how their names begin.
+        files: The files of weights and optimizer state, the same on every rank, by name prefix.
         beside: Configs and tokenizer, by name, on the first rank.
     """
 
     def __init__(
         self, model: nn.Module, optimizer: torch.optim.Optimizer | None, saves: Saves, master_dtype: str
     ) -> None:
-        """Of a model in training; every rank of the run calls it.
+        """Create the shard of a model in training. Every rank of the run must call it.
 
         Raises:
-            ModelError: The model has adapters, and `saves` does not say of which model; or some that are no plain LoRA, or more
-                is trained than them.
+            ModelError: The model has adapters, and `saves` does not name their base model; or some are not plain LoRA, or more
+                than the adapters is trained.
         """
         self.model, self.optimizer, self.master_dtype = model, optimizer, master_dtype
         self.plan, self.groups = plan_of(model)
@@ -72,7 +72,7 @@ class RankShard:
                 STEM if adapted else MODEL: self.disk.files(saves.max_shard_bytes),
                 OPTIMIZER: plan_files(state, saves.max_shard_bytes, stem=OPTIMIZER),
             }
-            # Open from now on: a run that resumed from a checkpoint of its own may remove that one.
+            # Open it now: a run that resumed from its own checkpoint may remove that checkpoint.
             self.unused = Unused() if isinstance(self.disk, AdaptersOnDisk) else self.disk.unused
             self.reader = self.unused.opened() if self.unused else None
             if self.reader is not None:
@@ -85,7 +85,7 @@ class RankShard:
 
     @torch.no_grad()
     def copy(self) -> list[Part]:
-        """The present values of all that this rank writes: of what replicas hold alike each writes its share."""
+        """The current values that this rank writes; each replica writes its share of replicated tensors."""
         parts = [
             Part(name, take, memory_of(kept), kept)
             for name, take, part, tensor in self._parts()
@@ -98,12 +98,12 @@ class RankShard:
         return parts
 
     def counts(self, step: int) -> dict[str, int]:
-        """AdamW's steps of what this rank trains, by the names on disk, where they are not `step`."""
+        """AdamW's step counts of this rank's parameters, by name on disk, where they differ from `step`."""
         inner, held = held_by(self.optimizer)
         counts: dict[str, int] = {}
         for name, tensor in self.disk.own(self.model, self.plan, self.groups).items():
             if inner is not None and id(tensor) in held:
-                # What never had a gradient has no state yet.
+                # A parameter that never had a gradient has no state yet.
                 count = int(inner.state.get(tensor, {}).get("step", 0))
                 counts |= {piece.name: count for piece in self.disk.pieces[name] if count != step}
         return counts
@@ -120,7 +120,7 @@ class RankShard:
                 continue
             state = inner.state.get(tensor, {}) if inner is not None else {}
             for kind in state_kinds(tensor.dtype, self.master_dtype):
-                # What never had a gradient has no state yet.
+                # A parameter that never had a gradient has no state yet.
                 one = state.get(kind)
                 one = initial_state(kind, tensor, self.master_dtype) if one is None else one
                 for piece, take, part in self.disk.parts(name, one, plan, groups):
@@ -130,8 +130,8 @@ class RankShard:
 def _refuse_others(names: set[str]) -> None:
     if names:
         raise ModelError(
-            f"{min(names)} is trained beside the adapters, but only these are kept. Freeze it (requires_grad_(False)), or "
-            "train the whole model."
+            f"{min(names)} is trained besides the adapters, but only the adapters are saved. Freeze it "
+            "(requires_grad_(False)), or train the whole model."
         )
 
 

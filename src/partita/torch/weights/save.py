@@ -1,4 +1,4 @@
-"""Saving: each rank writes its own bytes of the unsplit checkpoint, in Hugging Face's form."""
+"""Saving: each rank writes its own bytes of the unsplit checkpoint, in Hugging Face's format."""
 
 from __future__ import annotations
 
@@ -44,18 +44,18 @@ def save(
     max_shard_bytes: int = 5_000_000_000,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Write the unsplit model that the ranks hold together; every rank of the run calls it.
+    """Write the unsplit model of all ranks. Every rank of the run must call it.
 
     The result is what transformers itself would have saved: `config.json`, `model.safetensors` or its numbered parts with
-    their index, and the tokenizer. It does not depend on how the model was split. The folder is whole or not there: all is
-    written beside it and then renamed.
+    their index, and the tokenizer. It does not depend on how the model was split. The folder is created atomically: all files
+    are written to a temporary folder, which is then renamed.
 
     Args:
-        model: A model that `load`, `shard` or `fresh` made.
-        folder: Where to; made if it is not there. It must not hold weights already.
-        tokenizer: Saved with it.
-        max_shard_bytes: Largest size of one file.
-        progress: Called with the bytes that this rank has written and will write.
+        model: A result of `load`, `shard` or `fresh`.
+        folder: Destination; created if needed. It must not hold weights already.
+        tokenizer: Tokenizer to save with it.
+        max_shard_bytes: Maximum size of one file.
+        progress: Called with the bytes that this rank has written and their total.
 
     Raises:
         CheckpointError: The folder holds a model already, or cannot be written.
@@ -91,7 +91,7 @@ def write_together(
     beside: Callable[[Path], None],
     write: Callable[[Writer], None],
 ) -> None:
-    """`write_folder` by the ranks of `groups`, of which the first replica writes its parts."""
+    """Run `write_folder` on the ranks of `groups`; the first replica writes its parts."""
     write_folder(
         path, files, beside, write,
         collective=lambda: collective_errors(groups), is_first=is_first(groups), is_writer=groups.dp.rank == 0,
@@ -100,13 +100,13 @@ def write_together(
 
 @dataclass(frozen=True)
 class OnDisk:
-    """The unsplit model as it is on disk: the same on every rank.
+    """The unsplit model as stored on disk, the same on every rank.
 
     Attributes:
-        config: transformers' config to go with it.
-        pieces: For each tensor of the model those on disk that hold it.
-        dtypes: The dtype of each that is saved; of tied ones the first.
-        unused: What is copied from the checkpoint that the model was loaded from.
+        config: The transformers config to save with it.
+        pieces: For each tensor of the model, the tensors on disk that hold it.
+        dtypes: For each saved tensor, its dtype; for tied tensors under the first name.
+        unused: Tensors to copy from the checkpoint that the model was loaded from.
     """
 
     config: Any
@@ -120,7 +120,7 @@ class OnDisk:
         return plan_files([*tensors, *self.unused.facts()], max_shard_bytes)
 
     def own(self, model: nn.Module, plan: Plan, groups: ParallelGroups) -> dict[str, Tensor]:
-        """The local tensors of which this rank writes what it owns. Of copies on several stages the owner's is written."""
+        """The local tensors whose owned parts this rank writes. Of copies on several stages, only the owner's is written."""
         return {
             name: tensor
             for name, tensor in local_tensors(model, plan).items()
@@ -130,7 +130,7 @@ class OnDisk:
     def parts(
         self, name: str, tensor: Tensor, plan: Plan, groups: ParallelGroups
     ) -> Iterator[tuple[str, list[list[Range]], Tensor]]:
-        """What this rank owns of a local tensor, for each tensor on disk: its name, the ranges there, and the elements."""
+        """The elements of a local tensor that this rank owns, for each tensor on disk: name, ranges on disk, and values."""
         cut = plan.tensor(name)
         ranges, owned = cut.ranges(groups.tp.rank), cut.owned_ranges(groups.tp.rank)
         for piece in self.pieces[name]:
@@ -140,29 +140,27 @@ class OnDisk:
                 yield piece.name, take, own_part(tensor, piece.overlap(ranges), take, stacked=piece.stacked)
 
     def write_beside(self, model: nn.Module, folder: Path, tokenizer: Tokenizer | None) -> None:
-        """Write what belongs to the weights: configs and the tokenizer."""
+        """Write the files beside the weights: configs and the tokenizer."""
         with quiet():
             self.config.save_pretrained(folder)
             _copy_code(model, folder)
             generation = getattr(model, "generation_config", None)
             if generation is not None:
-                # Its own save_pretrained refuses what it reads: settings that matter only for sampling, without do_sample.
+                # save_pretrained rejects some settings that from_pretrained accepts: sampling settings without do_sample.
                 generation.to_json_file(folder / FILE_NAME, use_diff=True, keys_to_pop=["compile_config"])
         if tokenizer is not None:
             tokenizer.save(folder)
 
 
 def on_disk(model: nn.Module) -> OnDisk:
-    """The unsplit model that the ranks hold together, as it is on disk; every rank of the run calls it.
+    """The unsplit model of all ranks as stored on disk. Every rank of the run must call it.
 
     Raises:
         ModelError: The model has adapters that are not merged.
     """
     plan, groups = plan_of(model)
     if adapters(model):
-        raise ModelError(
-            "the model has LoRA adapters, which are no part of a checkpoint. Call merge_lora(model) first."
-        )
+        raise ModelError("the model has LoRA adapters, which a checkpoint cannot hold. Call merge_lora(model) first.")
     mine = {n: t.dtype for n, t in local_tensors(model, plan).items() if plan.spec.tensors[n].tied_to is None}
     dtypes: dict[str, torch.dtype] = {}
     for part in groups.pp.all_gather_object(mine):
@@ -183,7 +181,7 @@ def on_disk(model: nn.Module) -> OnDisk:
 
 
 def unsplit_on_meta(model: nn.Module, plan: Plan, config: Any = None) -> nn.Module:
-    """The unsplit form of `model` without weights, with what a plan adds to it; of another config if that is given."""
+    """The unsplit form of `model` without weights, with the plan's prediction layers; `config` overrides its config."""
     cls = type(model) if has_own_code(model) else None
     unsplit = build_on_meta(model.config if config is None else config, cls=cls)
     attach_mtp(unsplit, plan)
@@ -197,7 +195,7 @@ def own_part(
     *,
     stacked: bool,
 ) -> Tensor:
-    """The elements of a local tensor that go to the ranges `take` of a piece on disk: those this rank owns of what it holds."""
+    """The elements of a local tensor that this rank owns within the ranges `take` of a piece on disk."""
     assert held is not None
     have, put = held
     part = tensor.detach()
@@ -222,7 +220,7 @@ def _copy_code(model: nn.Module, folder: Path) -> None:
 
 
 def _place(held: list[Range], span: Range) -> tuple[int, int]:
-    """Where `span` begins among the ranges `held` one behind the other, and its length."""
+    """The start of `span` within the concatenated ranges `held`, and its length."""
     offset = 0
     for a, b in held:
         if a <= span[0] and span[1] <= b:

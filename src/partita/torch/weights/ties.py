@@ -1,7 +1,7 @@
-"""Tied tensors that a checkpoint holds more than once: they stay one tensor only where their values are equal.
+"""Tied tensors that a checkpoint holds more than once: they stay one tensor only if their values are equal.
 
-A config may tie the head to the embedding although the file has a head of its own, as after merging adapters into it.
-transformers compares the two and ties them only if they are equal.
+A config may tie the head to the embedding although the file has a separate head, for example after adapters were merged into
+it. transformers compares the two and ties them only if they are equal.
 """
 
 from __future__ import annotations
@@ -19,29 +19,29 @@ from partita.torch.transformers_internals import forget_tie, text_config_of
 from partita.torch.weights.names import Source
 
 Read = Callable[[str, tuple[tuple[Range, ...], ...], Tensor], None]
-"""Given a tensor's name, ranges of each of its dims and a local tensor of their sizes: read the ranges into it."""
+"""Takes a tensor's name, ranges of each of its dims and a local tensor of that size, and reads the ranges into it."""
 
 _CHUNK_ELEMENTS = 4 << 20
 
 
 def tied_names(model: nn.Module) -> dict[str, str]:
-    """Names of an unsplit model's tensors that are the same tensor as an earlier one, and that one's name."""
+    """Maps the names of an unsplit model's tied tensors to the name of the earlier tensor that they are tied to."""
     first: dict[int, str] = {}
     names = ((name, first.setdefault(id(t), name)) for name, t in model.state_dict(keep_vars=True).items())
     return {name: twin for name, twin in names if name != twin}
 
 
 def add_twins(model: nn.Module, sources: dict[str, Source]) -> None:
-    """Let tied tensors of which the checkpoint names only one all have its source; `sources` is changed."""
+    """Give all tied tensors the source of the one that the checkpoint has; modifies `sources`."""
     for name, twin in tied_names(model).items():
         if name in sources:
             sources.setdefault(twin, sources[name])
 
 
 def differing(model: nn.Module, sources: Mapping[str, Source], read: Read, groups: ParallelGroups) -> set[str]:
-    """Tied tensors of which the checkpoint holds other values than of the tensor that they are tied to.
+    """Tied tensors whose values in the checkpoint differ from those of the tensor that they are tied to.
 
-    Every rank calls it; each compares its own share of the rows, in the model's dtype.
+    Every rank must call it; each compares its share of the rows, in the model's dtype.
 
     Raises:
         CheckpointError: A tensor cannot be read; on every rank.
@@ -73,7 +73,7 @@ def _equal(name: str, twin: str, like: Tensor, read: Read, rank: int, size: int)
 
 
 def untie(model: Any, names: Iterable[str]) -> None:
-    """Give tensors of an unsplit meta `model` that are tied memory of their own, and correct its config where none is left."""
+    """Untie tensors of an unsplit meta `model`, and correct its config if no tied tensor is left."""
     for name in names:
         path, _, attribute = name.rpartition(".")
         module = model.get_submodule(path)
