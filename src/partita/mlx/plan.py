@@ -1,4 +1,4 @@
-"""The plan of a model that MLX is to run, from its config: nothing of its weights is read."""
+"""The plan of an MLX model from its config, without reading its weights."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ def plan_of_config(
     vpp: int | None = None,
     placement: Placement = "loop",
 ) -> Plan:
-    """The plan that `load` makes of a checkpoint with this config: tensors have mlx-lm's names, quantized or not.
+    """The plan that `load` creates for a checkpoint with this config. Tensors have mlx-lm's names, quantized or not.
 
     Args:
         source: A config file, a folder with one, or plain data.
         mesh: The ranks.
-        layout: Which layers each pipeline stage runs.
+        layout: Layers of each pipeline stage.
         vpp: Stages on each pipeline rank (default: as many as `layout` has, else 1).
         placement: Assignment of stages to ranks.
 
     Raises:
         PlanError: The model cannot be distributed this way.
-        ModelError: mlx-lm has no such model, or it cannot be split or cut so that it stays right.
+        ModelError: mlx-lm has no such model, or it cannot be split correctly.
     """
     config = read_mlx_config(source)
     stored = None if isinstance(source, Mapping) else stored_dtype_at(Path(source))

@@ -1,4 +1,4 @@
-"""A communicator that finds out, before anything is communicated, whether all ranks call the same collective."""
+"""A communicator that checks before each collective whether all ranks call the same one."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from partita.errors import DistributedError
 from partita.mlx.collectives.comm import Communicator
 
 RECORD_BYTES = 256
-"""Length of the record that is exchanged before each collective; what is longer is cut."""
+"""Bytes of the record that is exchanged before each collective; longer records are truncated."""
 
 
 class CheckedCommunicator(Communicator):
     """A communicator whose ranks exchange a fingerprint (operation, shape, dtype, number) before each collective.
 
-    Ranks that disagree get an error that says what each side calls, where they would hang or add up unlike things. Each
-    collective is evaluated when it is called, so that it does not work inside `mx.compile`, and takes twice as long.
-    A rank that calls nothing at all is still waited for.
+    Ranks that disagree raise an error that names both calls, instead of hanging or mixing up different arrays. Each
+    collective is evaluated immediately, so it does not work inside `mx.compile`, and takes twice as long.
+    A rank that calls no collective still blocks the others.
     """
 
     _collectives = 0
@@ -27,8 +27,8 @@ class CheckedCommunicator(Communicator):
         if self.size == 1:
             return
         self._collectives += 1
-        said = self._gather(_record(f"{_describe(operation, shape, dtype, sizes)} as number {self._collectives}"))
-        records = [_read(said[r * RECORD_BYTES : (r + 1) * RECORD_BYTES]) for r in range(self.size)]
+        gathered = self._gather(_record(f"{_describe(operation, shape, dtype, sizes)} as number {self._collectives}"))
+        records = [_read(gathered[r * RECORD_BYTES : (r + 1) * RECORD_BYTES]) for r in range(self.size)]
         other = next((r for r, record in enumerate(records) if record != records[0]), None)
         if other is not None:
             raise DistributedError(
@@ -47,13 +47,13 @@ class CheckedCommunicator(Communicator):
         return x
 
     def send(self, x: mx.array, to: int) -> None:
-        """Send to rank `to`, and before it what is sent."""
+        """Send to rank `to`, preceded by a description of the array."""
         if self.size > 1:
             super().send(_record(_describe("send", x.shape, x.dtype)), to)
         super().send(x, to)
 
     def recv(self, shape: Sequence[int], dtype: mx.Dtype, source: int) -> mx.array:
-        """What rank `source` sends, which must be of this shape and dtype.
+        """Receive from rank `source`, which must send this shape and dtype.
 
         Raises:
             DistributedError: It sends something else.
@@ -63,7 +63,7 @@ class CheckedCommunicator(Communicator):
             expected = _describe("send", shape, dtype)
             if sent != expected:
                 raise DistributedError(
-                    f"rank {self.rank} waits for a {expected} by rank {source}, which calls {sent or 'something else'}."
+                    f"rank {self.rank} waits for a {expected} from rank {source}, which calls {sent or 'something else'}."
                 )
         return super().recv(shape, dtype, source)
 

@@ -18,7 +18,7 @@ class _CollectiveErrors(AbstractContextManager[None]):
         if error is not None and not isinstance(error, Exception):
             return
         record = failure_record(self.rank, error)
-        # Along one axis after the other, which in the end is to everybody.
+        # Gather along one axis after the other, which reaches every rank.
         for comm in self.axes:
             records = comm.all_gather_object(record)
             record = next((one for one in records if one is not None), None)
@@ -29,6 +29,6 @@ class _CollectiveErrors(AbstractContextManager[None]):
 def collective_errors(groups: ParallelGroups) -> AbstractContextManager[None]:
     """A context at whose end every rank learns whether any rank failed in it. The block itself must not contain collectives.
 
-    A rank that raised raises its own error; the others raise `PeerFailed` with that of one that failed.
+    A rank that raised raises its own error; the others raise `PeerFailed` with the error of a failed rank.
     """
     return _CollectiveErrors(groups.axes, groups.rank) if groups.axes else nullcontext()

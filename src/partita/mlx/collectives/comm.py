@@ -17,10 +17,10 @@ _stream: mx.Stream | None = None
 
 
 def communication_stream() -> mx.Stream:
-    """Where all communication runs: the CPU's default stream of the first thread that communicates.
+    """The stream of all communication: the CPU's default stream of the first thread that communicates.
 
-    Two streams that communicate at once give wrong numbers without an error. Another thread cannot use this one, which MLX
-    says.
+    Two streams that communicate at the same time silently give wrong results. MLX raises if another thread uses this
+    stream.
     """
     global _stream
     if _stream is None:
@@ -36,30 +36,30 @@ class Communicator:
     """A group of ranks of MLX (MPI, ring, JACCL, NCCL), or one rank alone.
 
     Every rank of the group calls the same methods in the same order with arrays of the same dtype. Shapes may differ only
-    where a method takes `sizes`. Sends, receives and objects are done when the method returns; a collective has begun.
+    where a method takes `sizes`. Sends, receives and objects are done when the method returns; a collective has only started.
 
-    MLX evaluates what is independent in an order that depends on the shape of the graph. Left lazy, two collectives could
-    change places on a rank that only has to pad, and sums of unlike arrays would come out without an error. So each is
-    handed to the stream where it is called. Inside `mx.compile` and `mx.vmap` that cannot be: there all ranks must build
-    the same graph.
+    MLX evaluates independent operations in an order that depends on the graph. If left lazy, two collectives could
+    swap on a rank that only has to pad, and different arrays would be summed without an error. So each is
+    submitted to the stream when it is called. This is not possible inside `mx.compile` and `mx.vmap`: there all ranks must
+    build the same graph.
 
-    What other ranks are reached by lies in `_sum`, `_max`, `_gather`, `send` and `recv`: all else is made of them.
+    Only `_sum`, `_max`, `_gather`, `send` and `recv` communicate; all other methods use them.
 
     Attributes:
-        group: MLX's group, None for one rank alone.
+        group: MLX's group, None for a single rank.
         rank: Rank of this process within the group.
-        size: Ranks of the group.
-        backend: What MLX calls what stands behind the group, None where it is not known.
+        size: Number of ranks in the group.
+        backend: MLX's name of the group's backend, None if unknown.
         reduce_in_float32: Whether float16 and bfloat16 are summed in float32.
     """
 
     def __init__(
         self, group: mx.distributed.Group | None, *, backend: str | None = None, reduce_in_float32: bool = False
     ) -> None:
-        """The communicator of `group`, which may be anything that knows its `rank()` and `size()`.
+        """Create the communicator of `group`, any object with `rank()` and `size()`.
 
         Args:
-            group: MLX's group; None for one rank alone.
+            group: MLX's group; None for a single rank.
             backend: `mpi`, `ring`, `jaccl` or `nccl`.
             reduce_in_float32: Whether float16 and bfloat16 are summed in float32 and rounded once, which costs twice the
                 bytes.
@@ -69,7 +69,7 @@ class Communicator:
         self.size: int = group.size() if group is not None else 1
         self.backend = backend
         self.reduce_in_float32 = reduce_in_float32
-        # NCCL computes where the arrays are.
+        # NCCL computes on the arrays' device.
         self._stream = mx.default_stream(mx.gpu) if backend == "nccl" else communication_stream()
 
     @classmethod
@@ -77,7 +77,7 @@ class Communicator:
         """A single rank: every collective returns immediately."""
         return cls(None)
 
-    # --- what the backend does -----------------------------------------------------------------------------------------
+    # --- backend operations -----------------------------------------------------------------------------------------
 
     def _sum(self, x: mx.array) -> mx.array:
         return mx.distributed.all_sum(x, group=self.group, stream=self._stream)
@@ -90,20 +90,20 @@ class Communicator:
         return mx.distributed.all_gather(x, group=self.group, stream=self._stream)
 
     def send(self, x: mx.array, to: int) -> None:
-        """Send to rank `to` of the group; returns when it is sent.
+        """Send to rank `to` of the group; returns when the send is complete.
 
         Raises:
-            DistributedError: The backend does not reach that rank.
+            DistributedError: The backend cannot reach that rank.
         """
         self._reaches(to, "send to")
         with ME.over("a send"):
             mx.eval(mx.distributed.send(x, to, group=self.group, stream=self._stream))
 
     def recv(self, shape: Sequence[int], dtype: mx.Dtype, source: int) -> mx.array:
-        """What rank `source` of the group sends, evaluated; no gradient flows through it.
+        """Receive an array from rank `source` of the group, evaluated; no gradient flows through it.
 
         Raises:
-            DistributedError: The backend does not reach that rank.
+            DistributedError: The backend cannot reach that rank.
         """
         self._reaches(source, "receive from")
         x = mx.distributed.recv(tuple(shape), dtype, source, group=self.group, stream=self._stream)
@@ -113,18 +113,20 @@ class Communicator:
 
     def _reaches(self, other: int, what: str) -> None:
         if not 0 <= other < self.size or other == self.rank:
-            raise DistributedError(f"rank {self.rank} of {self.size} cannot {what} rank {other}: it is no other rank.")
+            raise DistributedError(
+                f"rank {self.rank} of {self.size} cannot {what} rank {other}: it is not another rank of the group."
+            )
         neighbours = {(self.rank - 1) % self.size, (self.rank + 1) % self.size}
         if self.backend == "ring" and other not in neighbours:
             raise DistributedError(
-                f"rank {self.rank} of {self.size} cannot {what} rank {other}: the ring backend reaches the neighbours "
-                f"{sorted(neighbours)} only. Use the mpi backend."
+                f"rank {self.rank} of {self.size} cannot {what} rank {other}: the ring backend reaches only the neighbours "
+                f"{sorted(neighbours)}. Use the mpi backend."
             )
 
     # --- collectives -----------------------------------------------------------------------------------------------------
 
     def all_sum(self, x: mx.array) -> mx.array:
-        """The sum over the ranks, the same bits on each. Booleans are counted in int32, as `mx.sum` does."""
+        """The sum over the ranks, bitwise equal on each. Booleans are counted in int32, as `mx.sum` does."""
         x = x.astype(mx.int32) if x.dtype == mx.bool_ else x
         if self._is_alone(x):
             return x
@@ -137,10 +139,10 @@ class Communicator:
         """The maximum over the ranks, element by element.
 
         Raises:
-            DistributedError: Complex numbers have none.
+            DistributedError: The array is complex.
         """
         if x.dtype == mx.complex64:
-            raise DistributedError("all_max takes real numbers, but the array is complex64.")
+            raise DistributedError("all_max needs real numbers; got a complex64 array.")
         if self._is_alone(x):
             return x
         self._agree("all_max", x.shape, x.dtype)
@@ -149,12 +151,12 @@ class Communicator:
         return self._done(self._max(x))
 
     def all_gather(self, x: mx.array, axis: int = 0, sizes: Sequence[int] | None = None) -> mx.array:
-        """The arrays of all ranks one behind the other along `axis`.
+        """The arrays of all ranks, concatenated along `axis` in rank order.
 
         Args:
-            x: `[..., n_r, ...]`; a number by itself counts as `[1]`.
-            axis: The axis along which they are put together.
-            sizes: `n_r` of each rank where they differ.
+            x: `[..., n_r, ...]`; a scalar counts as `[1]`.
+            axis: The axis of concatenation.
+            sizes: `n_r` of each rank if they differ.
 
         Returns:
             `[..., sum(n_r), ...]`.
@@ -176,19 +178,19 @@ class Communicator:
         if len(set(sizes)) == 1:
             rows = self._gather(rows)
         else:
-            # The longest rank pads too, by nothing: all build the same graph.
+            # The longest rank pads by nothing, so that all ranks build the same graph.
             rows = self._gather(mx.pad(rows, [(0, longest - sizes[self.rank])] + [(0, 0)] * (rows.ndim - 1)))
             rows = mx.concatenate([rows[r * longest : r * longest + n] for r, n in enumerate(sizes)])
         return self._done(mx.moveaxis(rows, 0, axis))
 
     def reduce_scatter(self, x: mx.array, axis: int = 0, sizes: Sequence[int] | None = None) -> mx.array:
-        """The sum over the ranks, of which each gets its part along `axis`.
+        """Sum over the ranks and return this rank's part along `axis`.
 
-        Of MLX's backends NCCL alone has it; with the others the whole sum is made and a part kept.
+        Only NCCL supports it; other backends compute the full sum and keep a part.
 
         Args:
             x: `[..., n, ...]`, the same shape on every rank.
-            axis: The axis that is dealt out.
+            axis: The axis to distribute.
             sizes: Size of each rank's part (default: equal parts).
 
         Returns:
@@ -209,7 +211,7 @@ class Communicator:
         return self._done(take_range(self.all_sum(x), axis, start, start + sizes[self.rank]))
 
     def broadcast(self, x: mx.array, source: int = 0) -> mx.array:
-        """Give every rank the array of rank `source`, bit by bit. Every rank passes one of the same shape and dtype."""
+        """Send the array of rank `source` to every rank, bit by bit. Every rank passes an array of the same shape and dtype."""
         if self._is_alone(x):
             return x
         self._agree("broadcast", x.shape, x.dtype, (source,))
@@ -227,11 +229,11 @@ class Communicator:
     # --- objects -----------------------------------------------------------------------------------------------------------
 
     def broadcast_object(self, value: object, source: int = 0) -> Any:
-        """Give every rank the object of rank `source`: bytes, or what JSON can say. For small things."""
+        """Send a small object of rank `source` to every rank: bytes, or a JSON value."""
         return self.all_gather_object(value if self.rank == source else None)[source]
 
     def all_gather_object(self, value: object) -> list[Any]:
-        """The objects of all ranks, in order: bytes, or what JSON can say (tuples become lists). For small things.
+        """Small objects of all ranks, in rank order: bytes, or JSON values (tuples become lists).
 
         Raises:
             DistributedError: The object of some rank is neither; raised on every rank.
@@ -246,7 +248,7 @@ class Communicator:
             texts = [together[start : start + n] for start, n in zip(starts, lengths, strict=True)]
         if min(lengths) == 0:
             who = f"rank {lengths.index(0)}'s value"
-            raise DistributedError(problem or f"{who} can be said neither in bytes nor in JSON. Send plain values.")
+            raise DistributedError(problem or f"{who} is neither bytes nor a JSON value. Send plain values.")
         return [text[1:] if text[:1] == b"b" else json.loads(text[1:]) for text in texts]
 
     # --- groups ------------------------------------------------------------------------------------------------------------
@@ -260,22 +262,22 @@ class Communicator:
         if self.group is None:
             return self
         self._agree("split", (), mx.uint8)
-        # MLX splits on this thread; two threads inside MPI at once would destroy its state.
+        # MLX splits on this thread; two threads inside MPI at the same time would corrupt its state.
         mx.synchronize(self._stream)
         try:
             group = self.group.split(color, key)
         except RuntimeError as error:
             raise DistributedError(
-                f"the {self.backend or 'present'} backend cannot split a group ({error}). Use the mpi backend."
+                f"the {self.backend or 'current'} backend cannot split a group ({error}). Use the mpi backend."
             ) from error
-        # MLX finalizes MPI before Python lets go of its objects, and to free a group of MPI after that is fatal.
+        # MLX finalizes MPI before Python releases its objects, and freeing an MPI group after that is fatal.
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
         return type(self)(group, backend=self.backend, reduce_in_float32=self.reduce_in_float32)
 
     def even_sizes(self, size: int) -> tuple[int, ...]:
         """`size` in equal parts, one per rank; the number of ranks must divide it."""
         if size % self.size:
-            raise DistributedError(f"{size} cannot be dealt evenly to {self.size} ranks. Pass `sizes`, one a rank.")
+            raise DistributedError(f"{size} cannot be split evenly over {self.size} ranks. Pass `sizes`, one per rank.")
         return (size // self.size,) * self.size
 
     # --- around each collective ----------------------------------------------------------------------------------------------
@@ -284,11 +286,11 @@ class Communicator:
         """Called before each collective."""
 
     def _done(self, x: mx.array) -> mx.array:
-        """Called with the result of each collective: begin it, before the next one is called."""
+        """Called with the result of each collective: start it before the next call."""
         try:
             mx.async_eval(x)
         except ValueError:
-            # A gradient is being traced, which may be evaluated; but not what mx.compile and mx.vmap trace.
+            # Arrays of a gradient trace can be evaluated, unlike those of mx.compile and mx.vmap.
             with contextlib.suppress(ValueError):
                 mx.eval(x)
         return x
@@ -301,7 +303,7 @@ class Communicator:
         return self
 
     def __repr__(self) -> str:
-        return f"Communicator(rank {self.rank} of {self.size}, {self.backend or 'some backend'})"
+        return f"Communicator(rank {self.rank} of {self.size}, {self.backend or 'unknown backend'})"
 
 
 def take_range(x: mx.array, axis: int, start: int, stop: int) -> mx.array:
@@ -317,10 +319,10 @@ def _without(shape: Sequence[int], axis: int) -> tuple[int | None, ...]:
 
 
 def _encode(value: object) -> tuple[bytes, str]:
-    """A value as bytes that tell its kind; none, and why, for what cannot be sent."""
+    """A value as bytes with its kind; empty bytes and the reason if it cannot be sent."""
     if isinstance(value, bytes):
         return b"b" + value, ""
     try:
         return b"j" + json.dumps(value).encode(), ""
     except (TypeError, ValueError) as error:
-        return b"", f"a value for other ranks must be bytes or what JSON can say, but {error}."
+        return b"", f"a value for other ranks must be bytes or a JSON value, but {error}."

@@ -20,7 +20,7 @@ _OF_LAUNCHER = {
     "jaccl": ("MLX_JACCL_COORDINATOR",),
     "nccl": ("NCCL_HOST_IP",),
 }
-"""What a launcher leaves in the environment of a rank, by the backend that it is for."""
+"""Environment variables that a launcher sets for a rank, by backend."""
 
 
 class ParallelGroups(AxisGroups[Communicator]):
@@ -30,7 +30,7 @@ class ParallelGroups(AxisGroups[Communicator]):
 def backend_of_environment() -> str | None:
     """The backend that the launcher of this process has prepared (mpirun, mlx.launch, ours), or None without one."""
     if os.environ.get("OMPI_COMM_WORLD_SIZE") == "1":
-        return None  # `mpirun -n 1`, which MLX refuses to join.
+        return None  # `mpirun -n 1`, which MLX cannot join.
     return next(
         (backend for backend, names in _OF_LAUNCHER.items() if any(os.environ.get(name) for name in names)), None
     )
@@ -40,24 +40,24 @@ _worlds: dict[tuple[str, bool, bool], Communicator] = {}
 
 
 def init(backend: str | None = None, *, reduce_in_float32: bool = False, checked: bool = False) -> Communicator:
-    """Join the ranks that the launcher's environment names, or be one rank alone where there was no launcher.
+    """Join the ranks that the launcher's environment defines, or run as a single rank without a launcher.
 
     Args:
-        backend: `mpi`, `ring`, `jaccl` or `nccl`; by default what the launcher has prepared.
+        backend: `mpi`, `ring`, `jaccl` or `nccl`; default: the backend that the launcher prepared.
         reduce_in_float32: Whether float16 and bfloat16 are summed in float32.
-        checked: Whether the ranks compare each collective before they do it; see `CheckedCommunicator`.
+        checked: Whether the ranks compare each collective before running it; see `CheckedCommunicator`.
 
     Returns:
-        All ranks of the run.
+        A communicator of all ranks of the run.
 
     Raises:
-        DistributedError: The backend is none, or cannot be joined. A group of one never stands in for it.
+        DistributedError: The backend is unknown, or cannot be joined. It never falls back to a single rank.
     """
     backend = backend or backend_of_environment()
     if backend is None:
         return Communicator.single()
     if backend not in MLX_BACKENDS:
-        raise DistributedError(f"backend must be one of {', '.join(MLX_BACKENDS)}, but is {backend!r}.")
+        raise DistributedError(f"backend must be one of {', '.join(MLX_BACKENDS)}; got {backend!r}.")
     key = backend, reduce_in_float32, checked
     if key not in _worlds:
         kind = CheckedCommunicator if checked else Communicator
@@ -68,7 +68,7 @@ def init(backend: str | None = None, *, reduce_in_float32: bool = False, checked
 
 
 def join(backend: str | None = None) -> int:
-    """Join the ranks that the launcher's environment names, as `init` does. Returns how many there are."""
+    """Join the ranks that the launcher's environment defines, like `init`. Returns the number of ranks."""
     return init(backend).size
 
 
@@ -107,7 +107,7 @@ def make_groups(
     """The groups of `mesh` over the ranks of the run. Every rank must call it. The arguments are those of `init`.
 
     Raises:
-        DistributedError: The mesh does not have as many ranks as the run, or the backend cannot make its groups.
+        DistributedError: The mesh and the run have different numbers of ranks, or the backend cannot create the groups.
     """
     world = init(backend, reduce_in_float32=reduce_in_float32, checked=checked)
     if mesh.size != world.size:
@@ -139,7 +139,7 @@ def single_groups(mesh: Mesh | None = None, *, tp: Communicator | None = None) -
 
 
 def as_communicator(group: Communicator | mx.distributed.Group | None) -> Communicator:
-    """A group of MLX as a communicator; all ranks of the run for None."""
+    """The communicator of an MLX group (None: all ranks of the run)."""
     if isinstance(group, Communicator):
         return group
     return init() if group is None else Communicator(group)

@@ -1,8 +1,8 @@
-"""Collectives with gradients: how arrays enter and leave a region in which each rank computes its part.
+"""Collectives with gradients: they move arrays into and out of a region in which each rank computes its part.
 
-Every mapping's backward is another mapping of the same module, so that gradients of any order are right. They take an
-array that is *replicated* (the same on every rank, and its gradient too), *split* (each rank has its part), or *partial*
-(the sum over the ranks is meant):
+Every mapping's backward is another mapping of this module, so gradients of any order are correct. An array is
+*replicated* (the same on every rank, and its gradient too), *split* (each rank has its part), or *partial*
+(its value is the sum over the ranks):
 
     mapping            forward                     backward
     copy_to            replicated -> replicated    sum of the ranks' gradients
@@ -15,8 +15,8 @@ array that is *replicated* (the same on every rank, and its gradient too), *spli
 
     * replicated in value; its gradients are partial, which is how sequence parallelism enters a region.
 
-MLX's own `all_gather` would take the own part of a partial gradient and lose the rest; `mx.distributed.send` has no
-gradient, and `recv` passes for a constant: a pipeline sends gradients back by itself.
+MLX's own `all_gather` would take this rank's part of a partial gradient and lose the rest; `mx.distributed.send` has no
+gradient, and `recv` is treated as a constant: a pipeline sends gradients back explicitly.
 """
 
 from __future__ import annotations
@@ -84,10 +84,10 @@ def reduce_scatter(x: mx.array, comm: Communicator, axis: int = 0, sizes: Sizes 
 
 
 def copy_shared(x: mx.array, comm: Communicator, split: Split, axis: int = 0) -> mx.array:
-    """A part of which other ranks hold copies: backward sums the gradients of each element over those that hold it.
+    """Use a part that other ranks hold copies of: backward sums the gradients of each element over the ranks that hold it.
 
-    The weight of KV heads that several ranks hold passes through here. Shape `[..., split.local_size(rank), ...]` to the
-    same. Every rank must take part, also one that shares nothing.
+    Weights of KV heads that several ranks hold use it. Shape `[..., split.local_size(rank), ...]` to the
+    same. Every rank must call it, even one that shares nothing.
     """
     if comm.size == 1 or split.is_partition:
         return x
@@ -117,7 +117,7 @@ def _gathering(x: mx.array, comm: Communicator, axis: int, sizes: tuple[int, ...
     function: Any = mx.custom_function(lambda x: comm.all_gather(x, axis, sizes))
     function.vjp(lambda primal, cotangent, output: backward(cotangent))
 
-    # MLX's own rule would put the ranks' parts one behind the other along the axis that is mapped over.
+    # MLX's own rule would concatenate the ranks' parts along the mapped axis.
     function.vmap(lambda x, mapped: (function(mx.moveaxis(x, mapped, -1)), x.ndim - 1))
     return function(x)
 

@@ -1,7 +1,7 @@
-"""Ranks as threads of one process: to try a split on a small model without asking anything of other processes.
+"""Ranks as threads of one process: to test a split on a small model without the other processes.
 
-MLX's arrays are immutable and its streams belong to threads, so that ranks share evaluated weights and nothing else. A
-thread computes only while it holds the turn, and gives it up where it waits for the others.
+MLX's arrays are immutable and its streams belong to threads, so ranks share only evaluated weights. A
+thread computes only while it holds the turn, and releases it while it waits for the others.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class _Exchange:
 
 
 class ThreadCommunicator(Communicator):
-    """The communicator of one thread among `size`. Its collectives are done when they return."""
+    """The communicator of one of `size` threads. Its collectives are complete when they return."""
 
     def __init__(self, exchange: _Exchange, rank: int, size: int) -> None:
         """Create rank `rank` of the threads that share `exchange`."""
@@ -57,7 +57,7 @@ class ThreadCommunicator(Communicator):
         kinds = {(part.shape, str(dtype)) for part, dtype in parts}
         if len(kinds) > 1:
             raise DistributedError(
-                f"the ranks of a group call a collective with unlike arrays: {sorted(kinds, key=str)}."
+                f"the ranks of a group call a collective with different arrays: {sorted(kinds, key=str)}."
             )
         return [part for part, _ in parts]
 
@@ -80,14 +80,14 @@ class ThreadCommunicator(Communicator):
 
 
 def _numbers(x: mx.array) -> np.ndarray[Any, Any]:
-    """What an array holds, for another thread: an array of MLX may hang on a graph of its own thread."""
+    """An array's values for another thread: an MLX array may depend on a graph of its own thread."""
     return np.array(x.astype(mx.float32) if x.dtype == mx.bfloat16 else x)
 
 
 def run_as_threads(size: int, work: Callable[[Communicator], Result]) -> list[Result]:
-    """Call `work` once for each of `size` ranks, each in a thread with a communicator of its own, on the CPU.
+    """Call `work` once for each of `size` ranks, each in its own thread with its own communicator, on the CPU.
 
-    What `work` takes from outside and what it returns must be evaluated. Random numbers of a thread are its own.
+    Arrays that `work` captures or returns must be evaluated. Each thread has its own random state.
 
     Raises:
         Exception: The error of the lowest rank that failed.
@@ -107,7 +107,7 @@ def run_as_threads(size: int, work: Callable[[Communicator], Result]) -> list[Re
                 errors.append((rank, error))
                 exchange.barrier.abort()
             finally:
-                # A thread that leaves its streams to the end of the process can abort it.
+                # A thread that keeps its streams until the process ends can abort it.
                 mx.synchronize()
                 mx.clear_streams()
 

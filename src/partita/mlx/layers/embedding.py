@@ -1,4 +1,4 @@
-"""An embedding split over the tensor ranks by vocabulary, plain or quantized, and the tied head that it may be."""
+"""An embedding split over the tensor ranks by vocabulary, plain or quantized, which may also be a tied head."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _OF_INNER = ("weight", "scales", "biases", "group_size", "bits", "mode")
 
 
 class VocabParallelEmbedding(nn.Module):
-    """An embedding of which each rank holds some rows, around an inner embedding.
+    """An embedding whose rows are split over the ranks, around an inner embedding.
 
-    Rank r of R holds `weight [vocab_r, width]` (of a quantized one those rows' words, scales and biases) in `.embedding`.
+    Rank r of R holds `weight [vocab_r, width]` (if quantized, those rows' words, scales and biases) in `.embedding`.
 
         forward          sum over the ranks of their rows, zero where another rank holds the row: ids `[...]` to `[..., width]`
-        weight gradient  the own rows, no communication
+        weight gradient  this rank's rows, no communication
 
-    As a tied head it is a column layer: `as_linear`. Ids lie in the vocabulary: MLX checks none.
+    As a tied head it is a column layer: `as_linear`. Ids must be in the vocabulary: MLX does not check them.
 
     Source: Megatron-LM (Shoeybi et al. 2019, section 3).
     """
@@ -35,12 +35,10 @@ class VocabParallelEmbedding(nn.Module):
     embedding: nn.Module
 
     def __init__(self, inner: nn.Module, comm: Communicator, split: Split, *, gather_logits: bool = True) -> None:
-        """The split embedding around an inner one that holds this rank's rows already; see `from_embedding`."""
+        """Create the split embedding around an inner one that already holds this rank's rows; see `from_embedding`."""
         super().__init__()
         if split.parts != comm.size or not split.is_partition or any(len(ranges) != 1 for ranges in split.by_rank):
-            raise PlanError(
-                f"each of {comm.size} ranks must hold rows of its own in one range, but the split is {split}."
-            )
+            raise PlanError(f"each of {comm.size} ranks must hold one exclusive range of rows; got the split {split}.")
         self.comm, self.split = comm, split
         ((self.start, self.stop),) = split.ranges(comm.rank)
         self.gather_logits = gather_logits
@@ -50,27 +48,27 @@ class VocabParallelEmbedding(nn.Module):
     def from_embedding(
         cls, embedding: nn.Module, comm: Communicator, split: Split | None = None, *, gather_logits: bool = True
     ) -> VocabParallelEmbedding:
-        """The split form of an unsplit embedding, of which this rank's rows are cut out. Nothing is evaluated.
+        """The split form of an unsplit embedding, with this rank's rows. Nothing is evaluated.
 
         Args:
             embedding: An `nn.Embedding` or `nn.QuantizedEmbedding`.
             comm: The ranks.
             split: Assignment of rows to ranks, one range a rank(default: even).
-            gather_logits: Whether `as_linear` gives every rank all logits, or its own.
+            gather_logits: Whether `as_linear` gives every rank all logits instead of its own.
 
         Raises:
-            ModelError: It is no embedding.
-            PlanError: `split` does not give each rank one range of rows of its own.
+            ModelError: It is not an embedding.
+            PlanError: `split` does not assign each rank one exclusive range of rows.
         """
         if not isinstance(embedding, nn.Embedding | nn.QuantizedEmbedding):
             raise ModelError(
-                f"{type(embedding).__name__} is no nn.Embedding or nn.QuantizedEmbedding. Leave it whole with the rule "
+                f"{type(embedding).__name__} is not an nn.Embedding or nn.QuantizedEmbedding. Keep it unsplit with the rule "
                 "`replicate`."
             )
         rows = embedding["weight"].shape[0]
         split = split if split is not None else Split.even(rows, comm.size)
         if split.size != rows:
-            raise PlanError(f"the split must be of the embedding's {rows} rows, but is {split}.")
+            raise PlanError(f"the split must cover the embedding's {rows} rows; got {split}.")
         inner = slice_module(embedding, "outputs", split.ranges(comm.rank), bias=False)
         if hasattr(inner, "num_embeddings"):
             inner.num_embeddings = split.local_size(comm.rank)

@@ -23,7 +23,7 @@ _OF_INNER = ("weight", "scales", "biases", "bias", "group_size", "bits", "mode")
 
 
 class _ShardedLinear(nn.Module):
-    """What column and row layers share: an inner layer `linear`, the group, and how the dimension is split."""
+    """Base of column and row layers: an inner layer `linear`, the group, and the split of the dimension."""
 
     comm: Communicator
     split: Split
@@ -33,13 +33,13 @@ class _ShardedLinear(nn.Module):
     def __init__(self, inner: nn.Module, comm: Communicator, split: Split) -> None:
         super().__init__()
         if split.parts != comm.size:
-            raise PlanError(f"the split must be over the {comm.size} ranks of the group, but is over {split.parts}.")
+            raise PlanError(f"the split must have {comm.size} parts, one per rank of the group; got {split.parts}.")
         self.comm, self.split = comm, split
         self.linear = inner
         self._set_training_mode(inner.training)
 
     def __setitem__(self, name: str, value: Any) -> None:
-        # MLX replaces modules by item: what LoRA and the like bring must fit the split.
+        # MLX replaces modules by item: the parameters of adapters such as LoRA must fit the split.
         if name == "linear":
             adopt(value, self.comm, self.split, self._style)
         super().__setitem__(name, value)
@@ -63,7 +63,7 @@ class _ShardedLinear(nn.Module):
 
 
 class ColumnParallelLinear(_ShardedLinear):
-    """A linear layer of which each rank computes some outputs.
+    """A linear layer whose outputs are split over the ranks.
 
     Rank r of R holds `weight [out_r, in]` and `bias [out_r]` in `.linear`; the `out_r` add up to `out`. A quantized
     inner layer holds those rows' words, scales and biases.
@@ -89,11 +89,13 @@ class ColumnParallelLinear(_ShardedLinear):
         sequence_parallel: bool = False,
         sequence_axis: int = 1,
     ) -> None:
-        """The split layer around an inner one that holds this rank's outputs already; see `from_linear`."""
+        """Create the split layer around an inner one that already holds this rank's outputs; see `from_linear`."""
         if sequence_parallel and gather_output:
-            raise PlanError("gather_output=True and sequence_parallel=True exclude each other: leave by a row layer.")
+            raise PlanError(
+                "gather_output=True and sequence_parallel=True exclude each other: use a row layer to leave the region."
+            )
         if gather_output and not split.is_partition:
-            raise PlanError(f"gather_output=True needs a split without copies, but it is {split}.")
+            raise PlanError(f"gather_output=True needs a split without copies; got {split}.")
         super().__init__(inner, comm, split)
         self.gather_output = gather_output
         self.entry = entry if entry is not None else RegionInput(comm)
@@ -113,21 +115,21 @@ class ColumnParallelLinear(_ShardedLinear):
         sequence_parallel: bool = False,
         sequence_axis: int = 1,
     ) -> Column:
-        """The split form of an unsplit linear layer, of which this rank's part is cut out. Nothing is evaluated.
+        """The split form of an unsplit linear layer, with this rank's part. Nothing is evaluated.
 
         Args:
             linear: An `nn.Linear` or `nn.QuantizedLinear`.
             comm: The ranks.
             split: Assignment of outputs to ranks; by default `even_outputs`.
             gather_output: Whether every rank gets all outputs.
-            expand: Positions of the local outputs in the order in which they are to come out; given to all ranks or none.
+            expand: Indices of the local outputs in the order of the result; passed on all ranks or none.
             entry: The region entry that sibling layers with the same input share.
             sequence_parallel: Whether the input is this rank's part of the sequence, to be gathered first.
             sequence_axis: Which axis of the input is the sequence.
 
         Raises:
             ModelError: The layer's class cannot be split.
-            PlanError: The split does not fit it, or `gather_output` is asked of copies or a sequence.
+            PlanError: The split does not fit it, or `gather_output` is combined with copies or a sequence.
         """
         return cls._cut(
             linear,
@@ -169,10 +171,10 @@ class ColumnParallelLinear(_ShardedLinear):
 
 
 class RowParallelLinear(_ShardedLinear):
-    """A linear layer of which each rank sees some inputs.
+    """A linear layer whose inputs are split over the ranks.
 
-    Rank r of R holds `weight [out, in_r]` in `.linear`, where the `in_r` add up to `in`, and the whole `bias [out]`. A
-    quantized inner layer holds whole groups of the inputs.
+    Rank r of R holds `weight [out, in_r]` in `.linear`and the unsplit `bias [out]`; the `in_r` add up to `in`. A
+    quantized inner layer holds complete groups of the inputs.
 
         forward          y [..., out] = sum over the ranks of x_r [..., in_r] @ weight_r.T, then + bias, once
         input gradient   dx_r = dy @ weight_r, no communication
@@ -194,9 +196,9 @@ class RowParallelLinear(_ShardedLinear):
         sequence_parallel: bool = False,
         sequence_axis: int = 1,
     ) -> None:
-        """The split layer around an inner one without bias that holds this rank's inputs already; see `from_linear`."""
+        """Create the split layer around an inner one without bias that already holds this rank's inputs; see `from_linear`."""
         if not split.is_partition:
-            raise PlanError(f"the inputs of a row layer must be split without copies, but are {split}.")
+            raise PlanError(f"the inputs of a row layer must be split without copies; got {split}.")
         super().__init__(inner, comm, split)
         self.input_is_parallel = input_is_parallel
         self.sequence_parallel, self.sequence_axis = sequence_parallel, sequence_axis
@@ -214,7 +216,7 @@ class RowParallelLinear(_ShardedLinear):
         sequence_parallel: bool = False,
         sequence_axis: int = 1,
     ) -> Row:
-        """The split form of an unsplit linear layer, of which this rank's part is cut out. Nothing is evaluated.
+        """The split form of an unsplit linear layer, with this rank's part. Nothing is evaluated.
 
         Args:
             linear: An `nn.Linear` or `nn.QuantizedLinear`.
@@ -226,7 +228,7 @@ class RowParallelLinear(_ShardedLinear):
 
         Raises:
             ModelError: The layer's class cannot be split.
-            PlanError: The split does not fit it, has copies, or cuts through a quantization group.
+            PlanError: The split does not fit it, has copies, or divides a quantization group.
         """
         return cls._cut(
             linear,
@@ -271,22 +273,22 @@ class RowParallelLinear(_ShardedLinear):
 
 
 def even_outputs(linear: nn.Module, parts: int) -> Split:
-    """The outputs of a linear layer dealt out evenly, in units of `paired_unit`."""
+    """The even split of a linear layer's outputs, in units of `paired_unit`."""
     outputs, _ = linear_shape(linear)
     return Split.even(outputs, parts, unit=paired_unit(linear, [outputs], parts))
 
 
 def even_inputs(linear: nn.Module, parts: int) -> Split:
-    """The inputs of a linear layer dealt out evenly, in whole quantization groups."""
+    """The even split of a linear layer's inputs, in complete quantization groups."""
     _, inputs = linear_shape(linear)
     return Split.even(inputs, parts, unit=quantization_unit(linear))
 
 
 def paired_unit(module: nn.Module, segments: Sequence[int], parts: int) -> int:
-    """How many outputs of a layer are dealt out together: one, or as many as are quantized together.
+    """The unit in which a layer's outputs are distributed: 1, or the size of a quantization group.
 
-    The row layer that follows cannot cut through a quantization group. So the outputs of a quantized layer go in whole
-    groups too, where every segment has enough of them, and both are dealt out alike.
+    The row layer that follows cannot divide a quantization group. So a quantized layer's outputs are distributed in complete
+    groups too, if every segment has enough of them, and both layers have the same split.
     """
     unit = quantization_unit(module)
     return unit if all(n % unit == 0 and n // unit >= parts for n in segments) else 1
@@ -295,7 +297,7 @@ def paired_unit(module: nn.Module, segments: Sequence[int], parts: int) -> int:
 def _must_fit(split: Split, size: int, what: str, comm: Communicator) -> None:
     if split.size != size or split.parts != comm.size:
         raise PlanError(
-            f"the split must be of the layer's {size} {what} over the {comm.size} ranks of the group, but is {split}."
+            f"the split must distribute the layer's {size} {what} over the {comm.size} ranks of the group; got {split}."
         )
 
 

@@ -1,14 +1,14 @@
 """mlx-lm's LoRA and DoRA on the inner layer of a split one.
 
-An adapter sits on the inner layer, so it is split with it. Names and shapes are mlx-lm's:
+An adapter wraps the inner layer, so it is split with it. Names and shapes are mlx-lm's:
 
-    style    split over the ranks              whole on every rank
+    style    split over the ranks              replicated
     column   lora_b [rank, out_r], m [out_r]   lora_a [in, rank]
     row      lora_a [in_r, rank]               lora_b [rank, out], m [out]
     vocab    lora_a [vocab_r, rank], m         lora_b [rank, width]
 
-What is whole must start equal, and each rank sees only a part of its gradient, which is summed. DoRA's `m` of a row layer
-is not summed: it is applied after the sum over the ranks, as is the norm of the whole rows.
+Replicated parts must start equal; each rank computes a part of their gradient, and the parts are summed. DoRA's `m` of a row
+layer is not summed: it is applied after the sum over the ranks, like the norm of the unsplit rows.
 Source: LoRA (Hu et al. 2021, 2106.09685), DoRA (Liu et al. 2024, 2402.09353).
 """
 
@@ -34,18 +34,18 @@ Style = Literal["column", "row", "vocab"]
 
 _WHOLE = {"column": ("lora_a",), "row": ("lora_b", "m"), "vocab": ("lora_b",)}
 _AXIS = {"lora_a": 0, "lora_b": 1, "m": 0}
-"""An adapter's parameters, and along which axis each is cut where it is split."""
+"""An adapter's parameters, and the axis along which each can be split."""
 
 
 def adopt(linear: nn.Module, comm: Communicator, split: Split, style: Style) -> None:
-    """Fit what was put on an inner layer, or in its place, to the split: what is whole starts equal on all ranks.
+    """Fit an adapter on an inner layer to the split: replicated parts start equal on all ranks.
 
-    A fresh adapter (whose `lora_b` is zero) is drawn anew as that of the unsplit layer, and a row layer's `m` becomes the
+    A new adapter (whose `lora_b` is zero) is sampled again like that of the unsplit layer, and a row layer's `m` becomes the
     norm of the whole rows. Every rank must call it.
 
     Raises:
-        ModelError: It is an adapter whose parts cannot be told to be split or whole, or that differ between the ranks.
-        PlanError: The inputs of a row layer cut through a quantization group.
+        ModelError: It is unknown whether parts of the adapter are split, or replicated parts differ between the ranks.
+        PlanError: The inputs of a row layer divide a quantization group.
     """
     base = base_layer(linear)
     if style == "row" and is_quantized(base):
@@ -53,13 +53,13 @@ def adopt(linear: nn.Module, comm: Communicator, split: Split, style: Style) -> 
     if comm.size == 1 or base is linear or getattr(linear, "_is_adopted", False):
         return
     if linear.get("linear", linear.get("embedding")) is not base:
-        raise ModelError(f"{type(linear).__name__} stands on another adapter; only one can be split.")
+        raise ModelError(f"{type(linear).__name__} wraps another adapter. Only one adapter can be split.")
     added = [name for name, _ in tree_flatten(linear.parameters()) if not name.startswith(("linear.", "embedding."))]
     strange = [name for name in added if name not in _AXIS]
     if strange or not {"lora_a", "lora_b"} <= set(added):
         raise ModelError(
-            f"{type(linear).__name__} brings {', '.join(strange or added)}, which cannot be split. Use mlx-lm's LoRA or DoRA, "
-            "or put it on the unsplit model, fuse it, and split that."
+            f"{type(linear).__name__} has {', '.join(strange or added)}, which cannot be split. Use mlx-lm's LoRA or DoRA, "
+            "or add it to the unsplit model, fuse it, and split that."
         )
     fresh = all(comm.all_gather_object(not mx.any(linear["lora_b"]).item()))
     if fresh:
@@ -71,7 +71,7 @@ def adopt(linear: nn.Module, comm: Communicator, split: Split, style: Style) -> 
 
 
 def _begin(linear: nn.Module, comm: Communicator, split: Split, style: Style) -> None:
-    """Give a fresh adapter the unsplit one's values: all ranks draw alike, and the first one's numbers count."""
+    """Fill a new adapter with the unsplit adapter's values: all ranks sample, and the first rank's values count."""
     a = linear["lora_a"]
     size = a.shape[0] if style == "column" else split.size
     bound = 1.0 / math.sqrt(size)
@@ -87,13 +87,13 @@ def _must_be_equal(name: str, value: mx.array, comm: Communicator) -> None:
     first = comm.broadcast(value)
     if not all(comm.all_gather_object(mx.array_equal(first, value).item())):
         raise ModelError(
-            f"{name} is not the same on all ranks, as it must be where the adapter changes something. "
-            "Put on one that changes nothing at first (a zero lora_b), then load its weights."
+            f"{name} must be equal on all ranks if the adapter changes the output, but it differs. "
+            "Add an adapter that changes nothing at first (a zero lora_b), then load its weights."
         )
 
 
 def split_axis(style: Style, name: str) -> int | None:
-    """Along which axis an adapter's parameter is cut on a layer of a style; None where it is whole."""
+    """The axis along which an adapter's parameter is split on a layer of a style; None if it is replicated."""
     return None if name in _WHOLE[style] else _AXIS[name]
 
 
@@ -104,9 +104,9 @@ def is_adapter(linear: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def summed(linear: nn.Module, comm: Communicator, split: Split, style: Style) -> Iterator[None]:
-    """Within, gradients of what several ranks hold of an inner layer are summed over them.
+    """Sum the gradients of an inner layer's parts that several ranks hold over these ranks, inside the context.
 
-    That is of an adapter's whole parts, and of all parts of what other ranks hold copies of.
+    These are an adapter's replicated parts, and all parts that other ranks hold copies of.
     """
     with contextlib.ExitStack() as stack:
         if is_adapter(linear):
@@ -125,7 +125,7 @@ def _sum_copies(stack: contextlib.ExitStack, linear: nn.Module, comm: Communicat
             if name in base:
                 stack.enter_context(_replaced(base, name, lambda x: copy_shared(x, comm, split)))
     if is_adapter(linear):
-        # In the same order on all ranks, which must build the same graph.
+        # All ranks must build the same graph, so the order is the same.
         for name, axis in _AXIS.items():
             if name in linear and name not in _WHOLE[style]:
                 shared = functools.partial(copy_shared, comm=comm, split=split, axis=axis)
@@ -143,21 +143,21 @@ def _replaced(module: nn.Module, name: str, change: Callable[[mx.array], mx.arra
 
 
 def is_dora(linear: nn.Module) -> bool:
-    """Whether an inner layer is DoRA's, which scales each output by the norm of its whole row."""
+    """Whether an inner layer is DoRA's, which scales each output by the norm of its unsplit row."""
     return is_adapter(linear) and "m" in linear
 
 
 def dora_row(
     linear: Any, x: mx.array, comm: Communicator, leave: Callable[[mx.array], mx.array], *, scatters: bool
 ) -> mx.array:
-    """What DoRA on a row layer gives, without its bias: the norms are of rows that lie over the ranks.
+    """The output of DoRA on a row layer, without its bias: the norms cover rows that are split over the ranks.
 
     Args:
         linear: mlx-lm's `DoRALinear` around this rank's part.
         x: This rank's inputs, `[..., in_r]`.
         comm: The ranks.
-        leave: How partial outputs become whole.
-        scatters: Whether `leave` gives each rank its part of the sequence, so that each sees a part of `m`'s gradient.
+        leave: Reduces partial outputs.
+        scatters: Whether `leave` gives each rank its part of the sequence, so that each computes a part of `m`'s gradient.
     """
     weight = linear._dequantized_weight()
     lora_a, lora_b = linear["lora_a"], copy_to(linear["lora_b"], comm)

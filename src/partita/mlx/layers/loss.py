@@ -1,4 +1,4 @@
-"""Cross-entropy over a vocabulary that is split over the tensor ranks, without the whole logits on any of them."""
+"""Cross-entropy over a vocabulary that is split over the tensor ranks, without the unsplit logits on any rank."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ def vocab_parallel_cross_entropy(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
 ) -> mx.array:
-    """What `mlx.nn.losses.cross_entropy` gives for the unsplit logits, the same on every rank.
+    """`mlx.nn.losses.cross_entropy` of the unsplit logits, the same on every rank.
 
-    Rank r holds `logits [..., vocab_r]`. Forward sends a maximum and a few sums for each row over the ranks and nothing of
-    vocabulary's size; backward, `softmax - target` of the own columns, needs no communication. Computed in float32 or wider.
+    Rank r holds `logits [..., vocab_r]`. Forward reduces a maximum and a few sums per row over the ranks, and sends nothing of
+    vocabulary size; backward, `softmax - target` of this rank's columns, needs no communication. Computed in float32 or wider.
 
     Args:
         logits: This rank's columns, `[..., vocab_r]`.
-        targets: Ids of the whole vocabulary, `[...]`, the same on every rank. One outside the vocabulary gives NaN.
+        targets: Ids in the unsplit vocabulary, `[...]`, the same on every rank. One outside the vocabulary gives NaN.
         comm: The ranks.
-        split: Who holds which ids, one range a rank; by default one rank's behind the other's, as many as each has.
+        split: Assignment of ids to ranks, one range per rank (default: consecutive, as many as each rank holds).
         reduction: `mean` over the rows that are not ignored, `sum`, or `none` for `[...]`.
         ignore_index: Rows with this target have no loss and no gradient.
-        label_smoothing: Share of the target spread evenly over the whole vocabulary, in [0, 1].
+        label_smoothing: Fraction of the target spread evenly over the unsplit vocabulary, in [0, 1].
 
     Raises:
         PlanError: An argument does not fit.
@@ -79,13 +79,11 @@ def _check(
     logits: mx.array, targets: mx.array, comm: Communicator, split: Split, reduction: str, label_smoothing: float
 ) -> None:
     if split.parts != comm.size or not split.is_partition or any(len(ranges) != 1 for ranges in split.by_rank):
-        raise PlanError(
-            f"each of {comm.size} ranks must hold logits of its own in one range, but the split is {split}."
-        )
+        raise PlanError(f"each of {comm.size} ranks must hold one exclusive range of logits; got the split {split}.")
     if not 0.0 <= label_smoothing <= 1.0:
-        raise PlanError(f"label_smoothing must be in [0, 1], but is {label_smoothing}.")
+        raise PlanError(f"label_smoothing must be in [0, 1]; got {label_smoothing}.")
     if reduction not in ("none", "mean", "sum"):
-        raise PlanError(f"reduction must be none, mean or sum, but is {reduction!r}.")
+        raise PlanError(f"reduction must be none, mean or sum; got {reduction!r}.")
     expected = (*targets.shape, split.local_size(comm.rank))
     if logits.shape != expected:
-        raise PlanError(f"logits must be {expected} on rank {comm.rank}, but are {logits.shape}.")
+        raise PlanError(f"logits must be {expected} on rank {comm.rank}; got {logits.shape}.")

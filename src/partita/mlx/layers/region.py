@@ -9,14 +9,14 @@ from partita.mlx.collectives.mappings import copy_to
 
 
 class RegionInput:
-    """The one entry by which sibling column layers take the same input into their region.
+    """The shared entry of sibling column layers that take the same input into their region.
 
     Query, key and value projections share their input; entering once means one sum over the ranks in backward instead of
     three.
     """
 
     def __init__(self, comm: Communicator, users: int = 1) -> None:
-        """The entry of `users` layers that are called one after the other with the same array, not changed in between."""
+        """Create the entry of `users` layers that are called in turn with the same array."""
         self.comm = comm
         self.users = users
         self._input: mx.array | None = None
@@ -24,7 +24,7 @@ class RegionInput:
         self._left = 0
 
     def enter(self, x: mx.array) -> mx.array:
-        """`x`, whose gradient is summed over the ranks once for all users that pass this very array."""
+        """`x`, whose gradient is summed over the ranks once for all users that pass the same array object."""
         if self.comm.size == 1:
             return x
         if not self._left or self._input is not x:
@@ -37,7 +37,7 @@ class RegionInput:
         return entered
 
     def __deepcopy__(self, memo: dict[int, object]) -> RegionInput:
-        """An entry for the copies of its layers; an array under way stays here."""
+        """An entry for the copies of its layers, without the current array."""
         twin = RegionInput(self.comm, self.users)
         memo[id(self)] = twin
         return twin

@@ -1,4 +1,4 @@
-"""What stands inside a split region, or at its edge, without being a column or row layer: norms of heads, latents, experts."""
+"""Modules inside a split region, or at its edge, that are not column or row layers: norms of heads, latents, experts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from partita.mlx.mlx_lm_internals import last_of_stack
 
 
 class _Around(nn.Module):
-    """A module around another, `inner`, which answers for it in all that is not a call."""
+    """A wrapper of a module `inner`, which provides all attributes except the call."""
 
     def __init__(self, inner: nn.Module, comm: Communicator) -> None:
         super().__init__()
@@ -32,19 +32,19 @@ class _Around(nn.Module):
 
 
 class InsideRegion(_Around):
-    """A module that is whole on every rank but sees only its rank's part (a norm of each head).
+    """A replicated module that receives only its rank's part (a norm of each head).
 
     Forward as it is. The gradient of each of its parameters, of which a rank has a part, is summed over the ranks.
     """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """What the module gives."""
+        """The module's output."""
         with _changed(self["inner"], lambda x: copy_to(x, self.comm)):
             return self["inner"](*args, **kwargs)
 
 
 class EntersRegion(_Around):
-    """A module that is whole on every rank and of whose outputs the last `count` go straight into a split region.
+    """A replicated module whose last `count` outputs directly enter a split region.
 
     Forward as it is. Their gradient, of which each rank has a part, is summed over the ranks.
     """
@@ -54,7 +54,7 @@ class EntersRegion(_Around):
         self.count = count
 
     def __call__(self, *args: Any, **kwargs: Any) -> mx.array:
-        """What the module gives, `[..., out]`."""
+        """The module's output, `[..., out]`."""
         y = self["inner"](*args, **kwargs)
         rest = y.shape[-1] - self.count
         if rest == 0:
@@ -63,7 +63,7 @@ class EntersRegion(_Around):
 
 
 class SplitExperts(_Around):
-    """mlx-lm's stacked experts, of which each rank has a part of the inner width I.
+    """mlx-lm's stacked experts, whose inner width I is split over the ranks.
 
     Rank r holds of E experts `gate_proj` and `up_proj [E, I_r, H]` and `down_proj [E, H, I_r]`.
 
@@ -73,7 +73,7 @@ class SplitExperts(_Around):
     """
 
     def __call__(self, x: mx.array, indices: mx.array, *args: Any, **kwargs: Any) -> mx.array:
-        """What the experts named by `indices` make of `x`."""
+        """The output of the experts `indices` for `x`."""
         experts = self["inner"]
         x = copy_to(x, self.comm)
         with _changed(last_of_stack(experts), lambda bias: _on_first(bias, self.comm), only="bias"):
@@ -82,7 +82,7 @@ class SplitExperts(_Around):
 
 
 def _on_first(x: mx.array, comm: Communicator) -> mx.array:
-    """`x` on the first rank and zeros on others, for what is summed afterwards; backward as it is."""
+    """`x` on the first rank and zeros on others, for a later sum; backward as it is."""
     function: Any = mx.custom_function(lambda x: x if comm.rank == 0 else mx.zeros_like(x))
     function.vjp(lambda primal, cotangent, output: cotangent)
     return function(x)
@@ -90,7 +90,7 @@ def _on_first(x: mx.array, comm: Communicator) -> mx.array:
 
 @contextlib.contextmanager
 def _changed(module: nn.Module, change: Callable[[mx.array], mx.array], only: str | None = None) -> Iterator[None]:
-    """Within, a module's own floating parameters (or the one named `only`) are what `change` makes of them."""
+    """Replace a module's own floating parameters (or the one named `only`) by the result of `change` inside the context."""
     kept = {
         name: value
         for name, value in module.items()

@@ -1,7 +1,7 @@
-"""MLX's own names for split layers: `AllToShardedLinear` and its kin.
+"""MLX's own names for split layers: `AllToShardedLinear` and related classes.
 
 They take the arguments of `mlx.nn`'s layers and are the column and row layers of `layers.linear`: an inner layer that can be
-replaced, instead of a copy of each kind of layer. Sizes that do not divide are dealt out unevenly.
+replaced, instead of a copy of each kind of layer. Sizes that do not divide are distributed unevenly.
 Source: MLX's pull request 1270, "Distributed layers", and `mlx.nn.layers.distributed`.
 """
 
@@ -35,7 +35,7 @@ class AllToShardedLinear(ColumnParallelLinear):
             input_dims: Inputs.
             output_dims: Outputs of the unsplit layer, distributed as evenly as possible.
             bias: Whether it has a bias.
-            group: The ranks; by default all of the run.
+            group: The ranks (default: all ranks of the run).
 
         Raises:
             PlanError: There are fewer outputs than ranks.
@@ -62,10 +62,10 @@ class AllToShardedLinear(ColumnParallelLinear):
 
         Args:
             linear_layer: An `nn.Linear`.
-            segments: What lies fused in the outputs, each of which every rank gets its part of: a number of equal
-                segments, or the positions where they are cut, counted (integers) or as shares of the whole.
-            sizes: How many outputs each rank gets of one segment, instead of equal parts.
-            group: The ranks; by default all of the run.
+            segments: Fused segments of the outputs, of which every rank gets a part: a number of equal
+                segments, or the positions between them, as element indices (integers) or fractions.
+            sizes: Number of outputs of each rank for a single segment (default: equal parts).
+            group: The ranks (default: all ranks of the run).
 
         Raises:
             ModelError: The layer's class cannot be split.
@@ -93,13 +93,13 @@ class QuantizedAllToShardedLinear(ColumnParallelLinear):
             input_dims: Inputs, a multiple of the group size.
             output_dims: Outputs of the unsplit layer, distributed as evenly as possible.
             bias: Whether it has a bias.
-            group_size: Inputs that share a scale; by default the mode's.
-            bits: Of an entry; by default the mode's.
+            group_size: Inputs that share a scale (default: the mode's).
+            bits: Bits per entry (default: the mode's).
             mode: `affine`, `mxfp4`, `mxfp8` or `nvfp4`.
-            group: The ranks; by default all of the run.
+            group: The ranks (default: all ranks of the run).
 
         Raises:
-            PlanError: There are fewer outputs than ranks, or the quantization is none of MLX's.
+            PlanError: There are fewer outputs than ranks, or MLX does not support the quantization.
         """
         check_sizes(input_dims=input_dims, output_dims=output_dims)
         comm = as_communicator(group)
@@ -116,7 +116,7 @@ class QuantizedAllToShardedLinear(ColumnParallelLinear):
         sizes: Sequence[int] | None = None,
         group: Group = None,
     ) -> QuantizedAllToShardedLinear:
-        """This rank's outputs of an unsplit `nn.QuantizedLinear`, as `AllToShardedLinear.from_linear`."""
+        """This rank's outputs of an unsplit `nn.QuantizedLinear`, like `AllToShardedLinear.from_linear`."""
         _check_quantized(quantized_linear_layer)
         return cls._cut(quantized_linear_layer, *outputs_of(quantized_linear_layer, segments, sizes, group))
 
@@ -131,7 +131,7 @@ class ShardedToAllLinear(RowParallelLinear):
             input_dims: Inputs of the unsplit layer, distributed as evenly as possible.
             output_dims: Outputs.
             bias: Whether it has a bias, which is not split.
-            group: The ranks; by default all of the run.
+            group: The ranks (default: all ranks of the run).
 
         Raises:
             PlanError: There are fewer inputs than ranks.
@@ -154,7 +154,7 @@ class ShardedToAllLinear(RowParallelLinear):
         sizes: Sequence[int] | None = None,
         group: Group = None,
     ) -> ShardedToAllLinear:
-        """This rank's inputs of an unsplit `nn.Linear`, as `AllToShardedLinear.from_linear`."""
+        """This rank's inputs of an unsplit `nn.Linear`, like `AllToShardedLinear.from_linear`."""
         return cls._cut(linear_layer, *inputs_of(linear_layer, segments, sizes, group))
 
 
@@ -171,10 +171,10 @@ class QuantizedShardedToAllLinear(RowParallelLinear):
         mode: str = "affine",
         group: Group = None,
     ) -> None:
-        """A layer of zeros to load weights into, as `QuantizedAllToShardedLinear`; nothing is quantized.
+        """A layer of zeros to load weights into, like `QuantizedAllToShardedLinear`; nothing is quantized.
 
         Raises:
-            PlanError: There are fewer quantization groups than ranks, or the quantization is none of MLX's.
+            PlanError: There are fewer quantization groups than ranks, or MLX does not support the quantization.
         """
         check_sizes(input_dims=input_dims, output_dims=output_dims)
         comm = as_communicator(group)
@@ -193,7 +193,7 @@ class QuantizedShardedToAllLinear(RowParallelLinear):
         sizes: Sequence[int] | None = None,
         group: Group = None,
     ) -> QuantizedShardedToAllLinear:
-        """This rank's inputs of an unsplit `nn.QuantizedLinear`, in whole groups, as `AllToShardedLinear.from_linear`."""
+        """This rank's inputs of an unsplit `nn.QuantizedLinear`, in complete groups, like `AllToShardedLinear.from_linear`."""
         _check_quantized(quantized_linear_layer)
         return cls._cut(quantized_linear_layer, *inputs_of(quantized_linear_layer, segments, sizes, group))
 
@@ -206,7 +206,7 @@ def _check_quantized(linear: nn.Module) -> None:
 def outputs_of(
     linear: nn.Module, segments: Segments, sizes: Sequence[int] | None, group: Group
 ) -> tuple[Communicator, Split]:
-    """The ranks of `group`, and which outputs of a layer each gets."""
+    """The ranks of `group`, and the split of a layer's outputs over them."""
     comm = as_communicator(group)
     outputs, _ = linear_shape(linear)
     unit = functools.partial(paired_unit, linear, parts=comm.size)
@@ -216,14 +216,14 @@ def outputs_of(
 def inputs_of(
     linear: nn.Module, segments: Segments, sizes: Sequence[int] | None, group: Group
 ) -> tuple[Communicator, Split]:
-    """The ranks of `group`, and which inputs of a layer each gets."""
+    """The ranks of `group`, and the split of a layer's inputs over them."""
     comm = as_communicator(group)
     _, inputs = linear_shape(linear)
     return comm, segment_split(inputs, comm.size, segments, sizes, lambda lengths: quantization_unit(linear))
 
 
 def _draw_rows(rows: int, columns: int, scale: float, start: int, stop: int) -> mx.array:
-    """Rows `start` to `stop` of an array `[rows, columns]` of numbers in [-scale, scale), of which only they are drawn."""
+    """Rows `start` to `stop` of an array `[rows, columns]` of numbers in [-scale, scale); only these rows are sampled."""
     key = mx.random.randint(0, 1 << 31, (2,)).astype(mx.uint32)
     keys = mx.random.split(key, rows)[start:stop]
     return mx.vmap(lambda key: mx.random.uniform(-scale, scale, (columns,), key=key))(keys)

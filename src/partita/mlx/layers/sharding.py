@@ -1,4 +1,4 @@
-"""`shard_linear` and `shard_inplace`, as MLX has them: a linear layer made a split one, or any module's parameters cut."""
+"""`shard_linear` and `shard_inplace`, like MLX's: convert a linear layer to a split one, or split any module's parameters."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ def shard_linear(
     sizes: Sequence[int] | None = None,
     group: Group = None,
 ) -> ColumnParallelLinear | RowParallelLinear:
-    """A new layer that holds this rank's part of a linear layer and communicates, forward or backward.
+    """A new layer with this rank's part of a linear layer, which communicates in forward or backward.
 
     Args:
-        module: An `nn.Linear` or `nn.QuantizedLinear`; it is not changed.
-        sharding: `all-to-sharded`: from the whole input each rank computes some outputs. `sharded-to-all`: from some
-            inputs a rank, every rank gets all outputs.
-        segments: What lies fused in the dimension that is cut; see `AllToShardedLinear.from_linear`.
-        sizes: How much of it each rank gets, instead of equal parts.
-        group: The ranks; by default all of the run.
+        module: An `nn.Linear` or `nn.QuantizedLinear`; it is not modified.
+        sharding: `all-to-sharded`: from the full input each rank computes some outputs. `sharded-to-all`: from some
+            inputs per rank, every rank gets all outputs.
+        segments: Fused segments of the split dimension; see `AllToShardedLinear.from_linear`.
+        sizes: Size of each rank's part (default: equal parts).
+        group: The ranks (default: all ranks of the run).
 
     Raises:
         ModelError: The layer's class cannot be split.
@@ -61,20 +61,20 @@ def shard_linear(
 def shard_inplace(
     module: nn.Module, sharding: Sharding | Predicate, *, segments: Segments = 1, group: Group = None
 ) -> None:
-    """Cut this rank's part out of every parameter of a module, which itself stays what it is and does not communicate.
+    """Reduce every parameter of a module to this rank's part. The module's class stays the same; it does not communicate.
 
-    Of a bias that is cut `sharded-to-all` the first rank keeps the values and the others zeros that are not trained: the
-    outputs are partial, and in their sum over the ranks, which is the caller's, the bias is to count once.
+    The first rank keeps the bias of a `sharded-to-all` module; the others get zeros that are not trained: the
+    outputs are partial, and the caller's sum over the ranks must contain the bias once.
 
     Args:
-        module: Anything with parameters; `weight [..., outputs, inputs]`, plain or quantized.
-        sharding: As in `shard_linear`, or a function that gives the axis along which the parameter of a path is cut, the
-            axis and its segments, or None for one that stays whole.
-        segments: What lies fused in the dimension that is cut, where `sharding` is a name.
-        group: The ranks; by default all of the run.
+        module: Any module with parameters; `weight [..., outputs, inputs]`, plain or quantized.
+        sharding: As in `shard_linear`, or a function that maps a parameter's path to the axis to split, the
+            axis and its segments, or None to keep it unsplit.
+        segments: Fused segments of the split dimension, if `sharding` is a name.
+        group: The ranks (default: all ranks of the run).
 
     Raises:
-        PlanError: A parameter cannot be cut so.
+        PlanError: A parameter cannot be split this way.
     """
     comm = as_communicator(group)
     where = sharding if callable(sharding) else _named(sharding, segments)
@@ -86,7 +86,7 @@ def shard_inplace(
             continue
         axis, fused = cut if isinstance(cut, tuple) else (cut, 1)
         if not -parameter.ndim <= axis < parameter.ndim:
-            raise PlanError(f"{path} has {parameter.ndim} axes, but sharding gives axis {axis} for it.")
+            raise PlanError(f"{path} has {parameter.ndim} axes, but sharding returns axis {axis} for it.")
         prefix, _, name = path.rpartition(".")
         parts.append((path, _part(owners.get(prefix), name, parameter, axis, fused, comm)))
     module.update(tree_unflatten(parts))
@@ -120,7 +120,7 @@ def _silence_biases(modules: Iterable[nn.Module]) -> None:
 
 def _is_column(sharding: str) -> bool:
     if sharding not in ("all-to-sharded", "sharded-to-all"):
-        raise PlanError(f"sharding must be 'all-to-sharded' or 'sharded-to-all', but is {sharding!r}.")
+        raise PlanError(f"sharding must be 'all-to-sharded' or 'sharded-to-all'; got {sharding!r}.")
     return sharding == "all-to-sharded"
 
 

@@ -1,8 +1,8 @@
-"""Caches on a pipeline stage: the whole model's, filled for the stage's own layers and kept in step for the others.
+"""Caches on a pipeline stage: full length, filled for the stage's own layers, token counts advanced for the others.
 
-A model asks entries of its cache how many tokens there are, the first of each kind or whichever its family picks, to make
-positions and masks. On a stage that has other layers these entries would stay empty. So they are given keys of width 1 for
-every token that passes: one entry of each kind, whose state the others share.
+To compute positions and masks, a model reads the token count from entries of its cache: the first of each kind, or others by
+family. On a stage with other layers these entries would stay empty. So they receive keys of width 1 for
+every token: one entry of each kind, whose state the others share.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from partita.mlx.mlx_lm_internals import add_tokens, grows_with_tokens, keys_of,
 
 
 def count_tokens(cache: Sequence[Any], filled: Sequence[Any], count: int) -> None:
-    """Count the `count` tokens of one forward in the entries of `cache` that no layer was given, those not in `filled`."""
+    """Count the `count` tokens of one forward in the entries of `cache` that are not in `filled`, which no layer received."""
     given = {id(entry) for entry in filled}
     first: dict[Any, Any] = {}
     for entry in cache:

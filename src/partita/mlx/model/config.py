@@ -1,9 +1,9 @@
-"""A model's config as mlx-lm reads it: what newer versions of transformers write under other keys is put under those it knows.
+"""A model's config as mlx-lm reads it: values that newer versions of transformers write under other keys are renamed.
 
-mlx-lm takes a key that is not there at its own default, which need not be transformers', by which the checkpoint was meant: its
-Llama ties the embeddings, its Qwen2 has another rotary base. So what is not there is filled in. transformers 5 writes
-`rope_parameters` where there were `rope_theta` and `rope_scaling`, so that mlx-lm would compute with another base than was
-trained, and say nothing.
+mlx-lm replaces a missing key by its own default, which may differ from transformers', which defines the checkpoint: its
+Llama ties the embeddings, its Qwen2 has another rotary base. So missing keys are filled in. transformers 5 writes
+`rope_parameters` in place of `rope_theta` and `rope_scaling`, so mlx-lm would silently compute with another base than was
+trained.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ _OTHER_NAMES = (
     ("num_local_experts", "num_experts"),
     ("sliding_window_pattern", "_sliding_window_pattern"),
 )
-"""Keys that mlx-lm asks for, and those under which transformers writes the same."""
+"""Keys that mlx-lm reads, and the keys under which transformers writes the same value."""
 
 WINDOWS: Mapping[str, int] = MappingProxyType({"mistral": 4096, "gemma2": 4096, "dots1": 4096})
-"""The sliding window of a config that has no word about it, by family, as transformers has it."""
+"""transformers' default sliding window, by family, for configs without one."""
 
 
 def read_mlx_config(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
-    """A model's config as mlx-lm takes it, from plain data, a `config.json` or a folder that holds one.
+    """Read a model's config in mlx-lm's form from plain data, a `config.json` or a folder with one.
 
     Raises:
         ModelError: It cannot be read, or it is quantized in a way that mlx-lm must convert first.
@@ -63,7 +63,7 @@ def read_mlx_config(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
 
 
 def plain_numbers(value: Any) -> Any:
-    """A copy in which numbers that transformers writes as `{"__float__": "Infinity"}` are numbers."""
+    """A copy in which values such as `{"__float__": "Infinity"}`, which transformers writes, are numbers."""
     if isinstance(value, Mapping):
         if set(value) == {"__float__"}:
             return float(value["__float__"])
@@ -72,23 +72,23 @@ def plain_numbers(value: Any) -> Any:
 
 
 def _add_tie(config: dict[str, Any], source: str | Path | Mapping[str, Any]) -> None:
-    """Of weights on disk without a word about it, whether there is a head tells whether it is the embedding."""
+    """If the config does not define whether the head is tied, decide by whether the weights on disk have a head."""
     if isinstance(source, Mapping) or not Path(source).is_dir() or "tie_word_embeddings" in text_config(config):
         return
     try:
         names = open_checkpoint(Path(source)).tensors
     except CheckpointError:
-        return  # a config alone, or weights that will be refused where they are read
+        return  # a config without weights, or weights that raise when they are read
     part: Any = text_config(config)
     part["tie_word_embeddings"] = not any(HEAD.search(name) for name in names)
 
 
 HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output)\.weight$")
-"""The names that heads have."""
+"""Names of heads."""
 
 
 def _complete(config: dict[str, Any]) -> None:
-    """Fill in what the config leaves to transformers' defaults, where transformers knows the family."""
+    """Fill in transformers' defaults for missing keys, if transformers supports the family."""
     known = transformers_config(config)
     if known is not None:
         _fill(config, plain_numbers(known.to_dict()))
@@ -106,7 +106,7 @@ def transformers_config(config: Mapping[str, Any]) -> Any:
 
 
 def _without_old_rotary_keys(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config without `rope_scaling` where it has `rope_parameters`, since transformers would prefer the old key."""
+    """A config without `rope_scaling` if it has `rope_parameters`, since transformers would prefer the old key."""
     old = {"rope_scaling"} if isinstance(config.get("rope_parameters"), Mapping) else set()
     return {
         key: _without_old_rotary_keys(value) if key.endswith("_config") and isinstance(value, Mapping) else value
@@ -144,7 +144,7 @@ def _rename(config: dict[str, Any]) -> None:
 
 
 def _add_window(config: dict[str, Any]) -> None:
-    """Name the window that is meant: mlx-lm's arguments cannot tell a config without a word about it from one that has none."""
+    """Set the window explicitly: mlx-lm's arguments cannot distinguish a missing window from a disabled one."""
     if config.get("model_type") in WINDOWS:
         config.setdefault("sliding_window", WINDOWS[config["model_type"]])
 
@@ -168,29 +168,29 @@ def _rope_keys(rope: Mapping[str, Any]) -> dict[str, Any]:
 COMPUTED_OTHERWISE: Mapping[str, str] = MappingProxyType(
     {
         "glm": "mlx-lm rotates whole heads, where the model rotates half of each",
-        "afmoe": "the logits of mlx-lm's model are not those of transformers'",
+        "afmoe": "mlx-lm's logits differ from transformers'",
     }
 )
-"""Families of mlx-lm whose numbers are far from transformers' for the same weights, measured on small models."""
+"""mlx-lm families whose results differ from transformers' for the same weights, measured on small models."""
 
 
 def check_family(config: Mapping[str, Any]) -> None:
-    """See that mlx-lm computes what the checkpoint was trained to.
+    """Check that mlx-lm computes the model that was trained.
 
     Raises:
-        ModelError: It does not.
+        ModelError: It computes something else.
     """
     why = COMPUTED_OTHERWISE.get(config["model_type"])
     if why is not None:
-        raise ModelError(f"{config['model_type']} would give other numbers on MLX: {why}. Use the torch engine.")
+        raise ModelError(f"{config['model_type']} would give different results on MLX: {why}. Use the torch engine.")
 
 
 def check_rope(config: Mapping[str, Any], arguments: Any) -> None:
-    """See that mlx-lm's `arguments` of a model can say its rotary bases.
+    """Check that mlx-lm's `arguments` of a model can express its rotary bases.
 
     Raises:
-        ModelError: Layer types have different bases, the arguments have no field for them, and the config does not say which
-            layer is of which type.
+        ModelError: Layer types have different bases, the arguments have no field for them, and the config does not define
+            each layer's type.
     """
     text = text_config(config)
     rope = text.get("rope_parameters")
@@ -202,16 +202,16 @@ def check_rope(config: Mapping[str, Any], arguments: Any) -> None:
         return  # correct_rotary sets the base of each layer
     if any(kind != kinds[0] for kind in kinds) and "rope_local_base_freq" not in fields:
         raise ModelError(
-            f"the layers of this {config['model_type']} have rotary embeddings of {len(kinds)} kinds, but mlx-lm's model knows "
-            "one only, so it would compute something else. Use the torch engine."
+            f"the layers of this {config['model_type']} have rotary embeddings of {len(kinds)} kinds, but mlx-lm's model "
+            "supports one only, so it would give different results. Use the torch engine."
         )
 
 
 def check_activation(config: Mapping[str, Any], arguments: Any) -> None:
-    """See that the activation that a config asks for is the one that mlx-lm has built into its model.
+    """Check that the config's activation is the one built into mlx-lm's model.
 
     Raises:
-        ModelError: It is another than the family's usual one, mlx-lm's `arguments` have no place for it, and its model no word.
+        ModelError: It differs from the family's usual one, and mlx-lm's `arguments` and model do not support it.
     """
     text = text_config(config)
     fields = {field.name for field in dataclasses.fields(arguments)} if dataclasses.is_dataclass(arguments) else set()
@@ -220,7 +220,7 @@ def check_activation(config: Mapping[str, Any], arguments: Any) -> None:
             usual = config_class(text["model_type"])()
     except DependencyError:
         raise
-    except Exception:  # transformers does not know the family
+    except Exception:  # transformers does not support the family
         return
     for name in ("hidden_act", "hidden_activation", "activation_function"):
         asked, known = text.get(name), getattr(usual, name, None)
@@ -228,13 +228,13 @@ def check_activation(config: Mapping[str, Any], arguments: Any) -> None:
             continue
         if asked not in inspect.getsource(sys.modules[arguments.__module__]):
             raise ModelError(
-                f"the config of this {config['model_type']} asks for {name} {asked!r}, but mlx-lm's model always computes "
+                f"the config of this {config['model_type']} has {name} {asked!r}, but mlx-lm's model always computes "
                 f"{known!r}. Use the torch engine."
             )
 
 
 def _alike(activation: str) -> str:
-    """Another name of an activation that has several, or one that differs by rounding."""
+    """A canonical name of an activation that has several names, or of one that differs by rounding only."""
     same = {"swish": "silu", "gelu_new": "gelu", "gelu_fast": "gelu", "gelu_pytorch_tanh": "gelu"}
     return same.get(activation, activation)
 
@@ -248,6 +248,6 @@ def _name_quantization(config: dict[str, Any]) -> None:
         config["quantization"] = dict(FORMATS[method])
     elif method != "fp8":
         raise ModelError(
-            f"the model is quantized by {method or 'an unknown method'}, which MLX does not compute with. Convert it with "
-            "mlx_lm.convert, and take what that writes."
+            f"the model is quantized by {method or 'an unknown method'}, which MLX does not support. Convert it with "
+            "mlx_lm.convert, and use the result."
         )

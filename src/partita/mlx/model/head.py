@@ -21,8 +21,8 @@ from partita.mlx.model.parts import unsplit_modules
 def local_logits(model: nn.Module, plan: Plan) -> Iterator[Split | None]:
     """Make the model's head return each rank's own columns inside the context. Yields their split, None if they are not split.
 
-    What a model does with its logits (scaling, soft capping) it does to each by itself, so it may do it to a part; the proof
-    of a split takes this way too.
+    Models transform their logits elementwise (scaling, soft capping), so a part can be transformed by itself; the verification
+    of a split tests this too.
     """
     head = _head(model, plan)
     if head is None:
@@ -37,7 +37,7 @@ def local_logits(model: nn.Module, plan: Plan) -> Iterator[Split | None]:
 
 
 def _head(model: nn.Module, plan: Plan) -> ColumnParallelLinear | VocabParallelEmbedding | None:
-    """The split linear layer over the vocabulary, or where there is none the embedding that is a tied head."""
+    """The split linear layer over the vocabulary, or without one the embedding that is a tied head."""
     modules = unsplit_modules(model)
     split = [modules[path] for path, module in plan.modules.items() if module.style == "vocab"]
     heads = [module for module in split if isinstance(module, ColumnParallelLinear)]
@@ -49,28 +49,28 @@ def most_likely(logits: mx.array, split: Split | None, comm: Communicator) -> mx
     """The first id of the largest logit of each row, as `argmax` of the unsplit logits gives it; lazy.
 
     Args:
-        logits: `[rows, vocab_r]`, this rank's columns, or all of them where `split` is None or they came whole.
-        split: Who has which.
+        logits: `[rows, vocab_r]`, this rank's columns, or all of them if `split` is None or the logits are unsplit.
+        split: Which rank holds which columns.
         comm: The tensor ranks; each sends one value and one id per row.
 
     Returns:
-        int32 `[rows]`, the same on every rank. A row whose logits are not finite has a code instead.
+        int32 `[rows]`, the same on every rank. A row with non-finite logits has a code instead.
     """
     index, value = mx.argmax(logits, axis=-1), mx.max(logits, axis=-1)
     if split is None or comm.size == 1 or logits.shape[-1] == split.size:
         return _or_code(index, value, mx.zeros_like(index))
-    # A logit is exact in float32 or wider, and so is an id below 2 ** 24: one message carries both.
+    # Logits and ids below 2 ** 24 are exact in float32 or wider, so one message carries both.
     wide = mx.float64 if logits.dtype == mx.float64 else mx.float32
     start = split.ranges(comm.rank)[0][0]
     best = comm.all_gather(mx.stack([value.astype(wide), (index + start).astype(wide)])[None], 0)
     value = mx.max(best[:, 0], axis=0)
-    # NaN equals nothing, so that it is looked for by itself.
+    # NaN equals nothing, so it is detected separately.
     is_top = mx.where(mx.isnan(value), mx.isnan(best[:, 0]), best[:, 0] == value)
     rank = mx.argmax(is_top.astype(mx.int32), axis=0)
     return _or_code(mx.take_along_axis(best[:, 1], rank[None], axis=0)[0], value, rank)
 
 
 def _or_code(ids: mx.array, values: mx.array, ranks: mx.array) -> mx.array:
-    """`ids`, or a code where the largest logits `values`, which rank `ranks` has, are not finite; int32."""
+    """`ids`, or a code where the largest logits `values`, held by rank `ranks`, are not finite; int32."""
     codes = mx.where(values == -mx.inf, ALL_EXCLUDED, no_token(0) - ranks.astype(mx.int32))
     return mx.where(mx.isfinite(values), ids.astype(mx.int32), codes)

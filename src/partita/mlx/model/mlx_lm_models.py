@@ -1,4 +1,4 @@
-"""Models as mlx-lm knows them: built from a config without evaluating anything, so without any weight in memory."""
+"""mlx-lm's models: built from a config without evaluating anything, so without weights in memory."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ def model_classes(config: Mapping[str, Any]) -> tuple[Any, Any]:
     family = config["model_type"]
     if config.get("model_file") is not None:
         raise ModelError(
-            f"the model ({family}) brings code of its own ({config['model_file']}), which is not run on "
-            "MLX, with --trust-remote-code either: Partita splits mlx-lm's own models there. Take one of a family that mlx-lm "
-            "knows, or --engine torch."
+            f"the model ({family}) comes with its own code ({config['model_file']}), which is not run on "
+            "MLX, even with --trust-remote-code: Partita splits only mlx-lm's own models there. Use a family that mlx-lm "
+            "supports, or --engine torch."
         )
     names = config.get("architectures") or ()
     module = module_name(family, [names] if isinstance(names, str) else names)
@@ -53,18 +53,18 @@ def model_classes(config: Mapping[str, Any]) -> tuple[Any, Any]:
         if error.name != module:
             raise ModelError(f"mlx-lm's {family} needs {error.name}, which is not installed.") from error
         raise ModelError(
-            f"the installed mlx-lm has no model for {family}. See mlx_lm/models for those it has."
+            f"the installed mlx-lm has no model for {family}. mlx_lm/models lists the supported ones."
         ) from error
     except (ImportError, AttributeError, SystemExit) as error:
         raise ModelError(
-            f"mlx-lm's {family} cannot be imported here ({error}). It needs a package of its own."
+            f"mlx-lm's {family} cannot be imported here ({error}). It needs an additional package."
         ) from error
 
 
 def build(config: Mapping[str, Any]) -> nn.Module:
-    """The unsplit model of a config, in eval mode. Its weights are not evaluated: they take no memory until they are.
+    """The unsplit model of a config, in eval mode. Its weights are not evaluated, so they take no memory yet.
 
-    Where the config is quantized, so is every layer that can be; a checkpoint may know better (`quantize`).
+    If the config is quantized, every layer that supports it is; a checkpoint may override this (`quantize`).
 
     Raises:
         ModelError: mlx-lm has no such model, or cannot build it from this config.
@@ -84,7 +84,7 @@ def build(config: Mapping[str, Any]) -> nn.Module:
 
 
 def _completed(config: dict[str, Any], arguments: Any) -> dict[str, Any]:
-    """A config with the keys that transformers may leave out and some of mlx-lm's arguments require."""
+    """A config with the keys that transformers may omit but some of mlx-lm's arguments require."""
     fields = {field.name for field in dataclasses.fields(arguments)} if dataclasses.is_dataclass(arguments) else set()
     hidden, heads = config_number(config, "hidden_size"), config_number(config, "num_attention_heads")
     if "head_dim" in fields and config.get("head_dim") is None and hidden and heads:
@@ -97,13 +97,13 @@ def _completed(config: dict[str, Any], arguments: Any) -> dict[str, Any]:
 def quantize(
     model: nn.Module, config: Mapping[str, Any], choose: Callable[[str, nn.Module], Any] | None = None
 ) -> None:
-    """Let the layers of an unsplit model be quantized as `config["quantization"]` says; nothing is evaluated.
+    """Quantize the layers of an unsplit model as `config["quantization"]` defines. Nothing is evaluated.
 
     Args:
-        model: Changed in place.
-        config: Without `quantization`, nothing is done.
-        choose: Given a path and a module that its config does not name, how to quantize it, or False; by default as the
-            rest, where its inputs are a whole number of groups.
+        model: The model, modified in place.
+        config: The config. Without `quantization`, nothing is done.
+        choose: Maps a path and a module that the config does not name to its quantization, or False (default: like the
+            others, if its inputs are a multiple of the group size).
     """
     settings = config.get("quantization")
     if not isinstance(settings, Mapping):
@@ -123,11 +123,11 @@ def quantize(
 def describe(error: BaseException) -> str:
     """An error's kind and first line."""
     lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0].rstrip('.')[:200] if lines else 'without a word'}."
+    return f"{type(error).__name__}: {lines[0].rstrip('.')[:200] if lines else 'no message'}."
 
 
 def config_of(model: nn.Module) -> dict[str, Any]:
-    """The config of a model of mlx-lm, with every default filled in, as plain data; {} where it keeps none."""
+    """The config of an mlx-lm model with all defaults, as plain data; {} if it stores none."""
     arguments = arguments_of(model)
     if not dataclasses.is_dataclass(arguments) or isinstance(arguments, type):
         return {}
@@ -144,11 +144,11 @@ def config_of(model: nn.Module) -> dict[str, Any]:
 
 
 def spec_of(model: nn.Module, config: Mapping[str, Any] | None = None) -> ModelSpec:
-    """The facts of an unsplit model, quantized or not: shapes are those of its weights unpacked. Nothing is evaluated.
+    """The `ModelSpec` of an unsplit model, quantized or not, with the shapes of unpacked weights. Nothing is evaluated.
 
     Args:
-        model: A model of mlx-lm.
-        config: The config that it was built from; what it does not say is taken from the model's arguments.
+        model: An mlx-lm model.
+        config: The config that it was built from; missing values come from the model's arguments.
     """
     own = config_of(model)
     data = {**own, **(config or {})}
@@ -160,7 +160,7 @@ def spec_of(model: nn.Module, config: Mapping[str, Any] | None = None) -> ModelS
             tensors[name] = TensorSpec(name, tuple(home[attribute].shape))
         elif attribute == "weight":
             shape = (*home["weight"].shape[:-1], dense_width(home))
-            # A scale and a bias a group in the model's dtype, or a scale of one byte.
+            # A scale and a bias per group in the model's dtype, or a scale of one byte.
             extra_bits = 16 * DTYPE_BYTES[config_dtype(data)] if home.mode == "affine" else 8
             tensors[name] = TensorSpec(name, shape, packed_bits=home.bits + extra_bits / home.group_size)
     heads = config_heads(data)
@@ -183,16 +183,16 @@ def spec_of(model: nn.Module, config: Mapping[str, Any] | None = None) -> ModelS
 
 
 def _rows_of_embedding(modules: Mapping[str, nn.Module]) -> int:
-    """The rows of a model's first embedding; 0 where it has none."""
+    """Number of rows of a model's first embedding; 0 if it has none."""
     return next(
         (int(m["weight"].shape[0]) for m in modules.values() if isinstance(m, (nn.Embedding, nn.QuantizedEmbedding))), 0
     )
 
 
 def rules_of(spec: ModelSpec) -> Rules:
-    """The rules of a model: our table of its family, else what the usual names suggest.
+    """The rules of a model: our table for its family, else rules for the usual names.
 
-    Where these name no module of the model's layers, every linear layer is split by itself.
+    If these match no module of the model's layers, every linear layer is split by itself.
     """
     rules = rules_for(spec, tables=MLX_TABLES, proven=MLX_PROVEN, usual=MLX_USUAL)
     if any(rules.find(path) is not None for path in spec.modules if spec.layer_of(path) is not None):

@@ -1,4 +1,4 @@
-"""Where each array of the unsplit model lives in a split one, and which part of what lies packed a cut means."""
+"""Where each array of the unsplit model is stored in a split one, and which part of a packed array a split selects."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from partita.mlx.layers.region_parts import EntersRegion, InsideRegion, SplitExp
 from partita.mlx.model.tree import children
 
 Ranges = tuple[tuple[Range, ...], ...]
-"""For each dim of an array the ranges that are meant, in local order."""
+"""Ranges of each dim of an array, in local order."""
 
 
 INNER_NAMES: Mapping[type, str] = {
@@ -27,13 +27,13 @@ INNER_NAMES: Mapping[type, str] = {
     VocabParallelEmbedding: "embedding",
     **dict.fromkeys((EntersRegion, InsideRegion, SplitExperts), "inner"),
 }
-"""What split layers call the module that they wrap, and that the unsplit model has in their place."""
+"""Attribute names under which split layers store the wrapped module of the unsplit model."""
 
 
 def parameter_homes(model: nn.Module) -> dict[str, tuple[Any, Any]]:
-    """Where each array of the unsplit model lives: by its unsplit name the module (or list, or dict) and the key.
+    """Where each array of the unsplit model is stored: maps its unsplit name to the module (or list, or dict) and the key.
 
-    The scales and biases of a quantized layer are there under their own names.
+    The scales and biases of a quantized layer have their own entries.
     """
     homes: dict[str, tuple[Any, Any]] = {}
 
@@ -49,7 +49,7 @@ def parameter_homes(model: nn.Module) -> dict[str, tuple[Any, Any]]:
 
 
 def unsplit_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules of a split model by the paths that they have in the unsplit one: a split layer, not what it wraps."""
+    """The modules of a split model by unsplit path; a split layer stands for the module that it wraps."""
     found: dict[str, nn.Module] = {}
 
     def walk(node: Any, path: str) -> None:
@@ -64,20 +64,20 @@ def unsplit_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _is_inner(node: Any, key: Any) -> bool:
-    """Whether what a module holds under `key` is what it wraps, whose name the unsplit model has not."""
+    """Whether `key` of a module holds the wrapped module, so that the unsplit model lacks its name."""
     return isinstance(node, nn.Module) and key == INNER_NAMES.get(type(node))
 
 
 def is_packed(home: Any, attribute: str) -> bool:
-    """Whether an array is one of those that stand for a quantized weight."""
+    """Whether an array is part of a quantized weight."""
     return attribute in ("weight", "scales", "biases") and isinstance(home, nn.Module) and is_quantized(home)
 
 
 def stored_ranges(home: nn.Module, attribute: str, ranges: Ranges) -> Ranges:
-    """The ranges of a quantized module's `weight`, `scales` or `biases` that hold those of its weight unpacked.
+    """The ranges of a quantized module's `weight`, `scales` or `biases` for ranges of its unpacked weight.
 
     Raises:
-        PlanError: They part a quantization group.
+        PlanError: The ranges divide a quantization group.
     """
     unit = quantization_unit(home)
     check_groups(ranges[-1], unit)
@@ -93,22 +93,22 @@ def plan_of(model: nn.Module) -> tuple[Plan, ParallelGroups]:
     """
     plan, groups = getattr(model, "partita_plan", None), getattr(model, "partita_groups", None)
     if not isinstance(plan, Plan) or not isinstance(groups, ParallelGroups):
-        raise ModelError("this model was not split by Partita. Make it with partita.mlx.load() or partita.mlx.shard().")
+        raise ModelError("this model was not split by Partita. Use partita.mlx.load() or partita.mlx.shard().")
     return plan, groups
 
 
 def local_ranges(
     home: Any, attribute: str, name: str, plan: Plan, tp_rank: int, *, owned: bool = False
 ) -> Ranges | None:
-    """Which ranges of an array, as it is stored unsplit, a tensor rank holds; None for all of it.
+    """The ranges of an unsplit array that a tensor rank holds; None for all of it.
 
     Args:
-        home: The module that holds it.
-        attribute: Its name there.
+        home: The module that holds the array.
+        attribute: Its attribute name.
         name: Its name in the unsplit model.
         plan: How the model is split.
-        tp_rank: The rank.
-        owned: Whether only what it owns is meant: over all tensor ranks every element once.
+        tp_rank: The tensor rank.
+        owned: Whether to return only owned ranges, which cover every element once over all tensor ranks.
     """
     packed = is_packed(home, attribute)
     cut = plan.tensor(f"{name.rpartition('.')[0]}.weight" if packed else name)
@@ -119,7 +119,7 @@ def local_ranges(
 
 
 def take(array: mx.array, ranges: Ranges | None) -> mx.array:
-    """`ranges` of an array."""
+    """Select `ranges` of an array."""
     for dim, (ranges_of_dim, size) in enumerate(zip(ranges or (), array.shape, strict=False)):
         if ranges_of_dim != ((0, size),):
             array = slice_array(array, dim, ranges_of_dim)
@@ -127,7 +127,7 @@ def take(array: mx.array, ranges: Ranges | None) -> mx.array:
 
 
 def main_output(output: Any) -> mx.array:
-    """The logits among what a model returns."""
+    """The logits in a model's output."""
     found = output[0] if isinstance(output, (tuple, list)) else getattr(output, "logits", output)
     assert isinstance(found, mx.array)
     return found

@@ -36,11 +36,11 @@ class RotaryEmbedding(nn.Module):
         self._long, self._long_scale = self._at((form.limit or 0) + 1)
 
     def __call__(self, x: mx.array, offset: int | mx.array = 0) -> mx.array:
-        """`x` rotated, `[batch, heads, tokens, head_dim]`.
+        """Rotate `x`, `[batch, heads, tokens, head_dim]`.
 
         Args:
             x: Queries or keys.
-            offset: The position of the first token, or one for each sequence.
+            offset: Position of the first token, or one per sequence.
         """
         limit = self.form.limit
         if limit is None:
@@ -72,7 +72,7 @@ class RotaryEmbedding(nn.Module):
 
 @contextlib.contextmanager
 def text_length(model: nn.Module, length: int) -> Iterator[None]:
-    """A block in which a text of `length` tokens passes through `model` in parts, with the frequencies of the whole text."""
+    """A context in which a text of `length` tokens passes through `model` in parts, with the frequencies of the full text."""
     changed = [m for m in model.modules() if isinstance(m, RotaryEmbedding) and m.form.limit is not None]
     for module in changed:
         module.text_length = length
@@ -84,7 +84,7 @@ def text_length(model: nn.Module, length: int) -> Iterator[None]:
 
 
 _CACHE_DROPPED = frozenset(("phi3", "phimoe"))
-"""Families that transformers computes from the first token again when a text reaches LongRoPE's limit."""
+"""Families that transformers recomputes from the first token when a text reaches LongRoPE's limit."""
 
 
 def recomputed_beyond(config: Mapping[str, Any]) -> int | None:
@@ -98,14 +98,14 @@ def recomputed_beyond(config: Mapping[str, Any]) -> int | None:
 def correct_rotary(model: nn.Module, config: Mapping[str, Any]) -> None:
     """Replace each rotary module of an unsplit mlx-lm model by one of the form that transformers reads from the config.
 
-    Forms that transformers does not know, and plain forms that mlx-lm computes correctly, keep mlx-lm's module.
+    Forms that transformers does not support, and plain forms that mlx-lm computes correctly, keep mlx-lm's module.
 
     Args:
-        model: Changed in place.
-        config: What it was built from.
+        model: The model, modified in place.
+        config: The config of the model.
 
     Raises:
-        ModelError: The parameters of the form do not make frequencies.
+        ModelError: The parameters of the form are invalid.
     """
     known = transformers_config(config)
     known = known.get_text_config() if known is not None else None
@@ -134,7 +134,7 @@ def _of_layer(parameters: Mapping[str, Any], kinds: Any, path: str, layers: str)
         return None
     kind = kinds[int(number)] if int(number) < len(kinds) else None
     own = nested.get(kind) if isinstance(kind, str) else None
-    # transformers looks for YaRN's truncate beside the kinds of layers, not inside of them.
+    # transformers reads YaRN's truncate beside the layer types, not inside them.
     return {**own, "truncate": parameters.get("truncate", True)} if own is not None else None
 
 

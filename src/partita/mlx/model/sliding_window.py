@@ -1,8 +1,8 @@
-"""Sliding windows that mlx-lm leaves out.
+"""Sliding windows that mlx-lm ignores.
 
-mlx-lm runs some families whose attention has a sliding window without it: each token then attends to all before it. Up to the
-window that is the same; beyond it the numbers are not the model's, and nothing says so. Which families these are is measured
-against transformers in `tests/parity/test_windows.py`.
+mlx-lm runs some families whose attention has a sliding window without it: each token then attends to all earlier tokens. Up to
+the window the result is the same; beyond it the result is silently wrong. `tests/parity/test_windows.py` determines these
+families by comparison with transformers.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def _max_window_layers(config: _Config, default: int) -> int:
 
 
 def _named(config: _Config, otherwise: bool) -> bool:
-    """Whether `layer_types` names a layer with a window; `otherwise` where it is not there."""
+    """Whether `layer_types` names a layer with a window; `otherwise` if it is missing."""
     kinds = config.get("layer_types")
     return "sliding_attention" in kinds if isinstance(kinds, (list, tuple)) else otherwise
 
@@ -67,11 +67,11 @@ LEFT_OUT: Mapping[str, Callable[[_Config], bool]] = MappingProxyType(
         "dots1": _on_last_layers,
     }
 )
-"""Families whose window mlx-lm leaves out, and whether a config that names a window has a layer with it in transformers."""
+"""Families whose window mlx-lm ignores, with a test whether transformers uses a config's window in any layer."""
 
 
 def window_left_out(config: _Config) -> int | None:
-    """The sliding window of a config, in tokens, that mlx-lm's model of it does without; None where there is none."""
+    """The sliding window of a config, in tokens, that mlx-lm's model ignores; None if there is none."""
     text = text_config(config)
     family = str(text.get("model_type") or config.get("model_type"))
     has_window = LEFT_OUT.get(family)
@@ -82,19 +82,19 @@ def window_left_out(config: _Config) -> int | None:
 
 
 def refuse_beyond_window(spec: ModelSpec, length: int, what: str) -> None:
-    """Refuse what mlx-lm would compute otherwise than the model was trained.
+    """Raise if mlx-lm's results would differ from the trained model.
 
     Args:
-        spec: The model.
-        length: Tokens that it would see in a row.
-        what: What is that long, for the message: `a prompt of 10 tokens and 20 new ones`.
+        spec: The model's spec.
+        length: Length of the text in tokens.
+        what: Description of the text for the message: `a prompt of 10 tokens and 20 new ones`.
 
     Raises:
-        ModelError: They are more than a sliding window that mlx-lm leaves out.
+        ModelError: The text is longer than a sliding window that mlx-lm ignores.
     """
     window = window_left_out(spec.config)
     if window is not None and length > window:
         raise ModelError(
-            f"mlx-lm runs {spec.family} without its sliding window of {window} tokens, so that beyond it the numbers are not "
-            f"the model's, but {what} is {length} tokens. Keep to {window} tokens, or use the torch engine (--engine torch)."
+            f"mlx-lm runs {spec.family} without its sliding window of {window} tokens, so longer texts give wrong "
+            f"results, but {what} is {length} tokens. Use at most {window} tokens, or use the torch engine (--engine torch)."
         )

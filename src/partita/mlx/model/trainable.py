@@ -1,4 +1,4 @@
-"""What of a model is trained: its arrays by their names in the unsplit model, and the gradients of a function of them."""
+"""The trainable arrays of a model by unsplit name, and the gradients of a function of them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import mlx.nn as nn
 from partita.mlx.model.parts import is_packed, parameter_homes
 
 Function = Callable[[list[mx.array]], list[mx.array]]
-"""Of arrays that are no parameters; those it takes from the model."""
+"""Takes arrays that are not parameters; reads the parameters from the model."""
 
 
 class Trainable:
@@ -24,7 +24,7 @@ class Trainable:
     """
 
     def __init__(self, model: nn.Module, keep: Callable[[str], bool] = lambda name: True) -> None:
-        """Of `model`, split or not, as it is frozen now, those whose names are to be kept."""
+        """Collect the trainable arrays of `model`, split or not, in its current frozen state, filtered by name."""
         self.homes = {
             name: (home, key)
             for name, (home, key) in parameter_homes(model).items()
@@ -36,22 +36,22 @@ class Trainable:
 
     @cached_property
     def names(self) -> tuple[str, ...]:
-        """Their names in the unsplit model."""
+        """Unsplit names of the arrays."""
         return tuple(self.homes)
 
     @property
     def arrays(self) -> list[mx.array]:
-        """Them, in the order of `names`."""
+        """The arrays in the order of `names`."""
         return [home[key] for home, key in self.homes.values()]
 
     def set(self, arrays: Sequence[mx.array]) -> None:
-        """Give the model other arrays."""
+        """Set the model's arrays."""
         for (home, key), array in zip(self.homes.values(), arrays, strict=True):
             home[key] = array
 
     @contextmanager
     def given(self, arrays: Sequence[mx.array]) -> Iterator[None]:
-        """While it lasts the model has other arrays, such as those that a gradient is traced through."""
+        """Replace the model's arrays inside the context, for example by those of a gradient trace."""
         kept = self.arrays
         self.set(arrays)
         try:
@@ -62,10 +62,10 @@ class Trainable:
     def vjp(
         self, function: Function, others: list[mx.array], cotangents: list[mx.array]
     ) -> tuple[list[mx.array], list[mx.array], list[mx.array]]:
-        """What `function` makes of the parameters and of `others`, and its gradients weighted by `cotangents`; lazy.
+        """The result of `function` for the parameters and `others`, and its gradients weighted by `cotangents`; lazy.
 
         Returns:
-            What it makes, the gradients of the parameters, and those of `others`, zeros for what is not floating.
+            The result, the gradients of the parameters, and those of `others` (zeros for non-floating arrays).
         """
         count = len(self.names)
         floating = [i for i, x in enumerate(others) if mx.issubdtype(x.dtype, mx.floating)]

@@ -1,4 +1,4 @@
-"""The tree of an MLX model: modules by their path, and where each array of the unsplit model lives."""
+"""The tree of an MLX model: modules by their path, and where each array of the unsplit model is stored."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Home = tuple[Any, Any]
 
 
 def children(node: Any) -> Iterator[tuple[Any, Any]]:
-    """What a module, dict or list of a model's tree holds, by key, without what is private to a module."""
+    """Entries of a module, dict or list of a model's tree, by key, without a module's private attributes."""
     if isinstance(node, nn.Module):
         yield from ((key, value) for key, value in node.items() if not key.startswith("_"))
     elif isinstance(node, dict):
@@ -28,7 +28,7 @@ def get_module(model: nn.Module, path: str) -> Any:
     """The module (or list, or dict) at `path`, the model itself for an empty one.
 
     Raises:
-        ModelError: There is none.
+        ModelError: There is no such module.
     """
     node: Any = model
     for part in path.split(".") if path else ():
@@ -40,7 +40,7 @@ def get_module(model: nn.Module, path: str) -> Any:
 
 
 def set_module(model: nn.Module, path: str, module: nn.Module) -> None:
-    """Put `module` in the place of the one at `path`."""
+    """Replace the module at `path` by `module`."""
     parent, _, name = path.rpartition(".")
     node = get_module(model, parent)
     if isinstance(node, list):
@@ -65,7 +65,7 @@ def named_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def every_array(model: nn.Module) -> list[mx.array]:
-    """All arrays that a model's modules hold, those that are no parameters (rotary frequencies) too."""
+    """All arrays of a model's modules, including those that are not parameters (rotary frequencies)."""
     arrays: list[mx.array] = []
 
     def walk(node: Any) -> None:

@@ -27,12 +27,13 @@ from partita.mlx.stages.whole_call import call_as_whole
 
 
 def apply_plan(model: nn.Module, plan: Plan, comm: Communicator, pp_rank: int = 0) -> nn.Module:
-    """Leave of an unsplit `model`, in place, what tensor rank `comm.rank` of pipeline rank `pp_rank` holds as `plan` says.
+    """Reduce an unsplit `model`, in place, to the part that `plan` assigns to tensor rank `comm.rank` of pipeline rank
+    `pp_rank`.
 
     Raises:
-        DistributedError: `comm` is not of the plan's tensor axis.
+        DistributedError: `comm` does not match the plan's tensor axis.
         ModelError: The model does not match the plan, or has a layer that cannot be split.
-        PlanError: A cut parts a quantization group.
+        PlanError: The split divides a quantization group.
     """
     if comm.size != plan.mesh.tp:
         raise DistributedError(f"the plan has tp={plan.mesh.tp}, but the tensor group has {comm.size} ranks.")
@@ -54,7 +55,7 @@ def apply_plan(model: nn.Module, plan: Plan, comm: Communicator, pp_rank: int = 
 
 
 def finish(model: nn.Module, plan: Plan, groups: ParallelGroups) -> nn.Module:
-    """Let a split model know its plan and groups, and be called as the unsplit one where it is cut into stages."""
+    """Attach the plan and groups to a split model, and make one with stages callable like the unsplit model."""
     model.partita_plan = plan
     model.partita_groups = groups
     call_as_whole(model, plan, groups)
@@ -68,8 +69,8 @@ def check_model(model: nn.Module, plan: Plan) -> None:
     if mine != theirs:
         name = next(n for n in sorted({*mine, *theirs}) if mine.get(n) != theirs.get(n))
         raise ModelError(
-            f"the model is not the plan's ({plan.spec.family}): {name} has the shape {mine.get(name, 'none')} in the model "
-            f"and {theirs.get(name, 'none')} in the plan. Create the plan from this model."
+            f"the model does not match the plan ({plan.spec.family}): {name} has the shape {mine.get(name, 'none')} in the "
+            f"model and {theirs.get(name, 'none')} in the plan. Create the plan from this model."
         )
 
 
@@ -105,7 +106,7 @@ def _split_module(
         stack = get_module(model, parent)
         if type(stack).__name__ not in STACKS:
             raise ModelError(
-                f"{path}: stacked layers in a {type(stack).__name__} are not known, so they cannot be split."
+                f"{path}: stacked layers in a {type(stack).__name__} are not supported, so they cannot be split."
             )
         set_module(model, parent, SplitExperts(stack, comm))
 
@@ -130,11 +131,11 @@ def _split_form(module: nn.Module, plan: ModulePlan, comm: Communicator, entry: 
         )
     if plan.style == "row":
         return RowParallelLinear.from_linear(module, comm, plan.split, input_is_parallel=not plan.split_input)
-    raise ModelError(f"the style {plan.style!r} is not one that a model of MLX can be split with.")
+    raise ModelError(f"MLX models cannot be split with the style {plan.style!r}.")
 
 
 def _feature_index(plan: ModulePlan, rank: int) -> Sequence[int] | None:
-    """The order of the local outputs. Where one rank has one, all have: all must build the same graph."""
+    """The order of the local outputs. If one rank needs one, all have one, since all must build the same graph."""
     if not any(plan.expand):
         return None
     assert plan.split is not None
@@ -164,7 +165,7 @@ def _localize_heads(module: nn.Module, plan: AttentionPlan, rank: int) -> None:
 
 
 def _holders(module: nn.Module) -> list[Any]:
-    """What may hold head counts: an attention module, and a copy of the arguments that it keeps."""
+    """Objects that may hold head counts: an attention module, and a copy of the arguments that it stores."""
     holders: list[Any] = [module]
     for name in ("args", "config"):
         arguments = vars(module).get(name)
@@ -175,7 +176,7 @@ def _holders(module: nn.Module) -> list[Any]:
 
 
 def _cut_bare_arrays(model: nn.Module, plan: Plan, comm: Communicator) -> None:
-    """Cut the arrays of modules that are not replaced: one row a head, one matrix a head."""
+    """Split the arrays of modules that are not replaced: arrays with one row or one matrix per head."""
     for name, (home, attribute) in parameter_homes(model).items():
         ranges = local_ranges(home, attribute, name, plan, comm.rank)
         if ranges is None:
@@ -187,7 +188,7 @@ def _cut_bare_arrays(model: nn.Module, plan: Plan, comm: Communicator) -> None:
 
 
 def _sum_partial_gradients(model: nn.Module, plan: Plan, comm: Communicator) -> None:
-    """Let modules that are whole but see a part have whole gradients."""
+    """Sum the gradients of unsplit modules whose inputs are split."""
     paths = {n.rpartition(".")[0] for n, cut in plan.cuts.items() if cut.partial_grad and cut.split is None}
     here = present_modules(model)
     for path in sorted(path for path in paths if path in here):

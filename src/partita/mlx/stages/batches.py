@@ -1,4 +1,4 @@
-"""Sequences of one length under way together, on one stage."""
+"""Generation of sequences of one length as a batch, on one stage."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from partita.mlx.model.parts import main_output
 from partita.mlx.model.rotary import recomputed_beyond, text_length
 
 PREFILL_TOKENS = 2048
-"""How many tokens of a prompt go through the model at once."""
+"""Number of prompt tokens that pass through the model at once."""
 
 
 @dataclass
@@ -34,7 +34,7 @@ class _Text:
 
 
 class Batches:
-    """Continues sequences, a batch of one length at a time; one stage has the whole model."""
+    """Continues sequences, a batch of one length at a time, with the model on a single stage."""
 
     def __init__(
         self,
@@ -45,7 +45,7 @@ class Batches:
         tokenizer: Tokenizer | None,
         on_text: OnText | None,
     ) -> None:
-        """What the batches of a run share."""
+        """Create the shared state of a run's batches."""
         self.model, self.plan, self.groups, self.comm, self.choice = model, plan, groups, groups.tp, choice
         self.tokenizer, self.on_text = tokenizer, on_text
         self.recomputed_beyond = recomputed_beyond(plan.spec.config)
@@ -57,7 +57,7 @@ class Batches:
         with local_logits(self.model, self.plan) as split:
             text = _Text(mx.array([s.prompt for s in batch]), make_cache(self.model))
             logits = self._prefill(text.ids, text.cache)
-            # Greedily, a step is under way while the tokens of the one before are looked at.
+            # In greedy decoding, a step runs while the tokens of the previous step are processed.
             chosen = self._chosen(logits, split, batch, generators)
             for step in range(limit):
                 following = None
@@ -72,7 +72,7 @@ class Batches:
                 chosen = following
 
     def _advance(self, text: _Text, chosen: mx.array) -> mx.array:
-        """The logits behind the chosen ids `[batch]`, which are added to the text."""
+        """Append the chosen ids `[batch]` to the text and return the next logits."""
         # A code in place of an id is negative.
         chosen = mx.maximum(chosen, 0)
         text.ids = mx.concatenate([text.ids, chosen[:, None].astype(text.ids.dtype)], axis=1)
@@ -82,7 +82,7 @@ class Batches:
         return self._forward(chosen[:, None], text.cache)
 
     def _prefill(self, ids: mx.array, cache: list[Any]) -> mx.array:
-        """The logits behind the prompts. All but the last token only fill the cache: of these no logits are computed."""
+        """The logits after the prompts. All tokens but the last only fill the cache, without logits."""
         last = ids.shape[1] - 1
         with text_length(self.model, ids.shape[1]):
             for start in range(0, last, PREFILL_TOKENS):
@@ -91,13 +91,13 @@ class Batches:
             return self._forward(ids[:, last:], cache)
 
     def _forward(self, ids: mx.array, cache: list[Any]) -> mx.array:
-        """The logits behind the last ids, `[batch, vocab]` or this rank's columns."""
+        """The logits after the last ids, `[batch, vocab]` or this rank's columns."""
         return main_output(self.model(ids, cache=cache))[:, -1]
 
     def _chosen(
         self, logits: mx.array, split: Split | None, batch: list[Sequence], generators: list[np.random.Generator]
     ) -> mx.array:
-        """The next token of each sequence, `[batch]`, the same on all ranks. A draw is made by the first rank for all."""
+        """The next token of each sequence, `[batch]`, the same on all ranks. The first rank samples for all."""
         if self.choice.is_plain:
             return most_likely(logits, split, self.comm)
         wide = mx.float64 if logits.dtype == mx.float64 else mx.float32
@@ -112,14 +112,14 @@ class Batches:
 
     def _columns(self, split: Split) -> Columns:
         def gather(mine: Any) -> Any:
-            # As bits: not every backend has numbers of 64.
+            # As bits: not every backend supports 64-bit numbers.
             bits = self.comm.all_gather(mx.array(np.ascontiguousarray(mine).view(np.uint32))[None], 0)
             return np.array(bits).view(np.float64)
 
         return Columns(split.ranges(self.comm.rank)[0][0], max(split.local_sizes), self.comm.rank, gather)
 
     def _accept(self, batch: list[Sequence], chosen: mx.array) -> bool:
-        """Add a token to each sequence that goes on; whether none does any more."""
+        """Append a token to each unfinished sequence. Returns whether all are finished."""
         tokens: list[int] = chosen.tolist()  # type: ignore[assignment]
         for sequence, token in zip(batch, tokens, strict=True):
             if not sequence.finish_reason:

@@ -1,4 +1,4 @@
-"""Parameters that several pipeline stages hold, such as an embedding that is the head too: their gradients are one."""
+"""Parameters that several pipeline stages hold, such as an embedding that is also the head. Their gradients are summed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from partita.mlx.stages.cut import stages_of
 
 
 def elsewhere(model: nn.Module, plan: Plan, groups: ParallelGroups) -> set[str]:
-    """Names of what this rank holds and another pipeline rank owns."""
+    """Names of arrays that this rank holds and another pipeline rank owns."""
     if plan.num_stages == 1:
         return set()
     rank = groups.pp.rank

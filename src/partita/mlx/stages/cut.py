@@ -19,12 +19,12 @@ from partita.mlx.stages.layers import AbsentLayer, AbsentModule, Gate, StageRun,
 
 @dataclass(frozen=True)
 class Stages:
-    """What a cut model knows of its stages.
+    """The stages of a partitioned model.
 
     Attributes:
-        by_index: Those of this rank, by their place in the pipeline.
+        by_index: This rank's stages, by index in the pipeline.
         layers: The path of the list of layers.
-        before: Paths of what runs before the layers and is here.
+        before: Paths of this rank's modules that run before the layers.
         copies: Arrays that several pipeline ranks hold, by name, with these ranks; the first owns.
         run: The stage that is running.
     """
@@ -45,7 +45,7 @@ def cut_stages(model: nn.Module, plan: Plan, pp_rank: int) -> None:
     if plan.num_stages == 1:
         return
     if not isinstance(get_module(model, plan.spec.layers), list):
-        raise ModelError(f"{plan.spec.layers} is no list of layers.")
+        raise ModelError(f"{plan.spec.layers} is not a list of layers.")
     before, behind = _uses_around_layers(model, plan)
     mine = {plan.stage_index(pp_rank, vpp): plan.stage(pp_rank, vpp) for vpp in range(plan.vpp)}
     copies = _copies(model, plan, before, behind)
@@ -64,15 +64,15 @@ def cut_stages(model: nn.Module, plan: Plan, pp_rank: int) -> None:
 
 
 def _outside(plan: Plan) -> list[str]:
-    """Paths of what holds arrays and is of no layer."""
+    """Paths of modules with arrays outside of the layers."""
     return [path for path in plan.spec.modules if plan.spec.layer_of(path) is None]
 
 
 def _copies(
     model: nn.Module, plan: Plan, before: Collection[str], behind: Collection[str]
 ) -> Mapping[str, tuple[int, ...]]:
-    """What several ranks hold: what the plan says, what a rank needs of another (an embedding that is the head too), and on
-    all ranks the arrays of modules that hold others, of which nobody knows when they are used."""
+    """Arrays that several ranks hold: the plan's copies, arrays of another rank's module (an embedding that is also the head),
+    and on all ranks the arrays of modules with submodules, whose time of use is unknown."""
     first = next(plan.stage_rank(i) for i in range(plan.num_stages) if plan.stage_at(i).embedding)
     last = plan.stage_rank(plan.loss_stage)
     needed = [(path, first) for path in before] + [(path, last) for path in behind]
@@ -93,9 +93,9 @@ def _holds_others(model: nn.Module, path: str) -> bool:
 
 
 def _uses_around_layers(model: nn.Module, plan: Plan) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Paths of the modules outside of the layers that a forward calls before them, and of those that it calls behind them.
+    """Paths of the modules outside of the layers that a forward calls before them, and of those that it calls after them.
 
-    Found by a forward in which nothing is evaluated.
+    A forward without evaluation determines them.
     """
     layers = get_module(model, plan.spec.layers)
     paths = [p for p in named_modules(model) if p and plan.spec.layer_of(p) is None and plan.spec.module_tensors(p)]
@@ -122,7 +122,7 @@ def _uses_around_layers(model: nn.Module, plan: Plan) -> tuple[tuple[str, ...], 
 
 
 class _Noted(Stand):
-    """A module whose uses are noted."""
+    """A module whose calls are recorded."""
 
     def __init__(self, module: Any, path: str, note: Callable[[str], None]) -> None:
         super().__init__(module)
@@ -139,7 +139,7 @@ class _Noted(Stand):
 
 
 def place_of(model: nn.Module, path: str) -> tuple[Any, Any]:
-    """What holds the module at `path`, and under which key."""
+    """The parent of the module at `path`, and its key."""
     parent, _, name = path.rpartition(".")
     node = get_module(model, parent)
     return node, int(name) if isinstance(node, list) else name
@@ -147,7 +147,7 @@ def place_of(model: nn.Module, path: str) -> tuple[Any, Any]:
 
 @contextmanager
 def swapped(swaps: list[tuple[Any, Any, Any]]) -> Iterator[None]:
-    """While it lasts other things stand in the places of modules: (what holds one, its key, what stands there)."""
+    """Replace modules inside the context, given as (parent, key, replacement)."""
     kept = [container[key] for container, key, _ in swaps]
     for container, key, stand in swaps:
         container[key] = stand
@@ -159,7 +159,7 @@ def swapped(swaps: list[tuple[Any, Any, Any]]) -> Iterator[None]:
 
 
 def call_unsplit(model: Any, *args: Any, **kwargs: Any) -> Any:
-    """Call the model's own forward, whatever calling the model does."""
+    """Call the model's own forward, even if `__call__` is replaced."""
     return getattr(type(model), "partita_unsplit", type(model)).__call__(model, *args, **kwargs)
 
 
@@ -169,7 +169,7 @@ def present_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def stages_of(model: nn.Module) -> Stages:
-    """What a cut model knows of its stages."""
+    """The stages of a partitioned model."""
     stages = model.partita_stages
     assert isinstance(stages, Stages)
     return stages

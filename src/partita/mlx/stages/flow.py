@@ -3,12 +3,12 @@
     rank 0      G0 prompt   G1 prompt   |  ids of G0 -> G0   |  ids of G1 -> G1   | ...
     rank 1                  G0 prompt   |  G1 prompt         |  G0                | ...
 
-The stage with the loss picks tokens. Their ids go round the pipeline from rank to rank, each time before the hidden state that
-was made of them, and no logits go anywhere. A prompt comes in parts: while a stage computes one, the stage before computes the
-next.
+The stage with the loss chooses tokens. Their ids travel around the pipeline from rank to rank, each before the hidden state
+that is computed from them; logits are never sent. A prompt is processed in parts: while a stage computes one, the previous
+stage computes the next.
 
-Sends wait until they are received. So the picker sends the ids of a group once the hidden state of the next has come in (at
-once where no other group is under way), and every other rank passes ids on behind what it computes with them: then no two
+Sends block until they are received. So the choosing rank sends the ids of a group once the next hidden state has arrived (at
+once without other groups in progress), and every other rank passes ids on after its computation with them: then no two
 ranks wait for each other, and none waits for the other's computation.
 """
 
@@ -35,13 +35,13 @@ from partita.mlx.stages.run import run_stage
 
 @dataclass
 class _Group:
-    """Sequences that go through the pipeline together.
+    """Sequences that pass through the pipeline as a group.
 
     Attributes:
-        sequences: They.
-        generators: Where the chance of each comes from.
-        caches: The whole model's cache, by stage of this rank.
-        is_done: Whether all have ended.
+        sequences: The sequences.
+        generators: The random generator of each.
+        caches: The model's cache, by stage of this rank.
+        is_done: Whether all sequences have ended.
     """
 
     sequences: list[Sequence]
@@ -61,7 +61,7 @@ class Flow(Batches):
         self.picker = self.plan.stage_rank(self.plan.loss_stage)
         self.links = Links(pp)
         self.pending: list[tuple[_Group, mx.array]] = []
-        # Several stages a rank would wait for one another with several groups under way.
+        # With several stages per rank, several groups would deadlock.
         count = min(len(batch), pp.size) if vpp == 1 else 1
         edges = [i * len(batch) // count for i in range(count + 1)]
         groups = [self._group(batch[a:b]) for a, b in pairwise(edges)]
@@ -79,7 +79,7 @@ class Flow(Batches):
         return _Group(sequences, generators, {stage: make_cache(self.model) for stage in self.stages})
 
     def _prompt(self, group: _Group, *, is_last: bool) -> None:
-        """Fill the caches, and pick the first tokens. Of none is told before the last prompt has come in."""
+        """Fill the caches, and choose the first tokens. No token is sent before the last prompt has arrived."""
         ids = mx.array([s.prompt for s in group.sequences])
         last = ids.shape[1] - 1
         with text_length(self.model, ids.shape[1]):
@@ -88,7 +88,7 @@ class Flow(Batches):
             self._pass(group, ids[:, last:], picks=True, tells=is_last)
 
     def _step(self, group: _Group, *, is_last: bool) -> None:
-        """Take up the tokens of the step before, and compute those that follow."""
+        """Append the tokens of the previous step, and compute the next ones."""
         if group.is_done:
             return
         if self.groups.pp.rank == self.picker:
@@ -105,26 +105,26 @@ class Flow(Batches):
             self._pass(group, self._next_ids(group), picks=True, ids_to_tell=ids)
 
     def _next_ids(self, group: _Group) -> mx.array:
-        """The last ids, or the whole text where the family drops its cache."""
+        """The last ids, or the full text if the family drops its cache."""
         texts = [s.prompt + s.tokens for s in group.sequences]
         length = max(len(text) for text in texts)
         if length - 1 == self.recomputed_beyond:
             group.caches = {stage: make_cache(self.model) for stage in self.stages}
-            # A sequence that has ended goes on with its last token.
+            # A finished sequence repeats its last token.
             return mx.array([text + text[-1:] * (length - len(text)) for text in texts])
         return mx.array([text[-1:] for text in texts])
 
     def _pass(
         self, group: _Group, ids: mx.array, *, picks: bool, tells: bool = True, ids_to_tell: mx.array | None = None
     ) -> None:
-        """Let ids go through this rank's stages.
+        """Run ids through this rank's stages.
 
         Args:
-            group: Whose they are.
+            group: The group of the ids.
             ids: `[sequences, tokens]`.
-            picks: Whether a token is picked behind them.
-            tells: Whether the picker tells of what it has picked before, once these have come in.
-            ids_to_tell: What is passed on to the next rank, before the hidden state.
+            picks: Whether to choose a token after them.
+            tells: Whether the choosing rank sends its previous tokens once these have arrived.
+            ids_to_tell: Ids to pass on to the next rank before the hidden state.
         """
         key = tuple(ids.shape)
         made: Any = None
@@ -148,14 +148,14 @@ class Flow(Batches):
             self.pending.append((group, chosen))
 
     def _tell(self) -> None:
-        """Take up the tokens that were picked, and tell the next rank of them."""
+        """Append the chosen tokens, and send them to the next rank."""
         for group, chosen in self.pending:
             group.is_done = self._accept(group.sequences, chosen)
             self._pass_on(chosen)
         self.pending.clear()
 
     def _pass_on(self, ids: mx.array | None) -> None:
-        """Send ids to the next rank, unless it is the one that picked them."""
+        """Send ids to the next rank, unless that rank chose them."""
         pp = self.groups.pp
         if ids is not None and (pp.rank + 1) % pp.size != self.picker:
             pp.send(ids, (pp.rank + 1) % pp.size)

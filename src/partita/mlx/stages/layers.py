@@ -19,9 +19,9 @@ class Message:
     """Message from a stage to the next.
 
     Attributes:
-        arrays: The hidden state `[batch, sequence, hidden]`, and what else a layer of the model returns.
-        places: Of each value that a layer returns in a tuple, whether it is an array (else it is None); None where a layer
-            returns the hidden state bare.
+        arrays: The hidden state `[batch, sequence, hidden]`, and the other arrays that a layer of the model returns.
+        places: For each value of a layer's output tuple, whether it is an array (else it is None); None if a layer
+            returns a bare hidden state.
     """
 
     arrays: tuple[mx.array, ...]
@@ -29,7 +29,7 @@ class Message:
 
     @property
     def value(self) -> Any:
-        """What a layer would have returned."""
+        """The message in the form of a layer's output."""
         if self.places is None:
             return self.arrays[0]
         left = iter(self.arrays)
@@ -50,9 +50,9 @@ class StageRun:
 
     Attributes:
         received: The message of the previous stage.
-        cache: The cache of the model, one entry a layer or as its family has it.
-        filled: The entries that layers of this stage were given.
-        called: The layers that were called, by their numbers.
+        cache: The model's cache, one entry per layer or in its family's form.
+        filled: The entries that layers of this stage received.
+        called: Indices of the layers that were called.
     """
 
     received: Message | None = None
@@ -61,28 +61,28 @@ class StageRun:
     called: set[int] = field(default_factory=set)
 
     def call(self, index: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> mx.array:
-        """Note a call of a layer; the hidden state that it was given."""
+        """Record a call of a layer, and return its hidden state argument."""
         if index in self.called:
-            raise ModelError("it runs its layers more than once a forward.")
+            raise ModelError("it runs its layers more than once per forward.")
         self.called.add(index)
         hidden = args[0] if args else next(iter(kwargs.values()), None)
         if not isinstance(hidden, mx.array):
-            raise ModelError("its layers are not called with the hidden state first.")
+            raise ModelError("its layers do not take the hidden state as first argument.")
         return hidden
 
 
 class _Elsewhere(nn.Module):
-    """Stands for a module of another rank, and says of itself what the module says, without its arrays."""
+    """Stands in for a module of another rank, with the module's attributes but without its arrays."""
 
     def __init__(self, module: nn.Module, run: StageRun) -> None:
         super().__init__()
-        # Not as an item: it is none of the model's modules.
+        # Not as an item: it must not become one of the model's modules.
         self.__dict__["_facts"] = _without_arrays(module)
         self.run = run
 
     @property  # type: ignore[misc]
     def __class__(self) -> Any:
-        """For a family that asks `isinstance` of its layers."""
+        """Support families that call `isinstance` on their layers."""
         return type(self.__dict__["_facts"])
 
     def __getattr__(self, name: str) -> Any:
@@ -95,20 +95,20 @@ class _Elsewhere(nn.Module):
 
 
 class AbsentLayer(_Elsewhere):
-    """A layer of another rank: what was received, or given, leaves as if it had come from the layer."""
+    """A layer of another rank: returns the received message, or its input, in the form of the layer's output."""
 
     def __init__(self, layer: nn.Module, run: StageRun, index: int) -> None:
         super().__init__(layer, run)
         self.index = index
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Pass on."""
+        """Pass the input on."""
         hidden = self.run.call(self.index, args, kwargs)
         return hidden if self.run.received is None else self.run.received.value
 
 
 class AbsentModule(_Elsewhere):
-    """A module outside of the layers that another rank has: zeros in place of an embedding, else what it is given."""
+    """Stand-in for another rank's module outside of the layers: returns zeros for an embedding, else its input."""
 
     def __init__(self, module: nn.Module, run: StageRun) -> None:
         super().__init__(module, run)
@@ -150,7 +150,7 @@ def _dtype(run: StageRun) -> mx.Dtype:
 
 
 class Stand:
-    """Stands for a module that is here while a stage runs, and says of itself what the module says."""
+    """Wraps a module of this rank while a stage runs, with the module's attributes."""
 
     def __init__(self, module: Any) -> None:
         self.module = module
@@ -169,14 +169,14 @@ class Stand:
 
 
 class Gate(Stand):
-    """A layer of the stage: lets in what was received before the first, and out what the last returns."""
+    """A layer of the stage: the first takes the received message in, the last sends its output out."""
 
     def __init__(self, layer: Any, run: StageRun, index: int, *, enters: bool, leaves: bool) -> None:
         super().__init__(layer)
         self.run, self.index, self.enters, self.leaves = run, index, enters, leaves
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the layer, on what was received where it is the first, and end the forward where it is the last."""
+        """Run the layer, the first on the received message; the last ends the forward."""
         self.run.call(self.index, args, kwargs)
         if self.enters and self.run.received is not None:
             hidden = self.run.received.arrays[0]
@@ -192,19 +192,19 @@ class Gate(Stand):
 
 
 class End(Stand):
-    """The first layer, where a stage has the embedding alone: what would enter it leaves."""
+    """The first layer if a stage has only the embedding: its input leaves the stage."""
 
     def __init__(self, layer: Any, run: StageRun) -> None:
         super().__init__(layer)
         self.run = run
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """End the forward with what would enter the next layer."""
+        """End the forward with the input of the next layer."""
         raise Left(Message((self.run.call(0, args, kwargs),)))
 
 
 class Silent(Stand):
-    """A module before the layers, while a stage runs that is not with the embedding; as a tied head it is itself."""
+    """A module before the layers while a stage without the embedding runs; as a tied head it acts normally."""
 
     def __init__(self, module: Any, run: StageRun) -> None:
         super().__init__(module)
@@ -222,4 +222,4 @@ def _opened(output: Any) -> Message:
     if all(value is None or isinstance(value, mx.array) for value in values):
         arrays = tuple(value for value in values if value is not None)
         return Message(arrays, tuple(value is not None for value in values))
-    raise ModelError("its layers hand on more than arrays.")
+    raise ModelError("its layers pass on values other than arrays.")

@@ -1,6 +1,6 @@
-"""Messages between the stages of a pipeline: arrays whose shapes and dtypes are told once, and again when they change.
+"""Messages between the stages of a pipeline: arrays whose shapes and dtypes are sent first, and again when they change.
 
-Sends and receives are done when they return. Both ends do theirs in the order of the schedule, so none waits for ever.
+Sends and receives are complete when they return. Both ends follow the order of the schedule, so there is no deadlock.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class _Form:
         arrays = tuple((x.dtype, tuple(x.shape)) for x in message.arrays)
         if len(arrays) > _MAX_ARRAYS or any(d not in _DTYPES or len(s) > _MAX_DIMS for d, s in arrays):
             raise DistributedError(
-                f"stages can hand on up to {_MAX_ARRAYS} arrays of up to {_MAX_DIMS} dims in MLX's usual dtypes, but these "
-                f"are {arrays}. Use pp=1."
+                f"stages can pass on up to {_MAX_ARRAYS} arrays of up to {_MAX_DIMS} dims in MLX's usual dtypes; got "
+                f"{arrays}. Use pp=1."
             )
         return cls(message.places, arrays)
 
@@ -72,7 +72,7 @@ class Links:
     _forms: dict[tuple[Hashable, ...], _Form] = field(default_factory=dict)
 
     def send(self, to: int, stage: int, message: Message, key: Hashable) -> None:
-        """Send what stage `stage` computed to rank `to`.
+        """Send the output of stage `stage` to rank `to`.
 
         Args:
             to: Rank within the pipeline group.
@@ -91,7 +91,7 @@ class Links:
             self.comm.send(array, to)
 
     def receive(self, source: int, stage: int, key: Hashable) -> Message:
-        """Receive from rank `source` what the stage before `stage` sends; arguments as in `send`."""
+        """Receive the message of the stage before `stage` from rank `source`; arguments as in `send`."""
         form = self._forms.get(("received", stage, key))
         if form is None:
             header = self.comm.recv((_HEADER,), mx.int32, source)
@@ -99,12 +99,12 @@ class Links:
         return Message(self._take(form, source), form.places)
 
     def send_gradient(self, to: int, gradients: Sequence[mx.array]) -> None:
-        """Send the gradients of a message that was received."""
+        """Send the gradients of a received message."""
         for gradient in gradients:
             self.comm.send(gradient, to)
 
     def receive_gradient(self, source: int, stage: int, key: Hashable) -> tuple[mx.array, ...]:
-        """Receive the gradients of a message that `stage` sent, which look like it."""
+        """Receive the gradients of a message that `stage` sent, which have the same form."""
         return self._take(self._forms["sent", stage, key], source)
 
     def _take(self, form: _Form, source: int) -> tuple[mx.array, ...]:

@@ -1,14 +1,14 @@
 """Running a schedule: a pipeline rank executes its actions in order.
 
-What is computed when, and what is sent when, stands in the schedule; here it is only done. MLX differentiates functions, so a
+The schedule decides what is computed and sent when; this module only executes it. MLX differentiates functions, so a
 backward needs the forward with it:
 
-    F     of a stage with the loss computes loss and gradients at once; of any other it computes what it sends, and keeps
+    F     of a stage with the loss computes loss and gradients at once; of any other stage computes its message, and keeps
           only what it received
-    BW    of any other stage computes its forward again, with the gradients, once those of what it sent have come
+    BW    of any other stage recomputes its forward, with the gradients, once those of its message have arrived
     B, W  B does what BW does, W nothing: MLX gives both gradients at once
 
-All arrays are evaluated where they are made, so that no graph outlives its action.
+All arrays are evaluated when they are created, so that no graph outlives its action.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ from partita.schedule import Action, Kind, Schedule, Timeline, lower
 from partita.schedule.fit import check_schedule
 
 Inputs = Callable[[int], mx.array]
-"""Given a micro-batch: the ids that the model is called with."""
+"""Maps a micro-batch to the ids that the model is called with."""
 
 Finish = Callable[[Any, int], mx.array]
-"""Given the model's output and its micro-batch, on the stage with the loss: its loss, a number."""
+"""Maps the model's output and its micro-batch, on the stage with the loss, to the loss, a scalar."""
 
 
 class Pipeline:
     """One rank's part of a pipeline: its stages, and its actions of a schedule.
 
     Attributes:
-        gradients: By the names of what is trained here, the sum over the micro-batches of the last run.
-        losses: What `finish` gave for each micro-batch of the last run, on the stage with the loss.
+        gradients: Sums over the micro-batches of the last run, by name of this rank's trainable arrays.
+        losses: Results of `finish` for each micro-batch of the last run, on the stage with the loss.
     """
 
     def __init__(self, model: nn.Module, schedule: Schedule) -> None:
-        """A pipeline of `model`, which `load` or `shard` made, that runs `schedule`, lowered or not.
+        """Create a pipeline of `model`, a result of `load` or `shard`, that runs `schedule`, lowered or not.
 
         Raises:
             PlanError: The stages of the schedule differ from those of the model's plan.
@@ -63,12 +63,12 @@ class Pipeline:
         self._homes = self.schedule.rank_of
         mine = {plan.stage_index(groups.pp.rank, vpp): plan.stage(groups.pp.rank, vpp) for vpp in range(plan.vpp)}
         self._trainable = {index: Trainable(model, self._of_stage(stage)) for index, stage in mine.items()}
-        # Losses are taken in float32, or in float64 of a model in it.
+        # Losses are computed in float32, or in float64 for a float64 model.
         wide = any(home[name].dtype == mx.float64 for home, name in parameter_homes(model).values())
         self._one = mx.array(1.0, mx.float64 if wide else mx.float32)
 
     def _of_stage(self, stage: Stage) -> Callable[[str], bool]:
-        """Whether a stage computes with what has a name."""
+        """Whether a stage uses the array of a name."""
         everywhere: set[str] = set()
         if self.plan.num_stages > 1:
             copies = stages_of(self.model).copies
@@ -92,10 +92,10 @@ class Pipeline:
 
         Args:
             inputs: The model's inputs.
-            finish: What becomes of the model's output, on the stage with the loss only.
+            finish: Computes the loss from the model's output, on the stage with the loss only.
             key: What determines the shapes of a micro-batch; the same on every rank.
-            seed: What MLX's random numbers are seeded with before a stage computes a micro-batch, also where it computes it
-                again in backward; by default they go on.
+            seed: Random seed before a stage computes a micro-batch, also when it recomputes it
+                in backward (default: no seeding).
         """
         self._inputs, self._finish, self._key, self._seed = inputs, finish, key, seed
         self._messages: dict[tuple[int, int], Message | None] = {}
@@ -112,9 +112,9 @@ class Pipeline:
         assert not self._received
 
     def timeline(self, origin_s: float) -> Timeline:
-        """When each action of the last run began and ended on every rank, in seconds since `origin_s`; every rank asks.
+        """Start and end of each action of the last run on every rank, in seconds since `origin_s`. Every rank must call it.
 
-        `origin_s` is what `time.perf_counter()` gave on this rank when all ranks left a barrier.
+        `origin_s` is this rank's `time.perf_counter()` when all ranks left a barrier.
         """
         mine = [(begin - origin_s, end - origin_s) for begin, end in self._spans]
         spans: list[Any] = self.groups.pp.all_gather_object(mine)
@@ -143,7 +143,7 @@ class Pipeline:
             self._received[stage, microbatch] = received
 
     def _made(self, stage: int, microbatch: int, received: Message | None) -> Any:
-        """What a stage makes of a micro-batch, with the same random numbers each time."""
+        """The output of a stage for a micro-batch, with the same random numbers each time."""
         if self._seed is not None:
             mx.random.seed(self._seed(stage, microbatch))
         return run_stage(self.model, self.plan, stage, received, self._inputs(microbatch))
@@ -158,7 +158,7 @@ class Pipeline:
     def _differentiate(
         self, stage: int, microbatch: int, received: Message | None, cotangents: list[mx.array] | None
     ) -> list[mx.array]:
-        """Add to the gradients of a stage's parameters; the gradients of what it received. Cotangents are None for the loss."""
+        """Accumulate a stage's parameter gradients, and return those of its inputs. Cotangents are None for the loss."""
         trainable = self._trainable[stage]
 
         def made_of(arrays: list[mx.array]) -> list[mx.array]:
@@ -212,4 +212,4 @@ class Pipeline:
         self._BW(stage, microbatch)
 
     def _W(self, stage: int, microbatch: int) -> None:
-        """Nothing is left of it."""
+        """Release the state of the last run."""

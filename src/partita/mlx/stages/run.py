@@ -1,14 +1,14 @@
 """A stage of any model: the model's own forward, run with a subset of its layers.
 
-A pipeline rank keeps the modules whose arrays its plan gives it. The list of layers keeps its length and its numbers: in
+A pipeline rank keeps the modules whose arrays its plan assigns to it. The list of layers keeps its length and indices: in
 place of another rank's layer, a stand-in passes its input on. While stage i of the pipeline runs:
 
     [1] the embedding runs on its stage; on other stages zeros of its shape, never computed, replace it
-    [2] what the stage before sent is what every layer before the stage's first returns
-    [3] what leaves the last layer of the stage ends the forward, unless the loss is with it
+    [2] every layer before the stage's first returns the message of the previous stage
+    [3] the output of the stage's last layer ends the forward, unless the stage has the loss
 
-So all else that a family makes of ids, positions and masks is made by the family's own code on every stage. MLX is lazy: what
-that code computes in vain is not computed.
+So the family's own code computes everything else from ids, positions and masks on every stage. MLX is lazy: unused
+results of that code are never computed.
 """
 
 from __future__ import annotations
@@ -43,16 +43,16 @@ def run_stage(
 
     Args:
         model: The result of `cut_stages`.
-        plan: How it was cut.
+        plan: The plan of its partition.
         index: Index of the stage in the pipeline.
         received: The message of the previous stage; None for the first.
         inputs: The ids `[batch, sequence]` that the unsplit model is called with.
-        cache: The whole model's cache, as mlx-lm makes it; entries of other stages' layers are kept in step.
-        options: What else the unsplit model is called with.
-        output: Whether the stage with the loss computes the model's output, rather than hand on what left its last layer.
+        cache: The unsplit model's cache, as mlx-lm creates it; token counts of other stages' layers are advanced.
+        options: Other arguments of the unsplit model.
+        output: Whether the stage with the loss computes the model's output, instead of passing on its last layer's output.
 
     Returns:
-        A `Message` for the next stage, or of the stage with the loss the model's own output.
+        A `Message` for the next stage, or the model's own output on the stage with the loss.
     """
     given = dict(options) if cache is None else {**options, "cache": cache}
     if plan.num_stages == 1:
@@ -80,12 +80,12 @@ def run_stage(
 
 
 def length_of(inputs: mx.array | None, options: Mapping[str, Any]) -> int:
-    """How many tokens a sequence of a call has, which may be of embeddings `[batch, sequence, hidden]` alone."""
+    """Number of tokens per sequence of a call, which may have embeddings `[batch, sequence, hidden]` only."""
     return int((options["input_embeddings"] if inputs is None else inputs).shape[1])
 
 
 def _swaps(model: nn.Module, stages: Stages, stage: Stage, output: bool) -> list[tuple[Any, Any, Any]]:
-    """What stands in other places while `stage` runs."""
+    """The replacements of modules while `stage` runs."""
     layers, run = get_module(model, stages.layers), stages.run
     swaps: list[tuple[Any, Any, Any]] = []
     for index, layer in enumerate(layers):
@@ -96,7 +96,7 @@ def _swaps(model: nn.Module, stages: Stages, stage: Stage, output: bool) -> list
         elif not stage.layers and stage.embedding:
             swaps.append((layers, index, End(layer, run)))
         elif not isinstance(layer, AbsentLayer):
-            # Of another stage of this rank.
+            # A layer of another stage of this rank.
             swaps.append((layers, index, AbsentLayer(layer, run, index)))
     if not stage.embedding:
         swaps += [(*place_of(model, path), Silent(get_module(model, path), run)) for path in stages.before]

@@ -1,6 +1,6 @@
 """Calling a model that is split into stages: every rank calls it like the unsplit model and gets the full output.
 
-A model called so has one batch under way and no gradients; `pipeline.Pipeline` runs schedules of many, forward and backward.
+Such a call runs a single batch without gradients; `pipeline.Pipeline` runs schedules of many, forward and backward.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def call_as_whole(model: nn.Module, plan: Plan, groups: ParallelGroups) -> None:
 
     signature = inspect.signature(cls.__call__)
 
-    # Python looks for `__call__` on classes only. To all who ask it is the family's class under its own name.
+    # Python looks up `__call__` on classes only, so the model gets a subclass with the family's class name.
     @wraps(cls.__call__)
     def call(self: Any, *args: Any, **kwargs: Any) -> mx.array:
         # Families differ in the names and the order of their arguments: `x`, `tokens`, a mask before the cache.
@@ -46,20 +46,20 @@ def call_as_whole(model: nn.Module, plan: Plan, groups: ParallelGroups) -> None:
 
 
 class _Whole:
-    """Runs one rank's stages of a call, and gives every rank the output."""
+    """Runs one rank's stages of a call, and sends the output to every rank."""
 
     def __init__(self, model: nn.Module, plan: Plan, groups: ParallelGroups) -> None:
         self.plan, self.pp, self.links = plan, groups.pp, Links(groups.pp)
         mine = (plan.stage_index(groups.pp.rank, vpp) for vpp in range(plan.vpp))
-        # Behind the loss a layout may have empty stages.
+        # A layout may have empty stages after the loss.
         self.stages = sorted(stage for stage in mine if stage <= plan.loss_stage)
         self.forms: dict[Hashable, Any] = {}
 
     def __call__(self, model: Any, inputs: mx.array, cache: Any, options: dict[str, Any]) -> mx.array:
-        """One forward; arguments and result are the unsplit model's."""
+        """Run one forward, with the arguments and result of the unsplit model."""
         if cache is not None and self.plan.vpp > 1:
             raise ModelError(
-                "a cache would be shared by several stages of one rank, each of which counts its tokens. Call "
+                "several stages of one rank would share a cache, and each would count its tokens. Call "
                 "partita.mlx.generate(), or use vpp=1."
             )
         key = (_form(inputs), *((name, _form(value)) for name, value in sorted(options.items())))
@@ -88,12 +88,12 @@ class _Whole:
 
 
 def _form(value: Any) -> Hashable:
-    """What the form of a message depends on: an array's shape and dtype."""
+    """What determines the form of a message: an array's shape and dtype."""
     return (value.shape, str(value.dtype)) if isinstance(value, mx.array) else str(type(value))
 
 
 def _refuse_tracing(made: Any) -> None:
-    """Raise `ModelError` within `mx.grad` and the like: no gradient comes back over the stages of a call."""
+    """Raise `ModelError` within `mx.grad` and similar: calls have no gradients across stages."""
     if isinstance(made, Message):
         arrays = list(made.arrays)
     elif isinstance(made, mx.array):
@@ -106,6 +106,6 @@ def _refuse_tracing(made: Any) -> None:
         mx.async_eval(arrays)
     except ValueError as error:
         raise ModelError(
-            "a model that is cut into stages is called for its output only: no gradient goes back over the stages. Call "
+            "calling a model that is split into stages returns its output only, without gradients across stages. Call "
             "partita.mlx.train(), or run its schedule with partita.mlx.Pipeline."
         ) from error

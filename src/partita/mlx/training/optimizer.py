@@ -1,4 +1,4 @@
-"""AdamW over arrays by name, step by step what `torch.optim.AdamW` does; arrays narrower than float32 through master weights.
+"""AdamW over arrays by name, with the steps of `torch.optim.AdamW`; narrower arrays than float32 have master weights.
 
     gradient, in the array's dtype -> float32 -> moments -> master weight -> rounded into the array
 
@@ -19,16 +19,16 @@ BETAS = (0.9, 0.95)
 
 @dataclass
 class AdamW:
-    """The optimizer's state of what this rank trains.
+    """The optimizer's state of this rank's trainable arrays.
 
     Attributes:
-        weight_decay: Of arrays of two dimensions or more.
-        epsilon: Added to what is divided by.
+        weight_decay: Weight decay of arrays of two dimensions or more.
+        epsilon: Added to the denominator.
         master_dtype: Whether arrays narrower than float32 have masters and float32 moments (see `TrainSettings`).
-        steps: Steps done, by name. They differ only after a run of torch, where an array may be without a gradient for a while.
+        steps: Completed steps, by name. They differ only after a torch run, where an array may lack a gradient for some steps.
         means: Running means of the gradients, by name.
         squares: Running means of their squares.
-        masters: The float32 copies, which are stepped, of arrays narrower than that.
+        masters: Float32 copies of narrower arrays; the optimizer updates these.
     """
 
     weight_decay: float
@@ -40,7 +40,7 @@ class AdamW:
     masters: dict[str, mx.array] = field(default_factory=dict)
 
     def state_dtype(self, dtype: mx.Dtype) -> mx.Dtype:
-        """The dtype of the state of an array of `dtype`; where it is another, the array has a master."""
+        """The dtype of the state of an array of `dtype`; if it differs, the array has a master."""
         return mx.float32 if self.master_dtype == "float32" and dtype.size < 4 else dtype
 
     def step(self, trainable: Trainable, gradients: Mapping[str, mx.array], learning_rate: float) -> None:

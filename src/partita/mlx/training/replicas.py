@@ -32,7 +32,7 @@ _STYLES: Mapping[type[Any], Style] = {
 
 
 def start_alike(trainable: Trainable, comm: Communicator) -> None:
-    """Give all replicas the first one's values of arrays that differ between them, such as adapters that mlx-lm drew."""
+    """Copy arrays that differ between replicas, such as adapters that mlx-lm sampled, from the first replica."""
     if comm.size == 1:
         return
     # Compare sums instead of the values, which may be large.
@@ -82,9 +82,10 @@ def _buckets(gradients: dict[str, mx.array]) -> Iterator[list[str]]:
 def clip_gradients(
     gradients: dict[str, mx.array], model: nn.Module, plan: Plan, groups: ParallelGroups, clip_norm: float
 ) -> float:
-    """Scale the gradients so that the norm of the unsplit model's gradient is at most `clip_norm`; returns it as it was.
+    """Scale the gradients so that the norm of the unsplit model's gradient is at most `clip_norm`; returns the norm before
+    clipping.
 
-    Each element counts once: of what several ranks hold only its owner's.
+    Each element counts once: on the rank that owns it.
     """
     wide = mx.float64 if mx.default_device() == mx.cpu else mx.float32
     modules, others = unsplit_modules(model), elsewhere(model, plan, groups)
@@ -116,7 +117,7 @@ def _owned(name: str, gradient: mx.array, plan: Plan, modules: dict[str, nn.Modu
 
 
 def _cut(name: str, plan: Plan, modules: dict[str, nn.Module]) -> tuple[int | None, Split | None]:
-    """Along which axis a parameter is cut, and how; of an adapter's as its layer is."""
+    """The axis and the split of a parameter; an adapter's follow its layer."""
     if name in plan.cuts:
         return plan.tensor(name).dim, plan.tensor(name).split
     path, _, attribute = name.rpartition(".")

@@ -1,6 +1,6 @@
-"""mlx-lm's LoRA on a whole split model: put on, trained, and merged into the weights again; and where each part lies in peft's.
+"""mlx-lm's LoRA adapters of a split model: add, find and merge them; and where each part is stored in peft's format.
 
-mlx-lm keeps `lora_a [in, rank]` and `lora_b [rank, out]`, peft `lora_A [rank, in]` and `lora_B [out, rank]`.
+mlx-lm stores `lora_a [in, rank]` and `lora_b [rank, out]`, peft `lora_A [rank, in]` and `lora_B [out, rank]`.
 """
 
 from __future__ import annotations
@@ -33,25 +33,25 @@ from partita.mlx.weights.origin import Origin
 from partita.training.adapter_files import Side, name_on_disk
 
 _ROUTERS = ("gate", "router")
-"""What a linear layer beside stacked experts is called that transformers has not as a layer, so that peft cannot adapt it."""
+"""Name of a linear layer beside stacked experts that is not a layer in transformers, so peft cannot adapt it."""
 
 
 def add_lora(model: nn.Module, rank: int, *, alpha: float | None = None, seed: int = 0) -> list[str]:
-    """Put mlx-lm's LoRA on every linear layer inside the layers of a split model and freeze all else.
+    """Add mlx-lm's LoRA to every linear layer inside the layers of a split model and freeze all other parameters.
 
-    Every rank calls it; the unsplit adapters depend on the seed alone. They have the dtype of the weights.
+    Every rank calls it; the unsplit adapters depend only on the seed. They have the dtype of the weights.
 
     Args:
         model: What `load`, `shard` or `fresh` made; it may be quantized.
-        rank: Of the adapters.
+        rank: Rank of the adapters.
         alpha: The scale is `alpha / rank` (default scale: 1).
-        seed: Of `lora_a`; `lora_b` is zero, so that at first nothing changes.
+        seed: Seed of `lora_a`; `lora_b` is zero, so that at first nothing changes.
 
     Returns:
         Paths of this rank's adapted layers.
 
     Raises:
-        ModelError: There is no linear layer to adapt, or one that on disk is not one tensor.
+        ModelError: The model has no linear layer to adapt, or one that is not a single tensor on disk.
 
     Examples:
         >>> model = pm.load("./model", tp=2)
@@ -60,7 +60,7 @@ def add_lora(model: nn.Module, rank: int, *, alpha: float | None = None, seed: i
     """
     plan, groups = plan_of(model)
     if type(rank) is not int or rank < 1:
-        raise ModelError(f"the rank of LoRA must be a whole number of at least 1, but is {rank!r}.")
+        raise ModelError(f"the rank of LoRA must be an integer of at least 1; got {rank!r}.")
     model.freeze()
     adapted, on_disk = [], paths_on_disk(model)
     for path, (holder, key) in _linears(model, plan).items():
@@ -74,7 +74,7 @@ def add_lora(model: nn.Module, rank: int, *, alpha: float | None = None, seed: i
         whole = _draw(inputs.size, rank, seed ^ zlib.crc32(path.encode()))
         adapter.lora_b = adapter["lora_b"].astype(dtype)
         holder[key] = adapter
-        # Fitting it to the split has drawn numbers that depend on the split.
+        # Fitting it to the split sampled numbers that depend on the split.
         adapter.lora_a = slice_array(whole, 0, inputs.ranges(part)).astype(dtype)
         mx.eval(adapter["lora_a"], adapter["lora_b"])
         adapted.append(path)
@@ -91,7 +91,7 @@ def _draw(inputs: int, rank: int, seed: int) -> mx.array:
 
 
 def _linears(model: nn.Module, plan: Plan) -> dict[str, Home]:
-    """The linear layers inside the layers, by their paths in the unsplit model: what holds each, and its key there."""
+    """The linear layers inside the layers: maps the unsplit path to the parent and the key."""
     modules = unsplit_modules(model)
     found: dict[str, Home] = {}
     for path, module in modules.items():
@@ -121,7 +121,7 @@ def _is_router(path: str, modules: Mapping[str, nn.Module]) -> bool:
 def merge_lora(model: nn.Module) -> None:
     """Merge every LoRA adapter into its base weight and remove it. No communication.
 
-    A quantized weight is quantized anew.
+    A quantized weight is quantized again.
 
     Examples:
         >>> model = pm.load("./model", tp=2)
@@ -139,7 +139,7 @@ def merge_lora(model: nn.Module) -> None:
 
 
 def adapters(model: nn.Module) -> list[tuple[Any, Any, nn.Module]]:
-    """mlx-lm's adapters on this rank: what holds each, its key there, and the adapter."""
+    """mlx-lm's adapters on this rank: the parent, the key, and the adapter."""
     found: list[tuple[Any, Any, nn.Module]] = []
 
     def walk(node: Any) -> None:
@@ -175,7 +175,7 @@ def _is_known(adapter: nn.Module) -> bool:
 
 
 def put_back(model: nn.Module, taken: Mapping[str, nn.Module], tp_rank: int) -> None:
-    """Put this rank's part of each adapter that `take_off` returned on its layer of the split model.
+    """Add this rank's part of each adapter that `take_off` returned to its layer of the split model.
 
     Args:
         model: The split model; layers of other stages get no adapter.
@@ -224,14 +224,14 @@ def _style(layer: nn.Module) -> Style:
 
 @dataclass(frozen=True)
 class AdapterPlaces:
-    """The adapters' arrays on this rank, by their names in the unsplit model.
+    """The adapters' arrays on this rank, by unsplit name.
 
     Attributes:
-        homes: Where each lives.
-        boxes: Where each lies on disk, where it is the other way round.
+        homes: The module and key of each.
+        boxes: The box of each on disk, where it is transposed.
         shapes: The unsplit shape of each.
-        held: What this rank has of it.
-        owned: What of that it writes.
+        held: The ranges that this rank holds.
+        owned: The ranges that this rank writes.
     """
 
     homes: Mapping[str, Home]
@@ -242,10 +242,10 @@ class AdapterPlaces:
 
 
 def adapter_places(model: nn.Module) -> AdapterPlaces:
-    """Where the adapters of a split model live and lie.
+    """Find the adapters of a split model, in memory and on disk.
 
     Raises:
-        ModelError: Some are of no plain LoRA, or of a layer that on disk is not one tensor.
+        ModelError: Some are not plain LoRA, or adapt a layer that is not a single tensor on disk.
     """
     _, groups = plan_of(model)
     kept = {id(adapter) for _, _, adapter in adapters(model)}
@@ -266,7 +266,7 @@ _SIDES: Mapping[str, Side] = {"lora_a": "A", "lora_b": "B"}
 
 
 def _cut(name: str, shape: tuple[int, ...], layer: nn.Module, groups: ParallelGroups) -> TensorPlan:
-    """How an adapter's array is cut: as its layer is."""
+    """The `TensorPlan` of an adapter's array, which follows its layer."""
     if groups.tp.size == 1 or not isinstance(layer, ColumnParallelLinear | RowParallelLinear):
         return TensorPlan(name, shape)
     axis = split_axis("column" if isinstance(layer, ColumnParallelLinear) else "row", name.rpartition(".")[2])
@@ -276,7 +276,7 @@ def _cut(name: str, shape: tuple[int, ...], layer: nn.Module, groups: ParallelGr
 
 
 def paths_on_disk(model: nn.Module) -> dict[str, str]:
-    """What the checkpoint that a model came from calls its modules of which the weight is one tensor there."""
+    """Names in the model's checkpoint of modules whose weight is a single tensor there."""
     origin: Origin = model.partita_origin
     found = {}
     for name, boxes in origin.boxes().items():
@@ -289,5 +289,5 @@ def paths_on_disk(model: nn.Module) -> dict[str, str]:
 
 def _on_disk(paths: Mapping[str, str], path: str) -> str:
     if path not in paths:
-        raise ModelError(f"{path} is not one tensor on disk, so that an adapter of it would have no name there.")
+        raise ModelError(f"{path} is not a single tensor on disk, so its adapter would have no name there.")
     return paths[path]

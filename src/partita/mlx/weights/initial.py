@@ -1,9 +1,9 @@
 """Initial weights that do not depend on how the model is split.
 
-MLX's layers begin at weights of mlx-lm's choice, made for loading others over them. So matrices and embeddings are drawn as
-transformers draws them, in blocks of rows, each from a key of the seed and the tensor's name; a rank draws the blocks that it
-needs. Biases begin at zero, scales of norms at what does nothing. All else (a state's decay, sinks, convolutions) is what the
-model itself makes of it.
+mlx-lm's initial weights are placeholders for loaded ones. So matrices and embeddings are sampled as
+transformers samples them, in blocks of rows, each from a key of the seed and the tensor's name; a rank samples the blocks that
+it needs. Biases start at zero, scales of norms at the identity. Everything else (a state's decay, sinks, convolutions) has the
+model's own initialization.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from partita.mlx.model.parts import Ranges, local_ranges, parameter_homes
 from partita.mlx.model.tree import named_modules
 
 BLOCK_ELEMENTS = 1 << 22
-"""About how many elements are drawn with one key."""
+"""Approximate number of elements to sample with one key."""
 
 DEVIATION = 0.02
-"""Of weights, where the config has no `initializer_range`."""
+"""Standard deviation of weights if the config has no `initializer_range`."""
 
 _SMALLER = {"gpt2": "c_proj.weight"}
-"""Of families, the weights that lead back into the residual stream where these begin smaller by sqrt(2 x layers)."""
+"""By family, the weights into the residual stream whose initial values are smaller by sqrt(2 x layers)."""
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def zero_scales(model: nn.Module) -> frozenset[str]:
-    """Names of the norms' scales of an unsplit model to which its norms add one, so that they begin at zero."""
+    """Names of an unsplit model's norm scales to which the norm adds one, so that they start at zero."""
     return frozenset(
         f"{path}.weight"
         for path, module in named_modules(model).items()
@@ -43,31 +43,31 @@ def zero_scales(model: nn.Module) -> frozenset[str]:
 
 
 def _adds_one(module: nn.Module) -> bool:
-    """Whether a norm whose scale is zero gives anything but zero."""
+    """Whether a norm with a zero scale returns nonzero values."""
     kept: Any = module["weight"]
     module["weight"] = mx.zeros_like(kept)
     try:
         output = module(mx.arange(1, kept.size + 1, dtype=mx.float32)[None])
         return bool(mx.any(output).item())
     except Exception:
-        # It takes more than one input, so it is none of these.
+        # It takes more than one input, so it is not such a norm.
         return False
     finally:
         module["weight"] = kept
 
 
 class InitialFill:
-    """Gives a split model its part of the unsplit initial weights, an array at a time."""
+    """Fills a split model with its part of the unsplit initial weights, one array at a time."""
 
     def __init__(self, config: Mapping[str, Any], zeros: frozenset[str], seed: int, dtype: mx.Dtype) -> None:
-        """Weights of `seed` for a model of `config`, of whose arrays those in `zeros` begin at zero."""
+        """Create the weights of `seed` for a model of `config`; the arrays in `zeros` start at zero."""
         text = text_config(config)
         self.zeros, self.seed, self.dtype = zeros, seed, dtype
         self.deviation = float(text.get("initializer_range") or DEVIATION)
         self.smaller = _SMALLER.get(str(config.get("model_type")))
 
     def __call__(self, model: nn.Module, plan: Plan, tp_rank: int) -> None:
-        """Fill what `apply_plan` left of an unsplit model."""
+        """Fill a model that `apply_plan` has split."""
         for name, (home, key) in parameter_homes(model).items():
             array = home[key]
             if not mx.issubdtype(array.dtype, mx.floating):
@@ -83,7 +83,7 @@ class InitialFill:
             home[key] = array
 
     def _drawn(self, name: str, shape: tuple[int, ...], ranges: Ranges, layers: int) -> mx.array:
-        """The `ranges` of a tensor of this shape, in float32."""
+        """Sample the `ranges` of a tensor of this shape, in float32."""
         smaller = self.smaller is not None and name.endswith(self.smaller)
         deviation = self.deviation / math.sqrt(2 * layers) if smaller else self.deviation
         block_rows = max(1, BLOCK_ELEMENTS // math.prod(shape[1:]))

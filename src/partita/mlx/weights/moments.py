@@ -29,13 +29,13 @@ _BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
 def state_of(optimizer: AdamW, dtype: mx.Dtype) -> dict[str, dict[str, mx.array]]:
-    """What an optimizer keeps of arrays of `dtype`, by what it is called on disk."""
+    """Names on disk of the arrays that an optimizer keeps for arrays of `dtype`."""
     state = dict(zip(MOMENTS, (optimizer.means, optimizer.squares), strict=True))
     return state | ({MASTER: optimizer.masters} if optimizer.state_dtype(dtype) != dtype else {})
 
 
 def initial_state(kind: str, array: mx.array, optimizer: AdamW) -> mx.array:
-    """What an optimizer keeps of an array before its first step, by what it is called on disk."""
+    """An optimizer's initial state of an array, by name on disk."""
     wide = array.astype(optimizer.state_dtype(array.dtype))
     return wide if kind == MASTER else mx.zeros_like(wide)
 
@@ -43,12 +43,12 @@ def initial_state(kind: str, array: mx.array, optimizer: AdamW) -> mx.array:
 def restore_optimizer(model: nn.Module, trainable: Trainable, optimizer: AdamW, folder: Path) -> None:
     """Give an optimizer the state that it had when a checkpoint was written. Every rank must call it.
 
-    Where the checkpoint has no master of an array, it is the array itself, in float32.
+    If the checkpoint has no master weight for an array, the array in float32 is used.
 
     Args:
         model: The model that it trains, in any layout, loaded from the same checkpoint.
-        trainable: What of it.
-        optimizer: One that has not stepped yet.
+        trainable: Its trainable arrays.
+        optimizer: An optimizer that has not stepped yet.
         folder: The checkpoint.
 
     Raises:
@@ -88,10 +88,10 @@ def _dtype_of(
     optimizer: AdamW,
     infos: Mapping[str, TensorInfo],
 ) -> mx.Dtype | None:
-    """The dtype of the state `kind` of an array of `dtype` in a checkpoint; None of a master that it does not have.
+    """The dtype of the state `kind` of an array of `dtype` in a checkpoint; None for a master weight that it lacks.
 
     Raises:
-        CheckpointError: It has no such state, or that of an array of another dtype.
+        CheckpointError: It has no such state, or one for another dtype.
     """
     wide = optimizer.state_dtype(dtype)
     for box in boxes:
@@ -109,14 +109,14 @@ def _dtype_of(
 
 
 def read_array(reader: Reader, prefix: str, boxes: tuple[Box, ...], ranges: Ranges, dtype: mx.Dtype) -> mx.array:
-    """The local part of an array, whose axes run as those of the model's do.
+    """Read the local part of an array, with the axis order of the model's array.
 
     Args:
-        reader: Of the checkpoint.
-        prefix: What stands before the names of `boxes` there.
-        boxes: Where it lies.
-        ranges: What of it this rank has.
-        dtype: Of the tensors there.
+        reader: Reader of the checkpoint.
+        prefix: Prefix of the names of `boxes` on disk.
+        boxes: Where the array is stored.
+        ranges: The ranges that this rank holds.
+        dtype: dtype of the tensors on disk.
     """
     there = np.empty([sum(b - a for a, b in one) for one in ranges], _BITS[dtype.size])
     for box in boxes:

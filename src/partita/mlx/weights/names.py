@@ -1,8 +1,8 @@
-"""Where each array of a model lies in its checkpoint: mlx-lm's `sanitize` is traced once, and its graph says it.
+"""Where each array of a model is stored in its checkpoint: the graph of a trace of mlx-lm's `sanitize` shows it.
 
-mlx-lm renames, stacks (experts), transposes, cuts and converts what is on disk in Python code, one `sanitize` a family. Run on
-placeholders, that code leaves a graph of operations. What only moves numbers becomes boxes of tensors on disk, of which a rank
-reads its part; what computes (dequantizes, adds one) is left to `sanitize` itself, on whole tensors.
+mlx-lm renames, stacks (experts), transposes, splits and converts tensors in Python code, one `sanitize` per family. Run on
+placeholders, that code produces a graph of operations. Operations that only move values become boxes of tensors on disk, of
+which a rank reads its part; `sanitize` itself runs operations that compute (dequantize, add one), on unsplit tensors.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ DTYPES: Mapping[str, mx.Dtype] = {
 
 
 _UNEXPECTED_PREFIXES: Mapping[str, str] = {"gpt2": "transformer."}
-"""What transformers writes before the names of a family, of which its `sanitize` in mlx-lm knows nothing."""
+"""Prefix that transformers writes before the names of a family, which mlx-lm's `sanitize` does not handle."""
 
 
 @dataclass(frozen=True)
 class Box:
-    """A box of a tensor on disk that is a box of an array of the model.
+    """A box of a tensor on disk that corresponds to a box of a model's array.
 
     Attributes:
         name: The tensor's name on disk.
-        start: Where the box begins in the model's array, one number an axis.
-        shape: Its size there.
-        axes: For each axis of the model's array the axis on disk that runs along it; None for one of length 1 that is new.
-        disk_start: Where the box begins on disk, one number an axis.
+        start: Start of the box in the model's array, one number per axis.
+        shape: Size of the box in the model's array.
+        axes: For each axis of the model's array the corresponding axis on disk; None for a new axis of length 1.
+        disk_start: Start of the box on disk, one number per axis.
     """
 
     name: str
@@ -54,10 +54,10 @@ class Box:
     disk_start: tuple[int, ...]
 
     def overlap(self, ranges: Sequence[Sequence[Range]]) -> tuple[list[list[Range]], list[Range]] | None:
-        """What of this box lies in `ranges` of the model's array, or None where nothing does.
+        """The part of this box within `ranges` of the model's array, or None if there is none.
 
         Returns:
-            For each axis on disk the ranges to take, and for each axis of the local array where they go.
+            The ranges to read, one per axis on disk, and their destination, one per axis of the local array.
         """
         take: list[list[Range]] = [[(start, start + 1)] for start in self.disk_start]
         put: list[Range] = []
@@ -80,13 +80,13 @@ class Box:
 
 @dataclass(frozen=True)
 class Source:
-    """Where an array of the model comes from.
+    """The source of a model's array.
 
     Attributes:
-        shape: Its unsplit shape, as it is stored.
+        shape: Its unsplit shape as stored.
         dtype: dtype of the weight.
-        boxes: What on disk makes it up; None where `sanitize` computes it.
-        reads: The tensors on disk that it is computed of, where that can be told; else None.
+        boxes: The boxes on disk that make it up; None if `sanitize` computes it.
+        reads: The tensors on disk that it is computed from; None if unknown.
     """
 
     shape: tuple[int, ...]
@@ -98,15 +98,15 @@ class Source:
 def sources_of(
     model: nn.Module, again: Callable[[], nn.Module], on_disk: Mapping[str, TensorInfo]
 ) -> dict[str, Source]:
-    """For each array that `sanitize` makes of the tensors `on_disk`, by the model's names, where it comes from.
+    """The source of each array that `sanitize` creates from the tensors `on_disk`, by the model's names.
 
     Args:
-        model: The unsplit model, which `sanitize` may change (a head that turns out to be tied), as when mlx-lm loads it.
-        again: Builds another such model.
+        model: The unsplit model, which `sanitize` may modify (untie or tie the head), as when mlx-lm loads it.
+        again: Builds another unsplit model.
         on_disk: The tensors of the checkpoint.
 
     Raises:
-        CheckpointError: A tensor is of a dtype that MLX has not, or `sanitize` does not know these tensors.
+        CheckpointError: MLX lacks a tensor's dtype, or `sanitize` does not accept these tensors.
     """
     for info in on_disk.values():
         if info.dtype not in DTYPES:
@@ -122,7 +122,7 @@ def sources_of(
         sources[name] = Source(tuple(array.shape), array.dtype, boxes)
         if disk is None:
             changed.setdefault(re.sub(r"\d+", "*", name), []).append(name)
-    # Apart, since not all operations can be told: those that cannot hide only their own kind.
+    # One trace per kind, since some operations cannot be exported: they hide only their own kind.
     for names in changed.values():
         for name, traced in zip(names, _trace(again(), placeholders, names), strict=False):
             sources[name] = replace(sources[name], boxes=traced[0], reads=traced[1])
@@ -130,8 +130,8 @@ def sources_of(
 
 
 def unused_of(sources: Mapping[str, Source], on_disk: Mapping[str, TensorInfo]) -> tuple[list[str], bool]:
-    """The tensors on disk that no array of the model is made of, and whether it can be told that nothing else is computed
-    of them.
+    """The tensors on disk that no array of the model uses, and whether it is certain that nothing else is computed
+    from them.
     """
     used: set[str] = set()
     is_sure = True
@@ -145,7 +145,7 @@ def unused_of(sources: Mapping[str, Source], on_disk: Mapping[str, TensorInfo]) 
 def _trace(
     model: nn.Module, placeholders: Mapping[str, mx.array], wanted: list[str]
 ) -> list[tuple[tuple[Box, ...] | None, frozenset[str]]]:
-    """The boxes of each array of `wanted` that `sanitize` makes, and what each reads; nothing where they cannot be told."""
+    """The boxes of each array of `wanted` that `sanitize` creates, and the tensors that each reads; empty if unknown."""
 
     def renamed(*arrays: mx.array) -> list[mx.array]:
         out = sanitize(model, dict(zip(placeholders, arrays, strict=True)))
@@ -156,14 +156,14 @@ def _trace(
         with _copies_left_out():
             mx.export_function(graph.add, renamed, *placeholders.values())
     except Exception:
-        # An operation that MLX does not tell, or a look at numbers, which placeholders have not.
+        # MLX cannot export an operation, or the code reads values, which placeholders do not have.
         return []
     return [(graph.boxes(letter), graph.reads(letter)) for letter in graph.outputs]
 
 
 @contextmanager
 def _copies_left_out() -> Iterator[None]:
-    """While it lasts `mx.contiguous`, of which MLX cannot tell a callback, does nothing, as it does to numbers."""
+    """Replace `mx.contiguous`, which MLX cannot export and which changes no values, by a no-op inside the context."""
     module: Any = mx
     kept = module.contiguous
     module.contiguous = lambda x, *args, **kwargs: x
@@ -174,10 +174,10 @@ def _copies_left_out() -> Iterator[None]:
 
 
 def sanitize(model: nn.Module, tensors: Mapping[str, mx.array]) -> dict[str, mx.array]:
-    """What mlx-lm makes of the tensors of a checkpoint of `model`.
+    """Run mlx-lm's `sanitize` on the tensors of a checkpoint of `model`.
 
     Raises:
-        CheckpointError: They are not what it expects.
+        CheckpointError: It does not accept them.
     """
     family = family_of(type(model))
     weights = {name.removeprefix(_UNEXPECTED_PREFIXES.get(family, "")): tensor for name, tensor in tensors.items()}
@@ -189,8 +189,8 @@ def sanitize(model: nn.Module, tensors: Mapping[str, mx.array]) -> dict[str, mx.
         made: dict[str, mx.array] = model.sanitize(weights)
     except (KeyError, IndexError, ValueError, TypeError) as error:
         raise CheckpointError(
-            f"mlx-lm's {family} cannot take the checkpoint's tensors ({type(error).__name__}: {error}). "
-            "The config does not belong to this checkpoint, or it is not whole."
+            f"mlx-lm's {family} cannot convert the checkpoint's tensors ({type(error).__name__}: {error}). "
+            "The config does not belong to this checkpoint, or the checkpoint is incomplete."
         ) from error
     return made
 
@@ -201,27 +201,27 @@ def _unpacked_experts(weights: Mapping[str, mx.array]) -> dict[str, mx.array]:
     On disk `gate_up_proj [experts, hidden, 2 * inner]` alternates columns of gate and up; `down_proj` is `[experts, inner,
     hidden]`.
     """
-    made: dict[str, mx.array] = {}
+    renamed: dict[str, mx.array] = {}
     for name, array in weights.items():
         path, _, part = name.rpartition(".")
         if part == "gate_up_proj":
-            made[f"{path}.gate_proj.weight"] = array[..., ::2].swapaxes(-1, -2)
-            made[f"{path}.up_proj.weight"] = array[..., 1::2].swapaxes(-1, -2)
+            renamed[f"{path}.gate_proj.weight"] = array[..., ::2].swapaxes(-1, -2)
+            renamed[f"{path}.up_proj.weight"] = array[..., 1::2].swapaxes(-1, -2)
         elif part == "down_proj" and array.ndim == 3:
-            made[f"{path}.down_proj.weight"] = array.swapaxes(-1, -2)
+            renamed[f"{path}.down_proj.weight"] = array.swapaxes(-1, -2)
         else:
-            made[name] = array
-    if len(made) == len(weights):
-        return made
-    biases = {name: array for name, array in made.items() if name.endswith("_proj_bias")}
+            renamed[name] = array
+    if len(renamed) == len(weights):
+        return renamed
+    biases = {name: array for name, array in renamed.items() if name.endswith("_proj_bias")}
     for name, array in biases.items():
-        del made[name]
+        del renamed[name]
         if name.endswith("gate_up_proj_bias"):
             path = name.removesuffix("gate_up_proj_bias")
-            made |= {f"{path}gate_proj.bias": array[..., ::2], f"{path}up_proj.bias": array[..., 1::2]}
+            renamed |= {f"{path}gate_proj.bias": array[..., ::2], f"{path}up_proj.bias": array[..., 1::2]}
         else:
-            made[f"{name.removesuffix('_bias')}.bias"] = array
-    return made
+            renamed[f"{name.removesuffix('_bias')}.bias"] = array
+    return renamed
 
 
 def _whole(name: str, shape: Sequence[int]) -> Box:
@@ -230,7 +230,7 @@ def _whole(name: str, shape: Sequence[int]) -> Box:
 
 
 class _Graph:
-    """The graph that `mx.export_function` tells to a callback: arrays go by letters, operations by MLX's names."""
+    """The graph that `mx.export_function` reports to a callback: arrays have letters as names, operations MLX's names."""
 
     def __init__(self, names: Sequence[str]) -> None:
         self.names = names
@@ -241,7 +241,7 @@ class _Graph:
         self.made_by: dict[str, tuple[str, list[Any], list[str], int]] = {}
 
     def add(self, event: dict[str, Any]) -> None:
-        """Take one thing that is told: the inputs, the outputs, or an operation."""
+        """Record one report: the inputs, the outputs, or an operation."""
         kind = event["type"]
         if kind == "inputs":
             for name, (letter, shape, _) in zip(self.names, event["inputs"], strict=True):
@@ -257,7 +257,7 @@ class _Graph:
                 self.made_by[letter] = (event["name"], event["arguments"], inputs, place)
 
     def boxes(self, letter: str) -> tuple[Box, ...] | None:
-        """What on disk makes up an array, or None where it is computed."""
+        """The boxes on disk that make up an array, or None if it is computed."""
         if letter not in self.known:
             operation, arguments, inputs, place = self.made_by.get(letter, ("Constant", [], [], 0))
             parts = [boxes for i in inputs if (boxes := self.boxes(i)) is not None]
@@ -374,7 +374,7 @@ def _cut(boxes: Boxes, ranges: list[Range]) -> Boxes:
 def _reshape(
     arguments: list[Any], parts: list[Boxes], shapes: list[tuple[int, ...]], shape: tuple[int, ...], place: int
 ) -> Boxes | None:
-    """What adds or drops axes of length 1 leaves boxes as they are, and one axis made two parts them into rows."""
+    """Reshape boxes: axes of length 1 may be added or dropped, and an axis that becomes two divides them into rows."""
     before = shapes[0]
     if [n for n in before if n != 1] == [n for n in shape if n != 1]:
         kept = [axis for axis, n in enumerate(before) if n != 1]
@@ -387,7 +387,7 @@ def _reshape(
 
 
 def _rows(box: Box, axis: int, width: int) -> list[Box]:
-    """A box whose `axis` becomes two, the second of `width`: one box for each of the first."""
+    """Divide a box whose `axis` becomes two, the second of `width`: one box per index of the first."""
     start, stop, disk = box.start[axis], box.start[axis] + box.shape[axis], box.axes[axis]
     rows = []
     for row in range(start // width, -(-stop // width)):
@@ -417,4 +417,4 @@ _MOVES: Mapping[str, _Move] = {
     "Split": _split,
     "Reshape": _reshape,
 }
-"""MLX's operations that move numbers and change none."""
+"""MLX's operations that move values without changing them."""

@@ -1,7 +1,8 @@
-"""The names on disk of a model that never was there: transformers' names, where mlx-lm's `sanitize` takes just these.
+"""Names on disk for a new model: transformers' names, if mlx-lm's `sanitize` accepts exactly these.
 
-`core.families` knows what transformers' model of a config consists of. Its experts lie fused there, but apart on disk, named by
-one of two customs. Of these guesses that one is right of which `sanitize` makes the whole model by moving numbers alone.
+`core.families` lists the tensors of transformers' model of a config. Its experts are fused in memory but separate on disk,
+named by one of two conventions. The correct candidate is the one from which `sanitize` creates the unsplit model by only moving
+values.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ Shapes = dict[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Named:
-    """A new unsplit model, and what it is to be on disk.
+    """A new unsplit model, and its future form on disk.
 
     Attributes:
-        model: The model, of which nothing is evaluated; without what is tied in it.
-        sources: By the names of its arrays, of which tensors each consists.
-        tensors: These tensors, of files that are not there.
+        model: The model, not evaluated, without tied arrays.
+        sources: Maps the names of its arrays to the tensors that make them up.
+        tensors: These tensors, with files that do not exist yet.
     """
 
     model: nn.Module
@@ -39,14 +40,14 @@ class Named:
 
 
 def named(again: Callable[[], nn.Module], config: Mapping[str, Any]) -> Named:
-    """A new model in the names of transformers.
+    """A new model with transformers' names.
 
     Args:
-        again: Builds the unsplit model, as often as it is called.
-        config: As transformers writes it.
+        again: Builds the unsplit model each time it is called.
+        config: The config in transformers' form.
 
     Raises:
-        ModelError: Its names cannot be turned into those of transformers.
+        ModelError: Its names cannot be converted to transformers' names.
     """
     family = config["model_type"]
     try:
@@ -72,13 +73,13 @@ def named(again: Callable[[], nn.Module], config: Mapping[str, Any]) -> Named:
 
 def _refusal(family: str, reason: str) -> str:
     return (
-        f"new weights of a {family} cannot begin on MLX, as mlx-lm's names of them cannot be turned into transformers' names: "
-        f"{reason.rstrip('.')}. Begin on torch (--engine torch, or partita.torch.fresh), save, and train that on MLX."
+        f"a new {family} cannot be created on MLX, because mlx-lm's names cannot be converted to transformers' names: "
+        f"{reason.rstrip('.')}. Create it on torch (--engine torch, or partita.torch.fresh), save it, and train that on MLX."
     )
 
 
 def _guesses(saved: Shapes) -> Iterator[Shapes]:
-    """The tensors on disk of a model that has tensors `saved`, as it may be."""
+    """Candidates for the tensors on disk of a model with the tensors `saved`."""
     fused = any(name.endswith(".experts.gate_up_proj") for name in saved)
     if fused:
         yield _apart(saved, ("gate_proj", "up_proj", "down_proj"))
@@ -88,7 +89,7 @@ def _guesses(saved: Shapes) -> Iterator[Shapes]:
 
 
 def _apart(saved: Shapes, names: tuple[str, str, str]) -> Shapes:
-    """Fused experts `gate_up_proj [E, 2 I, H]` and `down_proj [E, H, I]` as a matrix each of every expert."""
+    """Fused experts `gate_up_proj [E, 2 I, H]` and `down_proj [E, H, I]` as separate matrices of each expert."""
     gate, up, down = names
     shapes: Shapes = {}
     for name, shape in saved.items():
@@ -104,7 +105,7 @@ def _apart(saved: Shapes, names: tuple[str, str, str]) -> Shapes:
 
 
 def _in_block(name: str) -> str:
-    """A name of Mixtral's custom, under which the experts and their router lie in `block_sparse_moe`."""
+    """A name in Mixtral's convention, with the experts and their router in `block_sparse_moe`."""
     for inside, outside in ((".mlp.experts.", ".experts."), (".mlp.gate.", ".gate."), (".mlp.router.", ".gate.")):
         if inside in name:
             return name.replace(inside, f".block_sparse_moe{outside}", 1)
@@ -112,15 +113,15 @@ def _in_block(name: str) -> str:
 
 
 def _what_is_wrong(model: nn.Module, sources: Mapping[str, Source], shapes: Shapes) -> str | None:
-    """Why `sources` do not make up the model of just the tensors of these shapes; None where they do."""
+    """Why `sources` do not make up the model from exactly the tensors of these shapes; None if they do."""
     homes = parameter_homes(model)
     for name, (home, key) in homes.items():
         if name not in sources:
-            return f"nothing on disk makes {name}"
+            return f"no tensor on disk provides {name}"
         if sources[name].shape != tuple(home[key].shape):
             return f"{name} would have the shape {sources[name].shape} instead of {tuple(home[key].shape)}"
         if sources[name].boxes is None:
-            return f"{name} is computed from what is on disk"
+            return f"{name} is computed from tensors on disk"
     unknown = next((name for name in sources if name not in homes), None)
     if unknown is not None:
         return f"{unknown} has no place in the model"

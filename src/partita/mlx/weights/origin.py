@@ -1,4 +1,4 @@
-"""Where a model comes from, so that it is written as it was read: the names on disk, and what of the model lies in each."""
+"""The origin of a model, so that it is saved as it was read: the names on disk, and the part of the model in each tensor."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from partita.mlx.weights.ties import untie
 
 @dataclass(frozen=True)
 class Origin:
-    """What an unsplit model consists of, and the checkpoint that it was loaded from.
+    """The arrays of an unsplit model, and the checkpoint that it was loaded from.
 
     Attributes:
-        sources: Its arrays by the model's names, and where each comes from.
-        tensors: What is on disk, by name; nothing of a model that was never there.
-        folder: Where that lies.
-        config: The config of a model that was never on disk.
+        sources: The source of each array, by the model's names.
+        tensors: The tensors on disk, by name; empty for a model that was not loaded.
+        folder: Folder of the checkpoint.
+        config: The config of a model that was not loaded.
         is_untied: Whether the config on disk ties the head, which has values of its own.
-        unused: What of the checkpoint the model has no place for.
-        generation: What the checkpoint says about generating; None where only the config can tell.
+        unused: Tensors of the checkpoint that the model does not use.
+        generation: The checkpoint's generation settings; None if only the config has some.
     """
 
     sources: Mapping[str, Source]
@@ -55,8 +55,8 @@ class Origin:
     def boxes(self) -> dict[str, tuple[Box, ...]]:
         """For each array of the unsplit model the boxes of tensors on disk that it is written to.
 
-        An array that was computed, or that shares a tensor with one, or with numbers that the model does not keep, is written
-        under its own name: mlx-lm reads these too.
+        An array that was computed, or that shares a tensor with one, or with values that the model drops, is written
+        under its own name: mlx-lm also reads these.
         """
         kept = {name: source.boxes for name, source in self.sources.items() if source.boxes is not None}
         partial: set[str] = {""}
@@ -69,11 +69,11 @@ class Origin:
         return {name: kept.get(name) or (_whole(name, source.shape),) for name, source in self.sources.items()}
 
     def shape(self, box: Box) -> tuple[int, ...]:
-        """The shape of the tensor on disk that a box lies in."""
+        """The shape of the tensor on disk that contains a box."""
         return tuple(self.tensors[box.name].shape) if box.name in self.tensors else box.shape
 
     def plain_config(self, dtype: mx.Dtype, *, announces: bool = True) -> dict[str, Any]:
-        """The config to write, of weights of a dtype; without `announces` it announces no layers that are not saved."""
+        """The config to write for weights of a dtype; without `announces` it omits layers that are not saved."""
         config = dict(self.config)
         file = self.folder / "config.json" if self.folder is not None else None
         if file is not None and file.is_file():

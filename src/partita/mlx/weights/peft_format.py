@@ -47,7 +47,7 @@ def save_adapters(model: nn.Module, folder: str | os.PathLike[str], *, base: str
     on how the model was split.
 
     Args:
-        model: A model with what `add_lora`, or mlx-lm, put on it.
+        model: A model with adapters from `add_lora` or mlx-lm.
         folder: Destination; created if needed. It must not hold weights already.
         base: The base model's folder or id for peft (default: where `model` was loaded from).
 
@@ -117,13 +117,13 @@ def _put_on(model: nn.Module, place: Path, source: Path) -> list[str]:
     placed = {path for theirs in groups.pp.all_gather_object(mine) for path in theirs}
     if wanted - placed:
         raise CheckpointError(
-            f"{place}: adapts {min(wanted - placed)}, which is no linear layer inside the layers of {plan.spec.family}."
+            f"{place}: adapts {min(wanted - placed)}, which is not a linear layer inside the layers of {plan.spec.family}."
         )
     return [path for path in put_on if there[path] in wanted]
 
 
 def _keep_only(model: nn.Module, is_wanted: Callable[[str], bool]) -> None:
-    """Take adapters off all layers but those at paths that are wanted."""
+    """Remove adapters from all layers except those at the wanted paths."""
     paths = {
         id(home): name.rpartition(".")[0] for name, (home, key) in parameter_homes(model).items() if key == "lora_a"
     }
@@ -136,20 +136,20 @@ def _check_shape(folder: Path, box: Box, found: tuple[int, ...] | None) -> None:
     expected = box.shape[::-1]
     if found != expected:
         raise CheckpointError(
-            f"{folder}: {box.name} must be {list(expected)} for this model, but is "
+            f"{folder}: {box.name} must be {list(expected)} for this model; got "
             f"{'no such tensor' if found is None else list(found)}. Use the model that these adapters were trained on."
         )
 
 
 @dataclass(frozen=True)
 class AdaptersOnDisk:
-    """The unsplit adapters that the ranks hold together, as they are on disk; see `save.OnDisk`.
+    """The unsplit adapters of all ranks as stored on disk; see `save.OnDisk`.
 
     Attributes:
         config: The text of `adapter_config.json`.
-        boxes: For each array the tensor on disk; the same on every rank, as are the dtypes.
+        boxes: For each array, its tensor on disk; the same on every rank, like the dtypes.
         dtypes: For each tensor, its dtype.
-        places: Those of this rank.
+        places: This rank's arrays.
     """
 
     config: str
@@ -158,7 +158,7 @@ class AdaptersOnDisk:
     places: AdapterPlaces
 
     def tensors(self, only: Callable[[str], bool] = lambda name: True) -> list[tuple[str, str, tuple[int, ...]]]:
-        """Name, dtype and shape on disk of the arrays that are meant."""
+        """Name, dtype and shape on disk of the given arrays."""
         return sorted(
             (box.name, DTYPE_NAMES[self.dtypes[name]], box.shape[::-1])
             for name, boxes in self.boxes.items()
@@ -177,7 +177,7 @@ class AdaptersOnDisk:
     def parts(
         self, name: str, home: Any, key: Any, array: mx.array, plan: Plan, groups: ParallelGroups
     ) -> Iterator[tuple[str, list[list[Range]], memoryview]]:
-        """What this rank owns of an array that is cut as `home[key]` is: its name on disk, the ranges there and the bytes."""
+        """The part of an array, split like `home[key]`, that this rank owns: name on disk, ranges on disk, and bytes."""
         return parts_of(self.boxes[name], array, self.places.held[name], self.places.owned[name])
 
     def write_beside(self, folder: Path, tokenizer: Tokenizer | None) -> None:

@@ -40,7 +40,7 @@ class RankShard:
 
         Raises:
             ModelError: The model has adapters, and `saves` does not name their base model; or some are not plain LoRA, or more
-                is trained than them; or other arrays that the unsplit model has not.
+                than the adapters is trained; or the model has arrays that the unsplit model lacks.
         """
         self.model, self.trainable, self.optimizer = model, trainable, optimizer
         self.plan, self.groups = plan_of(model)
@@ -84,7 +84,7 @@ class RankShard:
             arrays = {"": home[key]}
             if name in self.trainable.homes:
                 for kind, state in state_of(self.optimizer, home[key].dtype).items():
-                    # Before the first step there is none.
+                    # There is no state before the first step.
                     arrays[f"{kind}."] = (
                         state[name] if name in state else initial_state(kind, home[key], self.optimizer)
                     )

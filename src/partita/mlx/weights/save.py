@@ -1,4 +1,4 @@
-"""Saving: each rank writes its own bytes of the unsplit checkpoint, under the names that it was read by."""
+"""Saving: each rank writes its own bytes of the unsplit checkpoint, under the names that it was read from."""
 
 from __future__ import annotations
 
@@ -44,21 +44,21 @@ def save(
 ) -> None:
     """Write the unsplit model of all ranks. Every rank of the run must call it.
 
-    A model that was loaded is written with the names, order and config of the checkpoint that it came from, in Hugging Face's
-    form: what reads that one reads this one. A model that was split in memory has mlx-lm's own names. The result does not
-    depend on how the model was split. The folder is whole or not there: all is written to a temporary folder, which is then
-    renamed.
+    A loaded model is written with the names, order and config of its checkpoint, in Hugging Face's
+    format, so the same tools can read it. A model that was split in memory gets mlx-lm's names. The result does not
+    depend on how the model was split. The folder is created atomically: all files are written to a temporary folder, which is
+    then renamed.
 
     Args:
-        model: A model that `load` or `shard` made.
+        model: A result of `load` or `shard`.
         folder: Destination; created if needed. It must not hold weights already.
-        tokenizer: Saved with it.
+        tokenizer: Tokenizer to save with it.
         max_shard_bytes: Maximum size of one file.
         progress: Called with the bytes that this rank has written and their total.
 
     Raises:
         CheckpointError: The folder holds a model already, or cannot be written.
-        ModelError: The model has arrays that the unsplit one has not, such as adapters.
+        ModelError: The model has arrays that the unsplit model lacks, such as adapters.
 
     Examples:
         >>> model = pm.load("./model", tp=2)
@@ -102,11 +102,11 @@ class OnDisk:
     """The unsplit model as stored on disk, the same on every rank.
 
     Attributes:
-        origin: Where it comes from.
-        boxes: For each array of the model the boxes of tensors on disk that hold it.
+        origin: Origin of the model.
+        boxes: For each array of the model, the boxes of tensors on disk that hold it.
         dtypes: For each tensor, its dtype.
         unused: Tensors to copy from the checkpoint that the model was loaded from.
-        announces: Whether the config may announce layers that the model has no place for.
+        announces: Whether the config may list layers that the model does not have.
     """
 
     origin: Origin
@@ -116,7 +116,7 @@ class OnDisk:
     announces: bool
 
     def tensors(self, only: Callable[[str], bool] = lambda name: True) -> list[tuple[str, str, tuple[int, ...]]]:
-        """Name, dtype and shape of the tensors of the arrays that are meant, in the order that they had, new ones last."""
+        """Name, dtype and shape of the tensors of the given arrays, in their original order, new ones last."""
         found: dict[str, tuple[str, tuple[int, ...]]] = {}
         for name, places in self.boxes.items():
             for box in places if only(name) else ():
@@ -134,14 +134,14 @@ class OnDisk:
         return plan_files(sorted(facts, key=lambda one: order.get(one[0], len(order))), max_shard_bytes)
 
     def own(self, model: nn.Module, plan: Plan, groups: ParallelGroups) -> dict[str, tuple[Any, Any]]:
-        """The homes of the arrays of which this rank writes what it owns. Of copies on stages the owner's is written."""
+        """The homes of the arrays whose owned parts this rank writes. Of copies on stages, only the owner's is written."""
         others = elsewhere(model, plan, groups)
         return {name: home for name, home in parameter_homes(model).items() if name not in others}
 
     def parts(
         self, name: str, home: Any, key: Any, array: mx.array, plan: Plan, groups: ParallelGroups
     ) -> Iterator[tuple[str, list[list[Range]], memoryview]]:
-        """What this rank owns of an array that is cut as `home[key]` is: for each tensor on disk the ranges and the bytes."""
+        """The part of an array, split like `home[key]`, that this rank owns: ranges and bytes for each tensor on disk."""
         held, owned = (local_ranges(home, key, name, plan, groups.tp.rank, owned=only) for only in (False, True))
         return parts_of(self.boxes[name], array, held, owned)
 
@@ -162,7 +162,7 @@ def on_disk(model: nn.Module) -> OnDisk:
     """The unsplit model of all ranks as stored on disk. Every rank of the run must call it.
 
     Raises:
-        ModelError: The model has arrays that the unsplit one has not, such as adapters.
+        ModelError: The model has arrays that the unsplit model lacks, such as adapters.
     """
     _, groups = plan_of(model)
     origin: Origin = model.partita_origin
@@ -188,7 +188,7 @@ def _refuse_strange(homes: Mapping[str, Any], origin: Origin) -> None:
     strange = [name for name in homes if name not in origin.sources]
     if strange:
         raise ModelError(
-            f"the model has {strange[0]}, which the unsplit one had not when it was split. Merge adapters into the layers "
+            f"the model has {strange[0]}, which the unsplit model did not have. Merge adapters into the layers "
             "first; quantize a model before it is split."
         )
 
@@ -196,7 +196,7 @@ def _refuse_strange(homes: Mapping[str, Any], origin: Origin) -> None:
 def parts_of(
     boxes: tuple[Box, ...], array: mx.array, held: Ranges | None, owned: Ranges | None
 ) -> Iterator[tuple[str, list[list[Range]], memoryview]]:
-    """What this rank owns of a local array, for each tensor on disk."""
+    """The parts of a local array that this rank owns, for each tensor on disk."""
     whole = tuple(((0, size),) for size in array.shape)
     have, mine = held or whole, owned or whole
     if any(not ranges for ranges in mine):
@@ -215,7 +215,7 @@ def parts_of(
 
 
 def _place(held: tuple[Range, ...], span: Range) -> Range:
-    """Where `span` lies among the ranges `held` one behind the other."""
+    """The position of `span` within the concatenated ranges `held`."""
     offset = 0
     for a, b in held:
         if a <= span[0] and span[1] <= b:
@@ -225,7 +225,7 @@ def _place(held: tuple[Range, ...], span: Range) -> Range:
 
 
 def _as_on_disk(part: mx.array, box: Box) -> mx.array:
-    """A part of an array with its axes in the order of those on disk; axes of length 1 there do not matter."""
+    """A part of an array with its axes in the order on disk, except for axes of length 1."""
     new = [axis for axis, on_disk in enumerate(box.axes) if on_disk is None]
     kept = [on_disk for on_disk in box.axes if on_disk is not None]
     part = part.squeeze(new) if new else part

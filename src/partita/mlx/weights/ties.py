@@ -1,6 +1,6 @@
-"""A head on disk that the config ties to the embedding: it stays tied only where the two are equal, as in transformers.
+"""A head on disk that the config ties to the embedding: it stays tied only if the two are equal, as in transformers.
 
-mlx-lm drops such a head without looking at it.
+mlx-lm drops such a head without comparing it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _CHUNK_BYTES = 8 << 20
 
 
 def stored_twice(config: Mapping[str, Any], checkpoint: Checkpoint) -> tuple[str, str] | None:
-    """The head and the embedding that a config ties although a checkpoint holds both, by their names there; else None."""
+    """The head and the embedding that a config ties although a checkpoint holds both, by their names on disk; else None."""
     part = text_config(config)
     if not part.get("tie_word_embeddings", config.get("tie_word_embeddings", False)):
         return None
@@ -42,7 +42,8 @@ def stored_twice(config: Mapping[str, Any], checkpoint: Checkpoint) -> tuple[str
 
 
 def differ(names: tuple[str, str], checkpoint: Checkpoint, groups: ParallelGroups) -> bool:
-    """Whether two layers on disk differ, scales and biases included; every rank calls it and compares its share of the rows.
+    """Whether two layers on disk differ, including scales and biases. Every rank must call it; each compares its share of the
+    rows.
 
     Raises:
         CheckpointError: A tensor cannot be read; on every rank.
@@ -58,7 +59,7 @@ def differ(names: tuple[str, str], checkpoint: Checkpoint, groups: ParallelGroup
 
 
 def untie(config: dict[str, Any]) -> None:
-    """Let a config say that the head is not the embedding."""
+    """Untie the head from the embedding in a config."""
     part: Any = text_config(config)
     for one in (config, part):
         if one is part or "tie_word_embeddings" in one:
