@@ -31,7 +31,7 @@ from partita.torch.model.transformers_models import model_class, read_hf_config
 from partita.torch.transformers_internals import new_model, quiet
 
 LENGTHS = (12, 40)
-"""Tokens of the two texts, below and above the length at which a reference config changes."""
+"""Lengths of the two texts in tokens, below and above the length at which a reference config changes."""
 
 TOLERANCE = 1e-3
 """Differences of logits up to this, relative to the largest logit, are rounding; those measured are below 3e-4."""
@@ -40,10 +40,10 @@ LARGEST_PARAMETERS = 30_000_000
 
 
 def compare_with_transformers(config: Mapping[str, Any]) -> Verdict:
-    """Whether MLX computes what transformers computes for models of a config's form.
+    """Compare MLX with transformers for models of a config's form.
 
     Args:
-        config: A text model's config, as transformers reads it.
+        config: A text model's config in transformers' form.
     """
     window = window_left_out(config) is None
     reasons: list[str] = []
@@ -56,11 +56,11 @@ def compare_with_transformers(config: Mapping[str, Any]) -> Verdict:
         if error <= TOLERANCE:
             return Verdict(error)
         return Verdict(error, _blamed(small))
-    return Verdict(None, reason=reasons[0] if reasons else "no small model of it can be made.")
+    return Verdict(None, reason=reasons[0] if reasons else "no small model of it can be built.")
 
 
 def _blamed(small: Mapping[str, Any]) -> str:
-    """The key whose reset to the family's default makes both equal; "" if no single key does."""
+    """The config key whose reset to the family's default makes both equal; "" if no single key does."""
     for key, default in deviations(small).items():
         try:
             if _difference({**small, key: default}) <= TOLERANCE:
@@ -74,7 +74,7 @@ def _difference(small: Mapping[str, Any]) -> float:
     """The largest difference of the logits, relative to transformers' largest logit.
 
     Raises:
-        ModelError: Either cannot build, write or run this model.
+        ModelError: One of them cannot build, write or run this model.
     """
     with tempfile.TemporaryDirectory() as folder:
         expected = _write_reference(small, Path(folder))
@@ -90,7 +90,7 @@ def _difference(small: Mapping[str, Any]) -> float:
         except PartitaError:
             raise
         except Exception as error:
-            raise ModelError(f"mlx-lm does not run a small one: {describe(error)}") from error
+            raise ModelError(f"mlx-lm cannot run a small model: {describe(error)}") from error
     return worst
 
 
@@ -104,7 +104,7 @@ def _write_reference(small: Mapping[str, Any], folder: Path) -> list[tuple[list[
             with torch.device("meta"):
                 size = sum(p.numel() for p in new_model(cls, config, torch.float32).parameters())
             if size > LARGEST_PARAMETERS:
-                raise ModelError("it is too large even when made small.")
+                raise ModelError("it is too large even when reduced.")
             model: Any = new_model(cls, config, torch.float32, plain_attention=True).eval()
             _fill(model)
             texts = [torch.randint(3, int(config.vocab_size), (1, length)) for length in LENGTHS]
@@ -114,7 +114,7 @@ def _write_reference(small: Mapping[str, Any], folder: Path) -> list[tuple[list[
     except PartitaError:
         raise
     except Exception as error:
-        raise ModelError(f"transformers does not run a small one: {describe(error)}") from error
+        raise ModelError(f"transformers cannot run a small model: {describe(error)}") from error
     return [(ids.tolist(), rows) for ids, rows in zip(texts, logits, strict=True)]
 
 
@@ -123,7 +123,7 @@ _NOT_COMPARED = ("architectures", "quantization_config", "dtype", "torch_dtype",
 
 @torch.no_grad()
 def _fill(model: nn.Module) -> None:
-    """Set weights such that every part of a model matters: attention far from uniform, noise on norms and biases."""
+    """Set weights so that every part of a model matters: attention far from uniform, noise on norms and biases."""
     for module in model.modules():
         if isinstance(module, nn.Embedding):
             module.weight.normal_()

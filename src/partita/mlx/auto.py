@@ -1,4 +1,4 @@
-"""The seed's call: an existing model, cut into one stage a rank."""
+"""The seed's call: an existing model, split into one stage per rank."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ def pipeline_auto_parallel(
 ) -> nn.Module:
     """Keep of an unsplit model, in place, this rank's slice of layers; calling it gives every rank the final output.
 
-    Every rank of the group calls it with an equal model. Afterwards `model(...)` is called like before, on every rank at
-    once, with or without a cache of `mlx_lm.models.cache.make_prompt_cache(model)`: so mlx-lm's own `generate` works. The
+    Every rank of the group must call it with an equal model. Afterwards every rank calls `model(...)` as before, at the
+    same time, with or without a cache of `mlx_lm.models.cache.make_prompt_cache(model)`: so mlx-lm's own `generate` works. The
     first rank has the embedding, the last the head.
 
     Args:
-        model: A model with a list of layers: of mlx-lm, or any module whose layers are called one after the other with the
-            hidden state first. The latter is taken at its word, as nobody knows what to try it on; one of mlx-lm is measured
+        model: A model with a list of layers: of mlx-lm, or any module whose layers are called in turn with the
+            hidden state first. Such a module is not verified, since no test inputs are known; an mlx-lm model is verified
             first.
-        group: The ranks; by default all.
+        group: The ranks (default: all).
         start_layer: The first layer of this rank (default: an even distribution, larger parts on the first ranks).
         end_layer: The layer after its last. If one of the two is omitted, both are.
 
@@ -46,7 +46,7 @@ def pipeline_auto_parallel(
         The model, of which this rank's arrays are evaluated.
 
     Raises:
-        PlanError: The slices of all ranks do not make up the model.
+        PlanError: The slices of the ranks do not cover the model.
         ModelError: The model has no list of layers that can be partitioned.
 
     Source: `pipeline_auto_parallel` of LocalAI's `backend/python/mlx-distributed/sharding.py`.
@@ -82,7 +82,7 @@ def _cut(model: nn.Module, plan: Plan, rank: int) -> nn.Module:
 
 
 def _counts(slices: list[tuple[int | None, int | None]], num_layers: int) -> list[int]:
-    """Layers of each rank, whose slices must follow one another from the first layer to the last."""
+    """Layers of each rank; the slices must be consecutive and cover all layers."""
     even = deal(num_layers, len(slices), allow_empty=True)
     counts, place = [], 0
     for rank, (start, stop) in enumerate(slices):
@@ -91,8 +91,8 @@ def _counts(slices: list[tuple[int | None, int | None]], num_layers: int) -> lis
             stop = start + even[rank]
         if start != place or not start <= stop <= num_layers:
             raise PlanError(
-                f"rank {rank} asks for layers {start} to {stop} (end_layer not included), but the ranks before it end at "
-                f"{place} and the model has {num_layers} layers. Let the slices follow one another, or leave them all out."
+                f"rank {rank} requests layers {start} to {stop} (end_layer not included), but the ranks before it end at "
+                f"{place} and the model has {num_layers} layers. Make the slices consecutive, or omit them on all ranks."
             )
         counts.append(stop - start)
         place = stop

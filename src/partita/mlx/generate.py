@@ -33,23 +33,23 @@ def generate(
 ) -> list[Generation]:
     """Continue every prompt; every rank of the run calls it with the same arguments and returns the same.
 
-    Replicas (dp) share the prompts. Where there are several stages, prompts of one length go through them in as many groups,
-    so that all stages work, and a long prompt in parts that follow each other. A sequence's tokens do not depend on how the
-    model is split, nor on the other prompts, beyond the rounding of the dtype: prompts of one length go through the model
-    together, others after them.
+    Replicas (dp) share the prompts. With several stages, prompts of one length pass through them in as many groups,
+    so that all stages are busy, and a long prompt passes in consecutive parts. A sequence's tokens do not depend on how the
+    model is split, nor on the other prompts, beyond the rounding of the dtype: prompts of one length are batched, other
+    lengths follow.
 
     Args:
         model: A split causal language model.
         prompts: Ids of each prompt, at least one each; lengths may differ.
         sampling: Sampling settings; unset ones come from the model's generation config.
         tokenizer: Decodes the text; without one the text is empty.
-        on_text: Told of new text as it comes, with the prompt's place; on the first rank of the run only, and not for
+        on_text: Called with the prompt's index and new text as it is generated; on the first rank of the run only, and not for
             prompts of other replicas.
 
     Raises:
         PlanError: A prompt is empty or has an id outside the vocabulary, or `stop` is given without a tokenizer.
         ModelError: The model was not split by Partita, or has no cache; or a prompt with its new tokens is longer than a
-            sliding window that mlx-lm leaves out; or logits are not finite: the text names the step and the rank.
+            sliding window that mlx-lm ignores; or logits are not finite: the message names the step and the rank.
 
     Examples:
         >>> model = pm.load("./model", tp=2)
@@ -63,7 +63,7 @@ def generate(
     _check(prompts, choice, tokenizer, plan.spec.vocab_size)
     for length in sorted({len(prompt) for prompt in prompts}, reverse=True):
         new = choice.limit(length)
-        # What the last new token would lead to is not asked for.
+        # The last new token is not fed back to the model.
         plan.spec.refuse_beyond_positions(length + new - 1, f"a prompt of {length} tokens with {new} new ones")
         refuse_beyond_window(plan.spec, length + new, f"a prompt of {length} with {new} new ones")
     sequences = [
@@ -95,24 +95,26 @@ def generate(
 
 
 def generation_of(model: nn.Module) -> Mapping[str, Any]:
-    """A model's generation settings by transformers' names: of the checkpoint that it came from, else of its config."""
+    """A model's generation settings by transformers' names: its checkpoint's, else its config's."""
     read = model.partita_origin.generation
     return generation_of_config(plan_of(model)[0].spec.config) if read is None else read
 
 
 def _check(prompts: SequenceOf[SequenceOf[int]], choice: Choice, tokenizer: Tokenizer | None, vocab_size: int) -> None:
     if not prompts:
-        raise PlanError("prompts must hold at least one prompt.")
+        raise PlanError("prompts must contain at least one prompt.")
     for place, prompt in enumerate(prompts):
         if not prompt:
             raise PlanError(f"prompt {place} is empty: it must have at least one token.")
         if not all(isinstance(i, int) for i in prompt):
-            raise PlanError(f"prompt {place} must be ids, but is {prompt!r:.60}. tokenizer.encode(text) makes them.")
+            raise PlanError(f"prompt {place} must be ids; got {prompt!r:.60}. Use tokenizer.encode(text).")
         strange = [i for i in prompt if not 0 <= i < (vocab_size or 1 << 62)]
         if strange:
-            raise PlanError(f"prompt {place} holds the id {strange[0]}, but the model has ids 0 to {vocab_size - 1}.")
+            raise PlanError(
+                f"prompt {place} contains the id {strange[0]}, but the model has ids 0 to {vocab_size - 1}."
+            )
     strange = [i for i, _ in choice.logit_bias if not 0 <= i < (vocab_size or 1 << 62)]
     if strange:
         raise PlanError(f"logit_bias names the id {strange[0]}, but the model has ids 0 to {vocab_size - 1}.")
     if choice.stop and tokenizer is None:
-        raise PlanError("stop needs a tokenizer to see the text.")
+        raise PlanError("stop needs a tokenizer to decode the text.")

@@ -1,4 +1,4 @@
-"""Loading: the model is built without weights, split as its plan says, and each rank reads its own bytes of the checkpoint."""
+"""Loading: the model is built without weights, split by its plan, and each rank reads its own bytes of the checkpoint."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ Progress = Callable[[int, int], None]
 """Called with the bytes that this rank has loaded and their total."""
 
 _ROWS, _PAD = 64, 16
-"""How many rows of a matrix are turned in memory at once, and how far apart they are kept: 5.6 GB/s, where a whole matrix
-by one assignment gives 0.6."""
+"""Rows of a matrix to transpose in memory at once, and their distance: 5.6 GB/s, where the transposition of a full matrix
+by one assignment reaches 0.6."""
 
 _UNSIGNED = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}
 
@@ -70,27 +70,27 @@ def load(
     groups: ParallelGroups | None = None,
     verify: bool = True,
 ) -> nn.Module:
-    """This rank's part of a model, called like the unsplit one, with the same results on every rank.
+    """Load this rank's part of a model. It is called like the unsplit model, with the same results on every rank.
 
     Every rank of the run must call it; without a launcher the process is a single rank. Only the own part is ever in memory,
     and it is read an array at a time.
 
     Args:
-        model: A folder in Hugging Face's form, quantized by MLX or not, or a hub id.
-        plan: How to split, made for any engine; by default made from `tp`, `pp`, `dp` and `layout`.
+        model: A folder in Hugging Face's format, quantized by MLX or not, or a hub id.
+        plan: The plan, for any engine (default: created from `tp`, `pp`, `dp` and `layout`).
         tp: Tensor parallel ranks.
         pp: Pipeline parallel ranks.
         dp: Replicas.
         layout: Layers of each stage.
         vpp: Stages on each pipeline rank (default: as many as `layout` has, else 1).
         placement: Assignment of stages to ranks: `loop`, or `v` for the schedule `zb-v`.
-        dtype: Of what is computed: of the weights that are not quantized, and of the scales of those that are; by default the
-            checkpoint's.
+        dtype: dtype of unquantized weights, and of the scales of quantized ones (default: the
+            checkpoint's).
         device: Must be None: MLX runs on its default device (`mx.set_default_device`).
-        trust_remote_code: Changes nothing: the code of a model is for transformers, and refused here.
-        backend: Of MLX's communication; by default what the launcher has prepared.
-        progress: Told of every array that is read.
-        groups: The groups of the mesh; by default made from the run.
+        trust_remote_code: Has no effect: a model's own code is for transformers, and models with such code raise here.
+        backend: Backend of MLX's communication (default: the one that the launcher prepared).
+        progress: Called after every array that is read.
+        groups: The groups of the mesh (default: created from the run).
         verify: Whether the ranks first read a run's checkpoint completely and compare it with its manifest.
 
     Raises:
@@ -123,7 +123,7 @@ def load(
             check_head(build(config), twice)
             if groups.rank == 0:
                 note(
-                    f"{folder}: config.json ties {twice[0]} to {twice[1]}, but the weights hold both and they differ: "
+                    f"{folder}: config.json ties {twice[0]} to {twice[1]}, but the checkpoint has different values for both: "
                     "loaded untied."
                 )
         built = build(config)
@@ -167,13 +167,13 @@ def shard(
     """Split a model in memory, in place; every rank calls it with an equal model. Returns the model.
 
     Args:
-        model: An unsplit model of mlx-lm, evaluated or not, quantized or not.
-        plan: How to split, made for any engine; by default made of `tp`, `pp`, `dp` and `layout` from the model itself.
+        model: An unsplit mlx-lm model, evaluated or not, quantized or not.
+        plan: The plan, for any engine (default: created from the model and `tp`, `pp`, `dp` and `layout`).
         tp: Tensor parallel ranks.
         pp: Pipeline parallel ranks.
         dp: Replicas.
         layout: Layers of each stage.
-        groups: The groups of the plan's mesh; by default made from the run.
+        groups: The groups of the plan's mesh (default: created from the run).
 
     Raises:
         PartitaError: The model cannot be split this way; on every rank.
@@ -184,7 +184,7 @@ def shard(
         (48, 48)
     """
     if not isinstance(model, nn.Module):
-        raise ModelError(f"model must be a module in memory, but is {model!r:.100}. load() takes a folder or a hub id.")
+        raise ModelError(f"model must be a module in memory; got {model!r:.100}. Use load() for a folder or a hub id.")
     mesh = mesh_of(plan, dp, pp, tp)
     groups = groups if groups is not None else make_groups(mesh)
     with collective_errors(groups):
@@ -198,7 +198,7 @@ def shard(
         split = apply_plan(model, plan, groups.tp, groups.pp.rank)
         put_back(split, adapters, groups.tp.rank)
     for home, attribute in parameter_homes(split).values():
-        # One at a time, so that an unsplit array can go before the next part is made.
+        # One at a time, so that an unsplit array can be released before the next part is created.
         if attribute == "weight" and multiplies_by_columns(home, home[attribute].dtype):
             home[attribute] = in_columns(home[attribute])
         mx.eval(home[attribute])
@@ -207,10 +207,10 @@ def shard(
 
 
 def fitted(plan: Plan, model: nn.Module, config: Mapping[str, Any] | None = None) -> Plan:
-    """`plan` for the arrays that `model` has; a plan that was made of transformers' model names some that MLX keeps otherwise.
+    """`plan` for the arrays of `model`: a plan from transformers' model has names that MLX stores differently.
 
     Raises:
-        ModelError: It is of another family.
+        ModelError: The plan belongs to another family.
         PlanError: Its mesh and layout do not fit.
     """
     spec = spec_of(model, config)
@@ -222,13 +222,13 @@ def fitted(plan: Plan, model: nn.Module, config: Mapping[str, Any] | None = None
 
 
 def refuse_device(device: object) -> None:
-    """Raise `ModelError` where a device is given."""
+    """Raise `ModelError` if a device is given."""
     if device is not None:
         raise ModelError(f"device {device} is for torch; MLX runs on its own default device. Leave it out.")
 
 
 def as_dtype(dtype: mx.Dtype | str | None) -> mx.Dtype | None:
-    """A dtype of MLX of its name; None for the checkpoint's own.
+    """The MLX dtype of a name; None for the checkpoint's own.
 
     Raises:
         ModelError: Models cannot have this dtype.
@@ -240,14 +240,12 @@ def as_dtype(dtype: mx.Dtype | str | None) -> mx.Dtype | None:
     if not isinstance(found, mx.Dtype) or found not in names.values():
         raise ModelError(f"dtype must be one of {', '.join(names)}; got {dtype}.")
     if found == mx.float64 and mx.default_device() != mx.cpu:
-        raise ModelError(
-            "MLX computes in float64 on the CPU only. Take float32, or mx.set_default_device(mx.cpu) first."
-        )
+        raise ModelError("MLX supports float64 on the CPU only. Use float32, or mx.set_default_device(mx.cpu) first.")
     return found
 
 
 def _beyond(config: Mapping[str, Any]) -> Callable[[str], bool]:
-    """Whether a name is of a prediction layer: no model of mlx-lm has any."""
+    """Whether a name belongs to a prediction layer, which no mlx-lm model has."""
     layers = config_number(text_config(config), "num_hidden_layers")
 
     def is_beyond(name: str) -> bool:
@@ -263,9 +261,9 @@ def _unused(
     twice: tuple[str, str] | None,
     beyond: Callable[[str], bool],
 ) -> Unused:
-    """What the model has no place for, but for a head that is the embedding.
+    """The tensors that the model does not use, except a head that is the embedding.
 
-    Where it cannot be told what some array is computed of, only prediction layers are certain to be unused.
+    If the inputs of some computed array are unknown, only prediction layers are certain to be unused.
     """
     names, is_sure = unused_of(sources, checkpoint.tensors)
     head = (twice[0].removesuffix("weight"),) if twice is not None else ()
@@ -274,7 +272,7 @@ def _unused(
 
 
 def _name_dtype(config: dict[str, Any], checkpoint: Checkpoint, groups: ParallelGroups, *, asked: bool) -> None:
-    """Let a config say the dtype of the weights on disk. A note says where it said another, unless a dtype was asked for."""
+    """Set the dtype of the weights on disk in a config. Adds a note if it differed, unless a dtype was requested."""
     stored = stored_dtype(checkpoint)
     line = dtype_note(checkpoint.folder, stored, config)
     if line and not asked and groups.rank == 0:
@@ -284,7 +282,7 @@ def _name_dtype(config: dict[str, Any], checkpoint: Checkpoint, groups: Parallel
 
 
 def _stored_packing(path: str, module: nn.Module, sources: Mapping[str, Source]) -> dict[str, Any] | bool:
-    """How a checkpoint keeps a layer that its config does not name: packed where it has scales."""
+    """Quantization of a layer that the config does not name: quantized if the checkpoint has scales."""
     scales = sources.get(f"{path}.scales")
     if scales is None:
         return False
@@ -295,23 +293,25 @@ def _stored_packing(path: str, module: nn.Module, sources: Mapping[str, Source])
         return {"group_size": group_size, "bits": bits, "mode": "affine"}
     modes = {(16, 4): "nvfp4", (32, 4): "mxfp4", (32, 8): "mxfp8"}
     if (group_size, bits) not in modes:
-        raise CheckpointError(f"{path} is quantized to {bits} bits in groups of {group_size}, which is no mode of MLX.")
+        raise CheckpointError(
+            f"{path} is quantized to {bits} bits in groups of {group_size}, which MLX does not support."
+        )
     return {"group_size": group_size, "bits": bits, "mode": modes[group_size, bits]}
 
 
 def _check_whole(model: nn.Module, sources: Mapping[str, Source], checkpoint: Checkpoint) -> None:
-    """Raise `CheckpointError` unless the checkpoint makes every array of the model, in its shape, and no other."""
+    """Raise `CheckpointError` unless the checkpoint provides every array of the model, in its shape, and no other."""
     homes = parameter_homes(model)
     missing = [name for name in homes if name not in sources]
     if missing:
         raise CheckpointError(
-            f"tensor {missing[0]} of the model is not in {checkpoint.folder}{_and_more(missing)}. The checkpoint is of another "
-            "model, or not whole."
+            f"tensor {missing[0]} of the model is not in {checkpoint.folder}{_and_more(missing)}. The checkpoint belongs "
+            "to another model, or is incomplete."
         )
     unknown = [name for name in sources if name not in homes]
     if unknown:
         raise CheckpointError(
-            f"{checkpoint.folder}: tensor {unknown[0]} has no place in the model{_and_more(unknown)}. The config does not "
+            f"{checkpoint.folder}: tensor {unknown[0]} is not part of the model{_and_more(unknown)}. The config does not "
             "belong to this checkpoint, or it is of a kind that cannot be read."
         )
     for name, (home, attribute) in homes.items():
@@ -323,8 +323,8 @@ def _check_whole(model: nn.Module, sources: Mapping[str, Source], checkpoint: Ch
         wanted, found = home[attribute].dtype, sources[name].dtype
         if mx.issubdtype(wanted, mx.floating) != mx.issubdtype(found, mx.floating):
             raise CheckpointError(
-                f"{checkpoint.folder}: tensor {name} is {_name(found)}, which without its scales is not the model's "
-                f"{_name(wanted)}. Save it dequantized, and load that."
+                f"{checkpoint.folder}: tensor {name} is {_name(found)}, which cannot be converted without its scales to the "
+                f"model's {_name(wanted)}. Dequantize the checkpoint, and load that."
             )
 
 
@@ -337,13 +337,13 @@ def _and_more(names: Sequence[str]) -> str:
 
 
 class _Computed:
-    """The arrays that `sanitize` computes of tensors on disk (dequantizes, adds one): they are made when they are asked for."""
+    """The arrays that `sanitize` computes from tensors on disk (dequantizes, adds one), created on request."""
 
     def __init__(self, again: Callable[[], nn.Module], sources: Mapping[str, Source], checkpoint: Checkpoint) -> None:
         self.arrays: dict[str, mx.array] = {}
         names = [name for name, source in sources.items() if source.boxes is None]
         if names:
-            # The headers were checked when the checkpoint was opened: MLX itself takes what is malformed.
+            # The headers were checked when the checkpoint was opened: MLX itself accepts malformed ones.
             lazy: dict[str, mx.array] = {}
             for header in checkpoint.files:
                 lazy.update(mx.load(str(header.file)))  # type: ignore[arg-type]
@@ -351,12 +351,12 @@ class _Computed:
             self.arrays = {name: made[name] for name in names}
 
     def take(self, name: str, ranges: Ranges | None) -> mx.array:
-        """`ranges` of an array, which is forgotten."""
+        """Return `ranges` of an array and release it."""
         return take(self.arrays.pop(name), ranges)
 
 
 class _Fill:
-    """Gives a split model its arrays, one at a time, from the byte ranges of a checkpoint."""
+    """Fills a split model's arrays, one at a time, from the byte ranges of a checkpoint."""
 
     def __init__(
         self,
@@ -395,11 +395,11 @@ class _Fill:
     def _converted(self, array: mx.array, *, packed: bool) -> mx.array:
         if self.dtype is None or not mx.issubdtype(array.dtype, mx.floating):
             return array
-        # Scales and biases decide the dtype of a quantized product; MLX has none in float64.
+        # Scales and biases determine the dtype of a quantized product; MLX does not support float64 there.
         return array.astype(mx.float32 if packed and self.dtype == mx.float64 else self.dtype)
 
     def _read(self, source: Source, ranges: Ranges, columns: bool) -> mx.array:
-        """The local part of an array, read into its own memory, in which its rows or its columns follow each other."""
+        """The local part of an array, read into its own memory, with contiguous rows or columns."""
         assert source.boxes is not None
         shape = tuple(sum(b - a for a, b in one) for one in ranges)
         with mx.stream(mx.cpu):
@@ -418,7 +418,7 @@ class _Fill:
     def _read_box(
         self, name: str, ranges: list[list[tuple[int, int]]], axes: tuple[int | None, ...], there: np.ndarray[Any, Any]
     ) -> None:
-        """Read ranges of a tensor on disk into a view of a local array whose axes run along `axes` of it."""
+        """Read ranges of a tensor on disk into a view of a local array whose axes correspond to its `axes`."""
         kept = [axis for axis in axes if axis is not None]
         new = tuple(place for place, axis in enumerate(axes) if axis is None)
         target = np.squeeze(there, new) if new else there
@@ -437,9 +437,9 @@ class _Fill:
     def _read_rows(
         self, name: str, ranges: list[list[tuple[int, int]]], width: int, target: np.ndarray[Any, Any]
     ) -> None:
-        """Read ranges of a matrix on disk into one of another order in memory, some rows at a time."""
+        """Read ranges of a matrix on disk into a matrix with another memory layout, some rows at a time."""
         buffer = np.empty((_ROWS, width), target.dtype)
-        # Rows that are a power of two apart would drive each other out of the cache.
+        # Rows at a distance of a power of two would evict each other from the cache.
         apart = np.empty((_ROWS, width + _PAD), target.dtype)[:, :width]
         put = 0
         for first, last in ranges[0]:

@@ -27,10 +27,10 @@ LIBRARY = "mlx-lm"
 
 
 def module_name(family: str, architectures: Sequence[str]) -> str:
-    """The name of the module of mlx-lm's models that runs a config of `family`."""
+    """The name of mlx-lm's model module for a config of `family`."""
     purpose = "find the model of a config"
     by_family: Mapping[str, str] = find(LIBRARY, "mlx_lm.utils", "MODEL_REMAPPING", purpose)
-    # Versions before 0.32 choose by the family alone.
+    # Versions before 0.32 choose by the family only.
     by_architecture: Mapping[tuple[str, str], str] = getattr(
         importlib.import_module("mlx_lm.utils"), "MODEL_ARCHITECTURE_REMAPPING", {}
     )
@@ -45,19 +45,19 @@ def classes_of(module: str) -> tuple[Any, Any]:
     Raises:
         ImportError: There is no such module, or it needs another.
         AttributeError: It has no such classes.
-        SystemExit: It ends the process, for want of a library.
+        SystemExit: It exits the process because a library is missing.
     """
     arch = importlib.import_module(module)
     return arch.Model, arch.ModelArgs
 
 
 def family_of(cls: type[nn.Module]) -> str:
-    """The family that a class of mlx-lm's models is for: the name of its module."""
+    """The family of one of mlx-lm's model classes: the name of its module."""
     return cls.__module__.rpartition(".")[2]
 
 
 def new_model(cls: Any, arguments: Any, config: Mapping[str, Any]) -> nn.Module:
-    """A model of class `cls` of the `arguments` that `config` gives."""
+    """A model of class `cls`, built from the `arguments` of `config`."""
     if not hasattr(arguments, "from_dict"):
         raise lacking(LIBRARY, f"no {arguments.__module__}.{arguments.__name__}.from_dict", "build a model of a config")
     with quiet():
@@ -66,7 +66,7 @@ def new_model(cls: Any, arguments: Any, config: Mapping[str, Any]) -> nn.Module:
 
 
 def arguments_of(model: nn.Module) -> Any:
-    """The arguments that a model was built from, a dataclass; None where it keeps none."""
+    """The arguments that a model was built from, a dataclass; None if it stores none."""
     return getattr(model, "args", None) or getattr(model, "config", None)
 
 
@@ -75,16 +75,16 @@ STACKS = ("SwitchGLU", "SwitchMLP")
 
 
 def last_of_stack(experts: nn.Module) -> Any:
-    """The layer of stacked experts that makes their outputs."""
+    """The output layer of stacked experts."""
     return next(experts[name] for name in ("down_proj", "fc2") if name in experts)
 
 
 _OWN_ROTARY = frozenset(("DynamicNTKAlphaRoPE", "ProportionalRoPE"))
-"""Rotary modules of mlx-lm that are computed from keys of their own."""
+"""Rotary modules of mlx-lm with their own config keys."""
 
 
 def rotated_dims(module: nn.Module) -> int | None:
-    """The number of elements of a head that a module rotates; None if it is no rotary module of MLX or mlx-lm."""
+    """The number of elements of a head that a module rotates; None if it is not a rotary module of MLX or mlx-lm."""
     kind = type(module)
     if kind is not nn.RoPE and (not kind.__module__.startswith("mlx_lm.") or not kind.__name__.endswith("RoPE")):
         return None
@@ -101,10 +101,10 @@ def lora_layer() -> Any:
 
 
 def make_cache(model: nn.Module) -> list[Any]:
-    """The model's own cache, with an entry a layer.
+    """The model's own cache, with one entry per layer.
 
     Raises:
-        ModelError: It has none.
+        ModelError: The model has no cache.
     """
     make = find(LIBRARY, "mlx_lm.models.cache", "make_prompt_cache", "generate text")
     try:
@@ -117,7 +117,7 @@ def make_cache(model: nn.Module) -> list[Any]:
 
 
 def parts_of(entry: Any) -> Sequence[Any]:
-    """The entries of which a layer's entry of a cache is made up; none where it is one itself."""
+    """The entries that make up a layer's composite cache entry; empty for a simple entry."""
     parts = getattr(entry, "caches", None)
     return parts if isinstance(parts, (tuple, list)) else ()
 
@@ -133,28 +133,28 @@ def add_tokens(entry: Any, keys: mx.array, values: mx.array) -> None:
 
 
 _KINDS = ("max_size", "keep", "chunk_size", "step", "group_size", "bits")
-"""What tells caches of one class apart."""
+"""Attributes that distinguish caches of one class."""
 
 
 def kind_of(entry: Any) -> Hashable:
-    """Equal for entries of a cache that count tokens alike."""
+    """A key that is equal for cache entries that count tokens in the same way."""
     return (type(entry), *(getattr(entry, name, None) for name in _KINDS))
 
 
 def keys_of(entry: Any) -> mx.array | None:
-    """The keys in an entry of a cache, where it has an array of them."""
+    """The keys in a cache entry, if it has an array of them."""
     keys = getattr(entry, "keys", None)
     return keys if isinstance(keys, mx.array) else None
 
 
-# --- what mlx-lm knows through transformers ---------------------------------------------------------------------------
+# --- what mlx-lm reads through transformers ---------------------------------------------------------------------------
 
 
 def config_class(family: str) -> Any:
-    """transformers' class of configs of a family.
+    """transformers' config class of a family.
 
     Raises:
-        KeyError: transformers does not know the family.
+        KeyError: transformers does not support the family.
     """
     purpose = "fill in what a config leaves to its family's defaults"
     return find("transformers", "transformers.models.auto.configuration_auto", "CONFIG_MAPPING", purpose)[family]
@@ -165,7 +165,7 @@ def config_class(family: str) -> Any:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Let mlx-lm and transformers write nothing while a config is read or a model is built."""
+    """Silence mlx-lm and transformers while a config is read or a model is built."""
     loggers = [logging.getLogger(name) for name in ("transformers", "mlx_lm")]
     before = [logger.level for logger in loggers]
     for logger in loggers:

@@ -1,4 +1,4 @@
-"""A new model with initial weights, split."""
+"""A new, split model with initial weights."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ def fresh(
     backend: str | None = None,
     groups: ParallelGroups | None = None,
 ) -> nn.Module:
-    """This rank's part of a new model: the same seed gives the same unsplit weights for every mesh.
+    """Create this rank's part of a new model. The same seed gives the same unsplit weights on every mesh.
 
-    Every rank of the run calls it; no rank ever holds more than one whole array. The numbers are not those of the torch engine,
-    but drawn alike. MLX's own random numbers are seeded with it.
+    Every rank of the run calls it; no rank ever holds more than one unsplit array. The values differ from the torch engine's,
+    but have the same distributions. MLX's random state is seeded too.
 
     Args:
-        config: A config file, a folder with one, a hub id, or plain data, as transformers writes it.
-        plan: How to split, made for any engine; by default made of what follows.
+        config: A config file, a folder with one, a hub id, or plain data, in transformers' form.
+        plan: The plan, for any engine (default: created from the arguments below).
         tp: Tensor parallel ranks.
         pp: Pipeline parallel ranks.
         dp: Replicas.
@@ -64,9 +64,9 @@ def fresh(
         seed: Seed of the weights.
         dtype: dtype of the weights (default: the config's).
         device: Must be None: MLX runs on its default device (`mx.set_default_device`).
-        trust_remote_code: Changes nothing: the code of a model is for transformers, and refused here.
-        backend: Of MLX's communication; by default what the launcher has prepared.
-        groups: The groups of the mesh; by default made from the run.
+        trust_remote_code: Has no effect: a model's own code is for transformers, and models with such code raise here.
+        backend: Backend of MLX's communication (default: the one that the launcher prepared).
+        groups: The groups of the mesh (default: created from the run).
 
     Raises:
         PartitaError: The model cannot be split this way, or saved under the names of transformers, or is to be quantized.
@@ -105,6 +105,6 @@ def fresh(
 
 
 def _built(config: Mapping[str, Any], seed: int) -> nn.Module:
-    """The unsplit model; what it draws itself, when it is evaluated, is of this seed."""
+    """The unsplit model; its own initialization, when evaluated, uses this seed."""
     mx.random.seed(seed)
     return build(config)

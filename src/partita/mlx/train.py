@@ -52,32 +52,33 @@ def train(
 ) -> list[StepReport]:
     """Train a split causal language model in place; every rank calls it with the same tokens and settings.
 
-    What is frozen (`model.freeze()`, quantized weights) stays; so LoRA on the split model, by `add_lora` or by mlx-lm, is
-    trained alone. LoRA's dropout draws from MLX's own random numbers, seeded by `settings.seed`, the step, the replica, the
+    Frozen arrays (`model.freeze()`, quantized weights) stay unchanged; so only LoRA on the split model, by `add_lora` or
+    mlx-lm, is trained. LoRA's dropout samples from MLX's random state, seeded by `settings.seed`, the step, the replica, the
     micro-batch and the stage.
 
-    With `saves` checkpoints are written while training goes on, of which each holds all that the run needs to go on, on
-    either engine. A run that is resumed on the same layout is bit for bit the one that was never stopped. Of a model with
-    adapters only these are kept, and go on with `load_adapters(model, checkpoint)` on the model that they belong to.
+    With `saves`, checkpoints are written during training; each holds everything needed to resume, on
+    either engine. A run resumed on the same layout matches the uninterrupted run bit for bit. For a model with
+    adapters, only the adapters are saved; resume with `load_adapters(model, checkpoint)` on their base model.
 
     Args:
-        model: What `load` or `shard` made.
+        model: A result of `load` or `shard`.
         tokens: The text, ids `[tokens]`.
         settings: The training settings.
         on_step: Called after every step, on every rank.
         on_timeline: Called on every rank with the start and end of each action of the last step.
         saves: Folder and interval of checkpoints.
         on_save: Called on every rank for each complete checkpoint, between two steps.
-        resume: The checkpoint of a run (`.../step-000100`) that `model`, or what `load_adapters` put on it, was loaded from, to
-            go on from it.
+        resume: The run's checkpoint (`.../step-000100`) to resume from, from which `model` or its adapters were
+            loaded.
 
     Returns:
         One report per step, the same on every rank except for the times.
 
     Raises:
-        PlanError: The batch cannot be dealt out to the replicas and micro-batches, or a setting is not for this engine.
-        ModelError: There is nothing to train, or the model has float16 arrays; the loss is not finite; a sequence is longer
-            than a sliding window that mlx-lm leaves out; or the config asks for the auxiliary loss of routers.
+        PlanError: The batch cannot be distributed over the replicas and micro-batches, or this engine does not support a
+            setting.
+        ModelError: Nothing is trainable, or the model has float16 arrays; the loss is not finite; a sequence is longer
+            than a sliding window that mlx-lm ignores; or the config requests the auxiliary loss of routers.
         CheckpointError: A checkpoint cannot be written, or the one to resume from belongs to another run; on every rank.
 
     Examples:
@@ -96,7 +97,7 @@ def train(
         _refuse_float16(model)
     trainable = Trainable(model)
     if not any(groups.pp.all_gather_object(bool(trainable.names))):
-        raise ModelError("no parameter of the model is to be trained: all are frozen.")
+        raise ModelError("no parameter of the model is trainable: all are frozen.")
     start_alike(trainable, groups.dp)
     pipeline = Pipeline(model, schedule)
     optimizer = AdamW(settings.weight_decay, settings.epsilon, settings.master_dtype)
@@ -154,23 +155,23 @@ def make_saver(
 
 
 def _check(settings: TrainSettings, plan: Plan) -> None:
-    """Raise `PlanError`, or of the model `ModelError`, for what this engine does not do."""
+    """Raise `PlanError` for settings, or `ModelError` for a model, that this engine does not support."""
     if settings.aux_loss_scope != "microbatch" or plan.spec.config.get("output_router_logits"):
         raise ModelError(
-            "the models of mlx-lm do not compute the auxiliary loss of their routers, for which the config asks "
+            "mlx-lm's models do not compute the auxiliary loss of their routers, which the config requests "
             "(output_router_logits) or aux_loss_scope is set. Set output_router_logits to False and leave aux_loss_scope out, "
             "or use the torch engine."
         )
     for name, instead in (
         ("autocast", "load the model in that dtype"),
-        ("zero", "every replica keeps the whole optimizer's state"),
+        ("zero", "every replica keeps the full optimizer state"),
         (
             "checkpointing",
-            "a stage without the loss keeps only what it received, and computes the rest again, by itself",
+            "a stage without the loss keeps only what it received, and always recomputes the rest",
         ),
     ):
         if getattr(settings, name):
-            raise PlanError(f"{name}={getattr(settings, name)!r} is not for the MLX engine: {instead}.")
+            raise PlanError(f"the MLX engine does not support {name}={getattr(settings, name)!r}: {instead}.")
 
 
 def gradients_of(
@@ -181,10 +182,10 @@ def gradients_of(
     *,
     on_timeline: Callable[[Timeline], None] | None = None,
 ) -> tuple[float, dict[str, mx.array]]:
-    """Backward of the mean loss over the whole batch `rows` `[batch_size, length + 1]`, of which a replica takes its part.
+    """Backward of the mean loss over the full batch `rows` `[batch_size, length + 1]`; each replica takes its part.
 
     Returns:
-        The mean loss of the whole batch, and this rank's part of the gradients by name, whole over replicas and stages.
+        The mean loss of the full batch, and this rank's part of the gradients by name, summed over replicas and stages.
     """
     model, plan, groups = pipeline.model, pipeline.plan, pipeline.groups
     mine = np.split(rows, groups.dp.size)[groups.dp.rank]
@@ -220,7 +221,7 @@ def _summed_loss(logits: mx.array, targets: mx.array, split: Split | None, tp: C
 
 
 def _start_together(groups: ParallelGroups) -> float:
-    """Wait for all ranks of the pipeline, and give the time; of ranks on one machine, the same."""
+    """Wait for all ranks of the pipeline, and return the time, which is equal for ranks on one machine."""
     groups.pp.barrier()
     now: list[Any] = groups.pp.all_gather_object((socket.gethostname(), time.perf_counter()))
     hosts = {host for host, _ in now}

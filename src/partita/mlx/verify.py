@@ -56,9 +56,9 @@ from partita.ranks.liveness import doing
 from partita.training import TrainSettings, schedule_of
 
 TOLERANCES = {mx.float64: 1e-6, mx.float32: 1e-4, mx.bfloat16: 0.05, mx.float16: 0.02}
-"""The largest errors of outputs and gradients by dtype: models of mlx-lm narrow to float32 inside, whatever their dtype.
+"""The largest errors of outputs and gradients by dtype: mlx-lm's models narrow to float32 inside, whatever their dtype.
 
-Those of bfloat16 and float16 are for quantized models; others are judged by `partita.proof.rounding`."""
+The values of bfloat16 and float16 apply to quantized models; `partita.proof.rounding` judges others."""
 
 STEPS_TOLERANCES = {mx.float64: 1e-12, mx.float32: 1e-5, mx.bfloat16: 0.1, mx.float16: 0.1}
 """The largest errors of losses and parameters after some steps; as `TOLERANCES`."""
@@ -98,13 +98,13 @@ def verify(
         layout: Layers of each stage.
         vpp: Stages on each pipeline rank.
         placement: Assignment of stages to ranks.
-        schedule: The kind of pipeline schedule that the training steps run.
+        schedule: The pipeline schedule of the training steps.
         group_size: Group size of interleaved schedules.
         microbatches: Micro-batches per training step.
         steps: Training steps; 0 for none.
-        dtype: The dtype of the weights that are not quantized, or several that are compared in turn; by default float32.
+        dtype: The dtype of the weights that are not quantized, or several to compare in turn (default: float32).
         device: Must be None: MLX runs on its default device (`mx.set_default_device`).
-        trust_remote_code: Changes nothing: the code of a model is for transformers, and refused here.
+        trust_remote_code: Has no effect: a model's own code is for transformers, and models with such code raise here.
 
     Returns:
         The report, the same on every rank.
@@ -122,7 +122,7 @@ def verify(
     with collective_errors(groups):
         refuse_device(device)
         folder = find_model(model)
-        # Built once before: what mlx-lm cannot run has no reference.
+        # Build and run it first: a model that mlx-lm cannot run has no reference.
         build(read_mlx_config(folder))
         reference = reference_of(read_mlx_config(folder)).text if groups.rank == 0 else ""
     for comm in (groups.tp, groups.pp, groups.dp):
@@ -138,7 +138,7 @@ def verify(
                 mx.eval(main_output(unsplit(inputs)))
             except Exception as error:
                 raise ModelError(f"mlx-lm itself does not run this model: {describe(error)}") from error
-            # Whether it is quantized is for the model to say: random weights are not.
+            # The model determines whether it is quantized: random weights are not.
             config = {key: value for key, value in read_mlx_config(folder).items() if key != "quantization"}
             if plan is None:
                 made = plan_of_model(unsplit, mesh, layout, config=config, vpp=vpp, placement=placement)
@@ -179,7 +179,7 @@ def _compare_forward(
     """Compare every module's output and every gradient, over stages by the schedule of the training steps."""
     plan, groups = plan_of(split)
     if bool(mx.isnan(main_output(unsplit(inputs))).any().item()):
-        why = "the unsplit model's own output holds NaN, to which nothing is equal"
+        why = "the unsplit model's output contains NaN, so nothing can be compared with it"
         found.skip("module", "output", "gradient", why=why)
         return
     schedule = schedule_of(plan, settings) if plan.num_stages > 1 else None
@@ -197,7 +197,7 @@ def _compare_forward(
 
 
 def _unsplit(folder: Path, dtype: Any) -> nn.Module:
-    """The unsplit model with its own weights, or with random ones where there are none."""
+    """The unsplit model with its own weights, or with random ones if there are none."""
     try:
         if folder.is_dir():
             return load(folder, dtype=dtype, groups=single_groups())
@@ -250,7 +250,7 @@ def _compare_training(
 
 
 def _without_dropout(model: nn.Module) -> None:
-    """Let every module drop nothing: ranks draw other elements than one rank does."""
+    """Disable dropout in every module: several ranks drop other elements than one rank."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module._p_1 = 1.0

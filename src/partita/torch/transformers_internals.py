@@ -33,9 +33,9 @@ _DYNAMIC = "transformers.dynamic_module_utils"
 
 
 def class_of_code(config: Any) -> Any:
-    """The class of the model that a config's `auto_map` names, whose code is run; None where it names no model.
+    """The model class that a config's `auto_map` names, whose code is run; None if it names no model.
 
-    Of several it is the one that `architectures` names, else the causal language model, else the base model.
+    Of several it is the class that `architectures` names, else the causal language model, else the base model.
     """
     named = {name: place for name, place in (getattr(config, "auto_map", None) or {}).items() if "AutoModel" in name}
     wanted = tuple(getattr(config, "architectures", None) or ())
@@ -74,7 +74,7 @@ def cache_argument(model: nn.Module) -> str:
 
 @functools.cache
 def _cache_taken_by(function: Any) -> str:
-    """The name of the argument of a function that takes the cache; asked for with every token."""
+    """The name of a function's cache argument; called for every token."""
     parameters = inspect.signature(function).parameters
     return next((name for name in _CACHE_NAMES if name in parameters), _cache_field())
 
@@ -91,7 +91,7 @@ def _cache_field() -> str:
 
 
 def rename_cache(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """`inputs` of a forward with the cache, where there is one, under the name that `model.forward` takes it by."""
+    """`inputs` of a forward with the cache, if there is one, under its argument name in `model.forward`."""
     name = cache_argument(model)
     return {name if key in _CACHE_NAMES else key: value for key, value in inputs.items()}
 
@@ -99,25 +99,25 @@ def rename_cache(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
 def cache_of(output: Any) -> Any:
     """The cache in the output of a model, or None."""
     if dataclasses.is_dataclass(output):
-        # Outputs answer to the old names too, with a warning.
+        # Outputs also have the old names, with a warning.
         names = {field.name for field in dataclasses.fields(output)}
         return next((getattr(output, name) for name in _CACHE_NAMES if name in names), None)
     return next((value for name in _CACHE_NAMES if (value := getattr(output, name, None)) is not None), None)
 
 
 def is_cache(value: Any) -> bool:
-    """Whether `value` is the cache of a whole model."""
+    """Whether `value` is the cache of a model."""
     return isinstance(value, find(LIBRARY, "transformers.cache_utils", "Cache", "generate text"))
 
 
 def new_cache(config: Any) -> Any:
-    """An empty cache for the model of `config` that grows with the tokens, with an entry for each of its layers."""
+    """An empty cache for the model of `config` that grows with the tokens, with one entry per layer."""
     return find(LIBRARY, "transformers.cache_utils", "DynamicCache", "generate text")(config=config)
 
 
 @functools.cache
 def _cache_layer(name: str) -> tuple[type, ...]:
-    """A class of entries of a cache; none where the installed transformers has no such entries."""
+    """A class of entries of a cache; none if the installed transformers has no such entries."""
     import transformers.cache_utils as module
 
     return (getattr(module, name),) if hasattr(module, name) else ()
@@ -134,12 +134,12 @@ def keeps_state(entry: Any) -> bool:
 
 
 def holds_nothing(entry: Any) -> bool:
-    """Whether an entry of a cache stands for a layer that keeps nothing."""
+    """Whether a cache entry belongs to a layer that stores nothing."""
     return isinstance(entry, _cache_layer("DummyLayer"))
 
 
 def mark_previous_state(entry: Any) -> None:
-    """Let an entry that keeps a state say that tokens have passed."""
+    """Mark a state entry as having processed tokens."""
     flags = entry.has_previous_state
     entry.has_previous_state = dict.fromkeys(flags, True) if isinstance(flags, dict) else True
 
@@ -151,7 +151,7 @@ PLAIN_EXPERTS: Mapping[str, str] = MappingProxyType({"_experts_implementation": 
 
 
 def use_plain_experts(config: Any) -> None:
-    """Let the model of `config` loop over its experts: the grouped kernels have no float64, and widths of their own."""
+    """Make the model of `config` loop over its experts: the grouped kernels lack float64 and restrict widths."""
     for name, value in PLAIN_EXPERTS.items():
         setattr(config, name, value)
 
@@ -167,18 +167,18 @@ def is_stateful(model: nn.Module) -> bool:
 
 
 def text_config_of(config: Any) -> Any:
-    """The part of a model's config that describes its text decoder; the config itself where it has no parts."""
+    """The part of a model's config that describes its text decoder; the config itself if it has no parts."""
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def tp_plan_of(config: Any) -> Mapping[str, str] | None:
-    """How the config says that modules are split over tensor ranks, by patterns of their paths."""
+    """The config's plan of tensor parallel modules, by patterns of their paths."""
     plan: Mapping[str, str] | None = getattr(text_config_of(config), "base_model_tp_plan", None)
     return plan
 
 
 def auto_class(config: Any) -> Any:
-    """The class of the causal language model of a config, else of its base model; None where transformers has neither."""
+    """The class of the causal language model of a config, else of its base model; None if transformers has neither."""
     for name in ("MODEL_FOR_CAUSAL_LM_MAPPING", "MODEL_MAPPING"):
         mapping = find(LIBRARY, "transformers.models.auto.modeling_auto", name, "choose the class of a model")
         if type(config) in mapping:
@@ -200,7 +200,7 @@ def new_model(cls: Any, config: Any, dtype: torch.dtype, *, plain_attention: boo
 
 
 def forget_tie(model: nn.Module, name: str) -> None:
-    """Let transformers no longer hold the parameter `name` for one that is tied to another."""
+    """Remove the parameter `name` from transformers' tied parameters."""
     getattr(model, "all_tied_weights_keys", {}).pop(name, None)
 
 
@@ -208,12 +208,12 @@ def forget_tie(model: nn.Module, name: str) -> None:
 
 
 def can_initialize(model: nn.Module) -> bool:
-    """Whether `model` is one whose initial weights transformers knows."""
+    """Whether transformers defines the initial weights of `model`."""
     return hasattr(model, "initialize_weights")
 
 
 def initialize(model: Any) -> None:
-    """Let transformers fill every tensor of `model`, whatever was initialized before."""
+    """Make transformers initialize every tensor of `model`, even initialized ones."""
     _forget_initialized(model)
     with quiet(), torch.no_grad():
         model.initialize_weights()
@@ -226,7 +226,7 @@ def _forget_initialized(model: nn.Module) -> None:
 
 
 def mark_initialized(target: Tensor | nn.Module) -> None:
-    """Let transformers leave a tensor or a module alone when it initializes a model by itself."""
+    """Exclude a tensor or a module from transformers' own initialization."""
     target._is_hf_initialized = True  # type: ignore[union-attr]
 
 
@@ -244,8 +244,8 @@ class Conversion:
     """How names on disk become names of the model; transformers' table for one model.
 
     Attributes:
-        renamings: Rules that change a name alone.
-        converters: Rules that make tensors of the model out of tensors on disk.
+        renamings: Rules that only change names.
+        converters: Rules that compute the model's tensors from tensors on disk.
         prefix: The name under which a model with a head holds the model without one.
     """
 
@@ -276,7 +276,7 @@ class Conversion:
             return name, None
         rename_key = find(LIBRARY, _LOADING, "rename_source_key", _READ)
         renamed, pattern = rename_key(name, self.renamings, self.converters, self.prefix, dict.fromkeys(targets, 1))
-        # A name that the model has already is meant as it stands.
+        # A name that the model has already is kept.
         return (name, None) if name in targets and renamed not in targets else (renamed, pattern)
 
 
@@ -295,7 +295,7 @@ def names_for_writing(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -
 
 
 def stacks_experts(converter: Any) -> bool:
-    """Whether a converter stacks tensors along a new first dim, and then puts the stacks one behind the other along dim 1."""
+    """Whether a converter stacks tensors along a new first dim, and then concatenates the stacks along dim 1."""
     kinds = [(type(operation).__name__, getattr(operation, "dim", None)) for operation in converter.operations]
     stacks = kinds in ([("MergeModulelist", 0)], [("MergeModulelist", 0), ("Concatenate", 1)])
     return stacks and len(converter.target_patterns) == 1
@@ -304,11 +304,11 @@ def stacks_experts(converter: Any) -> bool:
 def convert(
     converter: Any, first: str, inputs: Sequence[tuple[str, str]], tensors: Mapping[str, Tensor], model: nn.Module
 ) -> dict[str, Any]:
-    """The tensors of the unsplit `model` that a converter makes.
+    """The tensors of the unsplit `model` that a converter computes.
 
     Args:
-        converter: One of `Conversion.converters`; it is not changed.
-        first: The model's first tensor that it makes.
+        converter: One of `Conversion.converters`; it is not modified.
+        first: The first of the model's tensors that it computes.
         inputs: The tensors on disk that it takes: name and the pattern that it matched.
         tensors: Their values by name.
         model: The unsplit model.
@@ -325,7 +325,7 @@ def convert(
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Let transformers say nothing: for calls whose messages are about what Partita does itself."""
+    """Silence transformers in calls whose messages would concern Partita's own steps."""
     from transformers.utils import logging
 
     before = logging.get_verbosity()
@@ -342,7 +342,7 @@ def quiet() -> Iterator[None]:
 
 
 def recordable(model: nn.Module) -> frozenset[str]:
-    """The names of what hooks of transformers record while `model` runs its layers (`attentions` and the like).
+    """Names of the outputs that transformers' hooks record while `model` runs its layers (such as `attentions`).
 
     None for a model that passes these from layer to layer itself.
     """
@@ -356,7 +356,7 @@ def recordable(model: nn.Module) -> frozenset[str]:
             return frozenset()
         forward = forward.__wrapped__
     registry: Any = output_capturing._CAN_RECORD_REGISTRY
-    # Some releases keep what can be recorded by model, others by the name of its class.
+    # Some releases store the recordable outputs by model, others by the name of its class.
     return frozenset(registry.get(model) or registry.get(str(type(model))) or ())
 
 
@@ -374,7 +374,7 @@ def router_recorders(model: nn.Module) -> Iterator[tuple[type[nn.Module], int, s
 
 
 def recorded() -> dict[str, list[Any]]:
-    """What hooks of transformers have recorded so far in the forward that runs, by name; lists that may be changed."""
+    """Outputs that transformers' hooks have recorded so far in the current forward, by name; mutable lists."""
     from transformers.utils import output_capturing
 
     found: Any = output_capturing._active_collector.get() or {}
@@ -391,8 +391,8 @@ def first_positions(model: nn.Module, ids: Tensor, mask: Tensor, inputs: Mapping
         model: The model; some count positions in an image by rows and columns.
         ids: Ids of the prompt, `[sequences, tokens]`.
         mask: Its attention mask.
-        inputs: What else the model is called with.
-        usual: Positions one after the other, `[sequences, tokens]`.
+        inputs: The model's other inputs.
+        usual: Consecutive positions, `[sequences, tokens]`.
 
     Returns:
         `[..., sequences, tokens]`, to which each new token adds one.
@@ -410,14 +410,14 @@ def first_positions(model: nn.Module, ids: Tensor, mask: Tensor, inputs: Mapping
 def next_inputs(
     model: nn.Module, text: Tensor, state: Mapping[str, Any], cache: Any, *, is_first: bool
 ) -> dict[str, Any]:
-    """What transformers' own `generate` calls `model` with next. A family may drop its cache, or add tokens of its own.
+    """The next inputs of `model` in transformers' own `generate`. A family may drop its cache, or add its own tokens.
 
     Args:
         model: The model.
         text: All ids so far, `[sequences, tokens]`.
-        state: What else it is called with, of the whole text; see `advance`.
-        cache: The cache of what has passed; None before the first forward, or for a model without one.
-        is_first: Whether nothing has passed yet.
+        state: Its other inputs for the full text; see `advance`.
+        cache: The cache of earlier tokens; None before the first forward, or for a model without one.
+        is_first: Whether this is the first forward.
     """
     prepare = _generation_method(model, "prepare_inputs_for_generation")
     name = _cache_taken_by(getattr(prepare, "__func__", prepare))
@@ -438,7 +438,7 @@ def fixed_positions(config: Any) -> int | None:
 
 
 def forget_lengths(model: nn.Module) -> None:
-    """Let dynamic rotary embeddings forget the longest text that has passed, whose frequencies they keep."""
+    """Reset dynamic rotary embeddings, which keep the frequencies of the longest text so far."""
     for module in model.modules():
         longest = getattr(module, "original_max_seq_len", None)
         if longest is None or not hasattr(module, "max_seq_len_cached"):
@@ -458,7 +458,7 @@ def advance(model: nn.Module, output: Any, state: Mapping[str, Any]) -> dict[str
     Args:
         model: The model.
         output: Its last output, from which some families keep a state; None if this rank does not have it.
-        state: Of the text without the token.
+        state: The state of the text without the token.
     """
     update = _generation_method(model, "_update_model_kwargs_for_generation")
     empty = find(LIBRARY, "transformers.utils", "ModelOutput", "generate text")
@@ -468,7 +468,7 @@ def advance(model: nn.Module, output: Any, state: Mapping[str, Any]) -> dict[str
 
 @contextlib.contextmanager
 def _device_known(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """A block in which a model has a parameter on `device`, of which transformers asks where the model is."""
+    """A context in which a model has a parameter on `device`, from which transformers reads the model's device."""
     if next(model.parameters(), None) is not None:
         yield
         return
@@ -480,6 +480,6 @@ def _device_known(model: nn.Module, device: torch.device) -> Iterator[None]:
 
 
 def _generation_method(model: nn.Module, name: str) -> Any:
-    """A method of transformers' `generate`, the model's own where it has one."""
+    """A method of transformers' `generate`, or the model's own override."""
     mixin = find(LIBRARY, "transformers.generation", "GenerationMixin", "generate text")
     return getattr(model, name, None) or MethodType(getattr(mixin, name), model)

@@ -55,7 +55,7 @@ TOLERANCE = 1e-12
 """The largest error in float64, relative to the largest magnitude; narrower dtypes are judged by `partita.proof.rounding`."""
 
 MEMORY_SHARE = 0.5
-"""The part of the free memory that unsplit models on all ranks may take."""
+"""Fraction of the free memory that unsplit models on all ranks may use."""
 
 
 @doing("verifying")
@@ -92,12 +92,12 @@ def verify(
         layout: Layers of each stage.
         vpp: Stages on each pipeline rank.
         placement: Assignment of stages to ranks.
-        schedule: The kind of pipeline schedule that the training steps run.
+        schedule: The pipeline schedule of the training steps.
         group_size: Group size of interleaved schedules.
         microbatches: Micro-batches per training step.
         steps: Training steps; 0 for none.
-        dtype: One dtype or several, which are compared in turn. In float64 nothing is narrowed to float32, so that errors are
-            at most 1e-12. In narrower dtypes the split model may round at most twice as much as the unsplit one. By default
+        dtype: One dtype or several to compare in turn. In float64 nothing is narrowed to float32, so that errors are
+            at most 1e-12. In narrower dtypes the split model may round at most twice as much as the unsplit one. Default:
             float64 and the dtype of the weights.
         device: Device of both models (default: this rank's CUDA device, else the CPU).
         trust_remote_code: Whether to run code that comes with the model (its config's `auto_map`). Read it before you do.
@@ -153,7 +153,7 @@ def verify(
 
 
 def _dtypes(dtype: str | Sequence[str] | None, folder: Path, config: Any) -> list[torch.dtype]:
-    """The dtypes to compare in, each once; by default float64 and that of the weights, or of a config without weights."""
+    """The dtypes to compare in, each once (default: float64 and that of the weights, or of a config without weights)."""
     if dtype is not None:
         names = [dtype] if isinstance(dtype, str) else list(dtype)
         return list(dict.fromkeys(as_dtype(name) or torch.float64 for name in names))
@@ -165,7 +165,7 @@ def _dtypes(dtype: str | Sequence[str] | None, folder: Path, config: Any) -> lis
 
 
 def _required_bytes(built: nn.Module, dtype: torch.dtype) -> int:
-    """Memory of a rank for the unsplit and the split model and their gradients; below float64 for a float64 model too."""
+    """Memory of a rank for the unsplit and the split model and their gradients; for narrower dtypes also a float64 model."""
     parameters = sum(p.numel() for p in built.parameters())
     return parameters * (3 * dtype.itemsize + (0 if dtype == torch.float64 else 2 * torch.float64.itemsize))
 
@@ -178,9 +178,9 @@ def _ranks_on(device: torch.device, mesh: Mesh) -> int:
 def _small_instead(
     built: nn.Module, mesh: Mesh, layout: str | PipelineParallelLayerLayout | None, vpp: int | None, dtype: torch.dtype
 ) -> tuple[nn.Module, str]:
-    """A small model on the CPU to compare in place of `built`, which is too large, and a note of it.
+    """A small model on the CPU to compare in place of `built`, which is too large, and a note about it.
 
-    It has as many layers as the layout names, or as there are stages, and so the plan of the large model's shape.
+    It has as many layers as the layout, or as stages, so that its plan has the shape of the large model's.
     """
     spec = spec_of(built)
     stages = mesh.pp * (vpp or 1)
@@ -243,7 +243,7 @@ def _compare_rounding(unsplit: nn.Module, split: nn.Module, settings: TrainSetti
 
 
 def _inputs(unsplit: nn.Module, groups: ParallelGroups, found: Collected) -> dict[str, Tensor] | None:
-    """What both models are called with; None, which is noted, where the unsplit model gives nothing to compare with."""
+    """Inputs of both models; None, with a note, if the unsplit model returns nothing to compare with."""
     kinds = ("module", "output", "gradient")
     with collective_errors(groups):
         try:
@@ -254,7 +254,7 @@ def _inputs(unsplit: nn.Module, groups: ParallelGroups, found: Collected) -> dic
             found.skip(*kinds, why=f"the unsplit model does not run: {first_line(error)}")
             return None
         if bool(output.isnan().any()):
-            found.skip(*kinds, why="the unsplit model's own output holds NaN, to which nothing is equal")
+            found.skip(*kinds, why="the unsplit model's output contains NaN, so nothing can be compared with it")
             return None
         if not output.is_floating_point() or not any(p.requires_grad for p in unsplit.parameters()):
             found.skip("gradient", why="the unsplit model's output has no gradient")
@@ -264,7 +264,7 @@ def _inputs(unsplit: nn.Module, groups: ParallelGroups, found: Collected) -> dic
 def _whole(
     folder: Path, built: nn.Module, dtype: torch.dtype, device: torch.device, *, trust_remote_code: bool
 ) -> nn.Module:
-    """The unsplit model with its own weights, or with random ones where there are none."""
+    """The unsplit model with its own weights, or with random ones if there are none."""
     try:
         if folder.is_dir():
             groups = single_groups()
@@ -289,7 +289,7 @@ def _compare_tokens(
 
 
 def _training_tokens(*models: nn.Module) -> Tensor:
-    """Random tokens to train `models` on, which drop nothing from now on."""
+    """Random tokens to train `models` on; disables their dropout."""
     for model in models:
         _without_dropout(model)
     vocabulary = plan_of(models[-1])[0].spec.vocab_size
@@ -297,7 +297,7 @@ def _training_tokens(*models: nn.Module) -> Tensor:
 
 
 def _trained(unsplit: nn.Module, tokens: Tensor, settings: TrainSettings, found: Collected) -> list[StepReport] | None:
-    """The reports of training the unsplit model; None, which is noted, where it does not train."""
+    """The reports of training the unsplit model; None, with a note, if it does not train."""
     try:
         return train(unsplit, tokens, unsplit_settings(settings))
     except Exception as error:
@@ -306,7 +306,7 @@ def _trained(unsplit: nn.Module, tokens: Tensor, settings: TrainSettings, found:
 
 
 def _without_dropout(model: nn.Module) -> None:
-    """Let every module drop nothing: ranks draw other elements than one rank does."""
+    """Disable dropout in every module: several ranks drop other elements than one rank."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -316,7 +316,7 @@ def _without_dropout(model: nn.Module) -> None:
 
 
 def _free_bytes(device: torch.device) -> int:
-    """Memory that is free on a GPU or on this machine; without an answer, 4 GiB."""
+    """Free memory of a GPU or of this machine; 4 GiB if unknown."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:

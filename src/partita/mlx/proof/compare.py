@@ -1,5 +1,5 @@
-"""Comparing a split model with the unsplit one: outputs of every module, generation with a cache, every gradient, and what
-training makes of every parameter."""
+"""Comparing a split model with the unsplit one: outputs of every module, generation with a cache, every gradient, and every
+parameter after training."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ from partita.proof.differences import SMALL, Difference, largest_of_ranks
 from partita.schedule import Schedule
 
 FLOOR = 1e-6
-"""Gradients this much smaller than the model's largest are rounding (a key's bias has none in exact arithmetic), so errors
-are taken relative to no less than this fraction of the largest."""
+"""Gradients this much smaller than the model's largest are rounding (a key bias has a zero gradient in exact arithmetic), so
+errors are relative to at least this fraction of the largest."""
 
 CACHED_STEPS = 2
-"""How many of the last tokens go through the model one by one, behind a cache of the others."""
+"""Number of last tokens that pass through the model one by one, after a cache of the others."""
 
 
 def compare(
@@ -52,31 +52,31 @@ def compare(
 ) -> list[Difference]:
     """Run both models on the same ids, forward, with a cache, and backward, and compare what comes. Every rank must call it.
 
-    Over several stages nothing is compared with a cache, and the backward follows `schedule`, every micro-batch of which has
-    the same ids.
+    With several stages, generation with a cache is not compared, and the backward follows `schedule`, every micro-batch of
+    which has the same ids.
 
     Args:
-        unsplit: The whole model, on this rank too.
-        split: This rank's part of it, with the same weights.
-        plan: How it was split.
+        unsplit: The unsplit model, on every rank.
+        split: This rank's part of the split model, with the same weights.
+        plan: The plan of the split model.
         groups: The groups of the plan's mesh.
         inputs: Ids `[batch, length]`, `length` more than `CACHED_STEPS`.
-        backward: Whether gradients are compared; not all models have any.
-        cached: Whether generation with a cache is.
-        schedule: Of a model that is cut into stages, how its backward runs.
+        backward: Whether to compare gradients, which not all models have.
+        cached: Whether to compare generation with a cache.
+        schedule: Schedule of the backward of a model with stages.
 
     Returns:
         Differences in the order of execution: modules, the outputs, then gradients in the model's order. The same on every
         rank.
 
     Raises:
-        ModelError: The unsplit model's output holds NaN, to which nothing is equal.
+        ModelError: The unsplit model's output contains NaN.
     """
     rank = groups.tp.rank
     expected, reference = forward(unsplit, inputs)
     if bool(mx.isnan(reference).any().item()):
         raise ModelError(
-            "the unsplit model's own output holds NaN, to which nothing is equal. Look at its weights and its dtype."
+            "the unsplit model's output contains NaN, so nothing can be compared with it. Check its weights and its dtype."
         )
     found, output = forward(split, inputs, plan)
     differences = [
@@ -99,20 +99,20 @@ def compare_parameters(unsplit: nn.Module, split: nn.Module, plan: Plan, groups:
     """How far each floating array of the split model is from the unsplit one's; every rank calls it, and gets the same.
 
     Args:
-        unsplit: The whole model, on this rank too.
-        split: This rank's part of it.
-        plan: How it was split.
+        unsplit: The unsplit model, on every rank.
+        split: This rank's part of the split model.
+        plan: The plan of the split model.
         groups: The groups of the plan's mesh.
 
     Returns:
-        A difference an array, in the model's order.
+        One difference per array, in the model's order.
     """
     whole = {
         name: home[key]
         for name, (home, key) in parameter_homes(unsplit).items()
         if mx.issubdtype(home[key].dtype, mx.floating)
     }
-    # A parameter that began at zero and has no gradient (a key's bias) is rounding itself.
+    # A parameter that started at zero and has a zero gradient (a key bias) consists of rounding errors.
     least = SMALL * max((float(mx.abs(array).max()) for array in whole.values()), default=0.0)
     found = []
     for name, (home, key) in parameter_homes(split).items():
@@ -126,8 +126,8 @@ def compare_parameters(unsplit: nn.Module, split: nn.Module, plan: Plan, groups:
 def forward(model: nn.Module, inputs: mx.array, plan: Plan | None = None) -> tuple[dict[str, mx.array], mx.array]:
     """The first output of every module by its path in the unsplit model, and the model's.
 
-    Of a model that `plan` cuts into stages those modules alone whose outputs depend on no stand-in: layers, what is inside
-    them, and what holds arrays.
+    If `plan` has several stages, only modules whose outputs depend on no stand-in: layers, modules inside
+    them, and modules with arrays.
     """
     outputs: dict[str, mx.array] = {}
 
@@ -142,7 +142,7 @@ def forward(model: nn.Module, inputs: mx.array, plan: Plan | None = None) -> tup
 
 
 def _compare_steps(unsplit: nn.Module, split: nn.Module, plan: Plan, inputs: mx.array, rank: int) -> Difference:
-    """Generation as it goes: with a cache, and each rank with its own part of the logits."""
+    """Compare generation with a cache, where each rank has its own part of the logits."""
     whole = generate_steps(unsplit, inputs)
     with local_logits(split, plan) as columns:
         mine = generate_steps(split, inputs)
@@ -152,7 +152,7 @@ def _compare_steps(unsplit: nn.Module, split: nn.Module, plan: Plan, inputs: mx.
 
 
 def generate_steps(model: nn.Module, inputs: mx.array) -> mx.array:
-    """The logits of the last ids when they come one by one, `[batch, CACHED_STEPS, vocabulary]`."""
+    """The logits of the last ids, fed one by one, `[batch, CACHED_STEPS, vocabulary]`."""
     cache = make_cache(model)
     first = inputs.shape[1] - CACHED_STEPS
     mx.eval(main_output(model(inputs[:, :first], cache=cache)))
@@ -164,9 +164,9 @@ def generate_steps(model: nn.Module, inputs: mx.array) -> mx.array:
 
 
 def gradients(model: nn.Module, inputs: mx.array, *, dtype: mx.Dtype | None = None) -> dict[str, mx.array]:
-    """The gradients of a weighted sum of the logits, by the parameters' names in the unsplit model.
+    """The gradients of a weighted sum of the logits, by the parameters' unsplit names.
 
-    The sum's weights are rounded to `dtype`, by default that of the logits.
+    The sum's weights are rounded to `dtype` (default: that of the logits).
     """
     homes = {
         name: (home, attribute)
@@ -233,9 +233,9 @@ def _compare_gradients(
 
 @contextmanager
 def _watch(model: nn.Module, see: Callable[[str, mx.array], object]) -> Iterator[None]:
-    """Show `see` the outputs of every module inside the model, by its path in the unsplit one.
+    """Call `see` with the outputs of every module inside the model and its unsplit path.
 
-    Python finds `__call__` on classes only, so each module becomes one of a class of its own for the while.
+    Python looks up `__call__` on classes only, so each module temporarily gets its own class.
     """
     absent = (AbsentLayer, AbsentModule)
     modules = {p: module for p, module in unsplit_modules(model).items() if p and not issubclass(type(module), absent)}
@@ -261,17 +261,17 @@ def _watched(cls: type, path: str, see: Callable[[str, mx.array], object]) -> ty
 
 
 def comparable(expected: dict[str, mx.array], plan: Plan, rank: int) -> Iterator[tuple[str, mx.array]]:
-    """Those outputs of the unsplit model that the split one has too, whole or this rank's part, in order of execution."""
+    """The outputs of the unsplit model that the split one also has, complete or this rank's part, in order of execution."""
     for path, whole in expected.items():
         module = plan.modules.get(path)
         if module is None:
-            # Between projections an attention has its own heads only, of which nobody knows which.
+            # Between projections an attention has its own heads only, and it is unknown which.
             if not any(path.startswith(f"{parent}.") for parent in plan.attention):
                 yield path, whole
         elif module.style == "column" and not module.gather_output:
             yield path, _local_part(whole, module, rank)
         elif len(plan.tensor(f"{path}.weight").shape) != 3:
-            # (Of stacked experts the parts are added up behind them all.)
+            # (The parts of stacked experts are summed after all of them.)
             yield path, whole
 
 
@@ -286,7 +286,7 @@ def _local_part(whole: mx.array, module: ModulePlan, rank: int) -> mx.array:
 
 
 def relative_error(whole: mx.array, mine: mx.array, scale: float | None = None) -> float:
-    """The largest difference, relative to the largest magnitude of `whole` or to `scale`; infinite where only one is finite."""
+    """The largest difference, relative to the largest magnitude of `whole` or to `scale`; infinite if only one is finite."""
     if whole.shape != mine.shape:
         return float("inf")
     if whole.size == 0:

@@ -1,4 +1,4 @@
-"""Proof before use: a split whose rules nobody has measured for a family is tried on a small model of it first."""
+"""Verification before use: rules that were not measured for a family are tested on a small model of it first."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ from partita.proof.differences import Difference, first_wrong
 from partita.proof.rounding import Measured
 
 TOLERANCES: Mapping[mx.Dtype, float] = {mx.float64: 1e-6, mx.float32: 1e-4}
-"""Largest relative error of a split that counts as right: far above rounding (models narrow to float32 inside), far below
+"""Largest relative error of a correct split: far above rounding (models narrow to float32 inside), far below
 any mistake."""
 
 LARGEST_PARAMETERS = 30_000_000
-"""A small model of more parameters than this is not small."""
+"""Maximum number of parameters of a small model."""
 
 
 def plan_of_model(
@@ -50,20 +50,20 @@ def plan_of_model(
     vpp: int | None = None,
     placement: Placement = "loop",
 ) -> Plan:
-    """The plan of an unsplit model: of its family's rules where these were measured, else of those that pass.
+    """The plan of an unsplit model: with its family's rules if these were measured, else with rules that pass.
 
     Args:
-        model: A model of mlx-lm, evaluated or not.
+        model: An mlx-lm model, evaluated or not.
         mesh: The ranks.
-        layout: Which layers each pipeline stage runs.
-        rules: How modules are split; by default found.
-        config: The config that the model was built from, where it is at hand.
+        layout: Layers of each pipeline stage.
+        rules: Rules of the split (default: derived from the model).
+        config: The config that the model was built from, if available.
         vpp: Stages on each pipeline rank (default: as many as `layout` has, else 1).
         placement: Assignment of stages to ranks.
 
     Raises:
         PlanError: The model cannot be distributed this way.
-        ModelError: No way of splitting it gives what the unsplit model gives; the text says where each goes wrong.
+        ModelError: No split matches the unsplit model; the message says where each differs.
     """
     spec = spec_of(model, config)
     first = rules if rules is not None else rules_of(spec)
@@ -85,9 +85,9 @@ def plan_of_model(
 
 
 def candidates(spec: ModelSpec, first: Rules) -> list[Rules]:
-    """Rules to be tried in turn, from most to least split.
+    """Rules to try in turn, from most to least split.
 
-    That is `first`, with the vocabulary whole, with attentions apart, with all but these apart, and with everything apart.
+    These are `first`, then with an unsplit vocabulary, isolated attentions, everything else isolated, and everything isolated.
     """
     mixed = [partly_isolated_rules(spec, first, attention=attention) for attention in (True, False)]
     apart = isolated_rules(spec)
@@ -95,10 +95,10 @@ def candidates(spec: ModelSpec, first: Rules) -> list[Rules]:
 
 
 def prove_unless_proven(model: nn.Module, plan: Plan) -> Plan:
-    """`plan`, whose rules were measured for its family or pass now.
+    """Return `plan` if its rules were measured for its family or pass now.
 
     Raises:
-        ModelError: They do not.
+        ModelError: They do not pass.
     """
     if plan.mesh.tp > 1 and not plan.rules.proven:
         prove(model, plan)
@@ -106,15 +106,15 @@ def prove_unless_proven(model: nn.Module, plan: Plan) -> Plan:
 
 
 def prove(model: nn.Module, plan: Plan) -> None:
-    """Measure the rules of `plan` on a small random model of the family of `model`, its ranks threads of this process.
+    """Measure the rules of `plan` on a small random model of the family of `model`, with threads of this process as ranks.
 
     Raises:
-        ModelError: It is not equal to its unsplit self, or cannot be built small.
+        ModelError: The split model differs from the unsplit one, or no small model can be built.
     """
     config = config_of(model)
     config.pop("quantization", None)
     dtype = dtype_of(model)
-    # Every switch of the config counts: a verdict on one is none on another.
+    # Every config option counts: a result for one config does not hold for another.
     key = (type(model), plan.mesh.tp, plan.spec.num_heads, json.dumps(config, sort_keys=True), plan.rules, dtype)
     if key not in _proven:
         _proven[key] = _measure(model, config, plan, dtype)
@@ -126,12 +126,12 @@ _proven: dict[Any, str] = {}
 
 
 def _measure(model: nn.Module, config: Mapping[str, Any], plan: Plan, dtype: mx.Dtype) -> str:
-    """Why the rules of `plan` are not right; nothing where they are."""
+    """Why the rules of `plan` fail; empty if they pass."""
     try:
-        # In a thread of its own, whose random numbers are not the user's.
+        # In a separate thread, which does not change the user's random state.
         (small,) = run_as_threads(1, lambda _: small_model(type(model), config, plan.spec.num_heads))
     except PartitaError as error:
-        return f"its rules were not measured, and they cannot be: {error}"
+        return f"its rules were not measured, and cannot be tested: {error}"
     try:
         spec = spec_of(small.model, {"model_type": plan.spec.family})
         small_plan = Plan.make(spec, Mesh(tp=plan.mesh.tp), None, plan.rules)
@@ -147,10 +147,10 @@ def _measure(model: nn.Module, config: Mapping[str, Any], plan: Plan, dtype: mx.
 
 
 def _rounding_difference(small: Small, plan: Plan, dtype: mx.Dtype) -> str:
-    """What a split rounds worse, or in another dtype, than a small model in the dtype of the large one, in words."""
+    """Description of arrays that a split rounds worse, or in another dtype, than a small model in the large model's dtype."""
     unsplit = in_dtype(small, dtype)
     if unsplit is None:
-        return ""  # MLX does not run the unsplit model in this dtype here, so that nothing can be equal to it.
+        return ""  # MLX does not run the unsplit model in this dtype here, so there is nothing to compare with.
     name = str(dtype).removeprefix("mlx.core.")
     try:
         found = compare_rounding_on_threads(unsplit, plan, small.dtype)
@@ -161,7 +161,7 @@ def _rounding_difference(small: Small, plan: Plan, dtype: mx.Dtype) -> str:
 
 
 def in_dtype(small: Small, dtype: mx.Dtype) -> Small | None:
-    """A copy of a small model in a narrower dtype, and what it can do there; None where it does not run."""
+    """A copy of a small model in a narrower dtype, and its abilities in it; None if it does not run."""
     if dtype.size >= small.dtype.size:
         return None
     model = copy.deepcopy(small.model)
@@ -173,7 +173,7 @@ def in_dtype(small: Small, dtype: mx.Dtype) -> Small | None:
 
 
 def dtype_of(model: nn.Module) -> mx.Dtype:
-    """The dtype of most of a model's floating arrays; of a quantized one, that of its scales."""
+    """The dtype of most of a model's floating arrays; of a quantized model, that of its scales."""
     counts = Counter({mx.float32: 0})
     for array in every_array(model):
         if mx.issubdtype(array.dtype, mx.floating):
@@ -183,12 +183,12 @@ def dtype_of(model: nn.Module) -> mx.Dtype:
 
 @dataclass(frozen=True)
 class Small:
-    """A small model, and what the unsplit model can do at all.
+    """A small model, and the abilities of the unsplit model.
 
     Attributes:
         model: The model.
         dtype: dtype of the weight.
-        backward: Whether MLX has all its gradients.
+        backward: Whether MLX computes all its gradients.
         cached: Whether it generates with a cache.
     """
 
@@ -199,18 +199,18 @@ class Small:
 
 
 def small_model(cls: type[nn.Module], config: Mapping[str, Any], num_heads: int) -> Small:
-    """A small model of a class, with random weights of which none is zero for all; to be called on the CPU.
+    """A small model of a class, with random nonzero weights; must be called on the CPU.
 
-    In float64 where all of the model runs in it, else in float32. Seeds MLX's generator of this thread.
+    In float64 if all of the model runs in it, else in float32. Seeds MLX's generator of this thread.
 
     Raises:
-        ModelError: None of the small ones can be built and run.
+        ModelError: No small model can be built and run.
     """
     family = family_of(cls)
     if family in CRASHES:
         raise ModelError(f"{CRASHES[family]}.")
     if not config:
-        raise ModelError(f"{family} keeps no arguments that could be made small.")
+        raise ModelError(f"{family} stores no arguments that could be reduced.")
     reasons: list[str] = []
     for data in shrunk_configs(config, num_heads):
         found: list[Small] = []
@@ -230,17 +230,17 @@ def small_model(cls: type[nn.Module], config: Mapping[str, Any], num_heads: int)
 
 
 CRASHES: Mapping[str, str] = {
-    "phi3small": "mlx-lm's phi3small writes outside of its memory on MLX's CPU backend, which ends the process"
+    "phi3small": "mlx-lm's phi3small writes out of bounds on MLX's CPU backend, which crashes the process"
 }
-"""Families that must not be run on the CPU, not even unsplit."""
+"""Families that must not run on the CPU, not even unsplit."""
 
 
 def _tried(config: Mapping[str, Any], dtype: mx.Dtype) -> Small:
-    """A model of a small config, and what it can do in a dtype."""
+    """A model of a small config, and its abilities in a dtype."""
     mx.random.seed(0)
     model = build(config)
     if sum(array.size for array in every_array(model)) > LARGEST_PARAMETERS:
-        raise ModelError("it is too large even when made small")
+        raise ModelError("it is too large even when reduced")
     fill(model, dtype)
     ids = sample_inputs(model)
     mx.eval(main_output(model(ids)))
@@ -248,7 +248,7 @@ def _tried(config: Mapping[str, Any], dtype: mx.Dtype) -> Small:
 
 
 def runs(what: Callable[[nn.Module, mx.array], Any], model: nn.Module, ids: mx.array) -> bool:
-    """Whether MLX does `what` with a model and ids at all."""
+    """Whether MLX can run `what` with a model and ids."""
     try:
         mx.eval(what(model, ids))
     except Exception:
@@ -257,7 +257,7 @@ def runs(what: Callable[[nn.Module, mx.array], Any], model: nn.Module, ids: mx.a
 
 
 def fill(model: nn.Module, dtype: mx.Dtype) -> nn.Module:
-    """Evaluate an unsplit model with weights of its own making, and noise where they are zero, or on norms and biases."""
+    """Evaluate an unsplit model with its own initial weights, and add noise to zeros, norms and biases."""
 
     def drawn(array: mx.array) -> mx.array:
         if not mx.issubdtype(array.dtype, mx.floating):
@@ -300,8 +300,8 @@ def compare_rounding_on_threads(small: Small, plan: Plan, wide: mx.Dtype) -> Mea
 
 
 def sample_inputs(model: nn.Module, *, batch: int = 2, length: int = 9) -> mx.array:
-    """Random ids, as every text model takes them."""
+    """Random ids, the input of every text model."""
     vocabulary = spec_of(model).vocab_size
     if vocabulary < 2:
-        raise ModelError(f"{type(model).__module__} has no vocabulary, so nobody knows what to feed it.")
+        raise ModelError(f"{type(model).__module__} has no vocabulary, so its inputs are unknown.")
     return mx.random.randint(0, vocabulary, (batch, length), key=mx.random.key(0))

@@ -1,4 +1,4 @@
-"""Forms of a family: what distinguishes its configs from each other apart from sizes, and which forms were measured.
+"""Forms of a family: the differences between its configs apart from sizes, and which forms were measured.
 
 `measured_forms.json` lists by family the forms whose logits on MLX were compared with those of transformers' own model, and the
 versions of both packages. `python -m tests.parity.measure_forms` writes it.
@@ -26,7 +26,7 @@ class Verdict:
 
     Attributes:
         error: The largest difference of logits, relative to the largest logit; None if nothing could be compared.
-        key: If they differ, the config's key that mlx-lm reads differently, or "" if no single key is the cause.
+        key: If they differ, the config key that mlx-lm reads differently, or "" if no single key is the cause.
         reason: Why nothing could be compared.
     """
 
@@ -36,7 +36,7 @@ class Verdict:
 
     @property
     def differs(self) -> bool:
-        """Whether both were run and are not equal."""
+        """Whether both models ran and differ."""
         return self.key is not None
 
     def to_json(self) -> dict[str, Any]:
@@ -70,7 +70,7 @@ def deviations(config: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     usual = type(known)().to_dict()
     data = known.to_dict()
-    # A key that neither side reads, as published configs have many, changes nothing.
+    # Published configs have many keys that neither side reads; these change nothing.
     read = {*usual, *_arguments(config)}
     return {
         key: usual.get(key)
@@ -162,6 +162,6 @@ def measured(family: str, form: Mapping[str, str]) -> Verdict | None:
 
 
 def measured_by_parts(family: str, form: Mapping[str, str]) -> bool:
-    """Whether each deviation of a form was measured alone and found equal."""
+    """Whether each deviation of a form was measured separately and found equal."""
     verdicts = [measured(family, {key: value}) for key, value in form.items()]
     return bool(verdicts) and all(one is not None and one.error is not None and not one.differs for one in verdicts)

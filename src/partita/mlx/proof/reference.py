@@ -32,12 +32,12 @@ TIMEOUT_S = 120.0
 
 @dataclass(frozen=True)
 class Reference:
-    """What an unsplit model on MLX was compared with.
+    """The reference of an unsplit model on MLX.
 
     Attributes:
         text: The reference, or "none" and the reason.
         compared: Whether there is one.
-        is_missing: Whether there could be one, but nothing was compared.
+        is_missing: Whether a reference is possible, but nothing was compared.
     """
 
     text: str
@@ -50,7 +50,7 @@ _checks: contextvars.ContextVar[bool] = contextvars.ContextVar("checks", default
 
 @contextlib.contextmanager
 def unchecked() -> Iterator[None]:
-    """A block in which models load without this check; the comparison itself loads so."""
+    """A context in which models load without this check; the comparison itself uses it."""
     token = _checks.set(False)
     try:
         yield
@@ -61,7 +61,7 @@ def unchecked() -> Iterator[None]:
 def check_reference(config: Mapping[str, Any]) -> None:
     """Check that the unsplit model on MLX computes what transformers computes.
 
-    Warns if transformers knows the family, but nothing could be compared: torch is not installed, or the comparison failed.
+    Warns if transformers supports the family, but nothing could be compared: torch is not installed, or the comparison failed.
 
     Raises:
         ModelError: They differ. The error names the key of the config that mlx-lm reads differently.
@@ -70,7 +70,7 @@ def check_reference(config: Mapping[str, Any]) -> None:
         return
     found = reference_of(config)
     if found.is_missing:
-        warnings.warn(f"MLX's numbers for this {config['model_type']} have no reference: {found.text}", stacklevel=3)
+        warnings.warn(f"MLX's results for this {config['model_type']} have no reference: {found.text}", stacklevel=3)
 
 
 def reference_of(config: Mapping[str, Any]) -> Reference:
@@ -91,7 +91,7 @@ def reference_of(config: Mapping[str, Any]) -> Reference:
         by = f"transformers {own['transformers']}, measured on this machine with mlx-lm {own['mlx-lm']}"
     if verdict is None:
         if measured_by_parts(family, form):
-            return Reference(f"{by}, each key of its form by itself", True)
+            return Reference(f"{by}, each key of its form separately", True)
         name = form_name(form) or "the family's defaults"
         why = "torch is not installed" if find_spec("torch") is None else "the comparison failed"
         return Reference(f"none: the form ({name}) is not measured, and {why}", False, True)
@@ -109,8 +109,8 @@ def _why(family: str, form: Mapping[str, str], verdict: Verdict) -> str:
         else f"mlx-lm computes the form ({form_name(form) or 'the defaults'}) differently from transformers"
     )
     return (
-        f"{family} would give other numbers on MLX: {cause}; the logits of a small model differ by {verdict.error:.1e} of the "
-        "largest. Use the torch engine."
+        f"{family} would give different results on MLX: {cause}; the logits of a small model differ by {verdict.error:.1e} of "
+        "the largest. Use the torch engine."
     )
 
 
@@ -131,7 +131,7 @@ def _text(config: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _remembered(family: str, form: Mapping[str, str], config: Mapping[str, Any]) -> Verdict | None:
-    """The verdict of an earlier comparison on this machine, else of a new one, which is kept; None if that failed."""
+    """The verdict of an earlier comparison on this machine, else of a new one, which is cached; None if that failed."""
     name = "-".join(["forms", *versions().values()])
     file = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "partita" / f"{name}.json"
     key = f"{family}: {form_name(form)}"

@@ -1,4 +1,4 @@
-"""Comparing a split model with the unsplit one in the dtype that is run, both against the unsplit model in a wider one."""
+"""Comparing the rounding of a split and an unsplit model in the run's dtype, both against the unsplit model in a wider one."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from partita.schedule import Schedule
 
 
 def widest() -> mx.Dtype:
-    """The dtype of what is called exact: float64, and float32 on GPUs, which have no float64."""
+    """The dtype of the exact model: float64, or float32 on GPUs, which have no float64."""
     return mx.float64 if mx.default_device() == mx.cpu else mx.float32
 
 
 def in_wide_dtype(model: nn.Module, dtype: mx.Dtype | None = None) -> nn.Module:
-    """A copy of an unsplit model, which must not be quantized, with the same weights in `dtype`, by default the widest."""
+    """A copy of an unsplit model, which must not be quantized, with the same weights in `dtype` (default: the widest)."""
     wide = copy.deepcopy(model)
     for home, key in parameter_homes(wide).values():
         if mx.issubdtype(home[key].dtype, mx.floating):
@@ -49,12 +49,12 @@ def compare_rounding(
     """Run all three on the same ids, forward and backward, and compare what comes. Every rank must call it.
 
     Args:
-        exact: What `in_wide_dtype` made of `unsplit`.
-        unsplit: The whole model, on this rank too.
-        split: This rank's part of it, with the same weights.
+        exact: The result of `in_wide_dtype` for `unsplit`.
+        unsplit: The unsplit model, on every rank.
+        split: This rank's part of the split model, with the same weights.
         inputs: Ids `[batch, length]`.
-        backward: Whether gradients are compared; not all models have any.
-        schedule: Of a model that is cut into stages, how its backward runs.
+        backward: Whether to compare gradients, which not all models have.
+        schedule: Schedule of the backward of a model with stages.
     """
     plan, groups = plan_of(split)
     measured: list[Rounding] = []
@@ -88,7 +88,7 @@ def trained_rounding(exact: nn.Module, unsplit: nn.Module, split: nn.Module) -> 
 
 
 def is_tie(exact: nn.Module, unsplit: nn.Module, prefix: Sequence[int], one: int, other: int) -> bool:
-    """Whether after the ids `prefix` two tokens' logits are closer than what rounding may move them.
+    """Whether two tokens' logits after the ids `prefix` are closer than the allowed rounding.
 
     See `partita.torch.proof.rounding.is_tie`.
     """
@@ -139,7 +139,7 @@ def _run_all(
 
 
 def _measure(runs: list[_Run], split: nn.Module, plan: Plan, rank: int) -> tuple[list[Rounding], dict[str, str], int]:
-    """What this rank holds of everything that can be compared, the dtypes that differ, and how many were compared."""
+    """This rank's parts of all arrays that can be compared, the dtypes that differ, and the number of compared dtypes."""
     exact, unsplit, mine = runs
     measured, dtypes = [], {}
     own = dict(comparable(unsplit.outputs, plan, rank))
@@ -175,7 +175,7 @@ def _over_ranks(
 
 
 def _rounding(kind: str, name: str, exact: mx.array, unsplit: mx.array, split: mx.array) -> Rounding:
-    """The sums of squares of one array on this rank; where the unsplit model overflows, the split one has to overflow too."""
+    """The sums of squares of one array on this rank; where the unsplit model overflows, the split one must overflow too."""
     finite = mx.isfinite(unsplit) & mx.isfinite(exact)
     if exact.shape != split.shape or not bool(mx.array_equal(mx.isfinite(split) & mx.isfinite(exact), finite).item()):
         return Rounding(kind, name, exact.size, 1.0, 0.0, float("inf"))

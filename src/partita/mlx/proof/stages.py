@@ -1,6 +1,6 @@
-"""Proof before use, of stages: a small model of the family is cut between all its layers, a copy with one stage each.
+"""Verification of stages before use: a small model of the family is split between all its layers, one copy per stage.
 
-The stages run one after the other in this process: forward, backward by one vjp a stage, then token by token with caches.
+The stages run in sequence in this process: forward, backward by one vjp per stage, then token by token with caches.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ _verdicts: dict[Any, tuple[str, str]] = {}
 
 
 def prove_stages(model: nn.Module, plan: Plan) -> None:
-    """Refuse a model that cannot be cut into stages.
+    """Raise for a model that cannot be split into stages.
 
     Raises:
-        ModelError: The stages together do not give what the unsplit model gives, or cannot be tried.
+        ModelError: The stages do not match the unsplit model, or cannot be tested.
     """
     if plan.num_mtp:
         raise ModelError("mlx-lm's models have no multi-token prediction. Leave `m` out of the layout.")
@@ -51,7 +51,7 @@ def prove_stages(model: nn.Module, plan: Plan) -> None:
 
 
 def refuse_undecodable(model: nn.Module, plan: Plan) -> None:
-    """Raise `ModelError` for a model whose cache was found not to work over stages."""
+    """Raise `ModelError` for a model whose cache failed with stages."""
     reason = _verdicts.get(_key(model), ("", ""))[1]
     if plan.num_stages > 1 and reason:
         raise ModelError(f"{plan.spec.family} cannot generate with pipeline stages: {reason} Use tp and pp=1.")
@@ -69,15 +69,15 @@ def _plain_config(model: nn.Module) -> dict[str, Any]:
 
 
 def _measure(model: nn.Module, num_heads: int) -> tuple[str, str]:
-    """Why the family of a model cannot be cut, and why it cannot generate when it is; nothing where it can."""
+    """Why stages of a model's family fail, in forward and backward, and in generation; empty if they do not."""
     config, dtype = _plain_config(model), dtype_of(model)
     try:
-        # In a thread of its own, whose random numbers are not the user's.
+        # In a separate thread, which does not change the user's random state.
         (verdict,) = run_as_threads(1, lambda _: _verdict(type(model), config, num_heads, dtype))
     except PartitaError as error:
         return str(error), ""
     except Exception as error:
-        return f"in parts it fails: {describe(error)}", ""
+        return f"its stages fail: {describe(error)}", ""
     return verdict
 
 
@@ -93,20 +93,20 @@ def _verdict(cls: type[nn.Module], config: Mapping[str, Any], num_heads: int, dt
     try:
         return "", parts.decoding_difference()
     except Exception as error:
-        return "", f"with a cache it fails: {describe(error)}"
+        return "", f"its stages fail with a cache: {describe(error)}"
 
 
 class _Parts:
-    """A small model cut between all its layers, a copy with one stage each."""
+    """A small model split between all its layers, one copy per stage."""
 
     def __init__(self, small: Small) -> None:
         spec = spec_of(small.model)
         if not spec.layers or spec.num_layers < 1:
-            raise ModelError("no list of layers was found in it.")
+            raise ModelError("it has no list of layers.")
         layers = [[LayerType.decoder] for _ in range(spec.num_layers)]
         layout = [[LayerType.embedding], *layers, [LayerType.loss]]
         self.small = small
-        # Stages compute what the unsplit model does in the same order, but for the sum of a tied array's two gradients.
+        # Stages compute in the order of the unsplit model, except for the sum of a tied array's two gradients.
         self.tolerance = TOLERANCES.get(small.dtype, 4 * float(mx.finfo(small.dtype).eps))
         self.plan = Plan.make(spec, Mesh(pp=len(layout)), layout, Rules(()))
         self.inputs = sample_inputs(small.model)
@@ -116,7 +116,7 @@ class _Parts:
         ]
 
     def run(self, inputs: mx.array, caches: list[Any]) -> tuple[list[Message | None], mx.array]:
-        """What each stage was given, and the output."""
+        """Inputs of each stage, and the model's output."""
         given: list[Message | None] = []
         made: Any = None
         for index, part in enumerate(self.parts):
@@ -126,7 +126,7 @@ class _Parts:
         return given, main_output(made)
 
     def difference(self) -> str:
-        """What differs first in a forward and backward, in words."""
+        """Description of the first difference in a forward and backward."""
         expected = main_output(self.small.model(self.inputs))
         given, output = self.run(self.inputs, [None] * len(self.parts))
         error = relative_error(expected, output)
@@ -153,7 +153,7 @@ class _Parts:
     def _backward(
         self, index: int, given: Message | None, cotangents: list[mx.array]
     ) -> tuple[list[str], list[mx.array], list[mx.array]]:
-        """Names and gradients of a stage's parameters, and the gradients of what it was given."""
+        """Names and gradients of a stage's parameters, and the gradients of its inputs."""
         part = self.parts[index]
         trainable = Trainable(part)
         arrays = [] if given is None else list(given.arrays)
@@ -165,7 +165,7 @@ class _Parts:
             if not is_last:
                 return list(made.arrays)
             logits = main_output(made)
-            # The same sum as `compare.gradients` takes.
+            # The same sum as in `compare.gradients`.
             return [(logits * mx.random.normal(logits.shape, key=mx.random.key(0)).astype(logits.dtype)).sum()]
 
         _, mine, received = trainable.vjp(stage, arrays, [mx.array(1.0, self.small.dtype)] if is_last else cotangents)
@@ -173,7 +173,7 @@ class _Parts:
         return list(trainable.names), mine, received
 
     def decoding_difference(self) -> str:
-        """What differs first when tokens come one by one, in words."""
+        """Description of the first difference in token-by-token generation."""
         expected = generate_steps(self.small.model, self.inputs)
         caches = [make_cache(part) for part in self.parts]
         first = self.inputs.shape[1] - CACHED_STEPS
