@@ -23,7 +23,7 @@ from tests.bad_input.table import ENGINES, Call, holds, raises, rows
 x = torch.zeros(2, 4)
 single = Communicator.single()
 deeper = Plan.make(spec_from_config({**LLAMA, "num_hidden_layers": 3}), Mesh())
-NOT_OURS = "this model was not split by Partita. Make it with partita."
+NOT_OURS = "this model was not split by Partita. Use partita."
 
 
 @pytest.fixture
@@ -54,11 +54,9 @@ LAYERS = [
     Call(
         "column: stride",
         lambda: pt.ColumnParallelLinear(4, 4, stride=3),
-        "stride must divide the split dimension (4), but is 3.",
+        "stride must divide the split dimension (4); got 3.",
     ),
-    Call(
-        "column: lora_rank", lambda: pt.ColumnParallelLinear(4, 4, lora_rank=0), "the rank of LoRA must be...but is 0."
-    ),
+    Call("column: lora_rank", lambda: pt.ColumnParallelLinear(4, 4, lora_rank=0), "the rank of LoRA must be...got 0."),
     Call(
         "column: gathered and parallel",
         lambda: pt.ColumnParallelLinear(4, 4, gather_output=True, sequence_parallel=True),
@@ -78,49 +76,49 @@ LAYERS = [
     Call(
         "row: stride",
         lambda: pt.RowParallelLinear(4, 4, stride=0),
-        "stride must divide the split dimension (4), but is 0.",
+        "stride must divide the split dimension (4); got 0.",
     ),
-    Call("row: lora_rank", lambda: pt.RowParallelLinear(4, 4, lora_rank="x"), "the rank of LoRA must be...but is 'x'."),
+    Call("row: lora_rank", lambda: pt.RowParallelLinear(4, 4, lora_rank="x"), "the rank of LoRA must be...got 'x'."),
     Call("embedding: no rows", lambda: pt.ParallelEmbedding(0, 4), "num_embeddings must be...but is 0."),
     Call("embedding: width below zero", lambda: pt.ParallelEmbedding(4, -1), "embedding_dim must be...but is -1."),
     Call(
         "embedding: padding",
         lambda: pt.ParallelEmbedding(4, 4, padding_idx=4),
-        "padding_idx must be in [-4, 4), but is 4.",
+        "padding_idx must be in [-4, 4); got 4.",
     ),
     Call(
         "embedding: norm",
         lambda: pt.ParallelEmbedding(4, 4, norm_type=0),
-        "norm_type must be a positive number, but is 0.",
+        "norm_type must be a positive number; got 0.",
     ),
     Call(
         "embedding: init_type",
         lambda: pt.ParallelEmbedding(4, 4, init_type="x"),
-        "init_type must be one of...but is 'x'.",
+        "init_type must be one of...got 'x'.",
     ),
-    Call("LoRA: rank", lambda: pt.LoraLinear(nn.Linear(4, 4), -1), "the rank of LoRA must be...but is -1."),
+    Call("LoRA: rank", lambda: pt.LoraLinear(nn.Linear(4, 4), -1), "the rank of LoRA must be...got -1."),
 ]
 
 fill = pt.initialize_model_parallel_affine_weight_
 MAPPINGS = [
-    Call("fill: size of a part", lambda: fill(x, 4, 4, 3, 0), "per_partition_size must be 4 on rank 0 of 1, but is 3."),
-    Call("fill: dim", lambda: fill(x, 2, 4, 2, 2), "partition_dim must be 0 or 1, but is 2."),
-    Call("fill: init_type", lambda: fill(x, 2, 4, 2, 0, "x"), "init_type must be one of...but is 'x'."),
-    Call("fill: shape", lambda: fill(x, 4, 4, 4, 0), "weight must be (4, 4) on rank 0 of 1, but is (2, 4)."),
+    Call("fill: size of a part", lambda: fill(x, 4, 4, 3, 0), "per_partition_size must be 4 on rank 0 of 1; got 3."),
+    Call("fill: dim", lambda: fill(x, 2, 4, 2, 2), "partition_dim must be 0 or 1; got 2."),
+    Call("fill: init_type", lambda: fill(x, 2, 4, 2, 0, "x"), "init_type must be one of...got 'x'."),
+    Call("fill: shape", lambda: fill(x, 4, 4, 4, 0), "weight must be (4, 4) on rank 0 of 1; got (2, 4)."),
     Call("fill: rank", lambda: fill(x, 4, 4, 2, 0, rank=3, world_size=2), "rank must be in [0, 2), but is 3."),
-    Call("mp_scatter: dim", lambda: pt.mp_scatter(x, 2), "dim must be in [-2, 2) for x of shape (2, 4), but is 2."),
+    Call("mp_scatter: dim", lambda: pt.mp_scatter(x, 2), "dim must be in [-2, 2) for x of shape (2, 4); got 2."),
     Call(
         "mp_scatter: sizes",
         lambda: pt.mp_scatter(x, 0, sizes=[3]),
         "sizes must be 1 numbers that add up to 2 (dim 0), but are (3,).",
     ),
-    Call("mp_gather: dim", lambda: pt.mp_gather(x, -3), "dim must be in [-2, 2) for x of shape (2, 4), but is -3."),
+    Call("mp_gather: dim", lambda: pt.mp_gather(x, -3), "dim must be in [-2, 2) for x of shape (2, 4); got -3."),
     Call("mp_gather: sizes", lambda: pt.mp_gather(x, 0, sizes=[1, 1]), "sizes must be 1 numbers...but are (1, 1)."),
     Call("mp_copy: op", lambda: pt.mp_copy(x, dist.ReduceOp.PRODUCT), "op must be SUM, AVG, MAX or MIN"),
     Call(
         "mp_reduce: op",
         lambda: pt.mp_reduce(x, "sum"),
-        "op must be SUM, AVG, MAX or MIN, whose gradients are known, but is sum.",
+        "op must be SUM, AVG, MAX or MIN, whose gradients are defined; got sum.",
     ),
     Call(
         "loss: target",
@@ -130,7 +128,7 @@ MAPPINGS = [
     Call(
         "loss: shape",
         lambda: pt.vocab_parallel_cross_entropy(x, torch.tensor([1]), single),
-        "logits must be (1, 4) on rank 0, but are (2, 4).",
+        "logits must be (1, 4) on rank 0; got (2, 4).",
     ),
     Call(
         "parallelism: twice",
@@ -185,12 +183,12 @@ def test_layers_of_mlx() -> None:
         ),
         Call("inputs below zero", lambda: pm.ShardedToAllLinear(-4, 4), "input_dims must be...but is -4."),
         Call("inputs in quotes", lambda: pm.AllToShardedLinear("4", 4), "input_dims must be...but is '4'."),
-        Call("half a group", lambda: quantized(63, 64), "input_dims must be a multiple of group_size (64), but is 63."),
+        Call("half a group", lambda: quantized(63, 64), "input_dims must be a multiple of group_size (64); got 63."),
         Call("bits", lambda: quantized(64, 64, bits=9), "MLX has no affine quantization of group_size 64 and bits 9."),
         Call(
             "mode",
             lambda: quantized(64, 64, mode="int3"),
-            "mode must be one of affine, mxfp4, mxfp8, nvfp4, but is 'int3'.",
+            "mode must be one of affine, mxfp4, mxfp8, nvfp4; got 'int3'.",
         ),
         Call(
             "half a group in rows",
@@ -210,12 +208,12 @@ def test_layers_of_mlx() -> None:
         Call(
             "segments",
             lambda: pm.AllToShardedLinear.from_linear(plain, segments=3),
-            "segments must divide the 4 elements evenly, but are 3.",
+            "segments must divide the 4 elements evenly; got 3.",
         ),
         Call(
             "positions",
             lambda: pm.AllToShardedLinear.from_linear(plain, segments=[9]),
-            "segments must ascend inside (0, 4), but are [9]",
+            "segments must ascend inside (0, 4); got [9]",
         ),
         Call(
             "sizes",
@@ -225,14 +223,14 @@ def test_layers_of_mlx() -> None:
         Call(
             "sharding",
             lambda: pm.shard_linear(plain, "sharded"),
-            "sharding must be 'all-to-sharded' or 'sharded-to-all', but is 'sharded'.",
+            "sharding must be 'all-to-sharded' or 'sharded-to-all'; got 'sharded'.",
         ),
         Call(
             "no axis",
             lambda: pm.shard_inplace(plain, lambda path, w: 7),
-            "weight has 2 axes, but sharding gives axis 7 for it.",
+            "weight has 2 axes, but sharding returns axis 7 for it.",
         ),
-        Call("backend", lambda: pm.init("pigeon"), "backend must be one of mpi, ring, jaccl, nccl, but is 'pigeon'."),
+        Call("backend", lambda: pm.init("pigeon"), "backend must be one of mpi, ring, jaccl, nccl; got 'pigeon'."),
         Call("no launcher", lambda: pm.init("ring"), "the ring backend needs a launcher, which sets MLX_HOSTFILE."),
         Call(
             "no other rank", lambda: pm.Communicator.single().send(mx.zeros(2), 1), "rank 0 of 1 cannot send to rank 1"
@@ -240,7 +238,7 @@ def test_layers_of_mlx() -> None:
         Call(
             "loss",
             lambda: pm.vocab_parallel_cross_entropy(mx.zeros((2, 4)), mx.array([1]), pm.Communicator.single()),
-            "logits must be (1, 4) on rank 0, but are (2, 4).",
+            "logits must be (1, 4) on rank 0; got (2, 4).",
         ),
     ]
     for case in table:
@@ -264,7 +262,7 @@ CALLS: list[Made] = [
     (
         "load: dtype",
         "load('model', dtype='int8')",
-        "dtype must be one of float64, float32, float16, bfloat16, but is int8.",
+        "dtype must be one of float64, float32, float16, bfloat16; got int8.",
     ),
     (
         "load: a plan's file",
@@ -280,12 +278,12 @@ CALLS: list[Made] = [
     (
         "fresh: dtype",
         "fresh(LLAMA, dtype='int4')",
-        "dtype must be one of float64, float32, float16, bfloat16, but is int4.",
+        "dtype must be one of float64, float32, float16, bfloat16; got int4.",
     ),
     (
         "shard: a name",
         "shard('model')",
-        "model must be a module in memory, but is 'model'. load() takes a folder or a hub id.",
+        "model must be a module in memory; got 'model'. Use load() for a folder or a hub id.",
     ),
     ("save: not ours", "save(plain, 'new')", NOT_OURS),
     (
@@ -301,10 +299,10 @@ CALLS: list[Made] = [
         "max_shard_bytes must be above 0, but is 0",
     ),
     ("auto: no layers", "pipeline_auto_parallel(plain, alone)", "no list of layers was found in Linear"),
-    ("auto: from the second", "pipeline_auto_parallel(load('model'), alone, 1, 2)", "rank 0 asks for layers 1 to 2"),
-    ("auto: beyond the last", "pipeline_auto_parallel(load('model'), alone, 0, 9)", "rank 0 asks for layers 0 to 9"),
+    ("auto: from the second", "pipeline_auto_parallel(load('model'), alone, 1, 2)", "rank 0 requests layers 1 to 2"),
+    ("auto: beyond the last", "pipeline_auto_parallel(load('model'), alone, 0, 9)", "rank 0 requests layers 0 to 9"),
     ("generate: not ours", "generate(plain, [[1]], Sampling())", NOT_OURS),
-    ("generate: no prompts", "generate(load('model'), [], Sampling())", "prompts must hold at least one prompt."),
+    ("generate: no prompts", "generate(load('model'), [], Sampling())", "prompts must contain at least one prompt."),
     (
         "generate: no tokens",
         "generate(load('model'), [[1], []], Sampling())",
@@ -313,17 +311,17 @@ CALLS: list[Made] = [
     (
         "generate: no such id",
         "generate(load('model'), [[999]], Sampling())",
-        "prompt 0 holds the id 999, but the model has ids 0 to 256.",
+        "prompt 0 contains the id 999, but the model has ids 0 to 256.",
     ),
     (
         "generate: a text",
         "generate(load('model'), ['hello'], Sampling())",
-        "prompt 0 must be ids, but is 'hello'. tokenizer.encode",
+        "prompt 0 must be ids; got 'hello'. Use tokenizer.encode",
     ),
     (
         "generate: a stop",
         "generate(load('model'), [[1]], Sampling(stop=('x',)))",
-        "stop needs a tokenizer to see the text.",
+        "stop needs a tokenizer to decode the text.",
     ),
     (
         "generate: beyond the positions",
@@ -373,12 +371,12 @@ ONLY_TORCH: list[Made] = [
     (
         "load: device",
         "load('model', device='tpu')",
-        "device must be one that torch has here...but is 'tpu'. Leave it out",
+        "device must be available on this machine...got 'tpu'. Leave it out",
     ),
     (
         "load: device without memory",
         "load('model', device='meta')",
-        "device must be one with memory for weights, but is 'meta'.",
+        "device must be able to store weights; got 'meta'.",
     ),
     ("load: placement", "load('model', placement='w')", "placement must be one of loop, v, but is 'w'."),
     ("load: vpp", "load('model', vpp=0)", "vpp must be a whole number of at least 1, but is 0."),
@@ -386,7 +384,7 @@ ONLY_TORCH: list[Made] = [
     (
         "adapters: rank",
         "add_lora(load('model'), 0)",
-        "the rank of LoRA must be a whole number of at least 1, but is 0.",
+        "the rank of LoRA must be an integer of at least 1; got 0.",
     ),
 ]
 

@@ -23,7 +23,9 @@ CASES = [
         )
         for engine in ENGINES
     ),
-    Case("no such device", "generate model hi --tp 2 --device tpu", "device must be one that torch has here...'tpu'."),
+    Case(
+        "no such device", "generate model hi --tp 2 --device tpu", "device must be available on this machine...'tpu'."
+    ),
     Case(
         "a text that is empty",
         "train --config config.json --data empty.txt --tp 2",

@@ -74,15 +74,13 @@ GENERATE = [
         f"{HI} --dtype int8",
         "'--dtype'...'int8' is not one of 'float64', 'float32', 'bfloat16', 'float16'",
     ),
-    Case("no such device", f"{HI} --device tpu", "device must be one that torch has here...but is 'tpu'. Leave it out"),
+    Case("no such device", f"{HI} --device tpu", "device must be available on this machine...got 'tpu'. Leave it out"),
     Case(
         "a device without a name",
         f"{HI} --device ''",
-        "device must be one that torch has here...but is ''. Leave it out",
+        "device must be available on this machine...got ''. Leave it out",
     ),
-    Case(
-        "a device without memory", f"{HI} --device meta", "device must be one with memory for weights, but is 'meta'."
-    ),
+    Case("a device without memory", f"{HI} --device meta", "device must be able to store weights; got 'meta'."),
     Case("no such engine", f"{HI} --engine jax", "'--engine'...'jax' is not one of 'torch', 'mlx'"),
     Case(
         "no such backend",
@@ -241,9 +239,7 @@ TRAIN = [
         f"{NEW} --pp 2 --layout 'Ett|L' --vpp 2",
         "--vpp 2 and --layout Ett|L...exclude each other.",
     ),
-    Case(
-        "no such device", f"{NEW} --device tpu", "device must be one that torch has here...but is 'tpu'. Leave it out"
-    ),
+    Case("no such device", f"{NEW} --device tpu", "device must be available on this machine...got 'tpu'. Leave it out"),
     Case(
         "a config that is weights",
         "train --config model/model.safetensors --data words.txt",

@@ -133,7 +133,7 @@ def test_the_loss_is_that_of_transformers(name: str, scope: str, rows: int) -> N
 
 def test_a_scope_for_a_model_without_such_a_loss_is_refused() -> None:
     data = CONFIGS["llama-3-heads"]
-    with pytest.raises(ModelError, match="aux_loss_scope='sequence' is for a model whose config asks"):
+    with pytest.raises(ModelError, match="aux_loss_scope='sequence' needs a model whose config requests"):
         balance_of(build_on_meta(read_hf_config(data)), plan_for(data, Mesh(), "1f1b", 1), "sequence")
 
 

@@ -127,7 +127,7 @@ def over_stages(own_loop: bool) -> str:
 @pytest.mark.parametrize("own_loop", [False, True])
 def test_layer_drop_over_stages_is_refused(own_loop: bool) -> None:
     for said in ranks(2).run(over_stages, own_loop):
-        assert said.startswith("layerdrop=0.5 leaves out whole layers in training")
+        assert said.startswith("layerdrop=0.5 skips whole layers in training")
         assert "or use pp=1" in said
 
 
@@ -162,4 +162,4 @@ def skipping(which: int) -> str:
 
 def test_a_layer_at_the_edge_of_a_stage_that_is_left_out_is_an_error() -> None:
     for said in ranks(2).run(skipping, 2):
-        assert "left out the first or the last layer of a stage" in said
+        assert "skipped the first or the last layer of a stage" in said

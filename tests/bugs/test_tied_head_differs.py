@@ -72,7 +72,7 @@ def test_one_line_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> N
     with caplog.at_level(logging.WARNING, "partita"):
         load(tmp_path)
     assert [record.getMessage() for record in caplog.records] == [
-        f"{tmp_path}: config.json ties {HEAD} to {EMBEDDING}, but the weights hold both and they differ: loaded untied."
+        f"{tmp_path}: config.json ties {HEAD} to {EMBEDDING}, but the checkpoint has different values for both: loaded untied."
     ]
 
 

@@ -40,7 +40,7 @@ class Forgetful(transformers.PreTrainedModel):
 def test_a_buffer_that_nobody_computes_is_refused() -> None:
     with torch.device("meta"):
         model = Forgetful(transformers.LlamaConfig())
-    with pytest.raises(ModelError, match="table is a buffer that is not saved"):
+    with pytest.raises(ModelError, match="table is an unsaved buffer"):
         make_unsaved_buffers(model, torch.device("cpu"))
 
 

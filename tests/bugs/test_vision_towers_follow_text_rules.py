@@ -55,6 +55,6 @@ def test_layers_that_add_features_of_images_are_on_the_first_stage() -> None:
     refuse_features_elsewhere(_plan("qwen3-vl", pp=2, layout="Ett|ttL"))
     for layout in ("Et|tttL", "E|ttttL"):
         with pytest.raises(
-            ModelError, match=r"adds features of images \(deepstack\) behind its first 2 layers.*begins with Ett"
+            ModelError, match=r"adds image features \(deepstack\) after each of its first 2 layers.*begins with Ett"
         ):
             refuse_features_elsewhere(_plan("qwen3-vl", pp=2, layout=layout))

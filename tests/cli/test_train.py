@@ -108,7 +108,7 @@ def test_an_encoder_and_a_decoder_are_not_cut_into_stages(
     said = partita(command, *given[command], "--pp", "2")
     assert said.code == 2
     assert said.err.splitlines()[-1] == (
-        "error: T5ForConditionalGeneration has an encoder and a decoder, two lists of layers, and cannot be cut into "
+        "error: T5ForConditionalGeneration has two lists of layers, an encoder and a decoder, so it cannot be split into "
         "stages. Use tp and pp=1."
     )
 

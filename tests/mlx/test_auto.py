@@ -111,9 +111,9 @@ def refused(slices: list[Any], family: str) -> None:
 @pytest.mark.parametrize(
     ("slices", "message"),
     [
-        ([(0, 2), (3, 4)], "rank 1 asks for layers 3 to 4 .* the ranks before it end at 2 and the model has 4 layers"),
+        ([(0, 2), (3, 4)], "rank 1 requests layers 3 to 4 .* the ranks before it end at 2 and the model has 4 layers"),
         ([(0, 2), (2, 3)], "the slices of the ranks end at layer 3, but the model has 4 layers"),
-        ([(0, 4), (4, 9)], "rank 1 asks for layers 4 to 9"),
+        ([(0, 4), (4, 9)], "rank 1 requests layers 4 to 9"),
     ],
 )
 def test_slices_that_do_not_make_up_the_model_are_refused(slices: list[Any], message: str) -> None:
@@ -133,7 +133,7 @@ def test_a_family_that_cannot_be_cut_is_refused_on_every_rank() -> None:
 
 
 def refused_family() -> None:
-    with pytest.raises((ModelError, DistributedError), match="hunyuan cannot be cut into stages"):
+    with pytest.raises((ModelError, DistributedError), match="hunyuan cannot be split into stages"):
         pipeline_auto_parallel(whole("hunyuan"))
 
 
@@ -149,7 +149,7 @@ class Twice(Plain):
 
 def refused_module() -> None:
     with pytest.raises(
-        ModelError, match="Twice cannot be cut into stages: it runs its layers more than once a forward"
+        ModelError, match="Twice cannot be split into stages: it runs its layers more than once per forward"
     ):
         pipeline_auto_parallel(Twice())
 

@@ -184,7 +184,7 @@ def wrong_sizes() -> list[str]:
 def test_wrong_sizes_are_refused_before_anything_is_sent() -> None:
     assert mlx_ranks(2).run(wrong_sizes)[1] == [
         "sizes must be 2 numbers, and rank 1's 2 (axis 0), but are (1, 1).",
-        "3 cannot be dealt evenly to 2 ranks. Pass `sizes`, one a rank.",
+        "3 cannot be split evenly over 2 ranks. Pass `sizes`, one per rank.",
         "sizes must be 2 numbers that add up to 4 (axis 0), but are (1, 2).",
     ]
 
@@ -243,7 +243,7 @@ def send_across() -> str | None:
 
 def test_a_ring_reaches_neighbours_only() -> None:
     assert mlx_ranks(4, "ring").run(send_across)[0] == (
-        "rank 0 of 4 cannot send to rank 2: the ring backend reaches the neighbours [1, 3] only. Use the mpi backend."
+        "rank 0 of 4 cannot send to rank 2: the ring backend reaches only the neighbours [1, 3]. Use the mpi backend."
     )
 
 
@@ -258,7 +258,7 @@ def send_to_nobody() -> list[str]:
 
 def test_there_is_no_other_rank() -> None:
     said = mlx_ranks(2).run(send_to_nobody)[1]
-    assert said[0] == "rank 1 of 2 cannot receive from rank 1: it is no other rank."
+    assert said[0] == "rank 1 of 2 cannot receive from rank 1: it is not another rank of the group."
     assert "rank 2" in said[1]
     assert "rank -1" in said[2]
 

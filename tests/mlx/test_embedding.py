@@ -131,17 +131,17 @@ def test_rows_are_dealt_out_evenly_by_default(ranks: int) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda c: VocabParallelEmbedding.from_embedding(nn.Linear(2, 2), c), "Linear is no nn.Embedding"),
+        (lambda c: VocabParallelEmbedding.from_embedding(nn.Linear(2, 2), c), "Linear is not an nn.Embedding"),
         (lambda c: VocabParallelEmbedding.from_embedding(embedding(), c, Split.even(4, 2)), "embedding's 11 rows"),
         (
             lambda c: VocabParallelEmbedding.from_embedding(embedding(), c, Split.replicated(VOCABULARY, 2)),
-            "rows of its own in one range",
+            "one exclusive range of rows",
         ),
         (
             lambda c: VocabParallelEmbedding.from_embedding(
                 embedding(), c, Split(VOCABULARY, (((0, 2), (4, 11)), ((2, 4),)))
             ),
-            "rows of its own in one range",
+            "one exclusive range of rows",
         ),
     ],
 )

@@ -136,7 +136,7 @@ def test_text_streams_on_the_first_rank() -> None:
 
 def undecodable() -> None:
     model = shard(whole("deepseek_v41"), pp=2)
-    with pytest.raises(ModelError, match="deepseek_v41 cannot generate over several stages: token 7 differs"):
+    with pytest.raises(ModelError, match="deepseek_v41 cannot generate with pipeline stages: token 7 differs"):
         generate(model, [[1, 2]], Sampling(max_new_tokens=2))
 
 

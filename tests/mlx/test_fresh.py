@@ -184,11 +184,11 @@ def peak_bytes(config: dict[str, Any]) -> int:
         (LLAMA | {"quantization": {"group_size": 32, "bits": 4}}, "new weights are not quantized, but the config is"),
         (
             {**tiny_config("gpt_oss"), "architectures": ["GptOssForCausalLM"]},
-            "new weights of a gpt_oss cannot begin on MLX.*gate_proj.weight is computed from what is on disk. Begin on torch",
+            "a new gpt_oss cannot be created on MLX.*gate_proj.weight is computed from tensors on disk. Create it on torch",
         ),
-        (tiny_config("rwkv7"), "cannot begin on MLX.*'rwkv7' is not a family that Partita knows itself"),
-        (LLAMA | {"architectures": ["LlamaForSequenceClassification"]}, "nothing on disk makes lm_head.weight"),
-        (LLAMA | {"model_type": "biogpt"}, "cannot begin on MLX"),
+        (tiny_config("rwkv7"), "cannot be created on MLX.*'rwkv7' is not a family that Partita knows itself"),
+        (LLAMA | {"architectures": ["LlamaForSequenceClassification"]}, "no tensor on disk provides lm_head.weight"),
+        (LLAMA | {"model_type": "biogpt"}, "cannot be created on MLX"),
     ],
 )
 def test_what_cannot_begin_on_mlx(config: dict[str, Any], message: str) -> None:

@@ -167,7 +167,7 @@ def test_the_beginning_of_a_stop_text_is_held_back() -> None:
     [
         ([], GREEDY, "at least one prompt"),
         ([[1], []], GREEDY, "prompt 1 is empty"),
-        ([[1, 101]], GREEDY, "prompt 0 holds the id 101, but the model has ids 0 to 100"),
+        ([[1, 101]], GREEDY, "prompt 0 contains the id 101, but the model has ids 0 to 100"),
         ([[1]], replace(GREEDY, stop=("x",)), "stop needs a tokenizer"),
     ],
 )

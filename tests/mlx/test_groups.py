@@ -85,7 +85,7 @@ def test_without_a_launcher_there_is_one_rank(monkeypatch: pytest.MonkeyPatch) -
     assert (made.tp.size, made.pp.size, made.dp.size, made.rank) == (1, 1, 1, 0)
     with pytest.raises(DistributedError, match="has 2 ranks, but the run has 1"):
         groups.make_groups(Mesh(tp=2))
-    with pytest.raises(DistributedError, match="backend must be one of mpi, ring, jaccl, nccl, but is 'gloo'"):
+    with pytest.raises(DistributedError, match="backend must be one of mpi, ring, jaccl, nccl; got 'gloo'"):
         groups.init("gloo")
 
 

@@ -254,7 +254,7 @@ def test_foreign_quantizations_are_refused_by_name() -> None:
 def test_dtypes() -> None:
     assert as_dtype("bfloat16") == mx.bfloat16
     assert as_dtype("auto") is None
-    with pytest.raises(ModelError, match="dtype must be one of float64, float32, float16, bfloat16, but is int8"):
+    with pytest.raises(ModelError, match="dtype must be one of float64, float32, float16, bfloat16; got int8"):
         as_dtype("int8")
 
 

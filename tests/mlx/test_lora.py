@@ -358,7 +358,7 @@ def unequal(style: str) -> str:
 @pytest.mark.parametrize(("style", "name"), [("column", "lora_a"), ("row", "lora_b")])
 def test_adapters_that_differ_between_ranks_are_refused(style: str, name: str) -> None:
     for said in mlx_ranks(2).run(unequal, style):
-        assert said.startswith(f"{name} is not the same on all ranks")
+        assert said.startswith(f"{name} must be equal on all ranks")
 
 
 def strange() -> list[str]:
@@ -380,4 +380,4 @@ def strange() -> list[str]:
 def test_what_is_not_understood_is_refused() -> None:
     odd, twice = mlx_ranks(2).run(strange)[0]
     assert odd.startswith("Odd brings magic, which cannot be split.")
-    assert "stands on another adapter" in twice
+    assert "wraps another adapter" in twice

@@ -117,10 +117,10 @@ def test_a_target_outside_the_vocabulary_is_no_number() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"split": Split.even(4, 2)}, r"logits must be \(3, 2\) on rank 1, but are \(3, 5\)"),
-        ({"split": Split.replicated(5, 2)}, "logits of its own in one range"),
-        ({"split": Split.even(10, 2), "reduction": "all"}, "reduction must be none, mean or sum, but is 'all'"),
-        ({"split": Split.even(10, 2), "label_smoothing": 1.5}, r"label_smoothing must be in \[0, 1\], but is 1.5"),
+        ({"split": Split.even(4, 2)}, r"logits must be \(3, 2\) on rank 1; got \(3, 5\)"),
+        ({"split": Split.replicated(5, 2)}, "one exclusive range of logits"),
+        ({"split": Split.even(10, 2), "reduction": "all"}, "reduction must be none, mean or sum; got 'all'"),
+        ({"split": Split.even(10, 2), "label_smoothing": 1.5}, r"label_smoothing must be in \[0, 1\]; got 1.5"),
     ],
 )
 def test_what_does_not_fit_is_refused(options: dict[str, Any], message: str) -> None:

@@ -159,7 +159,7 @@ def refused() -> list[str]:
 
 def test_wrong_sizes_are_refused() -> None:
     assert mlx_ranks(2).run(refused)[1] == [
-        "5 cannot be dealt evenly to 2 ranks. Pass `sizes`, one a rank.",
+        "5 cannot be split evenly over 2 ranks. Pass `sizes`, one per rank.",
         "sizes must be 2 numbers that add up to 5 (axis 0), but are (6, -1).",
         "sizes must be 2 numbers, and rank 1's 5 (axis 0), but are (5, 4).",
     ]

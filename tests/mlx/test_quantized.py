@@ -129,7 +129,7 @@ def fake(size: int, rank: int = 0) -> Communicator:
 
 def test_a_cut_through_a_quantization_group_is_refused() -> None:
     layer = quantized(96, 10, "affine", 32, 4)
-    with pytest.raises(PlanError, match=r"the inputs \[0, 48\) cut through a group of 32 .* multiples of 32"):
+    with pytest.raises(PlanError, match=r"the inputs \[0, 48\) divide a quantization group of 32 .* multiples of 32"):
         RowParallelLinear.from_linear(layer, fake(2), Split.even(96, 2))
     with pytest.raises(PlanError, match="3 units cannot be dealt to 4 ranks"):
         RowParallelLinear.from_linear(layer, fake(4))
@@ -142,7 +142,7 @@ def test_a_row_layer_quantized_afterwards_through_a_group_is_refused(rank: int) 
     # As many inputs as whole groups, which are not those of the unsplit layer.
     split = Split(128, (((0, 16), (112, 128)), ((16, 112),)))
     row = RowParallelLinear.from_linear(nn.Linear(128, 4), fake(2, rank), split)
-    with pytest.raises(PlanError, match="cut through a group of 32"):
+    with pytest.raises(PlanError, match="divide a quantization group of 32"):
         nn.quantize(row, group_size=32, bits=4)
 
 

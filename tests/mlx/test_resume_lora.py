@@ -207,8 +207,8 @@ def test_what_is_not_kept_is_refused(alone: tuple[Path, list[float]], written: d
         train(model, TEXT, replace(SETTINGS, seed=1), saves=Saves(tmp_path / "run", base=base), resume=step)
     home, _ = parameter_homes(model)["model.norm.weight"]
     home.unfreeze()
-    with pytest.raises(ModelError, match=r"model\.norm\.weight is trained beside the adapters"):
+    with pytest.raises(ModelError, match=r"model\.norm\.weight is trained besides the adapters"):
         train(model, TEXT, SETTINGS, saves=Saves(tmp_path / "run", base=base))
-    with pytest.raises(CheckpointError, match="which is no linear layer inside the layers of gpt2"):
+    with pytest.raises(CheckpointError, match="which is not a linear layer inside the layers of gpt2"):
         load_adapters(base_of(str(written["gpt2"]), ALONE), step)
     assert not (tmp_path / "run").exists()

@@ -200,7 +200,7 @@ def test_lengths_of_segments(size: int, segments: Any, lengths: list[int]) -> No
     [
         (12, 5, "divide the 12 elements"),
         (12, 0, "divide the 12 elements"),
-        (10, [0.55], "is 5.5, which is no whole number"),
+        (10, [0.55], "is 5.5, which is not an integer"),
         (12, [9, 6], "must ascend"),
         (12, [6, 12], "must ascend"),
         (12, [0], "must ascend"),
@@ -314,7 +314,7 @@ def test_new_quantized_layers_take_an_unsplit_layers_weights(
     ("make", "message"),
     [
         (lambda: QuantizedAllToShardedLinear(64, 64, mode="fp7", group=fake(2, 0)), "mode must be one of affine"),
-        (lambda: QuantizedAllToShardedLinear(65, 64, group=fake(2, 0)), "multiple of group_size \\(64\\), but is 65"),
+        (lambda: QuantizedAllToShardedLinear(65, 64, group=fake(2, 0)), "multiple of group_size \\(64\\); got 65"),
         (lambda: QuantizedShardedToAllLinear(64, 64, group=fake(2, 0)), "1 unit cannot be dealt to 2 ranks"),
         (lambda: AllToShardedLinear(4, 1, group=fake(2, 0)), "1 unit cannot be dealt to 2 ranks"),
     ],

@@ -17,7 +17,7 @@ from partita.mlx.model.mlx_lm_models import build
 from partita.mlx.proof.stages import prove_stages, refuse_undecodable
 from tests.support.mlx_models import families, tiny_config
 
-HANDS_ON_MORE = "its layers hand on more than arrays"
+HANDS_ON_MORE = "its layers pass on values other than arrays"
 EXPECTED = {
     "afm7": ("refused", "has no attribute 'shape'"),  # its last layers take the keys of another layer
     "bitnet": ("refused", "Metal"),
@@ -29,11 +29,11 @@ EXPECTED = {
     "iquestloopcoder": ("refused", "without calling each of its layers"),  # it runs its layers several times
     "kimi_k3": ("refused", HANDS_ON_MORE),
     "muse_spark": ("refused", "Metal"),
-    "olmo": ("not built", "needs a package of its own"),
-    "phi3small": ("refused", "writes outside of its memory"),
+    "olmo": ("not built", "needs an additional package"),
+    "phi3small": ("refused", "writes out of bounds"),
     "prism_hadamard_qwen35": ("not built", "Hadamard pack"),
     "talkie": ("refused", "the output differs"),
-    **dict.fromkeys(COMPUTED_OTHERWISE, ("not built", "would give other numbers on MLX")),
+    **dict.fromkeys(COMPUTED_OTHERWISE, ("not built", "would give different results on MLX")),
 }
 """Families that are not equal in parts, with what happens to them and a pattern of the reason; all others are equal."""
 

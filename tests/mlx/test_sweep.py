@@ -20,12 +20,12 @@ from tests.support.mlx_models import families, tiny_config
 REFUSED = {
     "bitnet": "Metal",  # its kernels are of Apple's GPUs only
     "muse_spark": "Metal",
-    "phi3small": "writes outside of its memory",
+    "phi3small": "writes out of bounds",
 }
 NOT_BUILT = {
-    "olmo": "needs a package of its own",
+    "olmo": "needs an additional package",
     "prism_hadamard_qwen35": "Hadamard pack",  # made of a checkpoint that was packed for it
-    **dict.fromkeys(COMPUTED_OTHERWISE, "would give other numbers on MLX"),
+    **dict.fromkeys(COMPUTED_OTHERWISE, "would give different results on MLX"),
 }
 
 

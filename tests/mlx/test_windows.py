@@ -45,8 +45,8 @@ def test_generating_ends_at_the_window(family: str, changes: dict[str, Any]) -> 
     with pytest.raises(ModelError) as refused:
         generate(model, [[1], [1, 2, 3, 4]], sampling(WINDOW - 3))
     assert str(refused.value) == (
-        f"mlx-lm runs {family} without its sliding window of 10 tokens, so that beyond it the numbers are not the model's, but "
-        "a prompt of 4 with 7 new ones is 11 tokens. Keep to 10 tokens, or use the torch engine (--engine torch)."
+        f"mlx-lm runs {family} without its sliding window of 10 tokens, so longer texts give wrong results, but "
+        "a prompt of 4 with 7 new ones is 11 tokens. Use at most 10 tokens, or use the torch engine (--engine torch)."
     )
 
 

@@ -87,7 +87,7 @@ def refused(start: int, stop: int) -> str:
 
 def test_slices_must_make_up_the_model() -> None:
     for said in ranks(2).run(refused, 0, 2):
-        assert "rank 1 asks for layers 0 to 2" in said
+        assert "rank 1 requests layers 0 to 2" in said
 
 
 def no_list() -> Any:

@@ -87,7 +87,7 @@ def scatter_odd() -> None:
 
 
 def test_reduce_scatter_needs_sizes_where_parts_differ() -> None:
-    with pytest.raises(RankError, match=r"5 cannot be dealt evenly to 2 ranks. Pass `sizes`, one a rank"):
+    with pytest.raises(RankError, match=r"5 cannot be split evenly over 2 ranks. Pass `sizes`, one per rank"):
         ranks(2).run(scatter_odd)
 
 

@@ -106,12 +106,12 @@ def test_parallel_embedding_equals_one_embedding(check: Callable[[], None], size
 def test_arguments_that_cannot_be() -> None:
     alone = Communicator.single()
     for padding in (9, -10):
-        with pytest.raises(PlanError, match=rf"padding_idx must be in \[-9, 9\), but is {padding}"):
+        with pytest.raises(PlanError, match=rf"padding_idx must be in \[-9, 9\); got {padding}"):
             ParallelEmbedding(9, 7, padding, group=alone)
     with pytest.raises(PlanError, match="init_type must be one of"):
         ParallelEmbedding(9, 7, init_type="he", group=alone)  # type: ignore[arg-type]
     for norm_type in (0, -1, -math.inf, math.nan):
-        with pytest.raises(PlanError, match="norm_type must be a positive number, but is"):
+        with pytest.raises(PlanError, match="norm_type must be a positive number; got "):
             ParallelEmbedding(9, 7, max_norm=1.0, norm_type=norm_type, group=alone)
     with pytest.raises(DistributedError, match="parallelism is not initialized"):
         ParallelEmbedding(9, 7)
@@ -199,7 +199,7 @@ def splits_of_ones_own() -> None:
         Split.even(12, n, segments=(6, 6)),
         Split.even(1, n, allow_empty=True).scaled(12),
     ):
-        with pytest.raises(PlanError, match="each rank must hold rows of its own in one range"):
+        with pytest.raises(PlanError, match="each rank must hold one exclusive range of rows"):
             VocabParallelEmbedding(whole, comm, split)
 
 
@@ -234,7 +234,7 @@ def test_embeddings_that_cannot_be_split_by_vocabulary() -> None:
             ModelError, match=r"cannot be split by vocabulary. Split it by width with ParallelEmbedding"
         ):
             VocabParallelEmbedding(nn.Embedding(9, 5, **setting), alone)
-    with pytest.raises(ModelError, match=r"Linear is no nn.Embedding. Leave it whole with the rule `replicate`"):
+    with pytest.raises(ModelError, match=r"Linear is not an nn.Embedding. Keep it unsplit with the rule `replicate`"):
         VocabParallelEmbedding(nn.Linear(9, 5), alone)  # type: ignore[arg-type]
     assert VocabParallelEmbedding(nn.Embedding(9, 5, device="meta"), alone).weight.is_meta
 

@@ -289,7 +289,7 @@ def _refused(where: dict[str, Any], given: dict[str, Any], config: dict[str, Any
     [
         (TWICE, {"use_cache": True}, {}, "ModelError: use_cache=True would share one cache between several stages"),
         (TWICE, {"cache": "dynamic"}, {}, "=... would share one cache between several stages"),
-        (UNCUT, {"cache": "static"}, {}, "ModelError: a cache of StaticLayer cannot be kept in step"),
+        (UNCUT, {"cache": "static"}, {}, "ModelError: a cache of StaticLayer cannot be kept consistent"),
         (UNCUT, {"output_hidden_states": False}, {"output_hidden_states": True}, "nothing"),
         (UNCUT, {"cache": "dynamic"}, {}, "nothing"),
     ],
@@ -312,4 +312,4 @@ def _saves_alone() -> str:
 
 def test_a_part_is_not_saved_as_the_whole() -> None:
     for said in ranks(2).run(_saves_alone):
-        assert said.startswith("save_pretrained would write this rank's part alone.")
+        assert said.startswith("save_pretrained would write only this rank's part.")

@@ -200,9 +200,7 @@ def test_images_that_were_not_measured_are_refused_and_text_is_not() -> None:
     forbid_media(unsplit, {"image": "the forward fails."})
     text = {name: inputs[name] for name in ("input_ids", "attention_mask")}
     assert unsplit(**text).logits.shape[:2] == inputs["input_ids"].shape
-    why = (
-        r"image inputs of LlavaForConditionalGeneration were not found equal to the unsplit model's: the forward fails"
-    )
+    why = r"could not be verified to match the unsplit model on image inputs: the forward fails"
     with pytest.raises(ModelError, match=why):
         unsplit(**inputs)
     with pytest.raises(ModelError, match=why):
@@ -215,7 +213,7 @@ def test_inputs_that_the_model_does_not_take() -> None:
         ModelError, match="prompt 1 comes with pixels, which LlavaForConditionalGeneration does not take"
     ):
         generate(unsplit, [[1], [2]], Sampling(), inputs=[None, {"pixels": torch.ones(1)}])
-    with pytest.raises(PlanError, match=r"inputs must have one entry a prompt \(2\), but has 1"):
+    with pytest.raises(PlanError, match=r"inputs must have one entry per prompt \(2\); got 1"):
         generate(unsplit, [[1], [2]], Sampling(), inputs=[None])
 
 

@@ -122,7 +122,7 @@ def default_group() -> None:
         weight = torch.empty(2, 6)
         initialize_model_parallel_affine_weight_(weight, 10, 6, 2, 0, "ones", rank=4, world_size=5)
         assert bool((weight == 1).all())
-        with pytest.raises(PlanError, match=r"per_partition_size must be .* but is 11"):
+        with pytest.raises(PlanError, match=r"per_partition_size must be .* got 11"):
             initialize_model_parallel_affine_weight_(weight, 10, 6, 11, 0)
     finally:
         reset_parallelism()
@@ -222,9 +222,9 @@ def test_arguments_that_cannot_be() -> None:
     weight = torch.empty(5, 4)
     fill = initialize_model_parallel_affine_weight_
     for arguments, keywords, match in (
-        ((10, 4, 4, 0), {"rank": 0, "world_size": 2}, "per_partition_size must be 5 on rank 0 of 2, but is 4"),
-        ((10, 4, 5, 2), {"rank": 0, "world_size": 2}, "partition_dim must be 0 or 1, but is 2"),
-        ((10, 4, 5, 0, "he"), {"rank": 0, "world_size": 2}, "init_type must be one of .*, but is 'he'"),
+        ((10, 4, 4, 0), {"rank": 0, "world_size": 2}, "per_partition_size must be 5 on rank 0 of 2; got 4"),
+        ((10, 4, 5, 2), {"rank": 0, "world_size": 2}, "partition_dim must be 0 or 1; got 2"),
+        ((10, 4, 5, 0, "he"), {"rank": 0, "world_size": 2}, "init_type must be one of .*; got 'he'"),
         ((10, 4, 5, 0, "ones", 3), {"rank": 0, "world_size": 2}, r"stride must divide the split dimension \(10\)"),
         ((1, 4, 1, 0), {"rank": 0, "world_size": 2}, "1 unit cannot be dealt to 2 ranks"),
     ):

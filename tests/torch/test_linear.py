@@ -393,7 +393,7 @@ def test_arguments_that_cannot_be() -> None:
         with pytest.raises(PlanError, match=r"init_type must be one of orthogonal, normal, .* but is 'glorot'"):
             make(4, 4, init_type="glorot", group=alone)  # type: ignore[arg-type]
         for stride in (3, 0, -1):
-            with pytest.raises(PlanError, match=rf"stride must divide the split dimension \(4\), but is {stride}"):
+            with pytest.raises(PlanError, match=rf"stride must divide the split dimension \(4\); got {stride}"):
                 make(4, 4, stride=stride, group=alone)
         with pytest.raises(DistributedError, match="parallelism is not initialized"):
             make(4, 4)
@@ -510,11 +510,11 @@ def uneven_sequence() -> None:
     length = 3 * comm.size + 1
     x = draw(2, length, 6)
     # A sequence that does not go up in the ranks is refused where it is cut: on the way in ...
-    with pytest.raises(DistributedError, match=f"{length} cannot be dealt evenly to {comm.size} ranks"):
+    with pytest.raises(DistributedError, match=f"{length} cannot be split evenly over {comm.size} ranks"):
         scatter_to(x, comm, 1)
     # ... and on the way out.
     row = RowParallelLinear(6, 5, group=comm, dtype=F64, sequence_parallel=True)
-    with pytest.raises(DistributedError, match=f"{length} cannot be dealt evenly to {comm.size} ranks"):
+    with pytest.raises(DistributedError, match=f"{length} cannot be split evenly over {comm.size} ranks"):
         row(x)
 
 

@@ -47,7 +47,7 @@ def test_a_form_reads_as_it_was_written(form: _Form) -> None:
     ],
 )
 def test_a_form_that_no_header_holds(tensors: list[Tensor]) -> None:
-    with pytest.raises(DistributedError, match=r"(?s)stages can hand on tensors of up to 6 dims.*Use pp=1"):
+    with pytest.raises(DistributedError, match=r"(?s)stages can pass on tensors of up to 6 dims.*Use pp=1"):
         _Form.of(Message(tuple(tensors)))
 
 
@@ -166,7 +166,7 @@ def _changed() -> str:
 def test_a_form_that_changes_under_one_key() -> None:
     said, shape = ranks(2).run(_changed)
     assert said.startswith(
-        "stage 0 hands on _Form(arity=0, tensors=((torch.float32, (3,)),), labels=()), but for the same inputs"
+        "stage 0 sends _Form(arity=0, tensors=((torch.float32, (3,)),), labels=()), but for inputs of the same shape"
     )
     assert shape == "(2,)"
 

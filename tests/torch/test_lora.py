@@ -166,7 +166,7 @@ def test_lora_on_heads_that_several_ranks_hold(size: int) -> None:
 
 @pytest.mark.parametrize("rank", [0, -1, 2.0, True, None])
 def test_a_rank_that_cannot_be(rank: Any) -> None:
-    with pytest.raises(ModelError, match=f"the rank of LoRA must be a whole number of at least 1, but is {rank!r}"):
+    with pytest.raises(ModelError, match=f"the rank of LoRA must be an integer of at least 1; got {rank!r}"):
         LoraLinear(nn.Linear(3, 3), rank)
 
 
@@ -194,7 +194,7 @@ def strange_adapters() -> None:
     nn.init.ones_(lora.lora_B.weight)
     drawn = lora.lora_A.weight.data.clone()
     lora.lora_A.weight.data += comm.rank
-    with pytest.raises(ModelError, match=r"lora_A.weight is not the same on all ranks"):
+    with pytest.raises(ModelError, match=r"lora_A.weight must be equal on all ranks"):
         column.linear = lora
     lora.lora_A.weight.data = drawn
     column.linear = lora
@@ -426,7 +426,7 @@ def refused_by_name() -> None:
             put_on(peft.LoraConfig(r=2, target_modules="all-linear", **settings))
     # These change the base by what each rank sees of it.
     for kind in ("pissa", "olora"):
-        with pytest.raises(ModelError, match=r"lora_A.default.weight is not the same on all ranks"):
+        with pytest.raises(ModelError, match=r"lora_A.default.weight must be equal on all ranks"):
             put_on(peft.LoraConfig(r=2, target_modules=["q_proj.linear"], init_lora_weights=kind))
     for config, brings in (
         (peft.LoHaConfig(target_modules=["linear"]), "hada_w1_a"),

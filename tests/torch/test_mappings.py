@@ -235,11 +235,11 @@ def refuse(mapping: str, arguments: dict[str, Any]) -> None:
     [
         ("copy", {"op": dist.ReduceOp.PRODUCT}, "op must be SUM, AVG, MAX or MIN"),
         ("reduce", {"op": dist.ReduceOp.BAND}, "op must be SUM, AVG, MAX or MIN"),
-        ("scatter", {"dim": 0}, "5 cannot be dealt evenly to 2 ranks"),
+        ("scatter", {"dim": 0}, "5 cannot be split evenly over 2 ranks"),
         ("scatter", {"dim": 0, "sizes": (3, 3)}, r"sizes must be 2 numbers that add up to 5 \(dim 0\)"),
         ("scatter", {"dim": 0, "sizes": (5,)}, r"sizes must be 2 numbers that add up to 5 \(dim 0\)"),
         ("scatter", {"dim": 0, "sizes": (7, -2)}, r"sizes must be 2 numbers that add up to 5 \(dim 0\)"),
-        ("reduce_scatter", {"dim": 0}, "5 cannot be dealt evenly to 2 ranks"),
+        ("reduce_scatter", {"dim": 0}, "5 cannot be split evenly over 2 ranks"),
         ("reduce_scatter", {"dim": 1, "sizes": (1, 2)}, "add up to 4"),
         ("gather", {"dim": 1, "sizes": (3, 3)}, r"sizes must be 2 numbers, and rank 0's 4 \(dim 1\)"),
         ("all_gather", {"dim": 0, "sizes": (5, 5, 5)}, "sizes must be 2 numbers"),

@@ -269,7 +269,7 @@ def test_another_base_is_refused(alone: tuple[str, Path, list[float]], bases: di
         CheckpointError, match=r"differs in the base model \(.*llama then, .*other now, of other content\)"
     ):
         run(ALONE, str(tmp_path / "other"), dtype, str(tmp_path / "run"), str(folder / STOPPED))
-    with pytest.raises(CheckpointError, match="which is no linear layer inside the layers of gpt2"):
+    with pytest.raises(CheckpointError, match="which is not a linear layer inside the layers of gpt2"):
         run(ALONE, bases["dropping"], dtype, str(tmp_path / "run"), str(folder / STOPPED))
     assert not (tmp_path / "run").exists()
 
@@ -283,7 +283,7 @@ def test_what_is_not_kept_is_refused(bases: dict[str, str], tmp_path: Path) -> N
     with pytest.raises(ModelError, match=r"need their model to go on\. Name it on disk, with Saves\(base=\.\.\.\)"):
         train(model, text, SETTINGS, saves=Saves(tmp_path / "run"))
     model.model.norm.requires_grad_(True)
-    with pytest.raises(ModelError, match=r"model\.norm\.weight is trained beside the adapters"):
+    with pytest.raises(ModelError, match=r"model\.norm\.weight is trained besides the adapters"):
         train(model, text, SETTINGS, saves=Saves(tmp_path / "run", base=bases["llama"]))
     assert not (tmp_path / "run").exists()
 
@@ -293,7 +293,7 @@ NOT_PLAIN: list[tuple[dict[str, Any], str]] = [
     ({"use_dora": True}, "with use_dora = False, but it is True"),
     ({"rank_pattern": {"q_proj": 2}}, r"with rank_pattern = \{\}, but it is"),
     ({"r": "3"}, "must have a whole r and a number lora_alpha, but has '3'"),
-    ({"r": 2}, r"must be \[2, 112\] for this model, but is \[3, 112\]"),
+    ({"r": 2}, r"must be \[2, 112\] for this model; got \[3, 112\]"),
 ]
 
 

@@ -235,7 +235,7 @@ def test_an_encoder_and_a_decoder_are_refused() -> None:
     config = {"model_type": "t5", "d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 2, "num_heads": 2, "vocab_size": 9}
     model = build_on_meta(read_hf_config({**config, "architectures": ["T5ForConditionalGeneration"]}))
     plan = Plan.make(spec_of(model), Mesh(pp=2))
-    with pytest.raises(ModelError, match=r"has an encoder and a decoder, two lists of layers.*Use tp and pp=1"):
+    with pytest.raises(ModelError, match=r"has two lists of layers, an encoder and a decoder.*Use tp and pp=1"):
         cut_stages(model, plan, 0)
 
 
@@ -269,8 +269,8 @@ def odd(way: str) -> tuple[nn.Module, Plan]:
 @pytest.mark.parametrize(
     ("way", "text"),
     [
-        ("no tensor first", "its layers are not called with the hidden state first"),
-        ("a dict", "its layers return dict, so the model cannot be cut into stages after one"),
+        ("no tensor first", "its layers do not take the hidden state as first argument"),
+        ("a dict", "its layers return dict, so the model cannot be split into stages"),
     ],
 )
 def test_layers_that_are_not_like_layers(way: str, text: str) -> None:
@@ -284,7 +284,7 @@ def test_layers_that_are_not_like_layers(way: str, text: str) -> None:
 def test_a_model_that_holds_tensors_itself() -> None:
     model = _Odd("")
     model.scale = nn.Parameter(torch.ones(1))
-    with pytest.raises(ModelError, match="the model holds tensors itself"):
+    with pytest.raises(ModelError, match="the model itself holds tensors"):
         cut_stages(model, Plan.make(spec_of(model), Mesh(pp=2), "Et|tL"), 1)
 
 
@@ -297,7 +297,7 @@ def test_groups_of_another_mesh() -> None:
 def test_tensors_of_the_plan_s_model_alone() -> None:
     model = unsplit_of(deep("llama-7-heads-1-kv"))
     plan = Plan.make(spec_of(unsplit_of(deep("llama-7-heads-1-kv", 3))), Mesh(pp=1))
-    with pytest.raises(ModelError, match=r"the model is not the plan's \(llama\): model.layers.3"):
+    with pytest.raises(ModelError, match=r"the model does not match the plan \(llama\): model.layers.3"):
         apply_plan(model, plan, single_groups())
 
 
@@ -331,5 +331,5 @@ def test_a_cache_of_another_kind_is_refused() -> None:
     from transformers import StaticCache
 
     cache = StaticCache(config=read_hf_config(deep("llama-7-heads-1-kv")), max_cache_len=8)
-    with pytest.raises(ModelError, match=r"a cache of StaticLayer cannot be kept in step.*dynamic cache, or pp=1"):
+    with pytest.raises(ModelError, match=r"a cache of StaticLayer cannot be kept consistent.*dynamic cache, or pp=1"):
         advance_cache(cache, (2, 3), {"input_ids": torch.zeros(1, 3, dtype=torch.long)})

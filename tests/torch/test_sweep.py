@@ -26,7 +26,7 @@ from partita.torch.proof.stages import prove_stages, refuse_undecodable
 
 FAMILIES = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
-TOO_LARGE, DIFFERS = "is too large even when made small", "the output differs from the unsplit model's by"
+TOO_LARGE, DIFFERS = "is too large even when reduced", "the output differs from the unsplit model's by"
 
 NOT_BUILT = {
     "cohere_compass_text": "KeyError: 'full_attention'",

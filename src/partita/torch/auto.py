@@ -59,7 +59,9 @@ def pipeline_auto_parallel(
     with collective_errors_in(comm):
         spec = spec_of(model)
         if not spec.layers:
-            raise ModelError(f"{type(model).__name__} has no list of layers, so it cannot be split into stages.")
+            raise ModelError(
+                f"no list of layers was found in {type(model).__name__}, so it cannot be split into stages."
+            )
         counts = _counts(slices, spec.num_layers)
         layout = [[LayerType.decoder] * count for count in counts]
         layout[0] = [LayerType.embedding, *layout[0]]

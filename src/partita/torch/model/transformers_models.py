@@ -66,7 +66,9 @@ def read_hf_config(source: str | os.PathLike[str] | Mapping[str, Any] | Any, *, 
     if isinstance(source, PretrainedConfig):
         return copy.deepcopy(source)
     if not isinstance(source, (str, os.PathLike, Mapping)):
-        raise ModelError(f"config must be a file, a folder, plain data or a transformers config; got {source!r:.100}.")
+        raise ModelError(
+            f"config must be a file, a folder, plain data or a transformers config, but is {source!r:.100}."
+        )
     try:
         if isinstance(source, Mapping):
             return AutoConfig.for_model(**dict(source))
