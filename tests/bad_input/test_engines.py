@@ -71,7 +71,7 @@ LAYERS = [
     Call(
         "row: init_type",
         lambda: pt.RowParallelLinear(4, 4, init_type=""),
-        "init_type must be one of orthogonal...but is ''.",
+        "init_type must be one of orthogonal...got ''.",
     ),
     Call(
         "row: stride",

@@ -349,7 +349,7 @@ def receive_what_is_not_sent() -> str | None:
 @everywhere
 def test_a_checked_receiver_is_told_what_is_sent_instead(backend: str) -> None:
     assert mlx_ranks(2, backend).run(receive_what_is_not_sent)[1] == (
-        "rank 1 waits for a send of [4] float32 by rank 0, which calls send of [3] float32."
+        "rank 1 waits for a send of [4] float32 from rank 0, which calls send of [3] float32."
     )
 
 
