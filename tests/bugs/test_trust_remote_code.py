@@ -146,7 +146,7 @@ def test_it_is_split_proven_and_saved(tmp_path: Path, kind: str, tp: int, pp: in
 
 def test_it_is_refused_unless_asked_for(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     source = written(tmp_path, "own")
-    with pytest.raises(ModelError, match=r"brings code of its own.*trust_remote_code=True \(--trust-remote-code\)"):
+    with pytest.raises(ModelError, match=r"comes with its own code.*trust_remote_code=True \(--trust-remote-code\)"):
         load(source)
     with cache(tmp_path), caplog.at_level(logging.WARNING, "partita"):
         load(source, trust_remote_code=True)

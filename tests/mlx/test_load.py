@@ -237,7 +237,7 @@ def test_rotary_bases_that_mlx_lm_cannot_say_are_given_to_each_layer() -> None:
     ("config", "reason"),
     [
         ({"model_type": "no_such_family"}, "the installed mlx-lm has no model for no_such_family"),
-        ({"model_type": "llama", "model_file": "evil.py"}, "brings code of its own"),
+        ({"model_type": "llama", "model_file": "evil.py"}, "comes with its own code"),
         ({"model_type": "llama"}, "mlx-lm cannot build llama from its config: TypeError: ModelArgs"),
     ],
 )

@@ -379,5 +379,5 @@ def strange() -> list[str]:
 
 def test_what_is_not_understood_is_refused() -> None:
     odd, twice = mlx_ranks(2).run(strange)[0]
-    assert odd.startswith("Odd brings magic, which cannot be split.")
+    assert odd.startswith("Odd has magic, which cannot be split.")
     assert "wraps another adapter" in twice

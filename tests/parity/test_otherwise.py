@@ -57,7 +57,7 @@ def test_an_activation_that_is_not_built_in_is_refused_and_would_differ(
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", hidden_act=asked, **SIZES)).eval()
     model.save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match=f"asks for hidden_act '{asked}', but mlx-lm's model always computes 'silu'"):
+    with pytest.raises(ModelError, match=f"has hidden_act '{asked}', but mlx-lm's model always computes 'silu'"):
         load(tmp_path, groups=single_groups())
     monkeypatch.setattr(mlx_lm_models, "check_activation", lambda config, arguments: None)
     ids = [[3, 1, 4, 1, 5, 9, 2, 6]]

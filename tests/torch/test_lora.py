@@ -183,7 +183,7 @@ def strange_adapters() -> None:
     comm = world()
     for layer in (ColumnParallelLinear(4, 6, group=comm), RowParallelLinear(4, 6, group=comm)):
         inner = layer.linear
-        with pytest.raises(ModelError, match=r"Biased brings 'shift', which cannot be split. Use a plain LoRA adapter"):
+        with pytest.raises(ModelError, match=r"Biased has 'shift', which cannot be split. Use a plain LoRA adapter"):
             layer.linear = Biased(inner)
         assert layer.linear is inner  # as it was
     with pytest.raises(ModelError, match="an adapter on the meta device has no values yet"):
@@ -422,7 +422,7 @@ def refused_by_name() -> None:
         ({"use_dora": True}, "lora_magnitude_vector"),
         ({"lora_bias": True}, "lora_B.default.bias"),
     ):
-        with pytest.raises(ModelError, match=f"Linear brings '{brings}.*', which cannot be split"):
+        with pytest.raises(ModelError, match=f"Linear has '{brings}.*', which cannot be split"):
             put_on(peft.LoraConfig(r=2, target_modules="all-linear", **settings))
     # These change the base by what each rank sees of it.
     for kind in ("pissa", "olora"):
@@ -434,7 +434,7 @@ def refused_by_name() -> None:
         (peft.AdaLoraConfig(target_modules=["linear"], total_step=10), "lora_E"),
         (peft.OFTConfig(target_modules=["linear"], oft_block_size=2), "oft_R"),
     ):
-        with pytest.raises(ModelError, match=f"brings '{brings}"):
+        with pytest.raises(ModelError, match=f"has '{brings}"):
             put_on(config)
     # A projection's own name is that of the split layer, which peft does not know; its inner layer is meant.
     for name, kind in (
