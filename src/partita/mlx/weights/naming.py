@@ -124,7 +124,7 @@ def _what_is_wrong(model: nn.Module, sources: Mapping[str, Source], shapes: Shap
             return f"{name} is computed from tensors on disk"
     unknown = next((name for name in sources if name not in homes), None)
     if unknown is not None:
-        return f"{unknown} has no place in the model"
+        return f"{unknown} is not part of the model"
     covered = dict.fromkeys(shapes, 0)
     for source in sources.values():
         for box in source.boxes or ():
