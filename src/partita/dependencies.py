@@ -1,4 +1,4 @@
-"""What Partita needs of the libraries under it, and the error where the installed version does not have it."""
+"""Look up what Partita needs in its dependencies, and raise an error if the installed version lacks it."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def find(library: str, module: str, name: str, purpose: str) -> Any:
 
     Args:
         library: The name of the distribution: `transformers`, `mlx-lm`.
-        module: Where the object is.
-        name: The object.
+        module: The module that defines the object.
+        name: The name of the object.
         purpose: What Partita does with it, after "needs it to".
 
     Raises:
@@ -40,7 +40,7 @@ def find(library: str, module: str, name: str, purpose: str) -> Any:
 
 
 def lacking(library: str, what: str, purpose: str) -> DependencyError:
-    """The error where the installed `library` has not what Partita needs.
+    """The error to raise if the installed `library` lacks what Partita needs.
 
     Args:
         library: The name of the distribution.
@@ -49,13 +49,13 @@ def lacking(library: str, what: str, purpose: str) -> DependencyError:
     """
     supported = supported_range(library)
     return DependencyError(
-        f"the installed {library} ({metadata.version(library)}) has {what}, and Partita needs it to {purpose}. Partita "
+        f"the installed {library} ({metadata.version(library)}) has {what}, which Partita needs to {purpose}. Partita "
         f"supports {library}{supported}: install another version with `pip install '{library}{supported}'`, or upgrade Partita."
     )
 
 
 def supported_range(library: str) -> str:
-    """The versions of `library` that Partita supports, as in its own requirements: `>=5.0,<5.25`."""
+    """The versions of `library` that Partita's own requirements allow, such as `>=5.0,<5.25`."""
     for requirement in metadata.requires("partita") or ():
         matched = re.match(r"([A-Za-z0-9._-]+)(?:\[[^]]*\])?\s*([^;]*)", requirement)
         if matched and _normal(matched[1]) == _normal(library):
@@ -65,7 +65,7 @@ def supported_range(library: str) -> str:
 
 @contextlib.contextmanager
 def reading_code(*, trusted: bool = True) -> Iterator[None]:
-    """Within, no other process of this user reads code that comes with a model; only code that is `trusted` is read at all.
+    """Lock the loading of a model's own code against this user's other processes; without `trusted`, do nothing.
 
     transformers copies it before it runs it, and the ranks of a machine would write the same copy at the same time.
     """

@@ -1,4 +1,4 @@
-"""The seam between the engines and what drives them: what both must have, and the only import of an engine by its name."""
+"""The interface that both engines implement, and the only place that imports an engine by its name."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from partita.schedule import Timeline
 from partita.training import SaveReport, Saves, StepReport, TrainSettings
 
 Model = Any
-"""A module of torch or of MLX: opaque outside of the engine that made it."""
+"""A torch or MLX module, opaque outside the engine that created it."""
 
 Groups = AxisGroups[Communicator]
 """This rank's groups along every axis of a mesh."""
 
 Progress = Callable[[int, int], None]
-"""Called with the bytes that are done and those of all."""
+"""A callback that receives the bytes done and the total bytes."""
 
 
 class Engine(Protocol):
-    """What `partita.torch` and `partita.mlx` have in common; each documents its own functions."""
+    """The functions that `partita.torch` and `partita.mlx` have in common; each documents its own."""
 
     def join(self, backend: str | None = None) -> int:
-        """Meet the other ranks of the run. Returns how many there are."""
+        """Connect to the other ranks of the run. Returns the number of ranks."""
 
     def leave(self) -> None:
-        """Wait for all ranks, and part from them."""
+        """Wait for all ranks, then disconnect from them."""
 
     def make_groups(self, mesh: Mesh, *, backend: str | None = None) -> Groups:
         """The groups of `mesh` over the ranks of the run."""
@@ -61,7 +61,7 @@ class Engine(Protocol):
         groups: Any = None,
         verify: bool = True,
     ) -> Model:
-        """This rank's part of a checkpoint."""
+        """Load this rank's part of a checkpoint."""
 
     def fresh(
         self,
@@ -80,7 +80,7 @@ class Engine(Protocol):
         trust_remote_code: bool = False,
         groups: Any = None,
     ) -> Model:
-        """This rank's part of a new model."""
+        """Create this rank's part of a randomly initialized model."""
 
     def generate(
         self,
@@ -118,13 +118,13 @@ class Engine(Protocol):
         """Save the unsplit model."""
 
     def add_lora(self, model: Model, rank: int, *, seed: int = 0) -> list[str]:
-        """Put LoRA adapters on a split model."""
+        """Add LoRA adapters to a split model."""
 
     def merge_lora(self, model: Model) -> None:
-        """Merge them into the weights."""
+        """Merge the adapters into the weights."""
 
     def load_adapters(self, model: Model, folder: str | os.PathLike[str]) -> list[str]:
-        """Put adapters on that are on disk."""
+        """Add adapters that are loaded from disk."""
 
     def save_adapters(self, model: Model, folder: str | os.PathLike[str], *, base: str | None = None) -> None:
         """Save adapters, unsplit."""
@@ -152,10 +152,10 @@ class Engine(Protocol):
 
 
 def open_engine(name: EngineName) -> Engine:
-    """The engine of that name, which is imported here.
+    """Import the engine `name`.
 
     Raises:
-        ModuleNotFoundError: It is not installed.
+        ModuleNotFoundError: The engine is not installed.
     """
     return cast("Engine", importlib.import_module(f"partita.{name}"))
 
@@ -164,5 +164,5 @@ if TYPE_CHECKING:
     import partita.mlx
     import partita.torch
 
-    _torch: Engine = partita.torch  # each is checked against the protocol
+    _torch: Engine = partita.torch  # the type checker compares each with the protocol
     _mlx: Engine = partita.mlx

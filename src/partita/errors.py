@@ -1,4 +1,4 @@
-"""The errors that Partita raises for what a user can mend."""
+"""The errors that Partita raises for problems that a user can fix."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class LayoutError(PartitaError, ValueError):
 
 
 class PlanError(PartitaError, ValueError):
-    """A mesh, split, rule or plan that cannot be."""
+    """A mesh, split, rule or plan that is invalid."""
 
 
 class ScheduleError(PartitaError, ValueError):
@@ -20,30 +20,30 @@ class ScheduleError(PartitaError, ValueError):
 
 
 class ModelError(PartitaError, ValueError):
-    """A model that is not understood, or that cannot be split as asked."""
+    """A model that Partita does not support, or cannot split as requested."""
 
 
 class UnknownFamilyError(ModelError):
-    """A family that Partita does not know itself; transformers may."""
+    """A family that Partita does not know itself; transformers may know it."""
 
 
 class CheckpointError(PartitaError, ValueError):
-    """Files of a checkpoint that are missing, malformed or not the model's."""
+    """Checkpoint files that are missing, malformed or of another model."""
 
 
 class DependencyError(PartitaError, ImportError):
-    """An installed library that lacks what Partita needs of it: a version that is not supported."""
+    """An installed library version that lacks something Partita needs, and is not supported."""
 
 
 class DistributedError(PartitaError, RuntimeError):
-    """Ranks that are missing, disagree, or were asked for what their group cannot do."""
+    """Ranks are missing or disagree, or their group does not support the operation."""
 
 
 class PeerFailed(DistributedError):
     """Another rank failed and reports its own error; the rank that raises this one only repeats it.
 
     Attributes:
-        rank: The rank of the run that failed.
+        rank: The number of the rank that failed.
         reason: The type and the text of its error.
     """
 

@@ -1,4 +1,4 @@
-"""Lines for the user that are no errors: where a checkpoint and its config disagree, and what follows from it."""
+"""Notes to the user that are not errors, such as a checkpoint that disagrees with its config."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ _LOGGER = logging.getLogger("partita")
 
 
 def note(text: str) -> None:
-    """Write one line to the logger `partita`, which without any setting shows it on stderr; call it on one rank only."""
+    """Log one line to the logger `partita`, which prints to stderr unless configured otherwise. Call it on one rank only."""
     _LOGGER.warning(text)

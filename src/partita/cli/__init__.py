@@ -1,4 +1,4 @@
-"""The command line: one file a command. What needs torch is imported inside the ranks that run it."""
+"""The command line: one file per command. Code that needs torch is imported only in the ranks that run it."""
 
 from partita.cli.app import app, main
 

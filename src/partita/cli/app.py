@@ -1,4 +1,4 @@
-"""The `partita` command: its sub-commands, and what becomes of errors."""
+"""The `partita` command: its sub-commands, and the handling of errors."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from partita.ranks.failure import Failure
 
 
 class _Commands(TyperGroup):
-    """Ends a command that raised: one message and an exit code, and a traceback only with `--debug`."""
+    """End a command that raised with one message and an exit code, and a traceback only with `--debug`."""
 
     def invoke(self, ctx: Any) -> Any:
         return _guarded(lambda: super(_Commands, self).invoke(ctx), debug=bool(ctx.params.get("debug")))
@@ -43,15 +43,15 @@ def _guarded(body: Callable[[], Any], *, debug: bool) -> Any:
         with routed(debug=debug):
             return body()
     except BaseException as error:
-        _tell_value(error)
+        _add_value(error)
         code = fail(error, debug=debug)
         if code is None:
             raise
         raise typer.Exit(code) from None
 
 
-def _tell_value(error: Any) -> None:
-    """Of a value that typer refuses say what was given, where it only says what is wanted."""
+def _add_value(error: Any) -> None:
+    """Add the given value to an error of typer that names only the expected values."""
     found: list[dict[str, Any]] = getattr(error.__cause__, "errors", list)()
     if found and hasattr(error, "message") and repr(given := found[0].get("input")) not in error.message:
         error.message = f"{error.message.rstrip('.')}, but is {given!r}."
@@ -142,7 +142,7 @@ JOBS: dict[str, type[Job]] = {job.__name__: job for job in (GenerateJob, TrainJo
 
 
 def main() -> None:
-    """Run the command line of this process, or the job of a rank."""
+    """Run the command line, or the job of a rank in a process that `run` started."""
     replace_unprintable()
     rank_process.attach()
     file = os.environ.pop(launch.JOB, None)

@@ -1,4 +1,4 @@
-"""`partita demo`: the whole story in two minutes. Plan, train split, save, load split and whole, compare, prove."""
+"""`partita demo`: a tour in two minutes. Plan, train split, save, load split and unsplit, compare, prove."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ CONFIG: dict[str, Any] = {
     "eos_token_id": 256,
     "dtype": "float32",
 }
-"""A small Llama that reads bytes."""
+"""A small Llama whose tokens are bytes."""
 
 PROMPTS = ("def __init__(self, ", "        return ", "class ", "import ")
 NEW_TOKENS = 40
@@ -52,11 +52,11 @@ def demo(
     out_folder: Annotated[
         Path | None,
         typer.Option(
-            "--out", metavar="DIR", help="Where the model goes; by default a new folder in runs/.", show_default=False
+            "--out", metavar="DIR", help="Save the model in this folder (default: a new folder in runs/).", show_default=False
         ),
     ] = None,
 ) -> None:
-    """Train a small Llama over four ranks, save it, load it split and whole, and prove that both are the same.
+    """Train a small Llama over four ranks, save it, load it split and unsplit, and prove that both are equal.
 
     The ranks are two pipeline stages of two tensor ranks each. It takes about two minutes on two cores and needs no network.
     """
@@ -94,8 +94,8 @@ class _Story:
 
         config = self.folder / "config.json"
         if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
-            raise CheckpointError(f"--out {self.folder} is there already and not empty. Name a new folder.")
-        with failing_as(self.folder, "cannot be made (--out)"):
+            raise CheckpointError(f"--out {self.folder} already exists and is not empty. Name a new folder.")
+        with failing_as(self.folder, "cannot be created (--out)"):
             self.folder.mkdir(parents=True, exist_ok=True)
         config.write_text(json.dumps(CONFIG, indent=2) + "\n", encoding="utf-8")
         self._chapter("A plan: which of four ranks holds what of a small Llama, two stages of two tensor ranks each")
@@ -103,7 +103,7 @@ class _Story:
         show(make_plan(PlanRequest(str(config), MESH)), all_tensors=False)
 
     def schedule(self) -> None:
-        self._chapter("A schedule: who computes what when")
+        self._chapter("A schedule: which rank computes what when")
         self._run(1, "schedule", "--kind", "zb-h1", "--pp", "2", "--microbatches", "4")
 
     def train(self, steps: int) -> None:
@@ -114,7 +114,7 @@ class _Story:
         )  # fmt: skip
 
     def generate(self) -> None:
-        self._chapter("Write with it: over four ranks, over three stages, on one rank, and with transformers alone")
+        self._chapter("Generate with it: over four ranks, over three stages, on one rank, and with transformers alone")
         options = ("--max-new-tokens", str(NEW_TOKENS))
         command = ("generate", str(self.model), *PROMPTS, *options, "--json")
         split = json.loads(self._run(MESH.size, *command, *SPLIT))["generations"]
@@ -126,9 +126,9 @@ class _Story:
         other = json.loads(self._run(1, "reference", str(self.model), *PROMPTS, *options, silent=True))
         tokens = self.tokens = [written["tokens"] for written in split]
         same = [
-            self._compare("three stages wrote", [written["tokens"] for written in stages], tokens),
-            self._compare("one rank wrote", [written["tokens"] for written in whole], tokens),
-            self._compare(f"transformers' {other['class']}, unsplit, wrote", other["tokens"], tokens),
+            self._compare("three stages generated", [written["tokens"] for written in stages], tokens),
+            self._compare("one rank generated", [written["tokens"] for written in whole], tokens),
+            self._compare(f"transformers' {other['class']}, unsplit, generated", other["tokens"], tokens),
         ]
         if not all(same):
             self._fail("The tokens differ.")
@@ -151,10 +151,10 @@ class _Story:
     def end(self) -> None:
         seconds = time.monotonic() - self.start_s
         _say(
-            f"\nAll of it holds. {seconds:.0f} s. The model is in {self.model}: an ordinary Hugging Face checkpoint.",
+            f"\nAll checks passed in {seconds:.0f} s. The model is in {self.model}: an ordinary Hugging Face checkpoint.",
             "bold green",
         )
-        _say(f'Go on: partita generate {self.model} "import " --tp 2 --temperature 0.8', "dim")
+        _say(f'Next: partita generate {self.model} "import " --tp 2 --temperature 0.8', "dim")
 
     def _chapter(self, title: str) -> None:
         self.chapters += 1
@@ -171,7 +171,7 @@ class _Story:
             self._fail("The tokens differ.")
 
     def _run(self, ranks: int, *arguments: str, silent: bool = False, backend: str | None = None) -> str:
-        """Run a command on so many ranks; its output where that is JSON, else it is shown."""
+        """Run a command on that many ranks. Returns its output if that is JSON, else prints it."""
         capture = "--json" in arguments or silent
         if not silent:
             _command(*(argument for argument in arguments if argument != "--json"))

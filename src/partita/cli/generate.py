@@ -1,4 +1,4 @@
-"""`partita generate`: continue texts with a model that is split over ranks."""
+"""`partita generate`: continue texts with a model split over ranks."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SAMPLING = "Sampling"
 
 @dataclass(frozen=True, kw_only=True)
 class TextOptions(PlanOptions):
-    """Options that say what is continued, and how its tokens are chosen."""
+    """Options for the texts to continue, and for choosing their tokens."""
 
     model: ModelArgument
     prompts: Annotated[
@@ -40,7 +40,7 @@ class TextOptions(PlanOptions):
     max_new_tokens: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Largest number of new tokens (default: the model's limit, else 64).", show_default=False
+            min=1, help="Generate at most this many tokens (default: the model's limit, else 64).", show_default=False
         ),
     ] = None
     prompt_file: Annotated[
@@ -48,7 +48,7 @@ class TextOptions(PlanOptions):
         typer.Option(
             "--prompt-file",
             metavar="FILE",
-            help="A file whose whole text is a prompt. Repeatable.",
+            help="Read a prompt from this file. Repeatable.",
             exists=True,
             dir_okay=False,
             readable=True,
@@ -59,7 +59,7 @@ class TextOptions(PlanOptions):
         float | None,
         typer.Option(
             min=0.0,
-            help="Sample at this temperature; 0 chooses greedily (default: as the model's generation_config.json says, "
+            help="Sample at this temperature; 0 chooses greedily (default: the model's generation_config.json, "
             "else greedily).",
             rich_help_panel=SAMPLING,
             show_default=False,
@@ -69,7 +69,7 @@ class TextOptions(PlanOptions):
         int | None,
         typer.Option(
             min=0,
-            help="While sampling, only the K most likely tokens; 0 for all (default: the model's, else 50).",
+            help="Sample only from the K most likely tokens; 0 for all (default: the model's, else 50).",
             rich_help_panel=SAMPLING,
             show_default=False,
         ),
@@ -79,7 +79,7 @@ class TextOptions(PlanOptions):
         typer.Option(
             min=0.0,
             max=1.0,
-            help="While sampling, only the most likely tokens with this total probability (default: the model's, else 1).",
+            help="Sample only from the most likely tokens with this total probability (default: the model's, else 1).",
             rich_help_panel=SAMPLING,
             show_default=False,
         ),
@@ -89,7 +89,7 @@ class TextOptions(PlanOptions):
         typer.Option(
             min=0.0,
             max=1.0,
-            help="While sampling, only tokens at least this likely, relative to the most likely one (default: the "
+            help="Sample only from tokens at least this likely, relative to the most likely token (default: the "
             "model's, else 0).",
             rich_help_panel=SAMPLING,
             show_default=False,
@@ -99,7 +99,7 @@ class TextOptions(PlanOptions):
         float | None,
         typer.Option(
             min=0.0,
-            help="Above 1: make tokens that have appeared less likely (default: the model's, else 1).",
+            help="Make tokens that have appeared less likely; 1 has no effect (default: the model's, else 1).",
             rich_help_panel=SAMPLING,
             show_default=False,
         ),
@@ -108,7 +108,7 @@ class TextOptions(PlanOptions):
         int | None,
         typer.Option(
             min=0,
-            help="Never repeat a sequence of this many tokens; 0 for no such rule (default: the model's, else 0).",
+            help="Never repeat a sequence of this many tokens; 0 disables this (default: the model's, else 0).",
             rich_help_panel=SAMPLING,
             show_default=False,
         ),
@@ -117,25 +117,25 @@ class TextOptions(PlanOptions):
         int | None,
         typer.Option(
             min=0,
-            help="Do not end before this many new tokens (default: the model's, else 0).",
+            help="Generate at least this many tokens (default: the model's, else 0).",
             rich_help_panel=SAMPLING,
             show_default=False,
         ),
     ] = None
     presence_penalty: Annotated[
         float,
-        typer.Option(help="Subtract this from the logits of tokens that appeared.", rich_help_panel=SAMPLING),
+        typer.Option(help="Subtract this from the logits of tokens that have appeared.", rich_help_panel=SAMPLING),
     ] = 0.0
     frequency_penalty: Annotated[
         float,
         typer.Option(
-            help="Subtract this from a token's logit for each time that it appeared.", rich_help_panel=SAMPLING
+            help="Subtract this from a token's logit for each time that it has appeared.", rich_help_panel=SAMPLING
         ),
     ] = 0.0
     penalty_window: Annotated[
         int,
         typer.Option(
-            min=0, help="Penalties count only the last N tokens of the text; 0 for all.", rich_help_panel=SAMPLING
+            min=0, help="Count only the last N tokens for penalties; 0 for all.", rich_help_panel=SAMPLING
         ),
     ] = 0
     logit_bias: Annotated[
@@ -143,7 +143,7 @@ class TextOptions(PlanOptions):
         typer.Option(
             "--logit-bias",
             metavar="ID=VALUE",
-            help="Add a number to the logit of a token id. Repeatable.",
+            help="Add a value to the logit of a token id. Repeatable.",
             rich_help_panel=SAMPLING,
             show_default=False,
         ),
@@ -153,7 +153,7 @@ class TextOptions(PlanOptions):
         typer.Option(
             min=0.0,
             max=1.0,
-            help="While sampling, exclude the most likely tokens with this probability (XTC).",
+            help="Exclude the most likely tokens with this probability when sampling (XTC).",
             rich_help_panel=SAMPLING,
         ),
     ] = 0.0
@@ -162,7 +162,7 @@ class TextOptions(PlanOptions):
         typer.Option(
             min=0.0,
             max=0.5,
-            help="XTC excludes tokens above this probability, but for the least likely of them.",
+            help="Let XTC exclude all but the least likely of the tokens above this probability.",
             rich_help_panel=SAMPLING,
         ),
     ] = 0.1
@@ -170,22 +170,22 @@ class TextOptions(PlanOptions):
         bool,
         typer.Option(
             "--no-generation-config",
-            help="Take only the end tokens from the model's generation_config.json.",
+            help="Read only the end tokens from the model's generation_config.json.",
             rich_help_panel=SAMPLING,
         ),
     ] = False
     seed: Annotated[int, typer.Option(help="Sampling seed.", rich_help_panel=SAMPLING)] = 0
     stop: Annotated[
         list[str] | None,
-        typer.Option("--stop", metavar="TEXT", help="End where this text appears. Repeatable.", show_default=False),
+        typer.Option("--stop", metavar="TEXT", help="Stop generating at this text. Repeatable.", show_default=False),
     ] = None
-    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Do not end at the model's end token.")] = False
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Continue past the model's end token.")] = False
     adapters: Annotated[
         Path | None,
         typer.Option(
             "--adapters",
             metavar="DIR",
-            help="LoRA adapters for the model, in peft's form, as `train --lora-rank` leaves them.",
+            help="Apply LoRA adapters in peft's format, as `train --lora-rank` saves them.",
             exists=True,
             file_okay=False,
             show_default=False,
@@ -194,7 +194,7 @@ class TextOptions(PlanOptions):
     no_verify: Annotated[
         bool,
         typer.Option(
-            "--no-verify", help="Of a training run's checkpoint: do not compare its files with their checksums."
+            "--no-verify", help="Do not compare the files of a training checkpoint with their checksums."
         ),
     ] = False
     dtype: WeightsDtype = None
@@ -204,14 +204,14 @@ class TextOptions(PlanOptions):
 class GenerateOptions(RunOptions, TextOptions):
     """The options of `partita generate`."""
 
-    no_stream: Annotated[bool, typer.Option("--no-stream", help="Print a text when it is complete.")] = False
+    no_stream: Annotated[bool, typer.Option("--no-stream", help="Print each text only when it is complete.")] = False
 
 
 def generate(options: GenerateOptions) -> None:
-    """Continue one or several texts with a model split over ranks. Every layout writes the same tokens."""
+    """Continue one or several texts with a model split over ranks. Every layout generates the same tokens."""
     texts = [*(options.prompts or []), *map(_read_prompt, options.prompt_file or [])]
     if not texts:
-        raise ModelError('there is no prompt. Give one behind the model ("Once upon a time") or with --prompt-file.')
+        raise ModelError('there is no prompt. Give one after the model ("Once upon a time") or with --prompt-file.')
     for place, text in enumerate(texts):
         if any("\ud800" <= character <= "\udfff" for character in text):
             raise ModelError(f"prompt {place} is not UTF-8 text: {text!a:.60}.")
@@ -249,15 +249,15 @@ def _sampling(options: TextOptions) -> Sampling:
 
 @dataclass(kw_only=True)
 class GenerateJob(Job):
-    """What each rank of `generate` does.
+    """The work of each rank of `generate`.
 
     Attributes:
         texts: The prompts.
-        sampling: How tokens are chosen.
+        sampling: The sampling settings.
         adapters: Adapters for the model.
-        verify: Whether the files of a run's checkpoint are compared with their checksums.
-        stream: Whether text is printed as it comes.
-        as_json: Whether JSON is printed.
+        verify: Whether the files of a training checkpoint are compared with their checksums.
+        stream: Whether text is printed while it is generated.
+        as_json: Whether the result is printed as JSON.
     """
 
     texts: list[str]

@@ -1,4 +1,4 @@
-"""A job: what each rank of a command does, decided once and sent to the ranks as JSON."""
+"""A job: the work of each rank of a command, decided once and sent to the ranks as JSON."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from partita.core.request import PlanRequest
 
 @dataclass(kw_only=True)
 class Job(ABC):
-    """What each rank of a command does.
+    """The work of each rank of a command.
 
     Attributes:
-        request: What is asked of the plan.
-        plan: The plan, where the launcher could make it; else the ranks make it from the request.
+        request: The plan request.
+        plan: The plan, if the launcher could make it; else the ranks make it from the request.
         backend: How the ranks communicate; None for the default.
-        device: Where the model is; None for the engine's default.
+        device: The device of the model; None for the engine's default.
     """
 
     request: PlanRequest
@@ -34,11 +34,11 @@ class Job(ABC):
 
     @abstractmethod
     def work(self) -> int:
-        """Do it, on every rank. Returns the exit code of the run."""
+        """Do the work of this rank. Returns the exit code of the run."""
 
     @property
     def split(self) -> dict[str, Any]:
-        """The arguments of an engine's `load`, `fresh` and `verify` that say how the model is split and where it is."""
+        """The arguments of an engine's `load`, `fresh` and `verify` for the split and the device of the model."""
         asked, mesh = self.request, self.request.mesh
         how: dict[str, Any] = {"plan": self.plan}
         if self.plan is None:
@@ -56,7 +56,7 @@ def to_json(job: Job, *, debug: bool) -> str:
 
 
 def from_json(text: str, kinds: Mapping[str, type[Job]]) -> tuple[Job, bool]:
-    """The inverse of `to_json`: a job of one of `kinds`, by their names, and whether errors are shown with tracebacks."""
+    """The inverse of `to_json`: a job of one of `kinds`, by their names, and whether errors are printed with tracebacks."""
     data = json.loads(text)
     kind = kinds[data["job"]]
     hints = get_type_hints(kind)

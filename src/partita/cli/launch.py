@@ -1,4 +1,4 @@
-"""Launch: a job is done by this process, if it is a rank already or needs no others, or else by ranks that are started here."""
+"""Run a job in this process if it is a rank or the job needs only one, else in ranks that this process starts."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from partita.ranks.failure import Failure
 from partita.ranks.launcher import Outcome
 
 JOB = "PARTITA_JOB"
-"""The file with the job of a rank that `run` started."""
+"""Environment variable with the job file of a rank that `run` started."""
 
 
 def run(job: Job) -> NoReturn:
-    """Do `job` on every rank of its mesh, and end the process with the code that it returns.
+    """Run `job` on every rank of its mesh, and exit with the code that it returns.
 
-    A job of one rank is done here. Ranks for more are started, unless this process is one of them already.
+    A job of one rank runs in this process. For a larger mesh ranks are started, unless this process is one of them.
 
     Raises:
-        DistributedError: A launcher started another number of ranks than the mesh has, or the backend cannot make the mesh.
+        DistributedError: A launcher started a number of ranks other than the mesh's, or the backend does not support the mesh.
     """
     request, world = job.request, environment.world()
     mesh = request.mesh
@@ -62,7 +62,7 @@ def _start(job: Job) -> int:
 
 
 def read_job(file: str, kinds: dict[str, type[Job]]) -> tuple[Job, bool]:
-    """The job that `run` wrote for its ranks, and whether errors are shown with tracebacks."""
+    """Read the job that `run` wrote for its ranks, and whether errors are printed with tracebacks."""
     return from_json(Path(file).read_text(encoding="utf-8"), kinds)
 
 
@@ -71,14 +71,14 @@ def start(
     ranks: int,
     **options: Any,
 ) -> Outcome:
-    """Run `partita *arguments` as that many ranks of this machine; as `launcher.start`, whose `options` it takes."""
+    """Run `partita *arguments` on that many ranks of this machine; `options` are those of `launcher.start`."""
     outcome = launcher.start(arguments, ranks, tell=lambda line: err().print(line, style="dim"), **options)
     _show_cursor()
     return outcome
 
 
 def show_outcome(outcome: Outcome, *, debug: bool = False) -> int:
-    """Show why a run failed, if it did. Returns what to exit with."""
+    """Print why a run failed, if it did. Returns the exit code."""
     failure = outcome.failure
     if failure is None:
         return outcome.code
@@ -93,17 +93,17 @@ def show_outcome(outcome: Outcome, *, debug: bool = False) -> int:
 
 
 def work_together(work: Callable[[], int], name: EngineName = "torch", backend: str | None = None) -> int:
-    """Meet the other ranks and do `work`. Its result, the exit code of the run, is returned on the first rank, and 0 on others.
+    """Connect to the other ranks and call `work`. The first rank returns its result, the exit code of the run; others return 0.
 
     A non-zero code of another rank would look like that rank's own failure.
 
     Args:
-        work: What each rank does.
-        name: The engine that does it.
-        backend: Of MLX; by default what the launcher has prepared.
+        work: The function that each rank calls.
+        name: The engine to run on.
+        backend: Backend of MLX; by default the one that the launcher has prepared.
 
     Raises:
-        DistributedError: The launcher is one that MLX does not know.
+        DistributedError: MLX does not support the launcher.
     """
     adopt_all()
     engine = open_engine(name)
@@ -121,7 +121,7 @@ def work_together(work: Callable[[], int], name: EngineName = "torch", backend: 
 
 
 def _instead(mesh: Mesh, engine: EngineName, wanted: str | None) -> str | None:
-    """What takes the place of Open MPI where it cannot be had, unless it was asked for."""
+    """The backend to use if Open MPI is not available, unless it was requested."""
     if wanted or os.environ.get("PARTITA_BACKEND"):
         return None
     if engine == "torch":
@@ -130,7 +130,7 @@ def _instead(mesh: Mesh, engine: EngineName, wanted: str | None) -> str | None:
 
 
 def _show_cursor() -> None:
-    """Show the cursor again: a rank that was ended in the middle of its progress bar has left it hidden."""
+    """Show the cursor again, which a rank that was ended during its progress bar has left hidden."""
     if sys.stderr.isatty():
         sys.stderr.write("\x1b[?25h")
         sys.stderr.flush()

@@ -1,4 +1,4 @@
-"""`partita layout`: what a pipeline layout says."""
+"""`partita layout`: the stages of a pipeline layout."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from partita.cli.terminal.console import layer_ids, out, plural, print_json
 from partita.core.layout.layout import LayerType, Layout
 
 MAX_ROWS = 400
-"""Stages that are listed for people; JSON has them all."""
+"""The largest number of stages that are printed; JSON has all of them."""
 
 
 def layout(
@@ -77,7 +77,7 @@ def _show(made: Layout) -> None:
         column.justify = "right"
     for row in _stages(made):
         if row["stage"] == MAX_ROWS:
-            table.add_row("...", "", "", f"{made.num_stages - MAX_ROWS:,} stages more: --json lists them all")
+            table.add_row("...", "", "", f"{made.num_stages - MAX_ROWS:,} more stages: --json lists them all")
             break
         table.add_row(str(row["stage"]), str(row["pp_rank"]), str(row["vpp_rank"]), describe(**row))
     console.print(table)

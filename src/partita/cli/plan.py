@@ -28,19 +28,19 @@ class PlanCommandOptions(PlanOptions):
         str | None,
         typer.Argument(
             metavar="MODEL",
-            help="A folder in Hugging Face's form, a config file, or a hub id (owner/name).",
+            help="Path of a Hugging Face folder or config file, or a hub id (owner/name).",
             show_default=False,
         ),
     ] = None
     tensors: Annotated[bool, typer.Option("--tensors", help="List how every tensor is split.")] = False
     save: Annotated[
-        Path | None, typer.Option("--save", metavar="FILE", help="Write the whole plan as JSON.", show_default=False)
+        Path | None, typer.Option("--save", metavar="FILE", help="Write the complete plan as JSON.", show_default=False)
     ] = None
     engine: Annotated[
         EngineChoice | None,
         typer.Option(
             "--engine",
-            help="mlx for the plan of MLX's own model; by default Hugging Face's, for which no engine is needed.",
+            help="Plan for the model of this engine; mlx has its own (default: Hugging Face's, which needs no engine).",
             show_default=False,
         ),
     ] = None
@@ -49,9 +49,9 @@ class PlanCommandOptions(PlanOptions):
 
 
 def plan(options: PlanCommandOptions) -> None:
-    """Show what each rank would hold of a model: layers, parameters, bytes, and how tensors are cut. Needs no weights.
+    """Show what each rank of a split model holds: layers, parameters, bytes, and the split of tensors. Needs no weights.
 
-    With --plan FILE: show the plan in the file, and compare it with MODEL where that is given.
+    With --plan FILE: show the plan in the file, and compare it with MODEL if that is given.
     """
     if options.save is not None:
         check_file("--save", options.save)
@@ -88,7 +88,7 @@ def _planned(model: str, options: PlanCommandOptions, name: EngineName) -> Plan:
 
 
 def as_data(model: str | None, made: Plan, *, tensors: bool) -> dict[str, Any]:
-    """A plan as data: the model, the stages, and what each rank holds."""
+    """A plan as data for JSON: the model, the stages, and what each rank holds."""
     spec, mesh = made.spec, made.mesh
     data: dict[str, Any] = {
         "model": model,

@@ -1,4 +1,4 @@
-"""`partita reference`, hidden: transformers alone writes greedily, with none of our code. `demo` compares with it."""
+"""`partita reference`, hidden: greedy generation with transformers and none of our code. `demo` compares with it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def reference(
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
     dtype: Annotated[Dtype, typer.Option("--dtype")] = Dtype.float32,
 ) -> None:
-    """Print as JSON what transformers writes by itself, greedily."""
+    """Print as JSON the tokens that transformers alone generates greedily."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging

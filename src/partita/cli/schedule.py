@@ -1,4 +1,4 @@
-"""`partita schedule`: what each pipeline rank computes when, how long it idles, and how much it keeps alive."""
+"""`partita schedule`: what each pipeline rank computes when, how long it idles, and how many micro-batches it keeps alive."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from partita.schedule import (
     simulate,
 )
 
-COSTS = "Costs, in any one unit of time"
+COSTS = "Costs, all in the same unit of time"
 FILES = "Files"
 MAX_LISTED = 32
-"""Ranks whose peaks are listed for people; JSON has them all."""
+"""The largest number of ranks whose peaks are printed; JSON has all of them."""
 
 
 def schedule(
@@ -44,17 +44,17 @@ def schedule(
     ] = None,
     pp: Annotated[int | None, typer.Option("--pp", help="Pipeline ranks.", show_default=False)] = None,
     microbatches: Annotated[
-        int | None, typer.Option("--microbatches", help="Micro-batches of a step; any number.", show_default=False)
+        int | None, typer.Option("--microbatches", help="Number of micro-batches of a step.", show_default=False)
     ] = None,
     vpp: Annotated[
         int | None,
-        typer.Option("--vpp", help="Stages of a rank; by default the kind's usual number.", show_default=False),
+        typer.Option("--vpp", help="Stages per rank (default: the usual number of the kind).", show_default=False),
     ] = None,
     group_size: Annotated[
         int | None,
         typer.Option(
             "--group-size",
-            help="Of interleaved-1f1b: micro-batches that pass through a stage before the rank's next one; by default --pp.",
+            help="For interleaved-1f1b: run this many micro-batches on a stage before the rank's next stage (default: --pp).",
             show_default=False,
         ),
     ] = None,
@@ -63,36 +63,36 @@ def schedule(
         typer.Option(
             "--from",
             metavar="FILE.csv",
-            help="Your own schedule instead of --kind: a row a rank, cells as 2F0 (stage, F B W or BW, micro-batch). "
-            "It is checked first.",
+            help="Read and check a schedule instead of --kind: one row per rank, cells like 2F0 (stage, F B W or BW, "
+            "micro-batch).",
             show_default=False,
         ),
     ] = None,
     f: Annotated[
         str,
         typer.Option(
-            "--f", metavar="TIME", help="Forward: one for all stages, or one a stage: 3,4,4.", rich_help_panel=COSTS
+            "--f", metavar="TIME", help="Forward time: one for all stages, or one per stage, as in 3,4,4.", rich_help_panel=COSTS
         ),
     ] = "1",
     b: Annotated[
-        str, typer.Option("--b", metavar="TIME", help="Input gradient, likewise.", rich_help_panel=COSTS)
+        str, typer.Option("--b", metavar="TIME", help="Input gradient time, likewise.", rich_help_panel=COSTS)
     ] = "1",
     w: Annotated[
         str,
-        typer.Option("--w", metavar="TIME", help="Weight gradient, likewise; BW takes b + w.", rich_help_panel=COSTS),
+        typer.Option("--w", metavar="TIME", help="Weight gradient time, likewise; BW takes b + w.", rich_help_panel=COSTS),
     ] = "1",
     comm: Annotated[
-        float, typer.Option("--comm", metavar="TIME", help="Latency from rank to rank.", rich_help_panel=COSTS)
+        float, typer.Option("--comm", metavar="TIME", help="Latency of a transfer between ranks.", rich_help_panel=COSTS)
     ] = 0.0,
     lowered: Annotated[
         bool, typer.Option("--lowered", help="Add sends and receives, and show steps instead of time.")
     ] = False,
     as_json: AsJson = False,
-    as_csv: Annotated[bool, typer.Option("--csv", help="Print the schedule as --from reads it.")] = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print the schedule in the form that --from reads.")] = False,
     image: Annotated[
         Path | None,
         typer.Option(
-            "--picture", metavar="FILE", help="Draw it, as .svg or .png.", rich_help_panel=FILES, show_default=False
+            "--picture", metavar="FILE", help="Draw the timeline as .svg or .png.", rich_help_panel=FILES, show_default=False
         ),
     ] = None,
     trace: Annotated[
@@ -100,7 +100,7 @@ def schedule(
         typer.Option(
             "--trace",
             metavar="FILE.json",
-            help="Write a trace for ui.perfetto.dev. A unit of time becomes a millisecond there.",
+            help="Write a trace for ui.perfetto.dev, with a millisecond for each unit of time.",
             rich_help_panel=FILES,
             show_default=False,
         ),
@@ -108,9 +108,9 @@ def schedule(
 ) -> None:
     """Simulate a pipeline schedule: what each rank computes when, its bubble, and the micro-batches it keeps alive.
 
-    The bubble is told as part of the makespan (of all ranks, first start to last end) and of the longest span.
+    The bubble is a fraction of the makespan (of all ranks, first start to last end) and of the longest span.
 
-    A span is one rank's first start to its own last end: all that is lost where steps may overlap at their ends.
+    A span is one rank's first start to its own last end: the bubble that remains where steps overlap at their ends.
     """
     if as_json and as_csv:
         raise ScheduleError("give --json or --csv, not both.")
@@ -148,7 +148,7 @@ def _make(
     if source is not None:
         given = [name for name, value in asked.items() if value is not None]
         if given:
-            raise ScheduleError(f"--from {source} says all of the schedule: leave out {', '.join(given)}.")
+            raise ScheduleError(f"--from {source} specifies the complete schedule: leave out {', '.join(given)}.")
         return _read(source)
     if kind is None or pp is None or microbatches is None:
         missing = [name for name, value in list(asked.items())[:3] if value is None]
@@ -174,7 +174,7 @@ def _times(option: str, text: str) -> float | tuple[float, ...]:
         numbers = tuple(float(part) for part in text.split(","))
     except ValueError:
         raise ScheduleError(
-            f"{option} must be a number, or one a stage with commas between, but is {text!r}."
+            f"{option} must be a number, or one per stage separated by commas, but is {text!r}."
         ) from None
     return numbers if len(numbers) > 1 else numbers[0]
 

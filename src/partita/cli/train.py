@@ -1,4 +1,4 @@
-"""`partita train`: train a model split over ranks, from its checkpoint or from nothing but its config."""
+"""`partita train`: train a model split over ranks, from a checkpoint or from a config with new weights."""
 
 from __future__ import annotations
 
@@ -34,20 +34,20 @@ from partita.training import TrainSettings, texts
 
 
 class Autocast(StrEnum):
-    """What autocast computes in."""
+    """The dtypes of autocast."""
 
     bfloat16 = "bfloat16"
 
 
 class AuxLossScope(StrEnum):
-    """Over which tokens the auxiliary loss of routers is computed."""
+    """The tokens over which the auxiliary loss of routers is computed."""
 
     microbatch = "microbatch"
     sequence = "sequence"
 
 
 class MasterDtype(StrEnum):
-    """What the optimizer steps."""
+    """The dtype of the weights that the optimizer updates."""
 
     float32 = "float32"
     model = "model"
@@ -58,7 +58,7 @@ OPTIMIZER, MEMORY, CHECKPOINTS = "Optimizer", "Memory and precision", "Checkpoin
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingOptions(PlanOptions):
-    """Options that say what is trained on what, and how."""
+    """Options for the model, the data and the settings of training."""
 
     data: Annotated[
         str | None,
@@ -66,24 +66,24 @@ class TrainingOptions(PlanOptions):
             "--data",
             metavar="SOURCE",
             show_default=False,
-            help="A text file, a folder of them, or `stdlib`: the sources of Python's standard library.",
+            help="Train on a text file, a folder of text files, or `stdlib`, the sources of Python's standard library.",
         ),
     ] = None
     config: Annotated[
         str | None,
-        typer.Option("--config", metavar="FILE", help="Begin with new weights for this config.", show_default=False),
+        typer.Option("--config", metavar="FILE", help="Train new, randomly initialized weights for this config.", show_default=False),
     ] = None
     model: Annotated[
-        str | None, typer.Option("--model", metavar="MODEL", help="Begin with this checkpoint.", show_default=False)
+        str | None, typer.Option("--model", metavar="MODEL", help="Train the weights of this checkpoint.", show_default=False)
     ] = None
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 100
-    batch_size: Annotated[int, typer.Option(min=1, help="Sequences of one step, over all replicas.")] = 8
-    sequence_length: Annotated[int, typer.Option(min=1, help="Tokens of a sequence.")] = 128
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences per step, over all replicas.")] = 8
+    sequence_length: Annotated[int, typer.Option(min=1, help="Tokens per sequence.")] = 128
     microbatches: Microbatches = None
-    seed: Annotated[int, typer.Option(help="Of new weights and of the order of the data.")] = 0
+    seed: Annotated[int, typer.Option(help="Random seed of new weights and of the data order.")] = 0
     out_folder: Annotated[
         Path | None,
-        typer.Option("--out", metavar="DIR", help="Where the trained checkpoint goes.", show_default=False),
+        typer.Option("--out", metavar="DIR", help="Save the trained model in this folder.", show_default=False),
     ] = None
     save_every: Annotated[
         int | None,
@@ -91,7 +91,7 @@ class TrainingOptions(PlanOptions):
             "--save-every",
             min=1,
             metavar="STEPS",
-            help="Keep a checkpoint in --out each so many steps, from which the run can go on.",
+            help="Save a resumable checkpoint in --out every N steps.",
             rich_help_panel=CHECKPOINTS,
             show_default=False,
         ),
@@ -101,7 +101,7 @@ class TrainingOptions(PlanOptions):
         typer.Option(
             "--keep",
             min=1,
-            help="Of these checkpoints the newest so many; by default all.",
+            help="Keep only the newest N of these checkpoints (default: all).",
             rich_help_panel=CHECKPOINTS,
             show_default=False,
         ),
@@ -110,9 +110,9 @@ class TrainingOptions(PlanOptions):
         bool,
         typer.Option(
             "--resume",
-            help="Resume the newest checkpoint in --out that is complete. Any layout and engine may continue it: with --tp, "
-            "--pp, --dp, --layout, --vpp, --schedule, --microbatches or --group-size the layout is what these say, without "
-            "them the run's own.",
+            help="Resume from the newest complete checkpoint in --out. Any layout and engine can continue it: with --tp, "
+            "--pp, --dp, --layout, --vpp, --schedule, --microbatches or --group-size, these specify the layout, else the "
+            "run keeps its own.",
             rich_help_panel=CHECKPOINTS,
         ),
     ] = False
@@ -120,7 +120,7 @@ class TrainingOptions(PlanOptions):
         bool,
         typer.Option(
             "--no-verify",
-            help="With --resume: look at the sizes of the checkpoint's files only, not at their contents.",
+            help="With --resume: check only the sizes of the checkpoint's files, not their contents.",
             rich_help_panel=CHECKPOINTS,
         ),
     ] = False
@@ -130,7 +130,7 @@ class TrainingOptions(PlanOptions):
         typer.Option(
             "--group-size",
             min=1,
-            help="Of interleaved-1f1b: micro-batches that pass a stage in a row; by default --pp.",
+            help="For interleaved-1f1b: run this many micro-batches on a stage before the rank's next stage (default: --pp).",
             rich_help_panel=PIPELINE,
             show_default=False,
         ),
@@ -140,7 +140,7 @@ class TrainingOptions(PlanOptions):
         typer.Option(
             "--picture",
             metavar="FILE",
-            help="Draw the last step as it was, and as simulated from its costs: .svg or .png.",
+            help="Draw the last step as measured and as simulated from its costs, as .svg or .png.",
             rich_help_panel=PIPELINE,
             show_default=False,
         ),
@@ -150,23 +150,23 @@ class TrainingOptions(PlanOptions):
         typer.Option(
             "--trace",
             metavar="FILE.json",
-            help="The same as a trace for ui.perfetto.dev.",
+            help="Write the last step as a trace for ui.perfetto.dev.",
             rich_help_panel=PIPELINE,
             show_default=False,
         ),
     ] = None
-    learning_rate: Annotated[float, typer.Option(min=0.0, help="At its peak.", rich_help_panel=OPTIMIZER)] = 3e-4
+    learning_rate: Annotated[float, typer.Option(min=0.0, help="Peak learning rate.", rich_help_panel=OPTIMIZER)] = 3e-4
     warmup_steps: Annotated[
-        int, typer.Option(min=0, help="Until the peak; a cosine down to a tenth follows.", rich_help_panel=OPTIMIZER)
+        int, typer.Option(min=0, help="Steps until the peak learning rate; a cosine decay to a tenth follows.", rich_help_panel=OPTIMIZER)
     ] = 10
     weight_decay: Annotated[float, typer.Option(min=0.0, help="AdamW's.", rich_help_panel=OPTIMIZER)] = 0.1
-    clip_norm: Annotated[float, typer.Option(min=0.0, help="Largest gradient norm.", rich_help_panel=OPTIMIZER)] = 1.0
+    clip_norm: Annotated[float, typer.Option(min=0.0, help="Clip gradients to this norm.", rich_help_panel=OPTIMIZER)] = 1.0
     aux_loss_scope: Annotated[
         AuxLossScope,
         typer.Option(
             "--aux-loss-scope",
             help="Compute the routers' auxiliary loss over each micro-batch, as transformers does, or over each sequence, "
-            "where the layout does not change it. The config's `output_router_logits` asks for that loss.",
+            "which makes it independent of the layout. The config's `output_router_logits` enables this loss.",
             rich_help_panel=OPTIMIZER,
         ),
     ] = AuxLossScope.microbatch
@@ -180,7 +180,7 @@ class TrainingOptions(PlanOptions):
         Autocast | None,
         typer.Option(
             "--autocast",
-            help="Multiply float32 weights in this dtype. Weights that are bfloat16 (--dtype) are multiplied in it without.",
+            help="Multiply float32 weights in this dtype. bfloat16 weights (--dtype) do not need it.",
             rich_help_panel=MEMORY,
             show_default=False,
         ),
@@ -189,7 +189,7 @@ class TrainingOptions(PlanOptions):
         MasterDtype,
         typer.Option(
             "--master-dtype",
-            help="`float32`: step float32 copies of narrower weights, with float32 moments. `model`: step the weights in their "
+            help="`float32`: update float32 copies of narrower weights, with float32 moments. `model`: update the weights in their "
             "own dtype, which saves 8 bytes a weight but rounds small steps away.",
             rich_help_panel=MEMORY,
         ),
@@ -197,12 +197,12 @@ class TrainingOptions(PlanOptions):
     checkpointing: Annotated[
         bool,
         typer.Option(
-            "--checkpointing", help="Compute activations again instead of keeping them.", rich_help_panel=MEMORY
+            "--checkpointing", help="Recompute activations instead of keeping them.", rich_help_panel=MEMORY
         ),
     ] = False
     zero: Annotated[
         bool,
-        typer.Option("--zero", help="Each replica keeps a share of the optimizer's state.", rich_help_panel=MEMORY),
+        typer.Option("--zero", help="Distribute the optimizer's state over the replicas (ZeRO-1).", rich_help_panel=MEMORY),
     ] = False
     dtype: WeightsDtype = None
 
@@ -213,11 +213,11 @@ class TrainOptions(RunOptions, TrainingOptions):
 
 
 def train(options: TrainOptions) -> None:
-    """Train a model split over ranks and save it unsplit, as Hugging Face does."""
-    is_restarted = elastic.goes_on(options.out_folder)
+    """Train a model split over ranks, and save it unsplit in Hugging Face's format."""
+    is_restarted = elastic.resumes(options.out_folder)
     run = _resumed(options) if options.resume or is_restarted else _begun(options)
     if not run.notes["data"]:
-        raise ModelError("there is nothing to train on. Give --data: a text file, a folder of them, or `stdlib`.")
+        raise ModelError("there is no training data. Give --data: a text file, a folder of text files, or `stdlib`.")
     request, given = _request(options, run, is_restarted=is_restarted)
     run.notes["layout"] = {**run.places, "dp": request.mesh.dp}
     stages = choose(
@@ -226,12 +226,12 @@ def train(options: TrainOptions) -> None:
     )  # fmt: skip
     if request.engine == "mlx" and stages.request.placement != "loop":
         raise ModelError(
-            "the command line trains on MLX with stages that are assigned in turn. Use another --schedule than zb-v."
+            "on MLX the command line supports only stages that are assigned in turn. Use a --schedule other than zb-v."
         )
     plan = plan_early(stages.request, given)
     refuse_device(request.engine, options.device)
     for _ in texts(run.notes["data"]):
-        """What cannot be read is told before ranks start."""
+        """Raise errors in the data before ranks start."""
     if not run.is_resumed:
         _check_saving(options)
     if options.picture is not None:
@@ -254,14 +254,14 @@ def train(options: TrainOptions) -> None:
 
 @dataclass
 class _Run:
-    """What a run is, new or resumed.
+    """A run, new or resumed.
 
     Attributes:
-        source: What the model is made or loaded of.
+        source: The config or checkpoint of the model.
         places: The options of `resume.LAYOUT`: how the work is distributed.
-        settings: Those of `TrainSettings` that do not depend on the layout.
-        notes: What is kept with checkpoints for the next command.
-        is_resumed: Whether it goes on from a checkpoint.
+        settings: The fields of `TrainSettings` that do not depend on the layout.
+        notes: The options that are kept with checkpoints for the next command.
+        is_resumed: Whether the run resumes from a checkpoint.
     """
 
     source: str
@@ -289,12 +289,12 @@ def _begun(options: TrainOptions) -> _Run:
         "dtype": options.dtype and options.dtype.value, "lora_rank": options.lora_rank, "save_every": options.save_every,
         "keep": options.keep, "run_id": elastic.run_id(),
     }  # fmt: skip
-    source = "" if options.resume or elastic.goes_on(options.out_folder) else _source(options.config, options.model)
+    source = "" if options.resume or elastic.resumes(options.out_folder) else _source(options.config, options.model)
     return _Run(source, places, settings, notes, is_resumed=False)
 
 
 def _resumed(options: TrainOptions) -> _Run:
-    """The run in --out, with what the command line changes of it."""
+    """The run in --out, with the changes of the command line."""
     from partita.training.state import kept_settings
 
     asked = _begun(options)
@@ -314,7 +314,7 @@ def _resumed(options: TrainOptions) -> _Run:
 
 
 def _request(options: TrainOptions, run: _Run, *, is_restarted: bool) -> tuple[PlanRequest, Plan | None]:
-    """What is asked of the plan, and the plan of `--plan FILE`."""
+    """The plan request, and the plan of `--plan FILE`."""
     where = replace(options, **{name: run.places[name] for name in ("tp", "pp", "dp", "layout", "vpp")})
     request, given = request_of(
         run.source, where, engine=choose_engine(options.engine), trust_remote_code=options.trust_remote_code
@@ -322,15 +322,15 @@ def _request(options: TrainOptions, run: _Run, *, is_restarted: bool) -> tuple[P
     if is_restarted:
         request = replace(request, mesh=elastic.fitted(request.mesh))
         given = given if given is None or given.mesh == request.mesh else None
-    goes_on_unsplit = run.is_resumed and run.notes["lora_rank"] is None
+    resumes_unsplit = run.is_resumed and run.notes["lora_rank"] is None
     run.places.update({name: getattr(request.mesh, name) for name in ("tp", "pp")})
-    return replace(request, dtype=None if goes_on_unsplit else run.notes["dtype"]), given
+    return replace(request, dtype=None if resumes_unsplit else run.notes["dtype"]), given
 
 
 def _source(config: str | None, model: str | None) -> str:
     if config is not None and model is not None:
         raise ModelError(
-            f"--config {config} begins with new weights and --model {model} with a checkpoint. Give one of them."
+            f"--config {config} starts from new weights and --model {model} from a checkpoint. Give one of them."
         )
     if not (config or model):
         raise ModelError("give either --config (new weights) or --model (a checkpoint).")
@@ -338,17 +338,17 @@ def _source(config: str | None, model: str | None) -> str:
 
 
 def _check_saving(options: TrainOptions) -> None:
-    """Refuse before training where saving would be refused after it."""
+    """Raise an error before training if saving would fail after it."""
     folder, save_every = options.out_folder, options.save_every
     if options.no_verify:
         raise ModelError("--no-verify is for --resume. Leave it out.")
     if options.keep is not None and save_every is None:
-        raise ModelError("--keep is of the checkpoints that --save-every makes. Give --save-every, or leave it out.")
+        raise ModelError("--keep limits the checkpoints that --save-every saves. Give --save-every, or leave it out.")
     if save_every is not None and folder is None:
         raise ModelError("--save-every needs a folder for its checkpoints. Give --out.")
     if save_every is not None and options.lora_rank is not None and options.model is None:
         raise ModelError(
-            "--save-every with --lora-rank keeps adapters alone, and their model must be on disk to go on. Give --model, or "
+            "--save-every with --lora-rank saves only adapters, so resuming needs their model on disk. Give --model, or "
             "leave --save-every out."
         )
     if folder is not None:
@@ -357,19 +357,19 @@ def _check_saving(options: TrainOptions) -> None:
 
 def _check_folder(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
-        raise CheckpointError(f"--out {folder} is a file. Name a folder, which is made if it is not there.")
+        raise CheckpointError(f"--out {folder} is a file. Name a folder; it is created if it does not exist.")
     there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         why = "is not a folder" if not there.is_dir() else "cannot be written to"
-        raise CheckpointError(f"--out {folder} cannot be made, as {there} {why}. Name another folder.")
+        raise CheckpointError(f"--out {folder} cannot be created: {there} {why}. Name another folder.")
     weights = sorted(folder.glob("*.safetensors*")) if folder.exists() else []
     if weights:
         raise CheckpointError(
-            f"--out {folder} holds a model already ({weights[0].name}). Name another folder, or remove that one."
+            f"--out {folder} already holds a model ({weights[0].name}). Name another folder, or remove that one."
         )
     steps = RunFolder(folder).steps()
     if steps:
         raise CheckpointError(
-            f"--out {folder} holds a run already (its last checkpoint is of step {steps[-1]}). Go on with --resume, or name "
+            f"--out {folder} already holds a run (its last checkpoint is of step {steps[-1]}). Continue it with --resume, or name "
             "another folder."
         )

@@ -1,4 +1,4 @@
-"""What each rank of `partita train` does: load or begin a model, train it, save it, and tell of it."""
+"""The work of each rank of `partita train`: load or create a model, train it, save it, and report."""
 
 from __future__ import annotations
 
@@ -25,30 +25,30 @@ from partita.schedule import Timeline
 from partita.training import SaveReport, Saves, StepReport, TrainSettings, read_ids
 
 ADAPTERS = "adapters"
-"""Where adapters go, in the folder of the model that they are merged into."""
+"""The folder for adapters, inside the folder of the model that they are merged into."""
 
 
 @dataclass(kw_only=True)
 class TrainJob(Job):
-    """What each rank of `train` does. `request.model` is what the model is made or loaded of.
+    """The work of each rank of `train`. `request.model` is the config or checkpoint of the model.
 
-    Of a resumed run that is the newest checkpoint, complete or not, and of adapters the model that they belong to.
+    For a resumed run that is the newest checkpoint, complete or not, and for adapters the model that they belong to.
 
     Attributes:
-        new: Whether it begins with new weights.
-        notes: What is kept with checkpoints for the next command.
-        options: Those of `TrainSettings`.
-        out: Where the model or the checkpoints go.
-        resume: Whether it goes on from the newest complete checkpoint there.
-        is_restarted: Whether torchrun has restarted it, so that it may be done already.
-        verify: Whether that checkpoint is read completely before.
-        lora_rank: Of the adapters that are trained, if they are.
-        as_json: Whether JSON is printed at the end.
-        picture: Where the last step is drawn.
-        trace: Where its trace goes.
-        reports: The steps that are done.
-        checkpoints: Those that are written.
-        saved: Where the model is at the end.
+        new: Whether the weights are randomly initialized.
+        notes: The options that are kept with checkpoints for the next command.
+        options: The fields of `TrainSettings`.
+        out: The folder for the model or the checkpoints.
+        resume: Whether the run resumes from the newest complete checkpoint in `out`.
+        is_restarted: Whether torchrun has restarted the run, so that it may be complete already.
+        verify: Whether that checkpoint is first read completely and compared with its checksums.
+        lora_rank: Rank of the adapters, if adapters are trained.
+        as_json: Whether the report is printed as JSON.
+        picture: The file in which the last step is drawn.
+        trace: The file for the trace of the last step.
+        reports: The completed steps.
+        checkpoints: The checkpoints that were written.
+        saved: The folder of the trained model.
     """
 
     new: bool
@@ -69,7 +69,7 @@ class TrainJob(Job):
 
     @property
     def engine(self) -> Engine:
-        """The engine that trains."""
+        """The engine to train on."""
         return open_engine(self.request.engine)
 
     @property
@@ -78,10 +78,10 @@ class TrainJob(Job):
         return self.request.mesh
 
     def work(self) -> int:
-        """Load, train and save, and report it on the first rank."""
+        """Load, train and save, and print the report on the first rank."""
         timelines: list[Timeline] = []
         watch = timelines.append if self.picture is not None or self.trace is not None else None
-        # No other run may use the folder meanwhile.
+        # No other run may use the folder during this run.
         with (
             RunLock(self.out, self.notes["run_id"])
             if self.out is not None and environment.is_first()
@@ -95,7 +95,7 @@ class TrainJob(Job):
         return 0
 
     def _train(self, watch: Callable[[Timeline], None] | None) -> None:
-        begun, done = self._find_whole() if self.resume else (None, 0)
+        begun, done = self._find_complete() if self.resume else (None, 0)
         split, tokenizer = self._begin(begun)
         self.options["mask_token"] = tokenizer.inner.mask_token_id
         if self.lora_rank is not None:
@@ -119,27 +119,27 @@ class TrainJob(Job):
         else:
             _print_end(self.reports, self.mesh, self.saved)
 
-    def _find_whole(self) -> tuple[Path, int]:
-        """The newest whole checkpoint and its steps; it is to be loaded in the groups that have looked for it."""
+    def _find_complete(self) -> tuple[Path, int]:
+        """The newest complete checkpoint and its step. Load it with the same groups that searched for it."""
         from partita.training.resume import newest_whole
         from partita.training.state import read_state
 
         assert self.out is not None
         groups = self.groups = self.engine.make_groups(self.mesh, backend=self.backend)
         found = newest_whole(
-            self.out, groups.axes, environment.number(), self.mesh.size, verify=self.verify, on_broken=_tell_broken
+            self.out, groups.axes, environment.number(), self.mesh.size, verify=self.verify, on_broken=_report_broken
         )  # fmt: skip
         step = read_state(found).step
-        # A run of adapters may have been ended while it wrote the model that they are merged into.
+        # A run with adapters may have been ended while it wrote the model with the merged adapters.
         lacks_result = self.lora_rank is not None and not any(self.out.glob("*.safetensors"))
         if step >= self.options["steps"] and not lacks_result and not self.is_restarted:
             raise CheckpointError(
-                f"{found}: all {step} steps of this run are done. Give more --steps to go on, which stretches the fall of the "
+                f"{found}: all {step} steps of this run are done. Give more --steps to continue, which stretches the decay of the "
                 "learning rate."
             )
         self.saved = found
         if environment.is_first():
-            err().print(f"going on from {found}", style="dim", soft_wrap=True)
+            err().print(f"resuming from {found}", style="dim", soft_wrap=True)
         return found, step
 
     def _begin(self, begun: Path | None) -> tuple[Model, Tokenizer]:
@@ -151,7 +151,7 @@ class TrainJob(Job):
         if self.new:
             return self.engine.fresh(found, seed=self.options["seed"], **where), tokenizer
         with loading("loading") as progress:
-            # A run's checkpoint was verified when it was found.
+            # The checkpoint of a run was verified by `_find_complete`.
             return self.engine.load(found, progress=progress, verify=begun is None, **where), tokenizer
 
     def _find(self) -> Path:
@@ -160,7 +160,7 @@ class TrainJob(Job):
         return find_model(self.request.model, weights=not self.new, code=self.request.trust_remote_code)
 
     def _adapt(self, split: Model, begun: Path | None) -> None:
-        """Put on new adapters, or those of a checkpoint."""
+        """Add new adapters, or those of a checkpoint."""
         if begun is not None:
             self.engine.load_adapters(split, begun)
         elif self.lora_rank is not None:
@@ -178,7 +178,7 @@ class TrainJob(Job):
         saved(report)
 
     def _save(self, split: Model, tokenizer: Tokenizer, folder: Path) -> None:
-        """Save the model alone, as its last step left it: adapters beside the model that they are merged into."""
+        """Save the model after its last step, without training state; adapters beside the model that they are merged into."""
         if self.lora_rank is not None:
             from partita.training.base import place_of
 
@@ -193,18 +193,18 @@ class TrainJob(Job):
 
 
 def _remove_result(folder: Path) -> None:
-    """Remove what the run left at its end before it was given more steps; its checkpoints stay."""
+    """Remove the final model of a run that is given more steps; its checkpoints stay."""
     from partita.checkpoint.durable import failing_as
 
-    with failing_as(folder, "what the run had left cannot be removed"):
+    with failing_as(folder, "the final model of the run cannot be removed"):
         for file in sorted(folder.glob("*.safetensors*")):
             file.unlink()
         shutil.rmtree(folder / ADAPTERS, ignore_errors=True)
 
 
-def _tell_broken(why: str) -> None:
+def _report_broken(why: str) -> None:
     if environment.is_first():
-        err().print(f"not whole: {why}. Looking at the one before.", soft_wrap=True)
+        err().print(f"not complete: {why}. Trying the previous checkpoint.", soft_wrap=True)
 
 
 def _tokens(data: str, tokenizer: Tokenizer, plan: Plan) -> Any:
@@ -212,7 +212,7 @@ def _tokens(data: str, tokenizer: Tokenizer, plan: Plan) -> Any:
     if plan.spec.vocab_size and (largest := int(tokens.max())) >= plan.spec.vocab_size:
         raise ModelError(
             f"the model's vocabulary has {plan.spec.vocab_size} ids, but the text has id {largest}: the tokenizer "
-            f"({tokenizer.vocab_size} ids) is not the model's. The byte-level one needs a vocab_size of at least 257."
+            f"({tokenizer.vocab_size} ids) is not the model's. The byte-level tokenizer needs a vocab_size of at least 257."
         )
     return tokens
 

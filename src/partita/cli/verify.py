@@ -1,4 +1,4 @@
-"""`partita verify`: prove that a model split over ranks equals the unsplit one, or name the first module that does not."""
+"""`partita verify`: prove that a model split over ranks equals the unsplit one, or name the first module that differs."""
 
 from __future__ import annotations
 
@@ -31,30 +31,30 @@ class VerifyOptions(RunOptions, PlanOptions):
     tp: Annotated[
         int,
         typer.Option(
-            "--tp", min=1, help="Tensor parallel ranks (default: 2 where nothing else splits the model, else 1).",
+            "--tp", min=1, help="Tensor parallel ranks (default: 2 if no other option splits the model, else 1).",
             show_default=False,
         ),
     ] = 1  # fmt: skip
     schedule: ScheduleKind = None
     microbatches: Microbatches = None
-    steps: Annotated[int, typer.Option("--steps", min=0, help="Training steps to compare too; 0: none.")] = 3
+    steps: Annotated[int, typer.Option("--steps", min=0, help="Also compare this many training steps; 0 compares none.")] = 3
     dtype: Annotated[
         list[Dtype] | None,
         typer.Option(
             "--dtype",
-            help="Compare in this dtype; may be given several times (default: float64 and the dtype of the weights; on MLX "
+            help="Compare in this dtype. Repeatable (default: float64 and the dtype of the weights; on MLX "
             "float32).",
         ),
     ] = None
-    all_rows: Annotated[bool, typer.Option("--all", help="A row for every layer, not for layers that are alike.")] = (
+    all_rows: Annotated[bool, typer.Option("--all", help="Print a row for every layer, not one for all identical layers.")] = (
         False
     )
 
 
 def verify(options: VerifyOptions) -> None:
-    """Compare a split model with the unsplit one: what every module returns, every gradient, tokens, training steps.
+    """Compare a split model with the unsplit one: module outputs, gradients, generated tokens and training steps.
 
-    Exits with 1 where they differ, and names the first module that does.
+    Exits with 1 if they differ, and names the first module that differs.
     """
     if options.plan is None and "tp" not in options.given and options.pp * options.dp == 1:
         options = replace(options, tp=2)
@@ -79,14 +79,14 @@ def verify(options: VerifyOptions) -> None:
 
 @dataclass(kw_only=True)
 class VerifyJob(Job):
-    """What each rank of `verify` does.
+    """The work of each rank of `verify`.
 
     Attributes:
         training: Settings of the training steps.
-        steps: How many there are.
+        steps: Number of training steps.
         dtypes: The dtypes to compare in; None for the default.
-        all_rows: Whether every layer has a row.
-        as_json: Whether JSON is printed.
+        all_rows: Whether every layer gets a row.
+        as_json: Whether the report is printed as JSON.
     """
 
     training: dict[str, Any]
@@ -96,7 +96,7 @@ class VerifyJob(Job):
     as_json: bool
 
     def work(self) -> int:
-        """Compare, and report on the first rank."""
+        """Compare, and print the report on the first rank."""
         engine = open_engine(self.request.engine)
         report = engine.verify(self.request.model, **self.split, **self.training, steps=self.steps, dtype=self.dtypes)
         if environment.is_first():
@@ -176,10 +176,10 @@ def _verdict(report: Report) -> tuple[str, str]:
     """The last line and its style."""
     compared = plural(len(report.rows), "comparison")
     if not report.rows:
-        return "Nothing was compared, so nothing is known about the split.", "bold red"
+        return "Nothing was compared, so the split is not verified.", "bold red"
     if not report.equal:
         wrong = sum(not row.ok for row in report.rows)
-        return f"Split DIFFERS from unsplit in {wrong} of {compared}. The first is {report.first_wrong}.", "bold red"
+        return f"Split DIFFERS from unsplit in {wrong} of {compared}. The first difference is {report.first_wrong}.", "bold red"
     text = f"Split equals unsplit in {compared}."
     for dtype in report.dtypes:
         largest, nearest = report.largest(dtype), report.nearest(dtype)
@@ -188,7 +188,7 @@ def _verdict(report: Report) -> tuple[str, str]:
         where = f"In {dtype} the" if dtype else "The"
         text += f" {where} largest error is {_number(largest.error)} ({largest.kind} {largest.name})"
         if nearest is not largest:
-            text += f", and {_number(nearest.error)} is nearest to what is allowed, {nearest.tolerance:.1e} "
+            text += f", and {_number(nearest.error)} is nearest to its tolerance, {nearest.tolerance:.1e} "
             text += f"({nearest.kind} {nearest.name})"
         text += "."
     missing = sorted({kind for skip in report.skipped for kind in skip.kinds})
@@ -200,7 +200,7 @@ def _number(error: float) -> str:
 
 
 def _groups(rows: Any, *, all_rows: bool) -> list[tuple[str, str, str, list[Any]]]:
-    """Rows of one kind whose names differ in the layer's number only, in the order of the first: kind, name, layers, rows."""
+    """Rows of one kind whose names differ only in the layer number, in order of the first: kind, name, layers, rows."""
     order = {kind: index for index, kind in enumerate(dict.fromkeys(row.kind for row in rows))}
     groups: dict[tuple[str, str], list[Any]] = {}
     for row in rows:

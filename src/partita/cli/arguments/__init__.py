@@ -1,1 +1,1 @@
-"""What a command line says, read and checked before any rank starts."""
+"""The arguments of commands, parsed and checked before any rank starts."""

@@ -1,4 +1,4 @@
-"""Commands whose options are a dataclass: each field is an option or argument of typer's."""
+"""Commands whose options are a dataclass: each field is a typer option or argument."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ def add_command(
     epilog: str | None = None,
     hidden: bool = False,
 ) -> None:
-    """Let `app` have a command that calls `body` with the `options` that a command line gives.
+    """Add to `app` a command that calls `body` with the `options` of the command line.
 
     Args:
-        app: The commands.
-        body: What the command does; its docstring is the help.
+        app: The typer app.
+        body: The function of the command; its docstring is the help text.
         options: A dataclass whose fields are annotated with `typer.Option` and `typer.Argument`. A field `given` receives the
-            names of the options that stand on the command line, rather than being defaults.
-        name: Of the command.
-        epilog: Text below the help.
+            names of the options that are given on the command line, rather than being defaults.
+        name: Name of the command.
+        epilog: The text below the help.
         hidden: Whether `--help` leaves the command out.
     """
     hints = get_type_hints(options, include_extras=True)

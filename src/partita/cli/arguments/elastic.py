@@ -1,6 +1,6 @@
-"""What torchrun's restarts ask of a run: that it goes on from its last checkpoint by itself, with the ranks that there are.
+"""After a restart by torchrun, a run resumes its last checkpoint automatically, with the ranks that are left.
 
-torchrun starts all ranks anew when one has failed (`--max-restarts`), and when nodes leave or come (`--nnodes 1:4`).
+torchrun restarts all ranks when one has failed (`--max-restarts`), and when nodes leave or join (`--nnodes 1:4`).
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from partita.core.mesh import Mesh
 from partita.ranks import environment
 
 UNNAMED = "none"
-"""What torchrun calls a run that was given no name."""
+"""The name that torchrun gives to a run without `--rdzv-id`."""
 
 
 def run_id() -> str | None:
-    """The name of torchrun's run (`--rdzv-id`), by which ranks know that it is they who were started anew; None without."""
+    """The name of torchrun's run (`--rdzv-id`), by which restarted ranks recognize their run; None if it has none."""
     name = os.environ.get("TORCHELASTIC_RUN_ID", UNNAMED)
     return None if name == UNNAMED else name
 
 
-def goes_on(folder: Path | None) -> bool:
-    """Whether torchrun has started this run anew, and it has a checkpoint in `folder` to go on from.
+def resumes(folder: Path | None) -> bool:
+    """Whether torchrun has restarted this run, and `folder` has a checkpoint to resume from.
 
-    After a failure torchrun counts; when nodes come or leave it does not, and its name must be that of the checkpoint's run.
+    torchrun counts restarts after failures, but not when nodes join or leave: then its name must be that of the checkpoint's run.
     """
     if folder is None or not RunFolder(folder).steps():
         return False
@@ -37,11 +37,11 @@ def goes_on(folder: Path | None) -> bool:
 
 
 def fitted(mesh: Mesh) -> Mesh:
-    """`mesh` with as many replicas as there are ranks for, where these are whole ones; else as it is, to be refused."""
+    """`mesh` with as many replicas as the ranks suffice for; unchanged if ranks would be left over, which is an error later."""
     ranks, per_replica = environment.world(), mesh.pp * mesh.tp
     if ranks is None or ranks == mesh.size or ranks % per_replica:
         return mesh
     found = Mesh(dp=ranks // per_replica, pp=mesh.pp, tp=mesh.tp)
     if environment.is_first():
-        err().print(f"torchrun has started {plural(ranks, 'rank')}: going on with --dp {found.dp}", style="dim")
+        err().print(f"torchrun has started {plural(ranks, 'rank')}: resuming with --dp {found.dp}", style="dim")
     return found

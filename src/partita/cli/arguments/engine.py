@@ -1,4 +1,4 @@
-"""Which engine a command runs on, and whether it is installed."""
+"""Choose the engine of a command, and check that it is installed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ EngineOption = Annotated[
     EngineChoice | None,
     typer.Option(
         "--engine",
-        help="torch, or mlx; by default torch where it is installed. The same plan drives both.",
+        help="Run on torch or mlx; both use the same plan (default: torch if it is installed).",
         show_default=False,
     ),
 ]
@@ -43,7 +43,7 @@ BackendOption = Annotated[
         "--backend",
         metavar="NAME",
         callback=_known_backend,
-        help="How ranks of this machine talk: gloo or mpi (torch), mpi or ring (mlx).",
+        help="Communicate between the ranks of this machine by gloo or mpi (torch), mpi or ring (mlx).",
         show_default=False,
     ),
 ]
@@ -52,10 +52,10 @@ _NEEDS: dict[EngineName, tuple[str, ...]] = {"torch": ("torch", "transformers"),
 
 
 def choose_engine(wanted: EngineChoice | None) -> EngineName:
-    """The engine that is meant.
+    """The engine to run on.
 
     Raises:
-        ModelError: It is not installed, or none is.
+        ModelError: The engine is not installed, or no engine is.
     """
     names: tuple[EngineName, ...] = ("torch", "mlx") if wanted is None else (wanted.value,)
     for name in names:

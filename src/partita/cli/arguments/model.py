@@ -1,4 +1,4 @@
-"""MODEL of a command line as a ModelSpec and a Plan, without torch wherever the family is known without it."""
+"""The MODEL argument as a ModelSpec and a Plan, without torch if Partita knows the family itself."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
 def request_of(
     model: str, options: PlanOptions, *, engine: EngineName = "torch", trust_remote_code: bool = False
 ) -> tuple[PlanRequest, Plan | None]:
-    """What the options ask for, and the plan of `--plan FILE` where it is given.
+    """The plan request of the options, and the plan of `--plan FILE` if it is given.
 
     Raises:
-        PlanError: The file is no plan, or other options say how to split too.
-        LayoutError: `--layout` is no layout.
+        PlanError: The file is not a plan, or other options specify the split too.
+        LayoutError: `--layout` is not a layout.
     """
     if options.plan is None:
         mesh = Mesh(options.dp, options.pp, options.tp)
@@ -43,7 +43,7 @@ def request_of(
     for name in ("tp", "pp", "dp", "layout", "vpp"):
         if name in options.given:
             raise PlanError(
-                f"--{name} and --plan {options.plan}, which says how to split, exclude each other. Leave one out."
+                f"--{name} and --plan {options.plan}, which specifies the split, exclude each other. Leave one out."
             )
     plan = read_plan(options.plan)
     found = PlanRequest(
@@ -53,10 +53,10 @@ def request_of(
 
 
 def read_plan(file: Path) -> Plan:
-    """The plan in a file.
+    """Read the plan in a file.
 
     Raises:
-        PlanError: It is none.
+        PlanError: The file is not a plan.
     """
     try:
         return Plan.from_json(file.read_text(encoding="utf-8"))
@@ -65,10 +65,10 @@ def read_plan(file: Path) -> Plan:
 
 
 def make_plan(request: PlanRequest) -> Plan:
-    """The plan that is asked for, from the model's config alone. MLX is loaded where it is asked for its own.
+    """The requested plan, from the model's config alone. MLX is imported only for the plan of an MLX model.
 
     Raises:
-        PartitaError: There is no such model, or it cannot be split so.
+        PartitaError: The model does not exist, or cannot be split as requested.
     """
     if request.engine == "mlx":
         from partita.mlx.plan import plan_of_config
@@ -80,14 +80,14 @@ def make_plan(request: PlanRequest) -> Plan:
 
 
 def plan_early(request: PlanRequest, given: Plan | None = None) -> Plan | None:
-    """The plan for the ranks, where it can be made quickly and without a framework; refuses what the ranks would refuse.
+    """The plan for the ranks, if no framework is needed to make it; raises the errors that the ranks would raise.
 
     Args:
-        request: What is asked for.
+        request: The plan request.
         given: The plan of `--plan FILE`, which is compared with the model.
 
     Raises:
-        PartitaError: There is no such model, it cannot be split so, or the plan is another model's.
+        PartitaError: The model does not exist or cannot be split as requested, or the plan is for another model.
     """
     from partita.core.model.families import known_families
 
@@ -106,15 +106,15 @@ def plan_early(request: PlanRequest, given: Plan | None = None) -> Plan | None:
 
 
 def refuse_other_model(plan: Plan, request: PlanRequest) -> None:
-    """Raise `PlanError` where `plan` is not of the model of `request`, with the first difference."""
+    """Raise `PlanError` with the first difference if `plan` is not for the model of `request`."""
     spec, _ = read_spec(request.model, trust_remote_code=request.trust_remote_code)
     difference = plan.spec.first_difference(with_mtp(spec, plan.num_mtp), names=request.engine == "torch")
     if difference:
-        raise PlanError(f"the plan is another model's: {difference}. Make the plan of {request.model}.")
+        raise PlanError(f"the plan is for another model: {difference}. Make a plan for {request.model}.")
 
 
 def read_spec(model: str, *, trust_remote_code: bool = False) -> tuple[ModelSpec, Rules | None]:
-    """The facts of MODEL, and its rules where transformers, or the model's own code, had to be asked."""
+    """The spec of MODEL, and its rules if they come from transformers or from the model's own code."""
     from partita.core.model.families import spec_from_config
 
     path = find_config(model)
@@ -133,8 +133,8 @@ def read_spec(model: str, *, trust_remote_code: bool = False) -> tuple[ModelSpec
 def _need_transformers(config: dict[str, Any]) -> None:
     if find_spec("torch") is None or find_spec("transformers") is None:
         raise ModelError(
-            f"{config['model_type']!r} is not a family that Partita knows itself, and transformers is not installed to be "
-            "asked: pip install 'partita[torch]'"
+            f"{config['model_type']!r} is not a family that Partita knows itself, and transformers, which may know it, is "
+            "not installed: pip install 'partita[torch]'"
         )
 
 
@@ -161,7 +161,7 @@ def _ask_own_code(model: str) -> tuple[ModelSpec, Rules]:
 
 
 def _try_stages(config: dict[str, Any], request: PlanRequest) -> None:
-    """Refuse a family that cannot be partitioned into stages."""
+    """Raise an error for a family that cannot be partitioned into stages."""
     _need_transformers(config)
     adopt_all()
     from partita.torch.load import choose_plan
@@ -173,7 +173,7 @@ def _try_stages(config: dict[str, Any], request: PlanRequest) -> None:
 
 
 def read_tokenizer(folder: Path, *, trust_remote_code: bool) -> Tokenizer:
-    """The tokenizer of a model. The first rank says when code that comes with it is run."""
+    """Load the tokenizer of a model. The first rank prints a note if this runs code that comes with the tokenizer."""
     from partita.generation import load_tokenizer
 
     file = folder / "tokenizer_config.json"
@@ -183,21 +183,21 @@ def read_tokenizer(folder: Path, *, trust_remote_code: bool) -> Tokenizer:
         and file.exists()
         and '"auto_map"' in file.read_text(encoding="utf-8")
     ):
-        note(f"{folder}: running code that comes with the tokenizer, as --trust-remote-code asks.")
+        note(f"{folder}: running code that comes with the tokenizer, because of --trust-remote-code.")
     return load_tokenizer(folder, trust_remote_code=trust_remote_code)
 
 
 def find_config(model: str) -> Path:
-    """The config file of MODEL, or a folder that has one; of a hub id only this one file is fetched.
+    """The config file of MODEL, or a folder that has one. For a hub id, only this file is downloaded.
 
     Raises:
-        ModelError: It is no folder and no file, and the hub has no such model or cannot be reached.
+        ModelError: MODEL is not a local path, and the hub has no such model or cannot be reached.
     """
     if is_local(model):
         return Path(model)
     if find_spec("huggingface_hub") is None:
         raise ModelError(
-            f"{model} is no local folder, and huggingface_hub is not installed to look further: pip install 'partita[torch]'"
+            f"{model} is not a local folder, and huggingface_hub is not installed to download it: pip install 'partita[torch]'"
         )
     near = hub_is_near()
     adopt("huggingface_hub")
@@ -212,4 +212,4 @@ def find_config(model: str) -> Path:
 def refuse_device(engine: EngineName, device: str | None) -> None:
     """Raise `ModelError` for `--device` on MLX."""
     if engine == "mlx" and device is not None:
-        raise ModelError(f"--device {device} is for torch; MLX runs on its own default device. Leave it out.")
+        raise ModelError(f"--device {device} is for torch; MLX uses its own default device. Leave it out.")

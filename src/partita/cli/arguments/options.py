@@ -19,18 +19,18 @@ ModelArgument = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="A folder in Hugging Face's form, a config file, or a hub id (owner/name).",
+        help="Path of a Hugging Face folder or config file, or a hub id (owner/name).",
         show_default=False,
     ),
 ]
-TensorRanks = Annotated[int, typer.Option("--tp", min=1, help="Tensor parallel ranks: each layer is cut over them.")]
-PipelineRanks = Annotated[int, typer.Option("--pp", min=1, help="Pipeline ranks: the layers are dealt out over them.")]
-Replicas = Annotated[int, typer.Option("--dp", min=1, help="Data parallel replicas.")]
+TensorRanks = Annotated[int, typer.Option("--tp", min=1, help="Split every layer over this many tensor parallel ranks.")]
+PipelineRanks = Annotated[int, typer.Option("--pp", min=1, help="Distribute the layers over this many pipeline ranks.")]
+Replicas = Annotated[int, typer.Option("--dp", min=1, help="Train this many data parallel replicas.")]
 LayoutText = Annotated[
     str | None,
     typer.Option(
         "--layout",
-        help="Which layers each stage runs, as in `partita layout`; by default they are dealt out evenly.",
+        help="Assign layers to stages, in the language of `partita layout` (default: evenly).",
         show_default=False,
         rich_help_panel=PIPELINE,
     ),
@@ -40,7 +40,7 @@ VirtualStages = Annotated[
     typer.Option(
         "--vpp",
         min=1,
-        help="Stages on each pipeline rank; by default as many as the layout or the schedule has.",
+        help="Run this many stages on each pipeline rank (default: those of the layout or the schedule).",
         show_default=False,
         rich_help_panel=PIPELINE,
     ),
@@ -50,7 +50,7 @@ PlanFile = Annotated[
     typer.Option(
         "--plan",
         metavar="FILE",
-        help="A plan that `partita plan --save` wrote, instead of --tp, --pp, --dp, --layout and --vpp.",
+        help="Use a plan from `partita plan --save` instead of --tp, --pp, --dp, --layout and --vpp.",
         exists=True,
         dir_okay=False,
         readable=True,
@@ -63,7 +63,7 @@ ScheduleKind = Annotated[
     typer.Option(
         "--schedule",
         metavar="KIND",
-        help="Of pipelines: gpipe, 1f1b, interleaved-1f1b, zb-h1, zb-h2 or zb-v; see `partita schedule --help`.",
+        help="Run this pipeline schedule: gpipe, 1f1b, interleaved-1f1b, zb-h1, zb-h2 or zb-v; see `partita schedule --help`.",
         show_default=False,
         rich_help_panel=PIPELINE,
     ),
@@ -73,14 +73,14 @@ Microbatches = Annotated[
     typer.Option(
         "--microbatches",
         min=1,
-        help="Micro-batches of a step, for each replica (default: 1, or as many as keep a pipeline busy).",
+        help="Split each replica's batch into this many micro-batches (default: 1, or enough to keep a pipeline busy).",
         show_default=False,
     ),
 ]
 
 
 def _set_lost_after(seconds: float | None) -> float | None:
-    """Ranks and their launcher find it in the environment."""
+    """Put the value into the environment, from which the ranks and their launcher read it."""
     if seconds is not None:
         os.environ[LOST_AFTER] = f"{seconds:g}"
     return seconds
@@ -93,7 +93,7 @@ LostAfter = Annotated[
         min=0.0,
         metavar="SECONDS",
         callback=_set_lost_after,
-        help=f"A rank that is silent for so long is lost, which ends the run; 0 for never. By default {LOST_AFTER}, else 30.",
+        help=f"End the run when a rank is silent for this long; 0 disables this (default: {LOST_AFTER}, else 30).",
         show_default=False,
     ),
 ]
@@ -101,7 +101,7 @@ TrustRemoteCode = Annotated[
     bool,
     typer.Option(
         "--trust-remote-code",
-        help="Run Python code that comes with the model (its config's auto_map; on MLX only its tokenizer's). Read it before "
+        help="Run Python code that comes with the model (its config's auto_map; on MLX only its tokenizer's). Read the code before "
         "you do.",
     ),
 ]
@@ -109,7 +109,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 class Dtype(StrEnum):
-    """The dtypes that a model can be run in."""
+    """The dtypes in which a model can run."""
 
     float64 = "float64"
     float32 = "float32"
@@ -118,13 +118,13 @@ class Dtype(StrEnum):
 
 
 WeightsDtype = Annotated[
-    Dtype | None, typer.Option("--dtype", help="Of the weights; by default the model's own.", show_default=False)
+    Dtype | None, typer.Option("--dtype", help="Dtype of the weights (default: the model's own).", show_default=False)
 ]
 Device = Annotated[
     str | None,
     typer.Option(
         "--device",
-        help="cpu, cuda, ...; by default each rank's GPU, or the CPU where there is none.",
+        help="Device of the model: cpu, cuda, ... (default: each rank's GPU, or the CPU if it has none).",
         show_default=False,
     ),
 ]
@@ -132,7 +132,7 @@ Device = Annotated[
 
 @dataclass(frozen=True, kw_only=True)
 class PlanOptions:
-    """Options that say how a model is split; `given` are the names of those that stand on the command line."""
+    """Options that specify how a model is split; `given` has the names of those that are given on the command line."""
 
     tp: TensorRanks = 1
     pp: PipelineRanks = 1

@@ -1,4 +1,4 @@
-"""`train --resume`: what the checkpoint says of the run, and what a command line may say otherwise."""
+"""`train --resume`: the options that come from the checkpoint, and those that the command line may change."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ if TYPE_CHECKING:
     from partita.training.state import TrainingState
 
 NOTED = ("config", "model", "dtype", "lora_rank")
-"""Options that began a run, of which a resumed one has no use; they may be given again as they were."""
+"""Options that only start a run. A resumed run does not use them; they may be repeated unchanged."""
 
 LAYOUT = ("tp", "pp", "dp", "layout", "vpp", "schedule", "microbatches", "group_size")
-"""Options that say how the work is distributed. Where none is given, a resumed run has those of the command that began it."""
+"""Options that specify how the work is distributed. If none is given, a resumed run keeps those that it started with."""
 
 KEPT = ("data", "save_every", "keep")
-"""Options that are taken from the checkpoint unless they are given anew."""
+"""Options that are taken from the checkpoint unless they are given again."""
 
 
 def newest_state(folder: Path | None) -> tuple[Path, TrainingState]:
-    """The newest checkpoint of a run whose state can be read, which is not to say that it is whole, and its state.
+    """The newest checkpoint of a run whose state can be read, and its state. The checkpoint may still be incomplete.
 
     Raises:
-        CheckpointError: There is none.
-        ModelError: There is no folder.
+        CheckpointError: The folder holds no checkpoint.
+        ModelError: No folder is given.
     """
     from partita.training.state import read_state
 
     if folder is None:
-        raise ModelError("--resume goes on from the newest checkpoint in --out DIR. Give --out.")
+        raise ModelError("--resume continues from the newest checkpoint in --out DIR. Give --out.")
     run = RunFolder(folder)
     why: CheckpointError | None = None
     for step in reversed(run.steps()):
@@ -44,31 +44,31 @@ def newest_state(folder: Path | None) -> tuple[Path, TrainingState]:
     if why is not None:
         raise why
     raise CheckpointError(
-        f"--out {folder} holds no checkpoint of a run to go on from. Start it without --resume, with --save-every."
+        f"--out {folder} holds no checkpoint to resume from. Start the run without --resume, with --save-every."
     )
 
 
 def resumed_options(
     folder: Path, state: TrainingState, options: Mapping[str, Any], given: frozenset[str]
 ) -> dict[str, Any]:
-    """The options of a resumed run: what is given on the command line where it may be, else what the checkpoint says.
+    """The options of a resumed run: from the command line where it may change them, else from the checkpoint.
 
     Args:
-        folder: The checkpoint.
+        folder: The checkpoint's folder.
         state: Its state.
-        options: All options by their parameters' names; of adapters `--model` may name where their model lies now.
-        given: Those that stand on the command line.
+        options: All options by their parameters' names. For adapters, `--model` may name a new path of their model.
+        given: The names of those that are given on the command line.
 
     Raises:
-        CheckpointError: It would be another run.
+        CheckpointError: The options specify a different run.
     """
     notes = state.notes
     for name in NOTED:
         if name == "model" and state.base is not None:
-            continue  # It may lie elsewhere by now, and is looked at itself.
+            continue  # The model may have moved; its contents are checked later.
         if name in given and options[name] != notes.get(name):
             raise CheckpointError(
-                f"{folder}: the run began with {_said(name, notes.get(name))}, not {_said(name, options[name])}. Leave it out."
+                f"{folder}: the run started with {_option(name, notes.get(name))}, not {_option(name, options[name])}. Leave it out."
             )
     then = {**asdict(state.settings), **{name: notes[name] for name in KEPT if notes.get(name) is not None}}
     made = {name: options[name] if name in given else then.get(name, value) for name, value in options.items()}
@@ -78,10 +78,10 @@ def resumed_options(
 
 
 def resumed_layout(state: TrainingState, options: Mapping[str, Any], given: frozenset[str]) -> dict[str, Any]:
-    """Of a resumed run the options of `LAYOUT`: as on the command line if one of them is given there, else the run's own."""
+    """The options of `LAYOUT` of a resumed run: from the command line if it gives any of them, else the run's own."""
     return {**options, **({} if given & set(LAYOUT) else state.notes.get("layout") or {})}
 
 
-def _said(name: str, value: Any) -> str:
+def _option(name: str, value: Any) -> str:
     option = f"--{name.replace('_', '-')}"
     return f"{option} {value}" if value is not None else f"no {option}"

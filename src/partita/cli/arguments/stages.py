@@ -1,4 +1,4 @@
-"""What a command line says of stages and schedules, checked before any rank is started."""
+"""The options for stages and schedules, checked before any rank is started."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from partita.schedule import check_kind, placement_of, vpp_of
 
 @dataclass(frozen=True)
 class Stages:
-    """How the stages of a model work.
+    """The stages and the schedule of a run.
 
     Attributes:
         request: How the model is distributed over the pipeline ranks, with `vpp` and `placement` decided.
-        schedule: The kind of schedule, or None for the plan's default.
-        microbatches: Of a step, for each replica.
-        group_size: Of interleaved schedules.
+        schedule: Kind of schedule, or None for the plan's default.
+        microbatches: Micro-batches of a step, for each replica.
+        group_size: Group size of interleaved schedules.
     """
 
     request: PlanRequest
@@ -29,7 +29,7 @@ class Stages:
 
     @property
     def training(self) -> dict[str, Any]:
-        """Settings of `TrainSettings`."""
+        """These values as fields of `TrainSettings`."""
         return {"schedule": self.schedule, "group_size": self.group_size, "microbatches": self.microbatches}
 
 
@@ -42,12 +42,12 @@ def choose(
     group_size: int | None = None,
     is_planned: bool = False,
 ) -> Stages:
-    """What is meant by what was given; `microbatches` is by default as many as keep a pipeline busy.
+    """The stages and schedule that the options specify; `microbatches` defaults to enough to keep a pipeline busy.
 
-    `is_planned` tells that the request is that of a plan, whose placement is decided.
+    `is_planned`: the request comes from a plan, so its placement is decided.
 
     Raises:
-        PartitaError: The layout, the schedule and the batch do not go together.
+        PartitaError: The layout, the schedule and the batch size are not compatible.
     """
     mesh, layout, vpp = request.mesh, request.layout, request.vpp
     if layout is not None:
@@ -61,7 +61,7 @@ def choose(
         vpp = vpp_of(schedule, None) if schedule is not None and mesh.pp > 1 else 1
     if schedule == "zb-v" and mesh.pp == 1:
         raise PlanError(
-            "--schedule zb-v turns round between ranks, but --pp is 1. Give --pp 2 or more, or leave it out."
+            "--schedule zb-v needs at least two pipeline ranks, but --pp is 1. Give --pp 2 or more, or leave it out."
         )
     replicas = batch_size // mesh.dp
     if batch_size % mesh.dp:
@@ -75,14 +75,14 @@ def choose(
             f"but is {microbatches}."
         )
     if schedule == "forward-only":
-        raise PlanError("--schedule forward-only has no backward, so it trains nothing. Use 1f1b.")
+        raise PlanError("--schedule forward-only has no backward, so it cannot train. Use 1f1b.")
     if schedule is None and is_planned and request.placement == "v":
         schedule = "zb-v"
     check_kind(schedule or ("1f1b" if vpp == 1 else "interleaved-1f1b"), mesh.pp, microbatches, vpp, group_size)
     placement: Placement = "loop" if schedule is None or mesh.pp == 1 else placement_of(schedule)
     if is_planned and placement != request.placement:
         raise PlanError(
-            f"--schedule {schedule} needs stages placed in the form {placement!r}, but those of the plan are in the form "
+            f"--schedule {schedule} needs stages with placement {placement!r}, but the plan has placement "
             f"{request.placement!r}. Leave --schedule out, or make another plan."
         )
     return Stages(replace(request, vpp=vpp, placement=placement), schedule, microbatches, group_size)

@@ -1,1 +1,1 @@
-"""What commands show: text, progress, failures, pictures."""
+"""Terminal output of commands: text, progress, failures, pictures."""

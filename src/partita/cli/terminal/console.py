@@ -1,4 +1,4 @@
-"""What commands print with: consoles, units, and short forms of long lists."""
+"""Consoles, units, and short forms of long lists for printing."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 PIPE_WIDTH = 140
-"""Columns of what goes to a file or pipe."""
+"""Columns of output that goes to a file or pipe."""
 
 
 class OutputClosed(BaseException):
-    """The reader of stdout or stderr has closed it, as `head` does: the command ends."""
+    """The reader of stdout or stderr has closed it, as `head` does. This ends the command."""
 
 
 @cache
@@ -38,7 +38,7 @@ def _console(*, stderr: bool) -> Console:
             except BrokenPipeError:
                 raise OutputClosed from None
 
-        def on_broken_pipe(self) -> NoReturn:  # newer versions of rich exit here
+        def on_broken_pipe(self) -> NoReturn:  # newer versions of rich exit in this method
             raise OutputClosed
 
     stream: IO[str] = sys.stderr if stderr else sys.stdout
@@ -47,20 +47,20 @@ def _console(*, stderr: bool) -> Console:
 
 
 def out() -> Console:
-    """Where results go."""
+    """The console for results."""
     return _console(stderr=False)
 
 
 def err() -> Console:
-    """Where progress and errors go."""
+    """The console for progress and errors."""
     return _console(stderr=True)
 
 
 def write(text: str) -> None:
-    """Write text to stdout at once, as it is.
+    """Write text to stdout unchanged, and flush.
 
     Raises:
-        OutputClosed: Nobody reads it any more.
+        OutputClosed: The reader has closed stdout.
     """
     try:
         sys.stdout.write(text)
@@ -70,13 +70,13 @@ def write(text: str) -> None:
 
 
 def replace_unprintable() -> None:
-    """Let stdout write a `?` for a character that its encoding does not have."""
+    """Make stdout write `?` for characters that its encoding lacks."""
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="replace")
 
 
 def discard_output() -> None:
-    """Drop what is still buffered for a closed stdout or stderr, which Python would fail to write when it exits."""
+    """Discard buffered output for a closed stdout or stderr, which Python would fail to write at exit."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -86,7 +86,7 @@ def discard_output() -> None:
 
 
 def print_json(data: Any) -> None:
-    """Print `data` as one JSON document; a list of numbers takes one line. Where stdout is not UTF-8, JSON is ASCII."""
+    """Print `data` as one JSON document, lists of numbers on one line; in ASCII if stdout is not UTF-8."""
     text = json.dumps(data, indent=2, ensure_ascii=not _is_utf8(sys.stdout))
     text = re.sub(r"\[\n\s+([-+\d.eE,\s]+?)\n\s*\]", lambda match: f"[{' '.join(match[1].split())}]", text)
     write(text + "\n")
@@ -97,13 +97,13 @@ def _is_utf8(stream: IO[str]) -> bool:
 
 
 def examples(*commands: str) -> str:
-    """The foot of a command's help."""
+    """The examples below a command's help."""
     shown = (command.replace("[", r"\[") for command in commands)
     return "\n".join(["[bold]Examples[/bold]", *(f"[dim]$[/dim] {command}" for command in shown)])
 
 
 def count(number: int) -> str:
-    """A large number for people: 671.03 B."""
+    """A large number in readable form: 671.03 B."""
     for size, unit in ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "k")):
         if number >= size:
             return f"{number / size:.2f} {unit}"
@@ -111,7 +111,7 @@ def count(number: int) -> str:
 
 
 def size(number_bytes: float) -> str:
-    """Bytes for people: 14.96 GiB."""
+    """A number of bytes in readable form: 14.96 GiB."""
     for exponent, unit in ((4, "TiB"), (3, "GiB"), (2, "MiB"), (1, "KiB")):
         if number_bytes >= 1024**exponent:
             return f"{number_bytes / 1024**exponent:.2f} {unit}"
@@ -124,7 +124,7 @@ def plural(number: int, noun: str) -> str:
 
 
 def runs(ids: Iterable[int]) -> str:
-    """Whole numbers with consecutive ones joined: `0-2, 5`."""
+    """Integers with consecutive ones joined: `0-2, 5`."""
     groups = groupby(enumerate(ids), key=lambda item: item[1] - item[0])
     spans = [[number for _, number in group] for _, group in groups]
     return ", ".join(f"{span[0]}-{span[-1]}" if len(span) > 1 else str(span[0]) for span in spans)
@@ -137,14 +137,14 @@ def mesh_name(mesh: Mesh) -> str:
 
 
 def layer_ids(ids: Sequence[int], noun: str = "layer") -> str:
-    """`layers 0-7`, `layer 3`, or nothing."""
+    """`layers 0-7`, `layer 3`, or an empty text."""
     if not ids:
         return ""
     return f"{noun}{'' if len(ids) == 1 else 's'} {runs(ids)}"
 
 
 def sparkline(values: Sequence[float], width: int = 40) -> str:
-    """Values as a line of bars, the mean of equally many in each; a value that is not finite is a `!`."""
+    """Values as a line of bars, each the mean of equally many values; a value that is not finite is a `!`."""
     bars = "▁▂▃▄▅▆▇█"
     columns = min(width, len(values))
     edges = [i * len(values) // columns for i in range(columns + 1)]

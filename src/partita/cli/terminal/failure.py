@@ -1,4 +1,4 @@
-"""Failure: what went wrong in a command, for the person who typed it."""
+"""Report to the user why a command failed."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ _MISSING_EXTRA = (
 
 
 def explain(error: BaseException) -> Failure | None:
-    """The failure that `error` is, or None for what the command line itself deals with (a usage error, an exit)."""
+    """The failure that `error` stands for, or None for errors that typer handles (a usage error, an exit)."""
     if isinstance(error, PartitaError):
         echo = is_echo(error)
         return Failure(Failure.FAILED if echo else Failure.MISUSED, str(error), echo)
     if isinstance(error, KeyboardInterrupt):
         return Failure(Failure.INTERRUPTED, "interrupted")
     if isinstance(error, OutputClosed):
-        return Failure(Failure.CLOSED, "nobody reads its output any more")
+        return Failure(Failure.CLOSED, "the reader of its output has gone")
     if not isinstance(error, Exception) or isinstance(error, typer.Exit | typer.Abort) or hasattr(error, "exit_code"):
         return None
     if isinstance(error, ModuleNotFoundError) and (package := (error.name or "").split(".")[0]) in _MISSING_EXTRA:
         extra = "mlx" if package.startswith("mlx") else "torch"
         return Failure(
-            Failure.MISUSED, f"{error.name} is not installed, and this command needs it: pip install 'partita[{extra}]'"
+            Failure.MISUSED, f"{error.name} is not installed, but this command needs it: pip install 'partita[{extra}]'"
         )
     if isinstance(error, OSError) and error.filename is not None:
         return Failure(Failure.MISUSED, f"{os.fsdecode(error.filename)}: {error.strerror}")
@@ -52,17 +52,17 @@ def explain(error: BaseException) -> Failure | None:
         what = f" ({' '.join(str(error).split())[:160]})" if str(error) else ""
         return Failure(
             Failure.MISUSED,
-            f"out of memory{where}{what}. Split the model over more ranks (--tp, --pp), or take smaller batches, shorter "
-            "sequences or a narrower --dtype; `partita plan` shows what each rank holds.",
+            f"out of memory{where}{what}. Split the model over more ranks (--tp, --pp), or use smaller batches, shorter "
+            "sequences or a narrower --dtype; `partita plan` shows the bytes that each rank holds.",
         )
     message = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
     return Failure(Failure.FAILED, message, is_echo(error))
 
 
 def fail(error: BaseException, *, debug: bool = False) -> int | None:
-    """Show what went wrong, or tell the launcher. Returns the exit code, or None where `explain` leaves it alone.
+    """Print the failure, or report it to the launcher. Returns the exit code, or None where `explain` returns None.
 
-    A rank of several does not return: it ends here.
+    Where there are several ranks this does not return: it ends the process.
     """
     failure = explain(error)
     if failure is None:
@@ -83,13 +83,13 @@ def fail(error: BaseException, *, debug: bool = False) -> int | None:
 
 
 def show(failure: Failure, *, debug: bool = False, who: str = "", detail: str = "") -> None:
-    """Print a failure on stderr, unless all that is wrong is that nobody reads the output.
+    """Print a failure on stderr, unless it only means that the reader of the output has gone.
 
     Args:
-        failure: What went wrong.
-        debug: Whether a traceback was shown already.
-        who: Whom it happened to, where it is one rank's.
-        detail: The end of what that one wrote to its stderr.
+        failure: The failure.
+        debug: Whether a traceback has already been printed.
+        who: The rank that failed, if the failure is that of one rank.
+        detail: The last lines that this rank wrote to stderr.
     """
     if failure.code == Failure.CLOSED:
         return

@@ -1,7 +1,7 @@
-"""Messages of the libraries under Partita: what the user should know becomes one line of ours, the rest is dropped.
+"""Messages of Partita's dependencies: those that concern the user are printed in one line each, the rest are dropped.
 
-Libraries warn their own developers of deprecated names, and advise on kernels and installs. In a command such a line would end
-up in the middle of the generated text or of the progress bar. `--debug` leaves all messages as they are.
+Libraries warn developers of deprecated names, and recommend kernels and packages. In a command such a line would appear
+in the middle of the generated text or the progress bar. `--debug` leaves all messages unchanged.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from partita.cli.terminal.console import err
 from partita.ranks import environment
 
 MAX_CHARACTERS = 240
-"""Characters of a message that are shown."""
+"""Longer messages are truncated to this many characters."""
 
 _FOR_DEVELOPERS = (
     DeprecationWarning,
@@ -36,15 +36,15 @@ _ABOUT_FILES = re.compile(
     r"transformers\.(configuration_utils|modeling_rope_utils|tokenization_\w+|dynamic_module_utils|models\.auto\.\w+"
     r"|generation\.configuration_utils|models\.\w+\.(configuration|tokenization)_\w+)"
 )
-"""Loggers of transformers whose warnings are about the user's model: its config and its tokenizer. Its other modules warn about
-what Partita chooses (attention kernels, caches), or give advice on speed."""
+"""Loggers of transformers whose warnings are about the user's model: its config and its tokenizer. Other modules warn about
+what Partita chooses (attention kernels, caches), or about speed."""
 
 _OWN_HANDLERS = {"transformers": "transformers.utils.logging", "huggingface_hub": "huggingface_hub.utils.logging"}
-"""Libraries whose root logger writes to stderr itself, and the module that sets it up."""
+"""Libraries whose root logger writes to stderr itself, and the module that configures it."""
 
 
 class _Lines(logging.Handler):
-    """Shows each message once, on the first rank; holds them while text is streamed."""
+    """Print each message once, on the first rank; hold messages back while text is streamed."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -61,13 +61,13 @@ class _Lines(logging.Handler):
             self.show_of(library, record.getMessage())
 
     def show_of(self, library: str, text: str) -> None:
-        """Show a library's message in one line, unless it is about code."""
+        """Print a library's message in one line, unless it concerns the library's developers only."""
         line = " ".join(text.split())
         if environment.is_first() and not _ABOUT_CODE.search(line):
             self.show(f"{library}: {line if len(line) <= MAX_CHARACTERS else f'{line[:MAX_CHARACTERS]}...'}")
 
     def show(self, line: str) -> None:
-        """Show a line, once."""
+        """Print a line, unless it was printed before."""
         if line not in self.shown:
             self.shown.add(line)
             self.waiting.append(line)
@@ -75,7 +75,7 @@ class _Lines(logging.Handler):
             self.show_waiting()
 
     def show_waiting(self) -> None:
-        """Show what was held back, and hold nothing more."""
+        """Print the lines that were held back, and stop holding lines back."""
         from rich.text import Text
 
         self.is_held = False
@@ -88,7 +88,7 @@ _lines: _Lines | None = None
 
 @contextlib.contextmanager
 def routed(*, debug: bool = False) -> Iterator[None]:
-    """Within, libraries' messages go through this module. Not where `debug` or Python's `-W` asks for them as they are."""
+    """Route the messages of libraries through this module, unless `debug` or Python's `-W` is given."""
     global _lines
     if debug or sys.warnoptions or _lines is not None:
         yield
@@ -121,13 +121,13 @@ def _show_warning(
 
 
 def _library_of(file: str) -> str:
-    """The package that a source file belongs to."""
+    """The name of the package that a source file belongs to."""
     _, found, inside = file.replace(os.sep, "/").rpartition("/site-packages/")
     return inside.partition("/")[0] if found else "partita" if "/partita/" in file else "python"
 
 
 def adopt(*libraries: str) -> None:
-    """Import the loggers of `libraries` that write to stderr themselves, and take them over. Does nothing outside `routed`."""
+    """Import the loggers of `libraries` that write to stderr themselves, and redirect them. Does nothing outside `routed`."""
     if _lines is None:
         return
     for name in libraries:
@@ -144,17 +144,17 @@ def adopt(*libraries: str) -> None:
 
 
 def adopt_all() -> None:
-    """Take over every library that a command on ranks uses; it imports them."""
+    """Redirect the loggers of every library that a command on ranks uses; this imports the libraries."""
     adopt(*_OWN_HANDLERS)
 
 
 def hold() -> None:
-    """Keep messages back, because text is streamed to the terminal."""
+    """Hold messages back while text is streamed to the terminal."""
     if _lines is not None:
         _lines.is_held = True
 
 
 def release() -> None:
-    """Show what was kept back."""
+    """Print the messages that were held back."""
     if _lines is not None:
         _lines.show_waiting()

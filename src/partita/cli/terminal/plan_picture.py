@@ -1,4 +1,4 @@
-"""A plan as a picture in text: the map of its ranks, and how the tensors of a layer are cut."""
+"""A plan as a text picture: the map of its ranks, and how the tensors of a layer are split."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 COLOURS = ("cyan", "magenta", "yellow", "green", "blue", "red", "bright_cyan", "bright_magenta")
-"""Of the tensor ranks, in turn."""
+"""The colours of the tensor ranks, in turn."""
 
 BAR_WIDTH = 36
-"""Columns for a tensor's cut."""
+"""Columns for the picture of a tensor's split."""
 
 NARROW = 110
-"""On a terminal with fewer columns the cuts are drawn smaller, without the shapes of the parts."""
+"""On a terminal with fewer columns the splits are drawn smaller, without the shapes of the parts."""
 
 WIDE_TP = 4
-"""Above so many tensor ranks, those that hold equally much share a field of the map."""
+"""With more tensor ranks than this, ranks that hold the same amount share a field of the map."""
 
 
 def show(plan: Plan, *, all_tensors: bool) -> None:
-    """Print the model in a line, the map of ranks, totals, and the cuts of a layer (or of every kind of layer)."""
+    """Print the model in one line, the map of ranks, totals, and the splits of a layer (or of every kind of layer)."""
     spec, mesh, console = plan.spec, plan.mesh, out()
     console.print(
         f"{spec.architecture or spec.family}: {count(spec.parameters)} parameters", style="bold", soft_wrap=True
@@ -47,7 +47,7 @@ def show(plan: Plan, *, all_tensors: bool) -> None:
         console.print(table)
     if not plan.rules.proven:
         console.print(
-            "\nThe tests do not prove these rules for this family: an engine measures them on a small model of it before use.",
+            "\nThe tests do not prove these rules for this family: the engine checks them on a small model of it before use.",
             style="yellow", soft_wrap=True,
         )  # fmt: skip
 
@@ -56,7 +56,7 @@ def show(plan: Plan, *, all_tensors: bool) -> None:
 
 
 def _map(plan: Plan) -> Table:
-    """A row for each pipeline rank, a column for each tensor rank (or for all that hold equally much)."""
+    """A row for each pipeline rank, a column for each tensor rank (or for all that hold the same amount)."""
     from rich import box
     from rich.table import Table
 
@@ -80,7 +80,7 @@ def _map(plan: Plan) -> Table:
 
 
 def _columns(plan: Plan) -> list[list[int]]:
-    """The tensor ranks by column of the map."""
+    """The tensor ranks in each column of the map."""
     mesh = plan.mesh
     if mesh.tp <= WIDE_TP:
         return [[tp] for tp in range(mesh.tp)]
@@ -104,22 +104,22 @@ def _totals(plan: Plan) -> str:
     held = [plan.rank_parameters(rank) for rank in one_replica]
     lines = []
     if mesh.dp > 1:
-        lines.append(f"That is replica 0 of {mesh.dp}; replica d has the same on ranks {len(held)} * d + these.")
+        lines.append(f"This is replica 0 of {mesh.dp}; replica d holds the same on ranks {len(held)} * d + these.")
     if len(held) > 1:
         most = max(one_replica, key=plan.rank_bytes)
         copies = sum(held) - spec.parameters
         lines.append(
-            f"Together {count(sum(held))} parameters, of them {count(copies)} ({copies / spec.parameters:.2%}) copies. "
+            f"Total: {count(sum(held))} parameters, of which {count(copies)} ({copies / spec.parameters:.2%}) are copies. "
             f"Rank {most} holds the most: {size(plan.rank_bytes(most))}."
         )
-    return "\n".join(lines) or f"One rank holds it all: {size(plan.rank_bytes(0))}."
+    return "\n".join(lines) or f"One rank holds the unsplit model: {size(plan.rank_bytes(0))}."
 
 
-# --- the cuts of tensors ------------------------------------------------------------------------------------------------
+# --- the splits of tensors----------------------------------------------------------------------------------------------
 
 
 def _cut_tables(plan: Plan, *, all_kinds: bool) -> Iterator[Table]:
-    """A table for each kind of layer, or for the most frequent one, and one for what is outside of the layers."""
+    """A table for each kind of layer, or for the most frequent one, and one for the tensors outside the layers."""
     kinds: dict[tuple[object, ...], list[int]] = {}
     inside: dict[int, list[TensorPlan]] = {}
     outside = []
@@ -136,10 +136,10 @@ def _cut_tables(plan: Plan, *, all_kinds: bool) -> Iterator[Table]:
         return
     shown = sorted(kinds.values(), key=len, reverse=True)[: None if all_kinds else 1]
     for ids in sorted(shown):
-        alike = f" ({len(ids)} alike)" if len(ids) > 1 else ""
+        alike = f" ({len(ids)} identical)" if len(ids) > 1 else ""
         yield _cut_table(plan, inside[ids[0]], f"{layer_ids(ids)}{alike}")
     if outside:
-        yield _cut_table(plan, outside, "outside of the layers")
+        yield _cut_table(plan, outside, "outside the layers")
 
 
 def _inner_name(plan: Plan, cut: TensorPlan) -> str:
@@ -153,14 +153,14 @@ def _cut_table(plan: Plan, cuts: list[TensorPlan], title: str) -> Table:
     from rich.table import Table
 
     narrow = out().width < NARROW
-    over = f", cut over tp {plan.mesh.tp}" if plan.mesh.tp > 1 else ""
+    over = f", split over tp {plan.mesh.tp}" if plan.mesh.tp > 1 else ""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=f"{title}{over}", title_justify="left", title_style="bold")
     table.add_column("tensor", overflow="fold", min_width=20)
-    for head in ("shape", "cut", "which rank holds what", *([] if narrow else ["each holds"])):
+    for head in ("shape", "split", "ranks along the dimension", *([] if narrow else ["shape per rank"])):
         table.add_column(head, no_wrap=True)
     for cut in cuts:
         if cut.split is None or cut.dim is None:
-            how, bar, part = "", _plain("whole on every rank" if plan.mesh.tp > 1 else ""), ""
+            how, bar, part = "", _plain("unsplit on every rank" if plan.mesh.tp > 1 else ""), ""
         else:
             how, bar, part = _dim_name(cut), _bar(cut.split, BAR_WIDTH // (1 + narrow)), _parts(cut, plan.mesh.tp)
         name = _inner_name(plan, cut) + (" (tied)" if plan.spec.tensors[cut.name].tied_to else "")
@@ -187,7 +187,7 @@ def _shape(shape: tuple[int, ...]) -> str:
 
 
 def _bar(split: Split, room: int) -> Text:
-    """The cut dimension from its first element to its last, each piece with the ranks that hold it."""
+    """The split dimension from its first element to its last, each piece with the ranks that hold it."""
     from rich.text import Text
 
     edges = sorted({edge for ranges in split.by_rank for r in ranges for edge in r} | {0, split.size})

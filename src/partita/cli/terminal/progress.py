@@ -1,4 +1,4 @@
-"""Progress on stderr: a live bar on a terminal, a line now and then elsewhere. Only the first rank shows any."""
+"""Progress on stderr: a live bar on a terminal, occasional lines elsewhere. Only the first rank prints it."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     from partita.training.saving import SaveReport
 
 LINE_EVERY_S = 5.0
-"""How often a line is written where there is no terminal."""
+"""Seconds between two lines where stderr is not a terminal."""
 
 
 @contextlib.contextmanager
 def loading(what: str) -> Iterator[Callable[[int, int], None] | None]:
-    """Show how many bytes of a model are in place; the engine calls what this yields."""
+    """Show how many bytes of a model are loaded; the engine calls the function that this yields."""
     if not environment.is_first() or not err().is_terminal:
         yield None
         return
@@ -40,7 +40,7 @@ def loading(what: str) -> Iterator[Callable[[int, int], None] | None]:
 def training(steps: int, done: int = 0) -> Iterator[Callable[[StepReport], None] | None]:
     """Show the steps of a training run: loss, learning rate, gradient norm, tokens a second and the time left.
 
-    Of a resumed run `done` were done before.
+    In a resumed run, the first `done` steps were completed before.
     """
     if not environment.is_first():
         yield None
@@ -80,16 +80,16 @@ class _TrainingLines:
 
 
 def describe(report: StepReport) -> str:
-    """A step's numbers in a line."""
+    """The numbers of a step in one line."""
     rate = report.tokens / report.seconds
     return f"loss {report.loss:.4f} lr {report.learning_rate:.1e} grad {report.grad_norm:.2f} {rate:,.0f} tokens/s"
 
 
 def saved(report: SaveReport) -> None:
-    """Tell of a checkpoint that was written while training went on."""
+    """Report a checkpoint that was written in the background while training continued."""
     if environment.is_first():
         err().print(
-            f"step {report.step} saved to {report.folder} in {report.seconds:.1f} s, of which training was held up "
+            f"step {report.step} saved to {report.folder} in {report.seconds:.1f} s, of which training was paused for "
             f"{report.held_s:.2f} s",
             soft_wrap=True,
         )
@@ -97,7 +97,7 @@ def saved(report: SaveReport) -> None:
 
 @contextlib.contextmanager
 def saving(folder: str) -> Iterator[Callable[[int, int], None] | None]:
-    """Show how many bytes of a model are written."""
+    """Show how many bytes of a model have been written."""
     if not environment.is_first() or not err().is_terminal:
         yield None
         return

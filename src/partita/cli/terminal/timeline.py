@@ -1,4 +1,4 @@
-"""A step of a run as it was, beside the step that the simulator makes of its costs."""
+"""A measured step of a run beside the step simulated from its costs."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from partita.schedule import Timeline, chrome_trace, measured_costs, picture, si
 
 
 def check_file(option: str, file: Path, *suffixes: str) -> None:
-    """Refuse before a run where a file could not be written after it."""
+    """Raise an error before a run if a file could not be written after it."""
     if suffixes and file.suffix not in suffixes:
         raise ScheduleError(f"{option} must name a file that ends in {' or '.join(suffixes)}, but is {file}.")
     if file.is_dir():
         raise ScheduleError(f"{option} must name a file, but {file} is a folder.")
     if not file.resolve().parent.is_dir():
-        raise ScheduleError(f"{option} {file} cannot be written: there is no folder {file.parent}. Make it first.")
+        raise ScheduleError(f"{option} {file} cannot be written: there is no folder {file.parent}. Create it first.")
 
 
 def show_timeline(measured: Timeline, image: Path | None, trace: Path | None) -> None:
-    """Print both bubbles side by side, and write the picture and the trace that are asked for."""
+    """Print the measured and the simulated bubble, and write the picture and the trace if requested."""
     predicted = simulate(measured.schedule, measured_costs(measured))
     both = {"measured": measured, "predicted": predicted}
     if image is not None:
