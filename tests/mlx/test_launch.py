@@ -19,7 +19,7 @@ from partita.errors import DistributedError
 from partita.ranks import backends, environment
 from partita.ranks.backends import local_mlx_backend, open_mpi
 from partita.ranks.liveness import LOST
-from partita.ranks.rendezvous import meeting
+from partita.ranks.rendezvous import rendezvous
 from tests.cli.test_launch import end, gone_by, pids, started
 from tests.mlx.launcher import PROGRAM
 from tests.support.jobs import job
@@ -119,7 +119,7 @@ def test_nothing_is_left_when_the_launcher_is_ended(backend: str, tmp_path: Path
 
 
 def descendants(pid: int) -> list[int]:
-    """All processes below one: the ranks, and mpiexec with its seats."""
+    """All processes below one: the ranks, and mpiexec with its proxies."""
     parents = {}
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit():
@@ -168,7 +168,7 @@ def test_ranks_of_mlx_launch_join(tmp_path: Path) -> None:
 
 
 def port() -> int:
-    with meeting("ring", 1) as (environment,):
+    with rendezvous("ring", 1) as (environment,):
         return int(environment["MASTER_PORT"])
 
 
@@ -242,5 +242,5 @@ def test_an_mpiexec_that_fails_is_quoted(monkeypatch: pytest.MonkeyPatch) -> Non
     broken = backends.OpenMpi(sys.executable, None)
     monkeypatch.setattr("partita.ranks.rendezvous.open_mpi", lambda: broken)
     with pytest.raises(DistributedError, match="It said: unknown option"):  # noqa: SIM117
-        with meeting("mpi", 2):
+        with rendezvous("mpi", 2):
             pytest.fail("it did start")

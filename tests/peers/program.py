@@ -32,7 +32,7 @@ def main() -> None:
         if order == "broken":
             raise RuntimeError("[gloo] Connection closed by peer")
         if order == "fail":
-            liveness.tell_failure({"code": 2, "message": "it will not"})
+            liveness.send_failure({"code": 2, "message": "it will not"})
             os._exit(2)
         if order == "crash":
             os._exit(3)

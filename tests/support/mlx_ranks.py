@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from partita.ranks.backends import open_mpi
-from partita.ranks.rendezvous import meeting
+from partita.ranks.rendezvous import rendezvous
 from tests.support.nursery import start_rank
 from tests.support.ranks import ROOT, RankError
 
@@ -39,7 +39,7 @@ class MlxRanks:
         self.stack = contextlib.ExitStack()
         folder = self.stack.enter_context(tempfile.TemporaryDirectory())
         listener = Listener(str(Path(folder) / "socket"), "AF_UNIX")
-        environments = self.stack.enter_context(meeting(backend, size))
+        environments = self.stack.enter_context(rendezvous(backend, size))
         self.processes = []
         for rank, environment in enumerate(environments):
             env = {

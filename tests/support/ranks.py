@@ -19,7 +19,7 @@ from multiprocessing.connection import Client, Listener
 from pathlib import Path
 from typing import Any
 
-from partita.ranks.rendezvous import meeting
+from partita.ranks.rendezvous import rendezvous
 from tests.support.nursery import close_nurseries, start_rank
 
 LIMIT_S = 100.0
@@ -36,7 +36,7 @@ class Ranks:
     def __init__(self, size: int, backend: str = "gloo") -> None:
         self.size = size
         self.met = ExitStack()
-        environments = self.met.enter_context(meeting(backend, size))
+        environments = self.met.enter_context(rendezvous(backend, size))
         self.folder = tempfile.TemporaryDirectory()
         listener = Listener(str(Path(self.folder.name) / "socket"), "AF_UNIX")
         self.processes = []

@@ -52,7 +52,10 @@ def demo(
     out_folder: Annotated[
         Path | None,
         typer.Option(
-            "--out", metavar="DIR", help="Save the model in this folder (default: a new folder in runs/).", show_default=False
+            "--out",
+            metavar="DIR",
+            help="Save the model in this folder (default: a new folder in runs/).",
+            show_default=False,
         ),
     ] = None,
 ) -> None:

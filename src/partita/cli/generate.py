@@ -134,9 +134,7 @@ class TextOptions(PlanOptions):
     ] = 0.0
     penalty_window: Annotated[
         int,
-        typer.Option(
-            min=0, help="Count only the last N tokens for penalties; 0 for all.", rich_help_panel=SAMPLING
-        ),
+        typer.Option(min=0, help="Count only the last N tokens for penalties; 0 for all.", rich_help_panel=SAMPLING),
     ] = 0
     logit_bias: Annotated[
         list[str] | None,
@@ -193,9 +191,7 @@ class TextOptions(PlanOptions):
     ] = None
     no_verify: Annotated[
         bool,
-        typer.Option(
-            "--no-verify", help="Do not compare the files of a training checkpoint with their checksums."
-        ),
+        typer.Option("--no-verify", help="Do not compare the files of a training checkpoint with their checksums."),
     ] = False
     dtype: WeightsDtype = None
 

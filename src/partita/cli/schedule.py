@@ -71,7 +71,10 @@ def schedule(
     f: Annotated[
         str,
         typer.Option(
-            "--f", metavar="TIME", help="Forward time: one for all stages, or one per stage, as in 3,4,4.", rich_help_panel=COSTS
+            "--f",
+            metavar="TIME",
+            help="Forward time: one for all stages, or one per stage: 3,4,4.",
+            rich_help_panel=COSTS,
         ),
     ] = "1",
     b: Annotated[
@@ -79,10 +82,13 @@ def schedule(
     ] = "1",
     w: Annotated[
         str,
-        typer.Option("--w", metavar="TIME", help="Weight gradient time, likewise; BW takes b + w.", rich_help_panel=COSTS),
+        typer.Option(
+            "--w", metavar="TIME", help="Weight gradient time, likewise; BW takes b + w.", rich_help_panel=COSTS
+        ),
     ] = "1",
     comm: Annotated[
-        float, typer.Option("--comm", metavar="TIME", help="Latency of a transfer between ranks.", rich_help_panel=COSTS)
+        float,
+        typer.Option("--comm", metavar="TIME", help="Latency of a transfer between ranks.", rich_help_panel=COSTS),
     ] = 0.0,
     lowered: Annotated[
         bool, typer.Option("--lowered", help="Add sends and receives, and show steps instead of time.")
@@ -92,7 +98,11 @@ def schedule(
     image: Annotated[
         Path | None,
         typer.Option(
-            "--picture", metavar="FILE", help="Draw the timeline as .svg or .png.", rich_help_panel=FILES, show_default=False
+            "--picture",
+            metavar="FILE",
+            help="Draw the timeline as .svg or .png.",
+            rich_help_panel=FILES,
+            show_default=False,
         ),
     ] = None,
     trace: Annotated[

@@ -71,10 +71,11 @@ class TrainingOptions(PlanOptions):
     ] = None
     config: Annotated[
         str | None,
-        typer.Option("--config", metavar="FILE", help="Train new, randomly initialized weights for this config.", show_default=False),
+        typer.Option("--config", metavar="FILE", help="Train new, random weights for this config.", show_default=False),
     ] = None
     model: Annotated[
-        str | None, typer.Option("--model", metavar="MODEL", help="Train the weights of this checkpoint.", show_default=False)
+        str | None,
+        typer.Option("--model", metavar="MODEL", help="Train the weights of this checkpoint.", show_default=False),
     ] = None
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 100
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences per step, over all replicas.")] = 8
@@ -157,10 +158,13 @@ class TrainingOptions(PlanOptions):
     ] = None
     learning_rate: Annotated[float, typer.Option(min=0.0, help="Peak learning rate.", rich_help_panel=OPTIMIZER)] = 3e-4
     warmup_steps: Annotated[
-        int, typer.Option(min=0, help="Steps until the peak learning rate; a cosine decay to a tenth follows.", rich_help_panel=OPTIMIZER)
+        int,
+        typer.Option(min=0, help="Steps until the peak; a cosine decay to a tenth follows.", rich_help_panel=OPTIMIZER),
     ] = 10
     weight_decay: Annotated[float, typer.Option(min=0.0, help="AdamW's.", rich_help_panel=OPTIMIZER)] = 0.1
-    clip_norm: Annotated[float, typer.Option(min=0.0, help="Clip gradients to this norm.", rich_help_panel=OPTIMIZER)] = 1.0
+    clip_norm: Annotated[
+        float, typer.Option(min=0.0, help="Clip gradients to this norm.", rich_help_panel=OPTIMIZER)
+    ] = 1.0
     aux_loss_scope: Annotated[
         AuxLossScope,
         typer.Option(
@@ -189,20 +193,20 @@ class TrainingOptions(PlanOptions):
         MasterDtype,
         typer.Option(
             "--master-dtype",
-            help="`float32`: update float32 copies of narrower weights, with float32 moments. `model`: update the weights in their "
-            "own dtype, which saves 8 bytes a weight but rounds small steps away.",
+            help="`float32`: update float32 copies of narrower weights, with float32 moments. `model`: update the weights in "
+            "their own dtype, which saves 8 bytes a weight but rounds small steps away.",
             rich_help_panel=MEMORY,
         ),
     ] = MasterDtype.float32
     checkpointing: Annotated[
         bool,
-        typer.Option(
-            "--checkpointing", help="Recompute activations instead of keeping them.", rich_help_panel=MEMORY
-        ),
+        typer.Option("--checkpointing", help="Recompute activations instead of keeping them.", rich_help_panel=MEMORY),
     ] = False
     zero: Annotated[
         bool,
-        typer.Option("--zero", help="Distribute the optimizer's state over the replicas (ZeRO-1).", rich_help_panel=MEMORY),
+        typer.Option(
+            "--zero", help="Distribute the optimizer's state over the replicas (ZeRO-1).", rich_help_panel=MEMORY
+        ),
     ] = False
     dtype: WeightsDtype = None
 
@@ -370,6 +374,6 @@ def _check_folder(folder: Path) -> None:
     steps = RunFolder(folder).steps()
     if steps:
         raise CheckpointError(
-            f"--out {folder} already holds a run (its last checkpoint is of step {steps[-1]}). Continue it with --resume, or name "
-            "another folder."
+            f"--out {folder} already holds a run (its last checkpoint is of step {steps[-1]}). Continue it with --resume, or "
+            "name another folder."
         )

@@ -134,8 +134,8 @@ class TrainJob(Job):
         lacks_result = self.lora_rank is not None and not any(self.out.glob("*.safetensors"))
         if step >= self.options["steps"] and not lacks_result and not self.is_restarted:
             raise CheckpointError(
-                f"{found}: all {step} steps of this run are done. Give more --steps to continue, which stretches the decay of the "
-                "learning rate."
+                f"{found}: all {step} steps of this run are done. Give more --steps to continue, which stretches the decay of "
+                "the learning rate."
             )
         self.saved = found
         if environment.is_first():

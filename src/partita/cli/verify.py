@@ -37,18 +37,19 @@ class VerifyOptions(RunOptions, PlanOptions):
     ] = 1  # fmt: skip
     schedule: ScheduleKind = None
     microbatches: Microbatches = None
-    steps: Annotated[int, typer.Option("--steps", min=0, help="Also compare this many training steps; 0 compares none.")] = 3
+    steps: Annotated[
+        int, typer.Option("--steps", min=0, help="Also compare this many training steps; 0 compares none.")
+    ] = 3
     dtype: Annotated[
         list[Dtype] | None,
         typer.Option(
             "--dtype",
-            help="Compare in this dtype. Repeatable (default: float64 and the dtype of the weights; on MLX "
-            "float32).",
+            help="Compare in this dtype. Repeatable (default: float64 and the dtype of the weights; on MLX float32).",
         ),
     ] = None
-    all_rows: Annotated[bool, typer.Option("--all", help="Print a row for every layer, not one for all identical layers.")] = (
-        False
-    )
+    all_rows: Annotated[
+        bool, typer.Option("--all", help="Print a row for every layer, not one for all identical layers.")
+    ] = False
 
 
 def verify(options: VerifyOptions) -> None:
@@ -179,7 +180,10 @@ def _verdict(report: Report) -> tuple[str, str]:
         return "Nothing was compared, so the split is not verified.", "bold red"
     if not report.equal:
         wrong = sum(not row.ok for row in report.rows)
-        return f"Split DIFFERS from unsplit in {wrong} of {compared}. The first difference is {report.first_wrong}.", "bold red"
+        return (
+            f"Split DIFFERS from unsplit in {wrong} of {compared}. The first difference is {report.first_wrong}.",
+            "bold red",
+        )
     text = f"Split equals unsplit in {compared}."
     for dtype in report.dtypes:
         largest, nearest = report.largest(dtype), report.nearest(dtype)

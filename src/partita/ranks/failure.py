@@ -1,4 +1,4 @@
-"""The record of a failure, the same on every hop from the rank that failed to the person who reads it."""
+"""The record of a failure, passed unchanged from the rank that failed to the user."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import ClassVar
 
 @dataclass(frozen=True)
 class Failure:
-    """What went wrong.
+    """Why a command or rank failed.
 
     Attributes:
-        code: What the process exits with.
+        code: The exit code of the process.
         message: One message for the user.
-        echo: Whether it only tells that another rank is gone.
+        echo: Whether it only reports that another rank is gone.
     """
 
     code: int
@@ -25,4 +25,4 @@ class Failure:
     MISUSED: ClassVar[int] = 2
     INTERRUPTED: ClassVar[int] = 130
     CLOSED: ClassVar[int] = 141
-    """As a program ends that SIGPIPE ends."""
+    """The exit code of a program that SIGPIPE ends."""

@@ -1,4 +1,4 @@
-"""The groups of a rank along the axes of a mesh, whatever an engine's communicators are."""
+"""The groups of a rank along the axes of a mesh, for the communicators of any engine."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from partita.core.mesh import Mesh
 
 
 class Communicator(Protocol):
-    """The ranks of one group, as shared code uses them; an engine's own communicator has collectives of tensors too."""
+    """The ranks of one group, as shared code uses them; an engine's own communicator also has collectives of tensors."""
 
     @property
     def rank(self) -> int:
-        """This rank's place in the group."""
+        """This rank's index in the group."""
 
     @property
     def size(self) -> int:
         """Ranks of the group."""
 
     def all_gather_object(self, value: object) -> list[Any]:
-        """The objects of all ranks of the group, in their order."""
+        """Gather the objects of all ranks of the group, in rank order."""
 
     def barrier(self) -> None:
-        """Wait until every rank of the group is here."""
+        """Wait until every rank of the group has called this."""
 
 
 C = TypeVar("C", bound=Communicator, covariant=True)
@@ -47,10 +47,10 @@ class AxisGroups(Generic[C]):
 
     @property
     def rank(self) -> int:
-        """This rank in the whole run."""
+        """The global number of this rank."""
         return self.mesh.rank(dp=self.dp.rank, pp=self.pp.rank, tp=self.tp.rank)
 
     @property
     def axes(self) -> list[C]:
-        """The groups of several ranks. What goes along one after the other reaches every rank."""
+        """The groups with more than one rank. A value that is gathered along each in turn reaches every rank."""
         return [comm for comm in (self.tp, self.pp, self.dp) if comm.size > 1]

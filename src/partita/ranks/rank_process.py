@@ -1,7 +1,7 @@
-"""This process as one rank of a run: of ours, told by `PARTITA_LINE`, of torchrun's, mpirun's or mlx.launch's, or alone.
+"""This process as one rank of a run, started by our launcher (`PARTITA_LINE`), torchrun, mpirun or mlx.launch, or alone.
 
-A rank that our launcher started holds one end of a line (a socket) to it. There the rank tells that it lives, and why it
-fails. When the line ends, the launcher is gone, killed perhaps, and the rank ends itself with all that it started.
+A rank that our launcher started is connected to it by a socket, the line. Over it the rank sends heartbeats, and the reason
+if it fails. When the line closes, the launcher has ended, and the rank ends itself and the processes that it started.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from partita.ranks.environment import has_met_others, number
 
 LINE = "PARTITA_LINE"
 MAX_MESSAGE = 16_000
-"""Characters of a failure that are sent to the launcher."""
+"""Longer failure messages are truncated to this many characters."""
 
 _is_ours = False
 
 
 def attach() -> None:
-    """Take up the line to the launcher, where this process is a rank that it started."""
+    """Connect to the launcher, if this process is a rank that our launcher started."""
     global _is_ours
     text = os.environ.pop(LINE, None)
     if text is None:
@@ -36,7 +36,7 @@ def attach() -> None:
 
 
 def _wake_with_line() -> None:
-    """On Linux the kernel wakes a rank that is stopped when its launcher dies, so that it can see that its line has ended."""
+    """On Linux, let the kernel wake a stopped rank when its launcher dies, so that it detects the closed line."""
     if sys.platform == "linux":
         import ctypes
 
@@ -45,17 +45,17 @@ def _wake_with_line() -> None:
 
 
 def is_ours() -> bool:
-    """Whether our launcher started this rank, and shows what goes wrong with it."""
+    """Whether our launcher started this rank, and therefore prints its failures."""
     return _is_ours
 
 
 def report(failure: dict[str, Any]) -> None:
-    """Tell the launcher, or the other ranks, of a failure."""
-    liveness.tell_failure({**failure, "message": failure["message"][:MAX_MESSAGE], "time_s": time.monotonic()})
+    """Send a failure to the launcher or to the other ranks."""
+    liveness.send_failure({**failure, "message": failure["message"][:MAX_MESSAGE], "time_s": time.monotonic()})
 
 
 def leave(code: int) -> None:
-    """End a rank that failed at once: closing its groups could wait for ranks that are gone. Does nothing without ranks."""
+    """End a failed rank immediately: closing its groups could wait for lost ranks. Does nothing in a run without ranks."""
     if _is_ours or has_met_others():
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError):

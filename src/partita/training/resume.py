@@ -8,13 +8,13 @@ from pathlib import Path
 from partita.checkpoint.manifest import check_contents, check_sizes, read_manifest
 from partita.checkpoint.run_folder import RunFolder
 from partita.errors import CheckpointError
-from partita.ranks.agreement import Hears, worst
+from partita.ranks.agreement import Gathers, first_text
 from partita.training.state import read_state
 
 
 def newest_whole(
     folder: Path,
-    axes: Sequence[Hears] = (),
+    axes: Sequence[Gathers] = (),
     rank: int = 0,
     ranks: int = 1,
     *,
@@ -37,7 +37,7 @@ def newest_whole(
     run = RunFolder(folder)
     broken = []
     for step in reversed(run.steps()):
-        said = worst(axes, _fault(run.step_folder(step), rank, ranks, verify))
+        said = first_text(axes, _fault(run.step_folder(step), rank, ranks, verify))
         if said is None:
             return run.step_folder(step)
         broken.append(said)

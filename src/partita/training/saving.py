@@ -21,7 +21,7 @@ from partita.checkpoint.run_lock import RunLock
 from partita.checkpoint.write import FilePlan
 from partita.errors import CheckpointError, ModelError
 from partita.generation import Tokenizer
-from partita.ranks.agreement import standing, worst
+from partita.ranks.agreement import agreed_state, first_text
 from partita.ranks.groups import AxisGroups, Communicator
 from partita.training.background import POLL_S, BackgroundWrite, Job, Part
 from partita.training.base import Base
@@ -173,10 +173,10 @@ class Saver:
                     RunFolder(saves.folder, self._lock.run).begin()
                 except CheckpointError as error:
                     said = str(error)
-            said = worst(axes, said)
+            said = first_text(axes, said)
             if said is not None:
                 raise CheckpointError(said)
-            run = worst(axes, self._lock.run if self._lock is not None else None)
+            run = first_text(axes, self._lock.run if self._lock is not None else None)
         except BaseException:
             self.close()
             raise
@@ -249,7 +249,7 @@ class Saver:
         """Hear how the save under way stands on all ranks; to `wait` for its end is to hold training up."""
         while (write := self._write) is not None:
             start_s = time.perf_counter()
-            error, is_done = standing(self.axes, write.error, write.is_done)
+            error, is_done = agreed_state(self.axes, write.error, write.is_done)
             if error is not None:
                 self.close()
                 raise CheckpointError(self._failure(write.job.step, error))

@@ -23,7 +23,9 @@ ModelArgument = Annotated[
         show_default=False,
     ),
 ]
-TensorRanks = Annotated[int, typer.Option("--tp", min=1, help="Split every layer over this many tensor parallel ranks.")]
+TensorRanks = Annotated[
+    int, typer.Option("--tp", min=1, help="Split every layer over this many tensor parallel ranks.")
+]
 PipelineRanks = Annotated[int, typer.Option("--pp", min=1, help="Distribute the layers over this many pipeline ranks.")]
 Replicas = Annotated[int, typer.Option("--dp", min=1, help="Train this many data parallel replicas.")]
 LayoutText = Annotated[
@@ -101,7 +103,7 @@ TrustRemoteCode = Annotated[
     bool,
     typer.Option(
         "--trust-remote-code",
-        help="Run Python code that comes with the model (its config's auto_map; on MLX only its tokenizer's). Read the code before "
+        help="Run Python code that comes with the model (its config's auto_map; on MLX only its tokenizer's). Read it before "
         "you do.",
     ),
 ]

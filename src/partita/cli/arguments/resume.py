@@ -68,7 +68,8 @@ def resumed_options(
             continue  # The model may have moved; its contents are checked later.
         if name in given and options[name] != notes.get(name):
             raise CheckpointError(
-                f"{folder}: the run started with {_option(name, notes.get(name))}, not {_option(name, options[name])}. Leave it out."
+                f"{folder}: the run started with {_option(name, notes.get(name))}, not {_option(name, options[name])}. "
+                "Leave it out."
             )
     then = {**asdict(state.settings), **{name: notes[name] for name in KEPT if notes.get(name) is not None}}
     made = {name: options[name] if name in given else then.get(name, value) for name, value in options.items()}

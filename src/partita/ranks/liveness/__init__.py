@@ -1,17 +1,17 @@
-"""Peers: every rank knows of the others that they live, beside the collectives, and ends when one is lost.
+"""Liveness: every rank monitors every other rank, outside the collectives, and ends when one is lost.
 
-A rank that was killed, stopped or cut off does not answer, and who waits for it in a collective would wait for ever, or for
-as long as the backend's own timeout. So each rank has a thread that tells at intervals what the rank does:
+A rank that was killed, stopped or disconnected does not answer, and a rank that waits for it in a collective would wait
+forever, or until the backend's own timeout. So each rank has a thread that sends heartbeats with the rank's activity:
 
-    ranks that `partita` starts      tell the launcher, by the line (a socket) that it has given them
-    ranks of torchrun, mpirun, ...   tell rank 0, which has a hub and answers
+    ranks that `partita` starts      send to the launcher, over the line (a socket) to it
+    ranks of torchrun, mpirun, ...   send to the coordinator in rank 0, which answers
 
-Who hears nothing of a rank for `PARTITA_LOST_AFTER` seconds, or sees its connection end without a farewell, ends the run.
-No framework.
+A receiver that gets nothing from a rank for `PARTITA_LOST_AFTER` seconds, or whose connection closes without a farewell, ends
+the run. This package imports no framework.
 """
 
 from partita.ranks.liveness.activity import ME, Activity, doing, waits_in
-from partita.ranks.liveness.heartbeat import attach, farewell, has_joined, is_echo, join, tell_failure, wait_for_verdict
+from partita.ranks.liveness.heartbeat import attach, farewell, has_joined, is_echo, join, send_failure, wait_for_verdict
 from partita.ranks.liveness.peer import LOST, LOST_AFTER, Lines, Peer, Uptime, beat_s, line_of, lost_after_s, silence
 
 __all__ = [
@@ -31,8 +31,8 @@ __all__ = [
     "join",
     "line_of",
     "lost_after_s",
+    "send_failure",
     "silence",
-    "tell_failure",
     "wait_for_verdict",
     "waits_in",
 ]

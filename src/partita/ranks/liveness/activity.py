@@ -1,4 +1,4 @@
-"""Activity: what this rank is doing, for those who will have to say where it was lost."""
+"""Activity: what this rank is doing, so that other ranks can report where it was lost."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ STARTING = "starting"
 
 @dataclass
 class Activity:
-    """What a rank does.
+    """The current activity of a rank.
 
     Attributes:
-        stage: Its place in the pipeline.
-        task: What it works at, as it follows "while".
-        aside: What it does in the background.
-        call: What it calls that waits for other ranks; nothing while it does not.
-        since_s: Since when, None while it does not.
+        stage: Pipeline rank.
+        task: The current task, as it follows "while".
+        aside: The task in the background.
+        call: The current call that waits for other ranks, if any.
+        since_s: The time at which this call began, None outside such calls.
     """
 
     stage: int = 0
@@ -34,16 +34,16 @@ class Activity:
     since_s: float | None = None
 
     def begin(self, call: str) -> None:
-        """Something begins that waits for other ranks; the layers' sums call this, so it is short."""
+        """Begin a call that waits for other ranks. Every collective of a layer runs this, so it must be fast."""
         self.call, self.since_s = call, time.monotonic()
 
     def end(self) -> None:
-        """It has ended."""
+        """End the call."""
         self.since_s = None
 
     @contextmanager
     def over(self, call: str) -> Iterator[None]:
-        """What happens inside waits for other ranks."""
+        """Context of a call that waits for other ranks."""
         self.begin(call)
         try:
             yield
@@ -62,7 +62,7 @@ ME = Activity()
 
 @contextmanager
 def doing(task: str) -> Iterator[None]:
-    """This rank is `task` inside, say "loading the model"."""
+    """Set the task of this rank within the context, such as "loading the model"."""
     before, ME.task = ME.task, task
     try:
         yield
@@ -71,7 +71,7 @@ def doing(task: str) -> Iterator[None]:
 
 
 def waits_in(call: str) -> Callable[[Callable[_P, _T]], Callable[_P, _T]]:
-    """A function that waits for other ranks, in `call`: "an all-reduce"."""
+    """Decorate a function that waits for other ranks in `call`, such as "an all-reduce"."""
 
     def watched(function: Callable[_P, _T]) -> Callable[_P, _T]:
         @functools.wraps(function)

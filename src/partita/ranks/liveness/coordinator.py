@@ -1,4 +1,4 @@
-"""Hub: in rank 0 of a run that another launcher started, where all ranks tell that they live and hear who does not."""
+"""Coordinator: a thread in rank 0 of a run that another launcher started; it receives heartbeats and detects lost ranks."""
 
 from __future__ import annotations
 
@@ -15,53 +15,53 @@ from partita.ranks.liveness.activity import ME
 from partita.ranks.liveness.peer import Lines, Peer, Uptime, beat_s, line_of, silence
 
 CLOSE_S = 2.0
-"""How long a hub that ends waits for its members to hear of it."""
+"""Seconds that a coordinator waits at its end until all ranks have received the last message."""
 
 
 @dataclass
-class _Seat:
-    """One who is connected; a rank once it has shown the token."""
+class _Connection:
+    """A connection; it belongs to a rank once it has sent the token."""
 
     channel: socket.socket
     lines: Lines = field(default_factory=Lines)
     peer: Peer | None = None
 
 
-class Hub(threading.Thread):
-    """Hears all ranks, answers each, and tells all of the first that is lost or fails.
+class Coordinator(threading.Thread):
+    """Receives messages from all ranks, answers each, and reports to all the first that is lost or fails.
 
-    Only who shows the token is heard, which the ranks have from each other by their collectives.
+    Only connections that send the token are accepted; the ranks exchange it by their collectives.
     """
 
     def __init__(self, address: str, token: str, me: dict[str, Any], limit_s: float) -> None:
-        """Listen at `address`; port and thread are its own.
+        """Listen at `address`, on a free port.
 
         Args:
-            address: Of the network that the ranks share; the loopback's where they are of one machine.
-            token: What a rank shows.
-            me: What rank 0 tells of itself.
-            limit_s: After how much silence a rank is lost.
+            address: An address in the network that the ranks share; the loopback if they are on one machine.
+            token: The token that a rank must send.
+            me: The facts that rank 0 sends about itself.
+            limit_s: Seconds of silence after which a rank is lost.
 
         Raises:
-            OSError: It cannot listen there.
+            OSError: It cannot listen at this address.
         """
-        super().__init__(name="peers hub", daemon=True)
+        super().__init__(name="coordinator", daemon=True)
         self.token, self.me, self.limit_s = token, me, limit_s
-        self.door = socket.create_server((address, 0), family=socket.AF_INET6 if ":" in address else socket.AF_INET)
-        self.door.setblocking(False)
-        self.port = int(self.door.getsockname()[1])
+        self.listener = socket.create_server((address, 0), family=socket.AF_INET6 if ":" in address else socket.AF_INET)
+        self.listener.setblocking(False)
+        self.port = int(self.listener.getsockname()[1])
         self.clock = Uptime(limit_s)
         self.selector = selectors.DefaultSelector()
-        self.selector.register(self.door, selectors.EVENT_READ, None)
-        self.seats: list[_Seat] = []
+        self.selector.register(self.listener, selectors.EVENT_READ, None)
+        self.connections: list[_Connection] = []
         self.closing = threading.Event()
         self.closed = threading.Event()
 
     def run(self) -> None:
-        """Hear and answer until the run ends."""
+        """Receive and answer messages until the run ends."""
         next_s = 0.0
         while not self.closing.is_set():
-            self._hear(beat_s(self.limit_s))
+            self._receive(beat_s(self.limit_s))
             if time.monotonic() >= next_s:
                 next_s = time.monotonic() + beat_s(self.limit_s)
                 self._send({**self.me, "stage": ME.stage, "doing": str(ME)})
@@ -73,13 +73,13 @@ class Hub(threading.Thread):
         self._end({"is_done": True})
 
     def close(self) -> None:
-        """Say farewell to all ranks, and return when they have heard it."""
+        """Send farewell to all ranks, and return when they have received it."""
         self.closing.set()
         self.closed.wait(2 * CLOSE_S)
 
     def _verdict(self, now_s: float) -> dict[str, Any] | None:
-        """What ends the run, if anything does."""
-        peers = [seat.peer for seat in self.seats if seat.peer is not None and not seat.peer.is_done]
+        """The message that ends the run, or None if the run continues."""
+        peers = [c.peer for c in self.connections if c.peer is not None and not c.peer.is_done]
         failed = [(peer, peer.failure) for peer in peers if peer.failure is not None]
         if failed:
             peer, failure = min(failed, key=lambda pair: bool(pair[1].get("echo")))
@@ -95,83 +95,83 @@ class Hub(threading.Thread):
             "silent": [[peer.rank, peer.pids, peer.pid] for peer in silent],
         }
 
-    def _hear(self, timeout_s: float) -> bool:
-        """Take in what has come, waiting for it a while. Returns whether anything has."""
+    def _receive(self, timeout_s: float) -> bool:
+        """Process incoming messages, waiting at most `timeout_s` for them. Returns whether any arrived."""
         found = self.selector.select(timeout_s)
         for key, _ in found:
-            seat = key.data
-            if seat is None:
+            connection = key.data
+            if connection is None:
                 with contextlib.suppress(OSError):
                     self._accept()
                 continue
             data = b""
             with contextlib.suppress(OSError):
-                data = seat.channel.recv(1 << 16)
+                data = connection.channel.recv(1 << 16)
             if not data:
-                self._leave(seat)
-            for told in seat.lines.take(data):
-                if seat.channel.fileno() >= 0:
-                    self._take(seat, told)
+                self._leave(connection)
+            for message in connection.lines.take(data):
+                if connection.channel.fileno() >= 0:
+                    self._take(connection, message)
         return bool(found)
 
     def _accept(self) -> None:
-        channel, _ = self.door.accept()
+        channel, _ = self.listener.accept()
         channel.setblocking(False)
-        seat = _Seat(channel)
-        self.seats.append(seat)
-        self.selector.register(channel, selectors.EVENT_READ, seat)
+        connection = _Connection(channel)
+        self.connections.append(connection)
+        self.selector.register(channel, selectors.EVENT_READ, connection)
 
-    def _take(self, seat: _Seat, told: dict[str, Any]) -> None:
+    def _take(self, connection: _Connection, message: dict[str, Any]) -> None:
         now_s = self.clock.now_s()
-        if seat.peer is None:
-            if not hmac.compare_digest(str(told.get("token")), self.token):
-                self._leave(seat)
+        if connection.peer is None:
+            if not hmac.compare_digest(str(message.get("token")), self.token):
+                self._leave(connection)
                 return
-            seat.peer = Peer(int(told["rank"]))
-        seat.peer.take(told, now_s)
+            connection.peer = Peer(int(message["rank"]))
+        connection.peer.take(message, now_s)
 
-    def _leave(self, seat: _Seat) -> None:
-        """A connection has ended: with farewell, or its rank is lost."""
+    def _leave(self, connection: _Connection) -> None:
+        """Handle the end of a connection: without a farewell, its rank is lost."""
         with contextlib.suppress(KeyError, ValueError):
-            self.selector.unregister(seat.channel)
-        seat.channel.close()
-        if seat.peer is None or seat.peer.is_done:
-            self.seats.remove(seat)
+            self.selector.unregister(connection.channel)
+        connection.channel.close()
+        if connection.peer is None or connection.peer.is_done:
+            self.connections.remove(connection)
         else:
-            seat.peer.heard_s = -1.0
+            connection.peer.heard_s = -1.0
 
-    def _send(self, told: dict[str, Any], seats: list[_Seat] | None = None) -> None:
-        """Tell all who are there, or `seats` of them. Who cannot take it has not read for long, and will be found silent."""
-        line = line_of(told)
-        for seat in self.seats if seats is None else seats:
-            if seat.peer is not None and not seat.peer.is_done:
+    def _send(self, message: dict[str, Any], connections: list[_Connection] | None = None) -> None:
+        """Send to all ranks, or to `connections`. A rank with a full buffer has stopped reading, so it is found silent."""
+        line = line_of(message)
+        for connection in self.connections if connections is None else connections:
+            if connection.peer is not None and not connection.peer.is_done:
                 with contextlib.suppress(OSError):
-                    seat.channel.send(line)
+                    connection.channel.send(line)
 
     def _end(self, last: dict[str, Any]) -> None:
-        """Tell all the last word; rank 0 behind the others, as this process ends when it hears it.
+        """Send the last message to all ranks, to rank 0 after the others, since this process ends when rank 0 receives it.
 
-        Silent ranks are not waited for. The members that hear of them end them, once they have reported it: a launcher that
-        sees a process end may end all others, before they have reported anything.
+        The coordinator does not wait for silent ranks. The ranks that receive the message kill them, after they have reported
+        it: a launcher that sees a process end may end all others before they have reported anything.
         """
         silent = {rank for rank, *_ in last.get("silent", ())}
-        self._send(last, [seat for seat in self.seats if seat.peer is not None and seat.peer.rank in silent])
-        hearing = [seat for seat in self.seats if seat.peer is None or seat.peer.rank not in silent]
-        own = [seat for seat in hearing if seat.peer is not None and seat.peer.rank == 0]
-        others = [seat for seat in hearing if seat not in own]
-        for seats in (others, own):
-            self._send(last, seats)
-            self._wait_for(seats)
+        self._send(last, [c for c in self.connections if c.peer is not None and c.peer.rank in silent])
+        receiving = [c for c in self.connections if c.peer is None or c.peer.rank not in silent]
+        own = [c for c in receiving if c.peer is not None and c.peer.rank == 0]
+        others = [c for c in receiving if c not in own]
+        for connections in (others, own):
+            self._send(last, connections)
+            self._wait_for(connections)
         self.closed.set()
-        for seat in self.seats:
-            seat.channel.close()
-        self.door.close()
+        for connection in self.connections:
+            connection.channel.close()
+        self.listener.close()
 
-    def _wait_for(self, seats: list[_Seat]) -> None:
-        """Until they have heard: what is closed with bytes unread is reset, and takes with it what was sent."""
-        for seat in seats:
+    def _wait_for(self, connections: list[_Connection]) -> None:
+        """Wait until they have received it: a socket that is closed with unread bytes is reset, and the sent bytes are lost."""
+        for connection in connections:
             with contextlib.suppress(OSError):
-                seat.channel.shutdown(socket.SHUT_WR)
+                connection.channel.shutdown(socket.SHUT_WR)
         deadline_s = time.monotonic() + CLOSE_S
-        while any(seat.channel.fileno() >= 0 for seat in seats) and time.monotonic() < deadline_s:
-            self._hear(0.1)
+        while any(c.channel.fileno() >= 0 for c in connections) and time.monotonic() < deadline_s:
+            self._receive(0.1)

@@ -1,4 +1,4 @@
-"""Member: the thread of a rank that tells that it lives, hears who does not, and then ends the rank."""
+"""Heartbeat: a thread in each rank that sends its activity, receives reports of lost ranks, and then ends the rank."""
 
 from __future__ import annotations
 
@@ -22,36 +22,38 @@ from typing import Any
 
 from partita.errors import PartitaError, PeerFailed
 from partita.ranks.liveness.activity import ME, STARTING
-from partita.ranks.liveness.coordinator import Hub
+from partita.ranks.liveness.coordinator import Coordinator
 from partita.ranks.liveness.peer import LOST, Lines, Peer, Uptime, beat_s, line_of, lost_after_s, silence
 
 CONNECT_S = 5.0
-"""How long a rank tries each address of the hub."""
+"""Seconds for which a rank tries each address of the coordinator."""
 
 VERDICT_S = 5.0
-"""How long a rank whose connections break waits to hear why."""
+"""Seconds for which a rank whose connections break waits for the reason."""
 
 
-class _Member(threading.Thread):
-    """Tells and hears by one channel, to the launcher or to a hub.
+class _Heartbeat(threading.Thread):
+    """Sends and receives messages over one channel, to the launcher or to the coordinator.
 
     Attributes:
-        rank: This one.
-        hub: Rank 0 as it has told of itself, None where the channel goes to the launcher.
+        rank: This rank.
+        coordinator: The reported state of rank 0, None if the channel leads to the launcher.
     """
 
-    def __init__(self, channel: socket.socket, rank: int, hub: Peer | None, limit_s: float, stall_s: float) -> None:
-        super().__init__(name="peers member", daemon=True)
-        self.channel, self.rank, self.hub = channel, rank, hub
+    def __init__(
+        self, channel: socket.socket, rank: int, coordinator: Peer | None, limit_s: float, stall_s: float
+    ) -> None:
+        super().__init__(name="heartbeat", daemon=True)
+        self.channel, self.rank, self.coordinator = channel, rank, coordinator
         self.limit_s, self.stall_s = limit_s, stall_s
         self.first: dict[str, Any] = {**_me(), "rank": rank}
         self.sending = threading.Lock()
         self.done = threading.Event()
         self.is_leaving = False
-        self._told_s = 0.0
+        self._sent_s = 0.0
 
     def run(self) -> None:
-        """Tell and hear until the rank says farewell."""
+        """Send and receive messages until the rank sends its farewell."""
         with self.channel:
             self._watch()
 
@@ -59,10 +61,10 @@ class _Member(threading.Thread):
         clock, lines = Uptime(self.limit_s), Lines()
         tick_s = min(beat_s(self.limit_s), self.stall_s / 4)
         self.send({**self.first, **_now()})
-        heard = selectors.DefaultSelector()  # not `select`, which takes no descriptors beyond 1023
-        heard.register(self.channel, selectors.EVENT_READ)
+        selector = selectors.DefaultSelector()  # not `select`, which is limited to descriptors up to 1023
+        selector.register(self.channel, selectors.EVENT_READ)
         while not self.done.is_set():
-            readable = bool(heard.select(tick_s))
+            readable = bool(selector.select(tick_s))
             now_s = clock.now_s()
             if readable:
                 data = b""
@@ -70,44 +72,44 @@ class _Member(threading.Thread):
                     data = self.channel.recv(1 << 16)
                 if self.is_leaving or self.done.is_set():
                     return
-                for told in lines.take(data):
-                    self._take(told, now_s)
+                for message in lines.take(data):
+                    self._take(message, now_s)
                 if not data:
                     self._end_of_channel()
                     return
-            if not readable or now_s - self._told_s >= tick_s / 2:
+            if not readable or now_s - self._sent_s >= tick_s / 2:
                 self.send(_now())
-                self._told_s = now_s
-            if self.hub is not None and now_s - self.hub.heard_s > self.limit_s:
-                self._say(self.hub.lost(silence(self.limit_s)))
-                time.sleep(3 * tick_s)  # until the others have noticed too, and do not take the killing for the loss
-                self.hub.kill_if_stopped(self.first["pids"])
+                self._sent_s = now_s
+            if self.coordinator is not None and now_s - self.coordinator.heard_s > self.limit_s:
+                self._say(self.coordinator.lost(silence(self.limit_s)))
+                time.sleep(3 * tick_s)  # until the others have detected it too, so that they do not report the kill
+                self.coordinator.kill_if_stopped(self.first["pids"])
                 os._exit(LOST)
             since_s = ME.since_s
             if since_s is not None and time.monotonic() - since_s > self.stall_s:
                 self._stalled()
 
-    def _take(self, told: dict[str, Any], now_s: float) -> None:
-        if "lost" in told:
-            self._say(told["lost"])
-            for rank, pids, pid in told.get("silent", ()):
+    def _take(self, message: dict[str, Any], now_s: float) -> None:
+        if "lost" in message:
+            self._say(message["lost"])
+            for rank, pids, pid in message.get("silent", ()):
                 Peer(rank, pids=pids, pid=pid).kill_if_stopped(self.first["pids"])
             os._exit(LOST)
-        elif "failed" in told:
-            self._end_with(told["failed"])
-        elif self.hub is not None:
-            self.hub.take(told, now_s)
-            if self.hub.is_done:
+        elif "failed" in message:
+            self._end_with(message["failed"])
+        elif self.coordinator is not None:
+            self.coordinator.take(message, now_s)
+            if self.coordinator.is_done:
                 self.done.set()
 
     def _end_of_channel(self) -> None:
-        if self.hub is not None:
-            self._end(self.hub.lost("its process has ended"), LOST)
-        # The launcher is gone, killed perhaps, and nobody else would end what this rank has started.
+        if self.coordinator is not None:
+            self._end(self.coordinator.lost("its process has ended"), LOST)
+        # The launcher has ended, so no other process would end those that this rank has started.
         os.killpg(os.getpgrp(), signal.SIGKILL)
 
     def _end_with(self, failed: dict[str, Any]) -> None:
-        """Another rank has failed, and says so itself where its terminal is."""
+        """End after another rank's failure, which that rank prints itself on its own machine."""
         if failed["rank"] == self.rank:
             self.done.set()
             return
@@ -116,48 +118,48 @@ class _Member(threading.Thread):
         self._end("" if is_shown else text, int(failed.get("code", 1)) or 1)
 
     def _stalled(self) -> None:
-        text = f"it has waited {self.stall_s:.0f} s in {ME.call} while {ME.task}: another rank does not come to it, or is lost."
-        if self.hub is None:
+        text = f"it has waited {self.stall_s:.0f} s in {ME.call} while {ME.task}: another rank does not reach it, or is lost."
+        if self.coordinator is None:
             self.send({"failure": {"code": LOST, "message": text, "echo": False, "time_s": time.monotonic()}})
             time.sleep(VERDICT_S)
         self._end(text, LOST)
 
     def _end(self, message: str, code: int) -> None:
-        """End this process, in whatever its threads are."""
+        """End this process, whatever its threads are doing."""
         if message:
             self._say(message)
         os._exit(code)
 
     def _say(self, message: str) -> None:
-        """Tell the user, past a progress bar and past what other threads hold."""
+        """Print to stderr without any lock that another thread may hold, and clear a progress bar."""
         begin = "\r\x1b[K\x1b[?25h" if sys.stderr is not None and sys.stderr.isatty() else ""
         with contextlib.suppress(OSError):
             os.write(2, f"{begin}error: rank {self.rank}: {message}\n".encode())
 
-    def send(self, told: dict[str, Any]) -> None:
-        """Tell the other end, which may be gone: that is found out by hearing."""
+    def send(self, message: dict[str, Any]) -> None:
+        """Send a message. Errors are ignored here: the receiving side detects a closed channel."""
         with self.sending, contextlib.suppress(OSError):
-            self.channel.sendall(line_of(told))
+            self.channel.sendall(line_of(message))
 
 
-_member: _Member | None = None
-_hub: Hub | None = None
+_heartbeat: _Heartbeat | None = None
+_coordinator: Coordinator | None = None
 
 
 def attach(line: int, rank: int) -> None:
-    """Tell the launcher of this rank, by its end of a socket.
+    """Start the heartbeat of this rank to the launcher, over its end of a socket.
 
     Raises:
-        DistributedError: `PARTITA_LOST_AFTER` is no number.
+        DistributedError: `PARTITA_LOST_AFTER` is not a number.
     """
-    global _member
-    _member = _Member(socket.socket(fileno=line), rank, None, lost_after_s(), math.inf)
-    _member.start()
+    global _heartbeat
+    _heartbeat = _Heartbeat(socket.socket(fileno=line), rank, None, lost_after_s(), math.inf)
+    _heartbeat.start()
 
 
 def has_joined() -> bool:
-    """Whether other ranks, or the launcher, hear of this one."""
-    return _member is not None
+    """Whether this rank sends heartbeats to other ranks or to the launcher."""
+    return _heartbeat is not None
 
 
 def join(
@@ -168,29 +170,29 @@ def join(
     limit_s: float | None = None,
     stall_s: float = math.inf,
 ) -> None:
-    """Let this rank and the others watch each other until the process ends; all ranks of a run call it.
+    """Make all ranks of a run monitor each other until the process ends; every rank must call this.
 
-    A rank that is attached to its launcher is watched by that, and only takes `stall_s`.
+    The launcher monitors a rank that is attached to it; such a rank only sets `stall_s`.
 
     Args:
-        rank: This one.
-        ranks: How many there are.
-        gather: Gives each rank what all have passed to it, in order, as JSON can say it.
-        limit_s: After how much silence a rank is lost, 0 for never; rank 0's counts. By default `lost_after_s()`.
-        stall_s: After how long in one call that waits for others a rank gives up.
+        rank: This rank.
+        ranks: Number of ranks.
+        gather: All-gather of JSON values, in rank order.
+        limit_s: Seconds of silence after which a rank is lost, 0 for never; rank 0's value applies. Default: `lost_after_s()`.
+        stall_s: Seconds after which a rank gives up in one call that waits for others.
 
     Raises:
-        DistributedError: `PARTITA_LOST_AFTER` is no number.
+        DistributedError: `PARTITA_LOST_AFTER` is not a number.
     """
-    global _member, _hub
+    global _heartbeat, _coordinator
     ME.task = "working" if ME.task == STARTING else ME.task
-    if _member is not None:
-        _member.stall_s = stall_s
+    if _heartbeat is not None:
+        _heartbeat.stall_s = stall_s
         return
     if ranks == 1:
         return
-    mine = lost_after_s() if limit_s is None else limit_s
-    machines = gather([_machine("net"), mine if math.isfinite(mine) else 0.0])
+    own_limit_s = lost_after_s() if limit_s is None else limit_s
+    machines = gather([_machine("net"), own_limit_s if math.isfinite(own_limit_s) else 0.0])
     limit_s = float(machines[0][1])
     if not limit_s:
         return
@@ -198,63 +200,61 @@ def join(
     if rank == 0:
         is_local = len({machine for machine, _ in machines}) == 1
         token = secrets.token_hex(16)
-        _hub = _listen(is_local, token, limit_s)
-        offer = [_addresses(is_local), _hub.port, token, socket.gethostname()]
+        _coordinator = _listen(is_local, token, limit_s)
+        offer = [_addresses(is_local), _coordinator.port, token, socket.gethostname()]
     addresses, port, token, host = gather(offer)[0]
     channel = _connect(addresses, port)
     if channel is None:
-        _say(
-            f"rank {rank} cannot reach rank 0 ({', '.join(addresses)}) to hear of lost ranks, and will not hear of them."
-        )
+        _say(f"rank {rank} cannot connect to rank 0 ({', '.join(addresses)}), so it will not detect lost ranks.")
         return
-    _member = _Member(channel, rank, Peer(0, host=host), limit_s, stall_s)
-    _member.first["token"] = token
-    if _hub is not None:
-        _hub.start()
-    _member.start()
+    _heartbeat = _Heartbeat(channel, rank, Peer(0, host=host), limit_s, stall_s)
+    _heartbeat.first["token"] = token
+    if _coordinator is not None:
+        _coordinator.start()
+    _heartbeat.start()
     atexit.register(farewell)
-    # A process of multiprocessing (and of torch's spawn) ends without atexit.
+    # A process of multiprocessing (and of torch's spawn) ends without running atexit.
     Finalize(None, farewell, exitpriority=0)
 
 
-def tell_failure(failure: dict[str, Any]) -> None:
-    """Tell the others why this rank ends. Does nothing where nobody hears it."""
-    if _member is None:
+def send_failure(failure: dict[str, Any]) -> None:
+    """Send the others the reason why this rank ends. Does nothing without a heartbeat."""
+    if _heartbeat is None:
         return
-    _member.send({"failure": {**failure, "machine": _member.first["machine"]}})
-    if _hub is not None:
-        _hub.closed.wait(VERDICT_S)
+    _heartbeat.send({"failure": {**failure, "machine": _heartbeat.first["machine"]}})
+    if _coordinator is not None:
+        _coordinator.closed.wait(VERDICT_S)
 
 
 def wait_for_verdict() -> None:
-    """Where this rank's connections break, hear why: if another was lost or failed, this ends the process."""
-    if _member is not None and _member.hub is not None:
+    """After a broken connection, wait for the reason: if another rank was lost or failed, this ends the process."""
+    if _heartbeat is not None and _heartbeat.coordinator is not None:
         time.sleep(VERDICT_S)
 
 
 def farewell() -> None:
-    """This rank has done its work, and the others need not look after it any more."""
-    global _member, _hub
-    member, hub = _member, _hub
-    if member is None or member.hub is None:
+    """End the monitoring of this rank, which has finished its work."""
+    global _heartbeat, _coordinator
+    heartbeat, coordinator = _heartbeat, _coordinator
+    if heartbeat is None or heartbeat.coordinator is None:
         return
     error = getattr(sys, "last_value", None) or sys.exc_info()[1]
     if error is not None and not isinstance(error, KeyboardInterrupt | SystemExit):
         if is_echo(error):
             wait_for_verdict()
-        tell_failure({"code": 1, "message": f"{type(error).__name__}: {error}", "echo": is_echo(error)})
+        send_failure({"code": 1, "message": f"{type(error).__name__}: {error}", "echo": is_echo(error)})
         return
-    _member = _hub = None
-    if hub is not None:
-        hub.closing.set()
-    member.is_leaving = True
-    member.send({"is_done": True})
-    member.done.set()
-    if hub is not None:
-        hub.close()
+    _heartbeat = _coordinator = None
+    if coordinator is not None:
+        coordinator.closing.set()
+    heartbeat.is_leaving = True
+    heartbeat.send({"is_done": True})
+    heartbeat.done.set()
+    if coordinator is not None:
+        coordinator.close()
 
 
-# What gloo, Open MPI, NCCL and MLX's ring say of a connection whose other end has gone.
+# The errors of gloo, Open MPI, NCCL and MLX's ring for a connection whose remote end has gone.
 _ECHO = re.compile(
     r"connection (was )?(closed|reset)|broken pipe|socket closed|recvvalue failed|failed to recv|connection refused|"
     r"peer .*(closed|gone|lost)",
@@ -263,7 +263,7 @@ _ECHO = re.compile(
 
 
 def is_echo(error: BaseException) -> bool:
-    """Whether an error only tells that another rank has failed or is gone: ours by its type, a backend's by its words."""
+    """Whether an error only reports that another rank has failed or is gone: ours by its type, a backend's by its text."""
     if isinstance(error, PartitaError):
         return isinstance(error, PeerFailed)
     return _ECHO.search(str(error)) is not None
@@ -283,7 +283,7 @@ def _now() -> dict[str, Any]:
 
 
 def _machine(*spaces: str) -> str:
-    """What tells this machine from others: two of its containers count as two, if they differ in one of these namespaces."""
+    """An identifier of this machine. Two containers on it differ if they differ in one of these namespaces."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return "/".join([boot, *(str(Path(f"/proc/self/ns/{space}").stat().st_ino) for space in spaces)])
@@ -291,17 +291,17 @@ def _machine(*spaces: str) -> str:
         return socket.gethostname()
 
 
-def _listen(is_local: bool, token: str, limit_s: float) -> Hub:
-    """The hub, on the loopback unless ranks of other machines are to come."""
+def _listen(is_local: bool, token: str, limit_s: float) -> Coordinator:
+    """Create the coordinator, on the loopback unless ranks run on other machines."""
     own = ["127.0.0.1"] if is_local else [*_addresses(False), "0.0.0.0"]
     for address in own[:-1]:
         with contextlib.suppress(OSError):
-            return Hub(address, token, _me(), limit_s)
-    return Hub(own[-1], token, _me(), limit_s)
+            return Coordinator(address, token, _me(), limit_s)
+    return Coordinator(own[-1], token, _me(), limit_s)
 
 
 def _addresses(is_local: bool) -> list[str]:
-    """Where others may find this machine, as the launcher knows it before as the machine does."""
+    """Addresses of this machine for other machines, first those that the launcher has set."""
     if is_local:
         return ["127.0.0.1"]
     named = [os.environ.get(name, "") for name in ("MASTER_ADDR", "NCCL_HOST_IP")]

@@ -1,4 +1,4 @@
-"""Peer: what is known of a rank by what it has told, and when that is so long ago that it is lost."""
+"""Peer: the last reported state of a rank, and the rule for when a silent rank is lost."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from partita.errors import DistributedError
 from partita.ranks.liveness.activity import STARTING
 
 LOST = 75
-"""The exit code of a run that has lost a rank: `EX_TEMPFAIL`, as to try again may help."""
+"""The exit code of a run that has lost a rank: `EX_TEMPFAIL`, since a retry may succeed."""
 
 LOST_AFTER = "PARTITA_LOST_AFTER"
 DEFAULT_LOST_AFTER_S = 30.0
 START_FACTOR = 4.0
-"""How many times as long a rank may be silent while it starts: imports may keep its threads from running."""
+"""The factor on the allowed silence while a rank starts, since imports may keep its threads from running."""
 
 _MAX_LINE = 1 << 16
 
 
 def lost_after_s() -> float:
-    """After how many seconds of silence a rank is lost: `PARTITA_LOST_AFTER`, else 30; infinity for 0.
+    """The seconds of silence after which a rank is lost: `PARTITA_LOST_AFTER`, else 30; infinity for 0.
 
     Raises:
-        DistributedError: It is no number of seconds.
+        DistributedError: The value is not a number of seconds.
     """
     text = os.environ.get(LOST_AFTER, "").strip()
     try:
@@ -39,31 +39,31 @@ def lost_after_s() -> float:
         seconds = math.nan
     if not seconds >= 0:
         raise DistributedError(
-            f"{LOST_AFTER} must be a number of seconds, or 0 to wait for ever, but is {text!r}. Its default is "
+            f"{LOST_AFTER} must be a number of seconds, or 0 to wait forever, but is {text!r}. Its default is "
             f"{DEFAULT_LOST_AFTER_S:.0f}."
         )
     return seconds or math.inf
 
 
 def beat_s(limit_s: float) -> float:
-    """How often a rank tells that it lives, where it is lost after `limit_s` seconds."""
+    """Seconds between heartbeats, if a rank is lost after `limit_s` seconds of silence."""
     return min(1.0, limit_s / 8)
 
 
 @dataclass
 class Peer:
-    """A rank, as it has told of itself.
+    """The reported state of a rank.
 
     Attributes:
-        rank: Which.
-        host: The name of its machine.
-        pids: What the machine is called on which its process is `pid`.
-        pid: Its process.
-        stage: Its place in the pipeline.
-        doing: What it was doing when it was heard last.
-        heard_s: When that was, as `Uptime` counts.
-        is_done: Whether it has said farewell.
-        failure: What went wrong with it, if it has said so.
+        rank: Global rank number.
+        host: Name of the machine.
+        pids: Identifier of the process namespace in which `pid` is valid.
+        pid: Process number.
+        stage: Pipeline rank.
+        doing: Activity in the last message.
+        heard_s: Time of the last message, as `Uptime` counts.
+        is_done: Whether the rank has sent a farewell.
+        failure: The failure that the rank has reported, if any.
     """
 
     rank: int
@@ -76,15 +76,15 @@ class Peer:
     is_done: bool = False
     failure: dict[str, Any] | None = None
 
-    def take(self, told: dict[str, Any], now_s: float) -> None:
-        """Take in what it tells."""
+    def take(self, message: dict[str, Any], now_s: float) -> None:
+        """Update the state from a message of the rank."""
         self.heard_s = now_s
         for name in ("host", "pids", "pid", "stage", "doing", "is_done", "failure"):
-            if name in told:
-                setattr(self, name, told[name])
+            if name in message:
+                setattr(self, name, message[name])
 
     def silent_s(self, now_s: float) -> float:
-        """For how long nothing was heard of it; while it starts a part of that."""
+        """The seconds since the last message, divided by `START_FACTOR` while the rank starts."""
         return (now_s - self.heard_s) / (START_FACTOR if self.doing == STARTING else 1.0)
 
     def __str__(self) -> str:
@@ -92,57 +92,57 @@ class Peer:
         return f"rank {self.rank} ({host}stage {self.stage})"
 
     def lost(self, why: str) -> str:
-        """The message that it is lost."""
+        """The message that the rank is lost."""
         return f"{self} was lost while {self.doing}: {why}"
 
     def kill_if_stopped(self, pids: str) -> None:
-        """End a process that hears nothing any more, if it is on this machine."""
+        """Kill the process of a rank that no longer responds, if it runs on this machine."""
         if self.pid and self.pids == pids and self.pid != os.getpid():
             with contextlib.suppress(OSError):
                 os.kill(self.pid, signal.SIGKILL)
 
 
 def silence(limit_s: float) -> str:
-    """Why a rank is lost of which nothing was heard."""
-    return f"nothing was heard of it for {limit_s:g} s, so it is stopped, cut off or stuck"
+    """The reason to report for a rank that is lost by silence."""
+    return f"no message from it for {limit_s:g} s, so it is stopped, disconnected or stuck"
 
 
 class Lines:
-    """Messages out of a stream of bytes: a JSON object a line. What is none is passed over."""
+    """Parses messages from a stream of bytes, one JSON object per line. Other lines are skipped."""
 
     def __init__(self) -> None:
         self._rest = b""
 
     def take(self, data: bytes) -> Iterator[dict[str, Any]]:
-        """The messages that `data` completes."""
+        """Yield the messages that `data` completes."""
         *lines, self._rest = (self._rest + data).split(b"\n")
         self._rest = self._rest[-_MAX_LINE:]
         for line in lines:
             try:
-                told = json.loads(line)
+                message = json.loads(line)
             except ValueError:
                 continue
-            if isinstance(told, dict):
-                yield told
+            if isinstance(message, dict):
+                yield message
 
 
-def line_of(told: dict[str, Any]) -> bytes:
-    """A message as it is sent."""
-    return json.dumps(told).encode() + b"\n"
+def line_of(message: dict[str, Any]) -> bytes:
+    """Encode a message."""
+    return json.dumps(message).encode() + b"\n"
 
 
 class Uptime:
-    """A clock that stands still while this process does: who was stopped has not listened, and nobody else was silent."""
+    """A clock that stops while this process is stopped: a stopped process receives nothing, but its peers were not silent."""
 
     def __init__(self, limit_s: float, clock: Callable[[], float] = time.monotonic) -> None:
-        """The clock of who looks at least each `beat_s(limit_s)`."""
+        """Start the clock; its user must read it at least every `beat_s(limit_s)` seconds."""
         self._gap_s = max(2.0, limit_s / 2)
         self._clock = clock
         self._last_s = clock()
         self._now_s = 0.0
 
     def now_s(self) -> float:
-        """Seconds in which this process has run; called at each look."""
+        """The seconds for which this process has run."""
         now_s = self._clock()
         passed_s, self._last_s = now_s - self._last_s, now_s
         self._now_s += passed_s if passed_s < self._gap_s else 0.0
