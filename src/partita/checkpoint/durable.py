@@ -1,4 +1,4 @@
-"""What is written stays written: files and folders flushed to disk, and a folder that appears whole or not at all."""
+"""Durable writes: files and folders are flushed to disk, and a folder appears complete or not at all."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from partita.errors import CheckpointError
 
 @contextlib.contextmanager
 def failing_as(path: str | os.PathLike[str], what: str) -> Iterator[None]:
-    """Let an `OSError` inside be a CheckpointError that names `path`, or the file that the system names."""
+    """Turn an `OSError` inside into a CheckpointError that names `path`, or the file of the `OSError`."""
     try:
         yield
     except OSError as error:
@@ -23,7 +23,7 @@ def failing_as(path: str | os.PathLike[str], what: str) -> Iterator[None]:
 
 
 def sync(path: Path) -> None:
-    """Return when a file, or the names in a folder, are on disk. Raises OSError."""
+    """Flush a file, or the names in a folder, to disk. Raises OSError."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
@@ -32,14 +32,14 @@ def sync(path: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """Return when all that is in a folder is on disk. Raises OSError."""
+    """Flush a folder and everything in it to disk. Raises OSError."""
     for path in sorted(folder.rglob("*")):
         sync(path)
     sync(folder)
 
 
 def write_whole(file: Path, data: bytes) -> None:
-    """Write a small file so that it is the old one or the new one, never a part. Raises CheckpointError."""
+    """Replace a small file atomically. Raises CheckpointError."""
     new = file.with_name(f".{file.name}.new")
     with failing_as(file, "cannot be written"):
         new.write_bytes(data)
@@ -49,7 +49,7 @@ def write_whole(file: Path, data: bytes) -> None:
 
 
 def write_all(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Write small files, by their paths in a folder. Raises CheckpointError."""
+    """Write small files at their paths in a folder. Raises CheckpointError."""
     with failing_as(folder, "cannot be written"):
         for name, data in files.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -57,21 +57,21 @@ def write_all(folder: Path, files: Mapping[str, bytes]) -> None:
 
 
 def partial_of(place: Path) -> Path:
-    """Where a checkpoint is written that is to appear at `place`: beside it, or inside it if it is there already.
+    """The folder in which a checkpoint for `place` is written: beside `place`, or inside it if it exists already.
 
-    Inside, as what is there may be a file system of its own, into which nothing can be renamed.
+    An existing `place` may be a mount point, into which a folder from outside cannot be renamed.
     """
     return place / ".partial" if place.exists() else place.parent / f".{place.name}.partial"
 
 
 def start_partial(place: Path) -> Path:
-    """An empty folder for what is to appear at `place`; what an earlier attempt left there is removed.
+    """Create an empty folder for the checkpoint that will appear at `place`; files of an earlier attempt are removed.
 
     Raises:
-        CheckpointError: It cannot be made.
+        CheckpointError: The folder cannot be created.
     """
     partial = partial_of(place)
-    with failing_as(partial, "cannot be made"):
+    with failing_as(partial, "cannot be created"):
         if partial.exists():
             shutil.rmtree(partial)
         partial.mkdir(parents=True)
@@ -79,15 +79,15 @@ def start_partial(place: Path) -> Path:
 
 
 def appear(partial: Path, place: Path) -> None:
-    """Flush the folder `partial` and give it its place, in one rename where nothing is there.
+    """Flush the folder `partial` and move it to `place`, in one rename if `place` does not exist.
 
-    Into a folder that is there its files move one by one, weights behind all others and their index last: until then no
-    reader takes the folder for a whole model.
+    Into an existing folder its files move one by one, weights after all others and their index last, so that no reader
+    takes the folder for a complete model before.
 
     Raises:
-        CheckpointError: The system refuses.
+        CheckpointError: A file cannot be moved.
     """
-    with failing_as(place, "cannot be put in place"):
+    with failing_as(place, "cannot be moved into place"):
         sync_tree(partial)
         if partial.parent == place:
             for file in sorted(partial.iterdir(), key=_weights_last):

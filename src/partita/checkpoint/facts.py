@@ -1,4 +1,4 @@
-"""A model's facts from its checkpoint: names and shapes from the headers, heads from the config beside it."""
+"""The spec of a model from its checkpoint: names and shapes from the headers, heads from the config beside it."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat
 
 
 def spec_from_checkpoint(path: str | os.PathLike[str]) -> ModelSpec:
-    """The facts of a model on disk, of which only headers are read; tensors have their names on disk.
+    """The spec of a model on disk, from the headers alone; tensors have their names on disk.
 
     Without a `config.json` beside the weights the head counts are 0: unknown.
 
     Raises:
         CheckpointError: The files are missing or malformed.
-        ModelError: The config is not one.
+        ModelError: The config is malformed.
     """
     checkpoint = open_checkpoint(path)
     config = read_config(checkpoint.folder) if (Path(checkpoint.folder) / "config.json").exists() else None
@@ -34,7 +34,7 @@ def spec_from_checkpoint(path: str | os.PathLike[str]) -> ModelSpec:
 
 
 def stored_dtype(checkpoint: Checkpoint) -> str | None:
-    """The floating dtype in which a checkpoint holds most of its elements, or None where it has no such tensor.
+    """The floating dtype of most elements of a checkpoint, or None if it has no floating tensor.
 
     Few tensors may be wider than the rest (a router's bias), and eight-bit floats need scales to be numbers.
     """
@@ -46,7 +46,7 @@ def stored_dtype(checkpoint: Checkpoint) -> str | None:
 
 
 def stored_dtype_at(path: Path) -> str | None:
-    """The `stored_dtype` of the checkpoint in a folder; None where there is none that can be read."""
+    """The `stored_dtype` of the checkpoint in a folder; None if none can be read."""
     try:
         return stored_dtype(open_checkpoint(path)) if path.is_dir() else None
     except CheckpointError:
@@ -54,8 +54,8 @@ def stored_dtype_at(path: Path) -> str | None:
 
 
 def dtype_note(path: Path, stored: str | None, config: Mapping[str, Any]) -> str:
-    """The line to show where a config names another dtype than the weights beside it have; empty where it does not."""
+    """The note to print if a config names a dtype other than that of the weights; empty if it does not."""
     named = str(config.get("dtype") or config.get("torch_dtype") or stored).removeprefix("torch.")
     if stored is None or named == stored:
         return ""
-    return f"{path}: the weights are {stored}, but config.json says {named}: {stored} counts."
+    return f"{path}: the weights are {stored}, but config.json says {named}: {stored} is used."

@@ -1,4 +1,4 @@
-"""Finding a model: a folder, a config file, or an id on the Hugging Face hub, which is fetched if need be."""
+"""Find a model: a folder, a config file, or an id on the Hugging Face hub, which is downloaded if necessary."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ _WANTED = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 def find_model(
     model: str | os.PathLike[str], *, revision: str | None = None, weights: bool = True, code: bool = False
 ) -> Path:
-    """The local folder (or config file) of `model`: a folder, a config file, or a hub id, which is fetched if need be.
+    """The local folder or config file of `model`; for a hub id it is downloaded if necessary.
 
-    Of a training run's folder it is the newest checkpoint.
+    For the folder of a training run it is the newest checkpoint.
 
     Args:
-        model: Any of these.
-        revision: Of a hub id.
-        weights: Whether more than configs is fetched.
-        code: Whether code that comes with the model is fetched too.
+        model: A folder, a config file, or a hub id.
+        revision: Revision of a hub id.
+        weights: Whether to download weights, not only configs.
+        code: Whether to download code that comes with the model too.
 
     Raises:
-        ModelError: It is none of these, or the hub cannot be reached.
-        CheckpointError: The newest checkpoint of a run is not whole.
+        ModelError: `model` is none of these, or the hub cannot be reached.
+        CheckpointError: The newest checkpoint of a run is not complete.
     """
     path = Path(model)
     if os.fspath(model) and is_run_folder(path):
         found = RunFolder(path).newest()
         if (found / "adapter_config.json").exists() and not (found / "config.json").exists():
             raise ModelError(
-                f"{path} is a run of adapters that has not ended: {found.name} holds adapters, and no model. Give the model, "
-                f"and --adapters {found}; or end the run with `partita train --resume`."
+                f"{path} is an unfinished run with adapters: {found.name} holds adapters, but no model. Give the model, "
+                f"and --adapters {found}; or finish the run with `partita train --resume`."
             )
         return found
     if is_local(model):
@@ -53,15 +53,15 @@ def find_model(
 
 
 def is_local(model: str | os.PathLike[str]) -> bool:
-    """Whether `model` is there as a file or folder, rather than a hub id.
+    """Whether `model` is an existing file or folder, rather than a hub id.
 
     Raises:
-        ModelError: It is neither.
+        ModelError: `model` is neither.
     """
     text = os.fspath(model)
     try:
         found = bool(text) and Path(text).exists()
-    except (OSError, ValueError):  # longer than a name may be, or with a NUL
+    except (OSError, ValueError):  # the path is too long, or contains a NUL
         found = False
     if found:
         return True
@@ -74,7 +74,7 @@ def is_local(model: str | os.PathLike[str]) -> bool:
 
 
 def hub_is_near() -> bool:
-    """Whether the hub's name can be looked up. Where not, huggingface_hub is told (in the ranks too): it tries for long."""
+    """Whether the hub's host name resolves. If not, set huggingface_hub offline (in the ranks too): its retries take long."""
     if "HF_HUB_OFFLINE" not in os.environ and not getproxies():
         host = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co")).hostname
         try:
@@ -85,13 +85,13 @@ def hub_is_near() -> bool:
 
 
 def not_fetched(model: str, error: Exception) -> ModelError:
-    """What to tell where huggingface_hub failed to fetch `model`."""
+    """The error to raise if huggingface_hub failed to download `model`."""
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     line = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")[:200]
     if isinstance(error, LocalEntryNotFoundError) and not hub_is_near():
-        line = "it cannot be reached, and its cache here does not hold it"
+        line = "it cannot be reached, and the local cache does not hold it"
     return ModelError(
-        f"{model} is no local folder, and it cannot be fetched from the hub: {line}. "
-        "Give a folder, or a hub id (owner/name) with the network at hand."
+        f"{model} is not a local folder, and it cannot be downloaded from the hub: {line}. "
+        "Give a folder, or a hub id (owner/name) with a network connection."
     )

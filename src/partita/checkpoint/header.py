@@ -1,7 +1,7 @@
-"""The header of a safetensors file: read with every rule of the format checked, and encoded.
+"""The header of a safetensors file: reading, with every rule of the format checked, and encoding.
 
 A file is 8 bytes that hold the length of the header (unsigned, little-endian), the header (JSON that begins with `{`
-and may end in blanks), then the data of the tensors in C order, little-endian, without a hole.
+and may end in blanks), then the data of the tensors in C order, little-endian, without gaps.
 Source: https://github.com/huggingface/safetensors#format, and its `tensor.rs` for the list of dtypes.
 """
 
@@ -37,11 +37,11 @@ DTYPE_BITS: Mapping[str, int] = MappingProxyType(
 )
 """Every dtype of the format, and the bits of one element."""
 
-PICKLED = "pickled weights can run code, so they are never read; convert them to safetensors where you trust them"
+PICKLED = "pickled weights can run code, so they are never read; convert them to safetensors if you trust them"
 
 _ENTRY_KEYS = {"dtype", "shape", "data_offsets"}
-_REFETCH = "the file is damaged or was written wrongly: fetch it or write it again"
-# A legal header of MAX_HEADER_BYTES has 3 million. A list of empty lists would cost 36 bytes of memory a byte.
+_REFETCH = "the file is damaged or was written incorrectly: download it or write it again"
+# A legal header of MAX_HEADER_BYTES has 3 million. A list of empty lists would take 36 bytes of memory per byte.
 _MAX_BRACKETS = 4_000_000
 
 _MAGIC: tuple[tuple[bytes, str], ...] = (
@@ -53,19 +53,19 @@ _MAGIC: tuple[tuple[bytes, str], ...] = (
     (b"\x93NUMPY", "a numpy array: convert it to safetensors"),
     (b"\x89HDF", "an HDF5 file: convert it to safetensors"),
     (b"\x1f\x8b", "a gzip archive: unpack it"),
-    (b"<", "a web page or XML, so the download failed: fetch it again"),
+    (b"<", "a web page or XML, so the download failed: download it again"),
 )
 
 _repr = reprlib.Repr()
 _repr.maxstring = _repr.maxother = 160
 _repr.maxlist = _repr.maxtuple = 8
 brief = _repr.repr
-"""`repr`, cut short: what a file says may be of any length."""
+"""`repr`, truncated: values from a file may have any length."""
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where one tensor lies: bytes `start_bytes` to `end_bytes` of `file`, counted from the file's beginning."""
+    """The location of one tensor: bytes `start_bytes` to `end_bytes` of `file`, counted from the beginning of the file."""
 
     file: Path
     name: str
@@ -81,7 +81,7 @@ class TensorInfo:
 
     @property
     def itemsize_bits(self) -> int:
-        """The size of one element in bits: sub-byte dtypes have no whole number of bytes."""
+        """The size of one element in bits; elements of sub-byte dtypes are smaller than a byte."""
         return DTYPE_BITS[self.dtype]
 
 
@@ -98,13 +98,13 @@ class Header:
 def read_header(path: str | os.PathLike[str]) -> Header:
     """Read and check the header of a safetensors file; its data is not read.
 
-    Raises CheckpointError for whatever breaks a rule of the format, naming file, tensor, rule and value.
+    Raises CheckpointError for each violation of the format, with file, tensor, rule and value.
     """
     file = Path(path)
     raw, data_bytes = _read_raw(file)
     parsed = parse_json(raw, f"{file}: the header")
     header_bytes = 8 + len(raw)
-    # MLX writes null where there is none.
+    # MLX writes null if there is none.
     given = parsed.pop("__metadata__", None)
     metadata = _metadata(file, {} if given is None else given)
     tensors = {name: _tensor(file, name, entry, header_bytes) for name, entry in parsed.items()}
@@ -115,10 +115,10 @@ def read_header(path: str | os.PathLike[str]) -> Header:
 def encode_header(
     tensors: Sequence[tuple[str, str, Sequence[int]]], metadata: Mapping[str, str] | None = None
 ) -> tuple[bytes, dict[str, tuple[int, int]]]:
-    """Encode the beginning of a file that holds `tensors`, each a (name, dtype, shape), in the order given.
+    """Encode the header of a file that holds `tensors`, each a (name, dtype, shape), in the given order.
 
     Returns the file's first bytes (length, JSON and blanks up to a multiple of 8), and for each name its (start_bytes,
-    end_bytes) in the file. Raises CheckpointError for what `read_header` would refuse.
+    end_bytes) in the file. Raises CheckpointError for input that `read_header` would reject.
     """
     entries: dict[str, object] = {}
     if metadata:
@@ -127,7 +127,7 @@ def encode_header(
     end = 0
     for name, dtype, shape in tensors:
         if name in entries or name == "__metadata__":
-            rule = "is a reserved name" if name == "__metadata__" else "is there twice; names must differ"
+            rule = "is a reserved name" if name == "__metadata__" else "occurs twice; names must differ"
             raise CheckpointError(f"tensor {brief(name)} {rule}")
         _check_text(name, "a tensor's name")
         start, end = end, end + tensor_bytes(f"tensor {brief(name)}", dtype, shape)
@@ -137,8 +137,8 @@ def encode_header(
     raw += b" " * (-len(raw) % 8)
     if len(raw) > MAX_HEADER_BYTES:
         raise CheckpointError(
-            f"a header may have at most {MAX_HEADER_BYTES} bytes, but {len(offsets)} tensors make one of {len(raw)}: "
-            "spread them over more files"
+            f"a header may have at most {MAX_HEADER_BYTES} bytes, but for {len(offsets)} tensors it has {len(raw)}: "
+            "distribute them over more files"
         )
     head = len(raw).to_bytes(8, "little") + raw
     return head, {name: (len(head) + start, len(head) + end) for name, (start, end) in offsets.items()}
@@ -149,7 +149,7 @@ def tensor_bytes(where: str, dtype: object, shape: object) -> int:
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         raise CheckpointError(f"{where}: dtype must be one of {', '.join(DTYPE_BITS)}, but is {brief(dtype)}")
     if not isinstance(shape, (list, tuple)) or not all(type(size) is int and size >= 0 for size in shape):
-        raise CheckpointError(f"{where}: shape must be a list of whole numbers, none below 0, but is {brief(shape)}")
+        raise CheckpointError(f"{where}: shape must be a list of integers of at least 0, but is {brief(shape)}")
     bits = DTYPE_BITS[dtype]
     for size in shape:
         bits *= size or 1  # a zero must not hide sizes that overflow elsewhere
@@ -167,7 +167,7 @@ def tensor_bytes(where: str, dtype: object, shape: object) -> int:
 def open_regular(file: Path) -> tuple[int, int]:
     """Open `file` for reading. Returns its descriptor and its size in bytes; raises CheckpointError if that fails."""
     try:
-        # O_NONBLOCK: opening a named pipe would wait for ever. Regular files ignore it.
+        # O_NONBLOCK: opening a named pipe would block forever. Regular files ignore it.
         fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{file}: cannot be opened: {reason(error)}") from error
@@ -197,7 +197,7 @@ def read_bytes(fd: int, file: Path, start_bytes: int, size_bytes: int) -> bytes:
 def parse_json(raw: bytes, where: str) -> dict[str, object]:
     """Parse one JSON object, or raise CheckpointError, beginning with `where`.
 
-    Stricter than `json.loads`: a key may be there once, NaN and Infinity are no numbers, integers have at most 64 bits.
+    Stricter than `json.loads`: keys are unique, NaN and Infinity are not allowed, integers have at most 64 bits.
     """
     if raw.count(b"[") + raw.count(b"{") > _MAX_BRACKETS:
         raise CheckpointError(f"{where} must hold at most {_MAX_BRACKETS} lists and objects, but has more; {_REFETCH}")
@@ -219,12 +219,12 @@ def parse_json(raw: bytes, where: str) -> dict[str, object]:
 
 
 def reason(error: Exception) -> str:
-    """What the operating system says, without the number and the path."""
+    """The operating system's message, without the number and the path."""
     return getattr(error, "strerror", None) or str(error)
 
 
 def _read_raw(file: Path) -> tuple[bytes, int]:
-    """The header's JSON, and the bytes that follow it."""
+    """The header's JSON, and the number of bytes that follow it."""
     fd, file_bytes = open_regular(file)
     try:
         head = read_bytes(fd, file, 0, min(file_bytes, 64))
@@ -247,7 +247,7 @@ def _read_raw(file: Path) -> tuple[bytes, int]:
 
 
 def _name_kind(head: bytes) -> str:
-    """What a file that is no safetensors file looks like, and the way out."""
+    """The kind of file that `head` looks like if it is not safetensors, and the remedy."""
     return next((f"it looks like {kind}" for magic, kind in _MAGIC if head.startswith(magic)), _REFETCH)
 
 
@@ -264,11 +264,11 @@ def _tensor(file: Path, name: str, entry: object, header_bytes: int) -> TensorIn
     size_bytes = tensor_bytes(where, dtype, shape)
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(n) is int and n >= 0 for n in offsets):
         raise CheckpointError(
-            f"{where}: data_offsets must be two whole numbers, none below 0, but is {brief(offsets)}; {_REFETCH}"
+            f"{where}: data_offsets must be two integers of at least 0, but is {brief(offsets)}; {_REFETCH}"
         )
     start, end = offsets
     if start > end:
-        raise CheckpointError(f"{where}: data_offsets must not run backwards, but is {offsets}; {_REFETCH}")
+        raise CheckpointError(f"{where}: data_offsets must not decrease, but is {offsets}; {_REFETCH}")
     if end - start != size_bytes:
         raise CheckpointError(
             f"{where}: shape {brief(shape)} of {dtype} takes {size_bytes} bytes, but data_offsets {offsets} give it "
@@ -278,7 +278,7 @@ def _tensor(file: Path, name: str, entry: object, header_bytes: int) -> TensorIn
 
 
 def _check_cover(file: Path, tensors: Iterable[TensorInfo], header_bytes: int, data_bytes: int) -> None:
-    """The tensors must lie end to end, from the end of the header to the end of the file."""
+    """Check that the tensors are contiguous, from the end of the header to the end of the file."""
     in_order = sorted(tensors, key=lambda info: (info.start_bytes, info.end_bytes))
     end, before = header_bytes, "the header"
     file_bytes = header_bytes + data_bytes
@@ -286,13 +286,13 @@ def _check_cover(file: Path, tensors: Iterable[TensorInfo], header_bytes: int, d
         here = f"tensor {brief(info.name)}"
         if info.end_bytes > file_bytes:
             raise CheckpointError(
-                f"{file}: {here} must lie in the file, but ends at byte {info.end_bytes} of {file_bytes}: "
-                "was the download or the save cut short? Fetch it or write it again"
+                f"{file}: {here} must be inside the file, but ends at byte {info.end_bytes} of {file_bytes}: "
+                "was the download or the save interrupted? Download it or write it again"
             )
         if info.start_bytes != end:
-            rule = "overlap" if info.start_bytes < end else "leave a hole"
+            rule = "overlap" if info.start_bytes < end else "leave a gap"
             raise CheckpointError(
-                f"{file}: tensors must lie end to end, but {before}, which ends at byte {end}, and {here}, which "
+                f"{file}: tensors must be contiguous, but {before}, which ends at byte {end}, and {here}, which "
                 f"starts at byte {info.start_bytes}, {rule}; {_REFETCH}"
             )
         end, before = info.end_bytes, here
@@ -326,15 +326,15 @@ def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     unique = dict(pairs)
     if len(unique) != len(pairs):
         [(twice, _)] = Counter(key for key, _ in pairs).most_common(1)
-        raise ValueError(f"the key {brief(twice)} is there twice")
+        raise ValueError(f"the key {brief(twice)} occurs twice")
     return unique
 
 
 def _integer(digits: str) -> int | float:
     if digits == "-0":
-        return -0.0  # JSON's minus zero is no integer, and the safetensors library refuses it as one
+        return -0.0  # minus zero is not an integer, and the safetensors library rejects it as one
     return int(digits) if len(digits) <= 20 else math.copysign(math.inf, 1 if digits[0] != "-" else -1)
 
 
 def _no_constant(word: str) -> None:
-    raise ValueError(f"{word} is no JSON number")
+    raise ValueError(f"{word} is not a JSON number")

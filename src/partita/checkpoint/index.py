@@ -1,4 +1,4 @@
-"""A checkpoint: the safetensors files of one model, and which of them holds which tensor."""
+"""A checkpoint: the safetensors files of one model, and the file of each tensor."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from partita.checkpoint.header import (
 from partita.errors import CheckpointError
 
 MODEL = "model"
-"""How the names of the files of a model's weights begin."""
+"""The prefix of the names of a model's weight files."""
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -40,10 +40,10 @@ class Checkpoint:
     """An unsplit model on disk: the checked headers of its files, and all its tensors by name.
 
     Attributes:
-        folder: Where the files are.
+        folder: The folder of the files.
         files: Their headers.
         tensors: Their tensors by name.
-        passed_over: Files of the folder that its index names, and that are not read.
+        passed_over: Files of the folder that its index names, but that are not read.
     """
 
     folder: Path
@@ -52,37 +52,37 @@ class Checkpoint:
     passed_over: tuple[str, ...] = ()
 
     def note(self) -> str:
-        """The line to show when the checkpoint is read; empty where there is nothing to say."""
+        """The note to print when the checkpoint is read, or an empty text."""
         if not self.passed_over:
             return ""
         return (
             f"{self.folder}: {WEIGHTS_NAME} is read, as transformers does, and the files of {INDEX_NAME} beside it are not "
-            f"({brief(list(self.passed_over))}). Remove those that you do not mean."
+            f"({brief(list(self.passed_over))}). Remove those that you do not want."
         )
 
 
 def weights_name(stem: str = MODEL) -> str:
-    """The file that holds all tensors of a kind, where one does."""
+    """The name of the file if one file holds all tensors of a kind."""
     return f"{stem}.safetensors"
 
 
 def index_name(stem: str = MODEL) -> str:
-    """The file that says which of several holds which tensor."""
+    """The name of the index, which maps each tensor to one of several files."""
     return f"{stem}.safetensors.index.json"
 
 
 def open_checkpoint(path: str | os.PathLike[str], *, stem: str = MODEL) -> Checkpoint:
     """Read the headers of a Hugging Face folder, or of one safetensors file; data is not read.
 
-    In a folder: `model.safetensors` if it is there, as in transformers, else the files of `model.safetensors.index.json`, else
-    every `model*.safetensors`, else every `*.safetensors`; of another `stem` only the first two. An index is stale and does
-    not count if none of its files is there, but other files of a model are. The index's total_size is not looked at:
-    published ones are often wrong, and the headers know.
+    In a folder: `model.safetensors` if it exists, as in transformers, else the files of `model.safetensors.index.json`, else
+    every `model*.safetensors`, else every `*.safetensors`; for another `stem` only the first two. An index is stale and
+    ignored if none of its files exists, but other files of a model do. The index's total_size is ignored, since
+    published ones are often wrong, and the headers have the sizes.
     Raises CheckpointError if a file is missing or malformed, or if the index and the files do not agree.
     """
     place = Path(path)
     if not os.fspath(path) or not os.path.exists(place):
-        raise CheckpointError(f"{place}: there is no such file or folder: give a model's folder or a .safetensors file")
+        raise CheckpointError(f"{place}: does not exist: give a model's folder or a .safetensors file")
     if not os.path.isdir(place):
         _refuse_pickled(place, [place.name])
         if place.suffix == ".json":
@@ -102,7 +102,7 @@ def open_checkpoint(path: str | os.PathLike[str], *, stem: str = MODEL) -> Check
 
 
 def _passed_over(index: Path, single: str) -> tuple[str, ...]:
-    """The files that an index names beside the one that is read. A malformed index names none: it does not matter."""
+    """The files that an index names beside the one that is read. A malformed index is ignored and names none."""
     named: set[str] = set()
     if os.path.exists(index):
         with contextlib.suppress(CheckpointError):
@@ -111,7 +111,7 @@ def _passed_over(index: Path, single: str) -> tuple[str, ...]:
 
 
 def _is_stale(index: Path) -> bool:
-    """Whether an index names only files that are not there, while the folder holds other files of a model.
+    """Whether an index names only missing files, while the folder holds other files of a model.
 
     Raises CheckpointError if it is malformed.
     """
@@ -128,20 +128,20 @@ def _merge(folder: Path, names: Sequence[str]) -> Checkpoint:
             if name in tensors:
                 raise CheckpointError(
                     f"{folder}: each tensor must be in one file, but {brief(name)} is in {tensors[name].file.name} and "
-                    f"in {header.file.name}: are these two models? Give the file of one, or remove the other"
+                    f"in {header.file.name}: these may be two models: give the file of one, or remove the other"
                 )
             tensors[name] = info
     return Checkpoint(folder, files, MappingProxyType(tensors))
 
 
 def _read_index(index: Path) -> dict[str, str]:
-    """The index's weight_map, tensor to file. Every file is a plain name in the index's folder, and is there."""
+    """The index's weight_map, tensor to file. Every file is a plain name in the index's folder, and exists."""
     weight_map = _read_weight_map(index)
     names = sorted(set(weight_map.values()))
     missing = [name for name in names if not os.path.exists(index.parent / name)]
     if missing:
         raise CheckpointError(
-            f"{index}: all {len(names)} files it names must be in the folder, but {len(missing)} are not there: "
+            f"{index}: all {len(names)} files it names must be in the folder, but {len(missing)} are missing: "
             f"{brief(missing)}: finish the download or the copy"
         )
     return weight_map
@@ -175,18 +175,18 @@ def _check_index(index: Path, weight_map: Mapping[str, str], tensors: Mapping[st
         if name not in tensors:
             raise CheckpointError(
                 f"{index}: tensor {brief(name)} must be in {brief(file)}, but that file does not hold it: "
-                "the index and the files are of two versions: fetch both again"
+                "the index and the files are of two versions: download both again"
             )
         if tensors[name].file.name != file:
             raise CheckpointError(
                 f"{index}: tensor {brief(name)} must be in {brief(file)}, but is in {tensors[name].file.name}: "
-                "the index and the files are of two versions: fetch both again"
+                "the index and the files are of two versions: download both again"
             )
     unlisted = [name for name in tensors if name not in weight_map]
     if unlisted:
         raise CheckpointError(
             f"{index}: must list every tensor of its files, but {tensors[unlisted[0]].file.name} also holds "
-            f"{brief(unlisted)}: the index and the files are of two versions: fetch both again"
+            f"{brief(unlisted)}: the index and the files are of two versions: download both again"
         )
 
 
@@ -197,7 +197,7 @@ def _find_files(folder: Path) -> list[str]:
     except OSError as error:
         raise CheckpointError(f"{folder}: cannot be listed: {reason(error)}") from error
     names = [name for name in present if name.endswith(".safetensors")]
-    # Others beside them are the same weights in another form (consolidated.safetensors), or none of the model's.
+    # Other files are the same weights in another form (consolidated.safetensors), or do not belong to the model.
     names = [name for name in names if _OF_MODEL.fullmatch(name)] or names
     if not names:
         _refuse_pickled(folder, [name for name in present if name.endswith(_PICKLED_SUFFIXES)])

@@ -1,4 +1,4 @@
-"""Manifest: the files of a checkpoint with their sizes and digests, by which a reader knows that it is whole."""
+"""Manifest: the files of a checkpoint with their sizes and digests, by which a reader checks that it is complete."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from partita.errors import CheckpointError
 MANIFEST_NAME = "manifest.json"
 
 OPTIMIZER = "optimizer"
-"""How the names of the files of the optimizer's state begin."""
+"""The prefix of the names of the optimizer's state files."""
 
 _CHUNK_BYTES = 4 << 20
 _MAX_THREADS = 4
@@ -33,7 +33,7 @@ class Digest:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a checkpoint consists of: the digest of each file, by its path in the folder."""
+    """The files of a checkpoint: the digest of each, by its path in the folder."""
 
     files: Mapping[str, Digest]
 
@@ -44,14 +44,14 @@ class Manifest:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a checkpoint.
+    """Read the manifest of a checkpoint.
 
     Raises:
-        CheckpointError: There is none, or it is none of ours.
+        CheckpointError: There is none, or it was not written by Partita.
     """
     file = folder / MANIFEST_NAME
     if not file.exists():
-        raise CheckpointError(f"{folder}: has no {MANIFEST_NAME}, so it is no whole checkpoint of a training run")
+        raise CheckpointError(f"{folder}: has no {MANIFEST_NAME}, so it is not a complete checkpoint of a training run")
     try:
         raw = file.read_bytes()
     except OSError as error:
@@ -66,7 +66,7 @@ def read_manifest(folder: Path) -> Manifest:
 def _entry(file: Path, name: str, entry: object) -> Digest:
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or "\0" in name or not path.parts:
-        raise CheckpointError(f"{file}: must name files of its own folder, but names {brief(name)}")
+        raise CheckpointError(f"{file}: must name files in its own folder, but names {brief(name)}")
     if isinstance(entry, dict):
         size, sha256 = entry.get("size"), entry.get("sha256")
         if type(size) is int and isinstance(sha256, str):
@@ -75,7 +75,7 @@ def _entry(file: Path, name: str, entry: object) -> Digest:
 
 
 def digest(file: Path) -> Digest:
-    """Read a file, a chunk at a time. Raises CheckpointError if it is not there or cannot be read."""
+    """Compute the digest of a file. Raises CheckpointError if it does not exist or cannot be read."""
     fd, _ = open_regular(file)
     try:
         total, size_bytes, chunk = hashlib.sha256(), 0, memoryview(bytearray(_CHUNK_BYTES))
@@ -102,9 +102,9 @@ def digests(folder: Path, names: Iterable[str]) -> dict[str, Digest]:
 
 
 def deal(sizes_bytes: Mapping[str, int], parts: int) -> list[list[str]]:
-    """Deal files out to `parts` ranks, which so have about as much to read: the largest first, each to who has the least.
+    """Distribute files over `parts` ranks with similar totals: the largest first, each to the rank with the smallest total.
 
-    Source: Graham 1969, "Bounds on multiprocessing timing anomalies": at most 4/3 of the best that can be.
+    Source: Graham 1969, "Bounds on multiprocessing timing anomalies": at most 4/3 of the optimum.
     """
     dealt: list[list[str]] = [[] for _ in range(parts)]
     loads = [0] * parts
@@ -116,9 +116,9 @@ def deal(sizes_bytes: Mapping[str, int], parts: int) -> list[list[str]]:
 
 
 def check_model(folder: Path, part: int = 0, parts: int = 1) -> None:
-    """Raise CheckpointError unless the model in a checkpoint of a run is as it was written; other folders have no manifest.
+    """Raise CheckpointError if the model in a checkpoint of a run was changed; other folders have no manifest.
 
-    The optimizer's state is not looked at. The other arguments are those of `check_contents`.
+    The optimizer's state is not checked. The other arguments are those of `check_contents`.
     """
     if folder.is_dir() and _is_ours(folder):
         files = read_manifest(folder).files
@@ -127,7 +127,7 @@ def check_model(folder: Path, part: int = 0, parts: int = 1) -> None:
 
 
 def _is_ours(folder: Path) -> bool:
-    """Whether a folder has a manifest of ours: others call files of their own so."""
+    """Whether a folder has a manifest of Partita: other tools use the same file name."""
     try:
         with (folder / MANIFEST_NAME).open("rb") as file:
             return b'"partita_manifest"' in file.read(200)
@@ -136,7 +136,7 @@ def _is_ours(folder: Path) -> bool:
 
 
 def check_sizes(folder: Path, manifest: Manifest) -> None:
-    """Raise CheckpointError unless every file of a checkpoint is there in its size; nothing is read."""
+    """Raise CheckpointError unless every file of a checkpoint exists with its size; contents are not read."""
     for name, expected in manifest.files.items():
         file = folder / name
         try:
@@ -145,18 +145,18 @@ def check_sizes(folder: Path, manifest: Manifest) -> None:
             raise CheckpointError(f"{file}: is in the manifest, but cannot be found: {reason(error)}") from error
         if size_bytes != expected.size_bytes:
             raise CheckpointError(
-                f"{file}: must have {expected.size_bytes} bytes, but has {size_bytes}: it is not whole"
+                f"{file}: must have {expected.size_bytes} bytes, but has {size_bytes}: it is incomplete"
             )
 
 
 def check_contents(folder: Path, manifest: Manifest, part: int = 0, parts: int = 1) -> None:
-    """Raise CheckpointError unless files of a checkpoint have the contents that they were written with.
+    """Raise CheckpointError unless files of a checkpoint have their original contents.
 
     Args:
-        folder: The checkpoint.
+        folder: The checkpoint's folder.
         manifest: Its manifest.
-        part: Which share of the files is read: of ranks that read together, the rank.
-        parts: How many shares there are.
+        part: The share of the files to read: the rank, if ranks divide the work.
+        parts: Number of shares.
     """
     check_sizes(folder, manifest)
     mine = deal({name: one.size_bytes for name, one in manifest.files.items()}, parts)[part]

@@ -1,10 +1,9 @@
-"""Window: a few megabytes of a file in memory at a time, through which many short runs are written as one copy.
+"""Window: a mapped part of a file, a few megabytes, through which many short runs are written as one copy.
 
-A call to write 2 KiB costs several times the copying of them, and ranks that write into one file wait for each other in each.
-Pages of a mapped file are shared by the processes of a machine, so ranks that write to one page there lose nothing of each
-other. Between machines they would: a client of NFS sends whole pages. So this is for file systems of one machine, and for
-those that hold the room that was reserved, as a mapped page that finds no room ends the process. Elsewhere runs are written
-call by call.
+A call that writes 2 KiB costs several times their copy, and ranks that write into one file block each other in every call.
+Pages of a mapped file are shared by the processes of a machine, so ranks that write to one page do not overwrite each
+other. Between machines they would: an NFS client sends whole pages. So this is limited to local file systems, and to files
+whose space is reserved, since a mapped page without space on disk kills the process. Otherwise runs are written call by call.
 """
 
 from __future__ import annotations
@@ -19,25 +18,25 @@ from pathlib import Path
 from partita.checkpoint.read import Runs
 
 WINDOW_BYTES = 8 << 20
-"""How much of a file is mapped at once."""
+"""Bytes of a file that are mapped at once."""
 
 # Two ranks that write halves of rows into one file of 92 MiB on ext4, by calls and through windows: halves of 512 bytes
 # 300 and 65 ms, 2 KiB 185 and 60, 5.5 KiB 100 and 70, 11 KiB 85 and 75.
 _SHORT_RUN_BYTES = 8 << 10
 _MIN_BYTES = 32 * _SHORT_RUN_BYTES
 _FILE_SYSTEMS = ("ext4", "xfs", "tmpfs")
-_BLOCK_BYTES = 512  # of st_blocks, whatever the file system's own are
+_BLOCK_BYTES = 512  # unit of st_blocks on every file system
 
 
 def has_windows(fd: int) -> bool:
-    """Whether an open file may be written through windows: of a file system of one machine, with all its room reserved."""
+    """Whether an open file may be written through windows: on a local file system, with all its space reserved."""
     status = os.fstat(fd)
     return status.st_blocks * _BLOCK_BYTES >= status.st_size and _file_system(status.st_dev) in _FILE_SYSTEMS
 
 
 @functools.cache
 def _file_system(device: int) -> str | None:
-    """What kind a mounted device is of, as Linux tells it (proc_pid_mountinfo(5)); None where that is not known."""
+    """The file system type of a mounted device from Linux (proc_pid_mountinfo(5)); None if it is unknown."""
     number = f"{os.major(device)}:{os.minor(device)}"
     try:
         mounts = [line.split() for line in Path("/proc/self/mountinfo").read_text().splitlines()]
@@ -47,7 +46,7 @@ def _file_system(device: int) -> str | None:
 
 
 def is_short(runs: Runs) -> bool:
-    """Whether a window pays: many runs, none of them long."""
+    """Whether a window is faster: there are many runs, none of them long."""
     return runs.size_bytes >= _MIN_BYTES and max(size for _, size in runs.parts) < _SHORT_RUN_BYTES
 
 
@@ -55,7 +54,7 @@ def write_runs(fd: int, runs: Runs, data: memoryview) -> None:
     """Write `data` to the runs of a piece, in their order. `fd` is open for reading and writing.
 
     Raises:
-        OSError: The system refuses.
+        OSError: The write fails.
     """
     first = min(offset for offset, _ in runs.parts)
     last = max(sum(part) for part in runs.parts)
@@ -71,7 +70,7 @@ def write_runs(fd: int, runs: Runs, data: memoryview) -> None:
 
 
 def _blocks(runs: Runs) -> Iterator[tuple[int, int, int]]:
-    """Rows at even distances, at most a window of them: (where the first starts, how many, bytes from one to the next)."""
+    """Evenly spaced rows, at most a window of them: (start of the first, number of rows, bytes from one to the next)."""
     if not runs.outer:
         yield runs.start_bytes, 1, 1
         return

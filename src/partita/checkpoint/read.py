@@ -1,7 +1,7 @@
-"""Reading pieces of tensors: exactly their bytes, straight into the caller's memory.
+"""Read pieces of tensors: exactly their bytes, directly into the caller's memory.
 
-Positioned reads, not mmap: a page that cannot be read is an error here, not the end of the process, and what was read
-costs no memory but the caller's.
+This uses positioned reads, not mmap: a page that cannot be read raises an error instead of killing the process, and the data
+takes no memory but the caller's.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ Range = tuple[int, int]
 """(start, stop) along one dim, in elements."""
 
 Box = tuple[Range, ...]
-"""One range for each dim."""
+"""One range per dim."""
 
-# macOS refuses calls of 2 GiB, Linux cuts them short.
+# macOS rejects calls of 2 GiB, Linux truncates them.
 _MAX_CALL_BYTES = 1 << 30
-# Longer runs than this the system reads ahead by itself; sparser ones are fetched faster one by one.
+# The system reads ahead in longer runs by itself; sparser runs are read faster one by one.
 _SHORT_RUN_BYTES = 16 << 10
 _MAX_SPAN_RATIO = 16
 
 
 def read_box(fd: int, info: TensorInfo, box: Box, out: memoryview) -> int:
-    """Read the elements of `box`, in C order, into `out`, which has just their bytes. Returns the bytes read.
+    """Read the elements of `box`, in C order, into `out`, which has exactly their size. Returns the bytes read.
 
-    `fd` is the open file of `info`. Raises CheckpointError if `box` or `out` does not fit, or if the file is cut short.
+    `fd` is the open file of `info`. Raises CheckpointError if `box` or `out` does not fit, or if the file is truncated.
     """
     return read_ranges(fd, info, [(one,) for one in box], out)
 
 
 def read_ranges(fd: int, info: TensorInfo, ranges_by_dim: Sequence[Sequence[Range]], out: memoryview) -> int:
-    """`read_box` with several ranges a dim: the piece is, along each dim, its ranges one after the other."""
+    """`read_box` with several ranges per dim: along each dim, the piece is the concatenation of its ranges."""
     runs = byte_runs(info, ranges_by_dim)
     out = flat_bytes(info, out, runs.size_bytes, "out")
     if out.readonly:
@@ -57,7 +57,7 @@ def read_ranges(fd: int, info: TensorInfo, ranges_by_dim: Sequence[Sequence[Rang
                 if not got:
                     raise CheckpointError(
                         f"{info.file}: tensor {brief(info.name)}: the file must reach byte {info.end_bytes}, but ends "
-                        f"at {start}: it was cut short or replaced since its header was read: fetch it again"
+                        f"at {start}: it was truncated or replaced since its header was read: download it again"
                     )
                 start, run_bytes = start + got, run_bytes - got
                 got = preadv(fd, [out[end - run_bytes : end]], start)
@@ -79,8 +79,8 @@ class Reader:
     def read(self, name: str, ranges_by_dim: Sequence[Sequence[Range]], out: memoryview) -> None:
         """Read a piece of tensor `name` into `out`, in C order.
 
-        `ranges_by_dim` has for each dim the ranges that make up the piece, one after the other; a piece's size along a
-        dim is the sum of their lengths. A fused QKV weight cut by heads has three on dim 0:
+        `ranges_by_dim` has for each dim the ranges that the piece concatenates; its size along a
+        dim is the sum of their lengths. A part of the heads of a fused QKV weight has three ranges on dim 0:
         `[[(0, 4), (8, 10), (12, 14)], [(0, 64)]]`.
 
         Raises CheckpointError if there is no such tensor, or the ranges or `out` do not fit it.
@@ -120,9 +120,9 @@ class Reader:
 
 @dataclass(frozen=True)
 class Runs:
-    """Where a piece of `size_bytes` lies in its file: from each start, each of `parts`, in the piece's C order.
+    """The byte runs of a piece of `size_bytes` in its file: from each start, each of `parts`, in the piece's C order.
 
-    A start is `start_bytes` plus one offset of each of `outer`, the last of them fastest. A part is (offset, size).
+    A start is `start_bytes` plus one offset of each of `outer`, the last varying fastest. A part is (offset, size).
     """
 
     size_bytes: int
@@ -148,7 +148,7 @@ class Runs:
 def byte_runs(info: TensorInfo, ranges_by_dim: Sequence[Sequence[Range]]) -> Runs:
     """The byte runs of a piece of a tensor. Raises CheckpointError if the ranges do not fit it.
 
-    Dims that are taken whole, last ones first, merge with the dim before them: a run is as long as the file allows.
+    Complete dims at the end merge with the dim before them, so that runs are as long as possible.
     """
     ranges = _check_ranges(info, ranges_by_dim)
     size_bits = bits = info.itemsize_bits
@@ -156,7 +156,7 @@ def byte_runs(info: TensorInfo, ranges_by_dim: Sequence[Sequence[Range]]) -> Run
         size_bits *= sum(stop - start for start, stop in one)
     if not size_bits:
         return Runs(0, info.start_bytes, (), ())
-    cut = len(ranges)  # the dims from here on are taken whole
+    cut = len(ranges)  # the dims from here on are complete
     while cut and ranges[cut - 1] == [(0, info.shape[cut - 1])]:
         cut -= 1
         bits *= info.shape[cut]
@@ -173,8 +173,8 @@ def byte_runs(info: TensorInfo, ranges_by_dim: Sequence[Sequence[Range]]) -> Run
     if not whole:
         raise CheckpointError(
             f"{info.file}: tensor {brief(info.name)}: {info.dtype} has {info.itemsize_bits} bits an element, so it "
-            f"must be cut between whole bytes, but {brief(ranges_by_dim)} of {brief(info.shape)} is not: "
-            "take more of its dims whole"
+            f"must be split between bytes, but {brief(ranges_by_dim)} of {brief(info.shape)} is not: "
+            "split fewer of its dims"
         )
     parts = _parts([(offset // 8, size // 8) for offset, size in segments_bits])
     return Runs(size_bits // 8, info.start_bytes, tuple(reversed(outer)), parts)
@@ -194,14 +194,16 @@ def _check_ranges(info: TensorInfo, ranges_by_dim: Sequence[Sequence[Range]]) ->
     """The ranges of each dim, without empty ones, and with those that touch joined."""
     where = f"{info.file}: tensor {brief(info.name)} of shape {brief(info.shape)}"
     if len(ranges_by_dim) != len(info.shape):
-        raise CheckpointError(f"{where}: there must be ranges for {len(info.shape)} dims, but are {len(ranges_by_dim)}")
+        raise CheckpointError(
+            f"{where}: there must be ranges for {len(info.shape)} dims, but there are {len(ranges_by_dim)}"
+        )
     checked: list[list[Range]] = []
     for dim, (size, ranges) in enumerate(zip(info.shape, ranges_by_dim, strict=True)):
         joined: list[Range] = []
         for start, stop in ranges:
             if not 0 <= start <= stop <= size:
                 raise CheckpointError(
-                    f"{where}: a range of dim {dim} must lie in 0 to {size}, but is {brief((start, stop))}"
+                    f"{where}: a range of dim {dim} must be within 0 to {size}, but is {brief((start, stop))}"
                 )
             if joined and joined[-1][1] == start:
                 joined[-1] = (joined[-1][0], stop)
@@ -212,7 +214,7 @@ def _check_ranges(info: TensorInfo, ranges_by_dim: Sequence[Sequence[Range]]) ->
 
 
 def _starts(start_bytes: int, outer: Sequence[Sequence[range]]) -> Iterator[int]:
-    """`start_bytes` plus one offset of each of `outer`, the last of them fastest."""
+    """`start_bytes` plus one offset of each of `outer`, the last varying fastest."""
     if not outer:
         yield start_bytes
         return
@@ -234,7 +236,7 @@ def _parts(segments: Sequence[Range]) -> tuple[Range, ...]:
 
 
 def _read_ahead(fd: int, runs: Runs) -> None:
-    """Let the system fetch the whole span of short runs, as it foresees no reads with gaps and would wait for each.
+    """Let the system prefetch the complete span of short runs, since it does not read ahead over gaps.
 
     Measured on a [4096, 4096] float32 tensor not in memory, an eighth of each row: 59 ms, and 273 ms without.
     """

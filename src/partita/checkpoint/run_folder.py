@@ -1,12 +1,12 @@
-"""A run's folder: one folder a checkpoint, named by its step, and a link to the newest.
+"""A run's folder: one folder per checkpoint, named by its step, and a link to the newest.
 
 runs/mine/
-  latest -> step-000200     a link, written when its checkpoint is whole
-  config.json               the model's, for who only asks what it is
+  latest -> step-000200     a link, written when its checkpoint is complete
+  config.json               the model's, for readers that only need the config
   step-000100/      model.safetensors, config.json, ..., optimizer.safetensors, training_state.json, manifest.json
   step-000200/
   .lock                     names the run that writes here, see `run_lock`
-  .step-000300.9f3c01ab.partial/    being written by the run of that identifier; it is no checkpoint until it is renamed
+  .step-000300.9f3c01ab.partial/    being written by the run with that identifier; not a checkpoint until it is renamed
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ LATEST_NAME = "latest"
 _CONFIG_NAME = "config.json"
 
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)
-"""What file systems say that have no links; the last checkpoint is then the newest."""
+"""Errors of file systems without links; there the last checkpoint is the newest."""
 
 _STEP = re.compile(r"step-([0-9]{6,})")
 _LEFT_OVER = re.compile(r"\.step-[0-9]{6,}(\.[0-9a-f]+)?\.(partial|old)")
@@ -40,25 +40,25 @@ class RunFolder:
 
     Attributes:
         path: The folder.
-        run: The identifier of the run that writes, which holds the folder's lock; readers have none.
+        run: The identifier of the run that writes and holds the folder's lock; readers have none.
     """
 
     path: Path
     run: str = ""
 
     def step_folder(self, step: int) -> Path:
-        """The checkpoint after `step` steps."""
+        """The folder of the checkpoint after `step` steps."""
         return self.path / f"step-{step:06d}"
 
     def partial(self, step: int) -> Path:
-        """Where that checkpoint is written."""
+        """The folder in which that checkpoint is written."""
         return self._hidden(step, "partial")
 
     def _hidden(self, step: int, what: str) -> Path:
         return self.path / ".".join(["", f"step-{step:06d}", *([self.run] if self.run else []), what])
 
     def steps(self) -> list[int]:
-        """The steps of which there are checkpoints, in order; whether they are whole is not looked at."""
+        """The steps that have a checkpoint, in order; incomplete checkpoints count too."""
         try:
             names = os.listdir(self.path)
         except (FileNotFoundError, NotADirectoryError):
@@ -68,10 +68,10 @@ class RunFolder:
         return sorted(int(match[1]) for name in names if (match := _STEP.fullmatch(name)))
 
     def newest(self) -> Path:
-        """The checkpoint that `latest` leads to, or where there is no link the last one.
+        """The checkpoint that `latest` points to, or the last one if there is no link.
 
         Raises:
-            CheckpointError: There is none, or files of it are missing or cut short.
+            CheckpointError: There is none, or files of it are missing or truncated.
         """
         steps = self.steps()
         if not steps:
@@ -89,26 +89,26 @@ class RunFolder:
         return folder
 
     def begin(self) -> None:
-        """Make the folder, and finish or remove what saves that were cut off have left in it.
+        """Create the folder, and finish or remove the remains of interrupted saves.
 
         Raises:
-            CheckpointError: The system refuses, or another run holds the lock.
+            CheckpointError: A file operation fails, or another run holds the lock.
         """
         self.check_held()
-        with failing_as(self.path, "cannot be made"):
+        with failing_as(self.path, "cannot be created"):
             self.path.mkdir(parents=True, exist_ok=True)
             for name in os.listdir(self.path):
                 if _LEFT_OVER.fullmatch(name):
                     shutil.rmtree(self.path / name)
             if not os.access(self.path, os.W_OK | os.X_OK):
                 raise PermissionError(errno.EACCES, "no permission to write", str(self.path))
-            self._mend_latest()
+            self._fix_latest()
 
     def publish(self, step: int, keep: int | None) -> Path:
-        """Give the checkpoint that was written its place, let `latest` lead to it, and remove all but the newest `keep`.
+        """Move the written checkpoint into place, point `latest` to it, and remove all but the newest `keep`.
 
         Raises:
-            CheckpointError: The system refuses, or another run holds the lock. All older checkpoints are then still there.
+            CheckpointError: A file operation fails, or another run holds the lock. All older checkpoints then still exist.
         """
         self.check_held()
         place, old = self.step_folder(step), self._hidden(step, "old")
@@ -127,7 +127,7 @@ class RunFolder:
         return place
 
     def check_held(self) -> None:
-        """Raise CheckpointError where the run that writes has lost the folder's lock."""
+        """Raise CheckpointError if the run that writes has lost the folder's lock."""
         if self.run:
             check_held(self.path, self.run)
 
@@ -147,10 +147,10 @@ class RunFolder:
             os.replace(new, self.path / LATEST_NAME)
             sync(self.path)
 
-    def _mend_latest(self) -> None:
-        """Let `latest` lead to a checkpoint that was finished behind it: its run was killed before it moved the link.
+    def _fix_latest(self) -> None:
+        """Point `latest` to a checkpoint that was finished after it, if the run was killed before it moved the link.
 
-        A later step that is older than the link is of an earlier attempt, and stays aside.
+        A later step that is older than the link belongs to an earlier attempt, and is ignored.
         """
         link = self.path / LATEST_NAME
         pointed_ns = link.lstat().st_mtime_ns if link.is_symlink() else 0
@@ -160,7 +160,7 @@ class RunFolder:
             self._point_to(self.step_folder(last))
 
     def _finished_ns(self, step: int) -> int:
-        """When a checkpoint was finished, in nanoseconds; 0 of one that is not whole."""
+        """The time at which a checkpoint was finished, in nanoseconds; 0 if it is incomplete."""
         folder = self.step_folder(step)
         try:
             check_sizes(folder, read_manifest(folder))
@@ -169,7 +169,7 @@ class RunFolder:
             return 0
 
     def _remove(self, step: int) -> None:
-        """Take a checkpoint out of sight first, so that none is ever seen in part."""
+        """Remove a checkpoint; it is renamed first, so that no reader sees a part of it."""
         old = self._hidden(step, "old")
         os.rename(self.step_folder(step), old)
         shutil.rmtree(old)

@@ -1,4 +1,4 @@
-"""A run's lock on its folder: at most one run writes there, whichever hosts its ranks are on.
+"""A run's lock on its folder: at most one run writes there, on whichever hosts its ranks are.
 
 The first rank holds the lock for the life of the run, in two ways:
 
@@ -6,8 +6,8 @@ The first rank holds the lock for the life of the run, in two ways:
     beats in OUT/.lock      a record that names the run and changes every `BEAT_S`, for file systems whose locks other hosts
                             do not see, or that have none
 
-A record that a killed process has left is recognized: on its own machine by the free flock, elsewhere by `STALE_S` without a
-beat.
+A record that a killed process has left is detected: on its own machine by the free flock, elsewhere by `STALE_S` without
+a beat.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ from partita.errors import CheckpointError
 LOCK_NAME = ".lock"
 
 BEAT_S = 2.0
-"""How often a holder changes its record."""
+"""Seconds after which a holder changes its record."""
 
 STALE_S = 20.0
-"""After how long without a beat a holder on another machine is dead."""
+"""Seconds without a beat after which a holder on another machine counts as dead."""
 
 LINGER_S = 3.0
-"""How long a holder may take to end, such as the ranks of a launcher that was just killed."""
+"""Seconds that a holder may take to end, such as the ranks of a launcher that was just killed."""
 
 RESTART_S = 30.0
-"""The same where the holder is this run before its launcher restarted it."""
+"""The same if the holder is this run before its launcher restarted it."""
 
 CONFIRM_S = 1.0
-"""Where the file system has no locks: how long to wait for a record that another run wrote at the same moment."""
+"""On a file system without locks, the seconds to wait for a record that another run writes at the same time."""
 
 _POLL_S = 0.05
 _READS = 5
@@ -55,16 +55,16 @@ _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
 
 @dataclass(frozen=True)
 class Holder:
-    """What a lock's file says of the run that holds it.
+    """The record in a lock file of the run that holds the lock.
 
     Attributes:
-        run: The run's identifier, which the names of its unfinished files have. A resumed run has another.
-        name: The name that torchrun gave the run, which its restarts keep.
+        run: The run's identifier, which is part of the names of its unfinished files. A resumed run has a new one.
+        name: The name of the run from torchrun, which its restarts keep.
         host: The name of the first rank's host.
-        pid: The first rank's process.
-        machine: Tells whether two processes share a kernel and their process numbers.
-        since: When the run began, in UTC.
-        beat: Counts the changes of the record.
+        pid: The first rank's process number.
+        machine: An identifier that two processes share if they share a kernel and process numbers.
+        since: The start of the run, in UTC.
+        beat: The number of changes of the record.
     """
 
     run: str
@@ -80,7 +80,7 @@ class Holder:
 
 
 class RunLock:
-    """The lock of a run that this process holds; a context manager, whose end releases it.
+    """The lock of a run that this process holds; as a context manager it is released at the end.
 
     As with `threading.RLock`, the thread that holds a folder's lock may take it again.
 
@@ -89,15 +89,15 @@ class RunLock:
     """
 
     def __init__(self, folder: Path, name: str | None = None, *, file: Path | None = None) -> None:
-        """Make the folder of a run, and lock it.
+        """Create the folder of a run, and lock it.
 
         Args:
-            folder: The folder, made where it does not exist.
-            name: The name that torchrun gave the run: its restart waits `RESTART_S` for its former processes to end.
-            file: The lock's file, whose folder is made instead; by default in `folder`.
+            folder: The folder, created if it does not exist.
+            name: The name of the run from torchrun: a restart waits `RESTART_S` for its former processes to end.
+            file: The lock file, whose folder is created instead; by default in `folder`.
 
         Raises:
-            CheckpointError: Another run holds the lock, or the folder cannot be made or written to.
+            CheckpointError: Another run holds the lock, or the folder cannot be created or written to.
         """
         self.path, self.file = folder, (file or folder / LOCK_NAME).absolute()
         self.folder, self.thread = self.file.parent, threading.get_ident()
@@ -106,7 +106,7 @@ class RunLock:
             self.run: str = self.outer.run
             return
         self.outer = None
-        with failing_as(folder, "cannot be made"):
+        with failing_as(folder, "cannot be created"):
             self.is_new = not self.folder.exists()
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -125,7 +125,7 @@ class RunLock:
         self.thread_of_beats.start()
 
     def release(self) -> None:
-        """Let other runs have the folder; remove the record, and the folder where this lock made it and nothing else did."""
+        """Release the folder; remove the record, and the folder if this lock created it and it is empty."""
         if self.outer is not None or self.released.is_set():
             return
         self.released.set()
@@ -148,10 +148,12 @@ class RunLock:
         return self.folder.resolve() / self.file.name
 
     def _take(self) -> int:
-        """An open file with this run's record and, where the file system has locks, the kernel's lock."""
+        """Open the file with this run's record and, if the file system has locks, the kernel's lock."""
         start_s = time.monotonic()
         while True:
-            self.folder.mkdir(parents=True, exist_ok=True)  # a holder that made it removes it, if empty, on release
+            self.folder.mkdir(
+                parents=True, exist_ok=True
+            )  # a holder that created it removes it on release if it is empty
             fd = os.open(self.file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             try:
                 is_free = _flock(fd)
@@ -173,14 +175,14 @@ class RunLock:
             os.close(fd)
 
     def _linger(self, there: Holder | None, start_s: float) -> None:
-        """Wait a moment for a holder that is about to end; raise CheckpointError where it was given time enough."""
+        """Wait a moment for a holder that is about to end; raise CheckpointError if its time is over."""
         is_restart = there is not None and there.name is not None and there.name == self.holder.name
         if time.monotonic() - start_s > (RESTART_S if is_restart else LINGER_S):
             self._refuse(there)
         time.sleep(_POLL_S)
 
     def _is_dead(self, there: Holder) -> bool:
-        """Whether the holder, of another machine or on a file system without locks, has no more beats. False: it released."""
+        """Whether the holder, on another machine or without locks, has stopped beating; False if it has released."""
         start_s = time.monotonic()
         while time.monotonic() - start_s < STALE_S:
             time.sleep(_POLL_S)
@@ -206,7 +208,7 @@ class RunLock:
 
 
 _HELD: dict[Path, RunLock] = {}
-"""The locks of this process, by their files."""
+"""The locks that this process holds, by file."""
 
 
 def is_held(folder: Path, run: str) -> bool:
@@ -220,7 +222,7 @@ def check_held(folder: Path, run: str) -> None:
         now = _read(folder / LOCK_NAME)
         raise CheckpointError(
             f"{folder}: run {run} no longer holds {LOCK_NAME}: {f'{now} took it' if now else 'the file was removed'}, so "
-            "nothing more is written. Resume the run when no other uses the folder."
+            "this run cannot write any more. Resume it when no other run uses the folder."
         )
 
 
@@ -230,7 +232,7 @@ def _names(file: Path, run: str) -> bool:
 
 
 def _machine() -> str:
-    """The same for processes that see each other's locks and process numbers."""
+    """An identifier shared by processes that see each other's locks and process numbers."""
     names = [socket.gethostname()]
     with contextlib.suppress(OSError):
         names += [Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink("/proc/self/ns/pid")]
@@ -238,7 +240,7 @@ def _machine() -> str:
 
 
 def _flock(fd: int) -> bool | None:
-    """Whether the kernel's lock could be taken, None where the file system has none."""
+    """Whether the kernel's lock could be taken, None if the file system has no locks."""
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -258,11 +260,11 @@ def _is_at(fd: int, file: Path) -> bool:
 
 
 def _read(file: Path) -> Holder | None:
-    """The record in a lock's file, None where there is none.
+    """The record in a lock file, None if there is none.
 
-    The file is opened for each reading, since network file systems look for changes when a file is opened.
+    The file is opened for each read, since network file systems check for changes when a file is opened.
     """
-    for _ in range(_READS):  # the holder may be writing
+    for _ in range(_READS):  # the holder may be writing it
         try:
             text = file.read_bytes().strip(b"\0 ")
             return Holder(**json.loads(text)) if text else None
@@ -272,7 +274,7 @@ def _read(file: Path) -> Holder | None:
             raise CheckpointError(f"{file}: cannot be read: {reason(error)}") from error
         except (ValueError, TypeError):
             time.sleep(_POLL_S)
-    raise CheckpointError(f"{file}: is no lock of a run. Remove it if no run uses the folder.")
+    raise CheckpointError(f"{file}: is not a lock of a run. Remove it if no run uses the folder.")
 
 
 def _write(fd: int, holder: Holder) -> None:

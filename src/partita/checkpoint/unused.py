@@ -1,4 +1,4 @@
-"""Tensors of a checkpoint that the model which was loaded from it has no place for: they are written back as they are.
+"""Tensors of a checkpoint that the model loaded from it does not use: they are saved again unchanged.
 
 A model class may leave out layers of its checkpoint (multi-token prediction, a vision tower), while the config beside it still
 announces them. So a save copies them from file to file, a few megabytes at a time.
@@ -22,10 +22,10 @@ from partita.errors import CheckpointError
 _CHUNK_BYTES = 8 << 20
 
 _COMPUTED = re.compile(r"(inv_freq|position_ids|masked_bias|attn\.bias|attention\.bias)$")
-"""What older versions of transformers saved although it is computed, and of which nobody needs to hear."""
+"""Computed buffers that older versions of transformers saved, which need no note."""
 
-NOT_SAVED = "{}: what the model has no place for is not saved, and the saved config does not announce it."
-"""The line to show where unused tensors can no longer be read, of the reason."""
+NOT_SAVED = "{}: unused tensors are not saved, and the saved config does not announce them."
+"""The note to print, with the reason, if unused tensors can no longer be read."""
 
 _ANNOUNCING = (
     "num_nextn_predict_layers",
@@ -46,8 +46,8 @@ class Unused:
     """The unused tensors of a checkpoint.
 
     Attributes:
-        folder: Where the checkpoint is.
-        tensors: They, by name.
+        folder: The checkpoint's folder.
+        tensors: The unused tensors by name.
     """
 
     folder: Path = Path()
@@ -60,22 +60,22 @@ class Unused:
         return bool(self.tensors)
 
     def without(self, names: Collection[str]) -> Unused:
-        """Those that are not among `names`."""
+        """The unused tensors that are not among `names`."""
         return Unused(self.folder, {name: info for name, info in self.tensors.items() if name not in names})
 
     def note(self, model: str) -> str:
-        """The line to show when `model` is loaded; empty where there is nothing to say."""
+        """The note to print when `model` is loaded; empty if there are no unused tensors to report."""
         names = [name for name in self.tensors if not _COMPUTED.search(name)]
         if not names:
             return ""
         count = f"{len(names)} tensor{'s' if len(names) > 1 else ''}"
         return (
-            f"{self.folder}: {model} has no place for {count} ({names[0]}{', ...' if len(names) > 1 else ''}): "
-            "neither used nor trained, and saved unchanged."
+            f"{self.folder}: {model} does not use {count} ({names[0]}{', ...' if len(names) > 1 else ''}): "
+            "not trained, and saved unchanged."
         )
 
     def missing(self) -> str:
-        """Why they can no longer be read; empty where they can."""
+        """The reason why they can no longer be read; empty if they can."""
         try:
             present = open_checkpoint(self.folder).tensors if self else {}
         except CheckpointError as error:
@@ -88,14 +88,14 @@ class Unused:
         return [(name, info.dtype, tuple(info.shape)) for name, info in self.tensors.items()]
 
     def copy(self, write: Write, rank: int, size: int) -> None:
-        """Give the share of rank `rank` of `size` to `write`, piece by piece."""
+        """Pass the share of rank `rank` of `size` to `write`, piece by piece."""
         if self:
             with self.opened() as reader:
                 for name, ranges, read in self.pieces(reader, rank, size):
                     write(name, ranges, read())
 
     def pieces(self, reader: Reader, rank: int, size: int) -> Iterator[Piece]:
-        """What rank `rank` of `size` copies: of each piece its tensor's name, the ranges of its dims, and how to read it."""
+        """The pieces that rank `rank` of `size` copies: for each, its tensor's name, the ranges of its dims, and a reader."""
         place = 0
         for name, info in self.tensors.items():
             rows, rest = (info.shape[0], info.shape[1:]) if info.shape else (1, ())
@@ -109,7 +109,7 @@ class Unused:
                 place += 1
 
     def opened(self) -> Reader:
-        """A reader whose files are open, so that it reads them even when their folder is removed. The caller closes it.
+        """A reader with all files open, so that it can read them even after their folder is removed. The caller closes it.
 
         Raises:
             CheckpointError: A file cannot be opened.
@@ -121,14 +121,14 @@ class Unused:
 
 
 def _read(reader: Reader, name: str, ranges: list[list[Range]], size_bytes: int) -> memoryview:
-    """A piece of a tensor in memory of its own."""
+    """A piece of a tensor in new memory."""
     data = memoryview(bytearray(size_bytes))
     reader.read(name, ranges, data)
     return data
 
 
 def announce_nothing(config: Any) -> None:
-    """Let a config, transformers' or plain data, announce no layers that were not saved."""
+    """Remove from a config, transformers' or plain data, the announcement of layers that were not saved."""
     for name in _ANNOUNCING:
         if isinstance(config, dict):
             for part in (config, *(value for value in config.values() if isinstance(value, dict))):

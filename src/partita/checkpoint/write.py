@@ -1,4 +1,4 @@
-"""Writing a checkpoint together: one rank creates the files, then every rank writes its own pieces into them."""
+"""Write a checkpoint with all ranks: one rank creates the files, then every rank writes its own pieces into them."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from partita.checkpoint.read import Range, byte_runs, flat_bytes
 from partita.checkpoint.run_lock import RunLock
 from partita.errors import CheckpointError
 
-_METADATA = {"format": "pt"}  # transformers refuses files without it
+_METADATA = {"format": "pt"}  # transformers rejects files without it
 
 
 @dataclass(frozen=True)
 class FilePlan:
-    """One file to be: its first bytes, and where each tensor's data goes. `file` of each tensor is just `name`."""
+    """A file to write: its first bytes, and the position of each tensor's data. `file` of each tensor is just `name`."""
 
     name: str
     header: bytes
@@ -38,12 +38,12 @@ class FilePlan:
 def plan_files(
     tensors: Iterable[tuple[str, str, Sequence[int]]], max_shard_bytes: int, *, stem: str = MODEL
 ) -> tuple[FilePlan, ...]:
-    """Deal tensors, each a (name, dtype, shape), out to files in the order given, so every rank plans the same.
+    """Distribute tensors, each a (name, dtype, shape), over files in the given order, the same on every rank.
 
-    A file takes tensors while their data comes to at most `max_shard_bytes`; a larger tensor has a file of its own.
+    A file takes tensors up to `max_shard_bytes` of data in total; a larger tensor has a file of its own.
     One file is `model.safetensors`, more are `model-00001-of-0000N.safetensors`, or whatever `stem` is in place of
     `model`. Within a file the widest dtypes come first, as the safetensors library does it, so all data is aligned.
-    Raises CheckpointError if a tensor cannot be.
+    Raises CheckpointError if the format does not support a tensor.
     """
     if max_shard_bytes <= 0:
         raise CheckpointError(f"max_shard_bytes must be above 0, but is {max_shard_bytes}")
@@ -53,7 +53,7 @@ def plan_files(
     for name, dtype, shape in tensors:
         size_bytes = tensor_bytes(f"tensor {brief(name)}", dtype, shape)
         if name in names:
-            raise CheckpointError(f"tensor {brief(name)} is there twice; names must differ")
+            raise CheckpointError(f"tensor {brief(name)} occurs twice; names must differ")
         names.add(name)
         if shards[-1] and shard_bytes + size_bytes > max_shard_bytes:
             shards.append([])
@@ -71,10 +71,10 @@ def index_json(plan: Sequence[FilePlan]) -> str:
 
 
 def create_files(folder: str | os.PathLike[str], plan: Sequence[FilePlan]) -> None:
-    """Write the headers of all files, and reserve room for their data. One rank does this, before any writes.
+    """Write the headers of all files, and reserve space for their data. One rank does this, before any rank writes.
 
-    Raises CheckpointError if the folder holds weights already, which a reader would mix with these, or if the files
-    cannot be made, such as on a full disk; then none is left behind.
+    Raises CheckpointError if the folder already holds weights, which a reader would mix with these, or if the files
+    cannot be created, such as on a full disk; then none is left behind.
     """
     place = Path(folder)
     created: list[Path] = []
@@ -98,7 +98,7 @@ def create_files(folder: str | os.PathLike[str], plan: Sequence[FilePlan]) -> No
 
 
 def refuse_weights(folder: Path) -> None:
-    """Raise CheckpointError if a folder holds weights already, which a reader would mix with others."""
+    """Raise CheckpointError if a folder already holds weights, which a reader would mix with others."""
     old = (
         sorted(name for name in os.listdir(folder) if name.endswith((".safetensors", index_name())))
         if folder.exists()
@@ -127,7 +127,7 @@ def write_index(folder: str | os.PathLike[str], plan: Sequence[FilePlan], *, ste
 class Writer:
     """Writes pieces of tensors into files that `create_files` made, from any number of threads.
 
-    A context manager: leaving it without an error finishes, which is when the data is safe on disk.
+    A context manager: leaving it without an error calls `finish`, after which the data is on disk.
     """
 
     def __init__(self, folder: str | os.PathLike[str], plan: Sequence[FilePlan]) -> None:
@@ -170,7 +170,7 @@ class Writer:
             self.bytes_written += runs.size_bytes
 
     def finish(self) -> None:
-        """Return when all that was written is on disk. Raises CheckpointError if the system failed to put it there."""
+        """Flush everything that was written to disk. Raises CheckpointError if that fails."""
         with self._lock:
             for name, fd in self._fds.items():
                 try:
@@ -212,7 +212,7 @@ class Writer:
                 os.close(fd)
                 raise CheckpointError(
                     f"{file}: must have the plan's {self._sizes_bytes[name]} bytes, but has {file_bytes}: "
-                    "every rank must use the plan that create_files had"
+                    "every rank must use the plan of create_files"
                 )
             self._fds[name] = fd
             if has_windows(fd):
@@ -233,7 +233,7 @@ def _file_name(stem: str, number: int, count: int) -> str:
 
 
 def _reserve(fd: int, size_bytes: int) -> None:
-    """Give the file its size, and its room on disk where the system can: so a full disk shows now."""
+    """Set the size of the file, and reserve its space if the system can, so that a full disk is detected now."""
     try:
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(fd, 0, size_bytes)
@@ -261,29 +261,29 @@ def write_folder(
     is_first: bool,
     is_writer: bool,
 ) -> None:
-    """Let a folder of safetensors files appear at `path`, whole or not at all; every rank of the run calls it.
+    """Write a folder of safetensors files that appears at `path` complete or not at all; every rank must call this.
 
     Args:
-        path: Where.
-        files: The same on every rank.
-        beside: Writes, on the first rank, what else belongs into the folder.
+        path: The folder to write.
+        files: The planned files, the same on every rank.
+        beside: Writes the other files of the folder, on the first rank.
         write: Writes a rank's own parts.
         collective: Makes a block at whose end every rank raises what one of them raised in it.
-        is_first: Whether this is the first rank, which makes the folder.
+        is_first: Whether this is the first rank, which creates the folder.
         is_writer: Whether this rank writes parts.
 
     Raises:
-        CheckpointError: The folder holds weights already, another save is writing it, or it cannot be written; on every rank.
+        CheckpointError: The folder already holds weights, another save is writing it, or it cannot be written; on every rank.
     """
     with contextlib.ExitStack() as lock:
         with collective():
             partial = partial_of(path)
-            if is_first:  # two saves to one place would write into the same files
+            if is_first:  # two saves to one folder would write into the same files
                 lock.enter_context(RunLock(path, file=partial.with_name(f"{partial.name}.lock")))
         try:
             with collective():
                 if is_first:
-                    with failing_as(path, "cannot be made"):
+                    with failing_as(path, "cannot be created"):
                         refuse_weights(path)
                     start_partial(path)
                     create_files(partial, files)
