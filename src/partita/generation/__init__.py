@@ -1,4 +1,4 @@
-"""What text generation needs on either engine: how tokens are chosen and told, ids and their text. No engine is loaded."""
+"""The parts of text generation that both engines share: choosing tokens, ids and their text. Imports no engine."""
 
 from partita.generation.settings import Generation, OnText, Sampling, Sequence
 from partita.generation.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer

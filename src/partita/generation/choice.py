@@ -1,4 +1,4 @@
-"""How tokens are chosen once the caller's wishes and the model's own settings are put together, as transformers does."""
+"""The settings for choosing tokens: the caller's merged with the model's own, as in transformers."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from partita.generation.generation_config import REFUSED, REFUSED_SAMPLING, end_
 from partita.generation.settings import RULES, Sampling
 
 DEFAULT_NEW_TOKENS = 64
-"""How many tokens come where neither the caller nor the model sets a limit."""
+"""The number of new tokens if neither the caller nor the model sets a limit."""
 
 DEFAULT_TOP_K = 50
-"""transformers' own `top_k` where tokens are sampled and neither the caller nor the model sets one."""
+"""transformers' default `top_k` when sampling."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """How the next token is chosen. See `Sampling` for what it shares with it.
+    """The settings for choosing the next token. `Sampling` documents the shared fields.
 
     Attributes:
-        max_new_tokens: Tokens after which a sequence ends; None where `max_length` limits it.
-        max_length: Tokens of prompt and text together after which a sequence ends.
+        max_new_tokens: Largest number of new tokens; None if `max_length` limits the sequence.
+        max_length: Largest number of tokens of prompt and text together.
         temperature: Divides the logits; 0 takes the most likely token.
         top_k: 0 for all tokens.
         top_p: 1 for all tokens.
@@ -32,18 +32,18 @@ class Choice:
         no_repeat_ngram_size: 0 for none.
         bad_words_ids: Sequences of ids that must not appear.
         suppress_tokens: Ids that are never chosen.
-        begin_suppress_tokens: Ids that are not chosen first.
-        forced_bos_token_id: The token behind a prompt of one token.
-        forced_eos_token_ids: The last tokens that are possible where a sequence reaches its limit.
-        min_new_tokens: No sequence ends before it has so many tokens,
-        min_length: or so many with its prompt.
+        begin_suppress_tokens: Ids that are not chosen as the first new token.
+        forced_bos_token_id: The token after a prompt of one token.
+        forced_eos_token_ids: The allowed last tokens of a sequence that reaches its limit.
+        min_new_tokens: Least number of new tokens.
+        min_length: Least number of tokens of prompt and text together.
         eos_ids: Ids that end a sequence.
-        seed: Of the samples.
+        seed: Sampling seed.
         stop: A sequence ends before the first of these texts.
         presence_penalty: 0 for none.
         frequency_penalty: 0 for none.
         penalty_window: 0 for all tokens.
-        logit_bias: Ids, and what is added to their logits.
+        logit_bias: Ids, and the values added to their logits.
         xtc_probability: 0 for none.
         xtc_threshold: See `Sampling`.
     """
@@ -75,7 +75,7 @@ class Choice:
 
     @property
     def is_plain(self) -> bool:
-        """Whether the most likely token is taken as it is, so that nothing but the logits matters."""
+        """Whether the most likely token is chosen from unchanged logits."""
         changes = (
             self.no_repeat_ngram_size, self.bad_words_ids, self.suppress_tokens, self.begin_suppress_tokens,
             self.forced_bos_token_id is not None, self.forced_eos_token_ids, self.min_new_tokens, self.min_length,
@@ -84,17 +84,17 @@ class Choice:
         return self.temperature == 0 and self.repetition_penalty == 1.0 and not any(changes)
 
     def limit(self, prompt_length: int) -> int:
-        """How many tokens may follow a prompt of `prompt_length` tokens.
+        """The largest number of tokens after a prompt of `prompt_length` tokens.
 
         Raises:
-            PlanError: None may: the model's `max_length` is not longer than the prompt.
+            PlanError: The model's `max_length` is not longer than the prompt.
         """
         if self.max_new_tokens is not None:
             return self.max_new_tokens
         if prompt_length >= self.max_length:
             raise PlanError(
-                f"the model's generation config says max_length={self.max_length}, and a prompt of {prompt_length} tokens "
-                "leaves no room below it. Give max_new_tokens (--max-new-tokens)."
+                f"the model's generation config has max_length={self.max_length}, and a prompt of {prompt_length} tokens "
+                "leaves no room for more. Give max_new_tokens (--max-new-tokens)."
             )
         return self.max_length - prompt_length
 
@@ -117,7 +117,7 @@ class Choice:
         return banned
 
     def forced(self, prompt: list[int], tokens: list[int]) -> tuple[int, ...]:
-        """The only ids that may come next; empty where others may."""
+        """The only ids that may come next; empty if all may."""
         if self.forced_eos_token_ids and len(tokens) == self.limit(len(prompt)) - 1:
             return self.forced_eos_token_ids
         if self.forced_bos_token_id is not None and len(prompt) + len(tokens) == 1:
@@ -126,22 +126,22 @@ class Choice:
 
 
 def settle(sampling: Sampling, generation: Mapping[str, Any], tokenizer_ends: frozenset[int] = frozenset()) -> Choice:
-    """What `sampling` leaves open, taken from the model's generation config, and what that leaves open, from transformers.
+    """Complete `sampling` from the model's generation config, and that from the defaults of transformers.
 
     Args:
-        sampling: The caller's wishes, which come first.
-        generation: The model's settings by transformers' names; without those that are null.
-        tokenizer_ends: The tokenizer's end tokens, which count where the model names none.
+        sampling: The caller's settings, which take precedence.
+        generation: The model's settings by transformers' names, without those that are null.
+        tokenizer_ends: The tokenizer's end tokens, used if the model names none.
 
     Raises:
-        ModelError: The model asks for what is not supported, or for a value that cannot be.
+        ModelError: The model has a setting that is not supported, or an invalid value.
     """
     model = generation if sampling.use_generation_config else {}
     samples = model.get("do_sample") is True if sampling.temperature is None else sampling.temperature > 0
     for name, neutral in {**REFUSED, **(REFUSED_SAMPLING if samples else {})}.items():
         if model.get(name) is not None and model[name] not in neutral:
             raise ModelError(
-                f"the model's generation config asks for {name}={model[name]!r:.60}, which is not supported. Leave its "
+                f"the model's generation config has {name}={model[name]!r:.60}, which is not supported. Leave its "
                 "settings out with use_generation_config=False (--no-generation-config)."
             )
 

@@ -1,4 +1,4 @@
-"""What a checkpoint says about generating, as transformers reads it: its `generation_config.json`, else its `config.json`."""
+"""The generation settings of a checkpoint, as transformers reads them: `generation_config.json`, else `config.json`."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ REFUSED: Mapping[str, tuple[Any, ...]] = {
     "remove_invalid_values": (False,), "exponential_decay_length_penalty": (), "max_time": (), "watermarking_config": (),
     "penalty_alpha": (0,), "dola_layers": (), "constraints": (), "force_words_ids": (), "token_healing": (False,),
 }  # fmt: skip
-"""Settings that change which tokens come and are not supported, with the values that change nothing."""
+"""Unsupported settings that change the generated tokens, with the values that have no effect."""
 
 REFUSED_SAMPLING: Mapping[str, tuple[Any, ...]] = {
     "typical_p": (1,), "epsilon_cutoff": (0,), "eta_cutoff": (0,), "top_h": (),
 }  # fmt: skip
-"""The same of settings that matter only while tokens are sampled."""
+"""The same for settings that are used only for sampling."""
 
 USED = (
     "do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "no_repeat_ngram_size", "bad_words_ids",
@@ -35,7 +35,7 @@ USED = (
 def read_generation(folder: Path) -> dict[str, Any]:
     """The generation settings of a checkpoint in `folder`, without those that are null.
 
-    Where `generation_config.json` exists, `config.json` does not count, not even for the end tokens.
+    If `generation_config.json` exists, `config.json` is ignored, even for the end tokens.
 
     Raises:
         ModelError: The file is malformed.
@@ -48,7 +48,7 @@ def read_generation(folder: Path) -> dict[str, Any]:
 
 
 def generation_of_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The generation settings that a model's config holds itself, or its decoder's where it holds none."""
+    """The generation settings in a model's config, or in that of its decoder if it has none."""
     inner = next((config[key] for key in ("decoder", "generator", "text_config") if config.get(key)), config)
     names = (*USED, *REFUSED, *REFUSED_SAMPLING)
     found = {n: config.get(n, inner.get(n)) if config.get(n) is not None else inner.get(n) for n in names}

@@ -1,4 +1,4 @@
-"""The text of new ids behind a prompt, made as they come: it only grows, so what was shown stays true."""
+"""The text of new ids after a prompt, decoded incrementally: it only grows, so shown text stays valid."""
 
 from __future__ import annotations
 
@@ -7,26 +7,25 @@ from bisect import bisect_right
 from partita.generation.tokenizer import Tokenizer
 
 REPLACEMENT = "\ufffd"
-"""What decoders write for bytes that are no UTF-8 text, and so for the first bytes of a character."""
+"""The character that decoders write for invalid UTF-8, and so for the first bytes of a character."""
 
 MOST_CONTEXT_TOKENS = 16
-"""How many of a prompt's last tokens are decoded with the first new one, at most."""
+"""The largest number of last prompt tokens that are decoded with the first new one."""
 
 
 class NewText:
-    """The text of new ids, decoded with what stands before them.
+    """The text of new ids, decoded with the ids before them.
 
-    Many tokenizers write a token differently at the beginning of a text (without its space) than behind another one. So new
-    ids are decoded behind the last ones of known text, of which the text is then taken away. Ids whose text ends in the
-    middle of a character wait for the next. Special tokens are a part of `text`, so that a stop text can name them, and
-    `shown` leaves them out.
+    Many tokenizers write a token differently at the beginning of a text (without its space) than after another one. So new
+    ids are decoded after the last ids of known text, whose text is then removed. Ids whose text ends inside a character
+    wait for the next id. `text` includes special tokens, so that a stop text can contain them; `shown` leaves them out.
 
     Attributes:
-        text: What is certain so far, special tokens included.
+        text: The final text so far, special tokens included.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: list[int]) -> None:
-        """Begin behind the ids of `prompt`."""
+        """Start after the ids of `prompt`."""
         self.text = ""
         self._tokenizer = tokenizer
         self._context = self._end_of(prompt)
@@ -35,7 +34,7 @@ class NewText:
         self._special: list[tuple[int, int]] = []
 
     def add(self, token: int) -> None:
-        """Append the text that `token` makes certain."""
+        """Append the text that becomes final with `token`."""
         if token in self._tokenizer.special_ids:
             self.end()
             start = len(self.text)
@@ -51,7 +50,7 @@ class NewText:
             self._settle(text)
 
     def end(self) -> None:
-        """Append the text of bytes that wait for the rest of their character, since it does not come."""
+        """Append the text of bytes whose character stays incomplete."""
         if self._waiting:
             text = self._text_of_waiting()
             self.text += text[self._of_waiting :]
@@ -79,8 +78,8 @@ class NewText:
         text = self._tokenizer.decode(self._context + self._waiting)
         if text.startswith(before) and not before.endswith(REPLACEMENT):
             return text[len(before) :]
-        # A stray byte behind others makes some decoders give up the characters before it too, and a new byte may belong to a
-        # character that the prompt began.
+        # A stray byte makes some decoders drop the characters before it too, and a new byte may belong to a
+        # character that begins in the prompt.
         alone = self._tokenizer.decode(self._waiting)
         return text[len(before) :] if text.startswith(before) and text[len(before) :].endswith(alone) else alone
 

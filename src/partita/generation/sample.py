@@ -1,8 +1,8 @@
-"""Choosing tokens from logits of which each rank has some columns: as transformers' processors do, in their order.
+"""Choose tokens from logits whose columns are distributed over ranks, as transformers' processors do, in their order.
 
-Whole logits are not put together. Each rank tells the largest of its own and what all of its own weigh together; from that the
-token is found as it would be from whole logits, to the same number drawn. Only where what was told does not settle it (hundreds
-of tokens about as likely as each other, inside the nucleus) the rest is told too.
+The logits are never gathered. Each rank sends its largest logits and the total weight of all of its own; from these, the same
+random number gives the same token as from complete logits. Only if they do not determine it (hundreds of about equally likely
+tokens in the nucleus) do ranks send the rest too.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from partita.generation.settings import Sequence
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 Gather = Callable[[Array], Array]
-"""Given an array of the same shape on every rank: theirs in rank order, `[ranks, ...]`."""
+"""All-gather of an array of the same shape on every rank: `[ranks, ...]`."""
 
 ALL_EXCLUDED = -(1 << 20)
-"""What stands in place of an id where every logit is minus infinity."""
+"""The code in place of an id if every logit is minus infinity."""
 
 SHORTLIST = 128
-"""How many of its likeliest tokens a rank tells where their number is not given."""
+"""The number of its most likely tokens that a rank sends if it is not given."""
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Which columns of the logits this rank has, and how it hears of the others.
+    """The columns of the logits on this rank, and the collective that gathers those of the others.
 
     Attributes:
         start: The id of its first column.
-        width: The columns of the rank that has most.
-        rank: Its place among the ranks.
-        gather: How ranks tell each other.
+        width: The largest number of columns of any rank.
+        rank: This rank.
+        gather: All-gather among the ranks.
     """
 
     start: int = 0
@@ -47,17 +47,17 @@ class Columns:
 
 
 def generator_of(choice: Choice, place: int) -> np.random.Generator:
-    """Where the chance of the sequence at `place` comes from: the same numbers on either engine."""
+    """The random generator of the sequence at `place`, with the same numbers on either engine."""
     return np.random.default_rng([choice.seed, place])
 
 
 def no_token(rank: int) -> int:
-    """What stands in place of an id where logits of tensor rank `rank` are NaN or infinite."""
+    """The code in place of an id if logits of tensor rank `rank` are NaN or infinite."""
     return -1 - rank
 
 
 def failure_of(sequences: Iterable[Sequence], plan: Plan, replica: int) -> str:
-    """What the code of the first of a replica's sequences that has one says, in words; nothing where none has."""
+    """The error for the first of a replica's sequences that has a code; empty if none has."""
     failed = next((sequence for sequence in sequences if sequence.failure), None)
     if failed is None:
         return ""
@@ -81,15 +81,15 @@ def choose(
     generators: SequenceOf[np.random.Generator],
     columns: Columns | None = None,
 ) -> list[int]:
-    """The next id of each row; every rank calls it and gets the same. Codes where logits are not finite.
+    """The next id of each row, the same on every rank; every rank must call this. A code if logits are not finite.
 
     Args:
         logits: `[rows, vocab_r]`, this rank's columns; all of them without `columns`.
-        sequences: What each row continues.
-        choice: How it is chosen.
-        generators: Where the chance of each row comes from, in the same state on every rank; one number is drawn unless the
-            most likely is taken, and a second one with XTC.
-        columns: Which columns these are.
+        sequences: The sequence of each row.
+        choice: The settings for choosing.
+        generators: The random generator of each row, in the same state on every rank; one number is sampled unless the
+            most likely token is chosen, and a second one with XTC.
+        columns: The columns on this rank.
     """
     columns = columns or Columns()
     scores = np.array(logits, np.float64)
@@ -102,40 +102,40 @@ def choose(
     if choice.temperature == 0:
         return _most_likely(scores, columns)
     scores /= choice.temperature
-    draws = [generator.random() for generator in generators]
+    samples = [generator.random() for generator in generators]
     excludes = [choice.xtc_probability > 0 and g.random() < choice.xtc_probability for g in generators]
     if any(excludes):
-        return _excluding(scores, excludes, draws, choice, columns)
-    told = _Told.by_all(scores, choice, columns)
-    if (codes := _codes(told.tops)) is not None:
+        return _excluding(scores, excludes, samples, choice, columns)
+    sent = _Scores.by_all(scores, choice, columns)
+    if (codes := _codes(sent.tops)) is not None:
         return codes
-    if not told.values.shape[-1]:
-        return _from_all(scores, told, draws, columns)
-    ids = [_from_some(told, row, draw, choice) for row, draw in enumerate(draws)]
-    # The first rank's word counts: of machines of different kinds the last bit of a weight need not agree.
+    if not sent.values.shape[-1]:
+        return _from_all(scores, sent, samples, columns)
+    ids = [_from_some(sent, row, sample, choice) for row, sample in enumerate(samples)]
+    # The first rank's result is used: on different kinds of machines the last bit of a weight may differ.
     decided = columns.gather(np.array(ids, np.float64))[0]
     if (decided < 0).any():
         whole = np.concatenate(_parts(scores, columns), 1)
         for row in np.flatnonzero(decided < 0):
             kept = np.arange(whole.shape[1])
-            decided[row] = _drawn(*_kept(whole[row], kept, None, choice)[:2], draws[row])
+            decided[row] = _sampled(*_kept(whole[row], kept, None, choice)[:2], samples[row])
         decided = columns.gather(decided)[0]
     return [int(one) for one in decided]
 
 
 def _codes(tops: Array) -> list[int] | None:
-    """A code in place of each row's id where the largest logits `tops`, `[ranks, rows]`, of any row are not finite."""
+    """A code in place of each row's id if the largest logits `tops`, `[ranks, rows]`, of any row are not finite."""
     best = tops.max(0)
     if np.isfinite(best).all():
         return None
     row = int((~np.isfinite(best)).argmax())
     excluded = best[row] == -np.inf
-    # The run ends, so that no row needs its own id.
+    # The run ends, so no row needs its own id.
     return [ALL_EXCLUDED if excluded else no_token(int(tops[:, row].argmax()))] * len(best)
 
 
 def _process(row: Array, sequence: Sequence, choice: Choice, start: int) -> None:
-    """Change a row of logits, of which the first is that of id `start`, as transformers' processors do before choice."""
+    """Change a row of logits, the first of which is that of id `start`, as transformers' processors do before choosing."""
     prompt, tokens = sequence.prompt, sequence.tokens
     for token, bias in choice.logit_bias:
         row[_inside((token,), start, row.size)] += bias
@@ -153,15 +153,15 @@ def _inside(ids: Iterable[int], start: int, size: int) -> list[int]:
 
 
 @dataclass(frozen=True)
-class _Told:
-    """What all ranks have told of their columns.
+class _Scores:
+    """The scores that all ranks have sent.
 
     Attributes:
         tops: `[ranks, rows]`, the largest score.
         sums: `[ranks, rows]`, of exp(score - top).
-        floors: `[ranks, rows]`, below or at which are the scores not told; minus infinity where all are.
-        values: `[ranks, rows, told]`, the largest scores.
-        ids: `[ranks, rows, told]`, theirs.
+        floors: `[ranks, rows]`, an upper bound of the scores not sent; minus infinity if all were sent.
+        values: `[ranks, rows, sent]`, the largest scores.
+        ids: `[ranks, rows, sent]`, their ids.
     """
 
     tops: Array
@@ -171,13 +171,13 @@ class _Told:
     ids: Array
 
     @staticmethod
-    def by_all(scores: Array, choice: Choice, columns: Columns) -> _Told:
+    def by_all(scores: Array, choice: Choice, columns: Columns) -> _Scores:
         rows, own = scores.shape
         filtered = choice.top_k > 0 or choice.top_p < 1.0 or choice.min_p > 0.0
         count = min(max(choice.top_k + 1, SHORTLIST), max(columns.width, own)) if filtered else 0
         mine = np.full((rows, 3 + 2 * count), -np.inf)
         mine[:, 0] = scores.max(1)
-        # A rank of which every id is banned has no top to compare with.
+        # If all ids of a rank are banned, it has no top to compare with.
         tops = np.where(np.isfinite(mine[:, :1]), mine[:, :1], 0.0)
         mine[:, 1] = np.exp(scores - tops).sum(1)
         held = min(count, own)
@@ -187,18 +187,18 @@ class _Told:
             mine[:, 3 + count : 3 + count + held] = places + columns.start
             if held < own:
                 mine[:, 2] = mine[:, 3 : 3 + held].min(1)
-        told = columns.gather(mine)
-        return _Told(told[:, :, 0], told[:, :, 1], told[:, :, 2], told[:, :, 3 : 3 + count], told[:, :, 3 + count :])
+        sent = columns.gather(mine)
+        return _Scores(sent[:, :, 0], sent[:, :, 1], sent[:, :, 2], sent[:, :, 3 : 3 + count], sent[:, :, 3 + count :])
 
     def weights(self, row: int) -> Array:
-        """`[ranks]`, what the scores of each rank weigh, where the largest of all weighs 1."""
+        """`[ranks]`, the total weight of each rank's scores, relative to the largest score."""
         tops = self.tops[:, row]
         weights: Array = self.sums[:, row] * np.exp(tops - tops.max())
         return weights
 
 
 def _penalize(row: Array, seen: np.ndarray[Any, np.dtype[np.int64]], choice: Choice) -> None:
-    """Apply the penalties for ids that appeared, in mlx-lm's order: repetition, presence, frequency."""
+    """Apply the penalties for ids that have appeared, in mlx-lm's order: repetition, presence, frequency."""
     there, counts = np.unique(seen[(seen >= 0) & (seen < row.size)], return_counts=True)
     penalty = choice.repetition_penalty
     if penalty != 1.0:
@@ -206,80 +206,82 @@ def _penalize(row: Array, seen: np.ndarray[Any, np.dtype[np.int64]], choice: Cho
     row[there] -= choice.presence_penalty + choice.frequency_penalty * counts
 
 
-def _excluding(scores: Array, excludes: list[bool], draws: list[float], choice: Choice, columns: Columns) -> list[int]:
-    """The next ids where XTC excludes the most likely ids of some rows, which takes the scores of all ranks."""
+def _excluding(
+    scores: Array, excludes: list[bool], samples: list[float], choice: Choice, columns: Columns
+) -> list[int]:
+    """The next ids if XTC excludes the most likely ids of some rows, which needs the scores of all ranks."""
     parts = _parts(scores, columns)
     if (codes := _codes(np.stack([part.max(1) for part in parts]))) is not None:
         return codes
     ids = []
-    for row, draw, excluded in zip(np.concatenate(parts, 1), draws, excludes, strict=True):
+    for row, sample, excluded in zip(np.concatenate(parts, 1), samples, excludes, strict=True):
         kept, weights, _ = _kept(row, np.arange(row.size), None, choice)
         if excluded:
             likely = weights > choice.xtc_threshold * weights.sum()
             least = weights[likely].min(initial=np.inf)
             stay = ~(likely & (weights > least)) | np.isin(kept, list(choice.eos_ids))
             kept, weights = kept[stay], weights[stay]
-        ids.append(_drawn(kept, weights, draw))
-    # The first rank's word counts, as in `choose`.
+        ids.append(_sampled(kept, weights, sample))
+    # The first rank's result is used, as in `choose`.
     return [int(one) for one in columns.gather(np.array(ids, np.float64))[0]]
 
 
 def _most_likely(scores: Array, columns: Columns) -> list[int]:
     places = scores.argmax(1)
-    told = columns.gather(np.stack([scores.max(1), places + columns.start], 1).astype(np.float64))
-    if (codes := _codes(told[:, :, 0])) is not None:
+    sent = columns.gather(np.stack([scores.max(1), places + columns.start], 1).astype(np.float64))
+    if (codes := _codes(sent[:, :, 0])) is not None:
         return codes
-    best = told[:, :, 0].argmax(0)
-    return [int(told[rank, row, 1]) for row, rank in enumerate(best)]
+    best = sent[:, :, 0].argmax(0)
+    return [int(sent[rank, row, 1]) for row, rank in enumerate(best)]
 
 
-def _from_all(scores: Array, told: _Told, draws: list[float], columns: Columns) -> list[int]:
-    """Without filters: the rank in whose share of the whole weight the draw falls finds the id."""
-    # Weighed by the first rank, so that all agree on who that is.
-    shares = columns.gather(np.stack([told.weights(row) for row in range(len(draws))]))[0]
-    mine, owners = np.zeros(len(draws)), []
-    for row, draw in enumerate(draws):
+def _from_all(scores: Array, sent: _Scores, samples: list[float], columns: Columns) -> list[int]:
+    """Without filters: the rank whose share of the total weight contains the random number finds the id."""
+    # Computed by the first rank, so that all agree on which rank that is.
+    shares = columns.gather(np.stack([sent.weights(row) for row in range(len(samples))]))[0]
+    mine, owners = np.zeros(len(samples)), []
+    for row, sample in enumerate(samples):
         ends = np.cumsum(shares[row])
-        target = draw * ends[-1]
+        target = sample * ends[-1]
         owner = min(int(np.searchsorted(ends, target, side="right")), len(ends) - 1)
         owners.append(owner)
         if owner == columns.rank:
             within = (target - (ends[owner] - shares[row, owner])) / shares[row, owner]
-            weights = np.exp(scores[row] - told.tops[owner, row])
-            mine[row] = columns.start + _drawn(np.arange(weights.size), weights, within)
+            weights = np.exp(scores[row] - sent.tops[owner, row])
+            mine[row] = columns.start + _sampled(np.arange(weights.size), weights, within)
     chosen = columns.gather(mine)
     return [int(chosen[owner, row]) for row, owner in enumerate(owners)]
 
 
-def _from_some(told: _Told, row: int, draw: float, choice: Choice) -> int:
-    """The id, or -1 where what was told does not settle it."""
-    values, ids = told.values[:, row].ravel(), told.ids[:, row].ravel()
+def _from_some(sent: _Scores, row: int, sample: float, choice: Choice) -> int:
+    """The id, or -1 if the scores that were sent do not determine it."""
+    values, ids = sent.values[:, row].ravel(), sent.ids[:, row].ravel()
     there = np.isfinite(ids)
     order = np.argsort(ids[there])
     values, whole_ids = values[there][order], ids[there][order].astype(np.int64)
-    total = None if choice.top_k else float(told.weights(row).sum())
+    total = None if choice.top_k else float(sent.weights(row).sum())
     kept, weights, least = _kept(values, whole_ids, total, choice)
-    # All scores above the floor were told.
-    floor = told.floors[:, row].max()
-    return _drawn(kept, weights, draw) if least > floor or floor == -np.inf else -1
+    # All scores above the floor were sent.
+    floor = sent.floors[:, row].max()
+    return _sampled(kept, weights, sample) if least > floor or floor == -np.inf else -1
 
 
 def _kept(
     scores: Array, ids: np.ndarray[Any, np.dtype[np.int64]], total: float | None, choice: Choice
 ) -> tuple[np.ndarray[Any, np.dtype[np.int64]], Array, float]:
-    """The ids that are left by the filters, in order, what they weigh, and the least score that had to be known for it.
+    """The ids that the filters keep, in order, their weights, and the least score that was needed to find them.
 
     Args:
-        scores: Of `ids`, which hold at least all that will be kept.
-        ids: In order.
-        total: What all scores weigh, where the largest weighs 1; None where they are all here, or only the kept count.
+        scores: The scores of `ids`, which contain at least all that will be kept.
+        ids: The ids in order.
+        total: The weight of all scores relative to the largest; None if `scores` has all, or only the kept ones count.
         choice: The filters.
     """
     least = scores.max() + np.log(choice.min_p) if choice.min_p > 0.0 else -np.inf
     if choice.top_k > 0 or choice.top_p < 1.0:
         least = -np.inf
     if 0 < choice.top_k < scores.size:
-        # What is as likely as the last of them stays, as in transformers.
+        # Tokens as likely as the last of them are kept, as in transformers.
         stay = scores >= np.partition(scores, -choice.top_k)[-choice.top_k]
         scores, ids = scores[stay], ids[stay]
         least = scores.min()
@@ -290,7 +292,7 @@ def _kept(
         before = np.cumsum(ordered) - ordered
         stay = np.sort(likely[before < choice.top_p * (total if total is not None else ordered.sum())])
         weights, ids = weights[stay], ids[stay]
-        # Of the likeliest k every one counts, as they are weighed together.
+        # Each of the k most likely tokens counts, since they are weighed together.
         least = scores[stay].min() if least == -np.inf else least
     if choice.min_p > 0.0:
         stay = weights >= choice.min_p
@@ -298,9 +300,9 @@ def _kept(
     return ids, weights, float(least)
 
 
-def _drawn(ids: np.ndarray[Any, np.dtype[np.int64]], weights: Array, draw: float) -> int:
+def _sampled(ids: np.ndarray[Any, np.dtype[np.int64]], weights: Array, sample: float) -> int:
     ends = np.cumsum(weights)
-    return int(ids[min(int(np.searchsorted(ends, draw * ends[-1], side="right")), ids.size - 1)])
+    return int(ids[min(int(np.searchsorted(ends, sample * ends[-1], side="right")), ids.size - 1)])
 
 
 def _parts(scores: Array, columns: Columns) -> list[Array]:

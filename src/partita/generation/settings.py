@@ -1,4 +1,4 @@
-"""How tokens are chosen, what is generated, and one sequence on its way there."""
+"""Sampling settings, generated texts, and sequences during generation."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from partita.generation.choice import Choice
 
 OnText = Callable[[int, str], None]
-"""Told of new text as it comes, with the prompt's place."""
+"""A callback for new text, with the index of its prompt."""
 
 
 def _is_whole(value: object, least: int = 0) -> bool:
@@ -23,7 +23,7 @@ def _is_whole(value: object, least: int = 0) -> bool:
 
 
 def _is_in(value: Any, low: float, high: float, *, open_below: bool = False) -> bool:
-    """Whether it is a finite number from `low` to `high`."""
+    """Whether `value` is a finite number from `low` to `high`."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     return is_number and low <= value <= high and value < math.inf and not (open_below and value == low)
 
@@ -66,41 +66,41 @@ RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "min_length": (_is_whole, "a whole number of at least 0"),
     "seed": (_is_whole, "a whole number of at least 0"),
 }
-"""For each setting, what a value must be, as a test and in words."""
+"""For each setting, the rule for its value as a function and in words."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen.
+    """Settings for choosing the next token.
 
-    What is None is taken from the model's generation config (`generation_config.json`), and what that leaves open is as in
-    transformers: without `do_sample` tokens are chosen greedily, with it at temperature 1 among the 50 most likely.
+    None is replaced by the model's generation config (`generation_config.json`), or else by the default of transformers:
+    greedy without `do_sample`, and with it sampling at temperature 1 from the 50 most likely tokens.
 
     Attributes:
-        max_new_tokens: Tokens after which a sequence ends at the latest; 64 where the model sets no limit either.
-        temperature: Divides the logits; 0 takes the most likely token every time. A number above 0 samples.
-        top_k: Only this many of the most likely tokens; 0 for all. Like `top_p` and `min_p` it matters only for sampling.
-        top_p: Only the most likely tokens that have this probability together (nucleus sampling: Holtzman et al. 2020,
+        max_new_tokens: Largest number of new tokens; 64 if the model sets no limit either.
+        temperature: Divides the logits; 0 always chooses the most likely token. A number above 0 samples.
+        top_k: Sample only from this many most likely tokens; 0 for all. Like `top_p` and `min_p`, used only for sampling.
+        top_p: Sample only from the most likely tokens with this total probability (nucleus sampling: Holtzman et al. 2020,
             1904.09751).
-        min_p: Only tokens at least as likely as this fraction of the most likely one (2407.01082).
-        repetition_penalty: Divides the logits of tokens that were there already (Keskar et al. 2019, 1909.05858); 1 for none.
-        presence_penalty: Subtracted from the logits of tokens that appeared; 0 for none.
-        frequency_penalty: Subtracted from the logit of a token for each time that it appeared; 0 for none.
-        penalty_window: The three penalties count only this many of the last tokens, the prompt included; 0 for all.
-        logit_bias: Numbers that are added to the logits of ids, before the penalties.
+        min_p: Sample only from tokens at least this likely, relative to the most likely token (2407.01082).
+        repetition_penalty: Divides the logits of tokens that have appeared (Keskar et al. 2019, 1909.05858); 1 for none.
+        presence_penalty: Subtracted from the logits of tokens that have appeared; 0 for none.
+        frequency_penalty: Subtracted from the logit of a token for each time that it has appeared; 0 for none.
+        penalty_window: Number of last tokens, prompt included, that the three penalties count; 0 for all.
+        logit_bias: Values added to the logits of ids, before the penalties.
         xtc_probability: The probability with which a token is chosen without the most likely ones (XTC, "exclude top choices"):
             after all other filters, every token of at least `xtc_threshold` is excluded but the least likely of them. End
-            tokens are never excluded. It matters only for sampling; 0 for none.
+            tokens are never excluded. Used only for sampling; 0 for none.
         xtc_threshold: The probability from which XTC excludes tokens, at most 0.5.
-        no_repeat_ngram_size: No sequence of so many tokens appears twice; 0 for no such rule.
+        no_repeat_ngram_size: Length of token sequences that may not appear twice; 0 disables this.
         bad_words_ids: Sequences of ids that must not appear.
         suppress_tokens: Ids that are never chosen.
         begin_suppress_tokens: Ids that are not chosen as the first new token.
-        min_new_tokens: No sequence ends before it has so many new tokens.
-        seed: Each sequence draws from its own generator of this seed and its place among the prompts.
-        stop: A sequence ends before the first of these texts, which may be or contain special tokens.
-        ignore_eos: Whether a sequence goes on after an end token.
-        use_generation_config: Whether more than the end tokens is taken from the model's generation config.
+        min_new_tokens: Least number of new tokens.
+        seed: Sampling seed. The generator of each sequence depends on it and on the index of its prompt.
+        stop: Texts at which a sequence ends, which it does not include; they may contain special tokens.
+        ignore_eos: Whether a sequence continues after an end token.
+        use_generation_config: Whether the model's generation config applies; if not, only its end tokens do.
     """
 
     max_new_tokens: int | None = None
@@ -144,7 +144,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Generation:
-    """What was generated after one prompt: tokens and their text, and why it ended (`eos`, `stop` or `length`)."""
+    """The continuation of one prompt: tokens, their text, and why it ended (`eos`, `stop` or `length`)."""
 
     tokens: tuple[int, ...]
     text: str
@@ -153,15 +153,15 @@ class Generation:
 
 @dataclass
 class Sequence:
-    """One sequence under way.
+    """A sequence during generation.
 
     Attributes:
-        place: Its place among the prompts.
-        prompt: The ids that it continues.
-        limit: After how many tokens it ends at the latest.
-        tokens: What came after them so far.
-        finish_reason: Why it ended; empty while it goes on.
-        failure: The code that came in place of a token where logits were not finite, else 0.
+        place: The index of its prompt.
+        prompt: The ids of the prompt.
+        limit: The largest number of new tokens.
+        tokens: The new tokens so far.
+        finish_reason: Why it ended; empty until then.
+        failure: The code in place of a token if logits were not finite, else 0.
     """
 
     place: int
@@ -182,12 +182,12 @@ class Sequence:
 
     @property
     def _certain(self) -> int:
-        """How many characters, special tokens included, are certain and not cut off."""
+        """The number of characters, special tokens included, that are final and not removed by a stop text."""
         assert self._new is not None
         return len(self._new.text) if self._end is None else self._end
 
     def accept(self, token: int, choice: Choice, tokenizer: Tokenizer | None) -> None:
-        """Add a token, and end before a text of `choice.stop`, behind an end token or at the number of new tokens.
+        """Add a token, and end before a text of `choice.stop`, after an end token or at the largest number of new tokens.
 
         A code of `choose`, which is negative, ends it too.
         """
@@ -213,7 +213,7 @@ class Sequence:
             self.finish_reason = "stop"
 
     def show(self, on_text: OnText | None, stop: tuple[str, ...] = ()) -> None:
-        """Pass on the text that is certain: no character whose bytes are not all there yet, no beginning of a stop text."""
+        """Pass on the final text, without incomplete characters and without the beginning of a stop text."""
         if on_text is None or self._new is None:
             return
         certain = self._certain
@@ -228,5 +228,5 @@ class Sequence:
 
     @property
     def generation(self) -> Generation:
-        """What came out."""
+        """The result."""
         return Generation(tuple(self.tokens), self.text, self.finish_reason)

@@ -1,4 +1,4 @@
-"""Text to ids and back: the checkpoint's own tokenizer, or bytes where it has none."""
+"""Text to ids and back: the checkpoint's own tokenizer, or bytes if it has none."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from partita.errors import CheckpointError
 END_OF_TEXT = "<|endoftext|>"
 
 _OF_READING = ("is_local", "local_files_only")
-"""What transformers notes of where a tokenizer was read from, which is nothing of the tokenizer's."""
+"""Settings in which transformers records the origin of a tokenizer, which are not part of the tokenizer."""
 
 
 class Tokenizer:
@@ -23,11 +23,11 @@ class Tokenizer:
         inner: transformers' tokenizer.
         eos_ids: Ids that end a text.
         special_ids: Ids of special tokens, which `decode` leaves out.
-        vocab_size: Ids there are.
+        vocab_size: Number of ids.
     """
 
     def __init__(self, inner: Any, eos_ids: frozenset[int] | None = None) -> None:
-        """Wrap a tokenizer; `eos_ids` is by default its one end token."""
+        """Wrap a tokenizer; `eos_ids` defaults to its one end token."""
         self.inner = inner
         own = frozenset() if inner.eos_token_id is None else frozenset([int(inner.eos_token_id)])
         self.eos_ids: frozenset[int] = own if eos_ids is None else eos_ids
@@ -36,7 +36,7 @@ class Tokenizer:
         self.vocab_size = len(inner)
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text, with what the tokenizer puts before one."""
+        """The ids of a text, with the special tokens that the tokenizer adds."""
         return [int(i) for i in self.inner.encode(text)]
 
     def decode(self, ids: list[int]) -> str:
@@ -44,11 +44,11 @@ class Tokenizer:
         return str(self.inner.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def name(self, token: int) -> str:
-        """A token as its vocabulary writes it; of a special token that is its text."""
+        """A token as its vocabulary writes it; for a special token, its text."""
         return str(self.inner.convert_ids_to_tokens(token))
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write it as transformers does, so that `AutoTokenizer` reads it."""
+        """Save the tokenizer in transformers' format, so that `AutoTokenizer` reads it."""
         self.inner.save_pretrained(folder)
         file = Path(folder) / "tokenizer_config.json"
         config = json.loads(file.read_text(encoding="utf-8"))
@@ -58,7 +58,7 @@ class Tokenizer:
 
 
 def byte_tokenizer() -> Tokenizer:
-    """Ids 0 to 255 are the bytes of UTF-8 text, 256 ends a text."""
+    """A tokenizer whose ids 0 to 255 are the bytes of UTF-8 text; 256 ends a text."""
     from tokenizers import AddedToken, decoders, models, pre_tokenizers
     from tokenizers import Tokenizer as Fast
     from transformers import PreTrainedTokenizerFast
@@ -72,7 +72,7 @@ def byte_tokenizer() -> Tokenizer:
 
 
 def _byte_characters() -> list[str]:
-    """The character that byte-level tokenizers write for each byte: itself where it prints, else one from U+0100 on.
+    """The character that byte-level tokenizers write for each byte: itself if printable, else one from U+0100 on.
 
     Source: GPT-2's `bytes_to_unicode`.
     """
@@ -82,14 +82,14 @@ def _byte_characters() -> list[str]:
 
 
 def load_tokenizer(folder: str | os.PathLike[str], *, trust_remote_code: bool = False) -> Tokenizer:
-    """The tokenizer that lies with a checkpoint, or the byte-level one where none does.
+    """Load the tokenizer of a checkpoint, or the byte-level one if the checkpoint has none.
 
     Args:
-        folder: Of the checkpoint.
+        folder: The checkpoint's folder.
         trust_remote_code: Whether to run code that comes with the tokenizer. Read it before you do.
 
     Raises:
-        CheckpointError: There is one, but it cannot be read, or it needs code of its own.
+        CheckpointError: The tokenizer cannot be read, or needs code of its own.
     """
     path = Path(folder)
     names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
@@ -103,7 +103,7 @@ def load_tokenizer(folder: str | os.PathLike[str], *, trust_remote_code: bool = 
     except Exception as error:
         if not trust_remote_code and "trust_remote_code" in str(error):
             raise CheckpointError(
-                f"the tokenizer in {path} brings code of its own, which is not run unless you ask for it. If you trust it, "
+                f"the tokenizer in {path} comes with its own code, which is run only on request. If you trust it, "
                 "give trust_remote_code=True (--trust-remote-code)."
             ) from error
         why = " ".join(str(error).split()) or type(error).__name__

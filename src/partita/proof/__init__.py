@@ -1,1 +1,1 @@
-"""What both engines need to prove that a split model equals the unsplit one."""
+"""The proof that a split model equals the unsplit one: the parts that both engines share."""

@@ -1,4 +1,4 @@
-"""How far a split model is from the unsplit one, over all ranks: the same record and the same order on either engine."""
+"""The differences between a split model and the unsplit one over all ranks, in the same form on both engines."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ SMALL = 1e-3
 
 @dataclass(frozen=True)
 class Difference:
-    """How far one thing of the split model is from the unsplit one's, relative to its largest magnitude.
+    """The difference of one value of the split model from the unsplit one's, relative to its largest magnitude.
 
     Attributes:
         kind: One of `KINDS`.
         name: The module's or parameter's path in the unsplit model.
-        error: The largest over all ranks; infinite where it is missing or not a number on one side only.
+        error: The largest over all ranks; infinite if the value is missing or not a number on one side only.
     """
 
     kind: str
@@ -31,10 +31,10 @@ class Difference:
 def largest_of_ranks(
     mine: Iterable[Difference], axes: Sequence[Communicator], names: Sequence[str], missing: Iterable[str] = ()
 ) -> list[Difference]:
-    """What all ranks of a replica found: the largest error of each thing, by kind, and in the order of `names`.
+    """The largest error of each value over all ranks of a replica, by kind and in the order of `names`.
 
     Args:
-        mine: What this rank found.
+        mine: The differences on this rank.
         axes: The tensor and the pipeline group.
         names: The paths of modules and parameters in the order of execution.
         missing: The gradients that the unsplit model has; one that no rank has is infinitely far from it.
@@ -45,7 +45,7 @@ def largest_of_ranks(
         for part in comm.all_gather_object(found):
             for kind, name, error in part:
                 known = merged.get((kind, name), -1.0)
-                # Not a number counts as more than any number, and stays.
+                # NaN counts as larger than any number, and is kept.
                 if error != error or error > known:
                     merged[kind, name] = error
         found = [(kind, name, error) for (kind, name), error in merged.items()]

@@ -1,4 +1,4 @@
-"""What a verification found, as data."""
+"""The results of a verification as data."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from partita.training import StepReport
 
 @dataclass(frozen=True)
 class Row:
-    """One thing that was compared.
+    """One comparison.
 
     Attributes:
         kind: `module` and `output` (of a forward pass), `dtype` (of all outputs), `gradient`, `tokens` (generated, greedily),
@@ -56,14 +56,14 @@ class Skip:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything that was compared, in order of execution, and what was not.
+    """All comparisons, in order of execution, and those that were skipped.
 
     Attributes:
         rows: Modules, the output, dtypes, gradients, tokens, losses, parameters; for each dtype in turn.
-        what: The model, its size and the mesh, in a line.
-        skipped: What was requested and not compared.
-        substituted: What was compared in place of what, a sentence each.
-        reference: On MLX, what the unsplit model itself was compared with.
+        what: The model, its size and the mesh, in one line.
+        skipped: The requested comparisons that were skipped.
+        substituted: Replaced comparisons, one sentence each.
+        reference: On MLX, the model with which the unsplit model was compared.
     """
 
     rows: tuple[Row, ...]
@@ -74,12 +74,12 @@ class Report:
 
     @property
     def equal(self) -> bool:
-        """Whether something was compared and all of it is equal."""
+        """Whether anything was compared and all of it is equal."""
         return bool(self.rows) and all(row.ok for row in self.rows)
 
     @property
     def first_wrong(self) -> str | None:
-        """The name of the first thing that differs, or None."""
+        """The name of the first row that differs, or None."""
         return next((row.name for row in self.rows if not row.ok), None)
 
     @property
@@ -100,21 +100,21 @@ class Report:
 
 
 def _rank(error: float) -> float:
-    """A number that orders errors, of which not a number is the worst."""
+    """A sort key for errors, in which NaN is the largest."""
     return math.inf if math.isnan(error) else error
 
 
 class Collected:
-    """The rows and skips of one run, which its parts add to.
+    """The rows and skips of one run, collected by its parts.
 
     Attributes:
         dtype: The dtype of the run.
         rows: The rows so far.
-        skipped: What was not compared.
+        skipped: The comparisons that were skipped.
     """
 
     def __init__(self, dtype: str) -> None:
-        """Nothing compared yet in a run of `dtype`."""
+        """Start an empty record for a run in `dtype`."""
         self.dtype = dtype
         self.rows: list[Row] = []
         self.skipped: list[Skip] = []
@@ -128,7 +128,7 @@ class Collected:
         self.skipped.append(Skip(kinds, why, self.dtype))
 
     def expect(self, *kinds: str) -> None:
-        """Note each of `kinds` of which there is neither a row nor a reason."""
+        """Record a skip for each of `kinds` that has neither a row nor a reason."""
         known = {row.kind for row in self.rows} | {kind for skip in self.skipped for kind in skip.kinds}
         missing = tuple(kind for kind in kinds if kind not in known)
         if missing:
@@ -136,7 +136,7 @@ class Collected:
 
 
 def first_line(error: BaseException) -> str:
-    """An exception as a reason: its first line, with its class where that is not one of ours."""
+    """An exception as a reason: its first line, with its class unless it is a Partita error."""
     text = (str(error).strip() or type(error).__name__).splitlines()[0][:300].rstrip(".")
     return text if isinstance(error, PartitaError) else f"{type(error).__name__}: {text}"
 
@@ -147,13 +147,13 @@ def token_rows(
     found: Sequence[Generation],
     is_tie: Callable[[Sequence[int], int, int], bool] = lambda prefix, one, other: False,
 ) -> list[Row]:
-    """Whether each prompt was continued by the same tokens.
+    """The rows that compare the continuations of each prompt.
 
     Args:
         prompts: The ids of each prompt.
         expected: The unsplit model's continuations.
         found: The split model's.
-        is_tie: Whether after the ids of a prefix two tokens are so close that rounding decides between them; after a tie the
+        is_tie: Whether, after the ids of a prefix, two tokens are so close that rounding decides between them; after a tie the
             continuations are not compared.
     """
     rows = []
@@ -169,7 +169,7 @@ def token_rows(
 
 
 def loss_rows(expected: Sequence[StepReport], found: Sequence[StepReport], tolerance: float) -> list[Row]:
-    """How far the loss of each training step is off."""
+    """The error of the loss of each training step."""
     return [
         Row("loss", f"step {one.step}", abs(one.loss - other.loss) / abs(one.loss), tolerance)
         for one, other in zip(expected, found, strict=True)
@@ -182,7 +182,7 @@ def rounding_rows(judged: Iterable[Judged]) -> list[Row]:
 
 
 def dtype_rows(outputs: int, wrong: Mapping[str, str]) -> list[Row]:
-    """Whether `outputs` outputs have the unsplit model's dtypes; `wrong` says of the others, by path, what they have."""
+    """The rows that compare the dtypes of `outputs` outputs with the unsplit model's; `wrong` has the others by path."""
     if not wrong:
         return [Row("dtype", f"{outputs} outputs", 0.0, 0.0)]
     return [Row("dtype", f"{path} is {dtypes}", math.inf, 0.0) for path, dtypes in wrong.items()]

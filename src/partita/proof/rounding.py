@@ -1,9 +1,9 @@
-"""The rule for a dtype that is run: a split model may round at most twice as much as the unsplit one.
+"""The rule for the model's own dtype: a split model may have at most twice the rounding error of the unsplit one.
 
 Both run in the same dtype from the same stored weights, and the errors of both are measured against the unsplit model in
 float64. An error is the root mean square over all elements of a tensor and all ranks that hold it. The largest error of one
-element would not do: it depends on the order of a few sums, and by chance is more than twice as large in one of two models
-that round equally well. Of an adding of two rounded parts the root mean square is expected to be sqrt(2) times larger.
+element is not suitable: it depends on the order of a few sums, and by chance is more than twice as large in one of two models
+that round equally well. For a sum of two rounded parts the expected root mean square is sqrt(2) times larger.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from statistics import median
 
 FACTOR = 2.0
-"""How many times the unsplit model's error the split model's may be."""
+"""The allowed ratio of the split model's error to the unsplit model's."""
 
 SMALL = 1e-3
 """Errors are relative to no less than this fraction of the largest tensor of the same kind, since the gradient of a key's bias
@@ -22,7 +22,7 @@ is zero in exact arithmetic and rounding is all that is left of it."""
 
 
 SAMPLES = 16
-"""How many samples are taken at most before an error counts as more than rounding."""
+"""The largest number of samples before an error counts as more than rounding."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Rounding:
         elements: The number of elements.
         exact: The sum of squares of the float64 values.
         unsplit: The sum of squares of the unsplit model's errors.
-        split: The sum of squares of the split model's errors; infinite or not a number where it has no such value.
+        split: The sum of squares of the split model's errors; infinite or not a number if it has no such value.
     """
 
     kind: str
@@ -68,12 +68,12 @@ class Judged:
 
 @dataclass
 class Measured:
-    """What a comparison in the dtype that is run gave, the same on every rank.
+    """The result of a comparison in the model's own dtype, the same on every rank.
 
     Attributes:
         judged: Modules in the order in which they ran, the output, then gradients.
         dtypes: Modules whose outputs have another dtype in the split model, with both dtypes, and `the model` for its output.
-        outputs: How many outputs' dtypes were compared.
+        outputs: Number of outputs whose dtypes were compared.
     """
 
     judged: list[Judged]
@@ -81,7 +81,7 @@ class Measured:
     outputs: int
 
     def first_wrong(self, dtype: str) -> str:
-        """What is first of another dtype, or rounded more than is allowed in `dtype`, in words; nothing where all is right."""
+        """The first wrong dtype, or rounding error above the limit of `dtype`, in words; empty if all is right."""
         for path, dtypes in self.dtypes.items():
             return f"the output of {path} is {dtypes}."
         for one in self.judged:
@@ -103,8 +103,8 @@ def add_ranks(ranks: Iterable[Sequence[Rounding]]) -> list[Rounding]:
 def judge(measured: Sequence[Rounding], unit_roundoff: float) -> list[Judged]:
     """Compare each error with the one that is allowed.
 
-    That is twice the unsplit model's own error of the same tensor. A tensor of a few elements may be rounded well by chance, so
-    no tensor has to be better than the median of its kind, nor than one rounding.
+    The limit is twice the unsplit model's own error of the same tensor. A small tensor may be rounded well by chance, so
+    no limit is below the median of its kind, nor below one rounding.
 
     Args:
         measured: All tensors of a comparison.

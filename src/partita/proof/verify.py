@@ -1,4 +1,4 @@
-"""What `verify` decides alike on either engine: the training steps, the prompts, and what is not compared and why."""
+"""The parts of `verify` that both engines share: the training steps, the prompts, and the skipped comparisons."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from partita.proof.report import Collected, first_line, token_rows
 from partita.training import TrainSettings
 
 NEW_TOKENS = 12
-"""Tokens by which each prompt is continued."""
+"""New tokens for each prompt."""
 
 SEQUENCE_LENGTH = 8
-"""Tokens of a sequence that is trained on."""
+"""Tokens of a training sequence."""
 
 EPSILON = 1e-4
-"""AdamW divides a gradient by its own size and this: were it much smaller, rounding of small gradients would be blown up."""
+"""AdamW divides a gradient by its own size plus this: a much smaller value would amplify the rounding of small gradients."""
 
 Generate = Callable[[list[list[int]], Sampling], list[Generation]]
 
@@ -43,7 +43,7 @@ def unsplit_settings(settings: TrainSettings) -> TrainSettings:
 
 
 def expect_all(found: Collected, steps: int) -> None:
-    """Note each kind of comparison of which there is neither a row nor a reason."""
+    """Record a skip for each kind of comparison that has neither a row nor a reason."""
     found.expect("module", "output", "gradient", "tokens", *(("loss", "parameter") if steps else ()))
 
 
@@ -58,11 +58,11 @@ def compare_tokens(
     """Compare how both models continue two prompts of different lengths.
 
     Args:
-        found: What was compared so far.
-        ids: Gives two rows of ids, lists of Python numbers.
+        found: The comparisons so far.
+        ids: Returns two rows of ids, lists of Python integers.
         unsplit: Continues prompts with the unsplit model.
         split: Continues them with the split one.
-        refuse: Raises `ModelError` where the split model cannot generate.
+        refuse: Raises `ModelError` if the split model cannot generate.
         is_tie: As in `token_rows`.
     """
     sampling = Sampling(NEW_TOKENS, temperature=0.0, ignore_eos=True, use_generation_config=False)

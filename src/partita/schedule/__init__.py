@@ -1,4 +1,4 @@
-"""Who computes what when, as data: schedules are built, lowered, checked, simulated and drawn, and never executed here."""
+"""Pipeline schedules as data: which rank computes what when. They are built, lowered, checked, simulated and drawn here."""
 
 from partita.schedule.action import Action, Kind, Schedule, format_row, parse_row
 from partita.schedule.build import KINDS, build, check_kind, placement_of, vpp_of

@@ -1,4 +1,4 @@
-"""Actions, and a `Schedule`: the actions of every pipeline rank, in order. Data that prints and parses back.
+"""Actions, and a `Schedule`: the actions of every pipeline rank, in order. Both print and parse back.
 
 Cells read as in torch.distributed.pipelining: ``2F0`` is the forward of stage 2 for micro-batch 0.
 """
@@ -16,7 +16,7 @@ from partita.errors import ScheduleError
 
 
 class Kind(StrEnum):
-    """What an action does. The value is its text in a cell."""
+    """The kind of an action. The value is its text in a cell."""
 
     F = "F"
     B = "B"
@@ -37,13 +37,13 @@ PARTNER = {
     Kind.SEND_B: (Kind.RECV_B, -1),
     Kind.RECV_B: (Kind.SEND_B, 1),
 }
-"""Of one end of a transfer the other: its kind, and how many stages away."""
+"""For each end of a transfer, the kind of the other end, and its distance in stages."""
 
 _CELL = re.compile(r"([0-9]{1,9})(SEND_F|RECV_F|SEND_B|RECV_B|BW|F|B|W)([0-9]{1,9})")
 
 
 class Action(NamedTuple):
-    """One thing that one rank does: `str()` is ``2F0``, ``1BW3``, ``1SEND_F0``; `parse` reads it.
+    """One action of one rank: `str()` is ``2F0``, ``1BW3``, ``1SEND_F0``; `parse` reads it.
 
     ``1SEND_F0`` sends the output of stage 1 for micro-batch 0 and ``2RECV_F0`` receives it as the input of stage 2.
     ``2SEND_B0`` sends the gradient of that input and ``1RECV_B0`` receives it.
@@ -58,10 +58,10 @@ class Action(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> Action:
-        """The action that `text` stands for.
+        """Parse an action.
 
         Raises:
-            ScheduleError: It stands for none.
+            ScheduleError: The text is not an action.
         """
         match = _CELL.fullmatch(text)
         if match is None:
@@ -74,21 +74,21 @@ class Action(NamedTuple):
 
     @property
     def is_compute(self) -> bool:
-        """Whether it computes, and does not send or receive."""
+        """Whether it is a computation, not a send or receive."""
         return self.kind in COMPUTE
 
     @property
     def partner(self) -> Action:
-        """Of a send its receive, of a receive its send."""
+        """The receive of a send, or the send of a receive."""
         kind, step = PARTNER[self.kind]
         return Action(self.stage + step, kind, self.microbatch)
 
 
 def parse_row(text: str) -> tuple[Action, ...]:
-    """The actions of one rank: cells with commas between them, blank ones left out.
+    """The actions of one rank: cells separated by commas; blank cells are skipped.
 
     Raises:
-        ScheduleError: A cell is no action; the message names it, counted from 1.
+        ScheduleError: A cell is not an action; the message has its number, counted from 1.
     """
     actions = []
     for number, cell in enumerate(text.split(","), 1):
@@ -107,9 +107,9 @@ def format_row(actions: Iterable[Action]) -> str:
 
 @dataclass(frozen=True)
 class Schedule:
-    """What every pipeline rank does, in order. `str()` is CSV, a row a rank.
+    """The actions of every pipeline rank, in order. `str()` is CSV, one row per rank.
 
-    Nothing is proved of it here: `check` does that.
+    This class does not validate the schedule: `check` does.
 
     Attributes:
         ranks: The actions of each rank.
@@ -124,17 +124,17 @@ class Schedule:
 
     @cached_property
     def num_stages(self) -> int:
-        """Stages of all ranks: the largest number that occurs, and one."""
+        """Stages of all ranks: the largest stage number plus one."""
         return max((action.stage for row in self.ranks for action in row), default=-1) + 1
 
     @cached_property
     def num_microbatches(self) -> int:
-        """Micro-batches: the largest number that occurs, and one."""
+        """Micro-batches: the largest micro-batch number plus one."""
         return max((action.microbatch for row in self.ranks for action in row), default=-1) + 1
 
     @cached_property
     def rank_of(self) -> tuple[int, ...]:
-        """Of each stage the rank that runs it.
+        """For each stage, the rank that runs it.
 
         Raises:
             ScheduleError: A stage is on no rank or on several.
@@ -165,15 +165,15 @@ class Schedule:
         return any(action.kind not in COMPUTE for row in self.ranks for action in row)
 
     def to_csv(self) -> str:
-        """A row a rank, a cell an action."""
+        """One row per rank, one cell per action."""
         return "".join(f"{format_row(row)}\n" for row in self.ranks)
 
     @classmethod
     def from_csv(cls, text: str) -> Schedule:
-        """The schedule that `to_csv` wrote, or a person: blanks around cells and blank cells mean nothing.
+        """Parse a schedule in the form of `to_csv`; blanks around cells and blank cells are ignored.
 
         Raises:
-            ScheduleError: A cell is no action; the message names its row and cell, counted from 1.
+            ScheduleError: A cell is not an action; the message has its row and cell, counted from 1.
         """
         ranks = []
         for number, line in enumerate(text.splitlines(), 1):

@@ -44,11 +44,11 @@ def build(kind: str, pp: int, microbatches: int, vpp: int | None = None, *, grou
         pp: Pipeline ranks.
         microbatches: Micro-batches of a step; any number, also fewer than `pp`.
         vpp: Virtual stages of a rank; None for the kind's usual number.
-        group_size: Of interleaved-1f1b: micro-batches that pass through a virtual stage before the next one's turn, at
-            least `pp`, which it is by default (Megatron-LM's microbatch_group_size_per_vp_stage).
+        group_size: For interleaved-1f1b: micro-batches that run on a virtual stage before the next one's turn, at
+            least `pp`, the default (Megatron-LM's microbatch_group_size_per_vp_stage).
 
     Raises:
-        ScheduleError: There is no such schedule (see `check_kind`).
+        ScheduleError: The schedule does not exist (see `check_kind`).
 
     Examples:
         >>> print(build("1f1b", pp=2, microbatches=3))
@@ -63,7 +63,7 @@ def build(kind: str, pp: int, microbatches: int, vpp: int | None = None, *, grou
 
 
 def check_kind(kind: str, pp: int, microbatches: int, vpp: int | None = None, group_size: int | None = None) -> None:
-    """Refuse what `build` cannot make.
+    """Raise an error for arguments that `build` does not support.
 
     Raises:
         ScheduleError: The kind is unknown, a number is too small, or an argument is not for this kind.
@@ -97,7 +97,7 @@ def check_kind(kind: str, pp: int, microbatches: int, vpp: int | None = None, gr
 
 
 def placement_of(kind: str) -> Placement:
-    """How the stages of a kind lie on the ranks (`core.placement`)."""
+    """The placement of the stages of a kind on the ranks (`core.layout.placement`)."""
     return "v" if kind == "zb-v" else "loop"
 
 
@@ -123,7 +123,7 @@ def _pattern(kind: str, p: int, v: int, r: int, m: int, group_size: int) -> Patt
 
 
 def _numbered(pattern: Pattern, microbatches: int) -> tuple[Action, ...]:
-    """The actions of a pattern, each with the next micro-batch of its stage and kind; those of surplus ones dropped."""
+    """The actions of a pattern, each with the next micro-batch of its stage and kind; surplus micro-batches are dropped."""
     counts: dict[tuple[int, Kind], int] = {}
     actions = []
     for place in pattern:
@@ -134,7 +134,7 @@ def _numbered(pattern: Pattern, microbatches: int) -> tuple[Action, ...]:
 
 
 def _one_forward_one_backward(stage: int, m: int, warm_up: int) -> Pattern:
-    """`warm_up` forwards, then one forward and one backward in turn, then the backwards that are left."""
+    """`warm_up` forwards, then one forward and one backward in turn, then the remaining backwards."""
     for step in range(m + warm_up):
         if step < m:
             yield stage, F
@@ -154,9 +154,9 @@ def _zero_bubble(stage: int, m: int, warm_up: int, delay: int) -> Pattern:
 
 
 def _zero_bubble_v(p: int, r: int, m: int) -> Pattern:
-    """The hand-made V schedule for F = B = W (2401.10241, section 6): stage `down` on the way there, `up` on the way back."""
+    """The hand-made V schedule for F = B = W (2401.10241, section 6): stage `down` before the turn, `up` after it."""
     down, up = stage_at("v", p, r, 0), stage_at("v", p, r, 1)
-    m = max(m, 2 * p - 1)  # so many pass `down` before the first comes back
+    m = max(m, 2 * p - 1)  # the number of micro-batches that pass `down` before the first reaches `up`
     yield from [(down, F)] * (2 * (p - r) - 1)
     yield from [(up, F), (down, F)] * r
     yield from [(up, F), (up, B), (up, W)] * (p - r)
@@ -171,9 +171,9 @@ def _zero_bubble_v(p: int, r: int, m: int) -> Pattern:
 
 
 def _interleaved(p: int, v: int, r: int, m: int, group_size: int) -> Pattern:
-    """1F1B over virtual stages, which take turns a group of micro-batches at a time (Megatron-LM's order)."""
+    """1F1B over virtual stages, which take turns, one group of micro-batches at a time (Megatron-LM's order)."""
     if 0 < m % group_size < p:
-        m += p - m % group_size  # a group of fewer than p would come round before its first is through
+        m += p - m % group_size  # a group of fewer than p would return before its first micro-batch has passed
     forwards = list(_turns(p, v, r, m, group_size))
     backwards = [(v - 1 - stage // p) * p + r for stage in forwards]
     warm_up = min(2 * (p - 1 - r) + (v - 1) * group_size, len(forwards))

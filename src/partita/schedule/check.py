@@ -1,4 +1,4 @@
-"""`check` proves from a schedule alone that it computes every micro-batch once, in an order that can run."""
+"""`check` proves from a schedule alone that it computes every micro-batch once, in an order that cannot deadlock."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from partita.schedule.text_grid import excerpt
 F, B, W, BW = Kind.F, Kind.B, Kind.W, Kind.BW
 SEND_F, RECV_F, SEND_B, RECV_B = Kind.SEND_F, Kind.RECV_F, Kind.SEND_B, Kind.RECV_B
 
-Key = tuple[int, Kind, int]  # what equals an action, and is made in a fifth of the time
-Steps = dict[Key, int]  # where each action stands in its rank's list, from 0
+Key = tuple[int, Kind, int]  # equal to an action, but five times as fast to create
+Steps = dict[Key, int]  # the index of each action in its rank's list
 
 
 def check(schedule: Schedule) -> None:
-    """Refuse a schedule that is not right.
+    """Raise an error unless a schedule is valid.
 
-    It is right when every stage is on one rank; every stage does of every micro-batch one forward and, if the schedule
-    trains, one backward (BW, or B and then W); nothing is done before what it needs; and the ranks cannot come to wait
-    for each other in a ring. If it has sends and receives, then also: each send has its receive, on the right ranks, in
-    order with what they carry; two ranks meet their transfers in the same order, of both directions together; and it
-    runs through even where both ends of every transfer wait for each other.
+    In a valid schedule every stage is on one rank; every stage runs one forward of every micro-batch and, if the schedule
+    trains, one backward (BW, or B and then W); no action precedes one that it needs; and no ranks wait for each other in a
+    cycle. If it has sends and receives, then also: each send has its receive, on the right ranks, in order with the
+    computations; two ranks run their transfers in the same order, both directions together; and the schedule completes
+    even if both ends of every transfer wait for each other.
 
     Raises:
-        ScheduleError: It is not. The message says why and shows the rank x step grid there, with > < at the fault.
+        ScheduleError: It is invalid. The message has the reason and an excerpt of the rank x step grid, with > < at the error.
 
     Examples:
         >>> from partita.schedule import build
@@ -59,7 +59,7 @@ def _at(rank: int, step: int) -> str:
 
 
 def _find(schedule: Schedule) -> Steps:
-    """Where each action is. Refuses what stands twice, stages on two ranks, and ranks with nothing to do."""
+    """The position of each action. Raises an error for duplicates, stages on two ranks, and ranks without an action."""
     steps: Steps = {}
     homes: dict[int, tuple[int, int]] = {}
     for rank, row in enumerate(schedule.ranks):
@@ -73,7 +73,7 @@ def _find(schedule: Schedule) -> Steps:
                 raise _fault(schedule, f"{reason} All of its actions belong on one.", (rank, step), home)
             first = steps.setdefault(action, step)
             if first != step:
-                reason = f"{action} is there twice: {_at(rank, first)}, and {_at(rank, step)}."
+                reason = f"{action} occurs twice: {_at(rank, first)}, and {_at(rank, step)}."
                 raise _fault(schedule, reason, (rank, step), (rank, first))
         if not row:
             raise _fault(schedule, f"rank {rank} has no action. Leave it out, or give it a stage.", (rank, 0))
@@ -83,7 +83,7 @@ def _find(schedule: Schedule) -> Steps:
 
 
 def _check_complete(schedule: Schedule, steps: Steps) -> None:
-    """Every stage does of every micro-batch what it must, once."""
+    """Check that every stage runs every action of every micro-batch once."""
     rank_of, trains = schedule.rank_of, schedule.trains
     for stage in range(schedule.num_stages):
         rank = rank_of[stage]
@@ -107,7 +107,7 @@ def _check_complete(schedule: Schedule, steps: Steps) -> None:
 
 
 def _check_order(schedule: Schedule, steps: Steps) -> None:
-    """On its own rank, everything comes after what it needs there."""
+    """Check that every action comes after those that it needs on its own rank."""
     for rank, row in enumerate(schedule.ranks):
         for step, action in enumerate(row):
             for need in _needs(schedule, steps, action, rank):
@@ -117,7 +117,7 @@ def _check_order(schedule: Schedule, steps: Steps) -> None:
 
 
 def _needs(schedule: Schedule, steps: Steps, action: Action, rank: int) -> tuple[Key, ...]:
-    """What the action needs on its own rank: of another's it needs the receive, if the schedule has them."""
+    """The actions that an action needs on its own rank: for a remote value its receive, if the schedule has them."""
     stage, kind, i = action
     if kind is F:
         if stage == 0:
@@ -139,13 +139,13 @@ def _needs(schedule: Schedule, steps: Steps, action: Action, rank: int) -> tuple
 
 
 def _backward(steps: Steps, stage: int, microbatch: int) -> Key:
-    """What makes the gradient of the stage's input."""
+    """The action that computes the gradient of the stage's input."""
     fused = (stage, BW, microbatch)
     return fused if fused in steps else (stage, B, microbatch)
 
 
 def _check_runs(schedule: Schedule, steps: Steps) -> None:
-    """No ring of ranks, each waiting for what the next does later."""
+    """Check that no ranks wait for each other in a cycle."""
     walked = walk(schedule, lambda action: 0.0, 0.0)
     done = [len(ends) for ends in walked.ends]
     waits = {}
@@ -158,7 +158,7 @@ def _check_runs(schedule: Schedule, steps: Steps) -> None:
 
 
 def _check_sends(schedule: Schedule, steps: Steps) -> None:
-    """What another rank needs is sent."""
+    """Check that every value that another rank needs is sent."""
     rank_of, last = schedule.rank_of, schedule.num_stages - 1
     for rank, row in enumerate(schedule.ranks):
         for step, action in enumerate(row):
@@ -180,7 +180,7 @@ class _Transfer(NamedTuple):
 
 
 def _pair_up(schedule: Schedule, steps: Steps) -> list[list[_Transfer]]:
-    """The transfers of each rank, in order. Refuses those without another end, or with nothing to carry."""
+    """The transfers of each rank, in order. Raises an error for those without another end, or without a value to send."""
     rank_of, last = schedule.rank_of, schedule.num_stages - 1
     transfers: list[list[_Transfer]] = [[] for _ in schedule.ranks]
     for rank, row in enumerate(schedule.ranks):
@@ -206,7 +206,7 @@ def _pair_up(schedule: Schedule, steps: Steps) -> list[list[_Transfer]]:
 
 
 def _check_pairs(schedule: Schedule, transfers: list[list[_Transfer]]) -> None:
-    """Two ranks meet their transfers in the same order: what one meets later, the other meets later."""
+    """Check that two ranks run their transfers in the same order."""
     for rank, row in enumerate(transfers):
         before: dict[int, _Transfer] = {}
         for transfer in row:
@@ -214,9 +214,9 @@ def _check_pairs(schedule: Schedule, transfers: list[list[_Transfer]]) -> None:
             if earlier.peer_step > transfer.peer_step:
                 first, second = (schedule.ranks[rank][end.step] for end in (earlier, transfer))
                 reason = (
-                    f"rank {rank} meets {first} (step {earlier.step}) before {second} (step {transfer.step}), but rank "
-                    f"{transfer.peer} meets {second.partner} (step {transfer.peer_step}) before {first.partner} "
-                    f"(step {earlier.peer_step}). Both ends must meet their transfers in the same order."
+                    f"rank {rank} runs {first} (step {earlier.step}) before {second} (step {transfer.step}), but rank "
+                    f"{transfer.peer} runs {second.partner} (step {transfer.peer_step}) before {first.partner} "
+                    f"(step {earlier.peer_step}). Both ranks must run their transfers in the same order."
                 )
                 marks = (transfer.peer, transfer.peer_step), (transfer.peer, earlier.peer_step)
                 raise _fault(schedule, reason, (rank, transfer.step), *marks)
@@ -224,7 +224,7 @@ def _check_pairs(schedule: Schedule, transfers: list[list[_Transfer]]) -> None:
 
 
 def _check_rendezvous(schedule: Schedule, transfers: list[list[_Transfer]]) -> None:
-    """It runs through where a send and its receive wait for each other. Pairs are known to agree on their order."""
+    """Check that the schedule completes if a send and its receive wait for each other. Pairs are already checked."""
     met = [0] * len(transfers)
     todo = list(range(len(transfers)))
     while todo:
@@ -244,12 +244,12 @@ def _check_rendezvous(schedule: Schedule, transfers: list[list[_Transfer]]) -> N
 
 
 def _ring(schedule: Schedule, done: list[int], waits: dict[int, tuple[int, int]]) -> ScheduleError:
-    """The error that names a ring of waiting ranks.
+    """The error that names a cycle of waiting ranks.
 
     Args:
-        schedule: The whole.
-        done: How many steps each rank came.
-        waits: Of each rank that waits, the rank and step that it waits for.
+        schedule: The schedule.
+        done: The number of steps that each rank completed.
+        waits: For each waiting rank, the rank and step that it waits for.
     """
     ring = [next(iter(waits))]
     while (peer := waits[ring[-1]][0]) not in ring:

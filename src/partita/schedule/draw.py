@@ -1,4 +1,4 @@
-"""Timelines for people: `grid` as text, `picture` as SVG or PNG, `chrome_trace` for Perfetto."""
+"""Readable timelines: `grid` as text, `picture` as SVG or PNG, `chrome_trace` for Perfetto."""
 
 from __future__ import annotations
 
@@ -24,34 +24,34 @@ COLOURS: dict[Kind, tuple[float, float, float]] = {
 }
 _MEANING = {Kind.F: "forward", Kind.B: "input gradient", Kind.W: "weight gradient", Kind.BW: "backward"}
 
-_WIDTH = 13.0  # inches, of a page
+_WIDTH = 13.0  # inches, width of a page
 _LEFT, _RIGHT, _TOP, _BOTTOM, _BETWEEN = 0.75, 0.2, 0.7, 0.8, 0.75  # inches around and between the timelines
-_ROW, _HEIGHT = 0.27, 7.0  # inches: of a rank, and of a timeline at most
-_MAX_SHAPES = 20_000  # actions that are drawn as shapes; of more, pixels
+_ROW, _HEIGHT = 0.27, 7.0  # inches: height of a rank, and largest height of a timeline
+_MAX_SHAPES = 20_000  # more actions are drawn as pixels instead of shapes
 _DIGIT = 0.62  # width of a digit, in font sizes
-_SMALLEST = 4.0  # size of a number that is still drawn
-_POINTS = 72.0  # an inch
+_SMALLEST = 4.0  # smaller numbers are not drawn
+_POINTS = 72.0  # points per inch
 
 
 def picture(timelines: Mapping[str, Timeline], path: str | Path, title: str = "") -> None:
-    """Draw timelines one under the other on one scale of time, with their bubbles, into a file.
+    """Draw timelines below each other on one time scale, with their bubbles, into a file.
 
-    Colours tell kinds apart, shades the virtual stages of a rank (the first is darkest), numbers are micro-batches, where
-    there is room.
+    Colours are kinds, shades are the virtual stages of a rank (the first is the darkest), and numbers, where there is
+    space, are micro-batches.
 
     Args:
         timelines: Name -> timeline, such as predicted and measured.
-        path: The file; its suffix says what it becomes, .svg or .png.
-        title: Over the whole.
+        path: The file; its suffix is the format, .svg or .png.
+        title: The title of the picture.
 
     Raises:
-        ScheduleError: Another suffix, a folder that is not there, or nothing to draw.
+        ScheduleError: The suffix is another, the folder does not exist, or there are no timelines.
     """
     path = Path(path)
     if path.suffix.lower() not in (".svg", ".png"):
         raise ScheduleError(f"path must end with .svg or .png, but is {str(path)!r}.")
     if not path.parent.is_dir():
-        raise ScheduleError(f"path {str(path)!r}: there is no folder {str(path.parent)!r}. Make it first.")
+        raise ScheduleError(f"path {str(path)!r}: there is no folder {str(path.parent)!r}. Create it first.")
     if not timelines:
         raise ScheduleError("timelines is empty: give at least one.")
     from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -1,4 +1,4 @@
-"""Whether a schedule is one of a plan's stages."""
+"""Check that a schedule fits the stages of a plan."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from partita.schedule.action import Schedule
 
 
 def check_schedule(schedule: Schedule, plan: Plan) -> None:
-    """Raise `PlanError` unless `schedule` is one of the plan's stages."""
+    """Raise `PlanError` unless `schedule` fits the stages of the plan."""
     homes = tuple(plan.stage_rank(index) for index in range(plan.num_stages))
     if schedule.num_ranks != plan.mesh.pp or schedule.num_stages != plan.num_stages:
         raise PlanError(

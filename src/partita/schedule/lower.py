@@ -11,19 +11,18 @@ _SENDS = {Kind.F: (Kind.SEND_F, 1), Kind.B: (Kind.SEND_B, -1), Kind.BW: (Kind.SE
 
 
 def lower(schedule: Schedule, costs: Costs | None = None) -> Schedule:
-    """The schedule with its sends and receives; one that has them already is returned as it is.
+    """The schedule with its sends and receives; a schedule that already has them is returned unchanged.
 
-    All computations of all ranks are put in one order, by when they end, and every transfer comes right after what it
-    sends. Each rank's list is that order, of it what concerns the rank: the send in the sender's, the receive in the
-    receiver's. Therefore
+    All computations of all ranks are sorted by their end, and every transfer follows the computation whose result it
+    sends. Each rank's list is its part of that order: the send on the sender, the receive on the receiver. Therefore
 
-    - two ranks meet all their transfers, of both directions, in the same order: they need no tags;
-    - sends and receives that wait for each other cannot deadlock, for the first unfinished thing of the order can run;
-    - a receive stands before what its rank computes while it is on its way: posted there, it has arrived in time.
+    - two ranks run all their transfers, in both directions, in the same order, so they need no tags;
+    - sends and receives that wait for each other cannot deadlock, since the first unfinished action of the order can run;
+    - a receive precedes the computations of its rank during the transfer, so that it is posted in time.
 
     Args:
         schedule: Forwards and backwards.
-        costs: What the order of ends follows from; equal costs by default. Any costs give a schedule that is right.
+        costs: The costs that determine the order of the ends; equal by default. Any costs give a valid schedule.
 
     Raises:
         ScheduleError: The schedule cannot run, or `costs` are for other stages.
@@ -51,7 +50,7 @@ def lower(schedule: Schedule, costs: Costs | None = None) -> Schedule:
 
 
 def _by_end(schedule: Schedule, costs: Costs) -> list[tuple[int, Action]]:
-    """Every (rank, action), by when it ends. Of those that end together, what another needs comes first."""
+    """Every (rank, action), sorted by its end. At equal ends, an action that another needs comes first."""
     walked = walk_to_end(schedule, costs)
     left = [zip(ends, row, strict=True) for ends, row in zip(walked.ends, schedule.ranks, strict=True)]
     done = [(rank, *next(left[rank])) for rank in walked.order]

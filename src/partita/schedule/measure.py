@@ -1,4 +1,4 @@
-"""What a measured step says of its costs, so that the simulator can be asked what the schedule makes of them."""
+"""The costs of a measured step, as input for the simulator."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from partita.schedule.timeline import Timeline
 def measured_costs(timeline: Timeline) -> Costs:
     """The median duration of each kind of action on each stage, and the median latency of a hop.
 
-    A fused backward counts half as input and half as weight gradient. The latency is that of transfers for which the
+    A fused backward counts half as input and half as weight gradient. The latency is taken from transfers for which the
     receiver was waiting.
     """
     spans: dict[Action, tuple[float, float]] = {}

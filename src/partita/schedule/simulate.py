@@ -1,7 +1,7 @@
-"""`simulate`: when each action begins and ends, from what each one costs.
+"""`simulate`: the start and end of each action, from the costs of all actions.
 
-A rank does its actions in order, each as soon as its inputs are there. A transfer takes time between ranks and none of
-either rank's: that of networks which copy by themselves.
+A rank runs its actions in order, each as soon as its inputs have arrived. A transfer takes time, but occupies neither rank, as
+in networks that copy without the processor.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ F, B, W, BW = Kind.F, Kind.B, Kind.W, Kind.BW
 
 @dataclass(frozen=True)
 class Costs:
-    """What actions cost; the one cost function of simulating, lowering and drawing. The unit is the user's.
+    """The costs of actions, for simulating, lowering and drawing, in any unit of time.
 
     Attributes:
-        f: A forward: one number, or one a stage. 0 is an empty stage.
-        b: An input gradient.
-        w: A weight gradient. Both gradients at once (BW) cost b + w.
-        comm: Latency of a hop from rank to rank.
+        f: Time of a forward: one number, or one per stage. 0 is an empty stage.
+        b: Time of an input gradient.
+        w: Time of a weight gradient. Both gradients at once (BW) cost b + w.
+        comm: Latency of a transfer between ranks.
 
     Raises:
-        ScheduleError: A cost is negative, or no number.
+        ScheduleError: A cost is negative, or not a number.
     """
 
     f: float | tuple[float, ...] = 1.0
@@ -43,11 +43,11 @@ class Costs:
                 if isinstance(number, bool) or not isinstance(number, int | float) or not 0 <= number < math.inf:
                     raise ScheduleError(
                         f"costs.{field.name} must be a finite number of at least 0"
-                        f"{'' if field.name == 'comm' else ', or a tuple of such, one a stage'}, but is {value!r}."
+                        f"{'' if field.name == 'comm' else ', or a tuple of such numbers, one per stage'}, but is {value!r}."
                     )
 
     def duration(self, action: Action) -> float:
-        """How long an action takes; 0 for sends and receives, whose `comm` is between the ranks.
+        """The duration of an action; 0 for sends and receives, whose `comm` passes between the ranks.
 
         Raises:
             ScheduleError: There is no cost for its stage.
@@ -64,7 +64,7 @@ class Costs:
         return 0.0
 
     def check_stages(self, num_stages: int) -> None:
-        """Refuse costs by stage that are not for `num_stages` stages.
+        """Raise an error for costs by stage that are not for `num_stages` stages.
 
         Raises:
             ScheduleError: There are more or fewer.
@@ -74,7 +74,7 @@ class Costs:
             if isinstance(value, tuple) and len(value) != num_stages:
                 raise ScheduleError(
                     f"costs.{name} has {len(value)} values, but the schedule has {num_stages} stages: "
-                    "give one a stage (virtual stages count), or one for all."
+                    "give one per stage (virtual stages count), or one for all."
                 )
 
     def _of(self, name: str, stage: int) -> float:
@@ -87,13 +87,13 @@ class Costs:
 
 
 def simulate(schedule: Schedule, costs: Costs) -> Timeline:
-    """When each action begins and ends.
+    """The start and end of each action.
 
-    Sends and receives take no time of their rank: a send begins and ends where its turn is, a receive where it is
-    posted. So a schedule computes at the same times before and after `lower`.
+    Sends and receives take no time of their rank: a send starts and ends at its turn, a receive when it is posted. So a
+    schedule computes at the same times before and after `lower`.
 
     Raises:
-        ScheduleError: The schedule cannot run to its end (`check` says why), or `costs` are for other stages.
+        ScheduleError: The schedule cannot complete (`check` shows why), or `costs` are for other stages.
 
     Examples:
         >>> from partita.schedule import build
@@ -107,13 +107,13 @@ def simulate(schedule: Schedule, costs: Costs) -> Timeline:
 
 @dataclass(frozen=True)
 class Walk:
-    """A schedule as far as it can run.
+    """The simulated part of a schedule, as far as it can run.
 
     Attributes:
-        starts: When each action began, a list a rank.
-        ends: When it ended.
-        order: The ranks, in an order in which all actions could be done one after the other.
-        stuck: Ranks that have actions left, whose inputs never come.
+        starts: The start of each action, one list per rank.
+        ends: The end of each action.
+        order: The ranks, in an order in which all actions could run one after the other.
+        stuck: Ranks with actions left whose inputs never arrive.
     """
 
     starts: list[list[float]]
@@ -123,15 +123,13 @@ class Walk:
 
 
 def walk(schedule: Schedule, duration: Callable[[Action], float], comm: float) -> Walk:
-    """Let every rank run until it must wait, and again when what it waits for is there; each action is met once.
+    """Run every rank until it must wait, and continue it when the value has arrived; each action is visited once.
 
-    What a stage takes from another is a value: its input, or the gradient of its output. It is there when its producer
-    ends, a hop later on another rank, and in a lowered schedule a hop after it is sent.
+    A value is what a stage takes from another: its input, or the gradient of its output. It arrives when its producer
+    ends, a transfer later on another rank, and in a lowered schedule a transfer after it is sent.
     """
     lowered, rank_of, stages = schedule.is_lowered, schedule.rank_of, schedule.num_stages
-    there: dict[
-        int, float
-    ] = {}  # value -> when it is there; a value is (micro-batch * stages + stage) * 2 + is gradient
+    there: dict[int, float] = {}  # value -> its arrival; a value is (micro-batch * stages + stage) * 2 + is gradient
     waiting: dict[int, int] = {}  # value -> the rank that waits for it
     walked = Walk([[] for _ in schedule.ranks], [[] for _ in schedule.ranks], [], [])
     todo = list(range(schedule.num_ranks - 1, -1, -1))
@@ -179,13 +177,13 @@ def walk(schedule: Schedule, duration: Callable[[Action], float], comm: float) -
 
 
 def walk_to_end(schedule: Schedule, costs: Costs) -> Walk:
-    """`walk`, for a schedule that must run through."""
+    """`walk`, for a schedule that must complete."""
     costs.check_stages(schedule.num_stages)
     walked = walk(schedule, costs.duration, costs.comm)
     if walked.stuck:
         rank = walked.stuck[0]
         action = schedule.ranks[rank][len(walked.ends[rank])]
         raise ScheduleError(
-            f"the schedule cannot run: rank {rank} waits for ever to do {action}. `partita.schedule.check` says why."
+            f"the schedule cannot run: rank {rank} waits forever to run {action}. `partita.schedule.check` shows the reason."
         )
     return walked

@@ -1,4 +1,4 @@
-"""Schedules and timelines as text: a row a rank."""
+"""Schedules and timelines as text: one row per rank."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from partita.schedule.action import Action, Schedule
 from partita.schedule.timeline import Timeline
 
 AROUND = 4
-"""Ranks, and steps, that `excerpt` shows on each side of a fault."""
+"""Ranks and steps that `excerpt` shows on each side of an error."""
 
 MAX_RANKS = 24
 """Ranks that the short form of `grid` shows."""
 
-_WIDEST = 40  # columns that an action of median length may take, so that one that is next to nothing needs no page
-_TICK = 15  # columns from tick to tick, at least
+_WIDEST = 40  # columns that an action of median length may take, so that a tiny action does not widen the grid
+_TICK = 15  # least number of columns between ticks
 
 
 def grid(shown: Timeline | Schedule, width: int | None = None) -> str:
     """A timeline as rank x time, to scale; a schedule as rank x step.
 
-    A cell is ``F0``, or ``2F0`` where a rank has several stages. In time, dashes go on until the action ends, and blanks
-    are bubbles; what is too short for its text loses its end; sends and receives are left out.
+    A cell is ``F0``, or ``2F0`` if a rank has several stages. In a timeline, dashes fill an action until its end, and blanks
+    are bubbles; the text of a short action is truncated; sends and receives are left out.
 
     Args:
-        shown: What to show.
-        width: Columns at most; what does not fit is left out of the middle, and the last line says so. None for all.
+        shown: The timeline or schedule.
+        width: Largest number of columns; the middle is left out if necessary, and the last line notes it. None for all.
     """
     if isinstance(shown, Timeline):
         return _in_time(shown, width)
@@ -34,11 +34,11 @@ def grid(shown: Timeline | Schedule, width: int | None = None) -> str:
 
 
 def excerpt(schedule: Schedule, marks: Sequence[tuple[int, int]]) -> str:
-    """The rank x step grid around the first mark, with > < at every mark that is in sight.
+    """The rank x step grid around the first mark, with > < at every visible mark.
 
     Args:
-        schedule: The whole.
-        marks: (rank, step) of each, both from 0; a step past a rank's last marks that something is missing.
+        schedule: The schedule.
+        marks: (rank, step) of each mark, both from 0; a step past a rank's last marks a missing action.
     """
     rank, step = marks[0]
     ranks = range(max(0, rank - AROUND), min(schedule.num_ranks, rank + AROUND + 1))
@@ -98,7 +98,7 @@ def _in_time(timeline: Timeline, width: int | None) -> str:
 
 
 def _time_of_a_column(rows: list[list[tuple[str, float, float]]]) -> float:
-    """So little that every action has room for its text, unless that is far too little for most."""
+    """The time of a column: small enough for the text of every action, unless that widens most actions too much."""
     lengths = [(end - start, len(text) + 1) for row in rows for text, start, end in row if end > start]
     if not lengths:
         return 1.0
@@ -117,7 +117,7 @@ def _bars(row: list[tuple[str, float, float]], begin: float, unit: float) -> str
 
 
 def _column(time: float, unit: float) -> int:
-    """The nearest column; of two the right one, so that equal times take equal numbers of columns."""
+    """The nearest column, the right one of two, so that equal times take equal numbers of columns."""
     return math.floor(time / unit + 0.5 + 1e-9)
 
 
@@ -135,14 +135,14 @@ def _ticks(begin: float, unit: float, total: int) -> str:
 
 
 def _labels(schedule: Schedule) -> Callable[[Action], str]:
-    """How to write actions: without the stage where that is the rank."""
+    """The labels of actions: without the stage if it equals the rank."""
     if schedule.rank_of == tuple(range(schedule.num_ranks)):
         return lambda action: f"{action.kind.value}{action.microbatch}"
     return str
 
 
 def _kept(number: int, most: int | None) -> list[int | None]:
-    """The indices of `number` things with the middle left out, a None in its place, if they are more than `most`."""
+    """The indices of `number` items; if there are more than `most`, None stands for the middle."""
     if most is None or number <= most:
         return list(range(number))
     half = max(1, most // 2)

@@ -1,4 +1,4 @@
-"""`Timeline`: when each action of a schedule began and ended, predicted or measured, and what that says."""
+"""`Timeline`: the start and end of each action of a schedule, predicted or measured, and the numbers that follow."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from partita.schedule.action import Kind, Schedule
 
 @dataclass(frozen=True)
 class Timeline:
-    """When each action began and ended. Bubbles count computing actions alone: sends and receives occupy no rank.
+    """The start and end of each action. Bubbles count computations only: sends and receives occupy no rank.
 
     Attributes:
         schedule: The actions.
-        starts: When each began, a row a rank in the schedule's order; the unit is whoever measured it.
-        ends: When each ended.
+        starts: The start of each action, one row per rank in the schedule's order, in any unit of time.
+        ends: The end of each action.
     """
 
     schedule: Schedule
@@ -26,7 +26,7 @@ class Timeline:
 
     @cached_property
     def _spans(self) -> tuple[tuple[float, float, float], ...]:
-        """Of each rank: when it first began to compute, when it last ended, how long it was busy."""
+        """For each rank: the start of its first computation, the end of its last, and its busy time."""
         spans = []
         for row, starts, ends in zip(self.schedule.ranks, self.starts, self.ends, strict=True):
             times = [(start, end) for action, start, end in zip(row, starts, ends, strict=True) if action.is_compute]
@@ -37,26 +37,26 @@ class Timeline:
 
     @property
     def makespan(self) -> float:
-        """From the first start of all ranks to the last end."""
+        """The time from the first start of all ranks to the last end."""
         begin = min((start for start, _, _ in self._spans), default=math.inf)
         return max(0.0, max((end for _, end, _ in self._spans), default=-math.inf) - begin)
 
     @property
     def busy(self) -> tuple[float, ...]:
-        """How long each rank computes."""
+        """The time for which each rank computes."""
         return tuple(busy for _, _, busy in self._spans)
 
     @property
     def bubble_makespan(self) -> float:
-        """The part of the makespan that a rank idles, on average: 1 - mean of `busy` / `makespan`."""
+        """The mean fraction of the makespan for which a rank is idle: 1 - mean of `busy` / `makespan`."""
         return self._idle(self.makespan)
 
     @property
     def bubble_span(self) -> float:
         """1 - mean of `busy` / the longest time from a rank's own first start to its own last end.
 
-        This is the bubble rate of 2401.10241, whose cost of a schedule is the longest that a stage takes from its own
-        start to its own end: ranks that begin one after the other, and end so, lose nothing where the next step begins so.
+        This is the bubble rate of 2401.10241, whose cost of a schedule is the longest time from a stage's own start to its
+        own end: ranks that start and end one after the other lose nothing if the next step starts in the same way.
         """
         return self._idle(max((end - start for start, end, _ in self._spans), default=0.0))
 
@@ -65,16 +65,16 @@ class Timeline:
 
     @cached_property
     def peak_activations(self) -> tuple[int, ...]:
-        """Of each rank the most micro-batches of a virtual stage alive at once.
+        """For each rank, the largest number of micro-batches of virtual stages alive at the same time.
 
-        One is alive from the start of its forward to the end of its weight gradient, or of its forward where nothing
-        trains. The unit is one micro-batch of one virtual stage.
+        A micro-batch is alive from the start of its forward to the end of its weight gradient, or of its forward in a
+        schedule without backwards. The unit is one micro-batch of one virtual stage.
         """
         last = {Kind.BW, Kind.W} if self.schedule.trains else {Kind.F}
         return tuple(_peak([action.kind for action in row], last) for row in self.schedule.ranks)
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it as JSON takes it: the numbers above, and every action as [text, start, end]."""
+        """Plain data for JSON: the numbers above, and every action as [text, start, end]."""
         return {
             "makespan": self.makespan,
             "bubble_makespan": self.bubble_makespan,

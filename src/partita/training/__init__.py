@@ -1,4 +1,4 @@
-"""What training needs on either engine: settings, the schedule of a step, which text each step sees, checkpoints of a run."""
+"""The parts of training that both engines share: settings, schedules, the order of the data, checkpoints of a run."""
 
 from partita.training.data import read_ids, row_starts, texts
 from partita.training.saving import SaveReport, Saves

@@ -1,4 +1,4 @@
-"""LoRA adapters on disk, in peft's format: its names and its config, the same for either engine.
+"""LoRA adapters on disk in peft's format: names and config, the same for both engines.
 
 Source: https://huggingface.co/docs/peft/developer_guides/checkpoint.
 """
@@ -16,7 +16,7 @@ from partita.checkpoint.header import parse_json, reason
 from partita.errors import CheckpointError, ModelError
 
 STEM = "adapter_model"
-"""How the name of the file of adapters begins; peft reads one file."""
+"""The prefix of the name of the adapter file; peft reads one file."""
 
 CONFIG_NAME = "adapter_config.json"
 
@@ -30,7 +30,7 @@ _PLAIN: Mapping[str, Any] = {
     "use_dora": False, "use_rslora": False, "bias": "none", "lora_bias": False, "rank_pattern": {}, "alpha_pattern": {},
     "modules_to_save": None, "trainable_token_indices": None, "target_parameters": None,
 }  # fmt: skip
-"""What peft's config says of a plain adapter; what is not there is so too."""
+"""The values of peft's config for a plain adapter, which are also those of missing keys."""
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,9 @@ class Adapters:
         """The text of `adapter_config.json`.
 
         Args:
-            base: The model that they belong to.
-            targets: What names the adapted modules (see `targets_of`).
-            transposed: Whether all these have their weight as `[in, out]`.
+            base: The model of the adapters.
+            targets: The names that match the adapted modules (see `targets_of`).
+            transposed: Whether all their weights are stored as `[in, out]`.
         """
         data = {
             "base_model_name_or_path": base,
@@ -70,13 +70,13 @@ class Adapters:
 
 
 def only(kinds: Collection[Adapters]) -> Adapters:
-    """The one kind of adapters that a model has, of those found on it.
+    """The only kind of adapters among those of a model.
 
     Raises:
         ModelError: There are none, or several.
     """
     if not kinds:
-        raise ModelError("the model has no LoRA adapters to save. Put some on with add_lora(model, rank).")
+        raise ModelError("the model has no LoRA adapters to save. Add some with add_lora(model, rank).")
     if len(set(kinds)) > 1:
         found = sorted({(kind.rank, kind.alpha) for kind in kinds})
         raise ModelError(f"all adapters must have one rank and alpha, but there are {found}.")
@@ -84,26 +84,26 @@ def only(kinds: Collection[Adapters]) -> Adapters:
 
 
 def name_on_disk(path: str, side: Side) -> str:
-    """What a part of the adapter of a module is called."""
+    """The name on disk of one side of a module's adapter."""
     return f"{_PREFIX}{path}.lora_{side}.weight"
 
 
 def path_of(name: str) -> str:
-    """The module of a part of an adapter, by its name on disk.
+    """The module of one side of an adapter, from its name on disk.
 
     Raises:
-        CheckpointError: It is no part of a plain one.
+        CheckpointError: It does not belong to a plain adapter.
     """
     match = _NAME.fullmatch(name)
     if match is None:
         raise CheckpointError(
-            f"{name} is no part of a plain LoRA adapter of a linear layer, which are what can be read."
+            f"{name} does not belong to a plain LoRA adapter of a linear layer. Only those can be read."
         )
     return match["path"]
 
 
 def targets_of(paths: Collection[str], others: Collection[str]) -> list[str]:
-    """What names the adapted modules and none of the `others`: the ends of their paths where that is enough."""
+    """Names that match the adapted modules and none of the `others`: the last parts of their paths if these suffice."""
     ends = {path.rpartition(".")[2] for path in paths}
     return sorted(paths if any(path.rpartition(".")[2] in ends for path in others) else ends)
 
@@ -112,7 +112,7 @@ def is_of_mlx_lm(folder: Path) -> bool:
     """Whether a folder holds adapters that `mlx_lm.lora` wrote.
 
     Raises:
-        CheckpointError: It holds none.
+        CheckpointError: The folder holds no adapters.
     """
     return "fine_tune_type" in _read_config(folder)
 

@@ -1,10 +1,10 @@
-"""The writing of one checkpoint in the background, by a thread of each rank.
+"""Write one checkpoint in the background, in a thread of each rank.
 
-    rank 0: make files     write own bytes     flush them, digest files     rank 0: manifest, rename
+    rank 0: create files    write own bytes     flush them, digest files     rank 0: manifest, rename
           begun -------------^  written ----------^         digested ---------^
 
-The threads wait for each other by small files, marks, in the folder that is written. They use no collectives: those are the
-main thread's, and would meet training's in another order on each rank.
+The threads wait for each other by small files, marks, in the folder being written. They use no collectives: these belong to
+the main thread, and would interleave with those of training in a different order on each rank.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from partita.errors import CheckpointError
 from partita.ranks.liveness import ME
 
 POLL_S = 0.01
-"""How often a thread looks for what it waits for."""
+"""Seconds between checks for a mark."""
 
 _MARKS = ".marks"
 
@@ -39,31 +39,31 @@ _MARKS = ".marks"
 class Part:
     """A piece of a tensor on disk: its name there, the ranges of each dim, and a copy of its bytes in C order.
 
-    What never changes needs no copy: then `data` reads the bytes when they are written.
+    Constant data needs no copy: `data` then reads the bytes when they are written.
     """
 
     name: str
     ranges_by_dim: Sequence[Sequence[Range]]
     data: memoryview | Callable[[], memoryview]
     owner: object = None
-    """What has to live as long as `data`."""
+    """An object that must live as long as `data`."""
 
 
 @dataclass
 class Job:
-    """What one rank does for one checkpoint.
+    """The work of one rank for one checkpoint.
 
     Attributes:
-        run: Where it goes.
-        step: The steps that it is behind.
-        keep: How many of the newest stay.
-        rank: This one.
-        ranks: All of them.
-        files: All files of tensors, by how their names begin.
-        parts: What this rank writes; given up one by one.
-        small: Other files, of the first rank.
+        run: The run's folder.
+        step: The step after which it is saved.
+        keep: Number of newest checkpoints to keep.
+        rank: This rank.
+        ranks: Number of ranks.
+        files: All files of tensors, by the prefix of their names.
+        parts: The parts that this rank writes; each is released after it.
+        small: Other files, on the first rank.
         stopped: Set to end the work before it is done.
-        bytes_written: Of the parts.
+        bytes_written: Bytes of the parts written so far.
     """
 
     run: RunFolder
@@ -79,11 +79,11 @@ class Job:
 
     @property
     def partial(self) -> Path:
-        """Where it is written."""
+        """The folder in which it is written."""
         return self.run.partial(self.step)
 
     def do(self) -> None:
-        """Write the checkpoint with the others. Raises CheckpointError; the folder then has no new checkpoint."""
+        """Write the checkpoint with the other ranks. If this raises CheckpointError, the folder has no new checkpoint."""
         plan = [file for files in self.files.values() for file in files]
         if self.rank == 0:
             self._make(plan)
@@ -96,7 +96,7 @@ class Job:
                 writer.write(part.name, part.ranges_by_dim, part.data() if callable(part.data) else part.data)
             self.bytes_written = writer.bytes_written
             self._mark(f"written-{self.rank}")
-            with ThreadPoolExecutor(1) as flush:  # the disk is slow and digests need none
+            with ThreadPoolExecutor(1) as flush:  # the disk is slow, and digests do not need it
                 flushed = flush.submit(writer.finish)
                 found = self._digest(plan)
                 flushed.result()
@@ -105,9 +105,9 @@ class Job:
             self._publish(plan)
 
     def _order(self, plan: list[FilePlan]) -> None:
-        """Sort the parts as they lie on disk, each rank beginning elsewhere: those that write one file wait for each other."""
+        """Sort the parts by position on disk, starting elsewhere on each rank: writers of one file block each other."""
         places = {name: (file.name, info.start_bytes) for file in plan for name, info in file.tensors.items()}
-        self.parts.sort(key=lambda part: places[part.name], reverse=True)  # the last is the first to be written
+        self.parts.sort(key=lambda part: places[part.name], reverse=True)  # the last part is written first
         first = len(self.parts) * self.rank // self.ranks
         self.parts[:] = self.parts[len(self.parts) - first :] + self.parts[: len(self.parts) - first]
 
@@ -118,9 +118,9 @@ class Job:
         return {name: (one.size_bytes, one.sha256) for name, one in digests(self.partial, names).items()}
 
     def _make(self, plan: list[FilePlan]) -> None:
-        """Make all but the data."""
+        """Create everything but the data."""
         partial = self.partial
-        with failing_as(partial, "cannot be made"):
+        with failing_as(partial, "cannot be created"):
             (partial / _MARKS).mkdir(parents=True)
         create_files(partial, plan)
         for stem, files in self.files.items():
@@ -159,7 +159,7 @@ class Job:
             os.replace(new, mark)
 
     def _wait_for(self, names: list[str]) -> None:
-        """Until other ranks have left their marks."""
+        """Wait until other ranks have written their marks."""
         left = [self.partial / _MARKS / name for name in names]
         while left := [mark for mark in left if not mark.exists()]:
             self._go_on()
@@ -171,17 +171,17 @@ class Job:
 
 
 class BackgroundWrite:
-    """A job in a thread of its own.
+    """A job in its own thread.
 
     Attributes:
-        job: What is done.
-        held_s: For how long training has stood still for it.
-        error: What went wrong, None if nothing did.
-        is_done: Whether it is done.
+        job: The job.
+        held_s: Seconds for which training has been paused for it.
+        error: The error of the job, or None.
+        is_done: Whether the job is done.
     """
 
     def __init__(self, job: Job, held_s: float) -> None:
-        """Begin it, after training has been held up for `held_s` seconds."""
+        """Start the job, after training has been paused for `held_s` seconds."""
         self.job, self.held_s = job, held_s
         self.error: str | None = None
         self.is_done = False
@@ -203,10 +203,10 @@ class BackgroundWrite:
 
     @property
     def seconds(self) -> float:
-        """How long it took, from when training was first held up."""
+        """The seconds since training was first paused for it."""
         return self.end_s - self.start_s
 
     def stop(self) -> None:
-        """Return when the thread has ended, if need be before its work is done."""
+        """End the thread, even before its work is done, and wait for it."""
         self.job.stopped.set()
         self.thread.join()

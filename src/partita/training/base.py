@@ -1,4 +1,4 @@
-"""The model that adapters are trained on: where it lies, and what tells it from any other without reading all of it."""
+"""The model that adapters are trained on: its place, and a digest that identifies it without reading all of it."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from partita.core.model.spec import read_config
 from partita.errors import CheckpointError, ModelError
 
 MAX_TENSORS = 256
-"""Of how many tensors the data is looked at, dealt out evenly over their names."""
+"""The number of tensors whose data is read, spaced evenly over their names."""
 
 _HEAD_BYTES = 4096
-"""How much of each: training leaves no tensor's beginning as it was."""
+"""The bytes read of each: training changes the beginning of every tensor."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class Base:
 
     Attributes:
         path: Its folder, or its id on the hub.
-        sha256: Of its config, of the names, dtypes and shapes of its tensors, and of where the data of some begins. It does not
-            depend on how many files they lie in.
+        sha256: Digest of its config, of the names, dtypes and shapes of its tensors, and of the first data of some. It does not
+            depend on the number of files.
     """
 
     path: str
@@ -36,18 +36,18 @@ class Base:
 
     @classmethod
     def of(cls, model: str | os.PathLike[str]) -> Base:
-        """What a folder or a hub id is now; of a training run's folder, its newest checkpoint.
+        """The model that a folder or a hub id now holds; for a training run's folder, its newest checkpoint.
 
         Raises:
-            PartitaError: There is no such model, or it has no weights.
+            PartitaError: The model does not exist, or has no weights.
         """
         return cls(place_of(model), _digest(find_model(model)))
 
     def find(self, model: str | os.PathLike[str] | None = None) -> Path:
-        """The folder of this model, which may lie elsewhere by now, at `model`.
+        """The folder of this model, which may have moved to `model`.
 
         Raises:
-            CheckpointError: It is not there, or it is another.
+            CheckpointError: It does not exist, or holds another model.
         """
         place = self.path if model is None else model
         try:
@@ -55,22 +55,22 @@ class Base:
             found = _digest(folder)
         except (ModelError, CheckpointError) as error:
             raise CheckpointError(
-                f"the adapters of this run belong to {self.path}, but it cannot be read: {str(error).rstrip('.')}. Put it "
+                f"the adapters of this run belong to {self.path}, but it cannot be read: {str(error).rstrip('.')}. Move it "
                 "back, or give its new place with --model."
             ) from error
         if found != self.sha256:
             raise CheckpointError(
-                f"the adapters of this run belong to {self.path} as it was when they were begun, but {place} is another model: "
-                "its config, its tensors or their data differ. Put it back, or give its new place with --model."
+                f"the adapters of this run belong to {self.path} as it was when the run started, but {place} is another model: "
+                "its config, its tensors or their data differ. Move it back, or give its new place with --model."
             )
         return folder
 
 
 def place_of(model: str | os.PathLike[str]) -> str:
-    """How a model is found again from any folder: an id on the hub as it is, of a training run its newest checkpoint.
+    """A reference to a model that is valid in any folder: a hub id unchanged, for a training run its newest checkpoint.
 
     Raises:
-        PartitaError: There is no such model.
+        PartitaError: The model does not exist.
     """
     return os.path.realpath(find_model(model)) if Path(model).exists() else str(model)
 

@@ -1,4 +1,4 @@
-"""Training text: files as tokens, and which of them each step sees, whatever the mesh and the engine."""
+"""Training text: files as tokens, and the tokens of each step, independent of mesh and engine."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 
 def read_ids(source: str, tokenizer: Tokenizer, *, limit_bytes: int = 64 << 20) -> Ids:
-    """All text of a source as one row of ids, each file ended by the end token.
+    """Read all text of a source as one row of ids, with the end token after each file.
 
     Args:
         source: A text file, a folder of text files, or `stdlib`: the sources of the running Python's standard library.
-        tokenizer: Makes the ids.
-        limit_bytes: Files beyond this many bytes in all are left out, in the order of their paths.
+        tokenizer: The tokenizer that encodes the text.
+        limit_bytes: Total size after which further files, in the order of their paths, are left out.
 
     Returns:
         int64 ids `[tokens]`, the same on every machine that has the same files.
@@ -33,7 +33,7 @@ def read_ids(source: str, tokenizer: Tokenizer, *, limit_bytes: int = 64 << 20) 
     Raises:
         ModelError: As `texts` does.
     """
-    import numpy as np  # not when a command line is read
+    import numpy as np  # imported late to keep the command line fast
 
     ids: list[Ids] = []
     end = np.array(sorted(tokenizer.eos_ids)[:1], np.int64)
@@ -46,7 +46,7 @@ def texts(source: str, *, limit_bytes: int = 64 << 20) -> Iterator[str]:
     """The texts of a source that are not empty, at least one. The arguments are those of `read_ids`.
 
     Raises:
-        ModelError: There is no such source, no text in it, or one that is no UTF-8.
+        ModelError: The source does not exist, has no text, or has a text that is not UTF-8.
     """
     total, found = 0, False
     for file in _files(source):
@@ -54,7 +54,7 @@ def texts(source: str, *, limit_bytes: int = 64 << 20) -> Iterator[str]:
             raw = file.read_bytes()
         except OSError as error:
             raise ModelError(
-                f"--data {source}: {file} cannot be read: {error.strerror}. Leave it out, or mend it."
+                f"--data {source}: {file} cannot be read: {error.strerror}. Leave it out, or fix it."
             ) from error
         total += len(raw)
         if found and total > limit_bytes:
@@ -90,9 +90,9 @@ def _files(source: str) -> Iterator[Path]:
 
 
 def row_starts(tokens: int, step: int, batch_size: int, sequence_length: int, seed: int) -> list[int]:
-    """Where in a text of `tokens` ids the sequences of one step begin: it depends on the seed and the step alone.
+    """The start positions, in a text of `tokens` ids, of the sequences of one step. They depend on seed and step only.
 
-    An epoch is a random order of the places `0, sequence_length, 2 * sequence_length, ...` of the text; each has its own.
+    An epoch is a random order of the positions `0, sequence_length, 2 * sequence_length, ...` of the text, new for each epoch.
 
     Raises:
         ModelError: The text is shorter than a sequence and its last target.
@@ -109,9 +109,9 @@ def row_starts(tokens: int, step: int, batch_size: int, sequence_length: int, se
 
 @lru_cache(maxsize=2)
 def order(count: int, seed: int) -> tuple[int, ...]:
-    """A random order of `count` places: what `torch.randperm` gives on a CPU generator of this seed.
+    """A random permutation of `count` positions, equal to `torch.randperm` with a CPU generator of this seed.
 
-    It swaps each place with one of those behind it or itself (Durstenfeld 1964, algorithm 235), drawn by a Mersenne twister.
+    It swaps each position with itself or a later one (Durstenfeld 1964, algorithm 235), sampled by a Mersenne twister.
     """
     import numpy as np
 

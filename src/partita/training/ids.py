@@ -1,4 +1,4 @@
-"""The text to train on, checked: what is no row of ids, or has an id that the model has not, would fail late or not at all."""
+"""Check the ids to train on: other shapes or dtypes, or unknown ids, would fail late or not at all."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from partita.errors import PlanError
 
 
 def check_ids(tokens: np.ndarray[Any, Any], vocab_size: int) -> None:
-    """Refuse what is no row of ids of a vocabulary.
+    """Raise an error unless `tokens` is one row of ids of a vocabulary.
 
     Args:
-        tokens: The text.
-        vocab_size: Ids that the model has; 0 where that is not known.
+        tokens: The ids of the text.
+        vocab_size: Number of ids of the model; 0 if unknown.
 
     Raises:
-        PlanError: It is not int `[tokens]`, or an id is not the model's.
+        PlanError: The ids are not int `[tokens]`, or an id is out of range.
     """
     if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
         raise PlanError(f"tokens must be whole numbers [tokens], but are {tokens.dtype} of shape {tokens.shape}.")

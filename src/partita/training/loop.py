@@ -1,4 +1,4 @@
-"""The loop over the steps of a run, the same on either engine: an engine hands in what names a tensor."""
+"""The loop over the steps of a run, the same on both engines: an engine passes the functions that use tensors."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StepHooks:
-    """What an engine does in a step.
+    """The functions of an engine for a step.
 
     Attributes:
-        backward: Leaves the gradients of a step, counted from 0, and returns the mean loss of the whole batch; gives the
-            times of its actions to the second argument where that is not None.
-        clip: Scales the gradients down to the largest norm, and returns the norm that they had.
-        update: Steps what is trained, at a learning rate, and drops the gradients.
+        backward: Computes the gradients of a step, counted from 0, and returns the mean loss of the complete batch; reports the
+            times of its actions to the second argument unless it is None.
+        clip: Scales the gradients down to the largest norm, and returns their norm before.
+        update: Updates the trained parameters at a learning rate, and drops the gradients.
     """
 
     backward: Callable[[int, Callable[[Timeline], None] | None], float]
@@ -47,18 +47,18 @@ def begin_run(
     collective: Callable[[], AbstractContextManager[None]],
     restore: Callable[[Path], None],
 ) -> TrainingState:
-    """The state of a run that begins, or that goes on from the checkpoint `resume`; every rank calls it.
+    """The state of a new run, or of one that resumes from the checkpoint `resume`; every rank must call this.
 
     Args:
-        settings: How it trains.
-        text: The ids that it trains on, int64 `[tokens]`.
-        saves: Where and how often checkpoints are kept.
+        settings: The training settings.
+        text: The ids to train on, int64 `[tokens]`.
+        saves: The settings for checkpoints.
         resume: A checkpoint of the run.
         collective: Makes a block at whose end every rank raises what one of them raised in it.
-        restore: Gives the optimizer its state from a checkpoint.
+        restore: Restores the optimizer's state from a checkpoint.
 
     Raises:
-        CheckpointError: The checkpoint is another run's; on every rank.
+        CheckpointError: The checkpoint belongs to another run; on every rank.
     """
     with collective():
         run = state_of(settings, text, saves)
@@ -80,10 +80,10 @@ def run_steps(
     on_step: Callable[[StepReport], None] | None = None,
     on_timeline: Callable[[Timeline], None] | None = None,
 ) -> list[StepReport]:
-    """Do the steps that `run` has left, and save as often as `saver` says; every rank calls it.
+    """Run the remaining steps of `run`, and save as `saver` specifies; every rank must call this.
 
     Returns:
-        A report for each step that was done here.
+        A report for each step that this call ran.
 
     Raises:
         ModelError: The loss or the gradient's norm is not finite.

@@ -1,4 +1,4 @@
-"""The random numbers of a step: they follow from the seed, the step and the place in the run, so that none have to be kept."""
+"""The random numbers of a step follow from the seed, the step and the position in the run, so no state is saved."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ _MASK = (1 << 64) - 1
 
 
 def step_seed(seed: int, step: int, microbatch: int, *places: int) -> int:
-    """What to seed a generator with at step `step`, counted from 0.
+    """The seed of a random generator at step `step`, counted from 0.
 
-    Micro-batches are counted over all replicas, so that the same ones draw the same numbers however they are distributed.
-    `places` are what a seed also depends on, such as a stage.
+    Micro-batches are counted over all replicas, so that each samples the same numbers in every distribution.
+    `places` are further numbers that the seed depends on, such as a stage.
     """
     return mixed_seed(seed, step, microbatch, *places)
 

@@ -1,4 +1,4 @@
-"""Finding the checkpoint from which a run goes on: the newest that is whole."""
+"""Find the checkpoint from which a run resumes: the newest complete one."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ def newest_whole(
     verify: bool = True,
     on_broken: Callable[[str], None] | None = None,
 ) -> Path:
-    """The newest whole checkpoint of a run; every rank of the run calls it, and they read the files together.
+    """The newest complete checkpoint of a run; every rank must call this, and the ranks divide the reading.
 
     Args:
         folder: The run's folder.
-        axes: The communicators of the mesh, none for one rank alone.
-        rank: This one.
-        ranks: How many there are.
+        axes: The communicators of the mesh, empty for one rank.
+        rank: This rank.
+        ranks: Number of ranks.
         verify: Whether all files are read and compared with the manifest, rather than only their sizes.
-        on_broken: Told, on every rank, of each newer one that is not whole.
+        on_broken: Callback, on every rank, for each newer checkpoint that is incomplete.
 
     Raises:
-        CheckpointError: There is none.
+        CheckpointError: There is no complete checkpoint.
     """
     run = RunFolder(folder)
     broken = []
@@ -45,7 +45,7 @@ def newest_whole(
             on_broken(said)
     why = f" ({broken[0]})" if broken else ""
     raise CheckpointError(
-        f"{folder}: holds no whole checkpoint of a run to go on from{why}. Start without --resume, in another folder."
+        f"{folder}: holds no complete checkpoint to resume from{why}. Start without --resume, in another folder."
     )
 
 
@@ -63,7 +63,7 @@ def _fault(folder: Path, rank: int, ranks: int, verify: bool) -> str | None:
 
 
 def refuse_left_out(folder: Path, trained_then: Collection[str], trained_now: Collection[str]) -> None:
-    """Raise CheckpointError where a run that goes on from `folder` would leave out tensors, by their names on disk."""
+    """Raise CheckpointError if a run that resumes from `folder` would leave out tensors, by their names on disk."""
     left_out = sorted(set(trained_then) - set(trained_now))
     if left_out:
         more = f" and {len(left_out) - 1} more" if len(left_out) > 1 else ""

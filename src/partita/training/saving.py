@@ -1,6 +1,6 @@
-"""Checkpoints of a run under way: what a rank holds is copied between two steps, and written while training goes on.
+"""Checkpoints during a run: each rank copies its state between two steps, and writes it while training continues.
 
-At each step that follows the ranks ask each other how the writing stands, so that what fails on one is raised on all at once.
+At each following step the ranks exchange the state of the write, so that all raise an error of one at the same step.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Saves:
-    """Where and how often a run keeps checkpoints.
+    """Settings for the checkpoints of a run.
 
     Attributes:
         folder: The run's folder; each checkpoint has a folder of its own in it (see `RunFolder`).
-        every: Steps from one to the next; the last step is kept in any case. None: the last alone.
-        keep: How many of the newest stay; None for all.
-        tokenizer: Saved with each.
+        every: Steps between checkpoints; the last step is always saved. None: only the last.
+        keep: Number of newest checkpoints to keep; None for all.
+        tokenizer: Tokenizer to save with each.
         max_shard_bytes: Largest size of one file.
-        notes: Kept in the training state, as JSON can say it.
-        base: Of adapters the model that they are put on, a folder or a hub id: of such a run only the adapters are kept.
+        notes: JSON data to keep in the training state.
+        base: The model of the adapters, a folder or a hub id, if adapters are trained; only the adapters are then saved.
     """
 
     folder: Path
@@ -63,14 +63,14 @@ class Saves:
 
 @dataclass(frozen=True)
 class SaveReport:
-    """A checkpoint that is whole.
+    """A complete checkpoint.
 
     Attributes:
-        step: Steps that it is behind.
-        folder: Where it is.
-        held_s: Seconds for which training stood still for it on this rank.
-        seconds: From the copy until it was in place.
-        bytes_written: By this rank.
+        step: The step after which it was saved.
+        folder: The checkpoint's folder.
+        held_s: Seconds for which training was paused for it on this rank.
+        seconds: Seconds from the copy until it was in place.
+        bytes_written: Bytes that this rank wrote.
     """
 
     step: int
@@ -81,28 +81,28 @@ class SaveReport:
 
 
 class RankShard(Protocol):
-    """What a rank of an engine has to write, and where."""
+    """The state that a rank of an engine writes, and its files."""
 
     @property
     def files(self) -> Mapping[str, tuple[FilePlan, ...]]:
-        """The files of weights and of the optimizer's state, the same on every rank, by how their names begin."""
+        """The files of weights and of the optimizer's state, the same on every rank, by the prefix of their names."""
 
     @property
     def beside(self) -> Mapping[str, bytes]:
         """Small files that belong to the model, on the first rank."""
 
     def copy(self) -> list[Part]:
-        """The present values of all that this rank writes."""
+        """Copies of the current values that this rank writes."""
 
     def counts(self, step: int) -> dict[str, int]:
-        """AdamW's steps of what this rank trains, by the names on disk, where they are not `step`."""
+        """AdamW's step counts of this rank's parameters, by name on disk, if they differ from `step`."""
 
 
 def state_of(settings: TrainSettings, text: np.ndarray[Any, Any], saves: Saves | None) -> TrainingState:
-    """The state of a run that has not begun, with what its checkpoints are to say.
+    """The state of a new run, with the notes for its checkpoints.
 
     Raises:
-        PartitaError: The base of its adapters is not there.
+        PartitaError: The base of its adapters does not exist.
     """
     if saves is None:
         return TrainingState.of(settings, text)
@@ -119,10 +119,10 @@ def files_beside(write: Callable[[Path], None]) -> dict[str, bytes]:
 
 
 def check_base(saves: Saves, *, adapted: bool) -> None:
-    """Raise `ModelError` unless a run that keeps adapters, and only such a run, says what they belong to."""
+    """Raise `ModelError` unless `base` is given for a run that saves adapters, and only for such a run."""
     if adapted and saves.base is None:
         raise ModelError(
-            "of a model with LoRA adapters only these are kept, which need their model to go on. Name it on disk, with "
+            "only the adapters of a model with LoRA adapters are saved, and resuming needs their model. Name it on disk, with "
             "Saves(base=...), or merge_lora(model) first."
         )
     if not adapted and saves.base is not None:
@@ -132,9 +132,9 @@ def check_base(saves: Saves, *, adapted: bool) -> None:
 
 
 class Saver:
-    """Keeps the checkpoints of a run; every rank has one and calls its methods at the same steps.
+    """Saves the checkpoints of a run; every rank has one and calls its methods at the same steps.
 
-    A context manager: leaving it ends what is under way, finished or not, and unlocks the run's folder.
+    A context manager: leaving it ends a running save, finished or not, and unlocks the run's folder.
     """
 
     def __init__(
@@ -146,17 +146,17 @@ class Saver:
         *,
         on_save: Callable[[SaveReport], None] | None = None,
     ) -> None:
-        """Make the run's folder and lock it.
+        """Create the run's folder and lock it.
 
         Args:
-            saves: Where and how often.
-            share: What this rank writes.
-            state: The run.
+            saves: The settings.
+            share: The state that this rank writes.
+            state: The state of the run.
             groups: This rank's groups.
-            on_save: Told, on every rank, of each checkpoint that is whole.
+            on_save: Callback for each complete checkpoint, on every rank.
 
         Raises:
-            CheckpointError: It cannot be made, holds another run, or another run holds its lock; on every rank.
+            CheckpointError: It cannot be created, holds another run, or another run holds its lock; on every rank.
         """
         self.saves, self.share, self.state, self.on_save = saves, share, state, on_save
         axes, rank = groups.axes, groups.rank
@@ -184,7 +184,7 @@ class Saver:
         self.run = RunFolder(saves.folder, run)
 
     def after(self, step: int) -> None:
-        """Called behind step `step`, counted from 1: hear of a save under way, and begin the next where it is due.
+        """Call this after step `step`, counted from 1: check the running save, and begin the next if it is due.
 
         Raises:
             CheckpointError: A save failed on some rank; on every rank.
@@ -194,17 +194,17 @@ class Saver:
             self._begin(step)
 
     def finish(self, step: int) -> None:
-        """Return when the checkpoint of the last step, `step`, is whole. Raises as `after` does."""
+        """Wait until the checkpoint of the last step, `step`, is complete. Raises as `after` does."""
         if step != self.last_step:
             self._begin(step)
         self.wait()
 
     def wait(self) -> None:
-        """Return when no save is under way. Raises as `after` does."""
+        """Wait until no save is running. Raises as `after` does."""
         self._settle(wait=True)
 
     def close(self) -> None:
-        """End what is under way, finished or not, without asking other ranks, and unlock the folder."""
+        """End a running save, finished or not, without other ranks, and unlock the folder."""
         write, self._write = self._write, None
         if write is not None:
             write.stop()
@@ -217,7 +217,7 @@ class Saver:
         steps = RunFolder(self.saves.folder).steps()
         if self.state.step == 0 and steps:
             raise CheckpointError(
-                f"{self.saves.folder}: holds a run already (its last checkpoint is of step {steps[-1]}). Resume it, or save "
+                f"{self.saves.folder}: already holds a run (its last checkpoint is of step {steps[-1]}). Resume it, or save "
                 "elsewhere."
             )
 
@@ -239,14 +239,14 @@ class Saver:
         self._write = BackgroundWrite(job, time.perf_counter() - start_s)
 
     def _counts(self, step: int) -> dict[str, int]:
-        """AdamW's steps of tensors on all ranks, where they are not `step`."""
+        """AdamW's step counts of tensors on all ranks, if they differ from `step`."""
         counts = self.share.counts(step)
         for comm in self.axes:
             counts = {name: count for theirs in comm.all_gather_object(counts) for name, count in theirs.items()}
         return counts
 
     def _settle(self, *, wait: bool = False) -> None:
-        """Hear how the save under way stands on all ranks; to `wait` for its end is to hold training up."""
+        """Exchange the state of the running save among all ranks; `wait` for its end pauses training."""
         while (write := self._write) is not None:
             start_s = time.perf_counter()
             error, is_done = agreed_state(self.axes, write.error, write.is_done)
@@ -263,12 +263,12 @@ class Saver:
             elif not wait:
                 return
 
-    def _failure(self, step: int, said: str) -> str:
+    def _failure(self, step: int, reason: str) -> str:
         before = [one for one in self.run.steps() if one != step]
         there = (
-            f"{self.run.step_folder(before[-1]).name}, from before, is untouched" if before else "there was none before"
+            f"{self.run.step_folder(before[-1]).name}, from before, is unchanged" if before else "there was none before"
         )
-        return f"the checkpoint of step {step} could not be written: {said.rstrip('.')}; {there}."
+        return f"the checkpoint of step {step} could not be written: {reason.rstrip('.')}; {there}."
 
 
 def _report(write: BackgroundWrite) -> SaveReport:

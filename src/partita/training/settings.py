@@ -1,4 +1,4 @@
-"""How to train, what a step tells, and the schedule of one: the same on either engine."""
+"""Training settings, the report of a step and its schedule, the same on both engines."""
 
 from __future__ import annotations
 
@@ -24,34 +24,34 @@ FLOAT16 = (
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """How to train.
+    """Settings of training.
 
     Attributes:
         steps: Optimizer steps.
-        batch_size: Sequences a step, over all replicas.
-        sequence_length: Tokens a sequence.
-        learning_rate: The highest, reached after the warm-up.
-        min_learning_rate: The last, as a fraction of the highest.
-        warmup_steps: Steps over which it rises from zero; then it falls as a cosine.
-        weight_decay: Of tensors of two dimensions or more (AdamW: Loshchilov and Hutter 2019, 1711.05101).
-        epsilon: AdamW adds it to what it divides by.
+        batch_size: Sequences per step, over all replicas.
+        sequence_length: Tokens per sequence.
+        learning_rate: Peak learning rate, reached after the warm-up.
+        min_learning_rate: Final learning rate, as a fraction of the peak.
+        warmup_steps: Steps over which the learning rate rises from zero; a cosine decay follows.
+        weight_decay: Weight decay of tensors of two or more dimensions (AdamW: Loshchilov and Hutter 2019, 1711.05101).
+        epsilon: The term that AdamW adds to the denominator.
         clip_norm: Gradients of a larger global norm are scaled down to it; 0 for none.
-        microbatches: Into how many micro-batches a replica cuts its part of the batch.
-        schedule: The kind of pipeline schedule (see `partita.schedule.KINDS`); by default `1f1b`, with several stages a rank
-            `interleaved-1f1b`, or `zb-v` where they are placed in a V.
-        group_size: Of `interleaved-1f1b`: micro-batches that pass a virtual stage in a row; by default pp.
+        microbatches: Number of micro-batches into which a replica splits its part of the batch.
+        schedule: The kind of pipeline schedule (see `partita.schedule.KINDS`); by default `1f1b`, with several stages per rank
+            `interleaved-1f1b`, or `zb-v` if they are placed in a V.
+        group_size: For `interleaved-1f1b`: micro-batches that run on a virtual stage in a row; by default pp.
         zero: Whether each replica keeps the optimizer's state of its share of the parameters only (ZeRO-1: Rajbhandari et
             al. 2020, 1910.02054).
-        mtp_weight: How much multi-token prediction counts beside the next token (2412.19437: 0.3, at the end 0.1).
-        mask_token: What masked language models see in place of what they have to guess; by default the last id.
-        seed: Of the order of the data and of dropout.
+        mtp_weight: Weight of the multi-token prediction loss (2412.19437: 0.3, at the end 0.1).
+        mask_token: The id that replaces the tokens that masked language models predict; by default the last id.
+        seed: Random seed of the data order and of dropout.
         autocast: `bfloat16` to compute matrix products in it. That is for float32 weights: bfloat16 weights are multiplied in
             bfloat16 without it.
         master_dtype: `float32` to keep a float32 copy (master weight) and float32 moments of each trained parameter narrower
             than that; the copy is stepped and rounded into the parameter. `model` to step the parameters themselves, with
             moments of their dtype.
-        checkpointing: Whether activations are computed again in backward instead of kept.
-        aux_loss_scope: Over which tokens the auxiliary loss of routers is computed, where the model's config asks for one:
+        checkpointing: Whether activations are recomputed in backward instead of kept.
+        aux_loss_scope: The tokens over which the auxiliary loss of routers is computed, if the model's config enables it:
             `microbatch`, as transformers does with a batch, or `sequence`, which is the same for all meshes and micro-batches.
     """
 
@@ -106,7 +106,7 @@ class TrainSettings:
 
 @dataclass(frozen=True)
 class StepReport:
-    """One step: its number (from 1), mean loss a token, learning rate, gradient norm before clipping, tokens and seconds."""
+    """One step: its number (from 1), mean loss per token, learning rate, gradient norm before clipping, tokens and seconds."""
 
     step: int
     loss: float
@@ -120,7 +120,7 @@ def schedule_of(plan: Plan, settings: TrainSettings) -> Schedule:
     """The schedule of one step.
 
     Raises:
-        PlanError: The batch cannot be dealt out to the replicas and micro-batches, or the schedule is not for the plan's
+        PlanError: The batch cannot be split over the replicas and micro-batches, or the schedule is not for the plan's
             stages.
     """
     replicas, pp, vpp = plan.mesh.dp, plan.mesh.pp, plan.vpp
@@ -136,14 +136,14 @@ def schedule_of(plan: Plan, settings: TrainSettings) -> Schedule:
 
 
 def default_schedule(plan: Plan) -> str:
-    """The kind of schedule for a plan when none is asked for."""
+    """The default kind of schedule for a plan."""
     if plan.placement == "v":
         return "zb-v"
     return "1f1b" if plan.vpp == 1 else "interleaved-1f1b"
 
 
 def check_batch(batch_size: int, replicas: int, microbatches: int) -> None:
-    """Raise `PlanError` unless a batch can be dealt out."""
+    """Raise `PlanError` unless a batch can be split evenly."""
     if batch_size % (replicas * microbatches):
         raise PlanError(
             f"batch_size must be a multiple of dp x micro-batches ({replicas} x {microbatches}), but is {batch_size}."

@@ -1,4 +1,4 @@
-"""What a training run has to know, beside its weights and moments, to go on as if it had never stopped."""
+"""The state that a run needs, besides its weights and moments, to resume as if it had never stopped."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ if TYPE_CHECKING:
 STATE_NAME = "training_state.json"
 
 FREE = ("steps", "microbatches", "schedule", "group_size", "zero", "checkpointing")
-"""Settings that a resumed run may change: how the work is dealt out, and up to where it goes (see `go_on`)."""
+"""Settings that a resumed run may change: the distribution of the work, and the number of steps (see `go_on`)."""
 
 
 @dataclass(frozen=True)
 class TrainingState:
-    """Where a run stands, and what makes it this run and no other.
+    """The position of a run, and the facts that identify it.
 
-    Nothing of a layout or an engine is compared: either may go on. Random numbers are sampled in each step from seed, step
+    Layout and engine are not compared: any can resume the run. Random numbers are sampled in each step from seed, step
     and micro-batch (`step_seed`), and the order of the data follows from seed and step, so neither has a state.
 
     Attributes:
-        step: Steps done.
-        settings: How it is trained.
-        tokens: Ids of the text.
+        step: Completed steps.
+        settings: The training settings.
+        tokens: Number of ids of the text.
         digest: SHA-256 of the text's ids, little-endian int64.
-        notes: What the caller wants to find again, such as where the text came from; not compared.
-        base: The model that adapters are trained on, None where the whole model is.
-        counts: AdamW's steps of each tensor, by its name on disk, where they are not the run's: it had no gradient in some.
+        notes: Data of the caller, such as the source of the text; not compared.
+        base: The model that adapters are trained on, None if all of the model is trained.
+        counts: AdamW's step counts of tensors that had no gradient in some steps, by name on disk.
     """
 
     step: int
@@ -56,7 +56,7 @@ class TrainingState:
         notes: Mapping[str, Any] | None = None,
         base: Base | None = None,
     ) -> TrainingState:
-        """The state of a run that has not begun, on a text of ids `[tokens]`."""
+        """The state of a new run on a text of ids `[tokens]`."""
         import numpy as np
 
         ids = np.ascontiguousarray(text, dtype="<i8")
@@ -68,48 +68,48 @@ class TrainingState:
         return self.step * self.settings.batch_size
 
     def at(self, step: int, counts: Mapping[str, int] | None = None) -> TrainingState:
-        """The same run after `step` steps, of which some tensors had the `counts` only."""
+        """The same run after `step` steps, of which some tensors had only `counts`."""
         return replace(self, step=step, counts=dict(counts or {}))
 
     def count(self, name: str, on_disk: Collection[str]) -> int:
-        """AdamW's steps of a tensor of a model.
+        """AdamW's step count of a tensor of a model.
 
         Args:
-            name: The model's name of it.
-            on_disk: The names of what it is made of.
+            name: Its name in the model.
+            on_disk: The names on disk of its parts.
 
         Raises:
-            CheckpointError: Its parts have been stepped differently.
+            CheckpointError: Its parts have different counts.
         """
         counts = {self.counts.get(one, self.step) for one in on_disk}
         if len(counts) > 1:
             raise CheckpointError(
-                f"{name} is made of tensors that must have one count of optimizer steps, but have {sorted(counts)}. Resume an "
+                f"{name} consists of tensors that must have one count of optimizer steps, but have {sorted(counts)}. Resume an "
                 "older checkpoint: this one was changed."
             )
         return counts.pop()
 
     def go_on(self, run: TrainingState, folder: Path) -> int:
-        """Of a state that was read from `folder`: the step from which `run`, which has not begun, goes on.
+        """The step from which the new run `run` resumes this state, which was read from `folder`.
 
-        A run may go on for more steps than were planned: from there its learning rate is that of the longer run.
+        A run may resume with more steps than planned: its learning rate is then that of the longer run.
 
         Raises:
-            CheckpointError: It would be another run. All differences are named.
+            CheckpointError: `run` is a different run. The message has all differences.
         """
         self.refuse_other(asdict(run.settings), folder)
         if (self.tokens, self.digest) != (run.tokens, run.digest):
             _refuse(folder, [f"the text ({self.tokens} tokens then, {run.tokens} now, of other content)"])
         if run.base is not None and self.base is None:
-            raise CheckpointError(f"{folder}: holds a whole model, not adapters. Go on without adapters.")
+            raise CheckpointError(f"{folder}: holds a complete model, not adapters. Resume without adapters.")
         if run.base is not None and self.base is not None and run.base.sha256 != self.base.sha256:
             _refuse(folder, [f"the base model ({self.base.path} then, {run.base.path} now, of other content)"])
         return self.step
 
     def refuse_other(self, settings: Mapping[str, Any], folder: Path) -> None:
-        """Raise CheckpointError, with all differences, where `settings`, by name, would make it another run.
+        """Raise CheckpointError, with all differences, if `settings`, by name, specify a different run.
 
-        Those that are not there are not compared.
+        Missing settings are not compared.
         """
         differences = [
             f"{name} ({then!r} then, {settings[name]!r} now)"
@@ -138,26 +138,26 @@ class TrainingState:
 
 def _refuse(folder: Path, differences: list[str]) -> NoReturn:
     raise CheckpointError(
-        f"{folder}: this would be another run, as it differs in {', '.join(differences)}. Give what the checkpoint was "
-        "trained with; layout, engine, --save-every and --keep may change."
+        f"{folder}: the options specify another run, which differs in {', '.join(differences)}. Give the settings of the "
+        "checkpoint; layout, engine, --save-every and --keep may change."
     )
 
 
 def kept_settings(settings: TrainSettings) -> dict[str, Any]:
-    """The settings that make a run what it is, by name."""
+    """The settings that identify a run, by name."""
     return {name: value for name, value in asdict(settings).items() if name not in FREE}
 
 
 def read_state(folder: Path) -> TrainingState:
-    """The state in a checkpoint of a run.
+    """Read the state in a checkpoint of a run.
 
     Raises:
-        CheckpointError: There is none, or it cannot be understood.
+        CheckpointError: There is none, or it is malformed.
     """
     file = folder / STATE_NAME
     if not file.exists():
         raise CheckpointError(
-            f"{folder}: has no {STATE_NAME}, so no training goes on from it. A run leaves it with --save-every."
+            f"{folder}: has no {STATE_NAME}, so training cannot resume from it. A run writes it with --save-every."
         )
     try:
         raw = file.read_bytes()
