@@ -20,7 +20,11 @@ MESH = [
     Case("fewer than no ranks", "plan config.json --pp -1", "'--pp'...greater than or equal to 1, but is '-1'"),
     Case("half a rank", "plan config.json --dp 1.5", "'--dp'...valid integer...but is '1.5'"),
     Case("ranks in words", "plan config.json --tp two", "'--tp'...valid integer...but is 'two'"),
-    Case("more ranks than columns", "plan config.json --tp 300", "tp=300 is more than anything in the model (llama)"),
+    Case(
+        "more ranks than columns",
+        "plan config.json --tp 300",
+        "tp=300 is more than the parts into which any tensor of the model (llama)",
+    ),
     Case(
         "more stages than layers",
         "plan config.json --pp 3",
@@ -97,12 +101,12 @@ MODEL = [
         "nowhere.json does not exist. Give a folder with a config.json",
     ),
     Case("too many slashes", "plan a/b/c", "a/b/c does not exist. Give a folder...or a hub id (owner/name)."),
-    Case("a hub id that cannot be", "plan 'a b!'", "a b! is no local folder...Repo id must use alphanumeric chars"),
+    Case("a hub id that cannot be", "plan 'a b!'", "a b! is not a local folder...Repo id must use alphanumeric chars"),
     Case(
         "a hub that cannot be reached",
         "plan owner/name",
-        "owner/name is no local folder, and it cannot be fetched from the hub: it cannot be reached, and its cache here does "
-        "not hold it. Give a folder, or a hub id (owner/name) with the network at hand.",
+        "owner/name is not a local folder, and it cannot be fetched from the hub: it cannot be reached, and its cache here does "
+        "not hold it. Give a folder, or a hub id (owner/name) with a network connection.",
     ),
     Case(
         "a folder without a config", "plan empty", "empty/config.json does not exist. Give a folder with a config.json"
@@ -161,7 +165,7 @@ SCHEDULE = [
     Case(
         "a cost in words",
         f"{ONE_F_ONE_B} --f long",
-        "--f must be a number, or one a stage with commas between, but is 'long'.",
+        "--f must be a number, or one per stage separated by commas, but is 'long'.",
     ),
     Case("a cost below zero", f"{ONE_F_ONE_B} --b -1", "costs.b must be a finite number of at least 0...but is -1.0."),
     Case(
@@ -188,7 +192,7 @@ SCHEDULE = [
     Case(
         "kind and file at once",
         f"{ONE_F_ONE_B} --from cell.csv",
-        "--from cell.csv says all of the schedule: leave out --kind",
+        "--from cell.csv specifies the complete schedule: leave out --kind",
     ),
     Case("no such file", "schedule --from no.csv", "--from no.csv cannot be read: No such file or directory."),
     Case("a folder as a file", "schedule --from empty", "--from empty cannot be read: Is a directory."),
@@ -221,9 +225,11 @@ SCHEDULE = [
 
 DEMO = [
     Case("no steps", "demo --steps 0", "'--steps'...greater than or equal to 1, but is '0'"),
-    Case("into another's folder", "demo --out model", "--out model is there already and not empty. Name a new folder."),
-    Case("into a file", "demo --out words.txt", "--out words.txt is there already and not empty. Name a new folder."),
-    Case("below a file", "demo --out words.txt/demo", "words.txt/demo: cannot be made (--out): Not a directory"),
+    Case(
+        "into another's folder", "demo --out model", "--out model already exists and is not empty. Name a new folder."
+    ),
+    Case("into a file", "demo --out words.txt", "--out words.txt already exists and is not empty. Name a new folder."),
+    Case("below a file", "demo --out words.txt/demo", "words.txt/demo: cannot be created (--out): Not a directory"),
 ]
 
 

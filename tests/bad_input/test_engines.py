@@ -249,7 +249,7 @@ Made = tuple[str, str, str]
 CALLS: list[Made] = [
     ("load: no name", "load('')", "'' does not exist. Give a folder with a config.json"),
     ("load: not there", "load('./nowhere')", "./nowhere does not exist. Give a folder"),
-    ("load: no hub", "load('owner/name')", "owner/name is no local folder...it cannot be reached"),
+    ("load: no hub", "load('owner/name')", "owner/name is not a local folder...it cannot be reached"),
     ("load: a config", "load('config.json')", "config.json: is a config, which has no weights"),
     ("load: no ranks", "load('model', tp=0)", "tp must be a whole number of at least 1, but is 0."),
     ("load: ranks in quotes", "load('model', pp='2')", "pp must be a whole number of at least 1, but is '2'."),

@@ -86,10 +86,10 @@ def test_any_one_change() -> None:
         (("placement",), "ring", "placement must be one of loop, v, but is 'ring'."),
         (("model", "dtype"), "int3", "the model's dtype must be one of"),
         (("splits", 0), {"size": 4}, "split"),
-        (("tensors", "no.such.weight"), {"dim": 0, "split": 0}, "the plan cuts no.such.weight, which is no tensor"),
+        (("tensors", "no.such.weight"), {"dim": 0, "split": 0}, "the plan splits no.such.weight, which is not a tensor"),
         (("tensors", "lm_head.weight", "dim"), 7, "does not fit its shape"),
         (("tensors", "lm_head.weight", "split"), 99, "the plan was changed: IndexError"),
-        (("modules", "lm_head", "style"), "diagonal", "is not how a module can be split over 2 ranks"),
+        (("modules", "lm_head", "style"), "diagonal", "is not a valid split of a module over 2 ranks"),
         (("rules", 0, "style"), "diagonal", "the style of rule"),
     ],
 )  # fmt: skip

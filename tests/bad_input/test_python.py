@@ -49,7 +49,7 @@ SPLIT = [
     Call(
         "over more ranks than elements",
         lambda: Split.even(4, 5),
-        "4 units cannot be dealt to 5 ranks...Use at most 4 ranks",
+        "4 units cannot be distributed over 5 ranks...Use at most 4 ranks",
     ),
     Call("a size below zero", lambda: Split.even(-1, 1), "size must not be negative, but is -1."),
     Call("a size as a fraction", lambda: Split.even(4.0, 2), "size must be a whole number, but is 4.0."),
@@ -148,7 +148,7 @@ PLAN = [
     Call(
         "more ranks than columns",
         lambda: Plan.make(spec, Mesh(tp=300)),
-        "tp=300 is more than anything in the model (llama)",
+        "tp=300 is more than the parts into which any tensor of the model (llama)",
     ),
     Call(
         "no virtual stages",
@@ -210,12 +210,12 @@ MODEL = [
     Call(
         "a hub that cannot be reached",
         lambda: find_model("owner/name"),
-        "owner/name is no local folder...it cannot be reached",
+        "owner/name is not a local folder...it cannot be reached",
     ),
     Call(
         "a hub id that cannot be",
         lambda: find_model("a b"),
-        "a b is no local folder...Repo id must use alphanumeric chars",
+        "a b is not a local folder...Repo id must use alphanumeric chars",
     ),
 ]
 

@@ -75,7 +75,7 @@ def test_a_broken_checkpoint(kind: str, run_folder: Path, partita: Run) -> None:
     assert error_of(said).endswith(f"Name an older one: {run_folder}/step-000001")
     said = partita("train", "--resume", "--out", str(run_folder), "--steps", "3")
     assert said.code == 0, said.err
-    assert f"going on from {run_folder}/step-000001" in said.err
+    assert f"resuming from {run_folder}/step-000001" in said.err
 
 
 @pytest.mark.parametrize("target", ["step-000099", "/etc", "."])
@@ -90,10 +90,10 @@ def test_no_checkpoint_is_whole(run_folder: Path, partita: Run) -> None:
         (step / "model.safetensors").unlink()
     said = partita("train", "--resume", "--out", str(run_folder), "--steps", "3")
     assert said.code == 2
-    assert f"{run_folder}: holds no whole checkpoint of a run to go on from" in error_of(said, after=True)
+    assert f"{run_folder}: holds no complete checkpoint to resume from" in error_of(said, after=True)
 
 
 def test_a_run_is_not_begun_over_another(run_folder: Path, partita: Run) -> None:
     said = partita(*NEW.split(), str(run_folder))
     assert said.code == 2
-    assert "holds a run already (its last checkpoint is of step 2). Go on with --resume" in error_of(said)
+    assert "already holds a run (its last checkpoint is of step 2). Continue it with --resume" in error_of(said)

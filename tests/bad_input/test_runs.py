@@ -9,7 +9,7 @@ from tests.cli.conftest import Run
 
 HI = "generate model hi --max-new-tokens 1"
 GENERATE = [
-    Case("no prompt", "generate model", "there is no prompt. Give one behind the model"),
+    Case("no prompt", "generate model", "there is no prompt. Give one after the model"),
     Case("an empty prompt", "generate model ''", "prompt 0 is empty: it must have at least one token."),
     Case(
         "an empty prompt file",
@@ -31,7 +31,7 @@ GENERATE = [
     Case(
         "a prompt beyond the positions",
         "generate gpt2 'a longer text than that' --max-new-tokens 1",
-        "a prompt of 23 tokens with 1 new ones needs 23 positions, but gpt2 has 16. Let it be shorter.",
+        "a prompt of 23 tokens with 1 new ones needs 23 positions, but gpt2 has 16. Shorten it.",
     ),
     Case(
         "new tokens beyond the positions",
@@ -99,12 +99,14 @@ GENERATE = [
     ),
     Case("a folder without a model", "generate empty hi", "empty/config.json does not exist."),
     Case(
-        "a hub that cannot be reached", "generate owner/name hi", "owner/name is no local folder...it cannot be reached"
+        "a hub that cannot be reached",
+        "generate owner/name hi",
+        "owner/name is not a local folder...it cannot be reached",
     ),
     Case(
         "more ranks than columns",
         f"{HI} --tp 300",
-        "tp=300 is more than anything in the model (llama) can be cut into.",
+        "tp=300 is more than the parts into which any tensor of the model (llama) can be split.",
     ),
     Case("a layout of another model", f"{HI} --layout EtL", "The layout 'EtL' does not fit the model:", drawn=True),
 ]
@@ -119,9 +121,9 @@ TRAIN = [
     Case(
         "config and model",
         f"{NEW} --model model",
-        "--config config.json begins with new weights and --model model with a checkpoint. Give one of them.",
+        "--config config.json starts from new weights and --model model from a checkpoint. Give one of them.",
     ),
-    Case("data without a name", "train --config config.json --data ''", "there is nothing to train on. Give --data"),
+    Case("data without a name", "train --config config.json --data ''", "there is no training data. Give --data"),
     Case(
         "data in another encoding",
         "train --config config.json --data latin.txt",
@@ -135,11 +137,11 @@ TRAIN = [
     Case(
         "a folder inside a file",
         f"{NEW} --out words.txt/x",
-        "--out words.txt/x cannot be made, as...words.txt is not a folder. Name another folder.",
+        "--out words.txt/x cannot be created:...words.txt is not a folder. Name another folder.",
     ),
     Case("a silence in words", f"{NEW} --lost-after soon", "'--lost-after'...valid number...but is 'soon'"),
     Case("a silence below zero", f"{NEW} --lost-after -1", "'--lost-after'...greater than or equal to 0, but is '-1'"),
-    Case("no data", "train --config config.json", "there is nothing to train on. Give --data"),
+    Case("no data", "train --config config.json", "there is no training data. Give --data"),
     Case(
         "data that is not there", "train --config config.json --data no", "--data no: there is no such file or folder."
     ),
@@ -185,17 +187,17 @@ TRAIN = [
     Case(
         "a model over a model",
         f"{NEW} --out model",
-        "--out model holds a model already (model.safetensors). Name another folder",
+        "--out model already holds a model (model.safetensors). Name another folder",
     ),
     Case("a model over a file", f"{NEW} --out words.txt", "--out words.txt is a file. Name a folder"),
     Case("saved every no steps", f"{NEW} --save-every 0", "'--save-every'...greater than or equal to 1, but is '0'"),
     Case("saved nowhere", f"{NEW} --save-every 1", "--save-every needs a folder for its checkpoints. Give --out."),
     Case("none kept", f"{NEW} --keep 0", "'--keep'...greater than or equal to 1, but is '0'"),
-    Case("kept of none", f"{NEW} --keep 1", "--keep is of the checkpoints that --save-every makes."),
+    Case("kept of none", f"{NEW} --keep 1", "--keep limits the checkpoints that --save-every saves."),
     Case(
         "resumed from nowhere",
         "train --resume",
-        "--resume goes on from the newest checkpoint in --out DIR. Give --out.",
+        "--resume continues from the newest checkpoint in --out DIR. Give --out.",
     ),
     Case("resumed from no run", "train --resume --out empty", "--out empty holds no checkpoint"),
     Case("resumed from a model", "train --resume --out model", "--out model holds no checkpoint"),
@@ -232,7 +234,7 @@ TRAIN = [
     Case(
         "a V without ranks to turn at",
         f"{NEW} --schedule zb-v",
-        "--schedule zb-v turns round between ranks, but --pp is 1.",
+        "--schedule zb-v needs at least two pipeline ranks, but --pp is 1.",
     ),
     Case(
         "vpp against the layout",

@@ -27,7 +27,7 @@ def test_a_silent_rank_is_reported_before_it_is_ended() -> None:
                 silent.sendall(line_of({**me, "rank": 1, "pid": stopped.pid}))
                 verdict = _verdict_heard_by(first, {**me, "rank": 0, "pid": 0})
                 assert verdict["lost"].startswith(
-                    "rank 1 (stage 0) was lost while working: nothing was heard of it for 0.5 s"
+                    "rank 1 (stage 0) was lost while working: no message from it for 0.5 s"
                 )
                 assert verdict["silent"] == [[1, "here", stopped.pid]]
                 assert stopped.poll() is None

@@ -153,7 +153,7 @@ def test_of_two_that_begin_at_once_one_is_alone(where: list[str], tmp_path: Path
     codes = [process.returncode for process in both]
     assert sorted(codes) == [0, 2], ended
     winner = codes.index(0)
-    assert "run: is in use by run " in ended[1 - winner] or "holds a run already" in ended[1 - winner]
+    assert "run: is in use by run " in ended[1 - winner] or "already holds a run" in ended[1 - winner]
     expected, found = RunFolder(tmp_path / str(winner) / "run"), RunFolder(tmp_path / "both" / "run")
     assert found.steps() == [1, 2, 3]
     assert [weights(found.step_folder(step)) for step in (1, 2, 3)] == [

@@ -1,4 +1,4 @@
-"""Tensors that a model class has no place for (a prediction layer) were dropped, while the saved config announced them."""
+"""Tensors that a model class does not use (a prediction layer) were dropped, while the saved config announced them."""
 
 from __future__ import annotations
 
@@ -77,8 +77,8 @@ def test_one_line_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> N
     with caplog.at_level(logging.WARNING, "partita"):
         load(tmp_path)
     (record,) = caplog.records
-    assert record.getMessage().startswith(f"{tmp_path}: LlamaForCausalLM has no place for {len(more)} tensors (model.l")
-    assert record.getMessage().endswith("neither used nor trained, and saved unchanged.")
+    assert record.getMessage().startswith(f"{tmp_path}: LlamaForCausalLM does not use {len(more)} tensors (model.l")
+    assert record.getMessage().endswith("not trained, and saved unchanged.")
 
 
 def test_a_source_that_is_gone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -89,7 +89,7 @@ def test_a_source_that_is_gone(tmp_path: Path, caplog: pytest.LogCaptureFixture)
     caplog.clear()
     with caplog.at_level(logging.WARNING, "partita"):
         save(model, tmp_path / "b")
-    assert [r.getMessage().endswith("the saved config does not announce it.") for r in caplog.records] == [True]
+    assert [r.getMessage().endswith("the saved config does not announce them.") for r in caplog.records] == [True]
     assert same(tmp_path / "b", {name: tensor for name, tensor in whole.items() if name not in more})
     assert json.loads((tmp_path / "b" / "config.json").read_text())["num_nextn_predict_layers"] == 0
     assert model.config.num_nextn_predict_layers == 1  # type: ignore[union-attr]

@@ -32,7 +32,7 @@ def test_a_name_leads_back_to_its_module(parts: list[str], side: Any) -> None:
     ],
 )
 def test_what_is_no_plain_adapter(name: str) -> None:
-    with pytest.raises(CheckpointError, match="is no part of a plain LoRA adapter"):
+    with pytest.raises(CheckpointError, match="does not belong to a plain LoRA adapter"):
         path_of(name)
 
 
@@ -69,7 +69,7 @@ def test_a_folder_without_adapters(tmp_path: Path) -> None:
 
 def test_one_kind_alone() -> None:
     assert only({Adapters(2, 4.0)}) == Adapters(2, 4.0)
-    with pytest.raises(ModelError, match=r"has no LoRA adapters to save\. Put some on with add_lora"):
+    with pytest.raises(ModelError, match=r"has no LoRA adapters to save\. Add some with add_lora"):
         only(set())
     with pytest.raises(ModelError, match=r"must have one rank and alpha, but there are \[\(2, 4\.0\), \(3, 4\.0\)\]"):
         only({Adapters(3, 4.0), Adapters(2, 4.0)})

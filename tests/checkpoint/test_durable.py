@@ -62,7 +62,7 @@ def test_a_move_that_is_cut_off_is_never_read_as_a_whole_model(tmp_path: Path, m
         replace(source, target)
 
     monkeypatch.setattr(os, "replace", cut_off)
-    with pytest.raises(CheckpointError, match="cannot be put in place: No space left on device"):
+    with pytest.raises(CheckpointError, match="cannot be moved into place: No space left on device"):
         appear(partial, tmp_path)
     with pytest.raises(CheckpointError, match="finish the download or the copy"):
         open_checkpoint(tmp_path)

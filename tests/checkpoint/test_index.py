@@ -183,7 +183,7 @@ WRONG: Mapping[str, tuple[Make, str]] = {
     "tensor in another file": (changed(a=TWO), f"tensor 'a' must be in '{TWO}', but is in {ONE}"),
     "tensor not listed": (changed(b=None), f"must list every tensor of its files, but {ONE} also holds ['b']"),
     "tensor in two files": (both, f"each tensor must be in one file, but 'a' is in {ONE} and in {TWO}"),
-    "shard cut short": (damaged, "tensor 'c' must lie in the file"),
+    "shard cut short": (damaged, "tensor 'c' must be inside the file"),
     "no index, a tensor twice": (files(x="ab", y="bc"), "but 'b' is in x.safetensors and in y.safetensors"),
     "no index, first shard missing": (
         files(m_00002_of_00002="a"),
@@ -213,5 +213,5 @@ def test_wrong_path(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="pickled weights"):
         open_checkpoint(tmp_path / "pytorch_model.bin")
     for path in (tmp_path / "none", "a\0b"):
-        with pytest.raises(CheckpointError, match="no such file or folder: give a model's folder"):
+        with pytest.raises(CheckpointError, match="does not exist: give a model's folder"):
             open_checkpoint(path)

@@ -62,7 +62,7 @@ def test_a_manifest_reads_back(tmp_path_factory: pytest.TempPathFactory, files: 
 @pytest.mark.parametrize("name", ["../x", "/etc/passwd", "a/../../x", ".", "", "a\0b"])
 def test_what_is_outside_of_its_folder_is_refused(name: str, tmp_path: Path) -> None:
     (tmp_path / MANIFEST_NAME).write_text(Manifest({name: Digest(1, "0" * 64)}).to_json(), encoding="utf-8")
-    with pytest.raises(CheckpointError, match="must name files of its own folder, but names"):
+    with pytest.raises(CheckpointError, match="must name files in its own folder, but names"):
         read_manifest(tmp_path)
 
 
@@ -148,5 +148,5 @@ def test_what_is_no_manifest(tmp_path: Path, text: str, said: str) -> None:
 
 
 def test_none_is_no_whole_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"has no manifest\.json, so it is no whole checkpoint"):
+    with pytest.raises(CheckpointError, match=r"has no manifest\.json, so it is not a complete checkpoint"):
         read_manifest(tmp_path)

@@ -114,9 +114,9 @@ WHOLE = [[(0, 4)], [(0, 6)], [(0, 8)]]
     [
         ("v", WHOLE, 768, "tensor 'v' is not in this checkpoint, which holds 3 tensors: ["),
         ("w", WHOLE[:2], 768, "there must be ranges for 3 dims, but are 2"),
-        ("w", [[(0, 5)], *WHOLE[1:]], 960, "a range of dim 0 must lie in 0 to 4, but is (0, 5)"),
+        ("w", [[(0, 5)], *WHOLE[1:]], 960, "a range of dim 0 must be within 0 to 4, but is (0, 5)"),
         ("w", [[(-1, 4)], *WHOLE[1:]], 960, "but is (-1, 4)"),
-        ("w", [*WHOLE[:2], [(0, 2), (4, 3)]], 96, "a range of dim 2 must lie in 0 to 8, but is (4, 3)"),
+        ("w", [*WHOLE[:2], [(0, 2), (4, 3)]], 96, "a range of dim 2 must be within 0 to 8, but is (4, 3)"),
         ("w", WHOLE, 767, "out must be 768 bytes in C order, but has 767"),
         ("w", WHOLE, 769, "but has 769"),
     ],
@@ -164,7 +164,7 @@ def test_sub_byte(
 ) -> None:
     if runs is None:
         with pytest.raises(
-            CheckpointError, match=f"tensor 'w': {dtype} has . bits an element, so it must be cut between"
+            CheckpointError, match=f"tensor 'w': {dtype} has . bits an element, so it must be split between"
         ):
             byte_runs(info(shape, dtype), ranges)
     else:

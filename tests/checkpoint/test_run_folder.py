@@ -63,7 +63,7 @@ def test_old_ones_stay_where_the_new_one_cannot_be_put_in_place(
         raise OSError(5, "Input/output error", str(target))
 
     monkeypatch.setattr(os, "rename", refuse)
-    with pytest.raises(CheckpointError, match="step-000002: cannot be put in place: Input/output error"):
+    with pytest.raises(CheckpointError, match="step-000002: cannot be moved into place: Input/output error"):
         publish(run, 2, keep=1)
     assert run.steps() == [1]
     assert run.newest() == run.step_folder(1)

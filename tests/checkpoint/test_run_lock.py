@@ -158,7 +158,7 @@ def test_who_has_lost_the_lock_writes_no_more(tmp_path: Path) -> None:
         assert run.steps() == []
     assert (tmp_path / LOCK_NAME).read_text() == taken
     (tmp_path / LOCK_NAME).unlink()
-    with pytest.raises(CheckpointError, match="the file was removed, so nothing more is written"):
+    with pytest.raises(CheckpointError, match="the file was removed, so this run cannot write any more"):
         run.publish(3, None)
 
 
@@ -183,7 +183,9 @@ def test_a_restarted_run_waits_longer_for_its_former_processes(tmp_path: Path) -
 
 def test_what_is_no_lock_is_named(tmp_path: Path) -> None:
     (tmp_path / LOCK_NAME).write_text("[1]")
-    with pytest.raises(CheckpointError, match=r"\.lock: is no lock of a run\. Remove it if no run uses the folder\."):
+    with pytest.raises(
+        CheckpointError, match=r"\.lock: is not a lock of a run\. Remove it if no run uses the folder\."
+    ):
         RunLock(tmp_path)
 
 

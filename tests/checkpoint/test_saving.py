@@ -244,7 +244,7 @@ def test_what_fails_on_one_rank_is_told_on_all_and_what_was_before_stays(
     errors = failing(ranks, where, tmp_path, spoil)
     assert len(set(errors)) == 1
     assert "the checkpoint of step 4 could not be written: " in errors[0]
-    assert errors[0].endswith("; step-000002, from before, is untouched.")
+    assert errors[0].endswith("; step-000002, from before, is unchanged.")
     with pytest.raises(CheckpointError, match=said):
         raise CheckpointError(errors[0])
     assert newest_whole(tmp_path) == tmp_path / "step-000002"
@@ -315,7 +315,7 @@ def test_a_folder_that_cannot_be_made_is_told_on_every_rank(tmp_path: Path) -> N
 
 def test_a_run_does_not_begin_in_the_folder_of_another(tmp_path: Path) -> None:
     train(0, 1, None, Saves(tmp_path), 3)
-    with pytest.raises(CheckpointError, match=r"holds a run already \(its last checkpoint is of step 3\)\. Resume it"):
+    with pytest.raises(CheckpointError, match=r"already holds a run \(its last checkpoint is of step 3\)\. Resume it"):
         train(0, 1, None, Saves(tmp_path), 3)
     with Saver(Saves(tmp_path, every=1), Rows(0, 1), RUN.at(3), groups_of()) as saver:
         saver.after(4)
@@ -392,11 +392,11 @@ def test_the_newest_whole_one_is_found_by_all_ranks_together(tmp_path: Path) -> 
 
 
 def test_no_whole_one_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"holds no whole checkpoint of a run to go on from\. Start without"):
+    with pytest.raises(CheckpointError, match=r"holds no complete checkpoint to resume from\. Start without"):
         newest_whole(tmp_path)
     train(0, 1, None, Saves(tmp_path), 1)
     (tmp_path / "step-000001" / "manifest.json").unlink()
-    with pytest.raises(CheckpointError, match=r"to go on from \(.*has no manifest\.json"):
+    with pytest.raises(CheckpointError, match=r"to resume from \(.*has no manifest\.json"):
         newest_whole(tmp_path)
 
 

@@ -79,7 +79,7 @@ def test_what_may_change(change: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(("change", "said"), MAY_NOT)
 def test_what_would_be_another_run(change: dict[str, Any], said: str) -> None:
-    with pytest.raises(CheckpointError, match=f"step-000007: this would be another run, as it differs in {said}"):
+    with pytest.raises(CheckpointError, match=f"step-000007: the options specify another run, which differs in {said}"):
         RUN.at(7).go_on(TrainingState.of(replace(SETTINGS, **change), TEXT), Path("step-000007"))
 
 
@@ -92,7 +92,7 @@ def test_another_text_is_another_run(text: Any) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        (None, r"has no training_state\.json, so no training goes on from it"),
+        (None, r"has no training_state\.json, so training cannot resume from it"),
         ("{}", "must have `partita_training: 1`, but has None"),
         ('{"partita_training": 1}', "is incomplete or changed: KeyError at 'step'"),
         (

@@ -132,7 +132,7 @@ def test_the_demo_writes_into_new_folders_only(partita: Run, tmp_path: Path) -> 
     (tmp_path / "config.json").write_text("{}")
     said = partita("demo", "--out", str(tmp_path))
     assert said.code == 2
-    assert said.err == f"error: --out {tmp_path} is there already and not empty. Name a new folder.\n"
+    assert said.err == f"error: --out {tmp_path} already exists and is not empty. Name a new folder.\n"
     assert (tmp_path / "config.json").read_text() == "{}"
 
 

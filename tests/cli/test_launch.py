@@ -101,7 +101,7 @@ def test_a_rank_out_of_memory_is_named(capfd: pytest.CaptureFixture[str]) -> Non
     assert start("one_runs_out_of_memory") == 2
     said = capfd.readouterr().err
     assert said.startswith(
-        "error: out of memory on rank 1. Split the model over more ranks (--tp, --pp), or take smaller batches"
+        "error: out of memory on rank 1. Split the model over more ranks (--tp, --pp), or use smaller batches"
     )
     assert said.count("\n") == 1
 

@@ -36,7 +36,7 @@ def test_many_stages_are_cut_for_people_only(partita: Run) -> None:
     text = "E|" + "t|" * 9_998 + "L"
     said = partita("layout", text, "--pp", "10000")
     assert said.code == 0
-    assert "9,600 stages more: --json lists them all" in said.out
+    assert "9,600 more stages: --json lists them all" in said.out
     assert len(json.loads(partita("layout", text, "--pp", "10000", "--json").out)["stages"]) == 10_000
 
 

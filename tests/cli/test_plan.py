@@ -148,7 +148,7 @@ def test_a_hub_id_without_the_hub(partita: Run, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     said = partita("plan", "nobody/no-such-model-here")
     assert said.code == 2
-    assert said.err.startswith("error: nobody/no-such-model-here is no local folder")
+    assert said.err.startswith("error: nobody/no-such-model-here is not a local folder")
 
 
 def test_a_plan_that_cannot_be_written(partita: Run, tmp_path: Path) -> None:

@@ -58,20 +58,16 @@ def test_the_job_has_the_plan_of_the_file(
         (
             (),
             {"hidden_size": 64},
-            "the plan is another model's: lm_head.weight has the shape (257, 32) in the plan and (257, 64)",
+            "the plan is for another model: lm_head.weight has the shape (257, 32) in the plan and (257, 64)",
         ),
-        (
-            (),
-            {"num_hidden_layers": 5},
-            "the plan is another model's: its num_layers is 4, and that of the model is 5.",
-        ),
+        ((), {"num_hidden_layers": 5}, "the plan is for another model: its num_layers is 4, but the model's is 5."),
         (
             (),
             {"model_type": "mistral", "architectures": ["MistralForCausalLM"]},
-            "the plan is another model's: its family is llama, and that of the model is mistral.",
+            "the plan is for another model: its family is llama, but the model's is mistral.",
         ),
-        (("--tp", "2"), {}, "which says how to split, exclude each other. Leave one out."),
-        (("--layout", LAYOUT), {}, "which says how to split, exclude each other. Leave one out."),
+        (("--tp", "2"), {}, "which specifies the split, exclude each other. Leave one out."),
+        (("--layout", LAYOUT), {}, "which specifies the split, exclude each other. Leave one out."),
     ],
 )
 @pytest.mark.parametrize("command", ["plan", "generate", "verify"])

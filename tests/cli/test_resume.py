@@ -93,7 +93,7 @@ def test_a_run_that_was_killed_ends_as_one_that_was_not(tmp_path: Path, text: st
     line, how = command("train", "--resume", "--out", str(run.path), "--json")
     again = subprocess.run(line, **how, capture_output=True, text=True, timeout=100)
     assert again.returncode == 0, again.stderr
-    assert f"going on from {run.path}/step-{last:06d}" in again.stderr
+    assert f"resuming from {run.path}/step-{last:06d}" in again.stderr
     expected, found = json.loads(whole.stdout), json.loads(again.stdout)
     assert found["steps"][0]["step"] == last + 1
     keys = ("step", "loss", "grad_norm", "learning_rate")
@@ -158,7 +158,7 @@ def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ended = subprocess.run(line, **how, capture_output=True, text=True, timeout=100)
     assert ended.returncode == 0, ended.stderr
     assert "step 4 saved to" in ended.stderr
-    assert "of which training was held up" in ended.stderr
+    assert "of which training was paused for" in ended.stderr
     assert ended.stdout.splitlines()[-1] == f"saved to {folder}/run/step-000008"
     return folder
 
@@ -197,7 +197,7 @@ def test_a_broken_one_is_passed_over(partita: Run, run: Path) -> None:
     said = partita("train", "--resume", "--out", str(run), "--json")
     assert said.code == 0, said.err
     assert "step-000008/model.safetensors: must have the SHA-256" in said.err
-    assert f"going on from {run}/step-000004" in said.err
+    assert f"resuming from {run}/step-000004" in said.err
     assert [step["step"] for step in json.loads(said.out)["steps"]] == [5, 6, 7, 8]
     assert sorted(os.listdir(run)) == ["config.json", "latest", "step-000004", "step-000008"]
     # Now it is whole again.
@@ -225,7 +225,7 @@ def test_more_steps(partita: Run, run: Path) -> None:
 
 
 REFUSED: list[tuple[str, str]] = [
-    ("", "all 8 steps of this run are done. Give more --steps to go on"),
+    ("", "all 8 steps of this run are done. Give more --steps to continue"),
     ("--seed 1", "it differs in seed (0 then, 1 now)"),
     ("--batch-size 8", "it differs in batch_size (4 then, 8 now)"),
     ("--sequence-length 8", "it differs in sequence_length (16 then, 8 now)"),
@@ -235,9 +235,9 @@ REFUSED: list[tuple[str, str]] = [
     ("--autocast bfloat16", "it differs in autocast (None then, 'bfloat16' now)"),
     ("--master-dtype model", "it differs in master_dtype ('float32' then, 'model' now)"),
     ("--config other.json", "not --config other.json. Leave it out."),
-    ("--model other", "the run began with no --model, not --model other. Leave it out."),
-    ("--dtype float64", "the run began with no --dtype, not --dtype float64. Leave it out."),
-    ("--lora-rank 2", "the run began with no --lora-rank, not --lora-rank 2. Leave it out."),
+    ("--model other", "the run started with no --model, not --model other. Leave it out."),
+    ("--dtype float64", "the run started with no --dtype, not --dtype float64. Leave it out."),
+    ("--lora-rank 2", "the run started with no --lora-rank, not --lora-rank 2. Leave it out."),
     ("--data nowhere.txt", "--data nowhere.txt: there is no such file or folder."),
 ]
 
@@ -261,13 +261,13 @@ def test_another_text_is_refused(partita: Run, run: Path, tmp_path: Path) -> Non
 
 NOT_SO: list[tuple[str, str]] = [
     ("--save-every 2", "--save-every needs a folder for its checkpoints. Give --out."),
-    ("--keep 2 --out x", "--keep is of the checkpoints that --save-every makes."),
+    ("--keep 2 --out x", "--keep limits the checkpoints that --save-every saves."),
     ("--no-verify", "--no-verify is for --resume. Leave it out."),
-    ("--resume", "--resume goes on from the newest checkpoint in --out DIR. Give --out."),
-    ("--resume --out nowhere", "--out nowhere holds no checkpoint of a run to go on from."),
+    ("--resume", "--resume continues from the newest checkpoint in --out DIR. Give --out."),
+    ("--resume --out nowhere", "--out nowhere holds no checkpoint to resume from."),
     (
         "--save-every 2 --lora-rank 2 --out x",
-        "keeps adapters alone, and their model must be on disk to go on. Give --model,",
+        "saves only adapters, so resuming needs their model on disk. Give --model,",
     ),
 ]
 
@@ -286,13 +286,15 @@ def test_what_does_not_go_together(
 def test_a_run_is_not_begun_in_the_folder_of_another(partita: Run, begun: Path, tmp_path: Path, text: str) -> None:
     said = partita("train", *options(write(tmp_path, TINY), text), "--out", str(begun / "run"))
     assert said.code == 2
-    assert "holds a run already (its last checkpoint is of step 8). Go on with --resume, or name another" in said.err
+    assert (
+        "already holds a run (its last checkpoint is of step 8). Continue it with --resume, or name another" in said.err
+    )
 
 
 def test_there_must_be_data(partita: Run, tmp_path: Path) -> None:
     said = partita("train", "--config", write(tmp_path, TINY))
     assert said.code == 2
-    assert "there is nothing to train on. Give --data" in said.err
+    assert "there is no training data. Give --data" in said.err
 
 
 def test_without_save_every_there_is_one_model_as_ever(partita: Run, tmp_path: Path, text: str) -> None:

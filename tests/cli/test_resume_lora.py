@@ -178,7 +178,7 @@ def test_a_base_that_is_gone_or_another(partita: Run, place: Path, run: Path, tm
             ["--model", str(place / "run")],
             f"but {place}/run is another model: its config, its tensors or their data differ.",
         ),
-        (["--lora-rank", "2"], "the run began with --lora-rank 3, not --lora-rank 2. Leave it out."),
+        (["--lora-rank", "2"], "the run started with --lora-rank 3, not --lora-rank 2. Leave it out."),
     ):
         said = partita("train", "--resume", "--tp", "1", "--out", str(run), "--steps", "9", *given)
         assert (said.code, said.out) == (2, "")
@@ -199,4 +199,4 @@ def test_adapters_are_put_on_to_generate(engine: str, partita: Run, place: Path,
     (run / "model.safetensors").unlink()
     unmerged = partita("generate", str(run), *asks)
     assert unmerged.code == 2
-    assert f"holds adapters, and no model. Give the model, and --adapters {run}/step-000008" in unmerged.err
+    assert f"holds adapters, but no model. Give the model, and --adapters {run}/step-000008" in unmerged.err

@@ -98,7 +98,7 @@ def test_help_tells_every_kind_and_the_units(partita: Run) -> None:
     said = partita("schedule", "--help")
     assert said.code == 0
     assert all(f"{kind}: " in said.out for kind in KINDS)
-    assert "in any one unit of time" in said.out
+    assert "all in the same unit of time" in said.out
 
 
 OWN = "0F0,0BW0\n1F0,1BW0\n"
@@ -110,7 +110,7 @@ OWN = "0F0,0BW0\n1F0,1BW0\n"
         (("--kind", "zbh1", "--pp", "2", "--microbatches", "3"), "kind 'zbh1' is not known. Did you mean zb-h1?"),
         (("--pp", "2"), "--kind, --microbatches missing: give --kind, --pp and --microbatches, or --from FILE.csv."),
         (("--kind", "1f1b", "--pp", "0", "--microbatches", "3"), "pp must be a whole number of at least 1, but is 0."),
-        ((*SMALL[1:], "--f", "1,x"), "--f must be a number, or one a stage with commas between, but is '1,x'."),
+        ((*SMALL[1:], "--f", "1,x"), "--f must be a number, or one per stage separated by commas, but is '1,x'."),
         ((*SMALL[1:], "--f", "1,2,3"), "costs.f has 3 values, but the schedule has 2 stages"),
         ((*SMALL[1:], "--b", "-1"), "costs.b must be a finite number of at least 0"),
         ((*SMALL[1:], "--comm", "nan"), "costs.comm must be a finite number of at least 0, but is nan."),
@@ -119,7 +119,7 @@ OWN = "0F0,0BW0\n1F0,1BW0\n"
         ((*SMALL[1:], "--picture", "a.pdf"), "--picture must name a file that ends in .svg or .png, but is a.pdf."),
         ((*SMALL[1:], "--picture", "/nowhere/a.svg"), "there is no folder /nowhere. Make it first."),
         ((*SMALL[1:], "--trace", "/nowhere/a.json"), "--trace /nowhere/a.json cannot be written"),
-        (("--from", "{own}", "--pp", "2"), "says all of the schedule: leave out --pp."),
+        (("--from", "{own}", "--pp", "2"), "specifies the complete schedule: leave out --pp."),
         (("--from", "/nowhere/a.csv"), "--from /nowhere/a.csv cannot be read: No such file or directory."),
     ],
 )

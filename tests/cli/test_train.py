@@ -68,10 +68,10 @@ BAD: list[tuple[str, str]] = [
     ("--pp 2 --schedule zb-h1 --layout Et|t|t|tL", "zb-h1 has one stage on every rank, but vpp is 2."),
     (
         "--schedule zb-v",
-        "--schedule zb-v turns round between ranks, but --pp is 1. Give --pp 2 or more, or leave it out.",
+        "--schedule zb-v needs at least two pipeline ranks, but --pp is 1. Give --pp 2 or more, or leave it out.",
     ),
     ("--pp 2 --schedule interleaved", "kind 'interleaved' is not known. Did you mean interleaved-1f1b?"),
-    ("--pp 2 --schedule forward-only", "--schedule forward-only has no backward, so it trains nothing. Use 1f1b."),
+    ("--pp 2 --schedule forward-only", "--schedule forward-only has no backward, so it cannot train. Use 1f1b."),
     (
         "--pp 2 --vpp 3 --layout Et|t|t|tL",
         "--vpp 3 and --layout Et|t|t|tL, which has 2 stages a rank, exclude each other. Leave --vpp out.",

@@ -90,7 +90,7 @@ def test_every_family_has_them_or_says_why_not(family: str) -> None:
         said = ""
     if said:
         assert "Leave `m` out" in said
-        assert "CausalLM" not in spec.architecture or "no norm behind its last layer" in said
+        assert "CausalLM" not in spec.architecture or "no norm after its last layer" in said
         return
     hidden = more.tensors[f"{spec.layers}.{spec.num_layers}.eh_proj.weight"].shape
     assert hidden[1] == 2 * hidden[0]

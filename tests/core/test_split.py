@@ -85,8 +85,8 @@ def test_even_refuses() -> None:
     for arguments, match in (
         ((4, 0), "parts must be at least 1, but is 0"),
         ((-1, 1), "size must not be negative, but is -1"),
-        ((1, 2), "1 unit cannot be dealt to 2 ranks.*Use at most 1 rank, or"),
-        ((0, 1), "0 units cannot be dealt to 1 ranks"),
+        ((1, 2), "1 unit cannot be distributed over 2 ranks.*Use at most 1 rank, or"),
+        ((0, 1), "0 units cannot be distributed over 1 ranks"),
     ):
         with pytest.raises(PlanError, match=match):
             Split.even(*arguments)
@@ -96,7 +96,7 @@ def test_even_refuses() -> None:
     for segments in ((3, 2), (4, 0), (5, -1), ()):
         with pytest.raises(PlanError, match="segments must be positive and add up to 4"):
             Split.even(4, 2, segments=segments)
-    with pytest.raises(PlanError, match="1 unit cannot be dealt to 2 ranks"):
+    with pytest.raises(PlanError, match="1 unit cannot be distributed over 2 ranks"):
         Split.even(4, 2, segments=(3, 1))
 
 
@@ -176,7 +176,9 @@ def test_every_query_head_finds_its_kv_head(parts: int) -> None:
     for heads, kv_heads in grouped_heads():
         if heads < parts:
             for make in (Split.heads, Split.kv_heads):
-                with pytest.raises(PlanError, match=f"{heads} attention heads cannot be dealt to {parts} ranks"):
+                with pytest.raises(
+                    PlanError, match=f"{heads} attention heads cannot be distributed over {parts} ranks"
+                ):
                     make(heads, kv_heads, parts)
             continue
         group = heads // kv_heads

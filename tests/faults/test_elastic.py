@@ -96,7 +96,7 @@ def test_after_a_failure_the_run_goes_on_by_itself(train: list[str], tmp_path: P
     code, out, err = end(agent)[0]
     assert code == 0, err
     assert "error: rank 0: rank 1 (host " in err
-    assert f"going on from {run.path}/step-0000" in err
+    assert f"resuming from {run.path}/step-0000" in err
     found = json.loads(out)
     assert found["steps"][0]["step"] > 20
     expected = losses_alone(train, tmp_path / "alone")
@@ -122,7 +122,7 @@ def test_with_fewer_ranks_there_are_fewer_replicas(train: list[str], tmp_path: P
         os.kill(pid, signal.SIGKILL)
     (code, out, err), _ = end(first, second)
     assert code == 0, err
-    assert "torchrun has started 1 rank: going on with --dp 1" in err
+    assert "torchrun has started 1 rank: resuming with --dp 1" in err
     found = json.loads(out)
     assert found["mesh"] == {"dp": 1, "pp": 1, "tp": 1}
     expected = losses_alone(train, tmp_path / "alone")
@@ -141,4 +141,4 @@ def test_a_run_that_was_done_is_done(train: list[str], tmp_path: Path, monkeypat
     monkeypatch.setitem(ENV, "TORCHELASTIC_RESTART_COUNT", "0")
     code, _, err = end(start([sys.executable, *train, "--out", str(run.path)]))[0]
     assert code == 2
-    assert "holds a run already" in err
+    assert "already holds a run" in err

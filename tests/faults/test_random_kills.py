@@ -119,7 +119,7 @@ def test_it_ends_with_the_bytes_of_the_run_that_was_left_alone(layout: str, base
         command = ["train", "--resume", "--out", str(run.path)]
     code, err = end(start(command))
     assert code == 0, err
-    assert f"going on from {run.path}/step-{reached:06d}" in err
+    assert f"resuming from {run.path}/step-{reached:06d}" in err
     assert run.steps() == list(range(SAVE_EVERY, STEPS + 1, SAVE_EVERY))
     assert digest(run.path) == digest(tmp_path / "whole")
     assert sorted(path.name for path in run.path.iterdir()) == sorted(p.name for p in (tmp_path / "whole").iterdir())

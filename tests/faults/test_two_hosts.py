@@ -113,7 +113,7 @@ def test_a_cut_link_is_told_at_both_ends(engine: str, hosts: tuple[Host, Host], 
         errors = [line for line in said.splitlines() if line.startswith("error: ")]
         assert len(errors) == 1, said
         assert errors[0].startswith(f"error: rank {rank}: {other}")
-        assert errors[0].endswith(f"nothing was heard of it for {LOST_AFTER_S:g} s, so it is stopped, cut off or stuck")
+        assert errors[0].endswith(f"no message from it for {LOST_AFTER_S:g} s, so it is stopped, disconnected or stuck")
     assert gone_by(working, 5.0)
 
 

@@ -39,7 +39,7 @@ def test_what_is_missing_is_named_with_the_version_and_the_remedy(monkeypatch: p
         model_classes({"model_type": "llama"})
     supported = supported_range("mlx-lm")
     assert str(error.value) == (
-        f"the installed mlx-lm ({version('mlx-lm')}) has no mlx_lm.utils.MODEL_REMAPPING, and Partita needs it to find the "
+        f"the installed mlx-lm ({version('mlx-lm')}) has no mlx_lm.utils.MODEL_REMAPPING, which Partita needs to find the "
         f"model of a config. Partita supports mlx-lm{supported}: install another version with "
         f"`pip install 'mlx-lm{supported}'`, or upgrade Partita."
     )

@@ -224,6 +224,6 @@ def test_a_plan_of_another_model_is_refused() -> None:
     plan = plan_of_model(build(config), Mesh(), config=config)
     other = build(_config("qwen2"))
     with pytest.raises(
-        ModelError, match="the plan belongs to another model: its family is llama, and that of the model is qwen2"
+        ModelError, match="the plan is for another model: its family is llama, but the model's is qwen2"
     ):
         shard(other, plan, groups=single_groups())

@@ -133,7 +133,7 @@ def test_a_cut_through_a_quantization_group_is_refused() -> None:
         PlanError, match=r"the inputs \[0, 48\) divide a quantization group of 32: split at multiples of 32"
     ):
         RowParallelLinear.from_linear(layer, fake(2), Split.even(96, 2))
-    with pytest.raises(PlanError, match="3 units cannot be dealt to 4 ranks"):
+    with pytest.raises(PlanError, match="3 units cannot be distributed over 4 ranks"):
         RowParallelLinear.from_linear(layer, fake(4))
     with pytest.raises(PlanError, match="multiples of 32"):
         shard_linear(layer, "sharded-to-all", sizes=[48, 48], group=fake(2))

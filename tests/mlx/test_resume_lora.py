@@ -201,7 +201,7 @@ def test_what_is_not_kept_is_refused(alone: tuple[Path, list[float]], written: d
     load_adapters(model, step)
     with pytest.raises(ModelError, match="has adapters already"):
         load_adapters(model, step)
-    with pytest.raises(ModelError, match="need their model to go on"):
+    with pytest.raises(ModelError, match="resuming needs their model"):
         train(model, TEXT, SETTINGS, saves=Saves(tmp_path / "run"))
     with pytest.raises(CheckpointError, match="differs in seed"):
         train(model, TEXT, replace(SETTINGS, seed=1), saves=Saves(tmp_path / "run", base=base), resume=step)

@@ -159,7 +159,10 @@ def test_parts_of_quantized_inputs(bits: int) -> None:
         ),
         (lambda: shard_linear(nn.Linear(4, 12), "all-to-sharded", sizes=[12, 0, 0], group=fake(3, 0)), "3 positive"),
         (lambda: shard_linear(nn.Linear(10, 4), "sharded-to-all", sizes=[11, -1, 0], group=fake(3, 0)), "3 positive"),
-        (lambda: shard_linear(nn.Linear(4, 2), "all-to-sharded", group=fake(3, 0)), "2 units cannot be dealt to 3"),
+        (
+            lambda: shard_linear(nn.Linear(4, 2), "all-to-sharded", group=fake(3, 0)),
+            "2 units cannot be distributed over 3",
+        ),
         (
             lambda: shard_linear(nn.Linear(4, 12), "all-to-sharded", segments=2, sizes=[4, 4, 4], group=fake(3, 0)),
             "exclude each other",
@@ -315,8 +318,8 @@ def test_new_quantized_layers_take_an_unsplit_layers_weights(
     [
         (lambda: QuantizedAllToShardedLinear(64, 64, mode="fp7", group=fake(2, 0)), "mode must be one of affine"),
         (lambda: QuantizedAllToShardedLinear(65, 64, group=fake(2, 0)), "multiple of group_size \\(64\\); got 65"),
-        (lambda: QuantizedShardedToAllLinear(64, 64, group=fake(2, 0)), "1 unit cannot be dealt to 2 ranks"),
-        (lambda: AllToShardedLinear(4, 1, group=fake(2, 0)), "1 unit cannot be dealt to 2 ranks"),
+        (lambda: QuantizedShardedToAllLinear(64, 64, group=fake(2, 0)), "1 unit cannot be distributed over 2 ranks"),
+        (lambda: AllToShardedLinear(4, 1, group=fake(2, 0)), "1 unit cannot be distributed over 2 ranks"),
     ],
 )
 def test_layers_that_cannot_be_made(make: Any, message: str) -> None:

@@ -275,8 +275,8 @@ def test_uneven_segments_are_dealt_out_each_by_itself() -> None:
     ("style", "ranks", "options", "message"),
     [
         (ROW, 2, {"sizes": [48, 48]}, "multiples of 32"),
-        (ROW, 4, {}, "3 units cannot be dealt to 4"),
-        (COLUMN, 11, {}, "10 units cannot be dealt to 11"),
+        (ROW, 4, {}, "3 units cannot be distributed over 4"),
+        (COLUMN, 11, {}, "10 units cannot be distributed over 11"),
     ],
 )
 def test_what_of_a_quantized_layer_cannot_be(style: Any, ranks: int, options: dict[str, Any], message: str) -> None:

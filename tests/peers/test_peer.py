@@ -94,7 +94,7 @@ def test_the_limit(text: str, seconds: float, monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize("text", ["soon", "-1", "nan", "30s"])
 def test_a_limit_that_is_none(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PARTITA_LOST_AFTER", text)
-    with pytest.raises(DistributedError, match="PARTITA_LOST_AFTER must be a number of seconds, or 0 to wait for ever"):
+    with pytest.raises(DistributedError, match="PARTITA_LOST_AFTER must be a number of seconds, or 0 to wait forever"):
         lost_after_s()
 
 

@@ -109,7 +109,7 @@ def test_a_stopped_rank_ends_the_others_and_is_ended(lost: int) -> None:
             else:
                 assert code == LOST
                 assert f"rank {lost} (host {HOST}, stage {lost // 2}) was lost while training step 7" in said
-                assert "nothing was heard of it for 2 s, so it is stopped, cut off or stuck" in said
+                assert "no message from it for 2 s, so it is stopped, disconnected or stuck" in said
                 assert said.count("\n") == 1
 
 

@@ -190,8 +190,8 @@ def test_any_order_passes_if_and_only_if_it_runs(case: Case, lowered: bool, data
         (
             "0F0,0F1,0SEND_F0,0SEND_F1\n1RECV_F1,1F1,1RECV_F0,1F0",
             (
-                "rank 0 meets 0SEND_F0 (step 2) before 0SEND_F1 (step 3), but rank 1 meets 1RECV_F1 (step 0) before "
-                "1RECV_F0 (step 2). Both ends must meet their transfers in the same order."
+                "rank 0 runs 0SEND_F0 (step 2) before 0SEND_F1 (step 3), but rank 1 runs 1RECV_F1 (step 0) before "
+                "1RECV_F0 (step 2). Both ranks must run their transfers in the same order."
             ),
         ),
         (

@@ -92,5 +92,7 @@ def test_a_send_follows_what_it_sends() -> None:
 
 
 def test_what_cannot_run_cannot_be_lowered() -> None:
-    with pytest.raises(ScheduleError, match=r"rank 0 waits for ever to do 0BW0. `partita.schedule.check` says why"):
+    with pytest.raises(
+        ScheduleError, match=r"rank 0 waits forever to run 0BW0. `partita.schedule.check` shows the reason"
+    ):
         lower(Schedule.from_csv("0F0,0BW0,0F1,0BW1\n1F1,1F0,1BW0,1BW1"))

@@ -139,9 +139,9 @@ def test_no_action_starts_before_what_it_needs(case: Case, f: float, b: float, w
 
 
 def test_a_schedule_that_cannot_run() -> None:
-    with pytest.raises(ScheduleError, match="rank 0 waits for ever to do 0BW0"):
+    with pytest.raises(ScheduleError, match="rank 0 waits forever to run 0BW0"):
         simulate(Schedule.from_csv("0F0,0BW0\n1F0"), Costs())
-    with pytest.raises(ScheduleError, match="rank 1 waits for ever to do 1F0"):
+    with pytest.raises(ScheduleError, match="rank 1 waits forever to run 1F0"):
         simulate(Schedule.from_csv("0F0\n1RECV_F0,1F0"), Costs())
 
 
@@ -156,7 +156,10 @@ def test_costs_answer_for_every_kind() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"f": -1}, "costs.f must be a finite number of at least 0, or a tuple of such, one a stage, but is -1."),
+        (
+            {"f": -1},
+            "costs.f must be a finite number of at least 0, or a tuple of such numbers, one per stage, but is -1.",
+        ),
         ({"b": math.nan}, "costs.b must be"),
         ({"w": (1.0, math.inf)}, "costs.w must be"),
         ({"f": "1"}, "costs.f must be"),

@@ -226,7 +226,7 @@ def test_arguments_that_cannot_be() -> None:
         ((10, 4, 5, 2), {"rank": 0, "world_size": 2}, "partition_dim must be 0 or 1; got 2"),
         ((10, 4, 5, 0, "he"), {"rank": 0, "world_size": 2}, "init_type must be one of .*; got 'he'"),
         ((10, 4, 5, 0, "ones", 3), {"rank": 0, "world_size": 2}, r"stride must divide the split dimension \(10\)"),
-        ((1, 4, 1, 0), {"rank": 0, "world_size": 2}, "1 unit cannot be dealt to 2 ranks"),
+        ((1, 4, 1, 0), {"rank": 0, "world_size": 2}, "1 unit cannot be distributed over 2 ranks"),
     ):
         with pytest.raises(PlanError, match=match):
             fill(weight, *arguments, **keywords)  # type: ignore[arg-type]

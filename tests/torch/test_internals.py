@@ -70,7 +70,7 @@ def test_what_is_missing_is_named_with_the_version_and_the_remedy(monkeypatch: p
     supported = supported_range("transformers")
     assert str(error.value) == (
         f"the installed transformers ({transformers.__version__}) has no transformers.core_model_loading.rename_source_key, "
-        "and Partita needs it to read a checkpoint's tensors under the names of the model. Partita supports "
+        "which Partita needs to read a checkpoint's tensors under the names of the model. Partita supports "
         f"transformers{supported}: install another version with `pip install 'transformers{supported}'`, or upgrade Partita."
     )
 
@@ -98,7 +98,7 @@ def test_the_supported_range_is_that_of_our_own_requirements() -> None:
     assert supported_range("transformers").startswith(">=5")
     assert supported_range("mlx_lm") == supported_range("mlx-lm") != ""
     assert supported_range("no-such-library") == ""
-    assert "no thing, and Partita needs it to test." in str(lacking("transformers", "no thing", "test"))
+    assert "no thing, which Partita needs to test." in str(lacking("transformers", "no thing", "test"))
 
 
 @pytest.mark.parametrize("name", ["cache", "past_key_values", "cache_params"])

@@ -121,6 +121,6 @@ def test_targets_are_named_by_their_ends_where_that_is_enough(tmp_path: Path) ->
 
 
 def test_a_model_without_adapters(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"has no LoRA adapters to save\. Put some on with add_lora"):
+    with pytest.raises(ModelError, match=r"has no LoRA adapters to save\. Add some with add_lora"):
         save_adapters(fresh(CONFIGS["gpt2"], groups=single_groups()), tmp_path / "none")
     assert not (tmp_path / "none").exists()

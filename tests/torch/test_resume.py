@@ -256,7 +256,7 @@ def test_a_rank_that_cannot_write_ends_the_run_on_all(tmp_path: Path) -> None:
     said = ranks(2).run(runs_out_of_room, str(tmp_path))
     assert said[0] == said[1]
     assert said[0].startswith("the checkpoint of step 4 could not be written: ")
-    assert "cannot be written: File too large; step-000002, from before, is untouched." in said[0]
+    assert "cannot be written: File too large; step-000002, from before, is unchanged." in said[0]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "latest", "step-000002"]
 
 
@@ -269,7 +269,7 @@ def test_a_folder_that_cannot_be_is_told_by_every_rank(tmp_path: Path) -> None:
     with pytest.raises(RankError) as raised:
         ranks(2).run(cannot_begin, str(tmp_path / "file" / "run"))
     assert str(raised.value).count("errors.CheckpointError: ") == 2
-    assert str(raised.value).count("run: cannot be made: Not a directory") == 2
+    assert str(raised.value).count("run: cannot be created: Not a directory") == 2
 
 
 def test_the_state_says_what_was_done(tmp_path: Path) -> None:

@@ -280,7 +280,7 @@ def test_what_is_not_kept_is_refused(bases: dict[str, str], tmp_path: Path) -> N
     with pytest.raises(ModelError, match="is for runs that train adapters, but the model has none"):
         train(model, text, SETTINGS, saves=Saves(tmp_path / "run", base=bases["llama"]))
     add_lora(model, 2)
-    with pytest.raises(ModelError, match=r"need their model to go on\. Name it on disk, with Saves\(base=\.\.\.\)"):
+    with pytest.raises(ModelError, match=r"resuming needs their model\. Name it on disk, with Saves\(base=\.\.\.\)"):
         train(model, text, SETTINGS, saves=Saves(tmp_path / "run"))
     model.model.norm.requires_grad_(True)
     with pytest.raises(ModelError, match=r"model\.norm\.weight is trained besides the adapters"):

@@ -10,11 +10,11 @@ from partita.errors import PlanError
 Axis = Literal["dp", "pp", "tp"]
 AXES: tuple[Axis, ...] = ("dp", "pp", "tp")
 MAX_RANKS = 1 << 20
-"""Ranks of a mesh at most: a plan can list them all."""
+"""The largest number of ranks of a mesh, so that a plan can list them all."""
 
 
 class Coordinate(NamedTuple):
-    """Where a rank stands on each axis."""
+    """The position of a rank on each axis."""
 
     dp: int
     pp: int
@@ -23,7 +23,7 @@ class Coordinate(NamedTuple):
 
 @dataclass(frozen=True)
 class Mesh:
-    """`dp * pp * tp` ranks; tp varies fastest, then pp, then dp, so that the ranks that talk most are neighbours.
+    """`dp * pp * tp` ranks; tp varies fastest, then pp, then dp, so that the ranks that communicate most are neighbours.
 
     For 8 ranks with tp=2 and pp=2 the tp groups are [[0, 1], [2, 3], [4, 5], [6, 7]], the pp groups
     [[0, 2], [1, 3], [4, 6], [5, 7]] and the dp groups [[0, 4], [1, 5], [2, 6], [3, 7]].
@@ -50,7 +50,7 @@ class Mesh:
 
     @property
     def size(self) -> int:
-        """Ranks in all."""
+        """Number of ranks."""
         return self.dp * self.pp * self.tp
 
     def axis_size(self, axis: Axis) -> int:
@@ -60,13 +60,13 @@ class Mesh:
         return int(getattr(self, axis))
 
     def coordinate(self, rank: int) -> Coordinate:
-        """Where `rank` stands."""
+        """The coordinate of `rank`."""
         if not 0 <= rank < self.size:
             raise PlanError(f"rank must be in [0, {self.size}) of {self}, but is {rank}.")
         return Coordinate(rank // (self.pp * self.tp), rank // self.tp % self.pp, rank % self.tp)
 
     def rank(self, *, dp: int = 0, pp: int = 0, tp: int = 0) -> int:
-        """The rank that stands at a coordinate."""
+        """The rank at a coordinate."""
         for axis, index in zip(AXES, (dp, pp, tp), strict=True):
             if not 0 <= index < self.axis_size(axis):
                 raise PlanError(f"{axis} must be in [0, {self.axis_size(axis)}) of {self}, but is {index}.")

@@ -1,4 +1,4 @@
-"""Plan: for one model and one mesh, which rank holds which piece of which tensor and runs which layers."""
+"""Plan: for one model and one mesh, the pieces of tensors that each rank holds and the layers that it runs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from partita.errors import PlanError
 
 @dataclass(frozen=True)
 class Stage:
-    """What one pipeline stage runs: the ids of its layers, and whether the embedding or the loss is with it."""
+    """One pipeline stage: the ids of its layers, and whether it has the embedding or the loss."""
 
     layers: tuple[int, ...]
     mtp_layers: tuple[int, ...]
@@ -35,9 +35,9 @@ class Stage:
 
 @dataclass(frozen=True)
 class Plan:
-    """Mesh, layout and rules resolved for one model. Data: it prints, it parses back, and it needs no framework.
+    """Mesh, layout and rules resolved for one model, as data that prints and parses back and needs no framework.
 
-    Engines, checkpoints and the command line ask it; nobody recomputes. Make one with `Plan.make`.
+    Engines, checkpoints and the command line query it instead of recomputing it. Make one with `Plan.make`.
     """
 
     spec: ModelSpec
@@ -65,13 +65,13 @@ class Plan:
         Args:
             spec: The model.
             mesh: The ranks.
-            layout: Which layers each pipeline stage runs; by default they are dealt out evenly, first stages first.
-            rules: How modules are split; by default the table of the model's family.
+            layout: The layers of each pipeline stage; by default they are distributed evenly, first stages first.
+            rules: The rules for splitting modules; by default the table of the model's family.
             vpp: Stages on each pipeline rank; by default as many as `layout` has, else one.
-            placement: Which rank runs which stage: `loop`, or `v` for schedules that turn round at the ends.
+            placement: The placement of stages on ranks: `loop`, or `v` for schedules that turn around at the ends.
 
         Raises:
-            PlanError: The model cannot be split so; the text says why and what is nearest.
+            PlanError: The model cannot be split as requested; the message has the reason and an alternative.
             LayoutError: The layout does not fit the model.
 
         Examples:
@@ -115,14 +115,14 @@ class Plan:
         modules, attention, cuts = resolve(spec, mesh.tp, rules)
         if mesh.tp > 1 and rules.table and all(cut.split is None for cut in cuts.values()):
             raise PlanError(
-                f"tp={mesh.tp} is more than anything in the model ({spec.family}) can be cut into. Use fewer."
+                f"tp={mesh.tp} is more than the parts into which any tensor of the model ({spec.family}) can be split. Use fewer."
             )
         return cls(spec, mesh, layout, rules, modules, attention, cuts, placement)
 
-    # --- asking it ----------------------------------------------------------------------------------------------------
+    # --- queries ----------------------------------------------------------------------------------------------------
 
     def tensor(self, name: str) -> TensorPlan:
-        """How tensor `name` is cut; by name of the unsplit model."""
+        """The split of tensor `name` of the unsplit model."""
         try:
             return self.cuts[name]
         except KeyError:
@@ -145,11 +145,11 @@ class Plan:
 
     @cached_property
     def loss_stage(self) -> int:
-        """The place in the pipeline of the stage with the loss: the last one that is not empty."""
+        """The index of the stage with the loss: the last stage that is not empty."""
         return next(index for index, kinds in enumerate(self.layout.stages) if LayerType.loss in kinds)
 
     def stage_index(self, pp: int, vpp: int = 0) -> int:
-        """The place in the pipeline, from 0, of virtual stage `vpp` of pipeline rank `pp`."""
+        """The index in the pipeline of virtual stage `vpp` of pipeline rank `pp`."""
         for name, index, count in (("pp", pp, self.mesh.pp), ("vpp", vpp, self.vpp)):
             if not 0 <= index < count:
                 raise PlanError(f"{name} must be in [0, {count}) of this plan, but is {index}.")
@@ -160,7 +160,7 @@ class Plan:
         return home_of(self.placement, self.mesh.pp, index)[0]
 
     def stage_at(self, index: int) -> Stage:
-        """What stage `index` of the pipeline runs."""
+        """The layers of stage `index` of the pipeline."""
         vpp, pp = divmod(index, self.mesh.pp)
         kinds = self.layout.stages[index]
         return Stage(
@@ -171,7 +171,7 @@ class Plan:
         )
 
     def stage(self, pp: int, vpp: int = 0) -> Stage:
-        """What virtual stage `vpp` of pipeline rank `pp` runs."""
+        """The layers of virtual stage `vpp` of pipeline rank `pp`."""
         return self.stage_at(self.stage_index(pp, vpp))
 
     def stages(self, pp: int) -> tuple[Stage, ...]:
@@ -179,20 +179,20 @@ class Plan:
         return tuple(self.stage(pp, vpp) for vpp in range(self.vpp))
 
     def held_by(self, rank: int) -> tuple[TensorPlan, ...]:
-        """The tensors of which `rank` holds a part, in the model's order. A tied one is there once a rank."""
+        """The tensors of which `rank` holds a part, in the model's order. A tied tensor occurs once per rank."""
         return self._held[self.mesh.coordinate(rank).pp]
 
     def is_held(self, name: str, pp: int) -> bool:
-        """Whether pipeline rank `pp` runs what tensor `name` belongs to. Of tied tensors each is asked by itself."""
+        """Whether pipeline rank `pp` runs the module of tensor `name`. Tied tensors are distinguished by name."""
         return name in self._needed[pp]
 
     def is_before_layers(self, name: str) -> bool:
-        """Whether tensor `name`, which is of no layer, belongs to what comes before the layers, rather than behind."""
+        """Whether tensor `name`, which is outside the layers, belongs to a module before them rather than after."""
         return self._with_embedding[name]
 
     @cached_property
     def copies(self) -> Mapping[str, tuple[int, ...]]:
-        """Tensors that more than one pipeline rank holds, with these ranks; the first owns. A tied one has its twin's name."""
+        """Tensors that several pipeline ranks hold, with these ranks, first the owner. A tied tensor has its twin's name."""
         holders: dict[str, list[int]] = {}
         for pp, needed in enumerate(self._needed):
             for name in dict.fromkeys(self.spec.tensors[name].tied_to or name for name in needed):
@@ -251,7 +251,7 @@ class Plan:
                 elif self._with_embedding[name]:
                     here = first or mtp
                 else:
-                    # Multi-token prediction begins with what the base model ends with, its last norm.
+                    # Multi-token prediction starts with the last norm of the base model.
                     here = last or (mtp and name.startswith(self.spec.prefix) and self.spec.prefix != "")
                 if here:
                     mine[name] = None
@@ -260,7 +260,7 @@ class Plan:
 
     @cached_property
     def _with_embedding(self) -> dict[str, bool]:
-        """For each tensor outside the layers: whether it lives where the embedding is, rather than the loss."""
+        """For each tensor outside the layers: whether it is placed with the embedding rather than with the loss."""
         names = list(self.spec.tensors)
         in_layers = [i for i, name in enumerate(names) if self.spec.layer_of(name) is not None]
         start, end = (in_layers[0], in_layers[-1]) if in_layers else (len(names), len(names))
@@ -271,7 +271,7 @@ class Plan:
             starts, ends = (pattern.search(name) is not None for pattern in (_AT_THE_START, _AT_THE_END))
             if starts and i < start:
                 return True  # ModernBERT's `embeddings.norm`
-            # Behind the layers there may be an embedding of positions, but a norm there ends the model (LFM2).
+            # There may be a position embedding after the layers, but a norm there ends the model (LFM2).
             is_norm = i > end and len(self.spec.tensors[name].shape) < 2
             return not ends and (i < start or (starts and not is_norm))
 
@@ -280,13 +280,13 @@ class Plan:
     # --- as data ------------------------------------------------------------------------------------------------------
 
     def to_json(self, *, indent: int | None = None) -> str:
-        """The whole plan as JSON; `from_json` reads it back to an equal plan."""
+        """The complete plan as JSON; `from_json` reads it back to an equal plan."""
         facts = plan_json.PlanFacts(**{name: getattr(self, name) for name in plan_json.PlanFacts.__dataclass_fields__})
         return json.dumps(plan_json.as_data(facts), indent=indent)
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
-        """The inverse of `to_json`. Raises `PlanError` where `text` is not such a plan."""
+        """The inverse of `to_json`. Raises `PlanError` if `text` is not such a plan."""
         try:
             data = json.loads(text)
         except (TypeError, ValueError, RecursionError) as error:
@@ -302,10 +302,12 @@ class Plan:
         except PlanError:
             raise
         except KeyError as error:
-            raise PlanError(f"the plan is incomplete: {error!s:.100} is missing. Make it anew.") from error
+            raise PlanError(f"the plan is incomplete: {error!s:.100} is missing. Make the plan again.") from error
         except (TypeError, ValueError, IndexError, AttributeError) as error:
             why = " ".join(str(error).split())
-            raise PlanError(f"the plan was changed: {type(error).__name__} at {why:.200}. Make it anew.") from error
+            raise PlanError(
+                f"the plan was changed: {type(error).__name__} at {why:.200}. Make the plan again."
+            ) from error
 
     def __deepcopy__(self, memo: object) -> Plan:
         return self
@@ -318,7 +320,7 @@ class Plan:
 
 
 def mesh_of(plan: Plan | None, dp: int, pp: int, tp: int) -> Mesh:
-    """The mesh of `plan`, or where there is none that of the sizes. Raises `PlanError` where `plan` is something else."""
+    """The mesh of `plan`, or of the sizes if it is None. Raises `PlanError` if `plan` is something else."""
     if plan is None:
         return Mesh(dp, pp, tp)
     if not isinstance(plan, Plan):
@@ -337,11 +339,11 @@ def _mtp_layers(spec: ModelSpec) -> int:
 
 
 def default_layout(spec: ModelSpec, pp: int, vpp: int = 1) -> PipelineParallelLayerLayout:
-    """The layers dealt out evenly over pp x vpp stages, first stages first, the embedding before and the loss behind."""
+    """The layers distributed evenly over pp x vpp stages, first stages first, after the embedding and before the loss."""
     count = pp * vpp
     if count > 1 and not spec.layers:
         raise PlanError(
-            f"{spec.family}: no list of layers was found in the model, so it cannot be cut into {count} stages. Use pp=1."
+            f"{spec.family}: no list of layers was found in the model, so it cannot be partitioned into {count} stages. Use pp=1."
         )
     if 1 < count > spec.num_layers:
         name, wanted = ("pp", pp) if vpp == 1 else ("pp x vpp", count)

@@ -1,4 +1,4 @@
-"""A plan as what JSON can say, and back: nothing that may have been changed by hand is taken unseen."""
+"""A plan as JSON data, and back. Every value is checked, since files may have been edited by hand."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from partita.errors import PlanError
 
 @dataclass(frozen=True)
 class PlanFacts:
-    """What a plan is made of."""
+    """The facts of which a plan consists."""
 
     spec: ModelSpec
     mesh: Mesh
@@ -33,7 +33,7 @@ class PlanFacts:
 
 
 def as_data(plan: PlanFacts) -> dict[str, Any]:
-    """A plan as plain values; each split stands once, and is named by its place."""
+    """A plan as plain values; each split is stored once and referenced by index."""
     splits: list[Split] = []
 
     def index(split: Split | None) -> int | None:
@@ -89,8 +89,8 @@ def from_data(data: dict[str, Any]) -> PlanFacts:
     """The inverse of `as_data`.
 
     Raises:
-        PlanError: A value cannot be right.
-        KeyError, TypeError, ValueError, IndexError, AttributeError: One is missing, or of another kind.
+        PlanError: A value is invalid.
+        KeyError, TypeError, ValueError, IndexError, AttributeError: A value is missing, or has another type.
     """
     splits = [Split.from_data(item) for item in data["splits"]]
 
@@ -101,7 +101,7 @@ def from_data(data: dict[str, Any]) -> PlanFacts:
     spec = _spec_from_data(data["model"])
     strange = [name for name in data["tensors"] if name not in spec.tensors]
     if strange:
-        raise PlanError(f"the plan cuts {strange[0]}, which is no tensor of its model. Make it anew.")
+        raise PlanError(f"the plan splits {strange[0]}, which is not a tensor of its model. Make the plan again.")
     cuts = {}
     for name, tensor in spec.tensors.items():
         cut = data["tensors"].get(name, {})
@@ -185,7 +185,7 @@ def _check_parts(modules: Mapping[str, ModulePlan], attention: Mapping[str, Atte
             or (module.split is None) != (module.style == "replicate")
             or (module.split is not None and module.split.parts != tp)
         ):
-            raise PlanError(f"module {module.path}: {module} is not how a module can be split over {tp} ranks.")
+            raise PlanError(f"module {module.path}: {module} is not a valid split of a module over {tp} ranks.")
     for heads in attention.values():
         sizes = (_whole("num_heads", heads.num_heads), _whole("num_kv_heads", heads.num_kv_heads))
         if (
@@ -193,7 +193,7 @@ def _check_parts(modules: Mapping[str, ModulePlan], attention: Mapping[str, Atte
             or sizes != (heads.heads.size, heads.kv_heads.size)
             or {heads.heads.parts, heads.kv_heads.parts} != {tp}
         ):
-            raise PlanError(f"attention {heads.path}: {heads} is not how heads can be split over {tp} ranks.")
+            raise PlanError(f"attention {heads.path}: {heads} is not a valid split of heads over {tp} ranks.")
 
 
 def _is(kind: type[Any], name: str, value: Any) -> Any:
@@ -203,7 +203,7 @@ def _is(kind: type[Any], name: str, value: Any) -> Any:
 
 
 def _bits(value: Any) -> float | None:
-    """Bits of an element, or none where they are those of the model's dtype."""
+    """Bits per element, or None for those of the model's dtype."""
     if value is None:
         return None
     if type(value) not in (int, float) or not 0 < value <= 64:

@@ -1,4 +1,4 @@
-"""What a user asks of a plan, parsed once: every rank receives it as it is."""
+"""The request of a plan, parsed once and sent unchanged to every rank."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from partita.core.sharding.rules import Rule, Rules
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """What a plan is made of, beside the model's own facts.
+    """The inputs of a plan, besides the model's own facts.
 
     Attributes:
         model: A folder, a config file or a hub id.
         mesh: The ranks.
-        layout: Which layers each pipeline stage runs; None to distribute them evenly.
+        layout: The layers of each pipeline stage; None to distribute them evenly.
         vpp: Stages on each pipeline rank; None for as many as `layout` has, else one.
-        placement: Which rank runs which stage.
-        rules: How modules are split; None for the rules of the model's family.
+        placement: The placement of stages on ranks.
+        rules: The rules for splitting modules; None for those of the model's family.
         engine: The engine that executes the plan.
         dtype: The dtype of the weights; None for the checkpoint's own.
         trust_remote_code: Whether code that comes with the model may run.
@@ -45,16 +45,16 @@ class PlanRequest:
         """A request whose layout is text.
 
         Raises:
-            LayoutError: The text is no layout of `mesh.pp` pipeline ranks.
+            LayoutError: The text is not a layout of `mesh.pp` pipeline ranks.
         """
         made = None if layout is None else PipelineParallelLayerLayout(layout, mesh.pp)
         return cls(model, mesh, made, **options)
 
     def plan(self, spec: ModelSpec, rules: Rules | None = None) -> Plan:
-        """The plan of a model with these facts; `rules` are those of its family where no others are requested.
+        """The plan of a model with these facts; `rules` are those of its family, used if the request has none.
 
         Raises:
-            PlanError: The model cannot be split so.
+            PlanError: The model cannot be split as requested.
             LayoutError: The layout does not fit the model.
         """
         return Plan.make(spec, self.mesh, self.layout, self.rules or rules, vpp=self.vpp, placement=self.placement)

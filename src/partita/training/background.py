@@ -1,6 +1,6 @@
 """Write one checkpoint in the background, in a thread of each rank.
 
-    rank 0: create files    write own bytes     flush them, digest files     rank 0: manifest, rename
+    rank 0: create files   write own bytes     flush them, digest files     rank 0: manifest, rename
           begun -------------^  written ----------^         digested ---------^
 
 The threads wait for each other by small files, marks, in the folder being written. They use no collectives: these belong to

@@ -1,6 +1,6 @@
 """Which layers a pipeline stage holds: `PipelineParallelLayerLayout`, after Megatron-LM's class of that name.
 
-Stage *i* sits on pipeline rank ``i % pp`` as its virtual stage ``i // pp``, and stages run in the order 0, 1, 2, ...
+Stage *i* runs on pipeline rank ``i % pp`` as its virtual stage ``i // pp``, and stages run in the order 0, 1, 2, ...
 Source of the names: Megatron-LM, ``megatron/core/transformer/pipeline_parallel_layer_layout.py``.
 """
 
@@ -36,7 +36,7 @@ _pipeline_rank: Callable[[], int | None] | None = None
 
 
 def set_default_pipeline_rank(provider: Callable[[], int | None] | None) -> None:
-    """Let `provider` say this process's pipeline rank to queries without `pp_rank`; None where it does not know one.
+    """Use `provider` for this process's pipeline rank in queries without `pp_rank`; it returns None if it does not know one.
 
     An engine registers it when it is imported. `provider` None removes it.
     """
@@ -59,7 +59,7 @@ class PipelineParallelLayerLayout:
         pipeline_model_parallel_size: Pipeline ranks, at least 1; the number of stages is a multiple of it.
 
     Raises:
-        LayoutError: `layout` cannot be read, or its stages cannot be dealt out evenly.
+        LayoutError: `layout` is malformed, or the number of stages is not a multiple of the ranks.
 
     Examples:
         >>> layout = Layout("Et*3|(tt|)*2tL", pipeline_model_parallel_size=2)
@@ -174,10 +174,10 @@ class PipelineParallelLayerLayout:
             mtp_num_layers: Multi-token-prediction layers of the model; None is none.
 
         Returns:
-            Whether MTP stands alone: some MTP layer is in another stage than the loss.
+            Whether MTP is standalone: some MTP layer is in another stage than the loss.
 
         Raises:
-            LayoutError: It does not fit. The message names every violation.
+            LayoutError: It does not fit. The message lists every violation.
         """
         wanted = {
             LayerType.decoder: _whole("num_layers", num_layers, at_least=0),
@@ -255,8 +255,8 @@ class PipelineParallelLayerLayout:
         for kind, expected in ({LayerType.embedding: 1} | wanted | {LayerType.loss: 1}).items():
             found = self._expanded.count(kind.value)
             if found != expected:
-                mend = f"add {expected - found}" if found < expected else f"remove {found - expected}"
-                yield f"{kind.name} ({kind.value}): {expected} wanted, {found} found; {mend}"
+                fix = f"add {expected - found}" if found < expected else f"remove {found - expected}"
+                yield f"{kind.name} ({kind.value}): {expected} expected, {found} found; {fix}"
 
     def _misplaced(self) -> Iterable[str]:
         text = self._expanded
@@ -326,11 +326,11 @@ def _uneven(expanded: str, num_stages: int, pp: int) -> str:
     remove = f"remove {num_stages % pp}, " if num_stages > pp else ""
     problem = (
         f"The number of stages must be a multiple of `pipeline_model_parallel_size` ({_number(pp)}), "
-        f"but is {num_stages} instead: add {_number(-num_stages % pp)} (an empty stage is legal), {remove}"
-        f"or take a size of {max(d for d in divisors if d < pp)}"
+        f"but is {num_stages} instead: add {_number(-num_stages % pp)} (a stage may be empty), {remove}"
+        f"or use a size of {max(d for d in divisors if d < pp)}"
     )
     if expanded.endswith("|"):
-        problem += ". The last stage is empty, because `|` ends the layout: leave it out if no empty stage was meant"
+        problem += ". The last stage is empty, because `|` ends the layout: leave it out if you want no empty stage"
     return problem
 
 

@@ -2,7 +2,7 @@
 
 The language is Megatron-LM's (``PipelineParallelLayerLayout.parse_str_to_list``): ``E t m L`` are layers, ``|`` ends a
 stage, ``x*n`` repeats the one symbol *x* (``|`` too), ``(...)*n`` a group; commas mean nothing. Here groups nest,
-blanks mean as little as commas, and text whose repeats Megatron-LM misreads without a word is refused.
+blanks mean as little as commas, and text whose repeats Megatron-LM silently misreads is an error.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _NOTHING_TO_REPEAT = "`*` has nothing to repeat here: write the symbol or the gr
 _NO_STAR = "a repeat count needs `*` before it, as in t*3 or (tt|)*3"
 _GROUP_ALONE = "the group before this is not repeated: write `*` and a count after it, or leave out its parentheses"
 
-# What is wrong with a token of the second kind right after one of the first. What is absent may follow.
+# The error for a token of the second kind directly after one of the first. All other pairs are allowed.
 _MISPLACED = {
     ("start", "star"): _NOTHING_TO_REPEAT,
     ("start", "count"): _NO_STAR,
@@ -60,7 +60,7 @@ def expand(layout: str) -> str:
     """
     parts: list[str] = []  # of the innermost open group; a repeat applies to the last
     outer: list[tuple[int, list[str]]] = []  # the open groups: where each opened, and the parts before it
-    size = 0  # symbols of all open groups so far, a lower bound of the whole since counts are at least 1
+    size = 0  # symbols of all open groups so far, a lower bound of the final size since counts are at least 1
     before = "start"
     for token in _TOKEN.finditer(layout):
         kind, text, at = str(token.lastgroup), token[0], token.start()
@@ -101,7 +101,7 @@ def expand(layout: str) -> str:
 def _count(layout: str, at: int, digits: str) -> int:
     count = int(digits) if len(digits) <= 100 else MAX_SYMBOLS + 1
     if count == 0:
-        raise _error(layout, at, "a repeat count must be at least 1: leave out what is not to be there")
+        raise _error(layout, at, "a repeat count must be at least 1: leave out what it repeats")
     if count > MAX_SYMBOLS:
         raise _error(layout, at, f"a repeat count may be at most {MAX_SYMBOLS:,}")
     return count

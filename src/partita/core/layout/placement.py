@@ -1,7 +1,7 @@
-"""Which pipeline rank runs which stage.
+"""The pipeline rank that runs each stage.
 
-`loop` deals stages out in turn: stage i sits on rank i % pp, virtual stage i // pp (Megatron-LM, 2104.04473 section 2.2).
-`v` turns round at the ends, so that stages 0 and 2 pp - 1 share rank 0 (the V-schedules of 2405.15362).
+`loop` assigns stages in turn: stage i runs on rank i % pp, virtual stage i // pp (Megatron-LM, 2104.04473 section 2.2).
+`v` turns around at the ends, so that stages 0 and 2 pp - 1 share rank 0 (the V-schedules of 2405.15362).
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""What Partita knows of a model without a framework: its tensors, its config, its families."""
+"""Facts of a model without a framework: its tensors, its config, its families."""

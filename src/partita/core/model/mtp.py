@@ -1,7 +1,7 @@
-"""Multi-token prediction as tensors: what DeepSeek-V3's module adds to a model, for any family of decoder layers.
+"""Multi-token prediction as tensors: those that DeepSeek-V3's module adds to a model, for any family of decoder layers.
 
 Module k, counted from 0, is layer `num_layers + k` of the checkpoint, as DeepSeek-V3's own files and the tools that read
-them have it: the tensors of one more decoder layer, and beside them `enorm` and `hnorm` (norms of the embedding and of the
+them number it: the tensors of one more decoder layer, and `enorm` and `hnorm` (norms of the embedding and of the
 hidden state), `eh_proj` (hidden <- 2 hidden) and `shared_head.norm`. Source: 2412.19437, section 2.2.
 """
 
@@ -17,39 +17,39 @@ NORMS = ("enorm", "hnorm", "shared_head.norm")
 """Modules of a prediction layer that are norms like the model's last one."""
 
 PROJECTION = "eh_proj"
-"""The linear layer that makes one hidden state of an embedding and a hidden state."""
+"""The linear layer that combines an embedding and a hidden state into one hidden state."""
 
 SHARED = ("embed_tokens", "shared_head.head")
-"""What a checkpoint repeats for each prediction layer: the main model's embedding and head."""
+"""The tensors that a checkpoint repeats for each prediction layer: the main model's embedding and head."""
 
 
 def final_norm(spec: ModelSpec) -> str:
-    """The path of the norm behind the last layer.
+    """The path of the norm after the last layer.
 
     Raises:
-        PlanError: The model has none.
+        PlanError: The model has no such norm.
     """
     in_layers = [i for i, name in enumerate(spec.tensors) if spec.layer_of(name) is not None]
     for name in list(spec.tensors)[in_layers[-1] + 1 :] if in_layers else ():
         if name.startswith(spec.prefix) and spec.layer_of(name) is None and len(spec.tensors[name].shape) == 1:
             return name.rpartition(".")[0]
     raise PlanError(
-        f"{spec.family} has no norm behind its last layer, so multi-token prediction (m) cannot be put on it. Leave `m` out "
+        f"{spec.family} has no norm after its last layer, so it does not support multi-token prediction (m). Leave `m` out "
         "of the layout."
     )
 
 
 def mtp_count(spec: ModelSpec) -> int:
-    """Prediction layers that the tensors of `spec` hold already."""
+    """The number of prediction layers among the tensors of `spec`."""
     layers = (spec.layer_of(name) for name in spec.tensors)
     return max((layer + 1 - spec.num_layers for layer in layers if layer is not None), default=0)
 
 
 def with_mtp(spec: ModelSpec, count: int) -> ModelSpec:
-    """`spec` with the tensors of `count` prediction layers behind those of its last layer.
+    """`spec` with the tensors of `count` prediction layers after those of its last layer.
 
     Raises:
-        PlanError: The model is not one that predicts tokens from decoder layers, or holds another number of them.
+        PlanError: The model does not predict tokens from decoder layers, or holds another number of prediction layers.
     """
     if count == 0 or mtp_count(spec) == count:
         return spec

@@ -1,4 +1,4 @@
-"""A model's config made small: the same family, heads and kinds of layers, in a size that is computed in a moment."""
+"""Shrink a model's config: the same family, heads and kinds of layers, in a size that runs within seconds."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _STATE_HEADS = (
     ("mamba_num_heads", "mamba_head_dim", "expand"),
     ("num_heads", "head_dim", "expand"),
 )
-"""The number of heads, their width, and how many times the model's width they are together."""
+"""The number of heads, their width, and the ratio of their total width to the model's."""
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "zero_expert_num")
 _RANKS = ("q_lora_rank", "kv_lora_rank")
 _PERIODS = (
@@ -52,18 +52,18 @@ _PERIODS = (
     "decoder_sparse_step",
     "num_kv_reuse_layers",
 )
-"""Every so many layers comes one of another kind."""
+"""Keys with the distance between layers of another kind."""
 
 _NESTED = ("text_config", "llm_config", "language_config")
 
 
 def shrunk_configs(config: Mapping[str, Any], num_heads: int, layers: int = 0) -> Iterator[dict[str, Any]]:
-    """Smaller and smaller changes of `config`, to be tried in turn until one can be built.
+    """Smaller and smaller variants of `config`, to try in turn until one can be built.
 
-    All have at least `layers` layers, where `config` has as many.
+    All have at least `layers` layers, if `config` has as many.
 
-    Head counts, kinds of layers and every switch stay, since they are what a split may get wrong. Of a multimodal config the
-    text model's is made small, and its towers' shallow, then narrow too.
+    Head counts, kinds of layers and all flags stay, since they determine the split. In a multimodal config the
+    text model becomes small, and its towers shallow, then narrow too.
     """
     nested = next((key for key in _NESTED if isinstance(config.get(key), Mapping) and config[key]), None)
     if nested is not None:
@@ -74,14 +74,14 @@ def shrunk_configs(config: Mapping[str, Any], num_heads: int, layers: int = 0) -
     few, more = _few_layers(config, max(2, layers)), _few_layers(config, max(8, layers))
     inner = {**few, **{k: min(v, _WIDTH) for k, v in _numbers(few, _INNER)}, **_small_vocabulary(few)}
     yield {**few, **_narrow(few, num_heads)}
-    # Where kinds of layers come in a rhythm that no key tells.
+    # For kinds of layers that alternate without a key in the config.
     yield {**more, **_narrow(more, num_heads)}
     yield inner
     yield few
 
 
 def _few_layers(config: Mapping[str, Any], count: int) -> dict[str, Any]:
-    """As many layers as hold one of each kind, at least `count`."""
+    """Enough layers for one of each kind, at least `count`."""
     small = dict(config)
     total = max((value for _, value in _numbers(config, _LAYERS)), default=0)
     by_layer = {
@@ -92,7 +92,7 @@ def _few_layers(config: Mapping[str, Any], count: int) -> dict[str, Any]:
         and len(value) == total > 2
     }
     for value in by_layer.values():
-        # Names and switches are kinds; widths and the numbers of layers are not.
+        # Names and flags are kinds; widths and layer numbers are not.
         kinds = {kind for kind in value if isinstance(kind, (str, int))}
         count = max(count, *(1 + value.index(kind) for kind in kinds)) if 0 < len(kinds) < total else count
     for _, value in _numbers(config, _PERIODS):
@@ -128,11 +128,11 @@ def _narrow(config: Mapping[str, Any], num_heads: int) -> dict[str, Any]:
         if type(head_dim) is int:
             changes["head_dim"] = min(width, head_dim)
     elif hidden and type(head_dim) is int:
-        # Heads of a width of their own: the model's width is free of them.
+        # Heads with their own width: the model's width is independent of them.
         changes |= {key: 64 for key, value in _numbers(config, _HIDDEN) if value == hidden[0]}
         changes["head_dim"] = min(width, head_dim)
     elif hidden and num_heads:
-        # The heads have the width that is left when it is divided.
+        # The width of the heads is the model's width divided by their number.
         changes |= {key: num_heads * width for key, value in _numbers(config, _HIDDEN) if value == hidden[0]}
     whole = head_dim if type(head_dim) is int else hidden[0] // num_heads if hidden and num_heads else 0
     changes |= _small_rotary_sections(config, whole, width)
@@ -142,7 +142,7 @@ def _narrow(config: Mapping[str, Any], num_heads: int) -> dict[str, Any]:
 
 
 def _small_latent(config: Mapping[str, Any], head_dim: int) -> dict[str, Any]:
-    """Narrow parts of the heads of latent attention, all of other widths, for what `head_dim` became."""
+    """Narrow parts of the heads of latent attention, with different widths, for the new `head_dim`."""
     if not _numbers(config, ("qk_rope_head_dim",)):
         return {}
     small = {key: min(value, width) for name, width in _LATENT_WIDTHS for key, value in _numbers(config, (name,))}
@@ -155,7 +155,7 @@ def _small_latent(config: Mapping[str, Any], head_dim: int) -> dict[str, Any]:
 
 
 def _small_states(config: Mapping[str, Any], hidden: int, narrowed: Mapping[str, Any]) -> dict[str, Any]:
-    """Smaller states of a selective state space model, and heads that still fill its width together."""
+    """Smaller states of a selective state space model, and heads that still add up to its width."""
     states = _numbers(config, _STATES)
     small = {key: min(value, 16) for key, value in states}
     if states:
@@ -184,7 +184,7 @@ def _narrow_inside(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _small_rotary_sections(config: Mapping[str, Any], whole: int, width: int) -> dict[str, Any]:
-    """Sections of rotary frequencies (time, height, width), which add up to a part of a head, for heads of `width`."""
+    """Sections of rotary frequencies (time, height, width) for heads of `width`; they add up to a part of a head."""
     small: dict[str, Any] = {}
     for key in ("rope_parameters", "rope_scaling"):
         rotary = config.get(key)
@@ -196,7 +196,7 @@ def _small_rotary_sections(config: Mapping[str, Any], whole: int, width: int) ->
 
 
 def _small_vocabulary(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A vocabulary of a size that no number of ranks divides, with the special ids inside it."""
+    """A vocabulary whose size no number of ranks divides, with the special ids inside it."""
     changes: dict[str, Any] = {key: min(value, 127) for key, value in _numbers(config, _VOCABULARY)}
     for key in (
         "pad_token_id",
@@ -229,7 +229,7 @@ _LENGTH, _WINDOW, _HEAD_WIDTH = 16, 6, 32
 
 
 def reference_configs(config: Mapping[str, Any], *, window: bool = True) -> Iterator[dict[str, Any]]:
-    """Small configs of the same form, in which everything that depends on a text's length changes within `POSITIONS` tokens.
+    """Small configs of the same form, in which every effect of the text's length occurs within `POSITIONS` tokens.
 
     They have at most 4 heads of at most 32 elements, which share keys and values as in `config`. Sliding windows, and the
     length after which LongRoPE and dynamic NTK change, become short. Two of `shrunk_configs` follow, for other families.

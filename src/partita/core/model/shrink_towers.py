@@ -1,4 +1,4 @@
-"""The towers of a multimodal model's config made small, so that they fit the text model's that was."""
+"""Shrink the towers in a multimodal model's config to fit its shrunk text model."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ _HEAD_WIDTH = 8
 
 
 def with_small_towers(config: Mapping[str, Any], text: str, small: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """`config` with the text model's config `small` under the key `text`, and its towers' made small, to be tried in turn.
+    """`config` with the text model's config `small` under the key `text` and smaller towers, as candidates to try in turn.
 
-    What was as wide as the text model stays as wide as it. Ids of special tokens come into the small vocabulary.
+    Widths equal to the text model's stay equal to it. Ids of special tokens are moved into the small vocabulary.
     """
     old, new = config[text].get("hidden_size"), small.get("hidden_size")
     given = _with_small_ids({**config, text: dict(small)}, text, int(small.get("vocab_size") or 0))
@@ -47,7 +47,7 @@ def _with_small_images(config: dict[str, Any]) -> dict[str, Any]:
         return config
     side, patch = _side(vision.get("image_size")), _side(vision.get("patch_size"))
     small: dict[str, Any] = {**config, "vision_config": dict(vision)}
-    # What merges patches merges whole squares of them.
+    # Patches are merged in squares.
     merges = [_side(part.get(key)) for part in (config, vision) for key in _MERGES if _side(part.get(key)) > 0]
     few = math.lcm(4, *merges)
     if side > few * patch > 0:
@@ -73,7 +73,7 @@ def _side(value: Any) -> int:
 
 
 _LINKED = ("hidden_size", "projection_dim", "out_hidden_size", "output_dim", "projector_output_dim", "text_hidden_size")
-"""Keys that may say how wide the text model is."""
+"""Keys that may hold the text model's width."""
 
 
 def _small_tower(config: Mapping[str, Any], old: Any, new: Any, *, narrow: bool) -> dict[str, Any]:
@@ -98,7 +98,7 @@ def _small_tower(config: Mapping[str, Any], old: Any, new: Any, *, narrow: bool)
 
 
 def _with_small_ids(config: dict[str, Any], text: str, vocabulary: int) -> dict[str, Any]:
-    """The same special tokens by other ids, all below `vocabulary`, the same id wherever it was the same."""
+    """The same special tokens with other ids, all below `vocabulary`; equal ids stay equal."""
     named = [v for part in (config, config[text]) for k, v in part.items() if _TOKEN.search(k) and type(v) is int]
     large = sorted({v for v in named if v >= vocabulary > 0})
     ids = {value: vocabulary - 1 - place for place, value in enumerate(large)}

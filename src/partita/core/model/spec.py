@@ -22,7 +22,7 @@ DTYPE_BYTES = MappingProxyType(
 
 
 MAX_LAYERS = 100_000
-"""Layers of a model at most: a list of more takes longer to make than anyone waits."""
+"""The largest number of layers, so that a malformed config does not create an endless list."""
 
 _POSITIONS = re.compile(r"(^|\.)(wpe|embed_positions|position_embeddings?)\.weight$")
 
@@ -36,7 +36,7 @@ class TensorSpec:
         shape: Its unsplit shape.
         tied_to: The tensor whose memory it shares (a head tied to the embedding), or None.
         is_buffer: Whether it is saved with the model but not a parameter (a router's correction bias).
-        packed_bits: Bits of an element of a quantized weight, its share of the scales among them; None in the model's dtype.
+        packed_bits: Bits per element of a quantized weight, scales included; None in the model's dtype.
     """
 
     name: str
@@ -57,17 +57,17 @@ class ModelSpec:
 
     Attributes:
         family: `model_type` of its config, e.g. `llama`.
-        architecture: The class that runs it, e.g. `LlamaForCausalLM`.
+        architecture: Its class in transformers, e.g. `LlamaForCausalLM`.
         tensors: Every parameter and saved buffer of the unsplit model by name, in the model's own order.
-        layers: Path of the list of layers, e.g. `model.layers`; empty where none was found.
+        layers: Path of the list of layers, e.g. `model.layers`; empty if none was found.
         num_layers: Layers in that list.
-        num_heads: Query heads of a layer's attention; 0 where unknown.
-        num_kv_heads: Key and value heads; `num_heads` where all heads have their own.
-        vocab_size: Rows of the embedding; 0 where unknown.
+        num_heads: Query heads of a layer's attention; 0 if unknown.
+        num_kv_heads: Key and value heads; `num_heads` if every head has its own.
+        vocab_size: Rows of the embedding; 0 if unknown.
         dtype: The dtype that the checkpoint or config names.
         config: The model's config as plain JSON data.
-        linears: Paths of the modules that are linear layers, where a model was at hand to tell; else None.
-        towers: Paths of what turns images and sound into features for the text model: vision and audio towers, their
+        linears: Paths of the linear layers, if the spec was made from a model; else None.
+        towers: Paths of the modules that turn images and sound into features: vision and audio towers, their
             projectors, and single tensors that belong to them. They run before the layers, and no rank splits them.
     """
 
@@ -117,12 +117,12 @@ class ModelSpec:
 
     @cached_property
     def quantization_group(self) -> int:
-        """How many inputs of a layer share a scale in a checkpoint that MLX quantized: the widest of its layers'; else 1."""
+        """The number of inputs that share a scale in a checkpoint that MLX quantized, the largest of all layers; else 1."""
         return config_quantization_group(self.config)
 
     @cached_property
     def positions(self) -> int:
-        """How many positions the model has a table of; 0 where it computes them, so that a text may be of any length."""
+        """The size of the model's table of positions; 0 if it computes them, so that texts may have any length."""
         tables = [
             t.shape[0]
             for name, t in self.tensors.items()
@@ -134,23 +134,21 @@ class ModelSpec:
         return min(*tables, named or tables[0], tables[0])
 
     def refuse_beyond_positions(self, length: int, what: str) -> None:
-        """Refuse a text that has more tokens than the model has positions.
+        """Raise an error for a text with more tokens than the model has positions.
 
         Args:
-            length: Its tokens.
-            what: What it is, for the message.
+            length: The number of tokens.
+            what: The name of the text in the message.
 
         Raises:
-            ModelError: It has.
+            ModelError: The text is too long.
         """
         if 0 < self.positions < length:
-            raise ModelError(
-                f"{what} needs {length} positions, but {self.family} has {self.positions}. Let it be shorter."
-            )
+            raise ModelError(f"{what} needs {length} positions, but {self.family} has {self.positions}. Shorten it.")
 
     @cached_property
     def prefix(self) -> str:
-        """What stands before the base model's paths: `model.` where the layers are at `model.layers`."""
+        """The prefix of the base model's paths: `model.` if the layers are at `model.layers`."""
         head, _, _ = self.layers.rpartition(".")
         return f"{head}." if head else ""
 
@@ -166,7 +164,7 @@ class ModelSpec:
 
     @property
     def feature_layers(self) -> int:
-        """How many of the first layers add features of images to what leaves them (Qwen3-VL's deepstack); usually 0."""
+        """The number of first layers that add image features to their output (Qwen3-VL's deepstack); usually 0."""
         vision = self.config.get("vision_config")
         indexes = vision.get("deepstack_visual_indexes") if isinstance(vision, Mapping) else None
         return len(indexes) if self.towers and isinstance(indexes, (list, tuple)) else 0
@@ -188,16 +186,16 @@ class ModelSpec:
         return modules
 
     def first_difference(self, other: ModelSpec, *, names: bool = True) -> str:
-        """Where `other` is not this model, in words; nothing where it is.
+        """The first difference between `other` and this model, in words; empty if there is none.
 
         Args:
             other: The model to compare with.
-            names: Whether both name their tensors alike, so that one that only one of them has is a difference.
+            names: Whether both use the same tensor names, so that a tensor in only one of them is a difference.
         """
         for fact in ("family", "num_layers", "num_heads", "num_kv_heads", "vocab_size"):
             mine, its = getattr(self, fact), getattr(other, fact)
             if mine != its:
-                return f"its {fact} is {mine}, and that of the model is {its}"
+                return f"its {fact} is {mine}, but the model's is {its}"
         both = self.tensors.keys() & other.tensors.keys()
         for name in sorted(self.tensors.keys() | other.tensors.keys() if names else both):
             mine, its = self.tensors.get(name), other.tensors.get(name)
@@ -212,7 +210,7 @@ def read_config(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
     """A model's config as plain data, from a mapping, a `config.json` or a folder that holds one."""
     if isinstance(source, Mapping):
         if not isinstance(source.get("model_type"), str):
-            raise ModelError("config is not a model's: it has no `model_type`.")
+            raise ModelError("config is not a model config: it has no `model_type`.")
         return dict(source)
     if not isinstance(source, (str, os.PathLike)):
         raise ModelError(f"config must be a file, a folder, a hub id or plain data, but is {source!r:.100}.")
@@ -238,13 +236,13 @@ def read_config(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_architectures(names: object) -> None:
-    """Refuse `architectures` that are no list of names. Raises `ModelError`."""
+    """Raise `ModelError` unless `architectures` is a list of names."""
     if names is not None and not (isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names)):
         raise ModelError(f"architectures must be a list of names of classes, but is {names!r:.100}.")
 
 
 def check_layers(number: object) -> None:
-    """Refuse a `num_hidden_layers` of which no model can be built. Raises `ModelError`; None and lists are left alone."""
+    """Raise `ModelError` for an invalid `num_hidden_layers`; None and lists are not checked."""
     if isinstance(number, int) and not 1 <= number <= MAX_LAYERS:
         raise ModelError(f"num_hidden_layers must be a whole number from 1 to {MAX_LAYERS:,}, but is {number!r}.")
 
@@ -268,7 +266,7 @@ def config_number(config: Mapping[str, Any], *keys: str) -> int:
 
 
 def config_heads(config: Mapping[str, Any]) -> tuple[int, int]:
-    """Query heads and KV heads that a config names under any family's keys; (0, 0) where it names none."""
+    """Query heads and KV heads of a config, under any family's keys; (0, 0) if it has none."""
     text = text_config(config)
     heads = config_number(text, "num_attention_heads", "n_head", "num_heads", "n_heads", "encoder_attention_heads")
     kv_heads = config_number(text, "num_key_value_heads", "num_kv_heads", "n_head_kv")
@@ -287,14 +285,14 @@ def config_quantization_group(config: Mapping[str, Any]) -> int:
 
 
 def config_dtype(config: Mapping[str, Any]) -> str:
-    """The dtype that a config names, float32 where none."""
+    """The dtype that a config names, else float32."""
     name = str(config.get("dtype") or config.get("torch_dtype") or text_config(config).get("dtype") or "float32")
     name = name.removeprefix("torch.")
     return name if name in DTYPE_BYTES else "float32"
 
 
 def find_layers(names: Mapping[str, Any] | list[str]) -> tuple[str, int]:
-    """The list of layers among tensor `names`: the numbered path that holds most of them. ('', 0) where there is none."""
+    """The list of layers among tensor `names`: the numbered path that holds most of them. ('', 0) if there is none."""
     found: dict[str, set[int]] = {}
     weight: dict[str, int] = {}
     for name in names:
@@ -312,9 +310,9 @@ def find_layers(names: Mapping[str, Any] | list[str]) -> tuple[str, int]:
 def spec_from_tensors(
     tensors: Mapping[str, TensorSpec], config: Mapping[str, Any] | None = None, **facts: Any
 ) -> ModelSpec:
-    """A ModelSpec of named tensors, as a checkpoint's headers or a model on the meta device give them.
+    """A ModelSpec from named tensors, such as those of a checkpoint's headers or of a model on the meta device.
 
-    Without a config the head counts are unknown, and what would split attention by heads says so.
+    Without a config the head counts are unknown, and splitting attention by heads raises an error.
     `facts` overrides any attribute of the result.
     """
     config = dict(config or {})

@@ -1,1 +1,1 @@
-"""Who holds which ranges of each tensor."""
+"""The ranges of each tensor that each rank holds."""

@@ -1,4 +1,4 @@
-"""How the tensors, modules and attention layers of a model are divided over the tensor ranks."""
+"""The splits of a model's tensors, modules and attention layers over the tensor ranks."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from partita.core.sharding.split import Split, kv_positions
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """How one tensor is cut over the tensor axis.
+    """The split of one tensor over the tensor axis.
 
     Attributes:
         name: Its name in the unsplit model.
         shape: Its unsplit shape.
-        dim: The dimension that is cut, or None where every rank holds the whole.
-        split: Who holds what of that dimension.
-        partial_grad: Whether ranks that hold the same elements each see a part of their gradient, to be summed.
+        dim: The dimension that is split, or None if it is replicated.
+        split: The ranges of that dimension on each rank.
+        partial_grad: Whether ranks that hold the same elements each see a part of their gradient, to sum.
     """
 
     name: str
@@ -48,7 +48,7 @@ class TensorPlan:
         return tuple(ranges)
 
     def owned_ranges(self, tp_rank: int) -> tuple[tuple[tuple[int, int], ...], ...]:
-        """Like `ranges`, but of what the rank owns: over all tensor ranks every element once."""
+        """The ranges that the rank owns: over all tensor ranks every element once."""
         if self.split is None or self.dim is None:
             return self.ranges(tp_rank) if tp_rank == 0 else ((),) * len(self.shape)
         return (
@@ -60,18 +60,18 @@ class TensorPlan:
 
 @dataclass(frozen=True)
 class ModulePlan:
-    """How one module is split.
+    """The split of one module.
 
     Attributes:
         path: Its path in the model.
         style: See `Rule`.
-        split: Who holds what of its cut dimension: a column layer's outputs, a row layer's inputs, the vocabulary.
-        gather_output: Whether its parts are put together again after it.
-        split_input: Whether it gets its whole input and takes its part of it.
-        transposed: Whether its weight lies [in, out].
-        copy_output: How many of its last outputs go straight into a split region.
+        split: The split of its dimension: a column layer's outputs, a row layer's inputs, the vocabulary.
+        gather_output: Whether its outputs are gathered after it.
+        split_input: Whether it receives its complete input and selects its part of it.
+        transposed: Whether its weight is stored as [in, out].
+        copy_output: Number of its last outputs that enter a split region.
         expand: For each tensor rank, the blocks of `expand_width` local outputs in the order (and as often) as the
-            attention needs them: KV heads repeated for query heads whose number is not the same for all. None: as is.
+            attention needs them: KV heads repeated for query heads whose number is not the same for all. None: unchanged.
         expand_width: Outputs of one block.
     """
 
@@ -106,8 +106,8 @@ class AttentionPlan:
         path: The module that holds the projections.
         num_heads: Query heads of the unsplit module.
         num_kv_heads: Its KV heads.
-        heads: Which query heads each rank has.
-        kv_heads: Which KV heads each rank has; copies where there are fewer than ranks.
+        heads: The query heads of each rank.
+        kv_heads: The KV heads of each rank; copies if there are fewer than ranks.
     """
 
     path: str
@@ -121,14 +121,14 @@ class AttentionPlan:
         return self.heads.local_size(tp_rank)
 
     def local_kv_heads(self, tp_rank: int) -> int:
-        """KV heads that a tensor rank's attention sees: as many as query heads where they had to be expanded."""
+        """KV heads in a tensor rank's attention: as many as query heads if they are expanded."""
         expanded = kv_expansion(self.num_heads // self.num_kv_heads, self.heads)[tp_rank]
         return self.kv_heads.local_size(tp_rank) if expanded is None else self.local_heads(tp_rank)
 
 
 @cache
 def kv_expansion(group: int, heads: Split) -> tuple[tuple[int, ...] | None, ...]:
-    """For each rank the positions of the KV heads of its query heads where repeating them evenly would not do.
+    """For each rank, the positions of its query heads' KV heads if they cannot be repeated evenly, else None.
 
     `group` query heads share a KV head; `heads` are the query heads of each rank.
     """

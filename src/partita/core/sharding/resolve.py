@@ -1,4 +1,4 @@
-"""From rules to cuts: which dimension of each tensor of a model is split over the tensor axis, and where."""
+"""From rules to splits: the dimension and the ranges of each tensor of a model that is split over the tensor axis."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ Resolved = tuple[Mapping[str, ModulePlan], Mapping[str, AttentionPlan], Mapping[
 
 
 def resolve(spec: ModelSpec, tp: int, rules: Rules) -> Resolved:
-    """Every module and tensor of `spec` over `tp` ranks, as `rules` say.
+    """Split every module and tensor of `spec` over `tp` ranks by `rules`.
 
-    A dimension with fewer units than ranks is not cut; where it is the heads, each projection of the attention is split by
-    itself instead, so that the memory is still shared.
+    A dimension with fewer units than ranks is not split; if it is the heads, each projection of the attention is split by
+    itself instead, so that its memory is still distributed.
     """
     text = [path for path in spec.modules if tp > 1 and not spec.is_in_tower(path)]
     found = {path: rules.find(path) or _rule_of_tied_head(spec, path, rules) for path in text}
@@ -35,7 +35,7 @@ def resolve(spec: ModelSpec, tp: int, rules: Rules) -> Resolved:
 
 
 def _rule_of_tied_head(spec: ModelSpec, path: str, rules: Rules) -> Rule | None:
-    """The rule of a linear layer that none names but whose weight is a split vocabulary's embedding (`vocab_projector`)."""
+    """The rule of a linear layer without its own rule whose weight is tied to a split embedding (`vocab_projector`)."""
     weight = spec.tensors.get(f"{path}.weight")
     if weight is None or weight.tied_to is None or path not in (spec.linears or ()):
         return None
@@ -44,14 +44,14 @@ def _rule_of_tied_head(spec: ModelSpec, path: str, rules: Rules) -> Rule | None:
 
 
 def _heads_together(spec: ModelSpec, rules: Mapping[str, Rule | None]) -> int:
-    """How many heads next to each other no cut may part, as their outputs share quantization groups of the layer behind."""
+    """The number of adjacent heads that must stay together, since their outputs share quantization groups of the next layer."""
     together = 1
     for path, rule in rules.items():
         weight = spec.tensors.get(f"{path}.weight")
         if rule is None or weight is None or rule.style != "row" or rule.over != "heads" or not spec.num_heads:
             continue
         inputs = weight.shape[0 if rule.transposed else -1]
-        # Only what is a whole number of groups is quantized.
+        # Only dimensions that are a multiple of the group are quantized.
         if inputs % spec.quantization_group == 0 and inputs % spec.num_heads == 0:
             width = inputs // spec.num_heads
             together = math.lcm(together, spec.quantization_group // math.gcd(width, spec.quantization_group))
@@ -71,9 +71,7 @@ class _Resolver:
         tensors = {t.name.rpartition(".")[2]: t for t in self.spec.module_tensors(path)}
         if rule.over in ("heads", "kv_heads", "qkv", "qkv_by_head") and rule.style in ("column", "row"):
             if not self.spec.num_heads:
-                raise PlanError(
-                    f"{path}: the config does not say how many attention heads there are, so they cannot be split."
-                )
+                raise PlanError(f"{path}: the config has no number of attention heads, so they cannot be split.")
             if self._too_few_heads(rule):
                 rule = isolate(rule)
         if rule.style == "replicate":
@@ -85,7 +83,7 @@ class _Resolver:
         elif "weight" in tensors and len(tensors["weight"].shape) in (2, 3):
             self._linear(path, rule, tensors)
         elif rule.style != "vocab" or "weight" in tensors:
-            # (A module called as a head may hold a bias alone, beside the linear layer that is the head.)
+            # (A module named like a head may hold only a bias, beside the linear layer that is the head.)
             shapes = ", ".join(f"{name} {t.shape}" for name, t in tensors.items())
             raise PlanError(
                 f"{path}: the style {rule.style} needs a weight of two dimensions, or of three where layers are stacked, but "
@@ -102,7 +100,7 @@ class _Resolver:
 
     @property
     def _has_heads(self) -> bool:
-        """Whether every rank can have heads of its own."""
+        """Whether every rank can have its own heads."""
         return self.spec.num_heads % self.together == 0 and self.spec.num_heads // self.together >= self.tp
 
     def _replicate(self, path: str, rule: Rule, tensors: Mapping[str, TensorSpec]) -> None:
@@ -151,7 +149,7 @@ class _Resolver:
         if unit and size % unit:
             raise PlanError(
                 f"{path}: its {size} {'inputs' if rule.style == 'row' else 'outputs'} are not a multiple of {unit}, as "
-                f"`{rule.over}` with {heads} heads and {kv_heads} KV heads needs. Its rule is not right for this model."
+                f"`{rule.over}` with {heads} heads and {kv_heads} KV heads needs. Its rule does not fit this model."
             )
         if rule.over == "features":
             return self._even(size, 1 if rule.style == "vocab" or rule.gather_output else self.spec.quantization_group)
@@ -166,8 +164,8 @@ class _Resolver:
         )
 
     def _even(self, size: int, group: int) -> Split | None:
-        """`size` dealt in whole quantization groups; None where there are fewer than ranks."""
-        # What is not a whole number of groups is not quantized.
+        """`size` distributed in quantization groups; None if there are fewer than ranks."""
+        # A dimension that is not a multiple of the group is not quantized.
         unit = group if size % group == 0 else 1
         return _even(size, self.tp, unit=unit) if size // unit >= self.tp else None
 
@@ -179,14 +177,14 @@ class _Resolver:
                 self.cuts[tensor.name] = TensorPlan(tensor.name, tensor.shape, 0, split)
 
     def _experts(self, path: str, tensors: Mapping[str, TensorSpec]) -> None:
-        """Fused experts `[E, 2I, H]` and `[E, H, I]`: the inner width I is cut. Others stay whole."""
+        """Fused experts `[E, 2I, H]` and `[E, H, I]`: the inner width I is split. Others are replicated."""
         up, down = tensors.get("gate_up_proj"), tensors.get("down_proj")
         if up is None or down is None or set(tensors) != {"gate_up_proj", "down_proj"} or len(up.shape) != 3:
             return
         inner = down.shape[2]
         if up.shape[1:] != (2 * inner, down.shape[1]) or inner < self.tp:
             return
-        # Grouped kernels want rows of whole 16 bytes: eight elements of the narrowest dtype.
+        # Grouped kernels need rows of multiples of 16 bytes: eight elements of the narrowest dtype.
         unit = 8 if inner % 8 == 0 and inner // 8 >= self.tp else 1
         split = _even(inner, self.tp, unit=unit)
         self.modules[path] = ModulePlan(path, "experts", split)
@@ -194,21 +192,21 @@ class _Resolver:
         self.cuts[down.name] = TensorPlan(down.name, down.shape, 2, split)
 
     def follow_ties(self) -> None:
-        """A tied tensor is cut as what it shares memory with."""
+        """Split a tied tensor like the one that it shares memory with."""
         for name, tensor in self.spec.tensors.items():
             if tensor.tied_to is None:
                 continue
             mine, other = self.cuts.get(name), self.cuts.get(tensor.tied_to)
             if mine is not None and other is None and len(tensor.shape) == 1:
-                # A bias that its module holds for another (BERT's `cls.predictions.bias`) and does not use itself.
+                # A bias that its module holds for another module (BERT's `cls.predictions.bias`) and does not use itself.
                 self.cuts[tensor.tied_to] = replace(mine, name=tensor.tied_to)
             elif mine is None or other is None:
-                # Where one of the two cannot be cut, neither is.
+                # If one of the two cannot be split, neither is.
                 self._leave_whole(name)
                 self._leave_whole(tensor.tied_to)
             elif (mine.dim, mine.split) != (other.dim, other.split):
                 raise PlanError(
-                    f"{name} shares its memory with {tensor.tied_to}, but the rules cut the two in different ways. "
+                    f"{name} shares its memory with {tensor.tied_to}, but the rules split the two in different ways. "
                     "Give both the same style, e.g. vocab."
                 )
 
@@ -228,7 +226,7 @@ def _attention(path: str, heads: int, kv_heads: int, tp: int, together: int) -> 
 def _expand(
     rule: Rule, spec: ModelSpec, tp: int, size: int, together: int
 ) -> tuple[tuple[tuple[int, ...] | None, ...], int]:
-    """Which local output blocks a projection of keys and values must repeat on each rank, and their width."""
+    """The local output blocks that a projection of keys and values must repeat on each rank, and their width."""
     if rule.style != "column" or rule.over not in ("kv_heads", "qkv"):
         return (), 0
     attention = _attention("", spec.num_heads, spec.num_kv_heads, tp, together)

@@ -1,4 +1,4 @@
-"""Rules: a table of path patterns that says how each module of a model is split over the tensor axis."""
+"""Rules: a table of path patterns that determines the split of each module of a model over the tensor axis."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ OVERS: tuple[Over, ...] = ("features", "heads", "kv_heads", "qkv", "qkv_by_head"
 
 @dataclass(frozen=True)
 class Rule:
-    """How the modules whose path ends like `pattern` are split.
+    """The split of the modules whose path ends with `pattern`.
 
     Attributes:
         pattern: A dotted path, matched against the end of a module's path (or of a tensor's, for `head`). `*` is any one
             name, `{a,b}` one of several: `layers.*.self_attn.{q,k}_proj`.
-        style: `column` and `row` cut a linear layer's outputs or inputs; `vocab` cuts the vocabulary of an embedding or
-            of the head; `embedding` cuts an embedding's width; `replicate` gives every rank the whole; `head` cuts a
-            tensor that has one row a head; `experts` cuts the inner width of fused experts.
-        over: What the cut dimension consists of: plain `features`; query `heads`; `kv_heads`; `qkv` (queries, keys and
-            values one behind the other); `qkv_by_head` (each head's query, key and value together); `gate_up` (two
+        style: `column` and `row` split a linear layer's outputs or inputs; `vocab` splits the vocabulary of an embedding or
+            of the head; `embedding` splits an embedding's width; `replicate` copies it to every rank; `head` splits a
+            tensor with one row per head; `experts` splits the inner width of fused experts.
+        over: The contents of the split dimension: plain `features`; query `heads`; `kv_heads`; `qkv` (queries, keys and
+            values concatenated); `qkv_by_head` (each head's query, key and value together); `gate_up` (two
             halves, each split).
-        gather_output: Whether a column layer's parts are put together again after it.
-        split_input: Whether a row layer gets its whole input and takes its part of it.
+        gather_output: Whether the outputs of a column layer are gathered after it.
+        split_input: Whether a row layer receives its complete input and selects its part of it.
         partial_grad: For `replicate`: whether the tensor is used inside a split region, where each rank sees only its
             part of the gradient, so that the parts are summed.
-        copy_output: For `replicate`: the config key of how many trailing outputs go straight into a split region
+        copy_output: For `replicate`: the config key with the number of trailing outputs that enter a split region
             (`qk_rope_head_dim` in DeepSeek's latent attention), so that their gradients are summed.
-        transposed: Whether the weight lies [in, out], as in transformers' Conv1D.
+        transposed: Whether the weight is stored as [in, out], as in transformers' Conv1D.
     """
 
     pattern: str
@@ -59,13 +59,13 @@ class Rule:
         _compile(self.pattern)
 
     def matches(self, path: str) -> bool:
-        """Whether `path` ends like the pattern."""
+        """Whether `path` ends with the pattern."""
         return _compile(self.pattern).fullmatch(path) is not None
 
 
 @dataclass(frozen=True)
 class Rules:
-    """A family's table: the first rule that matches a path decides; what no rule matches is replicated.
+    """A family's table: the first rule that matches a path applies; modules without a rule are replicated.
 
     `proven` says that the table was measured equal to the unsplit model for this family; an engine measures any other
     table on a small model of the same family before it uses it.
@@ -105,7 +105,7 @@ class Rules:
 
 
 def isolate(rule: Rule) -> Rule:
-    """The rule that splits the same module by itself, so that its neighbours see whole tensors."""
+    """The rule that splits the same module by itself, so that its neighbours see complete tensors."""
     if rule.style == "column":
         return replace(rule, over="features", gather_output=True)
     if rule.style == "row":
@@ -175,7 +175,7 @@ BERT = (
     Rule("embeddings.word_embeddings", "vocab"),
 )
 WIDE_NORMS = (
-    # A norm over all heads together needs them all on each rank.
+    # A norm over all heads together needs all of them on each rank.
     Rule("self_attn.{q_proj,k_proj,v_proj}", "column", gather_output=True),
     Rule("self_attn.o_proj", "row", split_input=True),
 )
@@ -206,7 +206,7 @@ PROVEN: frozenset[str] = frozenset(
 """Families whose tables the test-suite measures against the unsplit model, in outputs and every gradient."""
 
 ABSORBED_LATENT_ATTENTION = (
-    # mlx-lm keeps the two halves of kv_b_proj as one matrix a head, and feeds them the latents themselves.
+    # mlx-lm stores the two halves of kv_b_proj as one matrix per head, and applies them to the latents themselves.
     Rule("self_attn.q_a_proj", "replicate"),
     Rule("self_attn.{q_b_proj,q_proj}", "column", "heads"),
     Rule("self_attn.kv_a_proj_with_mqa", "replicate", copy_output="qk_rope_head_dim"),
@@ -216,7 +216,7 @@ ABSORBED_LATENT_ATTENTION = (
 )
 ROUTERS = (Rule("{mlp,block_sparse_moe}.{gate,shared_expert_gate}", "replicate"),)
 APART = (
-    # Layers of which what lies between needs the whole.
+    # The operations between these layers need complete tensors.
     Rule("mlp.{gate_proj,up_proj,down_proj}", "column", gather_output=True),
 )
 MLX_TABLES: Mapping[str, tuple[Rule, ...]] = {
@@ -227,21 +227,21 @@ MLX_TABLES: Mapping[str, tuple[Rule, ...]] = {
     ),
     **dict.fromkeys(("mixtral", "qwen3_moe", "qwen2_moe", "phimoe"), DENSE + ROUTERS),
     "gpt_oss": TABLES["gpt_oss"] + MLP,
-    # Its activation keeps the largest of a whole row.
+    # Its activation keeps the largest elements of a complete row.
     "gemma3n": VOCABULARY + ATTENTION + APART,
     # Its activation has parameters.
     "apertus": (*DENSE, Rule("mlp.act_fn", "replicate", partial_grad=True)),
 }  # fmt: skip
-"""Tables of mlx-lm's modules, which have transformers' names but for these; stacked experts are linear layers there."""
+"""Tables of mlx-lm's modules, which have transformers' names except for these; stacked experts are linear layers there."""
 
 MLX_USUAL = VOCABULARY + ABSORBED_LATENT_ATTENTION + PACKED_QKV + QKV_BY_HEAD + ATTENTION + MLP
-"""What the usual names of mlx-lm's modules suggest."""
+"""Rules for the usual names of mlx-lm's modules."""
 
 MLX_PROVEN: frozenset[str] = frozenset(
     ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "starcoder2", "olmo2", "mixtral",
      "qwen3_moe", "deepseek_v3")
 )  # fmt: skip
-"""Families whose tables the test-suite measures on MLX, and which have no switch that a table could be wrong for."""
+"""Families whose tables the test-suite measures on MLX, and which have no flag that could invalidate a table."""
 
 _HF_STYLES: Mapping[str, tuple[Style, dict[str, Any]]] = {
     "colwise": ("column", {}),
@@ -264,10 +264,10 @@ _HF_OVER: Mapping[str, Over] = {
 
 
 def rules_from_tp_plan(tp_plan: Mapping[str, str]) -> Rules:
-    """Rules from a Hugging Face config's `base_model_tp_plan`; its own styles for which we have no equal are left out.
+    """Rules from a Hugging Face config's `base_model_tp_plan`; its styles without an equivalent are left out.
 
-    What the plan does not say (whether a column layer's outputs are heads) is taken from the module's name, so such rules
-    are not `proven`: an engine measures them first.
+    Facts that the plan omits (whether a column layer's outputs are heads) are inferred from the module's name, so such
+    rules are not `proven`: an engine measures them first.
     """
     rules = []
     for pattern, style in tp_plan.items():
@@ -279,7 +279,7 @@ def rules_from_tp_plan(tp_plan: Mapping[str, str]) -> Rules:
             attends = re.search(r"(attn|attention)", pattern) is not None
             over: Over = _HF_OVER.get(tail, "features") if attends or tail == "gate_up_proj" else "features"
             rules.append(replace(Rule(pattern, ours, "features" if flags else over), **flags))
-    # Some plans leave out that a norm of each head sees the gradients of a rank's own heads alone.
+    # Some plans omit that a norm of each head sees only the gradients of a rank's own heads.
     splits_heads = any(rule.style == "column" and rule.over == "heads" and not rule.gather_output for rule in rules)
     norms = [rule for rule in ATTENTION if rule.partial_grad] if splits_heads else []
     return Rules((*rules, *norms, *VOCABULARY))
@@ -293,10 +293,10 @@ def rules_for(
     proven: frozenset[str] = PROVEN,
     usual: tuple[Rule, ...] = DENSE + EXPERTS,
 ) -> Rules:
-    """The table of a model: our own for its family, else Hugging Face's plan, else what the usual names suggest."""
+    """The table of a model: our own for its family, else Hugging Face's plan, else that for the usual names."""
     if spec.family in tables:
         rules = Rules(tables[spec.family])
-        # A linear layer that no rule knows (cross-attention, say) is none that the tests have measured.
+        # The tests have not measured a linear layer without a rule, such as cross-attention.
         known = all(rules.find(path) for path in spec.linears or () if spec.layer_of(path) is not None)
         return replace(rules, proven=known and spec.family in proven)
     if tp_plan:
@@ -305,23 +305,23 @@ def rules_for(
 
 
 def isolated_rules(spec: ModelSpec) -> Rules:
-    """Every linear layer inside the model's layers split by itself: for a model of which nothing else is known.
+    """Split every linear layer inside the model's layers by itself, for a model that is otherwise unknown.
 
-    The modules between see whole tensors, so that nothing they compute with them can be wrong. It costs more communication.
+    The modules between see complete tensors, so that their results are correct. It costs more communication.
     """
     inside = sorted(path for path in spec.linears or () if spec.layer_of(path) is not None)
     return Rules((*VOCABULARY, *(Rule(path, "column", gather_output=True) for path in inside)))
 
 
 def without_vocabulary(rules: Rules) -> Rules:
-    """`rules`, but for the embedding and the head, which are whole: for a model that takes an embedding's weight as it is."""
+    """`rules` with a replicated embedding and head, for a model that uses an embedding's weight directly."""
     return Rules(tuple(rule for rule in rules if rule.style != "vocab"))
 
 
 def partly_isolated_rules(spec: ModelSpec, rules: Rules, *, attention: bool) -> Rules:
-    """`rules`, but for the linear layers inside attentions (or else for those outside), each of which is split by itself.
+    """`rules`, but the linear layers inside attentions (or else those outside) are each split by itself.
 
-    What else such parts of the layers hold is whole on every rank.
+    All other tensors in these parts of the layers are replicated.
     """
     apart = [
         Rule(path, "column", gather_output=True) if path in (spec.linears or ()) else Rule(path, "replicate")

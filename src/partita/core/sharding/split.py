@@ -1,4 +1,4 @@
-"""Split: which ranges of one dimension each rank of an axis holds. The arithmetic of every sharded tensor, in integers."""
+"""Split: the ranges of one dimension that each rank of an axis holds. All arithmetic of sharded tensors, in integers."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ Range = tuple[int, int]
 
 
 def check_sizes(least: int = 1, **sizes: object) -> None:
-    """Raise `PlanError`, which names it, for a size that is no whole number of at least `least`."""
+    """Raise `PlanError`, with its name, for a size that is not an integer of at least `least`."""
     for name, size in sizes.items():
         if type(size) is not int or size < least:
             raise PlanError(f"{name} must be a whole number of at least {least}, but is {size!r}.")
 
 
 def deal(count: int, parts: int, weights: Sequence[float] | None = None, *, allow_empty: bool = False) -> list[int]:
-    """How many of `count` indivisible units each of `parts` ranks gets, in rank order.
+    """The number of `count` indivisible units that each of `parts` ranks gets, in rank order.
 
-    Without weights the counts differ by at most one and the first ranks have the more. With weights (relative speeds or
-    memories) they follow the largest remainders (Hamilton's method), ties to the first rank; unless `allow_empty`, a
-    rank that would get nothing takes one unit from the rank that has most.
+    Without weights the counts differ by at most one, and the first ranks have the larger ones. With weights (relative speeds
+    or memories) they follow the largest remainders (Hamilton's method), ties to the first rank; unless `allow_empty`, a
+    rank that would get nothing takes one unit from the rank with the most.
     """
     if parts < 1:
         raise PlanError(f"parts must be at least 1, but is {parts}.")
     if count < parts and not allow_empty:
         raise PlanError(
-            f"{count} unit{'s' if count != 1 else ''} cannot be dealt to {parts} ranks: every rank must hold one. "
+            f"{count} unit{'s' if count != 1 else ''} cannot be distributed over {parts} ranks: every rank must hold one. "
             f"Use at most {count} rank{'s' if count != 1 else ''}, or allow_empty=True."
         )
     if weights is None:
         return [count // parts + (rank < count % parts) for rank in range(parts)]
     if len(weights) != parts or not all(0 < weight < float("inf") for weight in weights):
-        raise PlanError(f"weights must be {parts} positive finite numbers, one a rank, but are {tuple(weights)}.")
+        raise PlanError(f"weights must be {parts} positive finite numbers, one per rank, but are {tuple(weights)}.")
     exact = [Fraction(weight) for weight in weights]
     shares = [count * weight / sum(exact) for weight in exact]
     counts = [int(share) for share in shares]
@@ -72,10 +72,10 @@ class Split:
 
     Attributes:
         size: Elements of the unsplit dimension.
-        by_rank: For each rank, the ranges that it holds, in the order in which they lie in its local tensor. Ranges of
+        by_rank: For each rank, the ranges that it holds, in the order of its local tensor. Ranges of
             different ranks may overlap (replicated heads): then the lowest rank that holds an element owns it.
 
-    Build one with `even`, `heads`, `kv_heads`, `concat` or `replicated`; they raise `PlanError` for what cannot be.
+    Build one with `even`, `heads`, `kv_heads`, `concat` or `replicated`; they raise `PlanError` for invalid arguments.
     """
 
     size: int
@@ -84,7 +84,7 @@ class Split:
     def __post_init__(self) -> None:
         if self.size < 0 or not self.by_rank:
             raise PlanError(
-                f"a split needs a size of at least 0 and a rank, but has {self.size} and {self.parts} ranks."
+                f"a split needs a size of at least 0 and at least one rank, but has {self.size} and {self.parts} ranks."
             )
         for rank, ranges in enumerate(self.by_rank):
             for start, stop in ranges:
@@ -103,7 +103,7 @@ class Split:
         if reach < self.size:
             raise PlanError(f"element {reach} of {self.size} is held by no rank.")
 
-    # --- making one ---------------------------------------------------------------------------------------------------
+    # --- constructors ---------------------------------------------------------------------------------------------------
 
     @classmethod
     def even(
@@ -116,14 +116,14 @@ class Split:
         segments: Sequence[int] | None = None,
         allow_empty: bool = False,
     ) -> Split:
-        """`size` elements dealt out in whole units of `unit`, first ranks first.
+        """`size` elements distributed in units of `unit`, first ranks first.
 
         Args:
             size: Elements of the dimension.
             parts: Ranks of the axis.
-            unit: What may not be cut: a head's width, a quantization group, their least common multiple.
-            weights: Relative shares of unequal devices, one a rank.
-            segments: Lengths of dimensions that lie fused in this one, in order (gate and up; query, key and value). Each
+            unit: Elements that stay together: a head's width, a quantization group, their least common multiple.
+            weights: Relative shares of unequal devices, one per rank.
+            segments: Lengths of the dimensions fused in this one, in order (gate and up; query, key and value). Each
                 is split by itself and a rank holds its part of each.
             allow_empty: Whether a rank may hold nothing.
         """
@@ -145,12 +145,12 @@ class Split:
 
     @classmethod
     def heads(cls, num_heads: int, num_kv_heads: int, parts: int, *, width: int = 1, unit: int = 1) -> Split:
-        """Query heads of `width` elements, so that `kv_heads` of the same numbers holds what they attend to.
+        """Query heads of `width` elements; `kv_heads` with the same arguments holds the KV heads that they attend to.
 
-        With at least as many KV heads as ranks, heads are dealt in whole groups of those that share a KV head, and no KV
-        head is copied. With fewer, every KV head's group is dealt over the ranks that hold it where the ranks are a
-        multiple of the KV heads, and the query heads are dealt one by one where they are not. `unit` heads next to each
-        other stay together (where a quantization group is wider than a head), if need be at the cost of copies.
+        With at least as many KV heads as ranks, heads are distributed in groups that share a KV head, and no KV head is
+        copied. With fewer, each KV head's group is distributed over the ranks that hold it if the ranks are a multiple of
+        the KV heads; if not, the query heads are distributed one by one. `unit` adjacent heads stay together (if a
+        quantization group is wider than a head), if necessary at the cost of copies.
         """
         group = _group_size(num_heads, num_kv_heads)
         if num_heads % unit:
@@ -160,7 +160,7 @@ class Split:
         together = lcm(group, unit)
         if num_heads // unit < parts:
             raise PlanError(
-                f"{num_heads} attention heads{f' in units of {unit}' if unit > 1 else ''} cannot be dealt to {parts} "
+                f"{num_heads} attention heads{f' in units of {unit}' if unit > 1 else ''} cannot be distributed over {parts} "
                 f"ranks: every rank must hold one. Use tp={num_heads // unit} or less."
             )
         if num_kv_heads >= parts and num_heads % together == 0 and num_heads // together >= parts:
@@ -174,7 +174,7 @@ class Split:
 
     @classmethod
     def kv_heads(cls, num_heads: int, num_kv_heads: int, parts: int, *, width: int = 1, unit: int = 1) -> Split:
-        """The KV heads that each rank's query heads attend to; ranks overlap where there are fewer than ranks."""
+        """The KV heads that each rank's query heads attend to; ranges overlap if there are fewer than ranks."""
         group = _group_size(num_heads, num_kv_heads)
         queries = cls.heads(num_heads, num_kv_heads, parts, unit=unit)
         ranges = [ranges[0] for ranges in queries.by_rank]
@@ -185,7 +185,7 @@ class Split:
 
     @classmethod
     def concat(cls, splits: Sequence[Split]) -> Split:
-        """Dimensions that lie one behind the other in one tensor, each with its own split."""
+        """Dimensions concatenated in one tensor, each with its own split."""
         if not splits or len({split.parts for split in splits}) != 1:
             raise PlanError("concat takes at least one split, all over the same number of ranks.")
         offsets = [0, *accumulate(split.size for split in splits)]
@@ -203,16 +203,16 @@ class Split:
 
     @classmethod
     def replicated(cls, size: int, parts: int) -> Split:
-        """Every rank holds the whole dimension; rank 0 owns it."""
+        """Every rank holds the complete dimension; rank 0 owns it."""
         return cls(size, (merge([(0, size)]),) * parts)
 
     def scaled(self, width: int) -> Split:
-        """The same split of a dimension in which every element here is `width` elements wide."""
+        """The same split of a dimension with `width` elements for each element of this one."""
         return Split(
             self.size * width, tuple(tuple((a * width, b * width) for a, b in ranges) for ranges in self.by_rank)
         )
 
-    # --- asking it ----------------------------------------------------------------------------------------------------
+    # --- queries ----------------------------------------------------------------------------------------------------
 
     @property
     def parts(self) -> int:
@@ -220,7 +220,7 @@ class Split:
         return len(self.by_rank)
 
     def ranges(self, rank: int) -> tuple[Range, ...]:
-        """What `rank` holds, in local order."""
+        """The ranges that `rank` holds, in local order."""
         self._check_rank(rank)
         return self.by_rank[rank]
 
@@ -258,7 +258,7 @@ class Split:
         raise PlanError(f"local_index must be in [0, {self.local_size(rank)}), but is {local_index}.")
 
     def to_local(self, rank: int, index: int) -> int | None:
-        """Where element `index` lies in `rank`'s local tensor, or None where `rank` does not hold it."""
+        """The position of element `index` in `rank`'s local tensor, or None if `rank` does not hold it."""
         offset = 0
         for start, stop in self.by_rank[rank]:
             if start <= index < stop:
@@ -267,7 +267,7 @@ class Split:
         return None
 
     def owned_ranges(self, rank: int) -> tuple[Range, ...]:
-        """The ranges that `rank` owns: over all ranks every element once. What a rank writes, and counts in a norm."""
+        """The ranges that `rank` owns, over all ranks every element once: those that it writes, and counts in a norm."""
         lower = sorted(r for ranges in self.by_rank[:rank] for r in ranges)
         owned: list[Range] = []
         for start, stop in self.by_rank[rank]:
@@ -292,12 +292,12 @@ class Split:
 
     @property
     def is_partition(self) -> bool:
-        """Whether every element is held by one rank only."""
+        """Whether every element is held by only one rank."""
         return not self.shared_ranges
 
     @cached_property
     def is_in_order(self) -> bool:
-        """Whether the ranks' parts, one behind the other, are the unsplit dimension as it is."""
+        """Whether the ranks' parts, concatenated, are the unsplit dimension in its order."""
         return merge(r for ranges in self.by_rank for r in ranges) == merge([(0, self.size)])
 
     # --- as data ------------------------------------------------------------------------------------------------------
@@ -324,17 +324,17 @@ class Split:
             numbers = [size, *(edge for ranges in split for r in ranges for edge in r)]
         except (TypeError, KeyError, ValueError) as error:
             raise PlanError(
-                f"a split needs `size` and `by_rank` (a list of [start, stop] a rank), but is {data!r:.200}."
+                f"a split needs `size` and `by_rank` (a list of [start, stop] per rank), but is {data!r:.200}."
             ) from error
         if not split or any(type(number) is not int for number in numbers):
-            raise PlanError(f"a split holds whole numbers and at least one rank, but is {data!r:.200}.")
+            raise PlanError(f"a split needs integers and at least one rank, but is {data!r:.200}.")
         return cls(size, split)
 
 
 def kv_positions(group: int, heads: Split, rank: int) -> tuple[int, ...]:
     """For each query head of `rank`, the position among the rank's own KV heads of the one that it attends to.
 
-    `group` query heads share a KV head; `heads` says which query heads each rank has.
+    `group` query heads share a KV head; `heads` has the query heads of each rank.
     """
     (start, stop), *_ = heads.ranges(rank)
     return tuple(head // group - start // group for head in range(start, stop))

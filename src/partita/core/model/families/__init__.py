@@ -1,6 +1,6 @@
 """Families: names and shapes of all tensors of the well-known models, from a `config.json` alone and without torch.
 
-What they describe is the unquantized model that transformers 5.23 builds: its `state_dict`, with experts fused. Tests
+They describe the unquantized model that transformers 5.23 builds: its `state_dict`, with experts fused. Tests
 compare every family with transformers' own model on the meta device.
 """
 
@@ -26,7 +26,7 @@ FAMILIES: Mapping[str, Family] = {
 }
 
 UNREAD = ("add_cross_attention", "per_layer_config")
-"""Keys that change tensors in ways that are not written down here."""
+"""Keys that change tensors in ways that these families do not describe."""
 
 
 def known_families() -> frozenset[str]:
@@ -35,14 +35,14 @@ def known_families() -> frozenset[str]:
 
 
 def spec_from_config(config: Mapping[str, Any]) -> ModelSpec:
-    """The model that a config describes.
+    """The spec of the model that a config describes.
 
-    Keys that it omits have the defaults of its config class in transformers. Where it names no class, the family's
-    causal (for encoders: masked) language model is meant. A `quantization_config` is not heeded.
+    Keys that it omits have the defaults of its config class in transformers. If it names no class, the spec is that of the
+    family's causal (for encoders: masked) language model. A `quantization_config` is ignored.
 
     Raises:
-        UnknownFamilyError: The family or the class is not one of those written down here.
-        ModelError: A value makes no shapes.
+        UnknownFamilyError: The family or the class is not described here.
+        ModelError: A value gives no valid shape.
     """
     if not isinstance(config, Mapping):
         raise ModelError(f"config must be plain data, as config.json has it, but is {config!r:.100}.")
@@ -50,12 +50,12 @@ def spec_from_config(config: Mapping[str, Any]) -> ModelSpec:
     family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
     if family is None:
         raise UnknownFamilyError(
-            f"{model_type!r} is not a family that Partita knows itself: it needs transformers to be read."
+            f"{model_type!r} is not a family that Partita knows itself. Reading it needs transformers."
         )
     for key in UNREAD:
         if config.get(key):
             raise UnknownFamilyError(
-                f"{model_type} with {key} is not known to Partita itself: it needs transformers to be read."
+                f"{model_type} with {key} is not known to Partita itself. Reading it needs transformers."
             )
     name, architecture = find_architecture(family, config)
     read = Config(config, family.defaults, family.aliases)
@@ -77,7 +77,7 @@ def spec_from_config(config: Mapping[str, Any]) -> ModelSpec:
 
 
 def find_architecture(family: Family, config: Mapping[str, Any]) -> tuple[str, Architecture]:
-    """The class that a config names, or the family's first where it names none."""
+    """The class that a config names, or else the family's first."""
     named = config.get("architectures")
     if not named:
         return next(iter(family.architectures.items()))
@@ -85,6 +85,6 @@ def find_architecture(family: Family, config: Mapping[str, Any]) -> tuple[str, A
     if not isinstance(name, str) or name not in family.architectures:
         known = ", ".join(family.architectures)
         raise UnknownFamilyError(
-            f"{name!r} needs transformers to be read: of {config['model_type']} Partita knows {known}."
+            f"reading {name!r} needs transformers: of {config['model_type']} Partita itself knows {known}."
         )
     return name, family.architectures[name]

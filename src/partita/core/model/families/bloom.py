@@ -1,4 +1,4 @@
-"""Decoders with ALiBi, and Falcon, which began so.
+"""Decoders with ALiBi, and Falcon, whose first version used it.
 
 Facts: transformers 5.23, `models/*/{modeling,configuration}_*.py`.
 """
@@ -18,7 +18,7 @@ def fused_attention(c: Config, outputs: int, bias: bool) -> Parts:
 
 
 def bloom(c: Config) -> Parts:
-    """BLOOM: ALiBi, and a norm right behind the embedding."""
+    """BLOOM: ALiBi, and a norm directly after the embedding."""
     layer = [
         *norm("input_layernorm", c.hidden, bias=True),
         *fused_attention(c, 3 * c.hidden, bias=True),
@@ -62,7 +62,7 @@ def falcon_kv_heads(c: Config) -> int:
 
 
 def mpt(c: Config) -> Parts:
-    """MPT: ALiBi and no bias. What its config says of KV heads and of the MLP's width transformers does not heed."""
+    """MPT: ALiBi and no bias. transformers ignores its config's KV heads and MLP width."""
     layer = [
         *norm("norm_1", c.hidden),
         *within(

@@ -1,4 +1,4 @@
-"""Config: a `config.json` read as its class in transformers reads it, with that class's defaults and other names."""
+"""Config: a `config.json` as its class in transformers reads it, with that class's defaults and aliases."""
 
 from __future__ import annotations
 
@@ -11,13 +11,12 @@ from partita.errors import ModelError
 
 @dataclass(frozen=True)
 class Config:
-    """The values of a config that decide names and shapes, each checked when it is read.
+    """The values of a config that determine names and shapes, each checked when it is read.
 
     Attributes:
-        data: What the file says.
-        defaults: What transformers takes for a key that the file does not have.
-        aliases: The keys to look under where there are several, or one of another name; the first that says something
-            wins: GPT-2's `hidden_size` is `n_embd` in most files.
+        data: The contents of the file.
+        defaults: The values of transformers for keys that the file does not have.
+        aliases: Other keys of a value, in order of precedence: GPT-2's `hidden_size` is `n_embd` in most files.
     """
 
     data: Mapping[str, Any]
@@ -25,7 +24,7 @@ class Config:
     aliases: Mapping[str, tuple[str, ...]]
 
     def find(self, name: str) -> tuple[str, Any]:
-        """The key that says `name`, and what it says. A null hides the default, as in transformers."""
+        """The key of `name`, and its value. A null hides the default, as in transformers."""
         keys = self.aliases.get(name, (name,))
         given = [key for key in keys if key in self.data]
         for key in given:
@@ -34,11 +33,11 @@ class Config:
         return (given[0], None) if given else (keys[-1], self.defaults.get(name))
 
     def key(self, name: str) -> str:
-        """The key that says `name`."""
+        """The key of `name`."""
         return self.find(name)[0]
 
     def size(self, name: str, least: int = 1) -> int:
-        """The whole number `name`."""
+        """The integer `name`."""
         key, value = self.find(name)
         if value is None and key not in self.data:
             raise ModelError(f"{key} is missing from the config, and its family has no default for it.")
@@ -47,11 +46,11 @@ class Config:
         return value
 
     def size_or(self, name: str, otherwise: int) -> int:
-        """The whole number `name`, or `otherwise` where it is null or missing without a default."""
+        """The integer `name`, or `otherwise` if it is null or missing without a default."""
         return otherwise if self.find(name)[1] is None else self.size(name)
 
     def flag(self, name: str) -> bool:
-        """The yes or no `name`; no where it is missing without a default."""
+        """The boolean `name`; False if it is missing without a default."""
         key, value = self.find(name)
         if value is None and key not in self.data:
             return False
@@ -60,7 +59,7 @@ class Config:
         return value
 
     def indices(self, name: str) -> Sequence[int] | None:
-        """The list of layer numbers `name`, or None where it is null or missing."""
+        """The list of layer numbers `name`, or None if it is null or missing."""
         key, value = self.find(name)
         if value is None:
             return None
@@ -95,7 +94,7 @@ class Config:
 
     @property
     def kv_heads(self) -> int:
-        """Key and value heads: as many as query heads unless the config says fewer."""
+        """Key and value heads: as many as query heads unless the config has fewer."""
         kv_heads = self.size_or("num_key_value_heads", self.heads)
         if self.heads % kv_heads:
             key, kv_key = self.key("num_attention_heads"), self.key("num_key_value_heads")
@@ -104,23 +103,23 @@ class Config:
 
     @property
     def experts(self) -> int:
-        """Experts of a layer; a config may say zero."""
+        """Experts of a layer, which may be zero."""
         return self.size("num_experts", least=0)
 
     @property
     def head_dim(self) -> int:
-        """Width of a head: a number of its own where there is one, else `head_share`."""
+        """Width of a head: the config's own value if it has one, else `head_share`."""
         return self.head_share if self.find("head_dim")[1] is None else self.size("head_dim")
 
     @property
     def head_share(self) -> int:
-        """A head's share of the hidden states, rounded down as transformers does where it does not refuse."""
+        """A head's share of the hidden states, rounded down as in transformers."""
         if self.hidden < self.heads:
             raise ModelError(f"{self.key('hidden_size')} must be at least {self._heads_text}, but is {self.hidden}.")
         return self.hidden // self.heads
 
     def check_even_heads(self) -> None:
-        """Refuse hidden states that the heads do not share evenly."""
+        """Raise an error for hidden states that the heads do not divide evenly."""
         if self.hidden % self.heads:
             raise ModelError(
                 f"{self.key('hidden_size')} must be a multiple of {self._heads_text}, but is {self.hidden}."

@@ -48,7 +48,7 @@ def latent_attention(c: Config) -> Parts:
 
 
 def expert_mlp(c: Config, *, corrected: bool, bias: bool = False) -> Parts:
-    """Experts, their router (with the correction [E] that balances its choice), and those that are always used."""
+    """Experts, their router (with the correction [E] that balances its choice), and the shared experts."""
     width = c.size("moe_intermediate_size")
     return within(
         "mlp",

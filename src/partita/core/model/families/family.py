@@ -1,4 +1,4 @@
-"""Family: what is written down of one `model_type`."""
+"""Family: the description of one `model_type`."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ Build = Callable[[Config], Parts]
 
 
 def grouped(c: Config) -> int:
-    """KV heads as the config counts them."""
+    """The config's number of KV heads."""
     return c.kv_heads
 
 
 def one_each(c: Config) -> int:
-    """A KV head for each query head, whatever the config says."""
+    """A KV head for each query head, regardless of the config."""
     return c.heads
 
 
@@ -27,9 +27,9 @@ class Architecture:
     """One class of transformers.
 
     Attributes:
-        build: All its tensors.
+        build: A function that lists its tensors.
         layers: Path of its list of layers.
-        tied: The tensors that share another's memory when `tie_word_embeddings` says so, and whose.
+        tied: The tensors that share another's memory if `tie_word_embeddings` is set, with that other tensor.
     """
 
     build: Build
@@ -42,11 +42,11 @@ class Family:
     """One `model_type`.
 
     Attributes:
-        architectures: Its classes by name; the first is meant where a config names none.
-        defaults: The defaults of its config class, where they matter to shapes.
+        architectures: Its classes by name; the first is the default.
+        defaults: The defaults of its config class that determine shapes.
         aliases: See `Config`.
-        kv_heads: Its KV heads.
-        even_heads: Whether transformers refuses hidden states that the heads do not share evenly.
+        kv_heads: A function that returns its KV heads.
+        even_heads: Whether transformers rejects hidden states that the heads do not divide evenly.
     """
 
     architectures: Mapping[str, Architecture]
@@ -57,7 +57,7 @@ class Family:
 
 
 def hidden(c: Config) -> int:
-    """Width of what a head is given."""
+    """Width of a head's input."""
     return c.hidden
 
 
@@ -85,15 +85,15 @@ def decoder_family(
     """A family of decoders: the bare model, the same under `path` with `lm_head`, and with a classifier's `score`.
 
     Args:
-        prefix: How its classes' names begin.
+        prefix: The prefix of its classes' names.
         base: The bare model.
         defaults: See `Family`, as `aliases`, `kv_heads` and `even_heads`.
-        causal: The class with `lm_head`, if it is not `prefix` and `ForCausalLM`.
+        causal: The class with `lm_head`, if it is not `prefix` + `ForCausalLM`.
         classifier: Whether transformers has its `ForSequenceClassification`.
-        path: Where the other classes hold the bare model.
+        path: The path of the bare model in the other classes.
         layers: The bare model's list of layers.
         embedding: The bare model's embedding.
-        width: What `lm_head` and `score` are given.
+        width: The input width of `lm_head` and `score`.
         head_bias: Whether `lm_head` has a bias.
     """
 

@@ -1,4 +1,4 @@
-"""Parts: the vocabulary in which families are described. A module is the list of its tensors, in order.
+"""Parts: the building blocks of families. A module is the list of its tensors, in order.
 
 Shapes: H hidden width, I inner width of an MLP, V vocabulary, E experts, D width of a head, N query heads, K KV heads.
 """
@@ -24,12 +24,12 @@ Parts = list[Part]
 
 
 def parameter(path: str, *shape: int) -> Parts:
-    """A tensor of its own."""
+    """A parameter."""
     return [Part(path, shape)]
 
 
 def buffer(path: str, *shape: int) -> Parts:
-    """A tensor that is saved and not trained."""
+    """A tensor that is saved but not trained."""
     return [Part(path, shape, buffer=True)]
 
 
@@ -39,7 +39,7 @@ def embedding(path: str, rows: int, width: int) -> Parts:
 
 
 def norm(path: str, *shape: int, bias: bool = False) -> Parts:
-    """An RMS norm, or a layer norm where it has a bias."""
+    """An RMS norm, or a layer norm if it has a bias."""
     return [Part(f"{path}.{name}", shape) for name in ("weight", "bias")[: 1 + bias]]
 
 
@@ -55,7 +55,7 @@ def linear(path: str, inputs: int, outputs: int, bias: bool = False) -> Parts:
 
 
 def conv1d(path: str, inputs: int, outputs: int) -> Parts:
-    """transformers' `Conv1D`: a linear layer with a bias whose weight lies the other way round."""
+    """transformers' `Conv1D`: a linear layer with a bias whose weight is stored transposed."""
     return [Part(f"{path}.weight", (inputs, outputs), linear=True), Part(f"{path}.bias", (outputs,), linear=True)]
 
 
@@ -126,16 +126,16 @@ def experts(c: Config, inner: int) -> Parts:
 
 
 def router(c: Config, path: str = "gate") -> Parts:
-    """What chooses the experts [E, H]; not an `nn.Linear` in transformers 5."""
+    """The router of the experts [E, H]; not an `nn.Linear` in transformers 5."""
     return parameter(f"{path}.weight", c.experts, c.hidden)
 
 
 def mixed_decoder(c: Config, layers: Sequence[Parts], last: Parts | None = None) -> Parts:
-    """A base model of Llama's kind: `embed_tokens` [V, H], `layers`, then `last` or an RMS norm."""
+    """A base model like Llama's: `embed_tokens` [V, H], `layers`, then `last` or an RMS norm."""
     end = norm("norm", c.hidden) if last is None else last
     return embedding("embed_tokens", c.vocab, c.hidden) + stack("layers", layers) + end
 
 
 def decoder(c: Config, layer: Parts, last: Parts | None = None) -> Parts:
-    """The same with all layers alike."""
+    """A `mixed_decoder` whose layers are all equal."""
     return mixed_decoder(c, [layer] * c.layers, last)
