@@ -105,8 +105,8 @@ MODEL = [
     Case(
         "a hub that cannot be reached",
         "plan owner/name",
-        "owner/name is not a local folder, and it cannot be fetched from the hub: it cannot be reached, and its cache here does "
-        "not hold it. Give a folder, or a hub id (owner/name) with a network connection.",
+        "owner/name is not a local folder, and it cannot be downloaded from the hub: it cannot be reached, and the local "
+        "cache does not hold it. Give a folder, or a hub id (owner/name) with a network connection.",
     ),
     Case(
         "a folder without a config", "plan empty", "empty/config.json does not exist. Give a folder with a config.json"
@@ -211,7 +211,7 @@ SCHEDULE = [
     Case(
         "a cell twice",
         "schedule --from twice.csv",
-        "0F0 is there twice: rank 0, step 0, and rank 0, step 1.",
+        "0F0 occurs twice: rank 0, step 0, and rank 0, step 1.",
         drawn=True,
     ),
     Case(

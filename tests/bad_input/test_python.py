@@ -108,7 +108,7 @@ LAYOUT = [
     Call(
         "layers of another model",
         lambda: Layout("EtL", 1).validate_layer_layout(3, 0),
-        "3 wanted, 1 found; add 2",
+        "3 expected, 1 found; add 2",
         drawn=True,
     ),
 ]

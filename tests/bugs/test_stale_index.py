@@ -33,10 +33,10 @@ def test_a_download_that_is_not_finished_is_refused(tmp_path: Path) -> None:
     shards(tmp_path, 2)
     index(tmp_path, "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
     (tmp_path / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"1 are not there: .* finish the download"):
+    with pytest.raises(CheckpointError, match=r"1 are missing: .* finish the download"):
         open_checkpoint(tmp_path)
     (tmp_path / "model-00001-of-00002.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"2 are not there: .* finish the download"):
+    with pytest.raises(CheckpointError, match=r"2 are missing: .* finish the download"):
         open_checkpoint(tmp_path)
 
 

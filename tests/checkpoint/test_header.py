@@ -77,10 +77,10 @@ MALFORMED = {
     "two objects": (file_of(b"{}{}"), "must be plain JSON: Extra data"),
     "NUL padding": (file_of(b"{}\0\0"), "must be plain JSON: Extra data"),
     "trailing comma": (file_of(b"{,}"), "must be plain JSON"),
-    "duplicate tensor": (file_of(b'{"w": {}, "w": {}}'), "the key 'w' is there twice"),
-    "duplicate escaped": (file_of(b'{"w": {}, "\\u0077": {}}'), "the key 'w' is there twice"),
-    "duplicate in entry": (file_of(b'{"w": {"dtype": "U8", "dtype": "U8"}}'), "the key 'dtype' is there twice"),
-    "duplicate in metadata": (file_of(b'{"__metadata__": {"a": "", "a": ""}}'), "the key 'a' is there twice"),
+    "duplicate tensor": (file_of(b'{"w": {}, "w": {}}'), "the key 'w' occurs twice"),
+    "duplicate escaped": (file_of(b'{"w": {}, "\\u0077": {}}'), "the key 'w' occurs twice"),
+    "duplicate in entry": (file_of(b'{"w": {"dtype": "U8", "dtype": "U8"}}'), "the key 'dtype' occurs twice"),
+    "duplicate in metadata": (file_of(b'{"__metadata__": {"a": "", "a": ""}}'), "the key 'a' occurs twice"),
     "NaN": (raw_one(shape="[NaN]"), "NaN is not a JSON number"),
     "Infinity": (raw_one(data_offsets="[0, -Infinity]"), "-Infinity is not a JSON number"),
     "deep lists": (raw_one(shape="[" * 200_000 + "]" * 200_000), "nested too deep"),
@@ -240,7 +240,7 @@ def test_encodes_as_the_library_byte_for_byte() -> None:
 @pytest.mark.parametrize(
     ("tensors", "metadata", "says"),
     [
-        ([("w", "F32", [1]), ("w", "F32", [1])], {}, "tensor 'w' is there twice"),
+        ([("w", "F32", [1]), ("w", "F32", [1])], {}, "tensor 'w' occurs twice"),
         ([("__metadata__", "F32", [1])], {}, "tensor '__metadata__' is a reserved name"),
         ([("w", "F33", [1])], {}, "tensor 'w': dtype must be one of"),
         ([("w", "F32", [-1])], {}, "tensor 'w': shape must be a list of integers"),

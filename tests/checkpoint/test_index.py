@@ -88,7 +88,7 @@ def test_hub_cache(tmp_path: Path) -> None:
         file.symlink_to(f"../../blobs/{number}")
     assert set(open_checkpoint(snapshot).tensors) == {"a", "b", "c"}
     (blobs / "1").unlink()
-    with pytest.raises(CheckpointError, match="1 are not there"):
+    with pytest.raises(CheckpointError, match="1 are missing"):
         open_checkpoint(snapshot)
 
 
@@ -157,7 +157,7 @@ WRONG: Mapping[str, tuple[Make, str]] = {
     "index an LFS pointer": (text("version https://git-lfs.github.com/spec/v1\n"), "looks like a git-lfs pointer"),
     "index a list": (text("[]"), "the index must be a JSON object, but is []"),
     "index nested": (text('{"weight_map":' * 100_000), "nested too deep"),
-    "index with a key twice": (text('{"weight_map": {"a": "x", "a": "y"}}'), "the key 'a' is there twice"),
+    "index with a key twice": (text('{"weight_map": {"a": "x", "a": "y"}}'), "the key 'a' occurs twice"),
     "index a folder": (lambda folder: (folder / INDEX_NAME).mkdir(), "must be a regular file"),
     "index too large": (large, "must have at most 100000000 bytes, but has 100000001"),
     "no weight_map": (text("{}"), "weight_map must map tensors to files, but is None"),
@@ -176,9 +176,9 @@ WRONG: Mapping[str, tuple[Make, str]] = {
     "file pickled": (changed(d="pytorch_model.bin"), "but ['pytorch_model.bin'] is not: pickled"),
     "file not there": (
         changed(d="model-3.safetensors"),
-        "1 are not there: ['model-3.safetensors']: finish the download",
+        "1 are missing: ['model-3.safetensors']: finish the download",
     ),
-    "file of half a surrogate": (changed(d="\ud800"), "1 are not there"),
+    "file of half a surrogate": (changed(d="\ud800"), "1 are missing"),
     "tensor not in its file": (changed(d=TWO), f"tensor 'd' must be in '{TWO}', but that file does not hold it"),
     "tensor in another file": (changed(a=TWO), f"tensor 'a' must be in '{TWO}', but is in {ONE}"),
     "tensor not listed": (changed(b=None), f"must list every tensor of its files, but {ONE} also holds ['b']"),

@@ -176,7 +176,7 @@ def test_cut_short_since(cube: tuple[Array, Checkpoint]) -> None:
     os.truncate(checkpoint.files[0].file, checkpoint.tensors["w"].start_bytes + 100)
     with (
         Reader(checkpoint) as reader,
-        pytest.raises(CheckpointError, match=r"tensor 'w': the file must reach byte .* cut short"),
+        pytest.raises(CheckpointError, match=r"tensor 'w': the file must reach byte .* truncated"),
     ):
         reader.read("w", WHOLE, memoryview(bytearray(768)))
 

@@ -83,7 +83,7 @@ def test_one_file_has_no_index(tmp_path: Path) -> None:
     ("tensors", "max_shard_bytes", "says"),
     [
         ([("a", "U8", [1])], 0, "max_shard_bytes must be above 0, but is 0"),
-        ([("a", "U8", [1]), ("b", "U8", [1]), ("a", "U8", [1])], 1, "tensor 'a' is there twice"),
+        ([("a", "U8", [1]), ("b", "U8", [1]), ("a", "U8", [1])], 1, "tensor 'a' occurs twice"),
         ([("a", "float32", [1])], 9, "tensor 'a': dtype must be one of"),
         ([("a", "U8", [1.0])], 9, "tensor 'a': shape must be a list of integers"),
         ([("__metadata__", "U8", [1])], 9, "'__metadata__' is a reserved name"),

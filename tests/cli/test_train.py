@@ -37,8 +37,8 @@ def train(partita: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
 
 
 BAD: list[tuple[str, str]] = [
-    ("--pp 2 --layout Et|tL", "decoder (t): 4 wanted, 2 found; add 2"),
-    ("--pp 2 --layout Ettt|ttL", "decoder (t): 4 wanted, 5 found; remove 1"),
+    ("--pp 2 --layout Et|tL", "decoder (t): 4 expected, 2 found; add 2"),
+    ("--pp 2 --layout Ettt|ttL", "decoder (t): 4 expected, 5 found; remove 1"),
     (
         "--pp 2 --layout EttttL",
         "The number of stages must be a multiple of `pipeline_model_parallel_size` (2), but is 1",
@@ -116,7 +116,7 @@ def test_an_encoder_and_a_decoder_are_not_cut_into_stages(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--pp 2 --layout Et|tL", "decoder (t): 4 wanted, 2 found; add 2"),
+        ("--pp 2 --layout Et|tL", "decoder (t): 4 expected, 2 found; add 2"),
         ("--pp 2 --vpp 2 --layout Ett|ttL", "vpp=2 needs a layout of 4 stages (pp x vpp)"),
         ("--pp 5", "pp=5 needs at least 5 layers"),
     ],

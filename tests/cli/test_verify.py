@@ -122,11 +122,11 @@ def test_options_of_stages_reach_the_engine(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--pp 2 --layout Et|tL", "decoder (t): 4 wanted, 2 found; add 2"),
+        ("--pp 2 --layout Et|tL", "decoder (t): 4 expected, 2 found; add 2"),
         ("--pp 2 --schedule zb-v --vpp 1", "zb-v has two stages on every rank, but vpp is 1."),
         ("--pp 2 --schedule 1f1b --vpp 2", "1f1b has one stage on every rank, but vpp is 2."),
         ("--pp 2 --vpp 3 --layout Et|t|t|tL", "exclude each other. Leave --vpp out."),
-        ("--pp 2 --schedule forward-only", "trains nothing"),
+        ("--pp 2 --schedule forward-only", "cannot train"),
         ("--pp 5", "pp=5 needs at least 5 layers, but the model has 4."),
     ],
 )

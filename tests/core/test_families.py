@@ -385,14 +385,14 @@ def test_published_parameters(model):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({}, "None is not a family .* needs transformers to be read"),
-        ({"model_type": ["llama"]}, "needs transformers to be read"),
-        ({"model_type": "mamba"}, "'mamba' is not a family .* needs transformers to be read"),
+        ({}, "None is not a family .* Reading it needs transformers"),
+        ({"model_type": ["llama"]}, "needs transformers"),
+        ({"model_type": "mamba"}, "'mamba' is not a family .* Reading it needs transformers"),
         ({"model_type": "gpt2", "add_cross_attention": True}, "gpt2 with add_cross_attention .* needs transformers"),
         ({"model_type": "llama", "per_layer_config": {"0": {}}}, "llama with per_layer_config .* needs transformers"),
         (
             {"model_type": "llama", "architectures": ["LlamaForQuestionAnswering"]},
-            "'LlamaForQuestionAnswering' needs transformers to be read: of llama Partita knows LlamaForCausalLM, ",
+            "reading 'LlamaForQuestionAnswering' needs transformers: of llama Partita itself knows LlamaForCausalLM, ",
         ),
         ({"model_type": "llama", "architectures": [["LlamaModel"]]}, "needs transformers"),
         ({"model_type": "llama", "hidden_size": None}, "hidden_size must be a whole number of at least 1, but is None"),

@@ -380,10 +380,10 @@ def test_layouts_that_fit(text, num_layers, mtp_num_layers, standalone):
 @pytest.mark.parametrize(
     ("text", "pp", "num_layers", "mtp_num_layers", "violations"),
     [
-        ("Et|tL", 2, 3, 0, ["decoder (t): 3 wanted, 2 found; add 1"]),
-        ("Ettt|tL", 2, 3, None, ["decoder (t): 3 wanted, 4 found; remove 1"]),
-        ("Et|tL", 2, 2, 2, ["mtp (m): 2 wanted, 0 found; add 2"]),
-        ("Et|tmL", 2, 2, None, ["mtp (m): 0 wanted, 1 found; remove 1"]),
+        ("Et|tL", 2, 3, 0, ["decoder (t): 3 expected, 2 found; add 1"]),
+        ("Ettt|tL", 2, 3, None, ["decoder (t): 3 expected, 4 found; remove 1"]),
+        ("Et|tL", 2, 2, 2, ["mtp (m): 2 expected, 0 found; add 2"]),
+        ("Et|tmL", 2, 2, None, ["mtp (m): 0 expected, 1 found; remove 1"]),
         (
             "tE|L",
             1,
@@ -397,9 +397,9 @@ def test_layouts_that_fit(text, num_layers, mtp_num_layers, standalone):
             1,
             0,
             [
-                "embedding (E): 1 wanted, 0 found; add 1",
-                "decoder (t): 1 wanted, 0 found; add 1",
-                "loss (L): 1 wanted, 0 found; add 1",
+                "embedding (E): 1 expected, 0 found; add 1",
+                "decoder (t): 1 expected, 0 found; add 1",
+                "loss (L): 1 expected, 0 found; add 1",
             ],
         ),
         (
@@ -408,9 +408,9 @@ def test_layouts_that_fit(text, num_layers, mtp_num_layers, standalone):
             5,
             0,
             [
-                "decoder (t): 5 wanted, 3 found; add 2",
-                "mtp (m): 0 wanted, 1 found; remove 1",
-                "loss (L): 1 wanted, 2 found; remove 1",
+                "decoder (t): 5 expected, 3 found; add 2",
+                "mtp (m): 0 expected, 1 found; remove 1",
+                "loss (L): 1 expected, 2 found; remove 1",
                 "the embedding (E) must be the first layer, but one is later, in stage 1 (PP rank 1, VPP rank 0)",
                 "the loss (L) must be the last layer, but one is earlier, in stage 1 (PP rank 1, VPP rank 0)",
                 (
@@ -425,7 +425,7 @@ def test_layouts_that_fit(text, num_layers, mtp_num_layers, standalone):
             1,
             0,
             [
-                "embedding (E): 1 wanted, 2 found; remove 1",
+                "embedding (E): 1 expected, 2 found; remove 1",
                 "the embedding (E) must be the first layer, but one is later, in stage 1 (PP rank 1, VPP rank 0)",
             ],
         ),

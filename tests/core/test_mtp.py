@@ -117,7 +117,7 @@ def test_where_a_prediction_layer_is_the_embedding_and_the_last_norm_are_too() -
 def test_refusals() -> None:
     with pytest.raises(PlanError, match="does not predict the next token, so it cannot predict several"):
         with_mtp(of("bert"), 1)
-    with pytest.raises(LayoutError, match=r"mtp \(m\): 1 wanted, 2 found"):
+    with pytest.raises(LayoutError, match=r"mtp \(m\): 1 expected, 2 found"):
         Plan.make(llama(num_nextn_predict_layers=1), Mesh(pp=2), "Ett|ttmmL")
     # A model that was trained with them may be run without.
     assert mtp_count(Plan.make(llama(num_nextn_predict_layers=1), Mesh(pp=2), "Ett|ttL").spec) == 0

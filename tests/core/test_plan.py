@@ -393,10 +393,10 @@ def test_embedding_and_loss_may_stand_alone() -> None:
 
 def test_layouts_that_do_not_fit() -> None:
     for layout, match in (
-        ("Ettt|L", r"decoder \(t\): 4 wanted, 3 found; add 1"),
-        ("Ettttt|L", r"decoder \(t\): 4 wanted, 5 found; remove 1"),
-        ("tttt|L", r"embedding \(E\): 1 wanted, 0 found"),
-        ("Ett|tt", r"loss \(L\): 1 wanted, 0 found"),
+        ("Ettt|L", r"decoder \(t\): 4 expected, 3 found; add 1"),
+        ("Ettttt|L", r"decoder \(t\): 4 expected, 5 found; remove 1"),
+        ("tttt|L", r"embedding \(E\): 1 expected, 0 found"),
+        ("Ett|tt", r"loss \(L\): 1 expected, 0 found"),
         ("Ett|t|tL", "The number of stages must be a multiple"),
     ):
         with pytest.raises(LayoutError, match=match):
@@ -673,8 +673,8 @@ def test_a_changed_plan_is_refused_or_still_a_plan() -> None:
         (("mesh", "tp"), 3, "does not fit"),
         (("mesh", "pp"), 0, "pp must be"),
         (("layout",), "Et|t", "loss"),
-        (("layout",), "Ett|tL", "2 wanted, 3 found"),
-        (("model", "num_layers"), 3, "3 wanted, 2 found"),
+        (("layout",), "Ett|tL", "2 expected, 3 found"),
+        (("model", "num_layers"), 3, "3 expected, 2 found"),
         (("model", "dtype"), "float3", "dtype must be one of"),
         (("model", "tensors", "lm_head.weight", "tied_to"), "model.norm.weight", "has another shape"),
         (("tensors", "lm_head.weight", "dim"), -1, "dim must be a whole number"),

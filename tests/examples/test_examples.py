@@ -45,7 +45,7 @@ def notebook_cells(name: str) -> list[str]:
 def test_layout_and_schedule() -> None:
     printed = run("layout_and_schedule.py")
     assert "rank 0: decoder layers [[0], [3, 4]]" in printed
-    assert "decoder (t): 8 wanted, 6 found; add 2" in printed
+    assert "decoder (t): 8 expected, 6 found; add 2" in printed
     assert "zb-v: bubble 14.3%" in printed
 
 

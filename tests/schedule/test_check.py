@@ -74,7 +74,7 @@ def test_an_action_twice_is_caught(place: tuple[Schedule, int, int], data: st.Da
     made, rank, step = place
     row = list(made.ranks[rank])
     row.insert(data.draw(st.integers(0, len(row))), row[step])
-    assert f"{made.ranks[rank][step]} is there twice" in faults(changed(made, rank, row))
+    assert f"{made.ranks[rank][step]} occurs twice" in faults(changed(made, rank, row))
 
 
 @given(places(), st.data())
@@ -166,7 +166,7 @@ def test_any_order_passes_if_and_only_if_it_runs(case: Case, lowered: bool, data
     [
         ("", "the schedule has no ranks."),
         ("0F0\n\n", "rank 1 has no action. Leave it out, or give it a stage."),
-        ("0F0,0F0", "0F0 is there twice: rank 0, step 0, and rank 0, step 1."),
+        ("0F0,0F0", "0F0 occurs twice: rank 0, step 0, and rank 0, step 1."),
         ("0F0\n0F1", "stage 0 is on two ranks: rank 0, step 0, and rank 1, step 0."),
         ("0F0,2F0", "stage 1 has no action, but stage 2 has."),
         ("0F1", "0F0 is missing."),

@@ -92,7 +92,7 @@ def frozen_and_half() -> None:
     narrow = ParallelEmbedding(3, comm.size, group=comm)
     assert narrow.weight.shape == (3, 1)
     if comm.size > 1:
-        with pytest.raises(PlanError, match="cannot be dealt to"):
+        with pytest.raises(PlanError, match="cannot be distributed over"):
             ParallelEmbedding(3, comm.size - 1, group=comm)
     assert ParallelEmbedding(9, 7, 3, group=comm, device="meta").weight.is_meta
 

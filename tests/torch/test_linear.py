@@ -114,7 +114,7 @@ def as_few_features_as_ranks() -> None:
         assert_equal(layer(x), unsplit(layer)(x))
     with pytest.raises(PlanError, match=f"{n - 1} units? cannot be distributed over {n} ranks"):
         ColumnParallelLinear(4, n - 1, group=comm)
-    with pytest.raises(PlanError, match="cannot be dealt"):
+    with pytest.raises(PlanError, match="cannot be distributed"):
         RowParallelLinear(2 * n - 2, 4, stride=2, group=comm)
 
 

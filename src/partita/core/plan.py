@@ -115,7 +115,8 @@ class Plan:
         modules, attention, cuts = resolve(spec, mesh.tp, rules)
         if mesh.tp > 1 and rules.table and all(cut.split is None for cut in cuts.values()):
             raise PlanError(
-                f"tp={mesh.tp} is more than the parts into which any tensor of the model ({spec.family}) can be split. Use fewer."
+                f"tp={mesh.tp} is more than the parts into which any tensor of the model ({spec.family}) can be split. "
+                "Use fewer."
             )
         return cls(spec, mesh, layout, rules, modules, attention, cuts, placement)
 
@@ -343,7 +344,8 @@ def default_layout(spec: ModelSpec, pp: int, vpp: int = 1) -> PipelineParallelLa
     count = pp * vpp
     if count > 1 and not spec.layers:
         raise PlanError(
-            f"{spec.family}: no list of layers was found in the model, so it cannot be partitioned into {count} stages. Use pp=1."
+            f"{spec.family}: no list of layers was found in the model, so it cannot be partitioned into {count} "
+            "stages. Use pp=1."
         )
     if 1 < count > spec.num_layers:
         name, wanted = ("pp", pp) if vpp == 1 else ("pp x vpp", count)
