@@ -113,7 +113,7 @@ WHOLE = [[(0, 4)], [(0, 6)], [(0, 8)]]
     ("name", "ranges", "size_bytes", "says"),
     [
         ("v", WHOLE, 768, "tensor 'v' is not in this checkpoint, which holds 3 tensors: ["),
-        ("w", WHOLE[:2], 768, "there must be ranges for 3 dims, but are 2"),
+        ("w", WHOLE[:2], 768, "there must be ranges for 3 dims, but there are 2"),
         ("w", [[(0, 5)], *WHOLE[1:]], 960, "a range of dim 0 must be within 0 to 4, but is (0, 5)"),
         ("w", [[(-1, 4)], *WHOLE[1:]], 960, "but is (-1, 4)"),
         ("w", [*WHOLE[:2], [(0, 2), (4, 3)]], 96, "a range of dim 2 must be within 0 to 8, but is (4, 3)"),
