@@ -291,8 +291,8 @@ CALLS: list[Made] = [
         "save(load('model'), 'model')",
         "model: must hold no weights before a save, but holds ['model.safetensors']",
     ),
-    ("save: over a file", "save(load('model'), 'words.txt')", "words.txt: cannot be made: Not a directory"),
-    ("save: below a file", "save(load('model'), 'words.txt/new')", "cannot be made: Not a directory"),
+    ("save: over a file", "save(load('model'), 'words.txt')", "words.txt: cannot be created: Not a directory"),
+    ("save: below a file", "save(load('model'), 'words.txt/new')", "cannot be created: Not a directory"),
     (
         "save: shards of nothing",
         "save(load('model'), 'new', max_shard_bytes=0)",

@@ -267,7 +267,7 @@ SCHEDULE = [
     Call(
         "a picture in no folder",
         lambda: picture({"a": simulate(small, Costs())}, "no/a.svg"),
-        "there is no folder 'no'. Make it first.",
+        "there is no folder 'no'. Create it first.",
     ),
 ]
 

@@ -76,7 +76,7 @@ def test_what_an_earlier_attempt_left_is_removed(tmp_path: Path) -> None:
 
 def test_a_place_that_cannot_be_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match=r"\.model\.partial: cannot be made: Not a directory"):
+    with pytest.raises(CheckpointError, match=r"\.model\.partial: cannot be created: Not a directory"):
         start_partial(tmp_path / "file" / "model")
 
 

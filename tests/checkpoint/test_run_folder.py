@@ -171,7 +171,7 @@ def test_a_folder_with_weights_is_a_model(tmp_path: Path) -> None:
 
 def test_a_file_in_the_way_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match=r"cannot be made: (File exists|Not a directory)"):
+    with pytest.raises(CheckpointError, match=r"cannot be created: (File exists|Not a directory)"):
         RunFolder(tmp_path / "file").begin()
-    with pytest.raises(CheckpointError, match="cannot be made: Not a directory"):
+    with pytest.raises(CheckpointError, match="cannot be created: Not a directory"):
         RunFolder(tmp_path / "file" / "run").begin()

@@ -310,7 +310,7 @@ def test_a_folder_that_cannot_be_made_is_told_on_every_rank(tmp_path: Path) -> N
     place = tmp_path / "file" / "run"
     ended = on_ranks(2, lambda rank, comm: train(rank, 2, comm, Saves(place, every=1), 3))
     assert len({str(error) for error in ended}) == 1
-    assert str(ended[0]) == f"{place}: cannot be made: Not a directory"
+    assert str(ended[0]) == f"{place}: cannot be created: Not a directory"
 
 
 def test_a_run_does_not_begin_in_the_folder_of_another(tmp_path: Path) -> None:

@@ -291,7 +291,12 @@ def test_writer_refuses(tmp_path: Path) -> None:
         create_files(tmp_path, plan)
         for name, ranges, data, says in [
             ("b", cells, bytes(32), "tensor 'b' is not in this plan, which has 1 tensors: \\['a'\\]"),
-            ("a", cells[:1], bytes(32), "tensor 'a' of shape \\(4, 2\\): there must be ranges for 2 dims, but there are 1"),
+            (
+                "a",
+                cells[:1],
+                bytes(32),
+                "tensor 'a' of shape \\(4, 2\\): there must be ranges for 2 dims, but there are 1",
+            ),
             ("a", [[(0, 5)], [(0, 2)]], bytes(40), "a range of dim 0 must be within 0 to 4, but is \\(0, 5\\)"),
             ("a", cells, bytes(31), "data must be 32 bytes in C order, but has 31"),
         ]:

@@ -155,7 +155,7 @@ def test_a_plan_that_cannot_be_written(partita: Run, tmp_path: Path) -> None:
     said = partita("plan", write(tmp_path, TINY), "--save", str(tmp_path / "no" / "such" / "plan.json"))
     assert said.code == 2
     assert said.err == (
-        f"error: --save {tmp_path}/no/such/plan.json cannot be written: there is no folder {tmp_path}/no/such. Make it first.\n"
+        f"error: --save {tmp_path}/no/such/plan.json cannot be written: there is no folder {tmp_path}/no/such. Create it first.\n"
     )
 
 

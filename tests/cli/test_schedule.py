@@ -117,7 +117,7 @@ OWN = "0F0,0BW0\n1F0,1BW0\n"
         ((*SMALL[1:], "--group-size", "4"), "group_size (4) is for interleaved-1f1b only"),
         ((*SMALL[1:], "--json", "--csv"), "give --json or --csv, not both."),
         ((*SMALL[1:], "--picture", "a.pdf"), "--picture must name a file that ends in .svg or .png, but is a.pdf."),
-        ((*SMALL[1:], "--picture", "/nowhere/a.svg"), "there is no folder /nowhere. Make it first."),
+        ((*SMALL[1:], "--picture", "/nowhere/a.svg"), "there is no folder /nowhere. Create it first."),
         ((*SMALL[1:], "--trace", "/nowhere/a.json"), "--trace /nowhere/a.json cannot be written"),
         (("--from", "{own}", "--pp", "2"), "specifies the complete schedule: leave out --pp."),
         (("--from", "/nowhere/a.csv"), "--from /nowhere/a.csv cannot be read: No such file or directory."),

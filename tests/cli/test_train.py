@@ -81,9 +81,9 @@ BAD: list[tuple[str, str]] = [
     ("--pp 2 --schedule zb-h1 --group-size 2", "group_size (2) is for interleaved-1f1b only, and the kind is zb-h1."),
     ("--pp 2 --picture x.gif", "--picture must name a file that ends in .svg or .png, but is x.gif."),
     ("--pp 2 --picture x.json", "--picture must name a file that ends in .svg or .png, but is x.json."),
-    ("--pp 2 --picture nowhere/x.svg", "nowhere/x.svg cannot be written: there is no folder nowhere. Make it first."),
+    ("--pp 2 --picture nowhere/x.svg", "nowhere/x.svg cannot be written: there is no folder nowhere. Create it first."),
     ("--pp 2 --trace x.svg", "--trace must name a file that ends in .json, but is x.svg."),
-    ("--pp 2 --trace nowhere/x.json", "nowhere/x.json cannot be written: there is no folder nowhere. Make it first."),
+    ("--pp 2 --trace nowhere/x.json", "nowhere/x.json cannot be written: there is no folder nowhere. Create it first."),
 ]
 
 

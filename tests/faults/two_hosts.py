@@ -79,4 +79,4 @@ def why_not() -> str | None:
         with two_hosts():
             return None
     except (subprocess.SubprocessError, OSError) as error:
-        return f"network namespaces cannot be made here: {error}"
+        return f"network namespaces cannot be created here: {error}"
