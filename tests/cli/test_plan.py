@@ -64,16 +64,16 @@ def test_the_picture_of_a_layer_shows_copies_of_kv_heads(partita: Run, tmp_path:
     assert row("self_attn.q_proj.weight") == "[896, 896] rows | 0 | 1 | 2 | 0-1: [320, 896]; 2: [256, 896]"
     assert row("self_attn.k_proj.weight") == "[128, 896] rows | 0-1 | 1-2 | 0, 2: [64, 896]; 1: [128, 896]"
     assert row("self_attn.o_proj.weight").startswith("[896, 896] columns")
-    assert row("input_layernorm.weight") == "[896] whole on every rank"
+    assert row("input_layernorm.weight") == "[896] unsplit on every rank"
     assert row("lm_head.weight").startswith("(tied)")
 
 
 def test_tensors_lists_every_kind_of_layer(partita: Run, tmp_path: Path) -> None:
     config = write(tmp_path, DEEPSEEK_V3)
     short, long = partita("plan", config, "--tp", "8").out, partita("plan", config, "--tp", "8", "--tensors").out
-    assert "layers 3-60 (58 alike)" in short
-    assert "layers 0-2 (3 alike)" not in short
-    assert "layers 0-2 (3 alike)" in long
+    assert "layers 3-60 (58 identical)" in short
+    assert "layers 0-2 (3 identical)" not in short
+    assert "layers 0-2 (3 identical)" in long
     assert "|0|1|2|3|4|5|6|7|0|1|2|3|4|5|6|7|" in long  # gate and up, fused, are cut each by itself
     cuts = json.loads(partita("plan", config, "--tp", "8", "--tensors", "--json").out)["tensors"]
     head = next(cut for cut in cuts if cut["name"] == "lm_head.weight")
@@ -155,7 +155,8 @@ def test_a_plan_that_cannot_be_written(partita: Run, tmp_path: Path) -> None:
     said = partita("plan", write(tmp_path, TINY), "--save", str(tmp_path / "no" / "such" / "plan.json"))
     assert said.code == 2
     assert said.err == (
-        f"error: --save {tmp_path}/no/such/plan.json cannot be written: there is no folder {tmp_path}/no/such. Create it first.\n"
+        f"error: --save {tmp_path}/no/such/plan.json cannot be written: there is no folder "
+        f"{tmp_path}/no/such. Create it first.\n"
     )
 
 
@@ -257,7 +258,7 @@ def test_the_table_of_mlx(partita: Run, tmp_path: Path) -> None:
     assert said.code == 0
     rows = [line.replace("│", " ").split() for line in said.out.splitlines()]
     assert ["pp", "1", "rank", "2", "rank", "3", "layers", "16-31,", "loss"] in rows
-    assert "layers 0-31 (32 alike), cut over tp 2" in said.out
+    assert "layers 0-31 (32 identical), split over tp 2" in said.out
 
 
 @pytest.mark.parametrize(
