@@ -217,7 +217,7 @@ def fitted(plan: Plan, model: nn.Module, config: Mapping[str, Any] | None = None
     if {n: t.shape for n, t in plan.spec.tensors.items()} == {n: t.shape for n, t in spec.tensors.items()}:
         return plan
     if difference := plan.spec.first_difference(spec, names=False):
-        raise ModelError(f"the plan belongs to another model: {difference}. Create the plan from this model.")
+        raise ModelError(f"the plan is for another model: {difference}. Make the plan of this model.")
     return plan_of_model(model, plan.mesh, plan.layout, config=config, placement=plan.placement)
 
 

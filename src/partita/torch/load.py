@@ -186,7 +186,7 @@ def choose_plan(
     elif plan.spec.tied != {*(ties := tied_names(model)), *ties.values()}:
         # The plan was created from a config that ties other tensors than the model.
         if difference := plan.spec.first_difference(with_mtp(spec_of(model), plan.num_mtp)):
-            raise ModelError(f"the plan belongs to another model: {difference}. Create the plan from this model.")
+            raise ModelError(f"the plan is for another model: {difference}. Make the plan of this model.")
         plan = plan_of_model(model, plan.mesh, plan.layout, plan.rules, placement=plan.placement)
     else:
         prove_unless_proven(model, plan)
