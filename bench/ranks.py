@@ -22,7 +22,7 @@ from types import TracebackType
 from typing import Any, Literal
 
 from partita.ranks.backends import open_mpi
-from partita.ranks.rendezvous import meeting
+from partita.ranks.rendezvous import rendezvous
 
 Engine = Literal["torch", "mlx"]
 
@@ -81,7 +81,7 @@ class Ranks:
 
     def _start(self) -> None:
         backends = (["mpi"] if open_mpi() is not None else []) + (["ring"] if self.engine == "mlx" else ["gloo"])
-        met = [self._stack.enter_context(meeting(backend, self.size)) for backend in reversed(backends)]
+        met = [self._stack.enter_context(rendezvous(backend, self.size)) for backend in reversed(backends)]
         with tempfile.TemporaryDirectory() as folder, Listener(f"{folder}/socket", "AF_UNIX") as listener:
             listener._listener._socket.settimeout(1.0)  # type: ignore[attr-defined]
             for rank in range(self.size):

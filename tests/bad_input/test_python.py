@@ -197,9 +197,9 @@ MODEL = [
     Call(
         "a checkpoint that is not there",
         lambda: spec_from_checkpoint("nowhere"),
-        "nowhere: there is no such file or folder",
+        "nowhere: does not exist: give a model's folder or a .safetensors file",
     ),
-    Call("a checkpoint without a name", lambda: spec_from_checkpoint(""), "there is no such file or folder"),
+    Call("a checkpoint without a name", lambda: spec_from_checkpoint(""), "does not exist: give a model's folder"),
     Call(
         "a checkpoint without files",
         lambda: open_checkpoint("empty"),

@@ -86,9 +86,9 @@ OTHER: dict[str, tuple[dict[str, Any], str]] = {
     "a dimension fewer": (changed(query=np.zeros(1024, np.float32)), "has the shape (1024,) in"),
     "one number": (changed(query=np.zeros((), np.float32)), "has the shape () in"),
     "of no elements": (changed(query=np.zeros((0, 32), np.float32)), "has the shape (0, 32) in"),
-    "small integers": (changed(query=np.zeros((32, 32), np.int8)), "which without its scales is not the model's"),
-    "large integers": (changed(query=np.zeros((32, 32), np.int64)), "which without its scales is not the model's"),
-    "truth values": (changed(query=np.zeros((32, 32), bool)), "which without its scales is not the model's"),
+    "small integers": (changed(query=np.zeros((32, 32), np.int8)), "without its scales"),
+    "large integers": (changed(query=np.zeros((32, 32), np.int64)), "without its scales"),
+    "truth values": (changed(query=np.zeros((32, 32), bool)), "without its scales"),
     "a bias of none": (changed(**{QUERY.replace("weight", "bias"): np.zeros(32, np.float32)}), "q_proj.bias"),
 }
 

@@ -41,7 +41,7 @@ def test_it_is_the_file_s(tmp_path: Path, named: str | None, caplog: pytest.LogC
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert model.config.dtype == torch.bfloat16  # type: ignore[union-attr]
     assert [record.getMessage() for record in caplog.records] == [
-        f"{tmp_path}: the weights are bfloat16, but config.json says float32: bfloat16 counts."
+        f"{tmp_path}: the weights are bfloat16, but config.json says float32: bfloat16 is used."
     ] * (named == "float32")
     assert {p.dtype for p in load(tmp_path, dtype="float32").parameters()} == {torch.float32}
 

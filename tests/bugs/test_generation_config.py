@@ -109,7 +109,7 @@ def test_sampling_is_the_model_s_wish_and_an_option_overrides_it(tmp_path: Path)
 
 def test_beams_are_refused(tmp_path: Path) -> None:
     written(tmp_path, {"num_beams": 3})
-    with pytest.raises(ModelError, match="asks for num_beams=3, which is not supported"):
+    with pytest.raises(ModelError, match="has num_beams=3, which is not supported"):
         generate(load(tmp_path), [PROMPT], Sampling(2))
 
 

@@ -19,5 +19,5 @@ WHISPER = {
 
 def test_the_reason_names_what_the_model_takes() -> None:
     model = build_on_meta(read_hf_config(WHISPER))
-    with pytest.raises(ModelError, match="WhisperForConditionalGeneration takes input_features and not text"):
+    with pytest.raises(ModelError, match="WhisperForConditionalGeneration takes input_features instead of text"):
         plan_of_model(model, Mesh(tp=2))

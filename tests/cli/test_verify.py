@@ -62,7 +62,7 @@ def test_a_difference_is_named_and_is_exit_code_1(verify: Run) -> None:
     assert said.code == 1
     rows = [line.split() for line in said.out.splitlines()]
     assert ["model.layers.*.mlp", "0-2", "inf", "1e-12", "DIFFERS", "1-2"] in rows
-    assert "Split DIFFERS from unsplit in 3 of 8 comparisons. The first is model.layers.1.mlp." in said.out
+    assert "Split DIFFERS from unsplit in 3 of 8 comparisons. The first difference is model.layers.1.mlp." in said.out
 
 
 def test_json_is_json(verify: Run) -> None:

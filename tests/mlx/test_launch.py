@@ -241,6 +241,6 @@ def test_a_mesh_that_a_ring_cannot_make_is_refused_before_any_rank_starts(monkey
 def test_an_mpiexec_that_fails_is_quoted(monkeypatch: pytest.MonkeyPatch) -> None:
     broken = backends.OpenMpi(sys.executable, None)
     monkeypatch.setattr("partita.ranks.rendezvous.open_mpi", lambda: broken)
-    with pytest.raises(DistributedError, match="It said: unknown option"):  # noqa: SIM117
+    with pytest.raises(DistributedError, match="mpiexec printed: unknown option"):  # noqa: SIM117
         with rendezvous("mpi", 2):
             pytest.fail("it did start")

@@ -53,8 +53,8 @@ def test_the_tokenizer_s_end_counts_where_the_model_names_none() -> None:
 @pytest.mark.parametrize(
     ("generation", "words"),
     [
-        ({"num_beams": 4}, "asks for num_beams=4, which is not supported"),
-        ({"do_sample": True, "typical_p": 0.5}, "asks for typical_p=0.5"),
+        ({"num_beams": 4}, "has num_beams=4, which is not supported"),
+        ({"do_sample": True, "typical_p": 0.5}, "has typical_p=0.5"),
         ({"guidance_scale": 1.5}, "--no-generation-config"),
         ({"repetition_penalty": "high"}, "repetition_penalty must be a finite number of more than 0"),
         ({"do_sample": True, "temperature": 0.0}, "samples \\(do_sample\\) at temperature 0"),

@@ -390,7 +390,7 @@ def test_layers_that_cannot_be_cut_are_refused(make: Callable[[], nn.Module], na
 def test_arguments_that_cannot_be() -> None:
     alone = Communicator.single()
     for make in (ColumnParallelLinear, RowParallelLinear):
-        with pytest.raises(PlanError, match=r"init_type must be one of orthogonal, normal, .* but is 'glorot'"):
+        with pytest.raises(PlanError, match=r"init_type must be one of orthogonal, normal, .* got 'glorot'"):
             make(4, 4, init_type="glorot", group=alone)  # type: ignore[arg-type]
         for stride in (3, 0, -1):
             with pytest.raises(PlanError, match=rf"stride must divide the split dimension \(4\); got {stride}"):

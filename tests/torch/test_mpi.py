@@ -16,7 +16,7 @@ from torch import distributed as dist
 
 from partita.ranks.backends import open_mpi
 from partita.ranks.liveness import LOST
-from partita.ranks.rendezvous import meeting
+from partita.ranks.rendezvous import rendezvous
 from partita.torch.collectives.groups import make_groups
 from partita.torch.collectives.mpi import MpiCommunicator
 from tests.support.models import CONFIGS
@@ -104,7 +104,7 @@ for _ in range(10**9):
 
 @pytest.mark.fresh
 def test_a_stopped_rank_ends_the_others() -> None:
-    with meeting("mpi", 2) as environments:
+    with rendezvous("mpi", 2) as environments:
         processes: list[Any] = [
             subprocess.Popen(
                 [sys.executable, "-c", _WAITS, "2"], env={**os.environ, **met, "PYTHONPATH": str(ROOT)},
