@@ -33,7 +33,7 @@ class Run:
         env = {**os.environ, "PARTITA_LOST_AFTER": str(limit_s), "PYTHONPATH": str(ROOT)}
         self.processes: list[Any] = [
             subprocess.Popen(
-                [sys.executable, "-m", "tests.peers.program", str(rank), str(ranks)], env=env, text=True,
+                [sys.executable, "-m", "tests.ranks.program", str(rank), str(ranks)], env=env, text=True,
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             )
             for rank in range(ranks)

@@ -1,4 +1,4 @@
-"""`python -m tests.peers.program RANK RANKS`: a rank that does what its standard input tells, without any framework.
+"""`python -m tests.ranks.program RANK RANKS`: a rank that does what its standard input tells, without any framework.
 
 What the ranks have to tell each other before they are connected passes through the test, by standard output and input.
 """
