@@ -224,8 +224,16 @@ def test_more_steps(partita: Run, run: Path) -> None:
     assert RunFolder(run).steps() == [10]
 
 
+def test_a_complete_run_is_no_error(partita: Run, run: Path) -> None:
+    before = sorted(file.name for file in run.rglob("*"))
+    said = partita("train", "--resume", "--out", str(run))
+    assert said.code == 0, said.err
+    assert "the run is complete: all 8 steps are done. Give more --steps to continue it." in said.err
+    assert said.out == f"saved to {run / 'step-000008'}\n"
+    assert sorted(file.name for file in run.rglob("*")) == before
+
+
 REFUSED: list[tuple[str, str]] = [
-    ("", "all 8 steps of this run are done. Give more --steps to continue"),
     ("--seed 1", "which differs in seed (0 then, 1 now)"),
     ("--batch-size 8", "which differs in batch_size (4 then, 8 now)"),
     ("--sequence-length 8", "which differs in sequence_length (16 then, 8 now)"),

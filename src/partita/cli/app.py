@@ -27,7 +27,7 @@ from partita.cli.terminal.messages import routed
 from partita.cli.train import TrainOptions, train
 from partita.cli.train_job import TrainJob
 from partita.cli.verify import VerifyJob, VerifyOptions, verify
-from partita.ranks import rank_process
+from partita.ranks import rank_process, schedulers
 from partita.ranks.failure import Failure
 
 
@@ -35,7 +35,11 @@ class _Commands(TyperGroup):
     """End a command that raised with one message and an exit code, and a traceback only with `--debug`."""
 
     def invoke(self, ctx: Any) -> Any:
-        return _guarded(lambda: super(_Commands, self).invoke(ctx), debug=bool(ctx.params.get("debug")))
+        def run() -> Any:
+            schedulers.adopt()
+            return super(_Commands, self).invoke(ctx)
+
+        return _guarded(run, debug=bool(ctx.params.get("debug")))
 
 
 def _guarded(body: Callable[[], Any], *, debug: bool) -> Any:

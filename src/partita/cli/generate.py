@@ -13,6 +13,7 @@ import typer
 from partita.checkpoint.find import find_model, is_local
 from partita.checkpoint.index import open_checkpoint
 from partita.cli import launch
+from partita.cli.arguments import inputs
 from partita.cli.arguments.engine import choose_engine
 from partita.cli.arguments.model import plan_early, read_tokenizer, refuse_device, request_of
 from partita.cli.arguments.options import ModelArgument, PlanOptions, RunOptions, WeightsDtype
@@ -48,10 +49,8 @@ class TextOptions(PlanOptions):
         typer.Option(
             "--prompt-file",
             metavar="FILE",
-            help="Read a prompt from this file. Repeatable.",
-            exists=True,
-            dir_okay=False,
-            readable=True,
+            help="Read a prompt from this file, or from standard input (`-`). Repeatable.",
+            parser=inputs.existing_file,
             show_default=False,
         ),
     ] = None
@@ -205,7 +204,8 @@ class GenerateOptions(RunOptions, TextOptions):
 
 def generate(options: GenerateOptions) -> None:
     """Continue one or several texts with a model split over ranks. Every layout generates the same tokens."""
-    texts = [*(options.prompts or []), *map(_read_prompt, options.prompt_file or [])]
+    texts = [_read_prompt(Path("-"), "the prompt") if text == "-" else text for text in options.prompts or []]
+    texts += [_read_prompt(file) for file in options.prompt_file or []]
     if not texts:
         raise ModelError('there is no prompt. Give one after the model ("Once upon a time") or with --prompt-file.')
     for place, text in enumerate(texts):
@@ -303,11 +303,11 @@ def _biases(texts: list[str]) -> dict[int, float]:
     return biases
 
 
-def _read_prompt(file: Path) -> str:
+def _read_prompt(file: Path, option: str = "--prompt-file") -> str:
     try:
-        return file.read_text(encoding="utf-8")
+        return inputs.read(file, option).decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ModelError(f"--prompt-file {file} is not UTF-8 text: {error.reason} at byte {error.start}.") from error
+        raise ModelError(f"{option} {file} is not UTF-8 text: {error.reason} at byte {error.start}.") from error
 
 
 @dataclass(frozen=True)

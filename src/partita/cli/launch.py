@@ -109,9 +109,10 @@ def work_together(work: Callable[[], int], name: EngineName = "torch", backend: 
     engine = open_engine(name)
     joined = engine.join(backend)
     if joined != (environment.world() or 1):
+        library, launchers = ("MLX", "mpirun or mlx.launch") if name == "mlx" else ("torch", "torchrun or mpirun")
         raise DistributedError(
-            f"the launcher started {environment.world()} ranks, but MLX knows of {joined}. Start them with mpirun or "
-            "mlx.launch, or let `partita` do it."
+            f"the launcher started {environment.world()} ranks, but {library} knows of {joined}. Start them with {launchers}, "
+            "or let `partita` do it."
         )
     with liveness.doing("working"):
         code = work()

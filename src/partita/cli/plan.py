@@ -80,7 +80,7 @@ def _planned(model: str, options: PlanCommandOptions, name: EngineName) -> Plan:
     if given is not None:
         refuse_other_model(given, request)
     made = given if given is not None else make_plan(request)
-    path = find_config(model)
+    path = find_config(request.model)
     line = dtype_note(path, stored_dtype_at(path), read_config(path))
     if line:
         note(line)

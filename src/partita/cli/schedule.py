@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from partita.cli.arguments import inputs
 from partita.cli.arguments.options import AsJson
 from partita.cli.terminal.console import out, print_json, write
 from partita.cli.terminal.timeline import check_file
@@ -168,7 +169,7 @@ def _make(
 
 def _read(source: Path) -> Schedule:
     try:
-        made = Schedule.from_csv(source.read_text(encoding="utf-8"))
+        made = Schedule.from_csv(inputs.read(source, "--from").decode("utf-8"))
         check(made)
     except UnicodeDecodeError as error:
         raise ScheduleError(f"--from {source} is not UTF-8 text: {error.reason} at byte {error.start}.") from None

@@ -12,7 +12,7 @@ import typer
 
 from partita.checkpoint.run_folder import RunFolder
 from partita.cli import launch
-from partita.cli.arguments import elastic
+from partita.cli.arguments import elastic, inputs
 from partita.cli.arguments.engine import choose_engine
 from partita.cli.arguments.model import plan_early, refuse_device, request_of
 from partita.cli.arguments.options import (
@@ -66,7 +66,8 @@ class TrainingOptions(PlanOptions):
             "--data",
             metavar="SOURCE",
             show_default=False,
-            help="Train on a text file, a folder of text files, or `stdlib`, the sources of Python's standard library.",
+            help="Train on a text file, a folder of text files, standard input (`-`), or `stdlib`, the sources of Python's "
+            "standard library.",
         ),
     ] = None
     config: Annotated[
@@ -234,7 +235,8 @@ def train(options: TrainOptions) -> None:
         )
     plan = plan_early(stages.request, given)
     refuse_device(request.engine, options.device)
-    for _ in texts(run.notes["data"]):
+    data = inputs.kept(run.notes["data"], "--data")
+    for _ in texts(data):
         """Raise errors in the data before ranks start."""
     if not run.is_resumed:
         _check_saving(options)
@@ -249,7 +251,7 @@ def train(options: TrainOptions) -> None:
     launch.run(
         TrainJob(
             request=stages.request, plan=plan, backend=options.backend, device=options.device,
-            new=run.notes["config"] is not None and not run.is_resumed, notes=run.notes, options=settings,
+            new=run.notes["config"] is not None and not run.is_resumed, data=data, notes=run.notes, options=settings,
             out=options.out_folder, resume=run.is_resumed, is_restarted=is_restarted, verify=not options.no_verify,
             lora_rank=run.notes["lora_rank"], as_json=options.as_json, picture=options.picture, trace=options.trace,
         )

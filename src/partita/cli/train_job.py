@@ -18,7 +18,7 @@ from partita.cli.terminal.timeline import show_timeline
 from partita.core.mesh import Mesh
 from partita.core.plan import Plan
 from partita.engine import Engine, Groups, Model, open_engine
-from partita.errors import CheckpointError, ModelError
+from partita.errors import ModelError
 from partita.generation import Tokenizer
 from partita.ranks import environment
 from partita.schedule import Timeline
@@ -36,6 +36,7 @@ class TrainJob(Job):
 
     Attributes:
         new: Whether the weights are randomly initialized.
+        data: The text to train on, as `read_ids` takes it.
         notes: The options that are kept with checkpoints for the next command.
         options: The fields of `TrainSettings`.
         out: The folder for the model or the checkpoints.
@@ -52,6 +53,7 @@ class TrainJob(Job):
     """
 
     new: bool
+    data: str
     notes: dict[str, Any]
     options: dict[str, Any]
     out: Path | None
@@ -66,6 +68,7 @@ class TrainJob(Job):
     checkpoints: list[SaveReport] = field(default_factory=list, init=False)
     saved: Path | None = field(default=None, init=False)
     groups: Groups | None = field(default=None, init=False)
+    is_complete: bool = field(default=False, init=False)
 
     @property
     def engine(self) -> Engine:
@@ -96,11 +99,13 @@ class TrainJob(Job):
 
     def _train(self, watch: Callable[[Timeline], None] | None) -> None:
         begun, done = self._find_complete() if self.resume else (None, 0)
+        if self.is_complete:
+            return
         split, tokenizer = self._begin(begun)
         self.options["mask_token"] = tokenizer.inner.mask_token_id
         if self.lora_rank is not None:
             self._adapt(split, begun)
-        tokens = _tokens(self.notes["data"], tokenizer, self.engine.plan_of(split)[0])
+        tokens = _tokens(self.data, tokenizer, self.engine.plan_of(split)[0])
         if environment.is_first() and not self.as_json and self.request.engine == "torch":
             _print_start(split, self.mesh, len(tokens), TrainSettings(**self.options))
         saves = self._saves(tokenizer)
@@ -132,14 +137,11 @@ class TrainJob(Job):
         step = read_state(found).step
         # A run with adapters may have been ended while it wrote the model with the merged adapters.
         lacks_result = self.lora_rank is not None and not any(self.out.glob("*.safetensors"))
-        if step >= self.options["steps"] and not lacks_result and not self.is_restarted:
-            raise CheckpointError(
-                f"{found}: all {step} steps of this run are done. Give more --steps to continue, which stretches the decay of "
-                "the learning rate."
-            )
+        self.is_complete = step >= self.options["steps"] and not lacks_result
         self.saved = found
         if environment.is_first():
-            err().print(f"resuming from {found}", style="dim", soft_wrap=True)
+            done = f"{found}: the run is complete: all {step} steps are done. Give more --steps to continue it."
+            err().print(done if self.is_complete else f"resuming from {found}", style="dim", soft_wrap=True)
         return found, step
 
     def _begin(self, begun: Path | None) -> tuple[Model, Tokenizer]:

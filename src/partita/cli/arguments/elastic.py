@@ -31,7 +31,7 @@ def resumes(folder: Path | None) -> bool:
     """
     if folder is None or not RunFolder(folder).steps():
         return False
-    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+    if any(os.environ.get(name, "0") != "0" for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")):
         return True
     return run_id() is not None and newest_state(folder)[1].notes.get("run_id") == run_id()
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from partita.checkpoint.facts import stored_dtype_at
 from partita.checkpoint.find import find_model, hub_is_near, is_local, not_fetched
+from partita.cli.arguments import inputs
 from partita.cli.arguments.options import PlanOptions
 from partita.cli.terminal.messages import adopt, adopt_all
 from partita.core.mesh import Mesh
@@ -34,6 +35,7 @@ def request_of(
         PlanError: The file is not a plan, or other options specify the split too.
         LayoutError: `--layout` is not a layout.
     """
+    model = inputs.kept(model, "MODEL")
     if options.plan is None:
         mesh = Mesh(options.dp, options.pp, options.tp)
         found = PlanRequest.parse(
@@ -59,7 +61,7 @@ def read_plan(file: Path) -> Plan:
         PlanError: The file is not a plan.
     """
     try:
-        return Plan.from_json(file.read_text(encoding="utf-8"))
+        return Plan.from_json(inputs.read(file, "--plan").decode("utf-8"))
     except (PlanError, UnicodeDecodeError) as error:
         raise PlanError(f"--plan {file}: {error}") from error
 

@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from partita.cli.arguments import inputs
 from partita.cli.arguments.engine import BackendOption, EngineOption
 from partita.ranks.liveness import LOST_AFTER
 
@@ -53,9 +54,7 @@ PlanFile = Annotated[
         "--plan",
         metavar="FILE",
         help="Use a plan from `partita plan --save` instead of --tp, --pp, --dp, --layout and --vpp.",
-        exists=True,
-        dir_okay=False,
-        readable=True,
+        parser=inputs.existing_file,
         show_default=False,
         rich_help_panel=PIPELINE,
     ),

@@ -15,7 +15,7 @@ from torch import Tensor
 from partita.core.layout.layout import set_default_pipeline_rank
 from partita.core.mesh import Mesh
 from partita.errors import DistributedError
-from partita.ranks import liveness
+from partita.ranks import liveness, schedulers
 from partita.ranks.groups import AxisGroups
 from partita.torch.collectives import mpi
 from partita.torch.collectives.comm import Communicator, Work
@@ -115,9 +115,10 @@ def init_process_group(
             )
         return
     _timeout = timedelta(seconds=timeout_s)
+    mpi.meet()
+    schedulers.adopt()
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-    mpi.meet()
     backend = backend or ("cuda:nccl,cpu:gloo" if has_own_gpu() else "gloo")
     is_alone = "RANK" not in os.environ or os.environ.get("WORLD_SIZE") == "1"
     store, rank, world = (dist.HashStore(), 0, 1) if is_alone else _store(_timeout)  # type: ignore[attr-defined]
