@@ -170,7 +170,7 @@ class _Story:
         command = ("generate", str(self.model), *PROMPTS, "--max-new-tokens", str(NEW_TOKENS), "--json")
         backend = local_mlx_backend(Mesh(tp=2))
         written = json.loads(self._run(2, *command, "--engine", "mlx", "--tp", "2", backend=backend))["generations"]
-        if not self._compare("MLX wrote", [one["tokens"] for one in written], self.tokens):
+        if not self._compare("MLX generated", [one["tokens"] for one in written], self.tokens):
             self._fail("The tokens differ.")
 
     def _run(self, ranks: int, *arguments: str, silent: bool = False, backend: str | None = None) -> str:
