@@ -36,6 +36,7 @@ from partita.torch.transformers_internals import (
     forget_lengths,
     is_plain_attention,
     is_stateful,
+    misplaces_padding,
     next_inputs,
 )
 
@@ -190,7 +191,7 @@ def _batches(model: nn.Module, sequences: list[Sequence]) -> list[list[Sequence]
 
 def _can_pad(model: nn.Module, longest: int) -> bool:
     """Whether padded texts, the longest of `longest` tokens, give the same results in a batch as alone."""
-    if "attention_mask" not in _takes(model) or is_stateful(model):
+    if "attention_mask" not in _takes(model) or is_stateful(model) or misplaces_padding(model):
         return False
     # transformers' plain attention narrows a float64 mask to float32, where a padded row becomes NaN.
     wide = next((p.dtype for p in model.parameters()), None) == torch.float64

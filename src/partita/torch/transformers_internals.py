@@ -161,6 +161,11 @@ def is_plain_attention(model: nn.Module) -> bool:
     return getattr(model.config, "_attn_implementation", None) == "eager"
 
 
+def misplaces_padding(model: nn.Module) -> bool:
+    """Whether a model shifts a text's mask by the tokens of an image although there is none, as GIT does with a cache."""
+    return getattr(getattr(model, "config", None), "model_type", None) == "git"
+
+
 def is_stateful(model: nn.Module) -> bool:
     """Whether a model keeps a state of fixed size, which padding would change."""
     return bool(getattr(model, "_is_stateful", False))
