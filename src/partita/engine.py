@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, TypedDict, Unpack, cast
 
 from partita.core.layout.layout import PipelineParallelLayerLayout
 from partita.core.layout.placement import Placement
@@ -28,6 +28,19 @@ Progress = Callable[[int, int], None]
 """A callback that receives the bytes done and the total bytes."""
 
 
+class SplitArguments(TypedDict, total=False):
+    """How a model is split where no plan is given, and where it is."""
+
+    tp: int
+    pp: int
+    dp: int
+    layout: PipelineParallelLayerLayout | None
+    vpp: int | None
+    placement: Placement
+    device: Any
+    trust_remote_code: bool
+
+
 class Engine(Protocol):
     """The functions that `partita.torch` and `partita.mlx` have in common; each documents its own."""
 
@@ -48,18 +61,11 @@ class Engine(Protocol):
         model: str | os.PathLike[str],
         plan: Plan | None = None,
         *,
-        tp: int = 1,
-        pp: int = 1,
-        dp: int = 1,
-        layout: PipelineParallelLayerLayout | None = None,
-        vpp: int | None = None,
-        placement: Placement = "loop",
         dtype: Any = None,
-        device: Any = None,
-        trust_remote_code: bool = False,
         progress: Progress | None = None,
         groups: Any = None,
         verify: bool = True,
+        **split: Unpack[SplitArguments],
     ) -> Model:
         """Load this rank's part of a checkpoint."""
 
@@ -68,17 +74,10 @@ class Engine(Protocol):
         config: Any,
         plan: Plan | None = None,
         *,
-        tp: int = 1,
-        pp: int = 1,
-        dp: int = 1,
-        layout: PipelineParallelLayerLayout | None = None,
-        vpp: int | None = None,
-        placement: Placement = "loop",
         seed: int = 0,
         dtype: Any = None,
-        device: Any = None,
-        trust_remote_code: bool = False,
         groups: Any = None,
+        **split: Unpack[SplitArguments],
     ) -> Model:
         """Create this rank's part of a randomly initialized model."""
 
@@ -134,19 +133,12 @@ class Engine(Protocol):
         model: str | os.PathLike[str],
         plan: Plan | None = None,
         *,
-        tp: int = 1,
-        pp: int = 1,
-        dp: int = 1,
-        layout: PipelineParallelLayerLayout | None = None,
-        vpp: int | None = None,
-        placement: Placement = "loop",
         schedule: str | None = None,
         group_size: int | None = None,
         microbatches: int = 1,
         steps: int = 3,
         dtype: Sequence[str] | None = None,
-        device: Any = None,
-        trust_remote_code: bool = False,
+        **split: Unpack[SplitArguments],
     ) -> Report:
         """Compare a split model with the unsplit one."""
 

@@ -44,7 +44,7 @@ def test_a_rank_receives_what_was_sent(tmp_path: Path, kind: str, is_planned: bo
         "train": lambda: TrainJob(
             **given, new=True, data="x", notes={"data": "x", "layout": {"tp": 1}, "keep": None},
             options={"steps": 3, "seed": 0},
-            out=tmp_path, resume=False, is_restarted=False, verify=True, lora_rank=None, as_json=False, picture=None,
+            out=tmp_path, resume=False, verify=True, lora_rank=None, as_json=False, picture=None,
             trace=tmp_path / "t.json",
         ),
         "verify": lambda: VerifyJob(

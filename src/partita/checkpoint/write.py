@@ -21,6 +21,7 @@ from partita.checkpoint.mapped_writes import has_windows, is_short, write_runs
 from partita.checkpoint.read import Range, byte_runs, flat_bytes
 from partita.checkpoint.run_lock import RunLock
 from partita.errors import CheckpointError
+from partita.ranks.groups import AxisGroups, Communicator
 
 _METADATA = {"format": "pt"}  # transformers rejects files without it
 
@@ -253,24 +254,21 @@ def _write_all(fd: int, data: memoryview, start_bytes: int) -> None:
 
 def write_folder(
     path: Path,
+    groups: AxisGroups[Communicator],
     files: Sequence[FilePlan],
     beside: Callable[[Path], None],
     write: Callable[[Writer], None],
-    *,
     collective: Callable[[], AbstractContextManager[None]],
-    is_first: bool,
-    is_writer: bool,
 ) -> None:
     """Write a folder of safetensors files that appears at `path` complete or not at all; every rank must call this.
 
     Args:
         path: The folder to write.
+        groups: This rank's groups; the first replica writes.
         files: The planned files, the same on every rank.
         beside: Writes the other files of the folder, on the first rank.
         write: Writes a rank's own parts.
         collective: Makes a block at whose end every rank raises what one of them raised in it.
-        is_first: Whether this is the first rank, which creates the folder.
-        is_writer: Whether this rank writes parts.
 
     Raises:
         CheckpointError: The folder already holds weights, another save is writing it, or it cannot be written; on every rank.
@@ -278,11 +276,11 @@ def write_folder(
     with contextlib.ExitStack() as lock:
         with collective():
             partial = partial_of(path)
-            if is_first:  # two saves to one folder would write into the same files
+            if groups.rank == 0:  # two saves to one folder would write into the same files
                 lock.enter_context(RunLock(path, file=partial.with_name(f"{partial.name}.lock")))
         try:
             with collective():
-                if is_first:
+                if groups.rank == 0:
                     with failing_as(path, "cannot be created"):
                         refuse_weights(path)
                     start_partial(path)
@@ -290,13 +288,13 @@ def write_folder(
                     write_index(partial, files)
                     beside(partial)
             with collective():
-                if is_writer:
+                if groups.dp.rank == 0:
                     with Writer(partial, files) as writer:
                         write(writer)
             with collective():
-                if is_first:
+                if groups.rank == 0:
                     appear(partial, path)
         except Exception:
-            if is_first:
+            if groups.rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
             raise

@@ -8,7 +8,6 @@ import types
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -77,8 +76,6 @@ def _encoded(value: Any) -> Any:
         return value.to_data()
     if isinstance(value, Path):
         return str(value)
-    if isinstance(value, Enum):
-        return value.value
     if dataclasses.is_dataclass(value):
         return _encoded_fields(value)
     if isinstance(value, Mapping):
@@ -98,8 +95,8 @@ def _decoded(hint: Any, value: Any) -> Any:
         return Plan.from_json(value)
     if hint is PlanRequest:
         return PlanRequest.from_data(value)
-    if isinstance(hint, type) and issubclass(hint, (Path, Enum)):
-        return hint(value)
+    if hint is Path:
+        return Path(value)
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         hints = get_type_hints(hint)
         return hint(**{name: _decoded(hints[name], one) for name, one in value.items()})

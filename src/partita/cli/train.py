@@ -220,7 +220,10 @@ class TrainOptions(RunOptions, TrainingOptions):
 def train(options: TrainOptions) -> None:
     """Train a model split over ranks, and save it unsplit in Hugging Face's format."""
     is_restarted = elastic.resumes(options.out_folder)
-    run = _resumed(options) if options.resume or is_restarted else _begun(options)
+    if options.resume or is_restarted:
+        run = _resumed(options)
+    else:
+        run = _asked(options, _source(options.config, options.model))
     if not run.notes["data"]:
         raise ModelError("there is no training data. Give --data: a text file, a folder of text files, or `stdlib`.")
     request, given = _request(options, run, is_restarted=is_restarted)
@@ -252,7 +255,7 @@ def train(options: TrainOptions) -> None:
         TrainJob(
             request=stages.request, plan=plan, backend=options.backend, device=options.device,
             new=run.notes["config"] is not None and not run.is_resumed, data=data, notes=run.notes, options=settings,
-            out=options.out_folder, resume=run.is_resumed, is_restarted=is_restarted, verify=not options.no_verify,
+            out=options.out_folder, resume=run.is_resumed, verify=not options.no_verify,
             lora_rank=run.notes["lora_rank"], as_json=options.as_json, picture=options.picture, trace=options.trace,
         )
     )  # fmt: skip
@@ -277,8 +280,8 @@ class _Run:
     is_resumed: bool
 
 
-def _begun(options: TrainOptions) -> _Run:
-    """A new run."""
+def _asked(options: TrainOptions, source: str) -> _Run:
+    """The run that the command line specifies, with a model from `source`."""
     places = {name: getattr(options, name) for name in LAYOUT}
     settings: dict[str, Any] = {
         name: getattr(options, name)
@@ -295,7 +298,6 @@ def _begun(options: TrainOptions) -> _Run:
         "dtype": options.dtype and options.dtype.value, "lora_rank": options.lora_rank, "save_every": options.save_every,
         "keep": options.keep, "run_id": elastic.run_id(),
     }  # fmt: skip
-    source = "" if options.resume or elastic.resumes(options.out_folder) else _source(options.config, options.model)
     return _Run(source, places, settings, notes, is_resumed=False)
 
 
@@ -303,13 +305,13 @@ def _resumed(options: TrainOptions) -> _Run:
     """The run in --out, with the changes of the command line."""
     from partita.training.state import kept_settings
 
-    asked = _begun(options)
     found, state = newest_state(options.out_folder)
+    asked = _asked(options, str(found))
     made = resumed_options(found, state, {**asked.settings, **asked.notes}, options.given)
     places = asked.places if options.plan is not None else resumed_layout(state, asked.places, options.given)
     settings = {**kept_settings(state.settings), **{name: made[name] for name in asked.settings}}
     notes = {**{name: made[name] for name in asked.notes}, **{name: state.notes.get(name) for name in NOTED}}
-    source = str(found)
+    source = asked.source
     if state.base is not None:
         from partita.training.adapter_files import read_adapters
 
@@ -327,7 +329,8 @@ def _request(options: TrainOptions, run: _Run, *, is_restarted: bool) -> tuple[P
     )
     if is_restarted:
         request = replace(request, mesh=elastic.fitted(request.mesh))
-        given = given if given is None or given.mesh == request.mesh else None
+        if given is not None and given.mesh != request.mesh:
+            given = None
     resumes_unsplit = run.is_resumed and run.notes["lora_rank"] is None
     run.places.update({name: getattr(request.mesh, name) for name in ("tp", "pp")})
     return replace(request, dtype=None if resumes_unsplit else run.notes["dtype"]), given

@@ -41,7 +41,6 @@ class TrainJob(Job):
         options: The fields of `TrainSettings`.
         out: The folder for the model or the checkpoints.
         resume: Whether the run resumes from the newest complete checkpoint in `out`.
-        is_restarted: Whether torchrun has restarted the run, so that it may be complete already.
         verify: Whether that checkpoint is first read completely and compared with its checksums.
         lora_rank: Rank of the adapters, if adapters are trained.
         as_json: Whether the report is printed as JSON.
@@ -58,7 +57,6 @@ class TrainJob(Job):
     options: dict[str, Any]
     out: Path | None
     resume: bool
-    is_restarted: bool
     verify: bool
     lora_rank: int | None
     as_json: bool

@@ -20,7 +20,7 @@ from partita.core.sharding.cuts import AttentionPlan, ModulePlan, TensorPlan
 from partita.core.sharding.resolve import resolve
 from partita.core.sharding.rules import Rules, rules_for
 from partita.core.sharding.split import check_sizes, deal
-from partita.errors import PlanError
+from partita.errors import ModelError, PlanError
 
 
 @dataclass(frozen=True)
@@ -128,6 +128,16 @@ class Plan:
             return self.cuts[name]
         except KeyError:
             raise PlanError(f"the plan's model ({self.spec.family}) has no tensor {name!r}.") from None
+
+    def check_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Raise `ModelError` unless a model has the tensors of the plan's model, in these `shapes` by name."""
+        planned = {name: tensor.shape for name, tensor in self.spec.tensors.items()}
+        if shapes != planned:
+            name = next(n for n in sorted({*shapes, *planned}) if shapes.get(n) != planned.get(n))
+            raise ModelError(
+                f"the model does not match the plan ({self.spec.family}): {name} has the shape {shapes.get(name, 'none')} in "
+                f"the model and {planned.get(name, 'none')} in the plan. Create the plan from this model."
+            )
 
     @property
     def vpp(self) -> int:

@@ -13,7 +13,7 @@ from partita.core.layout.placement import PLACEMENTS, Placement
 from partita.core.mesh import Mesh
 from partita.core.model.spec import DTYPE_BYTES, ModelSpec, TensorSpec
 from partita.core.sharding.cuts import AttentionPlan, ModulePlan, TensorPlan
-from partita.core.sharding.rules import STYLES, Rule, Rules
+from partita.core.sharding.rules import STYLES, Rules
 from partita.core.sharding.split import Split
 from partita.errors import PlanError
 
@@ -64,8 +64,7 @@ def as_data(plan: PlanFacts) -> dict[str, Any]:
         "mesh": asdict(plan.mesh),
         "layout": str(plan.layout),
         "placement": plan.placement,
-        "proven": plan.rules.proven,
-        "rules": [asdict(rule) for rule in plan.rules],
+        **plan.rules.to_data(),
         "model": {
             "family": spec.family, "architecture": spec.architecture, "dtype": spec.dtype, "layers": spec.layers,
             "num_layers": spec.num_layers, "num_heads": spec.num_heads, "num_kv_heads": spec.num_kv_heads,
@@ -119,8 +118,10 @@ def from_data(data: dict[str, Any]) -> PlanFacts:
     placement = data.get("placement", "loop")
     if placement not in PLACEMENTS:
         raise PlanError(f"placement must be one of {', '.join(PLACEMENTS)}, but is {placement!r:.100}.")
+    rules = Rules.from_data(data)
+    _is(bool, "proven", rules.proven)
     return PlanFacts(
-        spec, mesh, layout, Rules(tuple(Rule(**rule) for rule in data["rules"]), _is(bool, "proven", data["proven"])),
+        spec, mesh, layout, rules,
         MappingProxyType(modules), MappingProxyType(attention), MappingProxyType(cuts), placement,
     )  # fmt: skip
 

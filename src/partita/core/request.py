@@ -11,7 +11,7 @@ from partita.core.layout.placement import Placement
 from partita.core.mesh import Mesh
 from partita.core.model.spec import ModelSpec
 from partita.core.plan import Plan
-from partita.core.sharding.rules import Rule, Rules
+from partita.core.sharding.rules import Rules
 
 
 @dataclass(frozen=True)
@@ -61,13 +61,12 @@ class PlanRequest:
 
     def to_data(self) -> dict[str, Any]:
         """Plain data for JSON; `from_data` reads it back."""
-        rules = None if self.rules is None else {"rules": [asdict(r) for r in self.rules], "proven": self.rules.proven}
+        rules = None if self.rules is None else self.rules.to_data()
         layout = None if self.layout is None else str(self.layout)
         return {**vars(self), "mesh": asdict(self.mesh), "layout": layout, "rules": rules}
 
     @classmethod
     def from_data(cls, data: Mapping[str, Any]) -> PlanRequest:
         """The inverse of `to_data`."""
-        mesh, rules = Mesh(**data["mesh"]), data["rules"]
-        made = None if rules is None else Rules(tuple(Rule(**rule) for rule in rules["rules"]), rules["proven"])
-        return cls.parse(**{**data, "mesh": mesh, "rules": made})
+        rules = None if data["rules"] is None else Rules.from_data(data["rules"])
+        return cls.parse(**{**data, "mesh": Mesh(**data["mesh"]), "rules": rules})

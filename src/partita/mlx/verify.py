@@ -41,6 +41,7 @@ from partita.mlx.proof.stages import refuse_undecodable
 from partita.mlx.train import train
 from partita.proof.report import (
     Collected,
+    IsTie,
     Report,
     Row,
     Skip,
@@ -48,6 +49,7 @@ from partita.proof.report import (
     first_line,
     loss_rounding,
     loss_rows,
+    no_tie,
     rounding_rows,
 )
 from partita.proof.rounding import judge
@@ -151,7 +153,7 @@ def verify(
         found = Collected(name)
         exact = in_wide_dtype(unsplit) if wanted.size == 2 and not is_quantized(unsplit) else None
         _compare_forward(exact, unsplit, split, inputs, settings, can_learn, TOLERANCES[wanted], found)
-        is_close = None if exact is None else partial(is_tie, copy.deepcopy(exact), unsplit)
+        is_close = no_tie if exact is None else partial(is_tie, copy.deepcopy(exact), unsplit)
         _compare_tokens(whole, split, inputs, is_close, found)
         if steps and can_learn:
             exact = None if exact is None else shard(exact, groups=single_groups())
@@ -208,12 +210,12 @@ def _unsplit(folder: Path, dtype: Any) -> nn.Module:
     return fill(build(read_mlx_config(folder)), dtype)
 
 
-def _compare_tokens(whole: nn.Module, split: nn.Module, ids: mx.array, is_close: Any, found: Collected) -> None:
+def _compare_tokens(whole: nn.Module, split: nn.Module, ids: mx.array, is_close: IsTie, found: Collected) -> None:
     """Whether both continue two prompts of different lengths, taken from `ids`, with the same tokens."""
     rows: Any = ids.tolist()
     compare_tokens(
         found, lambda: rows, partial(generate, whole), partial(generate, split),
-        lambda: refuse_undecodable(split, plan_of(split)[0]), *(() if is_close is None else (is_close,)),
+        lambda: refuse_undecodable(split, plan_of(split)[0]), is_close,
     )  # fmt: skip
 
 

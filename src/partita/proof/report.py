@@ -141,11 +141,20 @@ def first_line(error: BaseException) -> str:
     return text if isinstance(error, PartitaError) else f"{type(error).__name__}: {text}"
 
 
+IsTie = Callable[[Sequence[int], int, int], bool]
+"""Whether two tokens after the ids of a prefix are so close that rounding decides between them."""
+
+
+def no_tie(prefix: Sequence[int], one: int, other: int) -> bool:
+    """Never a tie between two tokens, as in float64."""
+    return False
+
+
 def token_rows(
     prompts: Sequence[Sequence[int]],
     expected: Sequence[Generation],
     found: Sequence[Generation],
-    is_tie: Callable[[Sequence[int], int, int], bool] = lambda prefix, one, other: False,
+    is_tie: IsTie = no_tie,
 ) -> list[Row]:
     """The rows that compare the continuations of each prompt.
 

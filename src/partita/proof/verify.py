@@ -8,7 +8,7 @@ from typing import Any
 
 from partita.errors import ModelError
 from partita.generation import Generation, Sampling
-from partita.proof.report import Collected, first_line, token_rows
+from partita.proof.report import Collected, IsTie, first_line, no_tie, token_rows
 from partita.training import TrainSettings
 
 NEW_TOKENS = 12
@@ -53,7 +53,7 @@ def compare_tokens(
     unsplit: Generate,
     split: Generate,
     refuse: Callable[[], None],
-    is_tie: Callable[[Sequence[int], int, int], bool] = lambda prefix, one, other: False,
+    is_tie: IsTie = no_tie,
 ) -> None:
     """Compare how both models continue two prompts of different lengths.
 

@@ -27,7 +27,7 @@ from partita.generation.generation_config import FILE_NAME, read_generation
 from partita.notes import note
 from partita.ranks.liveness import doing
 from partita.torch.collectives.collective_errors import collective_errors
-from partita.torch.collectives.groups import ParallelGroups, init_process_group, is_first, make_groups
+from partita.torch.collectives.groups import ParallelGroups, init_process_group, make_groups
 from partita.torch.model.towers import forbid_media
 from partita.torch.model.transformers_models import build_on_meta, code_note, read_hf_config, spec_of
 from partita.torch.proof.family import plan_of_model, prove_unless_proven, unmeasured_media
@@ -97,7 +97,7 @@ def load(
         if verify:
             check_model(folder, groups.rank, groups.mesh.size)
         checkpoint = open_checkpoint(folder)
-        if is_first(groups) and (line := checkpoint.note()):
+        if groups.rank == 0 and (line := checkpoint.note()):
             note(line)
         config = read_config(folder, groups, trust_remote_code=trust_remote_code)
         wanted = as_dtype(dtype) or _stored_dtype(checkpoint, config, groups)
@@ -114,7 +114,7 @@ def load(
         _check_readable(config, plan, checkpoint, unused)
         unsplit = _for_conversion(built, sources)
         rest = Unused(folder, {name: checkpoint.tensors[name] for name in unused})
-        if is_first(groups) and (line := rest.note(type(built).__name__)):
+        if groups.rank == 0 and (line := rest.note(type(built).__name__)):
             note(line)
     with collective_errors(groups), Reader(checkpoint) as reader:
         place = as_device(device)
@@ -199,7 +199,7 @@ def _stored_dtype(checkpoint: Checkpoint, config: Any, groups: ParallelGroups) -
     """The dtype of a checkpoint's weights; None if only the config defines it. Adds a note if the two disagree."""
     stored = stored_dtype(checkpoint)
     line = dtype_note(checkpoint.folder, stored, {"dtype": getattr(config, "dtype", None)})
-    if line and is_first(groups):
+    if line and groups.rank == 0:
         note(line)
     return as_dtype(stored)
 
@@ -215,7 +215,7 @@ def _compare_tied(
         apart = differing(built, sources, read, groups)
     ties = tied_names(built)
     untie(built, apart)
-    for name in sorted(apart) if is_first(groups) else ():
+    for name in sorted(apart) if groups.rank == 0 else ():
         note(
             f"{checkpoint.folder}: config.json ties {name} to {ties[name]}, but the checkpoint has different values for both: "
             "loaded untied."
@@ -225,7 +225,7 @@ def _compare_tied(
 def read_config(source: Any, groups: ParallelGroups, *, trust_remote_code: bool) -> Any:
     """The config of a model; the first rank reports if code that comes with it runs. Raises like `read_hf_config`."""
     config = read_hf_config(source, trust_remote_code=trust_remote_code)
-    if trust_remote_code and is_first(groups) and (line := code_note(source, config)):
+    if trust_remote_code and groups.rank == 0 and (line := code_note(source, config)):
         note(line)
     return config
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from partita.core.plan import Plan, mesh_of
 from partita.errors import CheckpointError
 from partita.proof.report import (
     Collected,
+    IsTie,
     Report,
     Row,
     Skip,
@@ -29,6 +30,7 @@ from partita.proof.report import (
     first_line,
     loss_rounding,
     loss_rows,
+    no_tie,
     rounding_rows,
 )
 from partita.proof.rounding import judge
@@ -224,7 +226,7 @@ def _compare_rounding(unsplit: nn.Module, split: nn.Module, settings: TrainSetti
         found.add(dtype_rows(measured.outputs, measured.dtypes))
     for model in (exact, unsplit):
         finish(model, Plan.make(spec_of(model), Mesh()), single_groups())
-    _compare_tokens(unsplit, split, found, lambda prefix, one, other: is_tie(exact, unsplit, prefix, one, other))
+    _compare_tokens(unsplit, split, found, partial(is_tie, exact, unsplit))
     if settings is None:
         return
     tokens, choices = _training_tokens(exact, unsplit, split), Choices()
@@ -275,12 +277,7 @@ def _whole(
     return fill_unsplit(built).to(device)
 
 
-def _compare_tokens(
-    unsplit: nn.Module,
-    split: nn.Module,
-    found: Collected,
-    is_tie: Callable[[Sequence[int], int, int], bool] = lambda prefix, one, other: False,
-) -> None:
+def _compare_tokens(unsplit: nn.Module, split: nn.Module, found: Collected, is_tie: IsTie = no_tie) -> None:
     """Whether both continue two prompts of different lengths with the same tokens."""
     compare_tokens(
         found, lambda: sample_inputs(unsplit)["input_ids"].tolist(), partial(generate, unsplit), partial(generate, split),

@@ -25,9 +25,10 @@ def run_id() -> str | None:
 
 
 def resumes(folder: Path | None) -> bool:
-    """Whether torchrun has restarted this run, and `folder` has a checkpoint to resume from.
+    """Whether torchrun or Slurm has restarted this run, and `folder` has a checkpoint to resume from.
 
-    torchrun counts restarts after failures, but not when nodes join or leave; then its name must be that of the saved run.
+    torchrun counts restarts after failures, Slurm those of a requeued job. torchrun does not count when nodes join or leave;
+    then its name must be that of the saved run.
     """
     if folder is None or not RunFolder(folder).steps():
         return False

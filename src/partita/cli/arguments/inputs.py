@@ -26,18 +26,40 @@ def kept(source: str, option: str) -> str:
         option: Its name on the command line, for errors.
 
     Raises:
-        ModelError: Standard input is asked for twice, is a terminal, or belongs to one of several ranks of another launcher.
+        ModelError: As `read`.
     """
-    if source in STDIN:
-        return str(_copy(f"{option} {source}".strip(), None))
-    if is_stream(Path(source)):
-        return str(_copy(f"{option} {source}".strip(), Path(source)))
-    return source
+    if source not in STDIN and not is_stream(Path(source)):
+        return source
+    data = read(Path(source), option)
+    file = Path(_folder().name) / f"{len(os.listdir(_folder().name))}.txt"
+    file.write_bytes(data)
+    return str(file)
 
 
 def read(source: Path, option: str) -> bytes:
-    """The bytes of a file, of a pipe, or of standard input (`-`). Raises as `kept`, and `OSError`."""
-    return Path(kept(str(source), option)).read_bytes()
+    """The bytes of a file, of a pipe, or of standard input (`-`).
+
+    Raises:
+        ModelError: Standard input is asked for twice, is a terminal, or belongs to one of several ranks of another launcher.
+        OSError: The file cannot be read.
+    """
+    if str(source) not in STDIN:
+        return source.read_bytes()
+    what = f"{option} {source}"
+    if environment.is_one_of_several():
+        raise ModelError(
+            f"{what}: standard input belongs to one process, and a launcher started several. Give a file that all can read."
+        )
+    if _used:
+        raise ModelError(f"{what}: standard input was read already, for {_used[0]}. Give a file for one of them.")
+    if sys.stdin is None or sys.stdin.isatty():
+        raise ModelError(f"{what}: standard input is a terminal. Pipe text into the command, or give a file.")
+    _used.append(what)
+    return sys.stdin.buffer.read()
+
+
+_used: list[str] = []
+"""The option that standard input was read for, once it was."""
 
 
 def existing_file(text: str) -> Path:
@@ -65,25 +87,3 @@ def is_stream(path: Path) -> bool:
 @cache
 def _folder() -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(prefix="partita-input-")
-
-
-_used: list[str] = []
-
-
-def _copy(what: str, path: Path | None) -> Path:
-    if path is None:
-        if environment.is_one_of_several():
-            raise ModelError(
-                f"{what}: standard input belongs to one process, and a launcher started several. Give a file that all can read."
-            )
-        if _used:
-            raise ModelError(f"{what}: standard input was read already, for {_used[0]}. Give a file for one of them.")
-        if sys.stdin is None or sys.stdin.isatty():
-            raise ModelError(f"{what}: standard input is a terminal. Pipe text into the command, or give a file.")
-        _used.append(what)
-        data = sys.stdin.buffer.read()
-    else:
-        data = path.read_bytes()
-    file = Path(_folder().name) / f"{len(os.listdir(_folder().name))}.txt"
-    file.write_bytes(data)
-    return file

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -95,6 +95,15 @@ class Rules:
                 )
             rules.append(Rule(pattern, style, *over, **dict.fromkeys(flags, True)))  # type: ignore[arg-type]
         return cls(tuple(rules))
+
+    def to_data(self) -> dict[str, Any]:
+        """Plain data for JSON; `from_data` reads it back."""
+        return {"proven": self.proven, "rules": [asdict(rule) for rule in self.table]}
+
+    @classmethod
+    def from_data(cls, data: Mapping[str, Any]) -> Rules:
+        """The inverse of `to_data`; other keys of `data` are ignored."""
+        return cls(tuple(Rule(**rule) for rule in data["rules"]), data["proven"])
 
     def __iter__(self) -> Iterator[Rule]:
         return iter(self.table)

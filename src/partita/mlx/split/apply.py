@@ -37,7 +37,7 @@ def apply_plan(model: nn.Module, plan: Plan, comm: Communicator, pp_rank: int = 
     """
     if comm.size != plan.mesh.tp:
         raise DistributedError(f"the plan has tp={plan.mesh.tp}, but the tensor group has {comm.size} ranks.")
-    check_model(model, plan)
+    plan.check_shapes({name: tensor.shape for name, tensor in spec_of(model).tensors.items()})
     cut_stages(model, plan, pp_rank)
     if comm.size == 1:
         return model
@@ -60,18 +60,6 @@ def finish(model: nn.Module, plan: Plan, groups: ParallelGroups) -> nn.Module:
     model.partita_groups = groups
     call_as_whole(model, plan, groups)
     return model
-
-
-def check_model(model: nn.Module, plan: Plan) -> None:
-    """Raise `ModelError` unless `model` has the arrays of the plan's model, in its shapes."""
-    mine = {name: t.shape for name, t in spec_of(model).tensors.items()}
-    theirs = {name: t.shape for name, t in plan.spec.tensors.items()}
-    if mine != theirs:
-        name = next(n for n in sorted({*mine, *theirs}) if mine.get(n) != theirs.get(n))
-        raise ModelError(
-            f"the model does not match the plan ({plan.spec.family}): {name} has the shape {mine.get(name, 'none')} in the "
-            f"model and {theirs.get(name, 'none')} in the plan. Create the plan from this model."
-        )
 
 
 def _shared_entries(plan: Plan, comm: Communicator) -> dict[str, RegionInput]:

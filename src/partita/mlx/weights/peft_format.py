@@ -6,6 +6,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import mlx.nn as nn
 
 from partita.checkpoint.index import open_checkpoint, weights_name
 from partita.checkpoint.read import Reader
-from partita.checkpoint.write import FilePlan, Writer, plan_files
+from partita.checkpoint.write import FilePlan, Writer, plan_files, write_folder
 from partita.core.plan import Plan
 from partita.core.sharding.split import Range
 from partita.errors import CheckpointError, ModelError
@@ -27,7 +28,7 @@ from partita.mlx.weights.adapters import AdapterPlaces, adapter_places, adapters
 from partita.mlx.weights.moments import read_array
 from partita.mlx.weights.names import DTYPES, Box
 from partita.mlx.weights.origin import Origin
-from partita.mlx.weights.save import DTYPE_NAMES, parts_of, write_together
+from partita.mlx.weights.save import DTYPE_NAMES, parts_of
 from partita.training.adapter_files import (
     CONFIG_NAME,
     STEM,
@@ -63,7 +64,10 @@ def save_adapters(model: nn.Module, folder: str | os.PathLike[str], *, base: str
             for box, take, data in disk.parts(name, home, key, home[key], plan, groups):
                 writer.write(box, take, data)
 
-    write_together(Path(folder), groups, disk.files(), lambda partial: disk.write_beside(partial, None), write)
+    write_folder(
+        Path(folder), groups, disk.files(), lambda made: disk.write_beside(made, None), write,
+        partial(collective_errors, groups),
+    )  # fmt: skip
 
 
 def load_adapters(model: nn.Module, folder: str | os.PathLike[str]) -> list[str]:

@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,20 +81,9 @@ def save(
                 progress(writer.bytes_written, total)
         disk.unused.copy(writer.write, groups.pp.rank * plan.mesh.tp + groups.tp.rank, plan.mesh.pp * plan.mesh.tp)
 
-    write_together(path, groups, files, lambda partial: disk.write_beside(partial, tokenizer), write)
-
-
-def write_together(
-    path: Path,
-    groups: ParallelGroups,
-    files: tuple[FilePlan, ...],
-    beside: Callable[[Path], None],
-    write: Callable[[Writer], None],
-) -> None:
-    """Run `write_folder` on the ranks of `groups`; the first replica writes its parts."""
     write_folder(
-        path, files, beside, write,
-        collective=lambda: collective_errors(groups), is_first=groups.rank == 0, is_writer=groups.dp.rank == 0,
+        path, groups, files, lambda made: disk.write_beside(made, tokenizer), write,
+        partial(collective_errors, groups),
     )  # fmt: skip
 
 

@@ -288,8 +288,3 @@ def parallel_group_info() -> ParallelGroupInfo:
     if _groups is None:
         raise DistributedError("parallelism is not initialized. Call partita.torch.init_parallelism() first.")
     return ParallelGroupInfo(GroupInfo(_groups.tp), GroupInfo(_groups.pp), GroupInfo(_groups.dp))
-
-
-def is_first(groups: ParallelGroups) -> bool:
-    """Whether this is the first rank of the mesh."""
-    return groups.rank == 0

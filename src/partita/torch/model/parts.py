@@ -29,18 +29,6 @@ def plan_of(model: nn.Module) -> tuple[Plan, ParallelGroups]:
     return plan, groups
 
 
-def check_model(model: nn.Module, plan: Plan) -> None:
-    """Raise `ModelError` unless `model` has the tensors of the plan's model, in its shapes."""
-    local = {name: tuple(t.shape) for name, t in model.state_dict(keep_vars=True).items()}
-    planned = {name: t.shape for name, t in plan.spec.tensors.items()}
-    if local != planned:
-        name = next(n for n in sorted({*local, *planned}) if local.get(n) != planned.get(n))
-        raise ModelError(
-            f"the model does not match the plan ({plan.spec.family}): {name} has the shape {local.get(name, 'none')} in the "
-            f"model and {planned.get(name, 'none')} in the plan. Create the plan from this model."
-        )
-
-
 def unsplit_name(name: str) -> str:
     """The unsplit name of a split model's parameter, for models whose own modules have no such names.
 

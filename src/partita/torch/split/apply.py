@@ -21,7 +21,7 @@ from partita.torch.layers.grads import sum_gradient, sum_shared_gradient
 from partita.torch.layers.inner import slice_parameter
 from partita.torch.layers.linear import ColumnParallelLinear, RowParallelLinear
 from partita.torch.layers.region import RegionInput
-from partita.torch.model.parts import check_model, parameter_homes
+from partita.torch.model.parts import parameter_homes
 from partita.torch.stages.cut import Absent, cut_stages
 from partita.torch.transformers_internals import PLAIN_EXPERTS
 
@@ -39,7 +39,7 @@ def apply_plan(model: nn.Module, plan: Plan, groups: ParallelGroups) -> nn.Modul
             f"the plan has tp={plan.mesh.tp} and pp={plan.mesh.pp}, but the groups have {comm.size} and {groups.pp.size} "
             "ranks."
         )
-    check_model(model, plan)
+    plan.check_shapes({name: tuple(t.shape) for name, t in model.state_dict(keep_vars=True).items()})
     cut_stages(model, plan, groups.pp.rank)
     if comm.size == 1:
         return model

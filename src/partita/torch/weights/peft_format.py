@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from partita.checkpoint.index import open_checkpoint, weights_name
 from partita.checkpoint.read import Reader
-from partita.checkpoint.write import FilePlan, Writer, plan_files
+from partita.checkpoint.write import FilePlan, Writer, plan_files, write_folder
 from partita.core.plan import Plan
 from partita.core.sharding.cuts import TensorPlan
 from partita.core.sharding.split import Range, Split
@@ -27,7 +28,7 @@ from partita.torch.model.parts import parameter_homes, plan_of
 from partita.torch.weights.adapters import adapters, add_lora
 from partita.torch.weights.fill import CheckpointFill, memory_of
 from partita.torch.weights.names import Piece, Source
-from partita.torch.weights.save import DTYPE_NAMES, own_part, unsplit_on_meta, write_together
+from partita.torch.weights.save import DTYPE_NAMES, own_part, unsplit_on_meta
 from partita.training.adapter_files import (
     CONFIG_NAME,
     STEM,
@@ -68,7 +69,10 @@ def save_adapters(model: nn.Module, folder: str | os.PathLike[str], *, base: str
             for piece, take, part in disk.parts(name, tensor, plan, groups):
                 writer.write(piece, take, memory_of(part))
 
-    write_together(Path(folder), groups, disk.files(), lambda partial: disk.write_beside(model, partial, None), write)
+    write_folder(
+        Path(folder), groups, disk.files(), lambda made: disk.write_beside(model, made, None), write,
+        partial(collective_errors, groups),
+    )  # fmt: skip
 
 
 def load_adapters(model: nn.Module, folder: str | os.PathLike[str]) -> list[str]:

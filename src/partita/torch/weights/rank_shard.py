@@ -14,7 +14,6 @@ from partita.checkpoint.unused import Unused
 from partita.checkpoint.write import FilePlan, plan_files
 from partita.errors import ModelError
 from partita.torch.collectives.collective_errors import collective_errors
-from partita.torch.collectives.groups import is_first
 from partita.torch.model.parts import plan_of
 from partita.torch.training.optimizer import initial_state, state_dtype, state_kinds
 from partita.torch.weights.adapters import adapters
@@ -79,7 +78,7 @@ class RankShard:
                 weakref.finalize(self, self.reader.close)
             self.beside: Mapping[str, bytes] = (
                 files_beside(lambda folder: self.disk.write_beside(model, folder, saves.tokenizer))
-                if is_first(self.groups)
+                if self.groups.rank == 0
                 else {}
             )
 

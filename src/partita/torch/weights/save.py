@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from partita.generation.generation_config import FILE_NAME
 from partita.notes import note
 from partita.ranks.liveness import doing
 from partita.torch.collectives.collective_errors import collective_errors, gather_from_all
-from partita.torch.collectives.groups import ParallelGroups, is_first
+from partita.torch.collectives.groups import ParallelGroups
 from partita.torch.model.parts import local_tensors, plan_of
 from partita.torch.model.transformers_models import build_on_meta
 from partita.torch.stages.mtp import attach_mtp
@@ -81,20 +82,9 @@ def save(
         place = groups.pp.rank * plan.mesh.tp + groups.tp.rank
         disk.unused.copy(writer.write, place, plan.mesh.pp * plan.mesh.tp)
 
-    write_together(Path(folder), groups, files, lambda partial: disk.write_beside(model, partial, tokenizer), write)
-
-
-def write_together(
-    path: Path,
-    groups: ParallelGroups,
-    files: tuple[FilePlan, ...],
-    beside: Callable[[Path], None],
-    write: Callable[[Writer], None],
-) -> None:
-    """Run `write_folder` on the ranks of `groups`; the first replica writes its parts."""
     write_folder(
-        path, files, beside, write,
-        collective=lambda: collective_errors(groups), is_first=is_first(groups), is_writer=groups.dp.rank == 0,
+        Path(folder), groups, files, lambda made: disk.write_beside(model, made, tokenizer), write,
+        partial(collective_errors, groups),
     )  # fmt: skip
 
 
@@ -175,7 +165,7 @@ def on_disk(model: nn.Module) -> OnDisk:
     if missing:
         config, unused = copy.deepcopy(config), Unused()
         announce_nothing(config)
-        if is_first(groups):
+        if groups.rank == 0:
             note(NOT_SAVED.format(missing))
     return OnDisk(config, pieces, saved, unused)
 
