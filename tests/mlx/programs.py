@@ -72,8 +72,7 @@ def one_fails_while_others_wait() -> None:
 def one_is_killed_while_others_wait() -> None:
     from partita.mlx.collectives.groups import init
 
-    everyone = init()
-    everyone.barrier()
+    everyone = init()  # all ranks have met; a heartbeat after this would report another activity
     if everyone.rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     everyone.barrier()
