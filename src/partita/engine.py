@@ -5,12 +5,11 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, TypedDict, Unpack, cast
+from typing import TYPE_CHECKING, Any, Protocol, Unpack, cast
 
-from partita.core.layout.layout import PipelineParallelLayerLayout
-from partita.core.layout.placement import Placement
 from partita.core.mesh import Mesh
 from partita.core.plan import Plan
+from partita.core.request import SplitArguments
 from partita.generation import Generation, OnText, Sampling, Tokenizer
 from partita.proof.report import Report
 from partita.ranks.environment import EngineName
@@ -28,15 +27,9 @@ Progress = Callable[[int, int], None]
 """A callback that receives the bytes done and the total bytes."""
 
 
-class SplitArguments(TypedDict, total=False):
-    """How a model is split where no plan is given, and where it is."""
+class LoadArguments(SplitArguments, total=False):
+    """How a model is split where no plan is given, where it is placed, and whether its own code runs."""
 
-    tp: int
-    pp: int
-    dp: int
-    layout: PipelineParallelLayerLayout | None
-    vpp: int | None
-    placement: Placement
     device: Any
     trust_remote_code: bool
 
@@ -65,7 +58,7 @@ class Engine(Protocol):
         progress: Progress | None = None,
         groups: Any = None,
         verify: bool = True,
-        **split: Unpack[SplitArguments],
+        **split: Unpack[LoadArguments],
     ) -> Model:
         """Load this rank's part of a checkpoint."""
 
@@ -77,7 +70,7 @@ class Engine(Protocol):
         seed: int = 0,
         dtype: Any = None,
         groups: Any = None,
-        **split: Unpack[SplitArguments],
+        **split: Unpack[LoadArguments],
     ) -> Model:
         """Create this rank's part of a randomly initialized model."""
 
@@ -138,7 +131,7 @@ class Engine(Protocol):
         microbatches: int = 1,
         steps: int = 3,
         dtype: Sequence[str] | None = None,
-        **split: Unpack[SplitArguments],
+        **split: Unpack[LoadArguments],
     ) -> Report:
         """Compare a split model with the unsplit one."""
 

@@ -16,12 +16,13 @@ from partita.checkpoint.index import open_checkpoint
 from partita.core.mesh import Mesh
 from partita.errors import CheckpointError, ModelError, PartitaError
 from partita.mlx.collectives.groups import single_groups
-from partita.mlx.load import as_dtype, load
+from partita.mlx.load import load
 from partita.mlx.model.config import read_mlx_config
 from partita.mlx.model.mlx_lm_models import build, quantize, spec_of
 from partita.mlx.model.parts import local_ranges, parameter_homes, plan_of, take
 from partita.mlx.model.rotary import RotaryEmbedding
 from partita.mlx.proof.family import fill, plan_of_model
+from partita.mlx.weights.fill import as_dtype
 from partita.mlx.weights.names import Box, sanitize, sources_of
 from tests.mlx.test_models import QUANTIZED
 from tests.support.mlx_models import tiny_config

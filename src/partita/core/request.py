@@ -4,14 +4,59 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 from partita.core.layout.layout import PipelineParallelLayerLayout
 from partita.core.layout.placement import Placement
 from partita.core.mesh import Mesh
 from partita.core.model.spec import ModelSpec
-from partita.core.plan import Plan
+from partita.core.plan import Plan, mesh_of
 from partita.core.sharding.rules import Rules
+
+
+class SplitArguments(TypedDict, total=False):
+    """The keyword arguments that describe a split: the sizes of a mesh, and what `SplitRequest` documents."""
+
+    tp: int
+    pp: int
+    dp: int
+    layout: str | list[Any] | PipelineParallelLayerLayout | None
+    vpp: int | None
+    placement: Placement
+
+
+@dataclass(frozen=True)
+class SplitRequest:
+    """How to split a model whose facts are not known yet.
+
+    Attributes:
+        mesh: The ranks.
+        layout: The layers of each pipeline stage; None to distribute them evenly.
+        vpp: Stages on each pipeline rank; None for as many as `layout` has, else one.
+        placement: The placement of stages on ranks.
+    """
+
+    mesh: Mesh
+    layout: str | list[Any] | PipelineParallelLayerLayout | None = None
+    vpp: int | None = None
+    placement: Placement = "loop"
+
+    @classmethod
+    def of(cls, plan: Plan | None, arguments: SplitArguments) -> SplitRequest:
+        """The split of `plan` if one is given, else of keyword arguments.
+
+        Raises:
+            PlanError: `plan` is not a plan, or a size is not a positive integer.
+            TypeError: An argument is none of `SplitArguments`.
+        """
+        names = SplitArguments.__annotations__
+        if unknown := sorted(arguments.keys() - names):
+            raise TypeError(f"got an unexpected keyword argument {unknown[0]!r}. A split has {', '.join(names)}.")
+        mesh = mesh_of(plan, arguments.get("dp", 1), arguments.get("pp", 1), arguments.get("tp", 1))
+        if plan is not None:
+            return cls(mesh, plan.layout, placement=plan.placement)
+        placement = arguments.get("placement", "loop")
+        return cls(mesh, arguments.get("layout"), arguments.get("vpp"), placement)
 
 
 @dataclass(frozen=True)

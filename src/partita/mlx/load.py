@@ -6,11 +6,10 @@ import functools
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 
 from partita.checkpoint.facts import dtype_note, stored_dtype
 from partita.checkpoint.find import find_model
@@ -19,9 +18,9 @@ from partita.checkpoint.manifest import check_model
 from partita.checkpoint.read import Reader
 from partita.checkpoint.unused import Unused
 from partita.core.layout.layout import PipelineParallelLayerLayout
-from partita.core.layout.placement import Placement
 from partita.core.model.spec import config_number, text_config
-from partita.core.plan import Plan, mesh_of
+from partita.core.plan import Plan
+from partita.core.request import SplitArguments, SplitRequest
 from partita.errors import CheckpointError, ModelError
 from partita.generation.generation_config import read_generation
 from partita.mlx.collectives.collective_errors import collective_errors
@@ -29,26 +28,18 @@ from partita.mlx.collectives.groups import ParallelGroups, make_groups
 from partita.mlx.layers.inner import in_columns, multiplies_by_columns
 from partita.mlx.model.config import read_mlx_config
 from partita.mlx.model.mlx_lm_models import build, quantize, spec_of
-from partita.mlx.model.parts import Ranges, is_packed, local_ranges, parameter_homes, take
+from partita.mlx.model.parts import parameter_homes
 from partita.mlx.proof.family import plan_of_model, prove_unless_proven
 from partita.mlx.proof.reference import check_reference
 from partita.mlx.proof.stages import prove_stages
 from partita.mlx.split.apply import apply_plan, finish
 from partita.mlx.weights.adapters import put_back, take_off
-from partita.mlx.weights.names import Source, sanitize, sources_of, unused_of
+from partita.mlx.weights.fill import CheckpointFill, Computed, Progress, as_dtype
+from partita.mlx.weights.names import Source, sources_of, unused_of
 from partita.mlx.weights.origin import Origin
 from partita.mlx.weights.ties import check_head, differ, stored_twice, untie
 from partita.notes import note
 from partita.ranks.liveness import doing
-
-Progress = Callable[[int, int], None]
-"""Called with the bytes that this rank has loaded and their total."""
-
-_ROWS, _PAD = 64, 16
-"""Rows of a matrix to transpose in memory at once, and their distance: 5.6 GB/s, where the transposition of a full matrix
-by one assignment reaches 0.6."""
-
-_UNSIGNED = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}
 
 
 @doing("loading the model")
@@ -56,12 +47,6 @@ def load(
     model: str | os.PathLike[str],
     plan: Plan | None = None,
     *,
-    tp: int = 1,
-    pp: int = 1,
-    dp: int = 1,
-    layout: str | list[Any] | PipelineParallelLayerLayout | None = None,
-    vpp: int | None = None,
-    placement: Placement = "loop",
     dtype: mx.Dtype | str | None = None,
     device: None = None,
     trust_remote_code: bool = False,
@@ -69,6 +54,7 @@ def load(
     progress: Progress | None = None,
     groups: ParallelGroups | None = None,
     verify: bool = True,
+    **split: Unpack[SplitArguments],
 ) -> nn.Module:
     """Load this rank's part of a model. It is called like the unsplit model, with the same results on every rank.
 
@@ -102,8 +88,8 @@ def load(
         >>> model(ids).shape  # the same logits on every rank
         (1, 5, 257)
     """
-    mesh = mesh_of(plan, dp, pp, tp)
-    groups = groups if groups is not None else make_groups(mesh, backend=backend)
+    how = SplitRequest.of(plan, split)
+    groups = groups if groups is not None else make_groups(how.mesh, backend=backend)
     with collective_errors(groups):
         refuse_device(device)
         wanted = as_dtype(dtype)
@@ -111,47 +97,75 @@ def load(
         if verify:
             check_model(folder, groups.rank, groups.mesh.size)
         checkpoint = open_checkpoint(folder)
-        if groups.rank == 0 and (line := checkpoint.note()):
-            note(line)
+        _note(groups, checkpoint.note())
         config, generation = read_mlx_config(folder), read_generation(folder)
         _name_dtype(config, checkpoint, groups, asked=wanted is not None)
-        twice = stored_twice(config, checkpoint)
-    untied = twice is not None and differ(twice, checkpoint, groups)
+    is_untied, twice = _untied(config, checkpoint, groups)
     with collective_errors(groups):
-        if untied and twice is not None:
-            untie(config)
-            check_head(build(config), twice)
-            if groups.rank == 0:
-                note(
-                    f"{folder}: config.json ties {twice[0]} to {twice[1]}, but the checkpoint has different values for both: "
-                    "loaded untied."
-                )
         built = build(config)
         if groups.rank == 0:
             check_reference(config)
         again = functools.partial(build, config)
-        sources = sources_of(built, again, checkpoint.tensors)
-        quantize(built, config, lambda path, module: _stored_packing(path, module, sources))
-        beyond = _beyond(config)
-        homes = parameter_homes(built)
-        sources = {name: source for name, source in sources.items() if name in homes or not beyond(name)}
-        _check_whole(built, sources, checkpoint)
-        rest = _unused(sources, checkpoint, twice, beyond)
-        if groups.rank == 0 and (line := rest.note(f"mlx-lm's {config['model_type']}")):
-            note(line)
-        if plan is None:
-            plan = plan_of_model(built, mesh, layout, config=config, vpp=vpp, placement=placement)
-        else:
-            plan = prove_unless_proven(built, fitted(plan, built, config))
-        prove_stages(built, plan)
+        sources, unused = _sources(built, config, again, checkpoint, twice)
+        _note(groups, unused.note(f"mlx-lm's {config['model_type']}"))
+        plan = choose_plan(built, plan, how, config)
     with collective_errors(groups), Reader(checkpoint) as reader:
-        computed = _Computed(again, sources, checkpoint)
-        split = apply_plan(built, plan, groups.tp, groups.pp.rank)
-        _Fill(reader, sources, computed, plan, groups.tp.rank, wanted, progress)(split)
-    split.partita_origin = Origin(
-        sources, checkpoint.tensors, folder, generation=generation, is_untied=untied, unused=rest
+        computed = Computed(again, sources, checkpoint)
+        part = apply_plan(built, plan, groups.tp, groups.pp.rank)
+        CheckpointFill(reader, sources, computed, plan, groups.tp.rank, wanted, progress)(part)
+    part.partita_origin = Origin(
+        sources, checkpoint.tensors, folder, generation=generation, is_untied=is_untied, unused=unused
     )
-    return finish(split, plan, groups)
+    return finish(part, plan, groups)
+
+
+def _note(groups: ParallelGroups, text: str) -> None:
+    """Show a note, if there is one, on the first rank."""
+    if groups.rank == 0 and text:
+        note(text)
+
+
+def _untied(
+    config: dict[str, Any], checkpoint: Checkpoint, groups: ParallelGroups
+) -> tuple[bool, tuple[str, str] | None]:
+    """Untie the head in `config` if the checkpoint has different values for it and the embedding. Every rank must call it.
+
+    Returns:
+        Whether it was untied, and the names of the head and the embedding if the checkpoint stores both.
+    """
+    with collective_errors(groups):
+        twice = stored_twice(config, checkpoint)
+    if twice is None or not differ(twice, checkpoint, groups):
+        return False, twice
+    with collective_errors(groups):
+        untie(config)
+        check_head(build(config), twice)
+    _note(
+        groups,
+        f"{checkpoint.folder}: config.json ties {twice[0]} to {twice[1]}, but the checkpoint has different values for both: "
+        "loaded untied.",
+    )
+    return True, twice
+
+
+def _sources(
+    built: nn.Module,
+    config: Mapping[str, Any],
+    again: Callable[[], nn.Module],
+    checkpoint: Checkpoint,
+    twice: tuple[str, str] | None,
+) -> tuple[dict[str, Source], Unused]:
+    """Where each array of `built` comes from, after its layers are quantized as on disk, and the unused tensors.
+
+    Raises:
+        CheckpointError: The checkpoint belongs to another model, or is incomplete.
+    """
+    every = sources_of(built, again, checkpoint.tensors)
+    quantize(built, config, lambda path, module: _stored_packing(path, module, every))
+    beyond, homes = _beyond(config), parameter_homes(built)
+    sources = {name: source for name, source in every.items() if name in homes or not beyond(name)}
+    _check_whole(built, sources, checkpoint)
+    return sources, _unused(sources, checkpoint, twice, beyond)
 
 
 def shard(
@@ -185,15 +199,11 @@ def shard(
     """
     if not isinstance(model, nn.Module):
         raise ModelError(f"model must be a module in memory; got {model!r:.100}. Use load() for a folder or a hub id.")
-    mesh = mesh_of(plan, dp, pp, tp)
-    groups = groups if groups is not None else make_groups(mesh)
+    how = SplitRequest.of(plan, {"tp": tp, "pp": pp, "dp": dp, "layout": layout})
+    groups = groups if groups is not None else make_groups(how.mesh)
     with collective_errors(groups):
         adapters = take_off(model)
-        if plan is None:
-            plan = plan_of_model(model, mesh, layout)
-        else:
-            plan = prove_unless_proven(model, fitted(plan, model))
-        prove_stages(model, plan)
+        plan = choose_plan(model, plan, how)
         origin = Origin.in_memory(model)
         split = apply_plan(model, plan, groups.tp, groups.pp.rank)
         put_back(split, adapters, groups.tp.rank)
@@ -206,42 +216,34 @@ def shard(
     return finish(split, plan, groups)
 
 
-def fitted(plan: Plan, model: nn.Module, config: Mapping[str, Any] | None = None) -> Plan:
-    """`plan` for the arrays of `model`: a plan from transformers' model has names that MLX stores differently.
+def choose_plan(
+    model: nn.Module, plan: Plan | None, how: SplitRequest, config: Mapping[str, Any] | None = None
+) -> Plan:
+    """`plan` for the arrays of the unsplit `model`, or a plan created as `how` says, after verifying it for the model.
+
+    A plan from transformers' model has names that MLX stores differently.
 
     Raises:
         ModelError: The plan belongs to another family.
-        PlanError: Its mesh and layout do not fit.
+        PartitaError: The plan fails, or none passes.
     """
-    spec = spec_of(model, config)
-    if {n: t.shape for n, t in plan.spec.tensors.items()} == {n: t.shape for n, t in spec.tensors.items()}:
-        return plan
-    if difference := plan.spec.first_difference(spec, names=False):
-        raise ModelError(f"the plan is for another model: {difference}. Make the plan of this model.")
-    return plan_of_model(model, plan.mesh, plan.layout, config=config, placement=plan.placement)
+    if plan is None:
+        plan = plan_of_model(model, how.mesh, how.layout, config=config, vpp=how.vpp, placement=how.placement)
+    else:
+        spec = spec_of(model, config)
+        if {n: t.shape for n, t in plan.spec.tensors.items()} != {n: t.shape for n, t in spec.tensors.items()}:
+            if difference := plan.spec.first_difference(spec, names=False):
+                raise ModelError(f"the plan is for another model: {difference}. Make the plan of this model.")
+            plan = plan_of_model(model, plan.mesh, plan.layout, config=config, placement=plan.placement)
+        prove_unless_proven(model, plan)
+    prove_stages(model, plan)
+    return plan
 
 
 def refuse_device(device: object) -> None:
     """Raise `ModelError` if a device is given."""
     if device is not None:
         raise ModelError(f"device {device} is for torch; MLX runs on its own default device. Leave it out.")
-
-
-def as_dtype(dtype: mx.Dtype | str | None) -> mx.Dtype | None:
-    """The MLX dtype of a name; None for the checkpoint's own.
-
-    Raises:
-        ModelError: Models cannot have this dtype.
-    """
-    names = {"float64": mx.float64, "float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
-    if dtype is None or dtype == "auto":
-        return None
-    found = names.get(dtype.removeprefix("mlx.core.")) if isinstance(dtype, str) else dtype
-    if not isinstance(found, mx.Dtype) or found not in names.values():
-        raise ModelError(f"dtype must be one of {', '.join(names)}; got {dtype}.")
-    if found == mx.float64 and mx.default_device() != mx.cpu:
-        raise ModelError("MLX supports float64 on the CPU only. Use float32, or mx.set_default_device(mx.cpu) first.")
-    return found
 
 
 def _beyond(config: Mapping[str, Any]) -> Callable[[str], bool]:
@@ -334,119 +336,3 @@ def _name(dtype: mx.Dtype) -> str:
 
 def _and_more(names: Sequence[str]) -> str:
     return f", nor are {len(names) - 1} others" if len(names) > 1 else ""
-
-
-class _Computed:
-    """The arrays that `sanitize` computes from tensors on disk (dequantizes, adds one), created on request."""
-
-    def __init__(self, again: Callable[[], nn.Module], sources: Mapping[str, Source], checkpoint: Checkpoint) -> None:
-        self.arrays: dict[str, mx.array] = {}
-        names = [name for name, source in sources.items() if source.boxes is None]
-        if names:
-            # The headers were checked when the checkpoint was opened: MLX itself accepts malformed ones.
-            lazy: dict[str, mx.array] = {}
-            for header in checkpoint.files:
-                lazy.update(mx.load(str(header.file)))  # type: ignore[arg-type]
-            made = sanitize(again(), lazy)
-            self.arrays = {name: made[name] for name in names}
-
-    def take(self, name: str, ranges: Ranges | None) -> mx.array:
-        """Return `ranges` of an array and release it."""
-        return take(self.arrays.pop(name), ranges)
-
-
-class _Fill:
-    """Fills a split model's arrays, one at a time, from the byte ranges of a checkpoint."""
-
-    def __init__(
-        self,
-        reader: Reader,
-        sources: Mapping[str, Source],
-        computed: _Computed,
-        plan: Plan,
-        tp_rank: int,
-        dtype: mx.Dtype | None,
-        progress: Progress | None,
-    ) -> None:
-        self.reader, self.sources, self.computed = reader, sources, computed
-        self.plan, self.tp_rank, self.dtype, self.progress = plan, tp_rank, dtype, progress
-
-    def __call__(self, model: nn.Module) -> None:
-        homes = parameter_homes(model)
-        done = 0
-        total = sum(home[attribute].nbytes for home, attribute in homes.values())
-        for name, (home, attribute) in homes.items():
-            ranges = local_ranges(home, attribute, name, self.plan, self.tp_rank)
-            source = self.sources[name]
-            if source.boxes is None:
-                array = self.computed.take(name, ranges)
-            else:
-                wanted = self.dtype or source.dtype
-                columns = attribute == "weight" and multiplies_by_columns(home, wanted)
-                array = self._read(source, ranges or tuple(((0, size),) for size in source.shape), columns)
-            array = self._converted(array, packed=is_packed(home, attribute))
-            assert array.shape == home[attribute].shape
-            mx.eval(array)
-            done += home[attribute].nbytes
-            home[attribute] = array
-            if self.progress is not None:
-                self.progress(done, total)
-
-    def _converted(self, array: mx.array, *, packed: bool) -> mx.array:
-        if self.dtype is None or not mx.issubdtype(array.dtype, mx.floating):
-            return array
-        # Scales and biases determine the dtype of a quantized product; MLX does not support float64 there.
-        return array.astype(mx.float32 if packed and self.dtype == mx.float64 else self.dtype)
-
-    def _read(self, source: Source, ranges: Ranges, columns: bool) -> mx.array:
-        """The local part of an array, read into its own memory, with contiguous rows or columns."""
-        assert source.boxes is not None
-        shape = tuple(sum(b - a for a, b in one) for one in ranges)
-        with mx.stream(mx.cpu):
-            array = mx.zeros(shape[::-1] if columns else shape, _UNSIGNED[source.dtype.size])
-            mx.eval(array)
-            there = np.asarray(memoryview(array))  # type: ignore[arg-type]
-            there = there.T if columns else there
-            for box in source.boxes:
-                overlap = box.overlap(ranges)
-                if overlap is not None:
-                    take_ranges, put = overlap
-                    self._read_box(box.name, take_ranges, box.axes, there[tuple(slice(a, b) for a, b in put)])
-            array = array.view(source.dtype)
-            return array.T if columns else array
-
-    def _read_box(
-        self, name: str, ranges: list[list[tuple[int, int]]], axes: tuple[int | None, ...], there: np.ndarray[Any, Any]
-    ) -> None:
-        """Read ranges of a tensor on disk into a view of a local array whose axes correspond to its `axes`."""
-        kept = [axis for axis in axes if axis is not None]
-        new = tuple(place for place, axis in enumerate(axes) if axis is None)
-        target = np.squeeze(there, new) if new else there
-        if kept == sorted(kept) and target.flags.c_contiguous:
-            self.reader.read(name, ranges, memoryview(target).cast("B"))  # type: ignore[arg-type]
-            return
-        sizes = [sum(b - a for a, b in one) for one in ranges]
-        if kept == [0, 1] == list(range(len(sizes))):
-            self._read_rows(name, ranges, sizes[1], target)
-            return
-        buffer = np.empty(sizes, there.dtype)
-        self.reader.read(name, ranges, memoryview(buffer).cast("B"))  # type: ignore[arg-type]
-        dropped = tuple(axis for axis in range(len(sizes)) if axis not in kept)
-        target[...] = np.transpose(np.squeeze(buffer, dropped), np.argsort(np.argsort(kept)))
-
-    def _read_rows(
-        self, name: str, ranges: list[list[tuple[int, int]]], width: int, target: np.ndarray[Any, Any]
-    ) -> None:
-        """Read ranges of a matrix on disk into a matrix with another memory layout, some rows at a time."""
-        buffer = np.empty((_ROWS, width), target.dtype)
-        # Rows at a distance of a power of two would evict each other from the cache.
-        apart = np.empty((_ROWS, width + _PAD), target.dtype)[:, :width]
-        put = 0
-        for first, last in ranges[0]:
-            for start in range(first, last, _ROWS):
-                count = min(_ROWS, last - start)
-                block = [[(start, start + count)], ranges[1]]
-                self.reader.read(name, block, memoryview(buffer[:count]).cast("B"))  # type: ignore[arg-type]
-                apart[:count] = buffer[:count]
-                target[put : put + count] = apart[:count]
-                put += count

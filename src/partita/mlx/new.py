@@ -4,27 +4,25 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Unpack
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from partita.checkpoint.find import find_model
-from partita.core.layout.layout import PipelineParallelLayerLayout
-from partita.core.layout.placement import Placement
 from partita.core.model.spec import read_config
-from partita.core.plan import Plan, mesh_of
+from partita.core.plan import Plan
+from partita.core.request import SplitArguments, SplitRequest
 from partita.core.sharding.split import check_sizes
 from partita.errors import ModelError
 from partita.mlx.collectives.collective_errors import collective_errors
 from partita.mlx.collectives.groups import ParallelGroups, make_groups
-from partita.mlx.load import as_dtype, fitted, refuse_device
+from partita.mlx.load import choose_plan, refuse_device
 from partita.mlx.model.config import read_mlx_config
 from partita.mlx.model.mlx_lm_models import build
-from partita.mlx.proof.family import plan_of_model, prove_unless_proven
 from partita.mlx.proof.reference import check_reference
-from partita.mlx.proof.stages import prove_stages
 from partita.mlx.split.apply import apply_plan, finish
+from partita.mlx.weights.fill import as_dtype
 from partita.mlx.weights.initial import InitialFill, zero_scales
 from partita.mlx.weights.naming import named
 from partita.mlx.weights.origin import Origin
@@ -34,18 +32,13 @@ def fresh(
     config: str | os.PathLike[str] | Mapping[str, Any],
     plan: Plan | None = None,
     *,
-    tp: int = 1,
-    pp: int = 1,
-    dp: int = 1,
-    layout: str | list[Any] | PipelineParallelLayerLayout | None = None,
-    vpp: int | None = None,
-    placement: Placement = "loop",
     seed: int = 0,
     dtype: mx.Dtype | str | None = None,
     device: None = None,
     trust_remote_code: bool = False,
     backend: str | None = None,
     groups: ParallelGroups | None = None,
+    **split: Unpack[SplitArguments],
 ) -> nn.Module:
     """Create this rank's part of a new model. The same seed gives the same unsplit weights on every mesh.
 
@@ -77,8 +70,8 @@ def fresh(
         Mesh(dp=1, pp=1, tp=2)
     """
     check_sizes(0, seed=seed)
-    mesh = mesh_of(plan, dp, pp, tp)
-    groups = groups if groups is not None else make_groups(mesh, backend=backend)
+    how = SplitRequest.of(plan, split)
+    groups = groups if groups is not None else make_groups(how.mesh, backend=backend)
     with collective_errors(groups):
         refuse_device(device)
         source = find_model(config, weights=False) if isinstance(config, (str, os.PathLike)) else config
@@ -90,18 +83,14 @@ def fresh(
         if groups.rank == 0:
             check_reference(data)
         new = named(lambda: _built(data, seed), plain)
-        if plan is None:
-            plan = plan_of_model(new.model, mesh, layout, config=data, vpp=vpp, placement=placement)
-        else:
-            plan = prove_unless_proven(new.model, fitted(plan, new.model, data))
-        prove_stages(new.model, plan)
+        plan = choose_plan(new.model, plan, how, data)
         wanted = as_dtype(dtype) or as_dtype(plan.spec.dtype) or mx.float32
         fill = InitialFill(data, zero_scales(new.model), seed, wanted)
     with collective_errors(groups):
-        split = apply_plan(new.model, plan, groups.tp, groups.pp.rank)
-        fill(split, plan, groups.tp.rank)
-    split.partita_origin = Origin(new.sources, new.tensors, config=plain)
-    return finish(split, plan, groups)
+        part = apply_plan(new.model, plan, groups.tp, groups.pp.rank)
+        fill(part, plan, groups.tp.rank)
+    part.partita_origin = Origin(new.sources, new.tensors, config=plain)
+    return finish(part, plan, groups)
 
 
 def _built(config: Mapping[str, Any], seed: int) -> nn.Module:

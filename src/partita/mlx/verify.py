@@ -7,27 +7,26 @@ import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
 from partita.checkpoint.find import find_model
-from partita.core.layout.layout import PipelineParallelLayerLayout
-from partita.core.layout.placement import Placement
-from partita.core.plan import Plan, mesh_of
+from partita.core.plan import Plan
+from partita.core.request import SplitArguments, SplitRequest
 from partita.errors import CheckpointError, ModelError
 from partita.mlx.collectives.collective_errors import collective_errors
 from partita.mlx.collectives.groups import ParallelGroups, make_groups, single_groups
 from partita.mlx.generate import generate
-from partita.mlx.load import as_dtype, fitted, load, refuse_device, shard
+from partita.mlx.load import choose_plan, load, refuse_device, shard
 from partita.mlx.model.config import read_mlx_config
 from partita.mlx.model.mlx_lm_models import build, describe
 from partita.mlx.model.parts import main_output, plan_of
 from partita.mlx.model.sliding_window import refuse_beyond_window
 from partita.mlx.proof.compare import compare, compare_parameters, gradients
-from partita.mlx.proof.family import fill, plan_of_model, prove_unless_proven, runs, sample_inputs
+from partita.mlx.proof.family import fill, runs, sample_inputs
 from partita.mlx.proof.reference import reference_of, unchecked
 from partita.mlx.proof.rounding import (
     compare_rounding,
@@ -39,6 +38,7 @@ from partita.mlx.proof.rounding import (
 )
 from partita.mlx.proof.stages import refuse_undecodable
 from partita.mlx.train import train
+from partita.mlx.weights.fill import as_dtype
 from partita.proof.report import (
     Collected,
     IsTie,
@@ -73,12 +73,6 @@ def verify(
     model: str | os.PathLike[str],
     plan: Plan | None = None,
     *,
-    tp: int = 1,
-    pp: int = 1,
-    dp: int = 1,
-    layout: str | PipelineParallelLayerLayout | None = None,
-    vpp: int | None = None,
-    placement: Placement = "loop",
     schedule: str | None = None,
     group_size: int | None = None,
     microbatches: int = 1,
@@ -86,6 +80,7 @@ def verify(
     dtype: str | Sequence[str] | None = None,
     device: None = None,
     trust_remote_code: bool = False,
+    **split: Unpack[SplitArguments],
 ) -> Report:
     """Compare the split model with the unsplit one: every module's output, every gradient, generated tokens, and training.
 
@@ -115,9 +110,8 @@ def verify(
         PartitaError: The model cannot be split this way, or is one that mlx-lm runs without its sliding window and this is too
             small for what is compared.
     """
-    mesh = mesh_of(plan, dp, pp, tp)
-    if plan is not None:
-        layout, vpp, placement = plan.layout, None, plan.placement
+    how = SplitRequest.of(plan, split)
+    mesh = how.mesh
     groups = make_groups(mesh)
     settings = verification_settings(steps, microbatches, mesh.dp, schedule, group_size)
     names = list(dict.fromkeys([dtype] if isinstance(dtype, str) else dtype or ["float32"]))
@@ -132,40 +126,61 @@ def verify(
     rows: list[Row] = []
     skipped: list[Skip] = []
     for name in names:
-        with collective_errors(groups), unchecked():
-            wanted = as_dtype(name) or mx.float32
-            unsplit = _unsplit(folder, wanted)
-            inputs = sample_inputs(unsplit)
-            try:
-                mx.eval(main_output(unsplit(inputs)))
-            except Exception as error:
-                raise ModelError(f"mlx-lm itself does not run this model: {describe(error)}") from error
-            # The model determines whether it is quantized: random weights are not.
-            config = {key: value for key, value in read_mlx_config(folder).items() if key != "quantization"}
-            if plan is None:
-                made = plan_of_model(unsplit, mesh, layout, config=config, vpp=vpp, placement=placement)
-            else:
-                made = prove_unless_proven(unsplit, fitted(plan, unsplit, config))
-            refuse_beyond_window(made.spec, inputs.shape[1] + NEW_TOKENS, "what is compared")
-            whole = shard(copy.deepcopy(unsplit), groups=single_groups())
-            can_learn = runs(gradients, unsplit, inputs)
-        split = shard(copy.deepcopy(unsplit), made, groups=groups)
         found = Collected(name)
-        exact = in_wide_dtype(unsplit) if wanted.size == 2 and not is_quantized(unsplit) else None
-        _compare_forward(exact, unsplit, split, inputs, settings, can_learn, TOLERANCES[wanted], found)
-        is_close = no_tie if exact is None else partial(is_tie, copy.deepcopy(exact), unsplit)
-        _compare_tokens(whole, split, inputs, is_close, found)
-        if steps and can_learn:
-            exact = None if exact is None else shard(exact, groups=single_groups())
-            _compare_training(exact, whole, split, groups, settings, STEPS_TOLERANCES[wanted], found)
-        elif steps:
-            found.skip("loss", "parameter", why=NO_GRADIENTS)
+        with collective_errors(groups), unchecked():
+            unsplit, inputs, config = _unsplit(folder, as_dtype(name) or mx.float32)
+            made = choose_plan(unsplit, plan, how, config)
+            refuse_beyond_window(made.spec, inputs.shape[1] + NEW_TOKENS, "what is compared")
+        _compare(unsplit, made, groups, inputs, settings, found, trains=steps > 0)
         expect_all(found, steps)
         rows += found.rows
         skipped += found.skipped
     size = f"{made.spec.parameters:,} parameters"
     what = f"{type(unsplit).__name__} ({made.spec.family}), {size}, {', '.join(names)}, {mesh}, MLX"
     return Report(tuple(rows), what, tuple(skipped), reference=reference)
+
+
+def _unsplit(folder: Path, dtype: mx.Dtype) -> tuple[nn.Module, mx.array, dict[str, Any]]:
+    """The unsplit model, inputs that it runs, and its config without a quantization.
+
+    Raises:
+        ModelError: mlx-lm itself does not run it.
+    """
+    unsplit = _with_weights(folder, dtype)
+    inputs = sample_inputs(unsplit)
+    try:
+        mx.eval(main_output(unsplit(inputs)))
+    except Exception as error:
+        raise ModelError(f"mlx-lm itself does not run this model: {describe(error)}") from error
+    # The model determines whether it is quantized: random weights are not.
+    return unsplit, inputs, {key: value for key, value in read_mlx_config(folder).items() if key != "quantization"}
+
+
+def _compare(
+    unsplit: nn.Module,
+    plan: Plan,
+    groups: ParallelGroups,
+    inputs: mx.array,
+    settings: TrainSettings,
+    found: Collected,
+    *,
+    trains: bool,
+) -> None:
+    """Compare everything in one dtype; `unsplit` is left as it is."""
+    wanted = as_dtype(found.dtype) or mx.float32
+    with collective_errors(groups), unchecked():
+        whole = shard(copy.deepcopy(unsplit), groups=single_groups())
+        can_learn = runs(gradients, unsplit, inputs)
+    split = shard(copy.deepcopy(unsplit), plan, groups=groups)
+    exact = in_wide_dtype(unsplit) if wanted.size == 2 and not is_quantized(unsplit) else None
+    _compare_forward(exact, unsplit, split, inputs, settings, can_learn, TOLERANCES[wanted], found)
+    is_close = no_tie if exact is None else partial(is_tie, copy.deepcopy(exact), unsplit)
+    _compare_tokens(whole, split, inputs, is_close, found)
+    if trains and can_learn:
+        exact = None if exact is None else shard(exact, groups=single_groups())
+        _compare_training(exact, whole, split, groups, settings, STEPS_TOLERANCES[wanted], found)
+    elif trains:
+        found.skip("loss", "parameter", why=NO_GRADIENTS)
 
 
 def _compare_forward(
@@ -198,7 +213,7 @@ def _compare_forward(
         found.skip("gradient", why=NO_GRADIENTS)
 
 
-def _unsplit(folder: Path, dtype: Any) -> nn.Module:
+def _with_weights(folder: Path, dtype: mx.Dtype) -> nn.Module:
     """The unsplit model with its own weights, or with random ones if there are none."""
     try:
         if folder.is_dir():

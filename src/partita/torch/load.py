@@ -6,7 +6,7 @@ import copy
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import nn
@@ -19,9 +19,9 @@ from partita.checkpoint.read import Reader
 from partita.checkpoint.unused import Unused
 from partita.core.layout.layout import PipelineParallelLayerLayout
 from partita.core.layout.placement import Placement
-from partita.core.mesh import Mesh
 from partita.core.model.mtp import with_mtp
-from partita.core.plan import Plan, mesh_of
+from partita.core.plan import Plan
+from partita.core.request import SplitArguments, SplitRequest
 from partita.errors import ModelError
 from partita.generation.generation_config import FILE_NAME, read_generation
 from partita.notes import note
@@ -47,18 +47,13 @@ def load(
     model: str | os.PathLike[str],
     plan: Plan | None = None,
     *,
-    tp: int = 1,
-    pp: int = 1,
-    dp: int = 1,
-    layout: str | list[Any] | PipelineParallelLayerLayout | None = None,
-    vpp: int | None = None,
-    placement: Placement = "loop",
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
     groups: ParallelGroups | None = None,
     verify: bool = True,
+    **split: Unpack[SplitArguments],
 ) -> nn.Module:
     """Load this rank's part of a model. It is called like the unsplit model, with the same results on every rank.
 
@@ -90,8 +85,8 @@ def load(
         torch.Size([1, 5, 257])
     """
     init_process_group()
-    mesh = mesh_of(plan, dp, pp, tp)
-    groups = groups if groups is not None else make_groups(mesh)
+    how = SplitRequest.of(plan, split)
+    groups = groups if groups is not None else make_groups(how.mesh)
     with collective_errors(groups):
         folder = find_model(model, code=trust_remote_code)
         if verify:
@@ -107,7 +102,7 @@ def load(
     if tied_names(built):
         _compare_tied(built, checkpoint, shapes, groups)
     with collective_errors(groups):
-        plan = choose_plan(built, plan, mesh, layout, vpp, placement)
+        plan = choose_plan(built, plan, how)
         attach_mtp(built, plan)
         sources, unused = sources_for_reading(built, shapes)
         add_twins(built, sources)
@@ -119,12 +114,12 @@ def load(
     with collective_errors(groups), Reader(checkpoint) as reader:
         place = as_device(device)
         make_unsaved_buffers(built, place)
-        split = apply_plan(built, plan, groups)
-        total = sum(t.numel() * t.itemsize for t in split.state_dict(keep_vars=True).values())
+        part = apply_plan(built, plan, groups)
+        total = sum(t.numel() * t.itemsize for t in part.state_dict(keep_vars=True).values())
         fill = CheckpointFill(reader, checkpoint.tensors, sources, unsplit, progress, total)
-        filled = materialize(split, plan, groups, fill, place)
-    split.partita_unused = rest  # type: ignore[assignment]
-    return filled.check(finish(split, plan, groups))
+        filled = materialize(part, plan, groups, fill, place)
+    part.partita_unused = rest  # type: ignore[assignment]
+    return filled.check(finish(part, plan, groups))
 
 
 def shard(
@@ -162,10 +157,10 @@ def shard(
     """
     if not isinstance(model, nn.Module):
         raise ModelError(f"model must be a module in memory; got {model!r:.100}. Use load() for a folder or a hub id.")
-    mesh = mesh_of(plan, dp, pp, tp)
-    groups = groups if groups is not None else make_groups(mesh)
+    how = SplitRequest.of(plan, {"tp": tp, "pp": pp, "dp": dp, "layout": layout, "vpp": vpp, "placement": placement})
+    groups = groups if groups is not None else make_groups(how.mesh)
     with collective_errors(groups):
-        plan = choose_plan(model, plan, mesh, layout, vpp, placement)
+        plan = choose_plan(model, plan, how)
         if plan.num_mtp:
             raise ModelError("a model in memory has no layers of multi-token prediction (m). Use fresh() or load().")
     with collective_errors(groups):
@@ -173,16 +168,14 @@ def shard(
     return finish(split, plan, groups)
 
 
-def choose_plan(
-    model: nn.Module, plan: Plan | None, mesh: Mesh, layout: Any, vpp: int | None, placement: Placement
-) -> Plan:
-    """Return `plan`, or a plan created from the unsplit `model`, after verifying it for the model.
+def choose_plan(model: nn.Module, plan: Plan | None, how: SplitRequest) -> Plan:
+    """Return `plan`, or a plan of the unsplit `model` created as `how` says, after verifying it for the model.
 
     Raises:
         PartitaError: The plan fails, or none passes.
     """
     if plan is None:
-        plan = plan_of_model(model, mesh, layout, vpp=vpp, placement=placement)
+        plan = plan_of_model(model, how.mesh, how.layout, vpp=how.vpp, placement=how.placement)
     elif plan.spec.tied != {*(ties := tied_names(model)), *ties.values()}:
         # The plan was created from a config that ties other tensors than the model.
         if difference := plan.spec.first_difference(with_mtp(spec_of(model), plan.num_mtp)):

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import nn
 
 from partita.checkpoint.find import find_model
-from partita.core.layout.layout import PipelineParallelLayerLayout
-from partita.core.layout.placement import Placement
-from partita.core.plan import Plan, mesh_of
+from partita.core.plan import Plan
+from partita.core.request import SplitArguments, SplitRequest
 from partita.core.sharding.split import check_sizes
 from partita.torch.collectives.collective_errors import collective_errors
 from partita.torch.collectives.groups import ParallelGroups, init_process_group, make_groups
@@ -30,17 +29,12 @@ def fresh(
     config: str | os.PathLike[str] | Mapping[str, Any] | Any,
     plan: Plan | None = None,
     *,
-    tp: int = 1,
-    pp: int = 1,
-    dp: int = 1,
-    layout: str | list[Any] | PipelineParallelLayerLayout | None = None,
-    vpp: int | None = None,
-    placement: Placement = "loop",
     seed: int = 0,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     groups: ParallelGroups | None = None,
     trust_remote_code: bool = False,
+    **split: Unpack[SplitArguments],
 ) -> nn.Module:
     """Create this rank's part of a new model. The same seed gives the same unsplit weights on every mesh.
 
@@ -69,20 +63,20 @@ def fresh(
     """
     init_process_group()
     check_sizes(0, seed=seed)
-    mesh = mesh_of(plan, dp, pp, tp)
-    groups = groups if groups is not None else make_groups(mesh)
+    how = SplitRequest.of(plan, split)
+    groups = groups if groups is not None else make_groups(how.mesh)
     with collective_errors(groups):
         source = config
         if isinstance(config, (str, os.PathLike)):
             source = find_model(config, weights=False, code=trust_remote_code)
         read = read_config(source, groups, trust_remote_code=trust_remote_code)
         built = build_on_meta(read, as_dtype(dtype), trust_remote_code=trust_remote_code)
-        plan = choose_plan(built, plan, mesh, layout, vpp, placement)
+        plan = choose_plan(built, plan, how)
         attach_mtp(built, plan)
         recipes = record_initialization(built)
     with collective_errors(groups):
         place = as_device(device)
         make_unsaved_buffers(built, place)
-        split = apply_plan(built, plan, groups)
-        filled = materialize(split, plan, groups, FreshFill(recipes, seed), place)
-    return filled.check(finish(split, plan, groups))
+        part = apply_plan(built, plan, groups)
+        filled = materialize(part, plan, groups, FreshFill(recipes, seed), place)
+    return filled.check(finish(part, plan, groups))

@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +15,9 @@ from torch import Tensor, nn
 from partita.checkpoint.facts import stored_dtype
 from partita.checkpoint.find import find_model
 from partita.checkpoint.index import open_checkpoint
-from partita.core.layout.layout import PipelineParallelLayerLayout
-from partita.core.layout.placement import Placement
 from partita.core.mesh import Mesh
-from partita.core.plan import Plan, mesh_of
+from partita.core.plan import Plan
+from partita.core.request import SplitArguments, SplitRequest
 from partita.errors import CheckpointError
 from partita.proof.report import (
     Collected,
@@ -65,12 +64,6 @@ def verify(
     model: str | os.PathLike[str],
     plan: Plan | None = None,
     *,
-    tp: int = 1,
-    pp: int = 1,
-    dp: int = 1,
-    layout: str | PipelineParallelLayerLayout | None = None,
-    vpp: int | None = None,
-    placement: Placement = "loop",
     schedule: str | None = None,
     group_size: int | None = None,
     microbatches: int = 1,
@@ -78,6 +71,7 @@ def verify(
     dtype: str | Sequence[str] | None = None,
     device: torch.device | str | None = None,
     trust_remote_code: bool = False,
+    **split: Unpack[SplitArguments],
 ) -> Report:
     """Compare the split model with the unsplit one: every module's output, every gradient, generated tokens, and training.
 
@@ -111,9 +105,8 @@ def verify(
         PartitaError: The model cannot be split this way.
     """
     init_process_group()
-    mesh = mesh_of(plan, dp, pp, tp)
-    if plan is not None:
-        layout, vpp, placement = plan.layout, None, plan.placement
+    how = SplitRequest.of(plan, split)
+    mesh = how.mesh
     groups = make_groups(mesh)
     settings = verification_settings(steps, microbatches, mesh.dp, schedule, group_size)
     with collective_errors(groups):
@@ -131,7 +124,7 @@ def verify(
             required = _required_bytes(built, wanted) * _ranks_on(place, mesh)
         fits = all(gather_from_all(groups, required <= _free_bytes(place) * MEMORY_SHARE))
         with collective_errors(groups):
-            small, instead = (None, "") if fits else _small_instead(built, mesh, layout, vpp, wanted)
+            small, instead = (None, "") if fits else _small_instead(built, how, wanted)
         if small is not None:
             unsplit = small.to(place)
         else:
@@ -139,11 +132,11 @@ def verify(
         for parameter in unsplit.parameters():
             parameter.requires_grad_(parameter.is_floating_point())
         with collective_errors(groups):
-            made = choose_plan(unsplit, plan if small is None else None, mesh, layout, vpp, placement)
-            split = finish(apply_plan(copy.deepcopy(unsplit), made, groups), made, groups)
+            made = choose_plan(unsplit, plan if small is None else None, how)
+            part = finish(apply_plan(copy.deepcopy(unsplit), made, groups), made, groups)
         found = Collected(name_of(wanted))
         compare_in = _compare_in_float64 if wanted == torch.float64 else _compare_rounding
-        compare_in(unsplit, split, settings if steps else None, found)
+        compare_in(unsplit, part, settings if steps else None, found)
         expect_all(found, steps)
         rows += found.rows
         skipped += found.skipped
@@ -177,16 +170,15 @@ def _ranks_on(device: torch.device, mesh: Mesh) -> int:
     return 1 if device.type == "cuda" and has_own_gpu() else mesh.size
 
 
-def _small_instead(
-    built: nn.Module, mesh: Mesh, layout: str | PipelineParallelLayerLayout | None, vpp: int | None, dtype: torch.dtype
-) -> tuple[nn.Module, str]:
+def _small_instead(built: nn.Module, how: SplitRequest, dtype: torch.dtype) -> tuple[nn.Module, str]:
     """A small model on the CPU to compare in place of `built`, which is too large, and a note about it.
 
     It has as many layers as the layout, or as stages, so that its plan has the shape of the large model's.
     """
     spec = spec_of(built)
-    stages = mesh.pp * (vpp or 1)
-    small = small_model(built, spec.num_heads, layers=spec.num_layers if layout is not None else stages, dtype=dtype)
+    mesh, stages = how.mesh, how.mesh.pp * (how.vpp or 1)
+    layers = stages if how.layout is None else spec.num_layers
+    small = small_model(built, spec.num_heads, layers=layers, dtype=dtype)
     layers = spec_of(small).num_layers
     return small, (
         f"A small model with {layers} of {spec.num_layers} layers, the same heads and random weights was compared: the "

@@ -15,7 +15,7 @@ from partita.core.mesh import Mesh
 from partita.core.model.mtp import with_mtp
 from partita.core.model.spec import ModelSpec, read_config
 from partita.core.plan import Plan
-from partita.core.request import PlanRequest
+from partita.core.request import PlanRequest, SplitRequest
 from partita.core.sharding.rules import Rules
 from partita.errors import ModelError, PlanError, UnknownFamilyError
 from partita.notes import note
@@ -169,9 +169,8 @@ def _try_stages(config: dict[str, Any], request: PlanRequest) -> None:
     from partita.torch.load import choose_plan
     from partita.torch.model.transformers_models import build_on_meta, read_hf_config
 
-    mesh = Mesh(pp=request.mesh.pp)
-    built = build_on_meta(read_hf_config(config))
-    choose_plan(built, None, mesh, request.layout, request.vpp, request.placement)
+    how = SplitRequest(Mesh(pp=request.mesh.pp), request.layout, request.vpp, request.placement)
+    choose_plan(build_on_meta(read_hf_config(config)), None, how)
 
 
 def read_tokenizer(folder: Path, *, trust_remote_code: bool) -> Tokenizer:
