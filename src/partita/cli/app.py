@@ -2,36 +2,34 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
 from collections.abc import Callable
 from typing import Annotated, Any, NoReturn
 
 import typer
-from typer.core import TyperGroup
 
 from partita import __version__
 from partita.cli import launch
 from partita.cli.arguments.command import add_command
-from partita.cli.demo import demo
+from partita.cli.demo import DemoOptions, demo
 from partita.cli.generate import GenerateJob, GenerateOptions, generate
 from partita.cli.job import Job
-from partita.cli.layout import layout
+from partita.cli.layout import LayoutOptions, layout
 from partita.cli.plan import PlanCommandOptions, plan
 from partita.cli.reference import reference
-from partita.cli.schedule import schedule
-from partita.cli.terminal.console import examples, replace_unprintable
+from partita.cli.schedule import ScheduleOptions, schedule
+from partita.cli.terminal.console import OutputClosed, examples, replace_unprintable
 from partita.cli.terminal.failure import fail
+from partita.cli.terminal.help import HelpGroup
 from partita.cli.terminal.messages import routed
 from partita.cli.train import TrainOptions, train
 from partita.cli.train_job import TrainJob
 from partita.cli.verify import VerifyJob, VerifyOptions, verify
 from partita.ranks import rank_process, schedulers
-from partita.ranks.failure import Failure
 
 
-class _Commands(TyperGroup):
+class _Commands(HelpGroup):
     """End a command that raised with one message and an exit code, and a traceback only with `--debug`."""
 
     def invoke(self, ctx: Any) -> Any:
@@ -94,26 +92,30 @@ def options(
     """Options of every command."""
 
 
-app.command(
-    epilog=examples('partita layout "Et*3|(tt|)*29,m|L" --pp 16', 'partita layout "E|t*8|t*8|L" --pp 2 --json')
-)(layout)
+add_command(
+    app, layout, LayoutOptions, name="layout",
+    epilog=examples('partita layout "Et*3|(tt|)*29,m|L" --pp 16', 'partita layout "E|t*8|t*8|L" --pp 2 --json'),
+)  # fmt: skip
 add_command(
     app, plan, PlanCommandOptions, name="plan",
     epilog=examples(
         "partita plan meta-llama/Llama-3.1-8B --tp 4",
         'partita plan config.json --tp 8 --pp 4 --layout "E(t*7|)*6t*7|t*10L"',
         "partita plan ./my-model --tp 3 --tensors",
-        "partita plan ./my-model --tp 2 --save plan.json; partita plan --plan plan.json",
+        "partita plan ./my-model --tp 2 --save plan.json",
+        "partita plan --plan plan.json",
     ),
 )  # fmt: skip
-app.command(
+add_command(
+    app, schedule, ScheduleOptions, name="schedule",
     epilog=examples(
         "partita schedule --kind 1f1b --pp 4 --microbatches 8",
         "partita schedule --kind zb-h1 --pp 8 --microbatches 24 --f 12 --b 11.5 --w 8 --comm 0.4 --picture zb-h1.svg",
         "partita schedule --kind interleaved-1f1b --pp 4 --vpp 2 --microbatches 8 --f 3,4,4,4,4,4,4,3 --json",
-        "partita schedule --kind gpipe --pp 2 --microbatches 4 --csv > mine.csv; partita schedule --from mine.csv",
-    )
-)(schedule)
+        "partita schedule --kind gpipe --pp 2 --microbatches 4 --csv > mine.csv",
+        "partita schedule --from mine.csv",
+    ),
+)  # fmt: skip
 add_command(
     app, generate, GenerateOptions, name="generate",
     epilog=examples(
@@ -138,7 +140,9 @@ add_command(
         "partita verify config.json --tp 3 --dtype float32 --json",
     ),
 )  # fmt: skip
-app.command(epilog=examples("partita demo", "partita demo --steps 400 --out runs/demo"))(demo)
+add_command(
+    app, demo, DemoOptions, name="demo", epilog=examples("partita demo", "partita demo --steps 400 --out runs/demo")
+)  # fmt: skip
 app.command("reference", hidden=True)(reference)
 
 JOBS: dict[str, type[Job]] = {job.__name__: job for job in (GenerateJob, TrainJob, VerifyJob)}
@@ -152,22 +156,11 @@ def main() -> None:
     file = os.environ.pop(launch.JOB, None)
     if file is not None:
         _main_of_rank(file)
-    stdout = _stdout()
     try:
         app(prog_name="partita")
-    except SystemExit:
-        if _stdout() != stdout:
-            sys.exit(Failure.CLOSED)
-        raise
+    except OutputClosed as error:  # of `partita --help`, which runs no command
+        sys.exit(fail(error, debug=False))
     sys.exit(0)
-
-
-def _stdout() -> tuple[int, int] | None:
-    """What stdout is: rich opens /dev/null in its place where nobody reads the help any more, and exits with 1."""
-    with contextlib.suppress(OSError, ValueError):
-        status = os.fstat(sys.stdout.fileno())
-        return status.st_dev, status.st_ino
-    return None
 
 
 def _main_of_rank(file: str) -> NoReturn:

@@ -47,8 +47,11 @@ SPLIT = ("--tp", "2", "--pp", "2")
 SCHEDULE = ("--schedule", "zb-h1", "--microbatches", "4")
 
 
-def demo(
-    steps: Annotated[int, typer.Option(min=1, help="Of training.")] = 300,
+@dataclass(frozen=True, kw_only=True)
+class DemoOptions:
+    """The options of `partita demo`."""
+
+    steps: Annotated[int, typer.Option(min=1, help="Train this many steps.")] = 300
     out_folder: Annotated[
         Path | None,
         typer.Option(
@@ -57,17 +60,19 @@ def demo(
             help="Save the model in this folder (default: a new folder in runs/).",
             show_default=False,
         ),
-    ] = None,
-) -> None:
+    ] = None
+
+
+def demo(options: DemoOptions) -> None:
     """Train a small Llama over four ranks, save it, load it split and unsplit, and prove that both are equal.
 
     The ranks are two pipeline stages of two tensor ranks each. It takes about two minutes on two cores and needs no network.
     """
-    folder = out_folder if out_folder is not None else _new_folder()
+    folder = options.out_folder if options.out_folder is not None else _new_folder()
     story = _Story(folder)
     story.plan()
     story.schedule()
-    story.train(steps)
+    story.train(options.steps)
     story.generate()
     story.verify()
     story.mlx()

@@ -16,7 +16,7 @@ from partita.cli import launch
 from partita.cli.arguments import inputs
 from partita.cli.arguments.engine import choose_engine
 from partita.cli.arguments.model import plan_early, read_tokenizer, refuse_device, request_of
-from partita.cli.arguments.options import ModelArgument, PlanOptions, RunOptions, WeightsDtype
+from partita.cli.arguments.options import OUTPUT, WEIGHTS, ModelArgument, PlanOptions, RunOptions, WeightsDtype
 from partita.cli.job import Job
 from partita.cli.terminal.console import err, mesh_name, out, plural, print_json, write
 from partita.cli.terminal.messages import hold, release
@@ -27,7 +27,7 @@ from partita.errors import ModelError, PlanError
 from partita.generation import Generation, Sampling
 from partita.ranks import environment
 
-SAMPLING = "Sampling"
+SAMPLING, TEXT = "Sampling", "Text"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,10 @@ class TextOptions(PlanOptions):
     max_new_tokens: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Generate at most this many tokens (default: the model's limit, else 64).", show_default=False
+            min=1,
+            help="Generate at most this many tokens (default: the model's limit, else 64).",
+            show_default=False,
+            rich_help_panel=TEXT,
         ),
     ] = None
     prompt_file: Annotated[
@@ -52,6 +55,7 @@ class TextOptions(PlanOptions):
             help="Read a prompt from this file, or from standard input (`-`). Repeatable.",
             parser=inputs.existing_file,
             show_default=False,
+            rich_help_panel=TEXT,
         ),
     ] = None
     temperature: Annotated[
@@ -174,9 +178,17 @@ class TextOptions(PlanOptions):
     seed: Annotated[int, typer.Option(help="Sampling seed.", rich_help_panel=SAMPLING)] = 0
     stop: Annotated[
         list[str] | None,
-        typer.Option("--stop", metavar="TEXT", help="Stop generating at this text. Repeatable.", show_default=False),
+        typer.Option(
+            "--stop",
+            metavar="TEXT",
+            help="Stop generating at this text. Repeatable.",
+            show_default=False,
+            rich_help_panel=TEXT,
+        ),
     ] = None
-    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Continue past the model's end token.")] = False
+    ignore_eos: Annotated[
+        bool, typer.Option("--ignore-eos", help="Continue past the model's end token.", rich_help_panel=TEXT)
+    ] = False
     adapters: Annotated[
         Path | None,
         typer.Option(
@@ -186,11 +198,16 @@ class TextOptions(PlanOptions):
             exists=True,
             file_okay=False,
             show_default=False,
+            rich_help_panel=WEIGHTS,
         ),
     ] = None
     no_verify: Annotated[
         bool,
-        typer.Option("--no-verify", help="Do not compare the files of a training checkpoint with their checksums."),
+        typer.Option(
+            "--no-verify",
+            help="Do not compare the files of a training checkpoint with their checksums.",
+            rich_help_panel=WEIGHTS,
+        ),
     ] = False
     dtype: WeightsDtype = None
 
@@ -199,7 +216,9 @@ class TextOptions(PlanOptions):
 class GenerateOptions(RunOptions, TextOptions):
     """The options of `partita generate`."""
 
-    no_stream: Annotated[bool, typer.Option("--no-stream", help="Print each text only when it is complete.")] = False
+    no_stream: Annotated[
+        bool, typer.Option("--no-stream", help="Print each text only when it is complete.", rich_help_panel=OUTPUT)
+    ] = False
 
 
 def generate(options: GenerateOptions) -> None:

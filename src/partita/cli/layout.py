@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import typer
@@ -15,7 +16,10 @@ MAX_ROWS = 400
 """The largest number of stages that are printed; JSON has all of them."""
 
 
-def layout(
+@dataclass(frozen=True, kw_only=True)
+class LayoutOptions:
+    """The options of `partita layout`."""
+
     text: Annotated[
         str,
         typer.Argument(
@@ -24,17 +28,19 @@ def layout(
             "x*n and (...)*n repeat.",
             show_default=False,
         ),
-    ],
-    pp: Annotated[int, typer.Option("--pp", help="Pipeline ranks.", show_default=False)],
-    as_json: AsJson = False,
-) -> None:
+    ]
+    pp: Annotated[int, typer.Option("--pp", help="Pipeline ranks.", show_default=False)]
+    as_json: AsJson = False
+
+
+def layout(options: LayoutOptions) -> None:
     """Show the stages of a pipeline layout and the ids of their layers."""
-    made = Layout(text, pp)
-    if as_json:
+    made = Layout(options.text, options.pp)
+    if options.as_json:
         print_json(
             {
                 "layout": str(made),
-                "pp": pp,
+                "pp": options.pp,
                 "vpp": made.virtual_pipeline_model_parallel_size,
                 "num_layers": made.flatten_layout.count(LayerType.decoder),
                 "mtp_num_layers": made.flatten_layout.count(LayerType.mtp),

@@ -11,7 +11,7 @@ import typer
 from partita.checkpoint.facts import dtype_note, stored_dtype_at
 from partita.cli.arguments.engine import EngineChoice, choose_engine
 from partita.cli.arguments.model import find_config, make_plan, refuse_other_model, request_of
-from partita.cli.arguments.options import AsJson, PlanOptions, TrustRemoteCode
+from partita.cli.arguments.options import OUTPUT, WEIGHTS, AsJson, PlanOptions, TrustRemoteCode
 from partita.cli.terminal.console import err, print_json
 from partita.cli.terminal.timeline import check_file
 from partita.core.model.spec import read_config
@@ -32,9 +32,18 @@ class PlanCommandOptions(PlanOptions):
             show_default=False,
         ),
     ] = None
-    tensors: Annotated[bool, typer.Option("--tensors", help="List how every tensor is split.")] = False
+    tensors: Annotated[
+        bool, typer.Option("--tensors", help="List how every tensor is split.", rich_help_panel=OUTPUT)
+    ] = False
     save: Annotated[
-        Path | None, typer.Option("--save", metavar="FILE", help="Write the complete plan as JSON.", show_default=False)
+        Path | None,
+        typer.Option(
+            "--save",
+            metavar="FILE",
+            help="Write the complete plan as JSON.",
+            show_default=False,
+            rich_help_panel=OUTPUT,
+        ),
     ] = None
     engine: Annotated[
         EngineChoice | None,
@@ -42,6 +51,7 @@ class PlanCommandOptions(PlanOptions):
             "--engine",
             help="Plan for the model of this engine; mlx has its own (default: Hugging Face's, which needs no engine).",
             show_default=False,
+            rich_help_panel=WEIGHTS,
         ),
     ] = None
     trust_remote_code: TrustRemoteCode = False

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from partita.cli.arguments import inputs
-from partita.cli.arguments.options import AsJson
+from partita.cli.arguments.options import OUTPUT, AsJson
 from partita.cli.terminal.console import out, print_json, write
 from partita.cli.terminal.timeline import check_file
 from partita.errors import ScheduleError
@@ -28,37 +29,55 @@ from partita.schedule import (
 )
 
 COSTS = "Costs, all in the same unit of time"
-FILES = "Files"
+SCHEDULE = "Schedule"
 MAX_LISTED = 32
 """The largest number of ranks whose peaks are printed; JSON has all of them."""
 
 
-def schedule(
+@dataclass(frozen=True, kw_only=True)
+class ScheduleSource:
+    """Options that specify a schedule: a kind and its sizes, or a file."""
+
     kind: Annotated[
         str | None,
         typer.Option(
             "--kind",
-            metavar="KIND",
             help="\n\n".join(f"[bold]{name}[/bold]: {what}" for name, what in KINDS.items()),
+            metavar="KIND",
             show_default=False,
+            rich_help_panel=SCHEDULE,
         ),
-    ] = None,
-    pp: Annotated[int | None, typer.Option("--pp", help="Pipeline ranks.", show_default=False)] = None,
+    ] = None
+    pp: Annotated[
+        int | None, typer.Option("--pp", help="Pipeline ranks.", show_default=False, rich_help_panel=SCHEDULE)
+    ] = None
     microbatches: Annotated[
-        int | None, typer.Option("--microbatches", help="Number of micro-batches of a step.", show_default=False)
-    ] = None,
+        int | None,
+        typer.Option(
+            "--microbatches",
+            help="Number of micro-batches of a step.",
+            show_default=False,
+            rich_help_panel=SCHEDULE,
+        ),
+    ] = None
     vpp: Annotated[
         int | None,
-        typer.Option("--vpp", help="Stages per rank (default: the usual number of the kind).", show_default=False),
-    ] = None,
+        typer.Option(
+            "--vpp",
+            help="Stages per rank (default: the usual number of the kind).",
+            show_default=False,
+            rich_help_panel=SCHEDULE,
+        ),
+    ] = None
     group_size: Annotated[
         int | None,
         typer.Option(
             "--group-size",
             help="For interleaved-1f1b: run this many micro-batches on a stage before the rank's next stage (default: --pp).",
             show_default=False,
+            rich_help_panel=SCHEDULE,
         ),
-    ] = None,
+    ] = None
     source: Annotated[
         Path | None,
         typer.Option(
@@ -67,8 +86,23 @@ def schedule(
             help="Read and check a schedule instead of --kind: one row per rank, cells like 2F0 (stage, F B W or BW, "
             "micro-batch).",
             show_default=False,
+            rich_help_panel=SCHEDULE,
         ),
-    ] = None,
+    ] = None
+
+    @property
+    def asked(self) -> dict[str, str | int | None]:
+        """The options that specify a schedule without a file, by name."""
+        return {
+            "--kind": self.kind, "--pp": self.pp, "--microbatches": self.microbatches, "--vpp": self.vpp,
+            "--group-size": self.group_size,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleOptions(ScheduleSource):
+    """The options of `partita schedule`."""
+
     f: Annotated[
         str,
         typer.Option(
@@ -77,94 +111,95 @@ def schedule(
             help="Forward time: one for all stages, or one per stage: 3,4,4.",
             rich_help_panel=COSTS,
         ),
-    ] = "1",
+    ] = "1"
     b: Annotated[
         str, typer.Option("--b", metavar="TIME", help="Input gradient time, likewise.", rich_help_panel=COSTS)
-    ] = "1",
+    ] = "1"
     w: Annotated[
         str,
         typer.Option(
             "--w", metavar="TIME", help="Weight gradient time, likewise; BW takes b + w.", rich_help_panel=COSTS
         ),
-    ] = "1",
+    ] = "1"
     comm: Annotated[
         float,
         typer.Option("--comm", metavar="TIME", help="Latency of a transfer between ranks.", rich_help_panel=COSTS),
-    ] = 0.0,
+    ] = 0.0
     lowered: Annotated[
-        bool, typer.Option("--lowered", help="Add sends and receives, and show steps instead of time.")
-    ] = False,
-    as_json: AsJson = False,
-    as_csv: Annotated[bool, typer.Option("--csv", help="Print the schedule in the form that --from reads.")] = False,
-    image: Annotated[
+        bool,
+        typer.Option(
+            "--lowered", help="Add sends and receives, and show steps instead of time.", rich_help_panel=OUTPUT
+        ),
+    ] = False
+    as_json: AsJson = False
+    as_csv: Annotated[
+        bool, typer.Option("--csv", help="Print the schedule in the form that --from reads.", rich_help_panel=OUTPUT)
+    ] = False
+    picture: Annotated[
         Path | None,
         typer.Option(
             "--picture",
             metavar="FILE",
             help="Draw the timeline as .svg or .png.",
-            rich_help_panel=FILES,
+            rich_help_panel=OUTPUT,
             show_default=False,
         ),
-    ] = None,
+    ] = None
     trace: Annotated[
         Path | None,
         typer.Option(
             "--trace",
             metavar="FILE.json",
             help="Write a trace for ui.perfetto.dev, with a millisecond for each unit of time.",
-            rich_help_panel=FILES,
+            rich_help_panel=OUTPUT,
             show_default=False,
         ),
-    ] = None,
-) -> None:
+    ] = None
+
+
+def schedule(options: ScheduleOptions) -> None:
     """Simulate a pipeline schedule: what each rank computes when, its bubble, and the micro-batches it keeps alive.
 
     The bubble is a fraction of the makespan (of all ranks, first start to last end) and of the longest span.
 
     A span is one rank's first start to its own last end: the bubble that remains where steps overlap at their ends.
     """
-    if as_json and as_csv:
+    if options.as_json and options.as_csv:
         raise ScheduleError("give --json or --csv, not both.")
-    if image is not None:
-        check_file("--picture", image, ".svg", ".png")
-    if trace is not None:
-        check_file("--trace", trace)
-    costs = Costs(_times("--f", f), _times("--b", b), _times("--w", w), comm)
-    made = _make(source, kind, pp, microbatches, vpp, group_size)
-    if lowered:
+    if options.picture is not None:
+        check_file("--picture", options.picture, ".svg", ".png")
+    if options.trace is not None:
+        check_file("--trace", options.trace)
+    costs = Costs(_times("--f", options.f), _times("--b", options.b), _times("--w", options.w), options.comm)
+    made = _make(options)
+    if options.lowered:
         made = lower(made, costs)
     timeline = simulate(made, costs)
-    name = f"{source or kind}, pp {made.num_ranks}, {_microbatches(made.num_microbatches)}"
-    if image is not None:
-        picture({name: timeline}, image)
-    if trace is not None:
-        trace.write_text(json.dumps(chrome_trace({name: timeline}, unit_us=1000.0)), encoding="utf-8")
-    if as_csv:
+    name = f"{options.source or options.kind}, pp {made.num_ranks}, {_microbatches(made.num_microbatches)}"
+    if options.picture is not None:
+        picture({name: timeline}, options.picture)
+    if options.trace is not None:
+        trace = json.dumps(chrome_trace({name: timeline}, unit_us=1000.0))
+        options.trace.write_text(trace, encoding="utf-8")
+    if options.as_csv:
         write(made.to_csv())
-    elif as_json:
-        print_json(_as_data(timeline, costs, kind))
+    elif options.as_json:
+        print_json(_as_data(timeline, costs, options.kind))
     else:
-        _show(timeline, name, lowered=lowered)
+        _show(timeline, name, lowered=options.lowered)
 
 
-def _make(
-    source: Path | None,
-    kind: str | None,
-    pp: int | None,
-    microbatches: int | None,
-    vpp: int | None,
-    group_size: int | None,
-) -> Schedule:
-    asked = {"--kind": kind, "--pp": pp, "--microbatches": microbatches, "--vpp": vpp, "--group-size": group_size}
+def _make(options: ScheduleSource) -> Schedule:
+    asked, source = options.asked, options.source
     if source is not None:
         given = [name for name, value in asked.items() if value is not None]
         if given:
             raise ScheduleError(f"--from {source} specifies the complete schedule: leave out {', '.join(given)}.")
         return _read(source)
-    if kind is None or pp is None or microbatches is None:
+    if options.kind is None or options.pp is None or options.microbatches is None:
         missing = [name for name, value in list(asked.items())[:3] if value is None]
         raise ScheduleError(f"{', '.join(missing)} missing: give --kind, --pp and --microbatches, or --from FILE.csv.")
-    return build(kind, pp, microbatches, vpp, group_size=group_size)
+    return build(options.kind, options.pp, options.microbatches, options.vpp, group_size=options.group_size)
 
 
 def _read(source: Path) -> Schedule:

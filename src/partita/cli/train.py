@@ -16,7 +16,9 @@ from partita.cli.arguments import elastic, inputs
 from partita.cli.arguments.engine import choose_engine
 from partita.cli.arguments.model import plan_early, refuse_device, request_of
 from partita.cli.arguments.options import (
+    OUTPUT,
     PIPELINE,
+    WEIGHTS,
     Microbatches,
     PlanOptions,
     RunOptions,
@@ -53,7 +55,7 @@ class MasterDtype(StrEnum):
     model = "model"
 
 
-OPTIMIZER, MEMORY, CHECKPOINTS = "Optimizer", "Memory and precision", "Checkpoints"
+DATA, OPTIMIZER, MEMORY, CHECKPOINTS = "Data and steps", "Optimizer", "Memory and precision", "Checkpoints"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,24 +70,47 @@ class TrainingOptions(PlanOptions):
             show_default=False,
             help="Train on a text file, a folder of text files, standard input (`-`), or `stdlib`, the sources of Python's "
             "standard library.",
+            rich_help_panel=DATA,
         ),
     ] = None
     config: Annotated[
         str | None,
-        typer.Option("--config", metavar="FILE", help="Train new, random weights for this config.", show_default=False),
+        typer.Option(
+            "--config",
+            metavar="FILE",
+            help="Train new, random weights for this config.",
+            show_default=False,
+            rich_help_panel=WEIGHTS,
+        ),
     ] = None
     model: Annotated[
         str | None,
-        typer.Option("--model", metavar="MODEL", help="Train the weights of this checkpoint.", show_default=False),
+        typer.Option(
+            "--model",
+            metavar="MODEL",
+            help="Train the weights of this checkpoint.",
+            show_default=False,
+            rich_help_panel=WEIGHTS,
+        ),
     ] = None
-    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 100
-    batch_size: Annotated[int, typer.Option(min=1, help="Sequences per step, over all replicas.")] = 8
-    sequence_length: Annotated[int, typer.Option(min=1, help="Tokens per sequence.")] = 128
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.", rich_help_panel=DATA)] = 100
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Sequences per step, over all replicas.", rich_help_panel=DATA)
+    ] = 8
+    sequence_length: Annotated[int, typer.Option(min=1, help="Tokens per sequence.", rich_help_panel=DATA)] = 128
     microbatches: Microbatches = None
-    seed: Annotated[int, typer.Option(help="Random seed of new weights and of the data order.")] = 0
+    seed: Annotated[
+        int, typer.Option(help="Random seed of new weights and of the data order.", rich_help_panel=DATA)
+    ] = 0
     out_folder: Annotated[
         Path | None,
-        typer.Option("--out", metavar="DIR", help="Save the trained model in this folder.", show_default=False),
+        typer.Option(
+            "--out",
+            metavar="DIR",
+            help="Save the trained model in this folder.",
+            show_default=False,
+            rich_help_panel=CHECKPOINTS,
+        ),
     ] = None
     save_every: Annotated[
         int | None,
@@ -143,7 +168,7 @@ class TrainingOptions(PlanOptions):
             "--picture",
             metavar="FILE",
             help="Draw the last step as measured and as simulated from its costs, as .svg or .png.",
-            rich_help_panel=PIPELINE,
+            rich_help_panel=OUTPUT,
             show_default=False,
         ),
     ] = None
@@ -153,7 +178,7 @@ class TrainingOptions(PlanOptions):
             "--trace",
             metavar="FILE.json",
             help="Write the last step as a trace for ui.perfetto.dev.",
-            rich_help_panel=PIPELINE,
+            rich_help_panel=OUTPUT,
             show_default=False,
         ),
     ] = None
@@ -178,7 +203,7 @@ class TrainingOptions(PlanOptions):
     lora_rank: Annotated[
         int | None,
         typer.Option(
-            "--lora-rank", min=1, help="Train adapters of this rank only.", rich_help_panel=MEMORY, show_default=False
+            "--lora-rank", min=1, help="Train adapters of this rank only.", rich_help_panel=WEIGHTS, show_default=False
         ),
     ] = None
     autocast: Annotated[

@@ -12,7 +12,16 @@ import typer
 from partita.cli import launch
 from partita.cli.arguments.engine import choose_engine
 from partita.cli.arguments.model import plan_early, refuse_device, request_of
-from partita.cli.arguments.options import Dtype, Microbatches, ModelArgument, PlanOptions, RunOptions, ScheduleKind
+from partita.cli.arguments.options import (
+    OUTPUT,
+    SPLIT,
+    Dtype,
+    Microbatches,
+    ModelArgument,
+    PlanOptions,
+    RunOptions,
+    ScheduleKind,
+)
 from partita.cli.arguments.stages import choose
 from partita.cli.job import Job
 from partita.cli.terminal.console import out, plural, print_json, runs
@@ -21,6 +30,8 @@ from partita.engine import open_engine
 from partita.proof.report import Report, Row
 from partita.ranks import environment
 from partita.ranks.failure import Failure
+
+COMPARISON = "Comparison"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,23 +43,30 @@ class VerifyOptions(RunOptions, PlanOptions):
         int,
         typer.Option(
             "--tp", min=1, help="Tensor parallel ranks (default: 2 if no other option splits the model, else 1).",
-            show_default=False,
-        ),
+            show_default=False, rich_help_panel=SPLIT),
     ] = 1  # fmt: skip
     schedule: ScheduleKind = None
     microbatches: Microbatches = None
     steps: Annotated[
-        int, typer.Option("--steps", min=0, help="Also compare this many training steps; 0 compares none.")
+        int,
+        typer.Option(
+            "--steps", min=0, help="Also compare this many training steps; 0 compares none.", rich_help_panel=COMPARISON
+        ),
     ] = 3
     dtype: Annotated[
         list[Dtype] | None,
         typer.Option(
             "--dtype",
             help="Compare in this dtype. Repeatable (default: float64 and the dtype of the weights; on MLX float32).",
+            show_default=False,
+            rich_help_panel=COMPARISON,
         ),
     ] = None
     all_rows: Annotated[
-        bool, typer.Option("--all", help="Print a row for every layer, not one for all identical layers.")
+        bool,
+        typer.Option(
+            "--all", help="Print a row for every layer, not one for all identical layers.", rich_help_panel=OUTPUT
+        ),
     ] = False
 
 

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
 from collections.abc import Callable
-from typing import Any, get_type_hints
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
+
+from partita.cli.terminal.help import HelpCommand
+
+LONGEST_CHOICE = 12
+"""Choices are a metavar of their own if they are no longer than this together."""
 
 
 def add_command(
@@ -36,7 +44,7 @@ def add_command(
             field.name,
             inspect.Parameter.KEYWORD_ONLY,
             default=inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default,
-            annotation=hints[field.name],
+            annotation=_with_metavar(field.name, hints[field.name]),
         )
         for field in dataclasses.fields(options)
         if field.name != "given"
@@ -52,7 +60,26 @@ def add_command(
     command.__doc__ = body.__doc__
     command.__signature__ = inspect.Signature([context, *parameters])  # type: ignore[attr-defined]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in (context, *parameters)}
-    app.command(name, epilog=epilog, hidden=hidden)(command)
+    app.command(name, cls=HelpCommand, epilog=epilog, hidden=hidden)(command)
+
+
+def _with_metavar(name: str, hint: Any) -> Any:
+    """The annotation of an option, with a metavar if it has none: N for numbers, the choices if they are few and short."""
+    base, info = get_args(hint)[:2]
+    kinds = {kind for kind in (base, *get_args(base), *(k for a in get_args(base) for k in get_args(a))) if kind}
+    if info.metavar is not None or bool in kinds:
+        return hint
+    info = copy.copy(info)
+    choices = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Enum)]
+    if choices:
+        values = [str(choice.value) for choice in choices[0]]
+        joined = "|".join(values)
+        info.metavar = joined if len(joined) <= LONGEST_CHOICE else name.rpartition("_")[2].upper()
+        if info.metavar != joined:
+            info.help = f"{info.help} One of {', '.join(values)}."
+    else:
+        info.metavar = "N" if int in kinds else "X" if float in kinds else "PATH" if Path in kinds else "TEXT"
+    return Annotated[base, info]
 
 
 def _wants_given(options: type) -> bool:

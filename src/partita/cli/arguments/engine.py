@@ -12,6 +12,9 @@ from partita.errors import ModelError
 from partita.ranks.backends import MLX_BACKENDS
 from partita.ranks.environment import EngineName
 
+RUN = "Ranks and engine"
+"""The panel of these options in `--help`."""
+
 
 class EngineChoice(StrEnum):
     """The engines."""
@@ -26,6 +29,7 @@ EngineOption = Annotated[
         "--engine",
         help="Run on torch or mlx; both use the same plan (default: torch if it is installed).",
         show_default=False,
+        rich_help_panel=RUN,
     ),
 ]
 
@@ -45,6 +49,7 @@ BackendOption = Annotated[
         callback=_known_backend,
         help="Communicate between the ranks of this machine by gloo or mpi (torch), mpi or ring (mlx).",
         show_default=False,
+        rich_help_panel=RUN,
     ),
 ]
 

@@ -11,10 +11,11 @@ from typing import Annotated
 import typer
 
 from partita.cli.arguments import inputs
-from partita.cli.arguments.engine import BackendOption, EngineOption
+from partita.cli.arguments.engine import RUN, BackendOption, EngineOption
 from partita.ranks.liveness import LOST_AFTER
 
-PIPELINE = "Pipeline"
+SPLIT, PIPELINE, WEIGHTS, OUTPUT = "Split", "Pipeline", "Weights", "Output"
+"""Panels of options in `--help`."""
 
 ModelArgument = Annotated[
     str,
@@ -25,17 +26,23 @@ ModelArgument = Annotated[
     ),
 ]
 TensorRanks = Annotated[
-    int, typer.Option("--tp", min=1, help="Split every layer over this many tensor parallel ranks.")
+    int,
+    typer.Option("--tp", min=1, help="Split every layer over this many tensor parallel ranks.", rich_help_panel=SPLIT),
 ]
-PipelineRanks = Annotated[int, typer.Option("--pp", min=1, help="Distribute the layers over this many pipeline ranks.")]
-Replicas = Annotated[int, typer.Option("--dp", min=1, help="Train this many data parallel replicas.")]
+PipelineRanks = Annotated[
+    int,
+    typer.Option("--pp", min=1, help="Distribute the layers over this many pipeline ranks.", rich_help_panel=SPLIT),
+]
+Replicas = Annotated[
+    int, typer.Option("--dp", min=1, help="Train this many data parallel replicas.", rich_help_panel=SPLIT)
+]
 LayoutText = Annotated[
     str | None,
     typer.Option(
         "--layout",
         help="Assign layers to stages, in the language of `partita layout` (default: evenly).",
         show_default=False,
-        rich_help_panel=PIPELINE,
+        rich_help_panel=SPLIT,
     ),
 ]
 VirtualStages = Annotated[
@@ -45,7 +52,7 @@ VirtualStages = Annotated[
         min=1,
         help="Run this many stages on each pipeline rank (default: those of the layout or the schedule).",
         show_default=False,
-        rich_help_panel=PIPELINE,
+        rich_help_panel=SPLIT,
     ),
 ]
 PlanFile = Annotated[
@@ -56,7 +63,7 @@ PlanFile = Annotated[
         help="Use a plan from `partita plan --save` instead of --tp, --pp, --dp, --layout and --vpp.",
         parser=inputs.existing_file,
         show_default=False,
-        rich_help_panel=PIPELINE,
+        rich_help_panel=SPLIT,
     ),
 ]
 ScheduleKind = Annotated[
@@ -76,6 +83,7 @@ Microbatches = Annotated[
         min=1,
         help="Split each replica's batch into this many micro-batches (default: 1, or enough to keep a pipeline busy).",
         show_default=False,
+        rich_help_panel=PIPELINE,
     ),
 ]
 
@@ -96,6 +104,7 @@ LostAfter = Annotated[
         callback=_set_lost_after,
         help=f"End the run when a rank is silent for this long; 0 disables this (default: {LOST_AFTER}, else 30).",
         show_default=False,
+        rich_help_panel=RUN,
     ),
 ]
 TrustRemoteCode = Annotated[
@@ -104,9 +113,10 @@ TrustRemoteCode = Annotated[
         "--trust-remote-code",
         help="Run Python code that comes with the model (its config's auto_map; on MLX only its tokenizer's). Read it before "
         "you do.",
+        rich_help_panel=WEIGHTS,
     ),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.", rich_help_panel=OUTPUT)]
 
 
 class Dtype(StrEnum):
@@ -119,7 +129,13 @@ class Dtype(StrEnum):
 
 
 WeightsDtype = Annotated[
-    Dtype | None, typer.Option("--dtype", help="Dtype of the weights (default: the model's own).", show_default=False)
+    Dtype | None,
+    typer.Option(
+        "--dtype",
+        help="Dtype of the weights (default: the model's own).",
+        show_default=False,
+        rich_help_panel=WEIGHTS,
+    ),
 ]
 Device = Annotated[
     str | None,
@@ -127,6 +143,7 @@ Device = Annotated[
         "--device",
         help="Device of the model: cpu, cuda, ... (default: each rank's GPU, or the CPU if it has none).",
         show_default=False,
+        rich_help_panel=RUN,
     ),
 ]
 

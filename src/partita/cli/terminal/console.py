@@ -97,9 +97,20 @@ def _is_utf8(stream: IO[str]) -> bool:
 
 
 def examples(*commands: str) -> str:
-    """The examples below a command's help."""
-    shown = (command.replace("[", r"\[") for command in commands)
-    return "\n".join(["[bold]Examples[/bold]", *(f"[dim]$[/dim] {command}" for command in shown)])
+    """The examples below a command's help; one too long for a line continues behind a backslash, so that it can be copied."""
+    shown = (line.replace("[", r"\[") for command in commands for line in _lines(command))
+    return "\n".join(["[bold]Examples[/bold]", *shown])
+
+
+def _lines(command: str, width: int = 80) -> list[str]:
+    """A shell command in lines of at most `width`, broken before options."""
+    lines: list[str] = []
+    for word in re.split(r" (?=-)", f"$ {command}"):
+        if lines and len(lines[-1]) + len(word) + 3 <= width:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(f"    {word}" if lines else word)
+    return [*(f"{line} \\" for line in lines[:-1]), lines[-1]]
 
 
 def count(number: int) -> str:
