@@ -23,15 +23,17 @@ MESH = [
     Case(
         "more ranks than columns",
         "plan config.json --tp 300",
-        "tp=300 is more than the parts into which any tensor of the model (llama)",
+        "--tp 300 is more than the parts into which any tensor of the model (llama)",
     ),
     Case(
         "more stages than layers",
         "plan config.json --pp 3",
-        "pp=3 needs at least 3 layers, but the model has 2. Use pp=2",
+        "--pp 3 needs at least 3 layers, but the model has 2. Use --pp 2",
     ),
     Case(
-        "as many virtual stages", "plan config.json --vpp 3", "pp x vpp=3 needs at least 3 layers, but the model has 2."
+        "as many virtual stages",
+        "plan config.json --vpp 3",
+        "--pp x --vpp = 3 needs at least 3 layers, but the model has 2.",
     ),
     Case("no virtual stages", "plan config.json --vpp 0", "'--vpp'...greater than or equal to 1, but is '0'"),
     Case(
@@ -42,13 +44,13 @@ MESH = [
     Case(
         "vpp against the layout",
         "plan config.json --pp 2 --vpp 2 --layout Et|tL",
-        "vpp=2 needs a layout of 4 stages...has 2.",
+        "--vpp 2 needs a layout of 4 stages...has 2.",
     ),
 ]
 
 LAYOUT = [
     Case("layout without --pp", "layout EtL", "Missing option '--pp'."),
-    Case("on no ranks", "layout EtL --pp 0", "`pipeline_model_parallel_size` must be at least 1, but is 0"),
+    Case("on no ranks", "layout EtL --pp 0", "--pp must be at least 1, but is 0"),
     Case("stages that do not divide", "layout EtL --pp 2", "must be a multiple of...(2), but is 1 instead: add 1"),
     Case(
         "a symbol that is none",

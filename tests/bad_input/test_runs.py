@@ -106,7 +106,7 @@ GENERATE = [
     Case(
         "more ranks than columns",
         f"{HI} --tp 300",
-        "tp=300 is more than the parts into which any tensor of the model (llama) can be split.",
+        "--tp 300 is more than the parts into which any tensor of the model (llama) can be split.",
     ),
     Case("a layout of another model", f"{HI} --layout EtL", "The layout 'EtL' does not fit the model:", drawn=True),
 ]
@@ -265,7 +265,9 @@ VERIFY = [
     Case("a model of text", "verify words.txt", "words.txt is not JSON"),
     Case("fewer than no steps", "verify config.json --steps -1", "'--steps'...greater than or equal to 0, but is '-1'"),
     Case("no such dtype", "verify config.json --dtype int4", "'--dtype'...'int4' is not one of"),
-    Case("more stages than layers", "verify config.json --pp 3", "pp=3 needs at least 3 layers, but the model has 2."),
+    Case(
+        "more stages than layers", "verify config.json --pp 3", "--pp 3 needs at least 3 layers, but the model has 2."
+    ),
     Case("no such schedule", "verify config.json --pp 2 --schedule fast", "kind 'fast' is not known."),
     Case("micro-batches of nothing", "verify config.json --microbatches 0", "'--microbatches'...but is '0'"),
 ]

@@ -117,7 +117,7 @@ def test_a_family_that_only_transformers_knows(partita: Run, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("change", "arguments", "message"),
     [
-        ({}, ("--pp", "33"), "Use pp=32 or less"),
+        ({}, ("--pp", "33"), "Use --pp 32 or less"),
         ({}, ("--pp", "2", "--layout", "Et|L"), "decoder"),
         ({"num_attention_heads": "many"}, (), "num_attention_heads"),
         ({"model_type": "no_such_model"}, (), "no_such_model"),
@@ -267,7 +267,7 @@ def test_the_table_of_mlx(partita: Run, tmp_path: Path) -> None:
         ({"model_type": "biogpt"}, (), "the installed mlx-lm has no model for biogpt"),
         ({"quantization_config": {"quant_method": "gptq"}}, (), "quantized by gptq, which MLX does not support"),
         ({"hidden_size": None}, (), "mlx-lm cannot build llama from its config"),
-        ({}, ("--pp", "33"), "Use pp=32 or less"),
+        ({}, ("--pp", "33"), "Use --pp 32 or less"),
         ({}, ("--pp", "2", "--layout", "Et*32|mL"), "multi-token prediction"),
     ],
 )

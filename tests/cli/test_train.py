@@ -41,18 +41,18 @@ BAD: list[tuple[str, str]] = [
     ("--pp 2 --layout Ettt|ttL", "decoder (t): 4 expected, 5 found; remove 1"),
     (
         "--pp 2 --layout EttttL",
-        "The number of stages must be a multiple of `pipeline_model_parallel_size` (2), but is 1",
+        "The number of stages must be a multiple of --pp (2), but is 1",
     ),
     (
         "--pp 3 --layout Ett|ttL",
-        "The number of stages must be a multiple of `pipeline_model_parallel_size` (3), but is 2",
+        "The number of stages must be a multiple of --pp (3), but is 2",
     ),
     ("--pp 2 --layout Ett|ttX", "Pipeline layout, character 7: 'X' is not a symbol"),
     (
         "--pp 5",
-        "pp=5 needs at least 5 layers, but the model has 4. Use pp=4 or less, or give a layout with empty stages.",
+        "--pp 5 needs at least 5 layers, but the model has 4. Use --pp 4 or less, or give a layout with empty stages.",
     ),
-    ("--pp 2 --vpp 3", "pp x vpp=6 needs at least 6 layers, but the model has 4."),
+    ("--pp 2 --vpp 3", "--pp x --vpp = 6 needs at least 6 layers, but the model has 4."),
     (
         "--pp 2 --batch-size 8 --microbatches 3",
         "--microbatches must divide the 8 sequences of a replica (--batch-size 8 / --dp 1), but is 3.",
@@ -109,7 +109,7 @@ def test_an_encoder_and_a_decoder_are_not_cut_into_stages(
     assert said.code == 2
     assert said.err.splitlines()[-1] == (
         "error: T5ForConditionalGeneration has two lists of layers, an encoder and a decoder, so it cannot be split into "
-        "stages. Use tp and pp=1."
+        "stages. Use --tp and --pp 1."
     )
 
 
@@ -117,8 +117,8 @@ def test_an_encoder_and_a_decoder_are_not_cut_into_stages(
     ("options", "message"),
     [
         ("--pp 2 --layout Et|tL", "decoder (t): 4 expected, 2 found; add 2"),
-        ("--pp 2 --vpp 2 --layout Ett|ttL", "vpp=2 needs a layout of 4 stages (pp x vpp)"),
-        ("--pp 5", "pp=5 needs at least 5 layers"),
+        ("--pp 2 --vpp 2 --layout Ett|ttL", "--vpp 2 needs a layout of 4 stages (pp x vpp)"),
+        ("--pp 5", "--pp 5 needs at least 5 layers"),
     ],
 )
 def test_generate_refuses_before_a_rank_starts(

@@ -260,10 +260,10 @@ def test_text_functions_refuse_what_is_no_text(given):
         (
             "E|t|t|t|t|L",
             4,
-            r"of `pipeline_model_parallel_size` \(4\), but is 6 instead: add 2 .*, remove 2, .* size of 3$",
+            r"of `pipeline_model_parallel_size` \(4\), but is 6 instead: add 2 .*, remove 2, .* of 3$",
         ),
-        ("E|L", 4, r"but is 2 instead: add 2 \(a stage may be empty\), or use a size of 2$"),
-        ("Et|(tt|)*3", 4, r"but is 5 .*add 3 .*remove 1, .*size of 1\. The last stage is empty, because `\|` ends"),
+        ("E|L", 4, r"but is 2 instead: add 2 \(a stage may be empty\), or use a `pipeline_model_parallel_size` of 2$"),
+        ("Et|(tt|)*3", 4, r"but is 5 .*add 3 .*remove 1, .*of 1\. The last stage is empty, because `\|` ends"),
     ],
 )
 def test_stages_must_be_a_multiple_of_the_ranks(text, pp, says):

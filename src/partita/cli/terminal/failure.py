@@ -10,6 +10,7 @@ from dataclasses import asdict
 import typer
 
 from partita.cli.terminal.console import OutputClosed, discard_output, err
+from partita.cli.terminal.option_names import as_options
 from partita.errors import PartitaError
 from partita.ranks import environment, rank_process
 from partita.ranks.failure import Failure
@@ -33,7 +34,7 @@ def explain(error: BaseException) -> Failure | None:
     """The failure that `error` stands for, or None for errors that typer handles (a usage error, an exit)."""
     if isinstance(error, PartitaError):
         echo = is_echo(error)
-        return Failure(Failure.FAILED if echo else Failure.MISUSED, str(error), echo)
+        return Failure(Failure.FAILED if echo else Failure.MISUSED, as_options(str(error)), echo)
     if isinstance(error, KeyboardInterrupt):
         return Failure(Failure.INTERRUPTED, "interrupted")
     if isinstance(error, OutputClosed):

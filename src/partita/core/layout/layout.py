@@ -327,7 +327,7 @@ def _uneven(expanded: str, num_stages: int, pp: int) -> str:
     problem = (
         f"The number of stages must be a multiple of `pipeline_model_parallel_size` ({_number(pp)}), "
         f"but is {num_stages} instead: add {_number(-num_stages % pp)} (a stage may be empty), {remove}"
-        f"or use a size of {max(d for d in divisors if d < pp)}"
+        f"or use a `pipeline_model_parallel_size` of {max(d for d in divisors if d < pp)}"
     )
     if expanded.endswith("|"):
         problem += ". The last stage is empty, because `|` ends the layout: leave it out if you want no empty stage"
