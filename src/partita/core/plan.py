@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import Any
 
 from partita.core import plan_json
+from partita.core.layout.balance import balance
 from partita.core.layout.layout import LayerType, PipelineParallelLayerLayout
 from partita.core.layout.placement import PLACEMENTS, Placement, home_of, stage_at
 from partita.core.mesh import Mesh
@@ -65,7 +66,7 @@ class Plan:
         Args:
             spec: The model.
             mesh: The ranks.
-            layout: The layers of each pipeline stage; by default they are distributed evenly, first stages first.
+            layout: The layers of each pipeline stage; by default that of `default_layout`.
             rules: The rules for splitting modules; by default the table of the model's family.
             vpp: Stages on each pipeline rank; by default as many as `layout` has, else one.
             placement: The placement of stages on ranks: `loop`, or `v` for schedules that turn around at the ends.
@@ -231,6 +232,12 @@ class Plan:
         tp, tensors = self.mesh.coordinate(rank).tp, self.spec.tensors
         return math.ceil(sum(t.local_numel(tp) * self.spec.bits_of(tensors[t.name]) for t in self.held_by(rank)) / 8)
 
+    def bytes_outside_layers(self, pp: int) -> int:
+        """Bytes of the unsplit tensors of pipeline rank `pp` that belong to no layer: embedding, norm, head, towers."""
+        held, tensors = self._needed[pp], self.spec.tensors
+        outside = (tensors[name] for name in held if self.spec.layer_of(name) is None)
+        return sum(self.spec.bytes_of(tensor) for tensor in outside if tensor.tied_to not in held)
+
     def rank_layers(self, rank: int) -> tuple[int, ...]:
         """Ids of the decoder layers that `rank` runs, in order."""
         return tuple(i for stage in self.stages(self.mesh.coordinate(rank).pp) for i in stage.layers)
@@ -350,7 +357,11 @@ def _mtp_layers(spec: ModelSpec) -> int:
 
 
 def default_layout(spec: ModelSpec, pp: int, vpp: int = 1) -> PipelineParallelLayerLayout:
-    """The layers distributed evenly over pp x vpp stages, first stages first, after the embedding and before the loss."""
+    """The layers distributed over pp x vpp stages, after the embedding and before the loss.
+
+    Layers of equal bytes are distributed evenly, first stages first. Where they differ (the first layers of DeepSeek-V3 have
+    no experts), the largest stage has the fewest bytes possible, embedding and head counted.
+    """
     count = pp * vpp
     if count > 1 and not spec.layers:
         raise PlanError(
@@ -363,7 +374,18 @@ def default_layout(spec: ModelSpec, pp: int, vpp: int = 1) -> PipelineParallelLa
             f"{name}={wanted} needs at least {wanted} layers, but the model has {spec.num_layers}. Use "
             f"{name}={spec.num_layers} or less, or give a layout with empty stages."
         )
-    stages = [[LayerType.decoder] * n for n in deal(spec.num_layers, count, allow_empty=True)]
+    even = deal(spec.num_layers, count, allow_empty=True)
+    layers = spec.layer_bytes if count > 1 else ()
+    if len(set(layers)) <= 1:
+        return _layout_of(even, pp)
+    two = Plan(spec, Mesh(pp=2), _layout_of([1, spec.num_layers - 1], 2), Rules(()), {}, {}, {})
+    first, last = (two.bytes_outside_layers(stage) for stage in range(2))
+    return _layout_of(balance(layers, even, first, last), pp)
+
+
+def _layout_of(counts: list[int], pp: int) -> PipelineParallelLayerLayout:
+    """The layout with these numbers of decoder layers in its stages."""
+    stages = [[LayerType.decoder] * n for n in counts]
     stages[0] = [LayerType.embedding, *stages[0]]
     stages[-1] = [*stages[-1], LayerType.loss]
     return PipelineParallelLayerLayout(stages, pp)

@@ -66,7 +66,7 @@ class PlanRequest:
     Attributes:
         model: A folder, a config file or a hub id.
         mesh: The ranks.
-        layout: The layers of each pipeline stage; None to distribute them evenly.
+        layout: The layers of each pipeline stage; None for the default layout.
         vpp: Stages on each pipeline rank; None for as many as `layout` has, else one.
         placement: The placement of stages on ranks.
         rules: The rules for splitting modules; None for those of the model's family.

@@ -40,7 +40,7 @@ LayoutText = Annotated[
     str | None,
     typer.Option(
         "--layout",
-        help="Assign layers to stages, in the language of `partita layout` (default: evenly).",
+        help="Assign layers to stages, in the language of `partita layout` (default: evenly; by bytes where layers differ).",
         show_default=False,
         rich_help_panel=SPLIT,
     ),

@@ -115,6 +115,20 @@ class ModelSpec:
         """Bits of an element of a tensor."""
         return 8 * self.dtype_bytes if tensor.packed_bits is None else tensor.packed_bits
 
+    def bytes_of(self, tensor: TensorSpec) -> int:
+        """Bytes of a tensor."""
+        return math.ceil(tensor.numel * self.bits_of(tensor) / 8)
+
+    @cached_property
+    def layer_bytes(self) -> tuple[int, ...]:
+        """Bytes of each layer; what several layers share counts in each of them."""
+        found = [0] * self.num_layers
+        for name, tensor in self.tensors.items():
+            layer = self.layer_of(name)
+            if layer is not None and layer < self.num_layers:
+                found[layer] += self.bytes_of(tensor)
+        return tuple(found)
+
     @cached_property
     def quantization_group(self) -> int:
         """The number of inputs that share a scale in a checkpoint that MLX quantized, the largest of all layers; else 1."""
