@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from partita.checkpoint.index import Checkpoint, open_checkpoint
+from partita.core.model.quantization import method_of, with_quantization, with_stored_bytes
 from partita.core.model.spec import ModelSpec, TensorSpec, read_config, spec_from_tensors
 from partita.errors import CheckpointError
 
@@ -51,6 +52,29 @@ def stored_dtype_at(path: Path) -> str | None:
         return stored_dtype(open_checkpoint(path)) if path.is_dir() else None
     except CheckpointError:
         return None
+
+
+def with_sizes(spec: ModelSpec, path: Path) -> ModelSpec:
+    """`spec` with the bytes of quantized weights, if it has any: those of the headers in folder `path`, else of the config."""
+    try:
+        checkpoint = open_checkpoint(path) if path.is_dir() else None
+    except CheckpointError:
+        checkpoint = None
+    packed = checkpoint is not None and any(info.dtype.startswith(("F8", "F4")) for info in checkpoint.tensors.values())
+    if checkpoint is not None and (packed or method_of(spec.config)):
+        return with_stored_bytes(spec, {name: info.nbytes for name, info in checkpoint.tensors.items()})
+    return with_quantization(spec)
+
+
+def quantization_note(spec: ModelSpec) -> str:
+    """The note to print if a config names a quantization whose bytes are not known; empty if they are known."""
+    method = method_of(spec.config)
+    if not method or spec.is_packed:
+        return ""
+    return (
+        f"config.json says that the weights are quantized ({method}), but not how many bytes they have: the sizes are those of "
+        f"{spec.dtype}. Give the folder with the weights."
+    )
 
 
 def dtype_note(path: Path, stored: str | None, config: Mapping[str, Any]) -> str:

@@ -8,12 +8,13 @@ from typing import Annotated, Any
 
 import typer
 
-from partita.checkpoint.facts import dtype_note, stored_dtype_at
+from partita.checkpoint.facts import dtype_note, quantization_note, stored_dtype_at
 from partita.cli.arguments.engine import EngineChoice, choose_engine
 from partita.cli.arguments.model import find_config, make_plan, refuse_other_model, request_of
 from partita.cli.arguments.options import OUTPUT, WEIGHTS, AsJson, PlanOptions, TrustRemoteCode
 from partita.cli.terminal.console import err, print_json
 from partita.cli.terminal.timeline import check_file
+from partita.core.model.quantization import quantization_name
 from partita.core.model.spec import read_config
 from partita.core.plan import Plan
 from partita.notes import note
@@ -92,8 +93,9 @@ def _planned(model: str, options: PlanCommandOptions, name: EngineName) -> Plan:
     made = given if given is not None else make_plan(request)
     path = find_config(request.model)
     line = dtype_note(path, stored_dtype_at(path), read_config(path))
-    if line:
-        note(line)
+    for text in (line, quantization_note(made.spec)):
+        if text:
+            note(text)
     return made
 
 
@@ -107,10 +109,13 @@ def as_data(model: str | None, made: Plan, *, tensors: bool) -> dict[str, Any]:
         "dtype": spec.dtype,
         "parameters": spec.parameters,
         "bytes": spec.parameter_bytes,
+        "unpacked_bytes": spec.unpacked_bytes,
+        "quantization": quantization_name(spec),
         "num_layers": spec.num_layers,
         "mesh": asdict(mesh),
         "layout": str(made.layout),
         "proven": made.rules.proven,
+        "replicated_parameters": made.replicated_parameters,
         "stages": [
             {"pp": pp, "vpp": vpp, **asdict(stage)}
             for vpp in range(made.layout.virtual_pipeline_model_parallel_size)
@@ -123,6 +128,7 @@ def as_data(model: str | None, made: Plan, *, tensors: bool) -> dict[str, Any]:
                 **mesh.coordinate(rank)._asdict(),
                 "parameters": made.rank_parameters(rank),
                 "bytes": made.rank_bytes(rank),
+                "unpacked_bytes": made.rank_bytes(rank, unpacked=True),
                 "layers": list(made.rank_layers(rank)),
             }
             for rank in range(mesh.size)

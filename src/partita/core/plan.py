@@ -227,16 +227,41 @@ class Plan:
         tp, tensors = self.mesh.coordinate(rank).tp, self.spec.tensors
         return sum(t.local_numel(tp) for t in self.held_by(rank) if not tensors[t.name].is_buffer)
 
-    def rank_bytes(self, rank: int) -> int:
-        """Bytes of the weights and saved buffers that `rank` holds: in the model's dtype, or packed."""
-        tp, tensors = self.mesh.coordinate(rank).tp, self.spec.tensors
-        return math.ceil(sum(t.local_numel(tp) * self.spec.bits_of(tensors[t.name]) for t in self.held_by(rank)) / 8)
+    def rank_bytes(self, rank: int, *, unpacked: bool = False) -> int:
+        """Bytes of the weights and saved buffers that `rank` holds.
+
+        Args:
+            rank: The rank.
+            unpacked: Whether quantized weights count in the model's dtype, as where the engine unpacks them, rather than packed
+                as they are on disk.
+        """
+        tp, spec = self.mesh.coordinate(rank).tp, self.spec
+        held = ((t.local_numel(tp), spec.tensors[t.name]) for t in self.held_by(rank))
+        return math.ceil(sum(numel * spec.bits_of(tensor, unpacked=unpacked) for numel, tensor in held) / 8)
 
     def bytes_outside_layers(self, pp: int) -> int:
         """Bytes of the unsplit tensors of pipeline rank `pp` that belong to no layer: embedding, norm, head, towers."""
         held, tensors = self._needed[pp], self.spec.tensors
         outside = (tensors[name] for name in held if self.spec.layer_of(name) is None)
         return sum(self.spec.bytes_of(tensor) for tensor in outside if tensor.tied_to not in held)
+
+    @cached_property
+    def replicated(self) -> tuple[str, ...]:
+        """The parameters that every tensor rank of a stage holds unsplit, the largest first; none without tensor ranks."""
+        tensors = self.spec.tensors
+        names = (n for n, cut in self.cuts.items() if cut.split is None and tensors[n].tied_to is None)
+        found = [name for name in names if not tensors[name].is_buffer] if self.mesh.tp > 1 else []
+        return tuple(sorted(found, key=lambda name: -tensors[name].numel))
+
+    @cached_property
+    def replicated_parameters(self) -> int:
+        """The number of parameters of `replicated`."""
+        return sum(self.spec.tensors[name].numel for name in self.replicated)
+
+    @property
+    def is_mostly_replicated(self) -> bool:
+        """Whether tensor ranks split less than half of the model, so that they hardly reduce what each rank holds."""
+        return 2 * self.replicated_parameters > self.spec.parameters
 
     def rank_layers(self, rank: int) -> tuple[int, ...]:
         """Ids of the decoder layers that `rank` runs, in order."""

@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from partita.checkpoint.facts import stored_dtype_at
+from partita.checkpoint.facts import stored_dtype_at, with_sizes
 from partita.checkpoint.find import find_model, hub_is_near, is_local, not_fetched
 from partita.cli.arguments import inputs
 from partita.cli.arguments.options import PlanOptions
@@ -127,9 +127,10 @@ def read_spec(model: str, *, trust_remote_code: bool = False) -> tuple[ModelSpec
     if stored is not None:
         config["dtype"] = stored
     try:
-        return spec_from_config(config), None
+        spec, rules = spec_from_config(config), None
     except UnknownFamilyError:
-        return _ask_transformers(config)
+        spec, rules = _ask_transformers(config)
+    return with_sizes(spec, path), rules
 
 
 def _need_transformers(config: dict[str, Any]) -> None:
@@ -140,7 +141,7 @@ def _need_transformers(config: dict[str, Any]) -> None:
         )
 
 
-def _ask_transformers(config: dict[str, Any]) -> tuple[ModelSpec, Rules]:
+def _ask_transformers(config: dict[str, Any]) -> tuple[ModelSpec, Rules | None]:
     _need_transformers(config)
     adopt_all()
     from partita.torch.model.transformers_models import build_on_meta, read_hf_config, rules_of, spec_of

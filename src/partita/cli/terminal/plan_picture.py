@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from itertools import groupby
 from typing import TYPE_CHECKING
 
 from partita.cli.layout import describe
 from partita.cli.terminal.console import count, layer_ids, out, plural, runs, size
+from partita.core.model.quantization import quantization_name
+from partita.core.model.spec import ModelSpec
 from partita.core.plan import Plan
 from partita.core.sharding.cuts import TensorPlan
 from partita.core.sharding.split import Split
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -22,41 +26,89 @@ COLOURS = ("cyan", "magenta", "yellow", "green", "blue", "red", "bright_cyan", "
 BAR_WIDTH = 36
 """Columns for the picture of a tensor's split."""
 
-NARROW = 110
-"""On a terminal with fewer columns the splits are drawn smaller, without the shapes of the parts."""
-
 WIDE_TP = 4
 """With more tensor ranks than this, ranks that hold the same amount share a field of the map."""
+
+
+MAX_NAMED, NAMED_SHARE = 4, 0.95
+"""The largest number of kinds of tensors that a warning names, and the share of the parameters at which it stops."""
+
+_UNBOUNDED = 10_000
+"""Columns that every table fits."""
 
 
 def show(plan: Plan, *, all_tensors: bool) -> None:
     """Print the model in one line, the map of ranks, totals, and the splits of a layer (or of every kind of layer)."""
     spec, mesh, console = plan.spec, plan.mesh, out()
-    console.print(
-        f"{spec.architecture or spec.family}: {count(spec.parameters)} parameters", style="bold", soft_wrap=True
-    )
-    kind = f"{spec.dtype}, quantized" if spec.is_packed else spec.dtype
-    facts = [f"{size(spec.parameter_bytes)} in {kind}", plural(spec.num_layers, "layer")]
+    console.print(f"{spec.architecture or spec.family}: {count(spec.parameters)} parameters", style="bold")
+    facts = [_sizes(spec), plural(spec.num_layers, "layer")]
     facts += [plural(spec.num_heads, "head"), plural(spec.num_kv_heads, "KV head")] if spec.num_heads else []
-    console.print(", ".join(facts), style="dim", soft_wrap=True)
-    console.print(f"{mesh} = {plural(mesh.size, 'rank')}; layout {plan.layout}\n", style="dim", soft_wrap=True)
-    console.print(_map(plan))
-    console.print(_totals(plan), soft_wrap=True)
+    console.print(", ".join(facts), style="dim")
+    for line in _layout_lines(f"{mesh} = {plural(mesh.size, 'rank')}; layout ", str(plan.layout), console.width):
+        console.print(line, style="dim")
+    console.print()
+    console.print(_map(plan, console))
+    console.print(_totals(plan))
+    warning = replication_warning(plan)
+    if warning:
+        console.print(warning, style="yellow")
     for table in _cut_tables(plan, all_kinds=all_tensors):
         console.print()
         console.print(table)
     if not plan.rules.proven:
         console.print(
             "\nThe tests do not prove these rules for this family: the engine checks them on a small model of it before use.",
-            style="yellow", soft_wrap=True,
-        )  # fmt: skip
+            style="yellow",
+        )
+
+
+def replication_warning(plan: Plan) -> str:
+    """The line to print if tensor ranks split less than half of the model: how much, which tensors, what helps; else empty."""
+    if not plan.is_mostly_replicated:
+        return ""
+    spec, mesh = plan.spec, plan.mesh
+    kinds: dict[str, int] = {}
+    for name in plan.replicated:
+        kind = _inner_name(plan, plan.cuts[name])
+        kinds[kind] = kinds.get(kind, 0) + spec.tensors[name].numel
+    largest = sorted(kinds, key=lambda kind: -kinds[kind])
+    enough = (n for n in range(1, MAX_NAMED) if sum(kinds[k] for k in largest[:n]) > NAMED_SHARE * sum(kinds.values()))
+    *others, last = largest[: next(enough, MAX_NAMED)]
+    named = f"{', '.join(others)} and {last}" if others else last
+    stages = min(mesh.pp * mesh.tp, spec.num_layers)
+    helps = f" Use --pp {stages} instead, which distributes the layers." if stages > mesh.pp else ""
+    return (
+        f"--tp {mesh.tp} does not split {count(plan.replicated_parameters)} of {count(spec.parameters)} parameters "
+        f"({plan.replicated_parameters / spec.parameters:.0%}): every tensor rank holds {named} unsplit.{helps}"
+    )
+
+
+def _sizes(spec: ModelSpec) -> str:
+    name = quantization_name(spec)
+    if name is None:
+        return f"{size(spec.parameter_bytes)} in {spec.dtype}"
+    return f"{size(spec.parameter_bytes)} on disk ({name}), {size(spec.unpacked_bytes)} if unpacked to {spec.dtype}"
+
+
+def _layout_lines(head: str, layout: str, width: int) -> Iterator[str]:
+    """A layout in lines of at most `width`, broken behind bars; a layout may contain blanks, so that it can be copied."""
+    line = head
+    for piece in re.findall(r"[^|]*\|\)?(?:\*\d+)?|[^|]+$", layout):
+        if len(line) + len(piece) > width and line.strip():
+            yield line.rstrip()
+            line = "  "
+        line += piece
+    yield line
 
 
 # --- the map of ranks ---------------------------------------------------------------------------------------------------
 
 
-def _map(plan: Plan) -> Table:
-    """A row for each pipeline rank, a column for each tensor rank (or for all that hold the same amount)."""
+def _map(plan: Plan, console: Console) -> Table:
+    """A row for each pipeline rank, a column for each tensor rank (or for all that hold the same amount).
+
+    Where this is too wide, each group of ranks has a row.
+    """
     from rich import box
     from rich.table import Table
 
@@ -68,21 +120,49 @@ def _map(plan: Plan) -> Table:
         table.add_column(f"tp {_range(group)}", justify="center", no_wrap=True)
     table.add_column("layers")
     for pp in range(mesh.pp):
-        cells = []
-        for group in groups:
-            rank = mesh.rank(pp=pp, tp=group[0])
-            held = f"{count(plan.rank_parameters(rank))}, {size(plan.rank_bytes(rank))}"
-            last = mesh.rank(pp=pp, tp=group[-1])
-            label = f"rank {rank}" if len(group) == 1 else f"ranks {rank}-{last}, each"
-            cells.append(_coloured(f"{label}\n{held}", group[0] if len(group) == 1 else None))
+        cells = [
+            _coloured(f"{label}\n{held}", group[0] if len(group) == 1 else None)
+            for group in groups
+            for label, held in [_held(plan, pp, group)]
+        ]
         table.add_row(f"pp {pp}", *cells, "\n".join(_stage_lines(plan, pp)))
+    return table if _fits(table, console) else _list(plan)
+
+
+def _fits(table: Table, console: Console) -> bool:
+    """Whether every line of a table fits without being folded."""
+    return console.measure(table, options=console.options.update(max_width=_UNBOUNDED)).maximum <= console.width
+
+
+def _list(plan: Plan) -> Table:
+    """A row for each pipeline rank and each group of its tensor ranks that hold the same amount."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    for head in ("pp", "tp", "ranks", "each holds"):
+        table.add_column(head, no_wrap=True)
+    table.add_column("layers")
+    for pp in range(plan.mesh.pp):
+        for index, group in enumerate(_columns(plan, always=True)):
+            label, held = _held(plan, pp, group)
+            ranks = label.split()[1].rstrip(",")
+            layers = "" if index else "\n".join(_stage_lines(plan, pp))
+            table.add_row("" if index else str(pp), _range(group), ranks, held, layers)
     return table
 
 
-def _columns(plan: Plan) -> list[list[int]]:
-    """The tensor ranks in each column of the map."""
+def _held(plan: Plan, pp: int, group: list[int]) -> tuple[str, str]:
+    """The ranks of a group of tensor ranks, and what each holds."""
+    rank, last = (plan.mesh.rank(pp=pp, tp=tp) for tp in (group[0], group[-1]))
+    label = f"rank {rank}" if len(group) == 1 else f"ranks {rank}-{last}, each"
+    return label, f"{count(plan.rank_parameters(rank))}, {size(plan.rank_bytes(rank))}"
+
+
+def _columns(plan: Plan, *, always: bool = False) -> list[list[int]]:
+    """The tensor ranks in each column of the map; with `always`, ranks that hold the same share one also if they are few."""
     mesh = plan.mesh
-    if mesh.tp <= WIDE_TP:
+    if mesh.tp <= WIDE_TP and not always:
         return [[tp] for tp in range(mesh.tp)]
 
     def held(tp: int) -> tuple[int, ...]:
@@ -110,9 +190,14 @@ def _totals(plan: Plan) -> str:
         copies = sum(held) - spec.parameters
         lines.append(
             f"Total: {count(sum(held))} parameters, of which {count(copies)} ({copies / spec.parameters:.2%}) are copies. "
-            f"Rank {most} holds the most: {size(plan.rank_bytes(most))}."
+            f"Rank {most} holds the most: {size(plan.rank_bytes(most))}{_unpacked(plan, most)}."
         )
-    return "\n".join(lines) or f"One rank holds the unsplit model: {size(plan.rank_bytes(0))}."
+    return "\n".join(lines) or f"One rank holds the unsplit model: {size(plan.rank_bytes(0))}{_unpacked(plan, 0)}."
+
+
+def _unpacked(plan: Plan, rank: int) -> str:
+    """What a rank holds of a quantized model if its engine unpacks the weights."""
+    return f" ({size(plan.rank_bytes(rank, unpacked=True))} unpacked)" if plan.spec.is_packed else ""
 
 
 # --- the splits of tensors----------------------------------------------------------------------------------------------
@@ -149,23 +234,48 @@ def _inner_name(plan: Plan, cut: TensorPlan) -> str:
 
 
 def _cut_table(plan: Plan, cuts: list[TensorPlan], title: str) -> Table:
+    """A row for each tensor. On a narrow terminal the splits are drawn smaller, without the shapes of the parts."""
+    console = out()
+    table = _fill(plan, cuts, title, 0)
+    return table if _fits(table, console) else _fill(plan, cuts, title, console.width)
+
+
+def _fill(plan: Plan, cuts: list[TensorPlan], title: str, width: int) -> Table:
+    """The table of `_cut_table` of at most `width` columns; 0 for any width."""
     from rich import box
     from rich.table import Table
 
-    narrow = out().width < NARROW
-    over = f", split over tp {plan.mesh.tp}" if plan.mesh.tp > 1 else ""
+    tp = plan.mesh.tp
+    over = f", split over tp {tp}" if tp > 1 else ""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=f"{title}{over}", title_justify="left", title_style="bold")
-    table.add_column("tensor", overflow="fold", min_width=20)
-    for head in ("shape", "split", "ranks along the dimension", *([] if narrow else ["shape per rank"])):
+    heads = ["shape", "split", "ranks"] if width else ["shape", "split", "ranks along the dimension", "shape per rank"]
+    heads = heads if tp > 1 else heads[:1]
+    for head in ("tensor", *heads):
         table.add_column(head, no_wrap=True)
-    for cut in cuts:
-        if cut.split is None or cut.dim is None:
-            how, bar, part = "", _plain("unsplit on every rank" if plan.mesh.tp > 1 else ""), ""
-        else:
-            how, bar, part = _dim_name(cut), _bar(cut.split, BAR_WIDTH // (1 + narrow)), _parts(cut, plan.mesh.tp)
-        name = _inner_name(plan, cut) + (" (tied)" if plan.spec.tensors[cut.name].tied_to else "")
-        table.add_row(name, _shape(cut.shape), how, bar, *([] if narrow else [part]))
+    rows = [(name, cells[: len(heads)]) for name, cells in (_row(plan, cut, narrow=width > 0) for cut in cuts)]
+    others = sum(max(len(head), *(len(cells[i]) for _, cells in rows)) + 3 for i, head in enumerate(heads))
+    for name, cells in rows:
+        table.add_row(_folded(name, width - others - 4) if width else name, *cells)
     return table
+
+
+def _row(plan: Plan, cut: TensorPlan, *, narrow: bool) -> tuple[str, list[str | Text]]:
+    """The name of a tensor, and its shape, how it is split, which ranks hold what, and the shapes of their parts."""
+    name = _inner_name(plan, cut) + (" (tied)" if plan.spec.tensors[cut.name].tied_to else "")
+    if cut.split is None or cut.dim is None:
+        return name, [_shape(cut.shape), "", _plain("on every rank" if narrow else "unsplit on every rank"), ""]
+    bar = _bar(cut.split, BAR_WIDTH // (2 if narrow else 1))
+    return name, [_shape(cut.shape), _dim_name(cut), bar, _parts(cut, plan.mesh.tp)]
+
+
+def _folded(name: str, room: int) -> str:
+    """A path in lines of about `room` characters, broken behind dots."""
+    lines = [""]
+    for piece in re.findall(r"[^.]+\.?", name):
+        if lines[-1].strip() and len(lines[-1]) + len(piece) > room:
+            lines.append("  ")
+        lines[-1] += piece
+    return "\n".join(lines)
 
 
 def _dim_name(cut: TensorPlan) -> str:

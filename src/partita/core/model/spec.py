@@ -107,13 +107,18 @@ class ModelSpec:
 
     @cached_property
     def parameter_bytes(self) -> int:
-        """Bytes of the unsplit model's parameters."""
+        """Bytes of the unsplit model's parameters: those of quantized weights are packed, as they are on disk."""
         counted = (t for t in self.tensors.values() if t.tied_to is None and not t.is_buffer)
         return math.ceil(sum(t.numel * self.bits_of(t) for t in counted) / 8)
 
-    def bits_of(self, tensor: TensorSpec) -> float:
-        """Bits of an element of a tensor."""
-        return 8 * self.dtype_bytes if tensor.packed_bits is None else tensor.packed_bits
+    @property
+    def unpacked_bytes(self) -> int:
+        """Bytes of the unsplit model's parameters in the model's dtype, as where quantized weights are unpacked."""
+        return self.parameters * self.dtype_bytes
+
+    def bits_of(self, tensor: TensorSpec, *, unpacked: bool = False) -> float:
+        """Bits of an element of a tensor; with `unpacked` those of the model's dtype also for quantized weights."""
+        return 8 * self.dtype_bytes if unpacked or tensor.packed_bits is None else tensor.packed_bits
 
     def bytes_of(self, tensor: TensorSpec) -> int:
         """Bytes of a tensor."""
