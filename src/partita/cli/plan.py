@@ -46,6 +46,16 @@ class PlanCommandOptions(PlanOptions):
             rich_help_panel=OUTPUT,
         ),
     ] = None
+    picture: Annotated[
+        Path | None,
+        typer.Option(
+            "--picture",
+            metavar="FILE",
+            help="Draw what each rank holds as .svg or .png.",
+            show_default=False,
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None
     engine: Annotated[
         EngineChoice | None,
         typer.Option(
@@ -66,6 +76,8 @@ def plan(options: PlanCommandOptions) -> None:
     """
     if options.save is not None:
         check_file("--save", options.save)
+    if options.picture is not None:
+        check_file("--picture", options.picture, ".svg", ".png")
     name = choose_engine(options.engine) if options.engine == EngineChoice.mlx else "torch"
     if options.plan is not None and options.model is None:
         made = request_of("", options)[1]
@@ -76,14 +88,19 @@ def plan(options: PlanCommandOptions) -> None:
         made = _planned(options.model, options, name)
     if options.save is not None:
         options.save.write_text(made.to_json() + "\n", encoding="utf-8")
+    if options.picture is not None:
+        from partita.cli.terminal.plan_figure import picture
+
+        picture(made, options.picture)
     if options.as_json:
         print_json(as_data(options.model, made, tensors=options.tensors))
         return
     from partita.cli.terminal.plan_picture import show
 
     show(made, all_tensors=options.tensors)
-    if options.save is not None:
-        err().print(f"The plan was written to {options.save}.", soft_wrap=True)
+    for what, file in (("plan", options.save), ("picture", options.picture)):
+        if file is not None:
+            err().print(f"The {what} was written to {file}.", soft_wrap=True)
 
 
 def _planned(model: str, options: PlanCommandOptions, name: EngineName) -> Plan:
