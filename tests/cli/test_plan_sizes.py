@@ -163,10 +163,40 @@ def test_the_plan_shows_both_sizes_and_saves_them(partita: Run, tmp_path: Path) 
     assert json.loads(alone.out) == {**json.loads(direct.out), "model": None}
 
 
-def test_an_unknown_quantization_is_reported(partita: Run, tmp_path: Path) -> None:
-    said = partita("plan", write(tmp_path, LLAMA | {"quantization_config": {"quant_method": "quanto"}}), "--json")
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"quant_method": "quanto"}, {"quant_method": "gptq", "bits": 0}, {"quant_method": "awq", "bits": 999},
+        {"quant_method": "compressed-tensors", "config_groups": {}}, {"bits": 4},
+    ],
+)  # fmt: skip
+def test_an_unknown_quantization_is_reported(partita: Run, tmp_path: Path, given: dict[str, Any]) -> None:
+    said = partita("plan", write(tmp_path, LLAMA | {"quantization_config": given}), "--json")
     assert json.loads(said.out)["bytes"] == 2 * json.loads(said.out)["parameters"]
-    assert "quantized (quanto), but not how many bytes they have: the sizes are those of bfloat16" in said.err
+    method = given.get("quant_method", "an unnamed method")
+    assert f"quantized ({method}), but not how many bytes they have: the sizes are those of bfloat16" in said.err
+
+
+def test_a_pattern_that_is_none_is_refused(partita: Run, tmp_path: Path) -> None:
+    given = FORMS["compressed-tensors"][1]["quantization_config"] | {"ignore": ["re:("]}
+    said = partita("plan", write(tmp_path, LLAMA | {"quantization_config": given}))
+    assert said.code == 2
+    assert said.err.startswith(
+        "error: quantization_config: the modules that are not quantized must be names or regular"
+    )
+    assert said.err.count("\n") == 1
+
+
+def test_modules_that_are_not_quantized(partita: Run, tmp_path: Path) -> None:
+    def packed(**changes: Any) -> set[str]:
+        given = FORMS["fp8"][1]["quantization_config"] | changes
+        spec = with_quantization(spec_from_config(LLAMA | {"quantization_config": given}))
+        return {tensor.name for tensor in spec.tensors.values() if tensor.packed_bits is not None}
+
+    assert len(packed()) == 2 * 7
+    assert packed() - packed(modules_to_not_convert=["model.layers.1"]) == {n for n in packed() if ".layers.1." in n}
+    assert packed() - packed(modules_to_not_convert=["model.layers.*.mlp"]) == {n for n in packed() if ".mlp." in n}
+    assert packed() - packed(ignore=["re:.*down_proj"]) == {n for n in packed() if "down_proj" in n}
 
 
 def test_what_is_not_the_models_is_not_counted() -> None:

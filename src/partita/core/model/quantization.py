@@ -15,6 +15,7 @@ from types import MappingProxyType
 from typing import Any
 
 from partita.core.model.spec import ModelSpec, TensorSpec, text_config
+from partita.errors import ModelError
 
 _LARGEST_BITS = 64
 _SUFFIX = re.compile(
@@ -73,7 +74,11 @@ class Quantization:
 
 
 def read_quantization(config: Mapping[str, Any]) -> Quantization | None:
-    """The quantization that a config names, or None if it names none or one whose sizes are not known."""
+    """The quantization that a config names, or None if it names none or one whose sizes are not known.
+
+    Raises:
+        ModelError: A pattern of modules that are not quantized is not a regular expression.
+    """
     mlx = config.get("quantization")
     if isinstance(mlx, Mapping) and isinstance(mlx.get("bits"), int):
         return _mlx(mlx)
@@ -87,7 +92,19 @@ def read_quantization(config: Mapping[str, Any]) -> Quantization | None:
         return None
     names = given.get("modules_to_not_convert") or given.get("ignore") or given.get("llm_int8_skip_modules") or ()
     kept = tuple(str(name) for name in names) if isinstance(names, list | tuple) else ()
+    for pattern in kept:
+        _check_pattern(pattern)
     return replace(found, kept=kept)
+
+
+def _check_pattern(pattern: str) -> None:
+    try:
+        re.compile(pattern[3:] if pattern.startswith("re:") else "")
+    except re.error as error:
+        raise ModelError(
+            f"quantization_config: the modules that are not quantized must be names or regular expressions (`re:...`), but one "
+            f"is {pattern!r:.60}: {error}. Correct it in config.json."
+        ) from error
 
 
 def method_of(config: Mapping[str, Any]) -> str:
@@ -112,7 +129,7 @@ def with_quantization(spec: ModelSpec) -> ModelSpec:
     if found is None:
         return spec
     bits = {t.name: found.bits(t.shape) for t in spec.tensors.values() if found.applies(spec, t)}
-    return _with_bits(spec, bits)
+    return _with_bits(spec, {name: number for name, number in bits.items() if number >= 1})
 
 
 def with_stored_bytes(spec: ModelSpec, stored: Mapping[str, int]) -> ModelSpec:
