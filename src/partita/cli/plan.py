@@ -145,7 +145,7 @@ def as_data(model: str | None, made: Plan, *, tensors: bool) -> dict[str, Any]:
                 **mesh.coordinate(rank)._asdict(),
                 "parameters": made.rank_parameters(rank),
                 "bytes": made.rank_bytes(rank),
-                "unpacked_bytes": made.rank_bytes(rank, unpacked=True),
+                "unpacked_bytes": made.rank_bytes(rank, unpacked=spec.is_packed),
                 "layers": list(made.rank_layers(rank)),
             }
             for rank in range(mesh.size)

@@ -100,7 +100,7 @@ class ModelSpec:
         """Bytes of one element."""
         return DTYPE_BYTES[self.dtype]
 
-    @property
+    @cached_property
     def is_packed(self) -> bool:
         """Whether any of its weights is quantized."""
         return any(t.packed_bits is not None for t in self.tensors.values())
