@@ -14,6 +14,7 @@ from partita.generation.generation_config import generation_of_config
 from partita.generation.sample import failure_of
 from partita.generation.settings import Generation, OnText, Sampling, Sequence
 from partita.generation.tokenizer import Tokenizer
+from partita.mlx.model.modes import mode_set
 from partita.mlx.model.parts import plan_of
 from partita.mlx.model.sliding_window import refuse_beyond_window
 from partita.mlx.proof.stages import refuse_undecodable
@@ -72,18 +73,16 @@ def generate(
         if place % groups.dp.size == groups.dp.rank
     ]
     listener = on_text if groups.rank == 0 else None
-    was_training = model.training
-    model.eval()
     lengths: dict[int, list[Sequence]] = {}
     for sequence in sequences:
         lengths.setdefault(len(sequence.prompt), []).append(sequence)
     kind = Batches if plan.num_stages == 1 else Flow
     run = kind(model, plan, groups, choice, tokenizer, listener)
-    for batch in lengths.values():
-        run.batch(batch)
-        if any(s.failure for s in batch):
-            break
-    model.train(was_training)
+    with mode_set(model, training=False):
+        for batch in lengths.values():
+            run.batch(batch)
+            if any(s.failure for s in batch):
+                break
     done = [[s.place, list(s.tokens), s.text, s.finish_reason] for s in sequences]
     replies: list[Any] = groups.dp.all_gather_object([done, failure_of(sequences, plan, groups.dp.rank)])
     if failures := [failure for _, failure in replies if failure]:

@@ -20,6 +20,7 @@ from partita.mlx.collectives.comm import Communicator
 from partita.mlx.collectives.groups import ParallelGroups
 from partita.mlx.layers.loss import vocab_parallel_cross_entropy
 from partita.mlx.model.head import local_logits
+from partita.mlx.model.modes import mode_set, random_state_kept
 from partita.mlx.model.parts import main_output, parameter_homes, plan_of
 from partita.mlx.model.sliding_window import refuse_beyond_window
 from partita.mlx.model.trainable import Trainable
@@ -59,6 +60,8 @@ def train(
     With `saves`, checkpoints are written during training; each holds everything needed to resume, on
     either engine. A run resumed on the same layout matches the uninterrupted run bit for bit. For a model with
     adapters, only the adapters are saved; resume with `load_adapters(model, checkpoint)` on their base model.
+
+    The modules' training flags and MLX's random state are afterwards as before, also after an error.
 
     Args:
         model: A result of `load` or `shard`.
@@ -123,10 +126,8 @@ def train(
         gradients = {}
 
     hooks = StepHooks(backward, lambda: clip_gradients(gradients, model, plan, groups, settings.clip_norm), update)
-    model.train()
-    reports = run_steps(run, settings, hooks, saver, on_step=on_step, on_timeline=on_timeline)
-    model.eval()
-    return reports
+    with mode_set(model, training=True), random_state_kept():
+        return run_steps(run, settings, hooks, saver, on_step=on_step, on_timeline=on_timeline)
 
 
 def _refuse_float16(model: nn.Module) -> None:

@@ -23,6 +23,7 @@ from partita.mlx.generate import generate
 from partita.mlx.load import choose_plan, load, refuse_device, shard
 from partita.mlx.model.config import read_mlx_config
 from partita.mlx.model.mlx_lm_models import build, describe
+from partita.mlx.model.modes import random_state_kept
 from partita.mlx.model.parts import main_output, plan_of
 from partita.mlx.model.sliding_window import refuse_beyond_window
 from partita.mlx.proof.compare import compare, compare_parameters, gradients
@@ -213,6 +214,7 @@ def _compare_forward(
         found.skip("gradient", why=NO_GRADIENTS)
 
 
+@random_state_kept()
 def _with_weights(folder: Path, dtype: mx.Dtype) -> nn.Module:
     """The unsplit model with its own weights, or with random ones if there are none."""
     try:

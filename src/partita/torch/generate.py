@@ -25,6 +25,7 @@ from partita.torch.collectives.comm import Work
 from partita.torch.layers.decode_matmul import decoding
 from partita.torch.model.balance import SWITCH, asks_for_balance
 from partita.torch.model.head import local_logits, most_likely
+from partita.torch.model.modes import mode_set
 from partita.torch.model.parts import plan_of
 from partita.torch.model.towers import refuse_forbidden
 from partita.torch.proof.stages import refuse_undecodable
@@ -98,19 +99,17 @@ def generate(
         if place % replicas == replica
     ]
     listener = on_text if groups.tp.rank == groups.pp.rank == replica == 0 else None
-    was_training = model.training
-    model.eval()
     plain = [s for s in sequences if not more[s.place]]
     special = [s for s in sequences if more[s.place]]
     alone = [special[i : i + plan.mesh.pp] for i in range(0, len(special), plan.mesh.pp)]
-    for batch in _batches(model, plain) + alone:
-        together = max(1, len(batch) // plan.mesh.pp)
-        forget_lengths(model)
-        with decoding(model, together, max(s.limit for s in batch)), torch.inference_mode():
-            _Run(model, batch, choice, tokenizer, listener, more).run()
-        if any(s.failure for s in batch):
-            break
-    model.train(was_training)
+    with mode_set(model, training=False):
+        for batch in _batches(model, plain) + alone:
+            together = max(1, len(batch) // plan.mesh.pp)
+            forget_lengths(model)
+            with decoding(model, together, max(s.limit for s in batch)), torch.inference_mode():
+                _Run(model, batch, choice, tokenizer, listener, more).run()
+            if any(s.failure for s in batch):
+                break
     mine = {s.place: s.generation for s in sequences}, failure_of(sequences, plan, replica)
     replies: list[Any] = groups.dp.all_gather_object(mine)
     if failures := [failure for _, failure in replies if failure]:

@@ -6,6 +6,7 @@ import os
 import socket
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from partita.schedule import Timeline
 from partita.torch.collectives.collective_errors import collective_errors
 from partita.torch.collectives.groups import ParallelGroups
 from partita.torch.model.head import local_logits
+from partita.torch.model.modes import checkpointing_set, mode_set, random_state_kept
 from partita.torch.model.parts import plan_of
 from partita.torch.proof.balance_probe import balance_of
 from partita.torch.stages.copies import summed_copies
@@ -58,6 +60,9 @@ def train(
     same micro-batches have the same dropout on every mesh, except inside layers that tensor ranks split. For a model
     with adapters, only the adapters are saved; resume with `load_adapters(model, checkpoint)` on their base model.
 
+    The modules' training flags, torch's random state and the checkpointing of activations are afterwards as before, also after
+    an error; the parameters have no `grad`.
+
     Args:
         model: A result of `load`, `shard` or `fresh`.
         tokens: The text, int64 `[tokens]`.
@@ -93,9 +98,6 @@ def train(
     with collective_errors(groups):
         _refuse_float16(model)
     balance_of(model, plan, settings.aux_loss_scope)  # which raises before anything is done
-    if settings.checkpointing:
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})  # type: ignore[operator]
     if plan.num_stages > 1:
         refuse_layer_drop(model)
     start_alike([p for p in model.parameters() if p.requires_grad], groups.dp)
@@ -120,10 +122,12 @@ def train(
         model.zero_grad(set_to_none=True)
 
     hooks = StepHooks(backward, lambda: clip_gradients(model, plan, groups, settings.clip_norm), update)
-    model.train()
-    reports = run_steps(run, settings, hooks, saver, on_step=on_step, on_timeline=on_timeline)
-    model.eval()
-    return reports
+    recomputed = checkpointing_set(model) if settings.checkpointing else nullcontext()
+    try:
+        with mode_set(model, training=True), random_state_kept(model), recomputed:
+            return run_steps(run, settings, hooks, saver, on_step=on_step, on_timeline=on_timeline)
+    finally:
+        model.zero_grad(set_to_none=True)
 
 
 def _refuse_float16(model: nn.Module) -> None:

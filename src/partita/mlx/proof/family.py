@@ -24,6 +24,7 @@ from partita.mlx.collectives.groups import single_groups
 from partita.mlx.collectives.threads import run_as_threads
 from partita.mlx.mlx_lm_internals import family_of
 from partita.mlx.model.mlx_lm_models import build, config_of, describe, rules_of, spec_of
+from partita.mlx.model.modes import random_state_kept
 from partita.mlx.model.parts import main_output
 from partita.mlx.model.tree import every_array
 from partita.mlx.proof.compare import compare, generate_steps, gradients
@@ -235,6 +236,7 @@ CRASHES: Mapping[str, str] = {
 """Families that must not run on the CPU, not even unsplit."""
 
 
+@random_state_kept()
 def _tried(config: Mapping[str, Any], dtype: mx.Dtype) -> Small:
     """A model of a small config, and its abilities in a dtype."""
     mx.random.seed(0)

@@ -5,9 +5,10 @@ mlx-lm stores `lora_a [in, rank]` and `lora_b [rank, out]`, peft `lora_A [rank, 
 
 from __future__ import annotations
 
+import contextlib
 import math
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from partita.core.plan import Plan
 from partita.core.sharding.cuts import TensorPlan
 from partita.core.sharding.split import Split
 from partita.errors import ModelError
+from partita.mlx.collectives.collective_errors import collective_errors
 from partita.mlx.collectives.groups import ParallelGroups
 from partita.mlx.layers.embedding import VocabParallelEmbedding
 from partita.mlx.layers.inner import copy_module, is_quantized, slice_array
@@ -26,6 +28,7 @@ from partita.mlx.layers.linear import ColumnParallelLinear, RowParallelLinear
 from partita.mlx.layers.lora import Style, split_axis
 from partita.mlx.layers.region_parts import EntersRegion
 from partita.mlx.mlx_lm_internals import STACKS, lora_layer
+from partita.mlx.model.modes import random_state_kept
 from partita.mlx.model.parts import INNER_NAMES, Ranges, parameter_homes, plan_of, unsplit_modules
 from partita.mlx.model.tree import Home, get_module, named_modules, set_module
 from partita.mlx.weights.names import Box
@@ -36,6 +39,7 @@ _ROUTERS = ("gate", "router")
 """Name of a linear layer beside stacked experts that is not a layer in transformers, so peft cannot adapt it."""
 
 
+@random_state_kept()
 def add_lora(model: nn.Module, rank: int, *, alpha: float | None = None, seed: int = 0) -> list[str]:
     """Add mlx-lm's LoRA to every linear layer inside the layers of a split model and freeze all other parameters.
 
@@ -61,10 +65,16 @@ def add_lora(model: nn.Module, rank: int, *, alpha: float | None = None, seed: i
     plan, groups = plan_of(model)
     if type(rank) is not int or rank < 1:
         raise ModelError(f"the rank of LoRA must be an integer of at least 1; got {rank!r}.")
+    with collective_errors(groups):
+        linears, on_disk = _linears(model, plan), paths_on_disk(model)
+        for path in linears:
+            _on_disk(on_disk, path)
+    if not any(groups.pp.all_gather_object(bool(linears))):
+        raise ModelError(
+            f"{plan.spec.family}: no linear layer was found inside {plan.spec.layers or 'the model'} to adapt."
+        )
     model.freeze()
-    adapted, on_disk = [], paths_on_disk(model)
-    for path, (holder, key) in _linears(model, plan).items():
-        _on_disk(on_disk, path)
+    for path, (holder, key) in linears.items():
         inner = holder[key]
         adapter: Any = lora_layer().from_base(inner, r=rank, scale=(alpha if alpha is not None else rank) / rank)
         dtype = inner["scales"].dtype if is_quantized(inner) else inner["weight"].dtype
@@ -77,12 +87,7 @@ def add_lora(model: nn.Module, rank: int, *, alpha: float | None = None, seed: i
         # Fitting it to the split sampled numbers that depend on the split.
         adapter.lora_a = slice_array(whole, 0, inputs.ranges(part)).astype(dtype)
         mx.eval(adapter["lora_a"], adapter["lora_b"])
-        adapted.append(path)
-    if not any(groups.pp.all_gather_object(bool(adapted))):
-        raise ModelError(
-            f"{plan.spec.family}: no linear layer was found inside {plan.spec.layers or 'the model'} to adapt."
-        )
-    return adapted
+    return list(linears)
 
 
 def _draw(inputs: int, rank: int, seed: int) -> mx.array:
@@ -116,6 +121,20 @@ def _is_router(path: str, modules: Mapping[str, nn.Module]) -> bool:
         return False
     beside = {type(module).__name__ for one, module in modules.items() if one.rpartition(".")[0] == parent}
     return bool(beside & {*STACKS, "SplitExperts"})
+
+
+@contextlib.contextmanager
+def removed_on_error(model: nn.Module) -> Iterator[None]:
+    """Remove the adapters that are added inside the context, and freeze as before, if an error ends it."""
+    frozen = [(module, set(module._no_grad)) for module in model.modules()]
+    try:
+        yield
+    except BaseException:
+        for holder, key, adapter in adapters(model):
+            holder[key] = adapter["linear"]
+        for module, names in frozen:
+            module._no_grad = names
+        raise
 
 
 def merge_lora(model: nn.Module) -> None:

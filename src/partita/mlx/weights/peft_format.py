@@ -24,7 +24,14 @@ from partita.mlx.collectives.collective_errors import collective_errors
 from partita.mlx.collectives.groups import ParallelGroups
 from partita.mlx.model.parts import parameter_homes, plan_of
 from partita.mlx.model.tree import Home
-from partita.mlx.weights.adapters import AdapterPlaces, adapter_places, adapters, add_lora, paths_on_disk
+from partita.mlx.weights.adapters import (
+    AdapterPlaces,
+    adapter_places,
+    adapters,
+    add_lora,
+    paths_on_disk,
+    removed_on_error,
+)
 from partita.mlx.weights.moments import read_array
 from partita.mlx.weights.names import DTYPES, Box
 from partita.mlx.weights.origin import Origin
@@ -96,6 +103,7 @@ def load_adapters(model: nn.Module, folder: str | os.PathLike[str]) -> list[str]
                 )
             known = paths_on_disk(model)
             source = stack.enter_context(in_peft_format(place, lambda path: known.get(path, path)))
+        stack.enter_context(removed_on_error(model))
         return _put_on(model, place, source)
 
 

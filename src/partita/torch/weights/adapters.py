@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
+from partita.core.plan import Plan
 from partita.errors import ModelError
 from partita.torch.collectives.groups import ParallelGroups
 from partita.torch.layers.inner import base_layer
@@ -39,12 +42,14 @@ def add_lora(model: nn.Module, rank: int, *, alpha: float | None = None, seed: i
         'model.layers.0.self_attn.q_proj'
     """
     plan, groups = plan_of(model)
+    places = {path: module for path, module in model.named_modules() if _can_adapt(path, module, plan)}
+    if not any(groups.pp.all_gather_object(bool(places))):
+        raise ModelError(
+            f"{plan.spec.family}: no linear layer was found inside {plan.spec.layers or 'the model'} to adapt."
+        )
     model.requires_grad_(False)
     seed = _seed_of_first(groups) if seed is None else seed
-    adapted = []
-    for path, module in list(model.named_modules()):
-        if plan.spec.layer_of(path) is None:
-            continue
+    for path, module in places.items():
         # Each layer has its own generator, so that the assignment of layers to stages does not matter.
         with torch.random.fork_rng():
             torch.manual_seed((seed ^ zlib.crc32(path.encode())) & ((1 << 63) - 1))
@@ -52,16 +57,32 @@ def add_lora(model: nn.Module, rank: int, *, alpha: float | None = None, seed: i
                 row = isinstance(module, RowParallelLinear)
                 inputs, part = (module.split, groups.tp.rank) if row else (None, 0)
                 module.linear = LoraLinear(module.linear, rank, alpha, inputs=inputs, tp_rank=part)
-                adapted.append(path)
-            elif _is_linear(module) and plan.spec.linears and path in plan.spec.linears:
+            else:
                 parent, _, name = path.rpartition(".")
                 setattr(model.get_submodule(parent), name, LoraLinear(module, rank, alpha))
-                adapted.append(path)
-    if not any(groups.pp.all_gather_object(bool(adapted))):
-        raise ModelError(
-            f"{plan.spec.family}: no linear layer was found inside {plan.spec.layers or 'the model'} to adapt."
-        )
-    return adapted
+    return list(places)
+
+
+def _can_adapt(path: str, module: nn.Module, plan: Plan) -> bool:
+    if plan.spec.layer_of(path) is None:
+        return False
+    if isinstance(module, (ColumnParallelLinear, RowParallelLinear)):
+        return True
+    return _is_linear(module) and path in (plan.spec.linears or ())
+
+
+@contextmanager
+def removed_on_error(model: nn.Module) -> Iterator[None]:
+    """Remove the adapters that are added inside the context, and train what was trained, if an error ends it."""
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    except BaseException:
+        for parent, name, adapter in adapters(model):
+            setattr(parent, name, base_layer(adapter))
+        for parameter, flag in trained:
+            parameter.requires_grad_(flag)
+        raise
 
 
 def _seed_of_first(groups: ParallelGroups) -> int:

@@ -25,7 +25,7 @@ from partita.generation import Tokenizer
 from partita.torch.collectives.collective_errors import collective_errors
 from partita.torch.collectives.groups import ParallelGroups
 from partita.torch.model.parts import parameter_homes, plan_of
-from partita.torch.weights.adapters import adapters, add_lora
+from partita.torch.weights.adapters import adapters, add_lora, removed_on_error
 from partita.torch.weights.fill import CheckpointFill, memory_of
 from partita.torch.weights.names import Piece, Source
 from partita.torch.weights.save import DTYPE_NAMES, own_part, unsplit_on_meta
@@ -100,6 +100,7 @@ def load_adapters(model: nn.Module, folder: str | os.PathLike[str]) -> list[str]
                     "the model has adapters already. Merge them (merge_lora), or load the model without adapters."
                 )
             source = stack.enter_context(in_peft_format(place, lambda path: _path_here(plan, path)))
+        stack.enter_context(removed_on_error(model))
         return _put_on(model, place, source)
 
 
@@ -110,7 +111,7 @@ def _put_on(model: nn.Module, place: Path, source: Path) -> list[str]:
         kind = read_adapters(source)
         checkpoint = open_checkpoint(source / weights_name(STEM))
         wanted = {path_of(name) for name in checkpoint.tensors}
-    put_on = add_lora(model, kind.rank, alpha=kind.alpha)
+    put_on = add_lora(model, kind.rank, alpha=kind.alpha, seed=0)
     with collective_errors(groups), Reader(checkpoint) as reader:
         paths = {id(tensor): _parsed(name)["path"] for name, tensor in adapter_tensors(model)}
         for parent, name, adapter in adapters(model):
