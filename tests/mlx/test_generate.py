@@ -156,7 +156,7 @@ def test_the_beginning_of_a_stop_text_is_held_back() -> None:
         sequence.accept(token, choice, tokenizer)
         sequence.show(lambda place, text: shown.append(text), choice.stop)
     assert shown == ["x", "ENx", "E"]
-    assert sequence.generation.finish_reason == "length"
+    assert sequence.finish_reason == "length"
 
 
 # --- errors ---------------------------------------------------------------------------------------------------------------

@@ -161,6 +161,7 @@ class Sequence:
         limit: The largest number of new tokens.
         tokens: The new tokens so far.
         finish_reason: Why it ended; empty until then.
+        is_streamed: Whether its text is needed while it grows. If not, and without stop texts, it is decoded at the end.
         failure: The code in place of a token if logits were not finite, else 0.
     """
 
@@ -169,6 +170,7 @@ class Sequence:
     limit: int
     tokens: list[int] = field(default_factory=list)
     finish_reason: str = ""
+    is_streamed: bool = True
     failure: int = 0
     _new: NewText | None = field(default=None, init=False)
     _end: int | None = field(default=None, init=False)
@@ -199,7 +201,7 @@ class Sequence:
             self.finish_reason = "eos"
         elif len(self.tokens) >= self.limit:
             self.finish_reason = "length"
-        if tokenizer is None:
+        if tokenizer is None or not (self.is_streamed or choice.stop):
             return
         self._new = self._new or NewText(tokenizer, self.prompt)
         self._new.add(token)
@@ -226,7 +228,11 @@ class Sequence:
             if text:
                 on_text(self.place, text)
 
-    @property
-    def generation(self) -> Generation:
+    def generation(self, tokenizer: Tokenizer | None) -> Generation:
         """The result."""
+        if self._new is None and tokenizer is not None:
+            self._new = NewText(tokenizer, self.prompt)
+            for token in self.tokens:
+                self._new.add(token)
+            self._new.end()
         return Generation(tuple(self.tokens), self.text, self.finish_reason)

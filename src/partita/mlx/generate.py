@@ -67,12 +67,12 @@ def generate(
         # The last new token is not fed back to the model.
         plan.spec.refuse_beyond_positions(length + new - 1, f"a prompt of {length} tokens with {new} new ones")
         refuse_beyond_window(plan.spec, length + new, f"a prompt of {length} with {new} new ones")
+    listener = on_text if groups.rank == 0 else None
     sequences = [
-        Sequence(place, list(prompt), choice.limit(len(prompt)))
+        Sequence(place, list(prompt), choice.limit(len(prompt)), is_streamed=listener is not None)
         for place, prompt in enumerate(prompts)
         if place % groups.dp.size == groups.dp.rank
     ]
-    listener = on_text if groups.rank == 0 else None
     lengths: dict[int, list[Sequence]] = {}
     for sequence in sequences:
         lengths.setdefault(len(sequence.prompt), []).append(sequence)
@@ -83,7 +83,8 @@ def generate(
             run.batch(batch)
             if any(s.failure for s in batch):
                 break
-    done = [[s.place, list(s.tokens), s.text, s.finish_reason] for s in sequences]
+    made = [(s.place, s.generation(tokenizer)) for s in sequences]
+    done = [[place, list(one.tokens), one.text, one.finish_reason] for place, one in made]
     replies: list[Any] = groups.dp.all_gather_object([done, failure_of(sequences, plan, groups.dp.rank)])
     if failures := [failure for _, failure in replies if failure]:
         raise ModelError(failures[0])

@@ -93,12 +93,12 @@ def generate(
         # The last new token is not fed back to the model.
         plan.spec.refuse_beyond_positions(length + new - 1, f"a prompt of {length} tokens with {new} new ones")
     replicas, replica = groups.dp.size, groups.dp.rank
+    listener = on_text if groups.tp.rank == groups.pp.rank == replica == 0 else None
     sequences = [
-        Sequence(place, list(prompt), choice.limit(len(prompt)))
+        Sequence(place, list(prompt), choice.limit(len(prompt)), is_streamed=listener is not None)
         for place, prompt in enumerate(prompts)
         if place % replicas == replica
     ]
-    listener = on_text if groups.tp.rank == groups.pp.rank == replica == 0 else None
     plain = [s for s in sequences if not more[s.place]]
     special = [s for s in sequences if more[s.place]]
     alone = [special[i : i + plan.mesh.pp] for i in range(0, len(special), plan.mesh.pp)]
@@ -110,7 +110,7 @@ def generate(
                 _Run(model, batch, choice, tokenizer, listener, more).run()
             if any(s.failure for s in batch):
                 break
-    mine = {s.place: s.generation for s in sequences}, failure_of(sequences, plan, replica)
+    mine = {s.place: s.generation(tokenizer) for s in sequences}, failure_of(sequences, plan, replica)
     replies: list[Any] = groups.dp.all_gather_object(mine)
     if failures := [failure for _, failure in replies if failure]:
         raise ModelError(failures[0])
