@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Unpack, cast
 from partita.core.mesh import Mesh
 from partita.core.plan import Plan
 from partita.core.request import SplitArguments
-from partita.generation import Generation, OnText, Sampling, Tokenizer
+from partita.generation import Generation, GenerationReport, OnText, Sampling, Tokenizer
 from partita.proof.report import Report
 from partita.ranks.environment import EngineName
 from partita.ranks.groups import AxisGroups, Communicator
@@ -82,6 +82,7 @@ class Engine(Protocol):
         *,
         tokenizer: Tokenizer | None = None,
         on_text: OnText | None = None,
+        on_report: Callable[[GenerationReport], None] | None = None,
     ) -> list[Generation]:
         """Continue prompts."""
 

@@ -21,7 +21,8 @@ from tests.support.ranks import ROOT
 
 OURS = re.compile(
     r"note: .+"
-    r"|\d+ tokens? in [\d.]+ s, [\d.]+ tokens/s on one rank; loaded in [\d.]+ s"
+    r"|\d+ tokens? in [\d.]+ s on one rank, the first after [\d.]+ s(, then [\d.]+ tokens/s)?, prompt [\d.]+ tokens/s"
+    r"|loaded in [\d.]+ s, peak memory [\d.]+ [KMGT]iB"
     r"|\w+: [\d.]+ \w* ?parameters on one rank, .*tokens of text"
     r"|step \d+/\d+  loss .*"
 )

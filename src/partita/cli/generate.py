@@ -18,13 +18,13 @@ from partita.cli.arguments.engine import choose_engine
 from partita.cli.arguments.model import plan_early, read_tokenizer, refuse_device, request_of
 from partita.cli.arguments.options import OUTPUT, WEIGHTS, ModelArgument, PlanOptions, RunOptions, WeightsDtype
 from partita.cli.job import Job
-from partita.cli.terminal.console import err, mesh_name, out, plural, print_json, write
+from partita.cli.terminal.console import err, mesh_name, out, plural, print_json, size, write
 from partita.cli.terminal.messages import hold, release
 from partita.cli.terminal.progress import loading
 from partita.core.mesh import Mesh
 from partita.engine import open_engine
 from partita.errors import ModelError, PlanError
-from partita.generation import Generation, Sampling
+from partita.generation import Generation, GenerationReport, Sampling
 from partita.ranks import environment
 
 SAMPLING, TEXT = "Sampling", "Text"
@@ -306,9 +306,14 @@ class GenerateJob(Job):
             if environment.is_first():
                 out().print(self.texts[0], style="dim", end="", soft_wrap=True)
             on_text = _stream
-        generations = engine.generate(split, prompts, self.sampling, tokenizer=tokenizer, on_text=on_text)
+        reports: list[GenerationReport] = []
+        generations = engine.generate(
+            split, prompts, self.sampling, tokenizer=tokenizer, on_text=on_text, on_report=reports.append
+        )
         end_s = time.perf_counter()
-        return _Run(asked.model, asked.mesh, self.texts, prompts, generations, loaded_s - start_s, end_s - loaded_s)
+        return _Run(
+            asked.model, asked.mesh, self.texts, prompts, generations, reports[0], loaded_s - start_s, end_s - loaded_s
+        )
 
 
 def _biases(texts: list[str]) -> dict[int, float]:
@@ -336,6 +341,7 @@ class _Run:
     texts: list[str]
     prompts: list[list[int]]
     generations: list[Generation]
+    report: GenerationReport
     load_s: float
     generate_s: float
 
@@ -360,12 +366,25 @@ def _print_texts(run: _Run, stream: bool) -> None:
                 )
             out().print(text, style="dim", end="", soft_wrap=True)
             write(generation.text + "\n")
-    rate = run.new_tokens / run.generate_s
-    err().print(
-        f"{plural(run.new_tokens, 'token')} in {run.generate_s:.1f} s, {rate:.1f} tokens/s on {mesh_name(run.mesh)}; "
-        f"loaded in {run.load_s:.1f} s",
-        style="dim", soft_wrap=True,
-    )  # fmt: skip
+    for line in _summary(run):
+        err().print(line, style="dim", soft_wrap=True)
+
+
+def _summary(run: _Run) -> list[str]:
+    report = run.report
+    speeds = [
+        f"{plural(run.new_tokens, 'token')} in {run.generate_s:.1f} s on {mesh_name(run.mesh)}",
+        f"the first after {report.first_token_s:.2f} s",
+    ]
+    if report.decode_tokens_per_s is not None:
+        speeds.append(f"then {report.decode_tokens_per_s:.1f} tokens/s")
+    if report.prefill_tokens_per_s is not None:
+        speeds.append(f"prompt {report.prefill_tokens_per_s:.1f} tokens/s")
+    loaded = f"loaded in {run.load_s:.1f} s"
+    if report.peak_memory_bytes:
+        most = f" (largest of {run.mesh.size} ranks)" if run.mesh.size > 1 else ""
+        loaded += f", peak memory {size(report.peak_memory_bytes)}{most}"
+    return [", ".join(speeds), loaded]
 
 
 def _print_json(run: _Run, stream: bool) -> None:
@@ -386,5 +405,13 @@ def _print_json(run: _Run, stream: bool) -> None:
             "load_s": run.load_s,
             "generate_s": run.generate_s,
             "tokens_per_s": run.new_tokens / run.generate_s,
+            "first_token_s": run.report.first_token_s,
+            "prefill_tokens": run.report.prefill_tokens,
+            "prefill_s": run.report.prefill_s,
+            "prefill_tokens_per_s": run.report.prefill_tokens_per_s,
+            "decode_tokens": run.report.decode_tokens,
+            "decode_s": run.report.decode_s,
+            "decode_tokens_per_s": run.report.decode_tokens_per_s,
+            "peak_memory_bytes": run.report.peak_memory_bytes,
         }
     )

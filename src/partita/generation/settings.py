@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -160,6 +161,7 @@ class Sequence:
         prompt: The ids of the prompt.
         limit: The largest number of new tokens.
         tokens: The new tokens so far.
+        arrivals_s: When each of them was known on this rank (`time.perf_counter()`), and a failure in place of one.
         finish_reason: Why it ended; empty until then.
         is_streamed: Whether its text is needed while it grows. If not, and without stop texts, it is decoded at the end.
         failure: The code in place of a token if logits were not finite, else 0.
@@ -169,6 +171,7 @@ class Sequence:
     prompt: list[int]
     limit: int
     tokens: list[int] = field(default_factory=list)
+    arrivals_s: list[float] = field(default_factory=list)
     finish_reason: str = ""
     is_streamed: bool = True
     failure: int = 0
@@ -193,6 +196,7 @@ class Sequence:
 
         A code of `choose`, which is negative, ends it too.
         """
+        self.arrivals_s.append(time.perf_counter())
         if token < 0:
             self.failure, self.finish_reason = token, "failure"
             return

@@ -7,7 +7,7 @@ except ModuleNotFoundError as error:
         "partita.mlx needs MLX, which is not installed: pip install 'partita[mlx]'", name="mlx"
     ) from error
 
-from partita.generation import Generation, Sampling
+from partita.generation import Generation, GenerationReport, Sampling
 from partita.mlx.auto import pipeline_auto_parallel
 from partita.mlx.collectives.checked import CheckedCommunicator
 from partita.mlx.collectives.comm import Communicator
@@ -41,6 +41,7 @@ __all__ = [
     "ColumnParallelLinear",
     "Communicator",
     "Generation",
+    "GenerationReport",
     "ParallelGroups",
     "Pipeline",
     "QuantizedAllToShardedLinear",

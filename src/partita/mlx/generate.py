@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 
 from partita.errors import ModelError, PlanError
 from partita.generation.choice import Choice, settle
 from partita.generation.generation_config import generation_of_config
+from partita.generation.report import Batch, GenerationReport, peak_resident_bytes, report_of
 from partita.generation.sample import failure_of
 from partita.generation.settings import Generation, OnText, Sampling, Sequence
 from partita.generation.tokenizer import Tokenizer
@@ -31,6 +34,7 @@ def generate(
     *,
     tokenizer: Tokenizer | None = None,
     on_text: OnText | None = None,
+    on_report: Callable[[GenerationReport], None] | None = None,
 ) -> list[Generation]:
     """Continue every prompt; every rank of the run calls it with the same arguments and returns the same.
 
@@ -46,6 +50,7 @@ def generate(
         tokenizer: Decodes the text; without one the text is empty.
         on_text: Called with the prompt's index and new text as it is generated; on the first rank of the run only, and not for
             prompts of other replicas.
+        on_report: Called on every rank with the times, the tokens and the peak memory of this call.
 
     Raises:
         PlanError: A prompt is empty or has an id outside the vocabulary, or `stop` is given without a tokenizer.
@@ -58,6 +63,7 @@ def generate(
         >>> len(generation.tokens), generation.finish_reason
         (4, 'length')
     """
+    start_s = time.perf_counter()
     plan, groups = plan_of(model)
     refuse_undecodable(model, plan)
     choice = settle(sampling, generation_of(model), tokenizer.eos_ids if tokenizer is not None else frozenset())
@@ -78,8 +84,10 @@ def generate(
         lengths.setdefault(len(sequence.prompt), []).append(sequence)
     kind = Batches if plan.num_stages == 1 else Flow
     run = kind(model, plan, groups, choice, tokenizer, listener)
+    timed: list[Batch] = []
     with mode_set(model, training=False):
         for batch in lengths.values():
+            timed.append((time.perf_counter(), batch))
             run.batch(batch)
             if any(s.failure for s in batch):
                 break
@@ -88,6 +96,11 @@ def generate(
     replies: list[Any] = groups.dp.all_gather_object([done, failure_of(sequences, plan, groups.dp.rank)])
     if failures := [failure for _, failure in replies if failure]:
         raise ModelError(failures[0])
+    # On a CPU MLX counts only its own arrays.
+    peak_bytes = peak_resident_bytes() if mx.default_device() == mx.cpu else mx.get_peak_memory()
+    report = report_of(start_s, timed, peak_bytes, groups)
+    if on_report is not None:
+        on_report(report)
     found = {
         place: Generation(tuple(tokens), text, reason) for part, _ in replies for place, tokens, text, reason in part
     }

@@ -1,6 +1,6 @@
 """The PyTorch engine: it executes plans on torch.distributed."""
 
-from partita.generation import Generation, Sampling, Tokenizer, byte_tokenizer, load_tokenizer
+from partita.generation import Generation, GenerationReport, Sampling, Tokenizer, byte_tokenizer, load_tokenizer
 from partita.torch.auto import pipeline_auto_parallel
 from partita.torch.collectives.comm import Communicator
 from partita.torch.collectives.groups import (
@@ -40,6 +40,7 @@ __all__ = [
     "Communicator",
     "Float64Everywhere",
     "Generation",
+    "GenerationReport",
     "GroupInfo",
     "InitType",
     "LoraLinear",

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
 from collections.abc import Set as SetOf
 from itertools import pairwise
@@ -16,8 +17,9 @@ from torch import Tensor, nn
 from partita.core.plan import Plan
 from partita.core.sharding.split import Split
 from partita.errors import ModelError, PlanError
-from partita.generation import Generation, OnText, Sampling, Sequence, Tokenizer
+from partita.generation import Generation, GenerationReport, OnText, Sampling, Sequence, Tokenizer
 from partita.generation.choice import Choice, settle
+from partita.generation.report import Batch, peak_resident_bytes, report_of
 from partita.generation.sample import Columns, choose, failure_of, generator_of
 from partita.ranks.liveness import doing
 from partita.schedule import Action, Kind, Schedule
@@ -54,6 +56,7 @@ def generate(
     inputs: SequenceOf[Mapping[str, Tensor] | None] | None = None,
     tokenizer: Tokenizer | None = None,
     on_text: OnText | None = None,
+    on_report: Callable[[GenerationReport], None] | None = None,
 ) -> list[Generation]:
     """Continue every prompt; every rank of the run calls it with the same arguments and returns the same.
 
@@ -71,6 +74,7 @@ def generate(
         tokenizer: Decodes the text; without one the text is empty.
         on_text: Called with the prompt's index and new text as it is generated; on the first rank of the run only, and not for
             prompts of other replicas.
+        on_report: Called on every rank with the times, the tokens and the peak memory of this call.
 
     Raises:
         PlanError: A prompt is empty or has an id outside the vocabulary, or `stop` is given without a tokenizer.
@@ -83,6 +87,7 @@ def generate(
         >>> len(generation.tokens), generation.finish_reason
         (4, 'length')
     """
+    start_s = time.perf_counter()
     plan, groups = plan_of(model)
     refuse_undecodable(model, plan)
     choice = settle(sampling, generation_of(model), tokenizer.eos_ids if tokenizer is not None else frozenset())
@@ -102,10 +107,12 @@ def generate(
     plain = [s for s in sequences if not more[s.place]]
     special = [s for s in sequences if more[s.place]]
     alone = [special[i : i + plan.mesh.pp] for i in range(0, len(special), plan.mesh.pp)]
+    timed: list[Batch] = []
     with mode_set(model, training=False):
         for batch in _batches(model, plain) + alone:
             together = max(1, len(batch) // plan.mesh.pp)
             forget_lengths(model)
+            timed.append((time.perf_counter(), batch))
             with decoding(model, together, max(s.limit for s in batch)), torch.inference_mode():
                 _Run(model, batch, choice, tokenizer, listener, more).run()
             if any(s.failure for s in batch):
@@ -114,8 +121,16 @@ def generate(
     replies: list[Any] = groups.dp.all_gather_object(mine)
     if failures := [failure for _, failure in replies if failure]:
         raise ModelError(failures[0])
+    report = report_of(start_s, timed, _peak_memory_bytes(model), groups)
+    if on_report is not None:
+        on_report(report)
     done = {place: generation for part, _ in replies for place, generation in part.items()}
     return [done[place] for place in range(len(prompts))]
+
+
+def _peak_memory_bytes(model: nn.Module) -> int:
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_resident_bytes()
 
 
 def _check(
