@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated
@@ -300,16 +300,17 @@ class GenerateJob(Job):
         if self.adapters is not None:
             engine.load_adapters(split, self.adapters)
         loaded_s = time.perf_counter()
-        on_text: Callable[[int, str], None] | None = None
+        reports: list[GenerationReport] = []
+        streamed = self.stream and environment.is_first()
         if self.stream:
             hold()
-            if environment.is_first():
+        with launch.open_line() if streamed else nullcontext():
+            if streamed:
                 out().print(self.texts[0], style="dim", end="", soft_wrap=True)
-            on_text = _stream
-        reports: list[GenerationReport] = []
-        generations = engine.generate(
-            split, prompts, self.sampling, tokenizer=tokenizer, on_text=on_text, on_report=reports.append
-        )
+            generations = engine.generate(
+                split, prompts, self.sampling, tokenizer=tokenizer, on_text=_stream if self.stream else None,
+                on_report=reports.append,
+            )  # fmt: skip
         end_s = time.perf_counter()
         return _Run(
             asked.model, asked.mesh, self.texts, prompts, generations, reports[0], loaded_s - start_s, end_s - loaded_s
@@ -356,7 +357,6 @@ def _stream(place: int, text: str) -> None:
 
 def _print_texts(run: _Run, stream: bool) -> None:
     if stream:
-        write("\n")
         release()
     else:
         for index, (text, generation) in enumerate(zip(run.texts, run.generations, strict=True)):

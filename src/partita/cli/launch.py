@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import typer
 
 from partita.cli.job import Job, from_json, to_json
-from partita.cli.terminal.console import err, plural
+from partita.cli.terminal.console import OutputClosed, err, plural, write
 from partita.cli.terminal.failure import show
 from partita.cli.terminal.messages import adopt_all
 from partita.core.mesh import AXES, Mesh
@@ -58,11 +59,41 @@ def _start(job: Job) -> int:
         outcome = start(
             sys.argv[1:], mesh.size, backend=backend, instead=_instead(mesh, engine, job.backend), settings={JOB: str(file)}
         )  # fmt: skip
+        if _marker_of(file).exists():  # rank 0 was ended before it could end its line
+            _end_line()
     return show_outcome(outcome, debug=debug)
+
+
+_marker: Path | None = None
+"""In a rank that `run` started, the file that exists while stdout ends inside a line."""
+
+
+def _marker_of(job: Path) -> Path:
+    return job.with_name("open_line")
+
+
+@contextlib.contextmanager
+def open_line() -> Iterator[None]:
+    """A context in which text is streamed to stdout. At its end, whatever ends it, the line is ended too."""
+    if _marker is not None:
+        _marker.touch()
+    try:
+        yield
+    finally:
+        _end_line()
+        if _marker is not None:
+            _marker.unlink(missing_ok=True)
+
+
+def _end_line() -> None:
+    with contextlib.suppress(OutputClosed):
+        write("\n")
 
 
 def read_job(file: str, kinds: dict[str, type[Job]]) -> tuple[Job, bool]:
     """Read the job that `run` wrote for its ranks, and whether errors are printed with tracebacks."""
+    global _marker
+    _marker = _marker_of(Path(file))
     return from_json(Path(file).read_text(encoding="utf-8"), kinds)
 
 
