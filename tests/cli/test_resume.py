@@ -242,10 +242,13 @@ REFUSED: list[tuple[str, str]] = [
     ("--steps 7", "which differs in steps (8 then, 7 now; more are allowed)"),
     ("--autocast bfloat16", "which differs in autocast (None then, 'bfloat16' now)"),
     ("--master-dtype model", "which differs in master_dtype ('float32' then, 'model' now)"),
-    ("--config other.json", "not --config other.json. Leave it out."),
-    ("--model other", "the run started with no --model, not --model other. Leave it out."),
-    ("--dtype float64", "the run started with no --dtype, not --dtype float64. Leave it out."),
-    ("--lora-rank 2", "the run started with no --lora-rank, not --lora-rank 2. Leave it out."),
+    ("--config other.json", "not --config other.json, and its weights are those of the checkpoint. Leave it out."),
+    ("--model other", "no --model, not --model other, and its weights are those of the checkpoint. Leave it out."),
+    (
+        "--dtype float64",
+        "not --dtype float64, and its weights and the optimizer's state have their dtype. Leave it out.",
+    ),
+    ("--lora-rank 2", "no --lora-rank, not --lora-rank 2, and its adapters have their rank. Leave it out."),
     ("--data nowhere.txt", "--data nowhere.txt: there is no such file or folder."),
 ]
 

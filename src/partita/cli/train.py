@@ -6,14 +6,14 @@ import os
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from partita.checkpoint.run_folder import RunFolder
 from partita.cli import launch
 from partita.cli.arguments import elastic, inputs
-from partita.cli.arguments.engine import choose_engine
+from partita.cli.arguments.engine import EngineChoice, choose_engine
 from partita.cli.arguments.model import plan_early, refuse_device, request_of
 from partita.cli.arguments.options import (
     OUTPUT,
@@ -25,14 +25,28 @@ from partita.cli.arguments.options import (
     ScheduleKind,
     WeightsDtype,
 )
-from partita.cli.arguments.resume import LAYOUT, NOTED, newest_state, resumed_layout, resumed_options
+from partita.cli.arguments.resume import (
+    LAYOUT,
+    NOTED,
+    TORCH_ONLY,
+    changes,
+    kept_engine,
+    newest_state,
+    resumed_layout,
+    resumed_options,
+)
 from partita.cli.arguments.stages import choose
+from partita.cli.terminal.console import err
 from partita.cli.terminal.timeline import check_file
 from partita.cli.train_job import TrainJob
 from partita.core.plan import Plan
 from partita.core.request import PlanRequest
 from partita.errors import CheckpointError, ModelError
+from partita.ranks import environment
 from partita.training import TrainSettings, texts
+
+if TYPE_CHECKING:
+    from partita.training.state import TrainingState
 
 
 class Autocast(StrEnum):
@@ -137,9 +151,9 @@ class TrainingOptions(PlanOptions):
         bool,
         typer.Option(
             "--resume",
-            help="Resume from the newest complete checkpoint in --out. Any layout and engine can continue it: with --tp, "
-            "--pp, --dp, --layout, --vpp, --schedule, --microbatches or --group-size, these specify the layout, else the "
-            "run keeps its own.",
+            help="Resume from the newest complete checkpoint in --out, with the options of the run. Any layout and engine can "
+            "continue it: with --tp, --pp, --dp, --layout, --vpp, --schedule, --microbatches or --group-size, these specify "
+            "the layout, else the run keeps its own. A line is printed for each option that differs from the run's.",
             rich_help_panel=CHECKPOINTS,
         ),
     ] = False
@@ -226,12 +240,18 @@ class TrainingOptions(PlanOptions):
     ] = MasterDtype.float32
     checkpointing: Annotated[
         bool,
-        typer.Option("--checkpointing", help="Recompute activations instead of keeping them.", rich_help_panel=MEMORY),
+        typer.Option(
+            "--checkpointing/--no-checkpointing",
+            help="Recompute activations instead of keeping them.",
+            rich_help_panel=MEMORY,
+        ),
     ] = False
     zero: Annotated[
         bool,
         typer.Option(
-            "--zero", help="Distribute the optimizer's state over the replicas (ZeRO-1).", rich_help_panel=MEMORY
+            "--zero/--no-zero",
+            help="Distribute the optimizer's state over the replicas (ZeRO-1).",
+            rich_help_panel=MEMORY,
         ),
     ] = False
     dtype: WeightsDtype = None
@@ -252,7 +272,7 @@ def train(options: TrainOptions) -> None:
     if not run.notes["data"]:
         raise ModelError("there is no training data. Give --data: a text file, a folder of text files, or `stdlib`.")
     request, given = _request(options, run, is_restarted=is_restarted)
-    run.notes["layout"] = {**run.places, "dp": request.mesh.dp}
+    run.notes |= {"layout": {**run.places, "dp": request.mesh.dp}, "engine": request.engine}
     stages = choose(
         request, run.places["schedule"], batch_size=run.settings["batch_size"], microbatches=run.places["microbatches"],
         group_size=run.places["group_size"], is_planned=given is not None,
@@ -266,21 +286,25 @@ def train(options: TrainOptions) -> None:
     data = inputs.kept(run.notes["data"], "--data")
     for _ in texts(data):
         """Raise errors in the data before ranks start."""
-    if not run.is_resumed:
+    if run.state is None:
         _check_saving(options)
     if options.picture is not None:
         check_file("--picture", options.picture, ".svg", ".png")
     if options.trace is not None:
         check_file("--trace", options.trace, ".json")
     settings = {
-        **run.settings, "checkpointing": options.checkpointing, "zero": options.zero, **stages.training,
+        **run.settings, "checkpointing": run.notes["checkpointing"], "zero": run.notes["zero"], **stages.training,
     }  # fmt: skip
     TrainSettings(**settings)
+    if run.state is not None and environment.is_first():
+        now = {**run.notes, **run.notes["layout"], "steps": run.settings["steps"]}
+        for line in changes(run.state, now, options.given):
+            err().print(line, style="dim", soft_wrap=True)
     launch.run(
         TrainJob(
             request=stages.request, plan=plan, backend=options.backend, device=options.device,
-            new=run.notes["config"] is not None and not run.is_resumed, data=data, notes=run.notes, options=settings,
-            out=options.out_folder, resume=run.is_resumed, verify=not options.no_verify,
+            new=run.notes["config"] is not None and run.state is None, data=data, notes=run.notes, options=settings,
+            out=options.out_folder, resume=run.state is not None, verify=not options.no_verify,
             lora_rank=run.notes["lora_rank"], as_json=options.as_json, picture=options.picture, trace=options.trace,
         )
     )  # fmt: skip
@@ -295,14 +319,14 @@ class _Run:
         places: The options of `resume.LAYOUT`: how the work is distributed.
         settings: The fields of `TrainSettings` that do not depend on the layout.
         notes: The options that are kept with checkpoints for the next command.
-        is_resumed: Whether the run resumes from a checkpoint.
+        state: The state of the checkpoint that the run resumes from; None for a new run.
     """
 
     source: str
     places: dict[str, Any]
     settings: dict[str, Any]
     notes: dict[str, Any]
-    is_resumed: bool
+    state: TrainingState | None = None
 
 
 def _asked(options: TrainOptions, source: str) -> _Run:
@@ -321,9 +345,10 @@ def _asked(options: TrainOptions, source: str) -> _Run:
     notes = {
         "data": options.data, "config": options.config, "model": options.model,
         "dtype": options.dtype and options.dtype.value, "lora_rank": options.lora_rank, "save_every": options.save_every,
-        "keep": options.keep, "run_id": elastic.run_id(),
+        "keep": options.keep, "run_id": elastic.run_id(), "engine": options.engine and options.engine.value,
+        "zero": options.zero, "checkpointing": options.checkpointing,
     }  # fmt: skip
-    return _Run(source, places, settings, notes, is_resumed=False)
+    return _Run(source, places, settings, notes)
 
 
 def _resumed(options: TrainOptions) -> _Run:
@@ -343,21 +368,31 @@ def _resumed(options: TrainOptions) -> _Run:
         state.base.find(options.model)
         source = options.model or state.base.path
         notes["lora_rank"] = notes["lora_rank"] or read_adapters(found).rank
-    return _Run(source, places, settings, notes, is_resumed=True)
+    if options.engine is None:
+        notes["engine"] = kept_engine(state)
+    if notes["engine"] == "mlx":
+        notes |= {name: False for name in TORCH_ONLY if name not in options.given}
+    return _Run(source, places, settings, notes, state)
 
 
 def _request(options: TrainOptions, run: _Run, *, is_restarted: bool) -> tuple[PlanRequest, Plan | None]:
     """The plan request, and the plan of `--plan FILE`."""
     where = replace(options, **{name: run.places[name] for name in ("tp", "pp", "dp", "layout", "vpp")})
     request, given = request_of(
-        run.source, where, engine=choose_engine(options.engine), trust_remote_code=options.trust_remote_code
-    )
+        run.source, where, engine=choose_engine(run.notes["engine"] and EngineChoice(run.notes["engine"])),
+        trust_remote_code=options.trust_remote_code,
+    )  # fmt: skip
     if is_restarted:
         request = replace(request, mesh=elastic.fitted(request.mesh))
         if given is not None and given.mesh != request.mesh:
             given = None
-    resumes_unsplit = run.is_resumed and run.notes["lora_rank"] is None
+    resumes_unsplit = run.state is not None and run.notes["lora_rank"] is None
     run.places.update({name: getattr(request.mesh, name) for name in ("tp", "pp")})
+    if given is not None:
+        # A resumed run has no plan file: its layout comes from the checkpoint.
+        run.places["layout"] = str(given.layout)
+        if given.placement == "v":
+            run.places["schedule"] = run.places["schedule"] or "zb-v"
     return replace(request, dtype=None if resumes_unsplit else run.notes["dtype"]), given
 
 

@@ -56,6 +56,11 @@ BackendOption = Annotated[
 _NEEDS: dict[EngineName, tuple[str, ...]] = {"torch": ("torch", "transformers"), "mlx": ("mlx", "mlx_lm")}
 
 
+def is_installed(name: EngineName) -> bool:
+    """Whether the libraries of an engine are installed."""
+    return all(find_spec(package) is not None for package in _NEEDS[name])
+
+
 def choose_engine(wanted: EngineChoice | None) -> EngineName:
     """The engine to run on.
 
@@ -64,7 +69,7 @@ def choose_engine(wanted: EngineChoice | None) -> EngineName:
     """
     names: tuple[EngineName, ...] = ("torch", "mlx") if wanted is None else (wanted.value,)
     for name in names:
-        if all(find_spec(package) is not None for package in _NEEDS[name]):
+        if is_installed(name):
             return name
     missing = next(package for package in _NEEDS[names[0]] if find_spec(package) is None)
     raise ModelError(

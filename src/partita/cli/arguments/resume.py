@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from partita.checkpoint.run_folder import RunFolder
+from partita.cli.arguments.engine import EngineChoice, is_installed
 from partita.errors import CheckpointError, ModelError
 
 if TYPE_CHECKING:
@@ -19,8 +20,19 @@ NOTED = ("config", "model", "dtype", "lora_rank")
 LAYOUT = ("tp", "pp", "dp", "layout", "vpp", "schedule", "microbatches", "group_size")
 """Options that specify how the work is distributed. If none is given, a resumed run keeps those that it started with."""
 
-KEPT = ("data", "save_every", "keep")
+KEPT = ("data", "save_every", "keep", "engine", "zero", "checkpointing")
 """Options that are taken from the checkpoint unless they are given again."""
+
+TORCH_ONLY = ("zero", "checkpointing")
+"""Options of `KEPT` that MLX does not have; a run that continues there leaves them out."""
+
+_WHY_NOT: Mapping[str, str] = {
+    "config": "its weights are those of the checkpoint",
+    "model": "its weights are those of the checkpoint",
+    "dtype": "its weights and the optimizer's state have their dtype",
+    "lora_rank": "its adapters have their rank",
+}
+"""Why an option of `NOTED` cannot change."""
 
 
 def newest_state(folder: Path | None) -> tuple[Path, TrainingState]:
@@ -68,8 +80,8 @@ def resumed_options(
             continue  # The model may have moved; its contents are checked later.
         if name in given and options[name] != notes.get(name):
             raise CheckpointError(
-                f"{folder}: the run started with {_option(name, notes.get(name))}, not {_option(name, options[name])}. "
-                "Leave it out."
+                f"{folder}: the run started with {_option(name, notes.get(name))}, not {_option(name, options[name])}, and "
+                f"{_WHY_NOT[name]}. Leave it out."
             )
     then = {**asdict(state.settings), **{name: notes[name] for name in KEPT if notes.get(name) is not None}}
     made = {name: options[name] if name in given else then.get(name, value) for name, value in options.items()}
@@ -83,6 +95,38 @@ def resumed_layout(state: TrainingState, options: Mapping[str, Any], given: froz
     return {**options, **({} if given & set(LAYOUT) else state.notes.get("layout") or {})}
 
 
+def kept_engine(state: TrainingState) -> EngineChoice | None:
+    """The engine of the run, if the checkpoint names it and it is installed."""
+    name = state.notes.get("engine")
+    return EngineChoice(name) if name in ("torch", "mlx") and is_installed(name) else None
+
+
+def changes(state: TrainingState, now: Mapping[str, Any], given: frozenset[str]) -> list[str]:
+    """Lines about the options that differ from the run's: `--tp 1 (the run used 2)`.
+
+    Args:
+        state: The state of the checkpoint.
+        now: The options of the resumed run, by their parameters' names; only those that the checkpoint has are compared.
+        given: The names of those that are given on the command line.
+    """
+    then = {**state.notes, **(state.notes.get("layout") or {}), "steps": state.settings.steps}
+    lines = []
+    for name in ("engine", *LAYOUT, *(one for one in KEPT if one != "engine"), "steps"):
+        if name not in then or then[name] == now[name] or {then[name], now[name]} <= {None, False}:
+            continue
+        line = f"{_option(name, now[name])} (the run used {_value(then[name])})"
+        if name == "steps":
+            line += ": the learning rate now decays over all of them"
+        elif name in LAYOUT and name not in given:
+            line += ": options of the layout replace all of the run's own"
+        lines.append(line)
+    return lines
+
+
+def _value(value: Any) -> str:
+    return "its default" if value is None else "it" if value is True else "none" if value is False else str(value)
+
+
 def _option(name: str, value: Any) -> str:
     option = f"--{name.replace('_', '-')}"
-    return f"{option} {value}" if value is not None else f"no {option}"
+    return option if value is True else f"no {option}" if value is None or value is False else f"{option} {value}"
