@@ -24,7 +24,8 @@ from partita.cli.terminal.progress import loading
 from partita.core.mesh import Mesh
 from partita.engine import open_engine
 from partita.errors import ModelError, PlanError
-from partita.generation import Generation, GenerationReport, Sampling
+from partita.generation import Generation, GenerationReport, Sampling, Tokenizer
+from partita.notes import note
 from partita.ranks import environment
 
 SAMPLING, TEXT = "Sampling", "Text"
@@ -189,6 +190,22 @@ class TextOptions(PlanOptions):
     ignore_eos: Annotated[
         bool, typer.Option("--ignore-eos", help="Continue past the model's end token.", rich_help_panel=TEXT)
     ] = False
+    chat: Annotated[
+        bool,
+        typer.Option(
+            "--chat", help="Apply the model's chat template to each prompt, as a user's message.", rich_help_panel=TEXT
+        ),
+    ] = False
+    system: Annotated[
+        str | None,
+        typer.Option(
+            "--system",
+            metavar="TEXT",
+            help="With --chat: put this system message first.",
+            show_default=False,
+            rich_help_panel=TEXT,
+        ),
+    ] = None
     adapters: Annotated[
         Path | None,
         typer.Option(
@@ -230,6 +247,8 @@ def generate(options: GenerateOptions) -> None:
     for place, text in enumerate(texts):
         if any("\ud800" <= character <= "\udfff" for character in text):
             raise ModelError(f"prompt {place} is not UTF-8 text: {text!a:.60}.")
+    if options.system is not None and not options.chat:
+        raise ModelError("--system is a message of a chat. Give --chat, or leave it out.")
     name = choose_engine(options.engine)
     request, given = request_of(options.model, options, engine=name, trust_remote_code=options.trust_remote_code)
     request = replace(request, dtype=options.dtype and options.dtype.value)
@@ -245,7 +264,8 @@ def generate(options: GenerateOptions) -> None:
     launch.run(
         GenerateJob(
             request=request, plan=plan, backend=options.backend, device=options.device, texts=texts, sampling=sampling,
-            adapters=options.adapters, verify=not options.no_verify, as_json=options.as_json,
+            chat=options.chat, system=options.system, adapters=options.adapters,
+            verify=not options.no_verify, as_json=options.as_json,
             stream=not options.no_stream and not options.as_json and len(texts) == 1,
         )
     )  # fmt: skip
@@ -269,6 +289,8 @@ class GenerateJob(Job):
     Attributes:
         texts: The prompts.
         sampling: The sampling settings.
+        chat: Whether each prompt is a user's message for the model's chat template.
+        system: The system message of a chat.
         adapters: Adapters for the model.
         verify: Whether the files of a training checkpoint are compared with their checksums.
         stream: Whether text is printed while it is generated.
@@ -277,6 +299,8 @@ class GenerateJob(Job):
 
     texts: list[str]
     sampling: Sampling
+    chat: bool = False
+    system: str | None = None
     adapters: Path | None
     verify: bool
     stream: bool
@@ -289,12 +313,21 @@ class GenerateJob(Job):
             (_print_json if self.as_json else _print_texts)(run, self.stream)
         return 0
 
+    def _encode(self, text: str, tokenizer: Tokenizer) -> list[int]:
+        if self.chat:
+            return tokenizer.encode_chat(text, self.system)
+        ids = tokenizer.encode(text)
+        # A prompt with special tokens has been formatted already.
+        if environment.is_first() and tokenizer.has_chat_template and not tokenizer.special_ids & set(ids[1:-1]):
+            note("the model has a chat template, which --chat applies to the prompt.")
+        return ids
+
     def _generate(self) -> _Run:
         asked, engine = self.request, open_engine(self.request.engine)
         start_s = time.perf_counter()
         folder = find_model(asked.model, code=asked.trust_remote_code)
         tokenizer = read_tokenizer(folder, trust_remote_code=asked.trust_remote_code)
-        prompts = [tokenizer.encode(text) for text in self.texts]
+        prompts = [self._encode(text, tokenizer) for text in self.texts]
         with loading(f"loading, {mesh_name(asked.mesh)}") as progress:
             split = engine.load(folder, **self.split, dtype=asked.dtype, verify=self.verify, progress=progress)
         if self.adapters is not None:
@@ -306,15 +339,16 @@ class GenerateJob(Job):
             hold()
         with launch.open_line() if streamed else nullcontext():
             if streamed:
-                out().print(self.texts[0], style="dim", end="", soft_wrap=True)
+                out().print(self.texts[0], style="dim", end="\n" if self.chat else "", soft_wrap=True)
             generations = engine.generate(
                 split, prompts, self.sampling, tokenizer=tokenizer, on_text=_stream if self.stream else None,
                 on_report=reports.append,
             )  # fmt: skip
         end_s = time.perf_counter()
         return _Run(
-            asked.model, asked.mesh, self.texts, prompts, generations, reports[0], loaded_s - start_s, end_s - loaded_s
-        )
+            asked.model, asked.mesh, self.texts, self.chat, prompts, generations, reports[0], loaded_s - start_s,
+            end_s - loaded_s,
+        )  # fmt: skip
 
 
 def _biases(texts: list[str]) -> dict[int, float]:
@@ -340,6 +374,7 @@ class _Run:
     model: str
     mesh: Mesh
     texts: list[str]
+    is_chat: bool
     prompts: list[list[int]]
     generations: list[Generation]
     report: GenerationReport
@@ -364,7 +399,7 @@ def _print_texts(run: _Run, stream: bool) -> None:
                 out().print(
                     f"{'' if index == 0 else chr(10)}--- {index + 1} ({generation.finish_reason})", style="bold"
                 )
-            out().print(text, style="dim", end="", soft_wrap=True)
+            out().print(text, style="dim", end="\n" if run.is_chat else "", soft_wrap=True)
             write(generation.text + "\n")
     for line in _summary(run):
         err().print(line, style="dim", soft_wrap=True)

@@ -39,6 +39,28 @@ class Tokenizer:
         """The ids of a text, with the special tokens that the tokenizer adds."""
         return [int(i) for i in self.inner.encode(text)]
 
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether the tokenizer comes with a template for the messages of a chat."""
+        return bool(getattr(self.inner, "chat_template", None))
+
+    def encode_chat(self, text: str, system: str | None = None) -> list[int]:
+        """The ids of a user's message, after a system message if one is given, up to where the answer begins.
+
+        Raises:
+            CheckpointError: There is no chat template, or it does not take these messages.
+        """
+        if not self.has_chat_template:
+            raise CheckpointError("the model's tokenizer has no chat template, which --chat applies. Leave --chat out.")
+        messages = [{"role": "system", "content": system}] if system is not None else []
+        messages.append({"role": "user", "content": text})
+        try:
+            ids = self.inner.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        except Exception as error:
+            why = " ".join(str(error).split()) or type(error).__name__
+            raise CheckpointError(f"the model's chat template does not take these messages: {why[:300]}") from error
+        return [int(i) for i in ids]
+
     def decode(self, ids: list[int]) -> str:
         """The text of ids, without special tokens."""
         return str(self.inner.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
