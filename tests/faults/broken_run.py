@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,9 +52,16 @@ def python(module: str) -> list[str]:
 
 
 def break_run(
-    command: Sequence[str], ranks: int, folder: Path, fault: str, who: int, env: Mapping[str, str] | None = None
+    command: Sequence[str],
+    ranks: int,
+    folder: Path,
+    fault: str | Callable[[int], None],
+    who: int = 0,
+    env: Mapping[str, str] | None = None,
 ) -> Ended:
     """Start `command`, wait until its ranks work in `folder`, do `fault` (KILL, STOP or raise) to rank `who`, and wait.
+
+    A function `fault` is called with the number of the launcher's process instead.
 
     No process is left when this returns, or it raises AssertionError.
     """
@@ -76,7 +83,9 @@ def break_run(
             working = [int(file.read_text()) for file in folder.glob("rank*")]
         time.sleep(random.Random(str(folder)).uniform(0.5, 1.0))
         start_s = time.monotonic()
-        if fault == "raise":
+        if callable(fault):
+            fault(process.pid)
+        elif fault == "raise":
             (folder / "raise").touch()
         else:
             os.kill(int((folder / f"rank{who}").read_text()), signal.Signals[f"SIG{fault}"])

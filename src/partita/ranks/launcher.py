@@ -24,8 +24,8 @@ from partita.errors import DistributedError
 from partita.ranks import rank_process
 from partita.ranks.backends import local_torch_backend
 from partita.ranks.failure import Failure
-from partita.ranks.liveness import LOST, Lines, Peer, Uptime, beat_s, lost_after_s, silence
-from partita.ranks.rendezvous import Environments, rendezvous
+from partita.ranks.liveness import LOST, STARTING, Lines, Peer, Uptime, beat_s, lost_after_s, silence
+from partita.ranks.rendezvous import Environments, Helper, rendezvous
 
 GRACE_S = 3.0
 """Seconds that a rank has to end after SIGTERM before it is killed."""
@@ -37,6 +37,12 @@ KEPT_BYTES = 64 << 10
 """Bytes kept from the end of the stderr of every rank but rank 0."""
 
 _POLL_S = 0.2
+
+_HELPER_LOST = b"PMIx Event Notification"
+"""Printed by Open MPI in a rank that it ends because a process of mpiexec has ended."""
+
+_OUTPUT_OF_MPI = ("OPAL_OUTPUT_STDERR_FD", "PMIX_OUTPUT_STDERR_FD")
+"""The variables with the descriptor that Open MPI prints its errors to."""
 
 
 @dataclass(frozen=True)
@@ -95,14 +101,13 @@ def start(
             ) as environments:
                 processes = _Ranks([sys.executable, *program, *arguments], capture, limit_s)
                 try:
-                    processes.start([{**one, **settings} for one in environments])
+                    processes.start(Environments(({**one, **settings} for one in environments), environments.helpers))
                     processes.wait()
                 finally:
                     processes.end()
         except _Signalled as signalled:
             return Outcome(128 + signalled.number, failure=Failure(Failure.INTERRUPTED, "interrupted"))
-    first = processes.first_failed()
-    return Outcome(0, bytes(processes.output)) if first is None else _outcome_of(first, bytes(processes.output))
+    return processes.outcome()
 
 
 @contextlib.contextmanager
@@ -149,6 +154,7 @@ class _Rank:
     lost: Failure | None = None
     lost_s: float | None = None
     stderr: bytearray = field(default_factory=bytearray)
+    messages: Any = None
     ended_s: float | None = None
     sent: set[int] = field(default_factory=set)
 
@@ -175,6 +181,11 @@ class _Rank:
         """Whether the rank failed because another rank was gone."""
         return self.failure is not None and self.failure.echo
 
+    @property
+    def lacks_helper(self) -> bool:
+        """Whether Open MPI has ended the rank because a process of mpiexec was gone."""
+        return self.failure is None and _HELPER_LOST in self.stderr
+
     def send(self, number: int) -> None:
         """Send a signal to the rank and the processes that it started, unless it has ended."""
         if self.process.poll() is None:
@@ -191,32 +202,43 @@ class _Ranks:
         self.clock = Uptime(limit_s)
         self.ranks: list[_Rank] = []
         self.output = bytearray()
+        self.lost_helper: Helper | None = None
         self.selector = selectors.DefaultSelector()
 
     def start(self, environments: Environments) -> None:
         for number, variables in enumerate(environments):
-            local, remote = socket.socketpair()
-            with remote:
-                process = subprocess.Popen(
-                    self.command,
-                    env={**rank_environment(variables, len(environments)), rank_process.LINE: str(remote.fileno())},
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.PIPE
-                    if number == 0 and self.capture
-                    else None
-                    if number == 0
-                    else subprocess.DEVNULL,
-                    stderr=None if number == 0 else subprocess.PIPE,
-                    pass_fds=[remote.fileno()],
-                    start_new_session=True,
-                )
-            rank = _Rank(number, process, local, Peer(number, socket.gethostname(), heard_s=self.clock.now_s()))
-            self.ranks.append(rank)
-            self._listen(local, partial(self._receive_report, rank))
-            if process.stdout is not None:
-                self._listen(process.stdout, self.output.extend)
-            if process.stderr is not None:
-                self._listen(process.stderr, partial(_keep_end, rank.stderr))
+            self._start_rank(number, rank_environment(variables, len(environments)), bool(environments.helpers))
+        for helper in environments.helpers:
+            self._listen(helper.stream, partial(self._receive_of_helper, helper))
+
+    def _start_rank(self, number: int, environment: dict[str, str], is_of_mpi: bool) -> None:
+        """Start a rank. Rank 0 writes to the terminal, but what Open MPI prints in it is kept like another rank's stderr."""
+        stdout = subprocess.DEVNULL if number else subprocess.PIPE if self.capture else None
+        local, remote = socket.socketpair()
+        messages, end = os.pipe() if number == 0 and is_of_mpi else (None, None)
+        if end is not None:
+            environment |= dict.fromkeys(_OUTPUT_OF_MPI, str(end))
+        with remote:
+            process = subprocess.Popen(
+                self.command,
+                env={**environment, rank_process.LINE: str(remote.fileno())},
+                stdin=subprocess.DEVNULL,
+                stdout=stdout,
+                stderr=subprocess.PIPE if number else None,
+                pass_fds=[remote.fileno(), *(() if end is None else (end,))],
+                start_new_session=True,
+            )
+        rank = _Rank(number, process, local, Peer(number, socket.gethostname(), heard_s=self.clock.now_s()))
+        self.ranks.append(rank)
+        self._listen(local, partial(self._receive_report, rank))
+        if process.stdout is not None:
+            self._listen(process.stdout, self.output.extend)
+        if process.stderr is not None:
+            self._listen(process.stderr, partial(_keep_end, rank.stderr))
+        if messages is not None and end is not None:
+            os.close(end)
+            rank.messages = os.fdopen(messages, "rb", buffering=0)
+            self._listen(rank.messages, partial(_keep_end, rank.stderr))
 
     def _listen(self, stream: Any, take: Callable[[bytes], None]) -> None:
         os.set_blocking(stream.fileno(), False)
@@ -226,14 +248,20 @@ class _Ranks:
         for message in rank.lines.take(data):
             rank.peer.take(message, self.clock.now_s())
 
+    def _receive_of_helper(self, helper: Helper, data: bytes) -> None:
+        if not data and self.lost_helper is None:
+            self.lost_helper = helper
+
     def wait(self) -> None:
         """Wait until every rank has ended, or one has failed and the cause has had time to arrive."""
         while self._alive():
             self._receive(min(_POLL_S, beat_s(self.limit_s)))
             self._find_silent()
             failed = [rank for rank in self.ranks if rank.failed_s is not None]
-            if failed:
-                if all(rank.is_echo for rank in failed):
+            if failed or self.lost_helper is not None:
+                # A rank that starts would only print that Open MPI cannot be initialized.
+                is_starting = not failed and any(rank.peer.doing == STARTING for rank in self.ranks)
+                if all(rank.is_echo or rank.lacks_helper for rank in failed) and not is_starting:
                     self._receive_until(lambda: self._cause_is_known() or not self._alive(), ECHO_S)
                 return
 
@@ -248,7 +276,7 @@ class _Ranks:
                     rank.lost_s = time.monotonic()
 
     def _cause_is_known(self) -> bool:
-        return any(rank.failed_s is not None and not rank.is_echo for rank in self.ranks)
+        return any(rank.failed_s is not None and not rank.is_echo and not rank.lacks_helper for rank in self.ranks)
 
     def end(self) -> None:
         """End all ranks. No rank is left when this returns or is interrupted."""
@@ -266,15 +294,24 @@ class _Ranks:
             for rank in self.ranks:
                 rank.process.wait()
                 rank.line.close()
-                for stream in (rank.process.stdout, rank.process.stderr):
+                for stream in (rank.process.stdout, rank.process.stderr, rank.messages):
                     if stream is not None:
                         stream.close()
             self.selector.close()
 
-    def first_failed(self) -> _Rank | None:
+    def outcome(self) -> Outcome:
+        """How the run ended, once all ranks have ended."""
+        first, output = self._first_failed(), bytes(self.output)
+        is_without_cause = first is None or first.is_echo or first.lacks_helper
+        if self.lost_helper is not None and is_without_cause and any(rank.process.returncode for rank in self.ranks):
+            doing = next((rank.peer.doing for rank in self.ranks), STARTING)
+            return Outcome(LOST, output, Failure(LOST, _lost_helper(self.lost_helper, doing)))
+        return Outcome(0, output) if first is None else _outcome_of(first, output)
+
+    def _first_failed(self) -> _Rank | None:
         """The rank that failed first for a reason of its own: not because another was gone, nor by a signal of the launcher."""
         failed = [rank for rank in self.ranks if rank.failed_s is not None and not rank.was_signalled]
-        return min(failed, key=lambda rank: (rank.is_echo, rank.failed_s), default=None)
+        return min(failed, key=lambda rank: (rank.is_echo or rank.lacks_helper, rank.failed_s), default=None)
 
     def _alive(self) -> bool:
         for rank in self.ranks:
@@ -311,12 +348,19 @@ def _outcome_of(rank: _Rank, output: bytes) -> Outcome:
     failure, code = rank.failure, rank.process.returncode
     stderr = rank.stderr.decode(errors="replace")
     if failure is None:
-        if rank.number == 0 and code > 0:
+        if rank.number == 0 and code > 0 and not stderr:
             return Outcome(code, output)  # rank 0 has reported the failure itself: a verdict, or a usage error
         why = f"it {_how_it_ended(code)}"
         failure = Failure(LOST, rank.peer.lost(why)) if code < 0 else Failure(Failure.FAILED, why)
     is_named = failure.code in (LOST, Failure.MISUSED)
     return Outcome(failure.code, output, failure, None if is_named else rank.number, stderr)
+
+
+def _lost_helper(helper: Helper, doing: str) -> str:
+    return (
+        f"{helper.name} was lost while {doing}: the process has ended (is the machine out of memory?), and ranks that "
+        "communicate over Open MPI cannot continue without it. Start the command again."
+    )
 
 
 def _how_it_ended(code: int) -> str:

@@ -10,15 +10,41 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from partita.errors import DistributedError
 from partita.ranks.backends import open_mpi
 
-Environments = list[dict[str, str]]
-"""The environment variables of each rank."""
+
+@dataclass(frozen=True)
+class Helper:
+    """A process without which the ranks cannot communicate.
+
+    Attributes:
+        name: Its name in messages.
+        stream: A stream that ends when the process ends. What arrives on it has no meaning.
+    """
+
+    name: str
+    stream: Any
+
+
+class Environments(list[dict[str, str]]):
+    """The environment variables of each rank.
+
+    Attributes:
+        helpers: The processes that must live as long as the ranks.
+    """
+
+    def __init__(self, environments: Iterable[dict[str, str]], helpers: Sequence[Helper] = ()) -> None:
+        """Create the environments of ranks that depend on `helpers`."""
+        super().__init__(environments)
+        self.helpers = tuple(helpers)
+
 
 PROXIES_S = 30.0
 """Seconds that mpiexec has to start its processes."""
@@ -61,7 +87,7 @@ def rendezvous(backend: str, ranks: int) -> AbstractContextManager[Environments]
 @contextlib.contextmanager
 def _at_store(ranks: int) -> Iterator[Environments]:
     (port,) = _free_ports(1)
-    yield [_environment(rank, ranks, port) for rank in range(ranks)]
+    yield Environments(_environment(rank, ranks, port) for rank in range(ranks))
 
 
 @contextlib.contextmanager
@@ -70,10 +96,10 @@ def _in_ring(ranks: int) -> Iterator[Environments]:
     with tempfile.TemporaryDirectory() as folder:
         hosts = Path(folder) / "hosts.json"
         hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in ports]))
-        yield [
+        yield Environments(
             {**_environment(rank, ranks, ports[0]), "MLX_HOSTFILE": str(hosts), "MLX_RANK": str(rank)}
             for rank in range(ranks)
-        ]
+        )
 
 
 @contextlib.contextmanager
@@ -105,15 +131,22 @@ def _over_mpi(ranks: int) -> Iterator[Environments]:
         )
         stack.callback(_end, process)
         proxies = [stack.enter_context(_next(listener, process)) for _ in range(ranks)]
-        environments = sorted((_receive(proxy) for proxy in proxies), key=lambda variables: int(variables["PMIX_RANK"]))
+        variables = [_receive(proxy) for proxy in proxies]
+        numbers = [int(one["PMIX_RANK"]) for one in variables]
         ways = {name: value for name, value in _SETTINGS.items() if name not in os.environ}
         if mpi.library is not None:
             ways["MLX_MPI_LIBNAME"] = mpi.library
         (port,) = _free_ports(1)
-        yield [
-            {**_environment(rank, ranks, port), **_differences(variables), **ways}
-            for rank, variables in enumerate(environments)
-        ]
+        yield Environments(
+            (
+                {**_environment(rank, ranks, port), **_differences(variables[numbers.index(rank)]), **ways}
+                for rank in range(ranks)
+            ),
+            [
+                Helper("mpiexec", process.stderr),
+                *(Helper(f"the process of mpiexec for rank {n}", one) for n, one in zip(numbers, proxies, strict=True)),
+            ],
+        )
 
 
 def _next(listener: socket.socket, process: subprocess.Popen[bytes]) -> socket.socket:

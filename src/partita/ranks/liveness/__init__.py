@@ -10,7 +10,7 @@ A receiver that gets nothing from a rank for `PARTITA_LOST_AFTER` seconds, or wh
 the run. This package imports no framework.
 """
 
-from partita.ranks.liveness.activity import ME, Activity, doing, waits_in
+from partita.ranks.liveness.activity import ME, STARTING, Activity, doing, waits_in
 from partita.ranks.liveness.heartbeat import attach, farewell, has_joined, is_echo, join, send_failure, wait_for_verdict
 from partita.ranks.liveness.peer import LOST, LOST_AFTER, Lines, Peer, Uptime, beat_s, line_of, lost_after_s, silence
 
@@ -18,6 +18,7 @@ __all__ = [
     "LOST",
     "LOST_AFTER",
     "ME",
+    "STARTING",
     "Activity",
     "Lines",
     "Peer",
