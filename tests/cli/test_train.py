@@ -98,6 +98,25 @@ def test_what_cannot_be_is_told_before_a_rank_starts(train: Run, options: str, m
     assert said.err.count("\n") == 1 or "layout" in said.err
 
 
+@pytest.mark.fresh
+def test_a_v_of_stages_on_mlx_trains_like_1f1b_and_one_rank(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("import sys\nimport os\n" * 50)
+    command = (
+        sys.executable, "-m", "partita", "train", "--config", write(tmp_path, FOUR), "--data", str(tmp_path / "text.txt"),
+        "--engine", "mlx", "--steps", "4", "--batch-size", "4", "--microbatches", "4", "--sequence-length", "16",
+        "--learning-rate", "1e-2", "--json",
+    )  # fmt: skip
+    losses = []
+    for name, split in (("v", "--pp 2 --schedule zb-v"), ("1f1b", "--pp 2 --schedule 1f1b"), ("unsplit", "--tp 1")):
+        out = ("--out", str(tmp_path / name))
+        ended = subprocess.run((*command, *split.split(), *out), cwd=ROOT, capture_output=True, text=True, timeout=110)
+        assert ended.returncode == 0, ended.stderr
+        losses.append([step["loss"] for step in json.loads(ended.stdout)["steps"]])
+    # float32, whose sums over micro-batches and stages are rounded in another order.
+    assert losses[0] == pytest.approx(losses[2], rel=1e-5)
+    assert losses[1] == pytest.approx(losses[2], rel=1e-5)
+
+
 @pytest.mark.parametrize("command", ["train", "generate", "verify"])
 def test_an_encoder_and_a_decoder_are_not_cut_into_stages(
     partita: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, command: str

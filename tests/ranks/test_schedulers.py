@@ -11,7 +11,10 @@ from typing import Any
 
 import pytest
 
+from partita.cli.arguments.elastic import fitted
+from partita.core.mesh import Mesh
 from partita.errors import DistributedError
+from partita.ranks import environment
 from partita.ranks.schedulers import adopt, first_host
 from tests.cli.models import TINY
 from tests.support.ranks import ROOT
@@ -41,7 +44,7 @@ def test_a_task_of_srun() -> None:
     made = adopted(SLURM)
     assert made == {
         "RANK": "4", "WORLD_SIZE": "5", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "gpu07",
-        "MASTER_PORT": made["MASTER_PORT"],
+        "MASTER_PORT": made["MASTER_PORT"], "PARTITA_LAUNCHER": "srun",
     }  # fmt: skip
     assert 20_000 <= int(made["MASTER_PORT"]) < 40_000
     # Another step of the job meets elsewhere, and every task of this one in the same place.
@@ -56,8 +59,38 @@ def test_a_process_of_another_mpi() -> None:
     assert (made["RANK"], made["WORLD_SIZE"], made["LOCAL_RANK"], made["MASTER_ADDR"]) == ("1", "2", "1", "127.0.0.1")
 
 
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        (ONE_NODE, "srun"),
+        (PMI, "mpiexec"),
+        (POD, "Kubernetes"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "none"}, "torchrun"),
+        ({"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2"}, "mpirun"),
+        ({"MLX_RANK": "0", "MLX_WORLD_SIZE": "2"}, "mlx.launch"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "the launcher"),
+    ],
+)
+def test_messages_name_the_launcher(
+    given: dict[str, str], name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(os, "environ", given | adopted(given))
+    assert environment.launcher() == name
+    world = environment.world()
+    assert world is not None
+    assert fitted(Mesh(dp=world + 1)) == Mesh(dp=world)
+    said = capsys.readouterr().err
+    assert said == (f"{name} has started {world} ranks: resuming with --dp {world}\n" if environment.is_first() else "")
+
+
 def test_a_pod_of_an_indexed_job() -> None:
-    assert adopted(POD) == {"RANK": "3", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_PORT": "29500"}
+    assert adopted(POD) == {
+        "RANK": "3",
+        "LOCAL_RANK": "0",
+        "LOCAL_WORLD_SIZE": "1",
+        "MASTER_PORT": "29500",
+        "PARTITA_LAUNCHER": "Kubernetes",
+    }
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,9 @@ def demo(options: DemoOptions) -> None:
 
     The ranks are two pipeline stages of two tensor ranks each. It takes about two minutes on two cores and needs no network.
     """
+    for package in ("torch", "transformers"):
+        if find_spec(package) is None:
+            raise ModuleNotFoundError(f"No module named {package!r}", name=package)
     folder = options.out_folder if options.out_folder is not None else _new_folder()
     story = _Story(folder)
     story.plan()

@@ -43,8 +43,8 @@ def run(job: Job) -> NoReturn:
         raise typer.Exit(_start(job))
     if world is not None and world != mesh.size:
         raise DistributedError(
-            f"the mesh {mesh} has {plural(mesh.size, 'rank')}, but the launcher started {world}. Start {mesh.size}, "
-            f"or change --tp and --dp so that their product is {world}."
+            f"the mesh {mesh} has {plural(mesh.size, 'rank')}, but {environment.launcher()} started {world}. "
+            f"Start {mesh.size}, or change --tp and --dp so that their product is {world}."
         )
     raise typer.Exit(work_together(job.work, request.engine, job.backend))
 
@@ -140,10 +140,11 @@ def work_together(work: Callable[[], int], name: EngineName = "torch", backend: 
     engine = open_engine(name)
     joined = engine.join(backend)
     if joined != (environment.world() or 1):
-        library, launchers = ("MLX", "mpirun or mlx.launch") if name == "mlx" else ("torch", "torchrun or mpirun")
+        library = {"mlx": "MLX"}.get(name, name)
+        launchers = "mpirun or mlx.launch" if name == "mlx" else "torchrun, mpirun or srun"
         raise DistributedError(
-            f"the launcher started {environment.world()} ranks, but {library} knows of {joined}. Start them with {launchers}, "
-            "or let `partita` do it."
+            f"{environment.launcher()} started {environment.world()} ranks, but {library} knows of {joined}. "
+            f"Start them with {launchers}, or let `partita` do it."
         )
     with liveness.doing("working"):
         code = work()

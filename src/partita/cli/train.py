@@ -277,10 +277,6 @@ def train(options: TrainOptions) -> None:
         request, run.places["schedule"], batch_size=run.settings["batch_size"], microbatches=run.places["microbatches"],
         group_size=run.places["group_size"], is_planned=given is not None,
     )  # fmt: skip
-    if request.engine == "mlx" and stages.request.placement != "loop":
-        raise ModelError(
-            "on MLX the command line supports only stages that are assigned in turn. Use a --schedule other than zb-v."
-        )
     plan = plan_early(stages.request, given)
     refuse_device(request.engine, options.device)
     data = inputs.kept(run.notes["data"], "--data")

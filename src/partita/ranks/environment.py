@@ -40,6 +40,21 @@ _RANKS = {
 """The variables with the rank and the number of ranks: of torchrun and our launcher, mpirun, mlx.launch."""
 
 
+LAUNCHER = "PARTITA_LAUNCHER"
+"""The variable with the name of the launcher whose ranks were given torchrun's variables."""
+
+
+def launcher() -> str:
+    """The name of the launcher that started this rank: `torchrun`, `mpirun`, `mlx.launch`, `srun`, ...; else `the launcher`."""
+    if LAUNCHER in os.environ:
+        return os.environ[LAUNCHER]
+    if "OMPI_COMM_WORLD_RANK" in os.environ:
+        return "mpirun"
+    if "MLX_RANK" in os.environ:
+        return "mlx.launch"
+    return "torchrun" if "TORCHELASTIC_RUN_ID" in os.environ else "the launcher"
+
+
 def _hosts_of_mlx() -> str:
     """The number of ranks of mlx.launch, which sets it only with NCCL and otherwise lists the hosts."""
     if "MLX_WORLD_SIZE" in os.environ:

@@ -7,6 +7,7 @@ import re
 from collections.abc import MutableMapping
 
 from partita.errors import DistributedError
+from partita.ranks.environment import LAUNCHER
 
 PORT = 29500
 """The port of rank 0 under Kubernetes, unless MASTER_PORT is set; it is torchrun's."""
@@ -27,9 +28,10 @@ def adopt(environment: MutableMapping[str, str] = os.environ) -> None:
     """
     if any(name in environment for name in _KNOWN):
         return
-    for read in (_of_slurm, _of_pmi, _of_kubernetes):
+    for launcher, read in (("srun", _of_slurm), ("mpiexec", _of_pmi), ("Kubernetes", _of_kubernetes)):
         found = read(environment)
         if found is not None:
+            found[LAUNCHER] = launcher
             environment.update({**found, **{name: environment[name] for name in found if name in environment}})
             return
 

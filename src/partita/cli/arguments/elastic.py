@@ -44,5 +44,7 @@ def fitted(mesh: Mesh) -> Mesh:
         return mesh
     found = Mesh(dp=ranks // per_replica, pp=mesh.pp, tp=mesh.tp)
     if environment.is_first():
-        err().print(f"torchrun has started {plural(ranks, 'rank')}: resuming with --dp {found.dp}", style="dim")
+        err().print(
+            f"{environment.launcher()} has started {plural(ranks, 'rank')}: resuming with --dp {found.dp}", style="dim"
+        )
     return found

@@ -134,10 +134,12 @@ def read_spec(model: str, *, trust_remote_code: bool = False) -> tuple[ModelSpec
 
 
 def _need_transformers(config: dict[str, Any]) -> None:
-    if find_spec("torch") is None or find_spec("transformers") is None:
+    missing = [package for package in ("torch", "transformers") if find_spec(package) is None]
+    if missing:
         raise ModelError(
-            f"{config['model_type']!r} is not a family that Partita knows itself, and transformers, which may know it, is "
-            "not installed: pip install 'partita[torch]'"
+            f"{config['model_type']!r} is not a family that Partita knows itself. Transformers, which may know it, needs "
+            f"torch, but {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed: "
+            "pip install 'partita[torch]'. Or use mlx-lm's model, if it has one: --engine mlx."
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import time
 from dataclasses import asdict
 
 import typer
@@ -12,7 +13,7 @@ import typer
 from partita.cli.terminal.console import OutputClosed, discard_output, err
 from partita.cli.terminal.option_names import as_options
 from partita.errors import PartitaError
-from partita.ranks import environment, rank_process
+from partita.ranks import environment, liveness, rank_process
 from partita.ranks.failure import Failure
 from partita.ranks.liveness import is_echo, wait_for_verdict
 
@@ -67,6 +68,8 @@ def fail(error: BaseException, *, debug: bool = False) -> int | None:
     """
     failure = explain(error)
     if failure is None:
+        if hasattr(error, "format_message"):  # a usage error, which typer prints
+            _let_first_rank_speak()
         return None
     if failure.code == Failure.CLOSED:
         discard_output()
@@ -76,11 +79,25 @@ def fail(error: BaseException, *, debug: bool = False) -> int | None:
         traceback.print_exception(type(error), error, error.__traceback__)
     if failure.echo:
         wait_for_verdict()
-    if not rank_process.is_ours() and environment.speaks():
-        show(failure, debug=debug, who=environment.name())
+    _let_first_rank_speak()
     rank_process.report(asdict(failure))
+    if not rank_process.is_ours():
+        show(failure, debug=debug, who=environment.name())
+    liveness.failure_was_printed()
     rank_process.leave(failure.code)
     return failure.code
+
+
+def _let_first_rank_speak() -> None:
+    """Before the ranks are connected, wait until the first rank of this machine has printed an error that all ranks share.
+
+    Its end ends this process, except under srun. If it does not end, the error is this rank's own, and this call returns.
+    """
+    if rank_process.is_ours() or environment.speaks():
+        return
+    time.sleep(liveness.VERDICT_S)
+    if environment.launcher() == "srun":
+        os._exit(Failure.MISUSED)
 
 
 def show(failure: Failure, *, debug: bool = False, who: str = "", detail: str = "") -> None:

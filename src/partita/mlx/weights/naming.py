@@ -17,7 +17,7 @@ import mlx.nn as nn
 
 from partita.checkpoint.header import TensorInfo
 from partita.core.model.families import spec_from_config
-from partita.errors import CheckpointError, ModelError, PartitaError
+from partita.errors import CheckpointError, ModelError, PartitaError, UnknownFamilyError
 from partita.mlx.model.parts import parameter_homes
 from partita.mlx.weights.names import Source, sources_of
 
@@ -52,6 +52,8 @@ def named(again: Callable[[], nn.Module], config: Mapping[str, Any]) -> Named:
     family = config["model_type"]
     try:
         spec = spec_from_config(config)
+    except UnknownFamilyError as error:
+        raise ModelError(_refusal(family, "Partita has no table of this family's tensors.")) from error
     except PartitaError as error:
         raise ModelError(_refusal(family, str(error))) from error
     saved = {name: tensor.shape for name, tensor in spec.tensors.items() if tensor.tied_to is None}

@@ -11,7 +11,17 @@ the run. This package imports no framework.
 """
 
 from partita.ranks.liveness.activity import ME, STARTING, Activity, doing, waits_in
-from partita.ranks.liveness.heartbeat import attach, farewell, has_joined, is_echo, join, send_failure, wait_for_verdict
+from partita.ranks.liveness.heartbeat import (
+    VERDICT_S,
+    attach,
+    failure_was_printed,
+    farewell,
+    has_joined,
+    is_echo,
+    join,
+    send_failure,
+    wait_for_verdict,
+)
 from partita.ranks.liveness.peer import LOST, LOST_AFTER, Lines, Peer, Uptime, beat_s, line_of, lost_after_s, silence
 
 __all__ = [
@@ -19,6 +29,7 @@ __all__ = [
     "LOST_AFTER",
     "ME",
     "STARTING",
+    "VERDICT_S",
     "Activity",
     "Lines",
     "Peer",
@@ -26,6 +37,7 @@ __all__ = [
     "attach",
     "beat_s",
     "doing",
+    "failure_was_printed",
     "farewell",
     "has_joined",
     "is_echo",

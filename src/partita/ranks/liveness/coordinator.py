@@ -152,14 +152,16 @@ class Coordinator(threading.Thread):
         """Send the last message to all ranks, to rank 0 after the others, since this process ends when rank 0 receives it.
 
         The coordinator does not wait for silent ranks. The ranks that receive the message kill them, after they have reported
-        it: a launcher that sees a process end may end all others before they have reported anything.
+        it: a launcher that sees a process end may end all others before they have reported anything. For the same reason the
+        rank that reports its own failure receives the message first, and closes its connection when it has printed it.
         """
         silent = {rank for rank, *_ in last.get("silent", ())}
         self._send(last, [c for c in self.connections if c.peer is not None and c.peer.rank in silent])
         receiving = [c for c in self.connections if c.peer is None or c.peer.rank not in silent]
         own = [c for c in receiving if c.peer is not None and c.peer.rank == 0]
         others = [c for c in receiving if c not in own]
-        for connections in (others, own):
+        reporter = [c for c in receiving if c.peer is not None and c.peer.rank == last.get("failed", {}).get("rank")]
+        for connections in (reporter, [c for c in others if c not in reporter], [c for c in own if c not in reporter]):
             self._send(last, connections)
             self._wait_for(connections)
         self.closed.set()

@@ -38,6 +38,8 @@ class _Heartbeat(threading.Thread):
     Attributes:
         rank: This rank.
         coordinator: The reported state of rank 0, None if the channel leads to the launcher.
+        is_reporter: Set when the coordinator has chosen this rank to report the failure of the run.
+        has_reported: Set when this rank has reported it.
     """
 
     def __init__(
@@ -49,6 +51,8 @@ class _Heartbeat(threading.Thread):
         self.first: dict[str, Any] = {**_me(), "rank": rank}
         self.sending = threading.Lock()
         self.done = threading.Event()
+        self.is_reporter = threading.Event()
+        self.has_reported = threading.Event()
         self.is_leaving = False
         self._sent_s = 0.0
 
@@ -111,6 +115,8 @@ class _Heartbeat(threading.Thread):
     def _end_with(self, failed: dict[str, Any]) -> None:
         """End after another rank's failure, which that rank prints itself on its own machine."""
         if failed["rank"] == self.rank:
+            self.is_reporter.set()
+            self.has_reported.wait(VERDICT_S)
             self.done.set()
             return
         is_shown = failed.get("machine") == self.first["machine"]
@@ -218,10 +224,21 @@ def join(
 
 
 def send_failure(failure: dict[str, Any]) -> None:
-    """Send the others the reason why this rank ends. Does nothing without a heartbeat."""
+    """Send the others the reason why this rank ends, which it then prints itself. Does nothing without a heartbeat.
+
+    If ranks fail together, the coordinator chooses one, and this call ends the processes of the others.
+    """
     if _heartbeat is None:
         return
     _heartbeat.send({"failure": {**failure, "machine": _heartbeat.first["machine"]}})
+    if _heartbeat.coordinator is not None:
+        _heartbeat.is_reporter.wait(VERDICT_S)
+
+
+def failure_was_printed() -> None:
+    """Let the other ranks end, after this rank has printed the failure that it sent."""
+    if _heartbeat is not None:
+        _heartbeat.has_reported.set()
     if _coordinator is not None:
         _coordinator.closed.wait(VERDICT_S)
 
@@ -243,6 +260,7 @@ def farewell() -> None:
         if is_echo(error):
             wait_for_verdict()
         send_failure({"code": 1, "message": f"{type(error).__name__}: {error}", "echo": is_echo(error)})
+        failure_was_printed()
         return
     _heartbeat = _coordinator = None
     if coordinator is not None:
