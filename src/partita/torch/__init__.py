@@ -28,6 +28,7 @@ from partita.torch.new import fresh
 from partita.torch.seed import mp_copy, mp_gather, mp_reduce, mp_scatter
 from partita.torch.stages.pipeline import Pipeline
 from partita.torch.train import StepReport, TrainSettings, train
+from partita.torch.trainer import split_trainer
 from partita.torch.training.batches import load_tokens
 from partita.torch.verify import verify
 from partita.torch.weights.adapters import add_lora, merge_lora
@@ -82,6 +83,7 @@ __all__ = [
     "save",
     "save_adapters",
     "shard",
+    "split_trainer",
     "train",
     "verify",
     "vocab_parallel_cross_entropy",

@@ -21,6 +21,7 @@ from partita.torch.model.transformers_models import spec_of
 from partita.torch.proof.stages import media_without_stages, prove_stages
 from partita.torch.split.apply import apply_plan
 from partita.torch.split.finish import finish
+from partita.torch.weights.pretrained import with_save_pretrained
 
 
 def pipeline_auto_parallel(
@@ -71,7 +72,7 @@ def pipeline_auto_parallel(
             prove_stages(model, plan)
             forbid_media(model, media_without_stages(model, plan))
         split = apply_plan(model, plan, groups)
-    return finish(split, plan, groups)
+    return with_save_pretrained(finish(split, plan, groups))
 
 
 def _counts(slices: list[tuple[int | None, int | None]], num_layers: int) -> list[int]:

@@ -39,6 +39,7 @@ from partita.torch.transformers_internals import quiet
 from partita.torch.weights.fill import CheckpointFill, Progress, as_device, as_dtype
 from partita.torch.weights.materialize import make_unsaved_buffers, materialize
 from partita.torch.weights.names import Source, sources_for_reading
+from partita.torch.weights.pretrained import with_save_pretrained
 from partita.torch.weights.ties import add_twins, differing, tied_names, untie
 
 
@@ -119,7 +120,7 @@ def load(
         fill = CheckpointFill(reader, checkpoint.tensors, sources, unsplit, progress, total)
         filled = materialize(part, plan, groups, fill, place)
     part.partita_unused = rest  # type: ignore[assignment]
-    return filled.check(finish(part, plan, groups))
+    return with_save_pretrained(filled.check(finish(part, plan, groups)))
 
 
 def shard(
@@ -165,7 +166,7 @@ def shard(
             raise ModelError("a model in memory has no layers of multi-token prediction (m). Use fresh() or load().")
     with collective_errors(groups):
         split = apply_plan(model, plan, groups)
-    return finish(split, plan, groups)
+    return with_save_pretrained(finish(split, plan, groups))
 
 
 def choose_plan(model: nn.Module, plan: Plan | None, how: SplitRequest) -> Plan:

@@ -23,6 +23,7 @@ from partita.torch.stages.mtp import attach_mtp
 from partita.torch.weights.fill import as_device, as_dtype
 from partita.torch.weights.initial import FreshFill, record_initialization
 from partita.torch.weights.materialize import make_unsaved_buffers, materialize
+from partita.torch.weights.pretrained import with_save_pretrained
 
 
 def fresh(
@@ -79,4 +80,4 @@ def fresh(
         make_unsaved_buffers(built, place)
         part = apply_plan(built, plan, groups)
         filled = materialize(part, plan, groups, FreshFill(recipes, seed), place)
-    return filled.check(finish(part, plan, groups))
+    return with_save_pretrained(filled.check(finish(part, plan, groups)))

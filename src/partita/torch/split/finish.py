@@ -30,8 +30,6 @@ def finish(model: nn.Module, plan: Plan, groups: ParallelGroups) -> nn.Module:
     gather_attentions(model, plan, groups.tp)
     if plan.mesh.tp * plan.mesh.pp > 1 and hasattr(type(model), "generate"):
         model.generate = MethodType(_generate_alike, model)  # type: ignore[assignment]
-    if plan.mesh.tp * plan.mesh.pp > 1 and hasattr(type(model), "save_pretrained"):
-        model.save_pretrained = MethodType(_refuse_to_save, model)  # type: ignore[assignment]
     return model
 
 
@@ -53,10 +51,3 @@ def _generate_alike(model: Any, *args: Any, **kwargs: Any) -> Any:
         state = comm.broadcast_(state)
     torch.set_rng_state(state)
     return type(model).generate(model, *args, **kwargs)
-
-
-def _refuse_to_save(model: Any, *args: Any, **kwargs: Any) -> None:
-    raise ModelError(
-        "save_pretrained would write only this rank's part. Call partita.torch.save(model, folder) on every rank: it writes "
-        "the unsplit model, which from_pretrained reads."
-    )

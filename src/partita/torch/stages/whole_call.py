@@ -232,7 +232,8 @@ class _Output(Function):
         tensors = tensors[len(call.given) :]
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*(t for t in tensors if not t.is_floating_point()))
-        return tuple(t.view_as(t) for t in tensors)
+        # A loss is often scaled in place, which torch forbids for one view of several.
+        return tuple(t.clone() if t.dim() == 0 else t.view_as(t) for t in tensors)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -21,7 +21,7 @@ from partita.torch.collectives.groups import ParallelGroups
 from partita.torch.model.parts import local_tensors, plan_of
 from partita.torch.training.optimizer import MasterAdamW, initial_state, state_kinds
 from partita.torch.weights.fill import DTYPES, CheckpointFill
-from partita.torch.weights.names import Source, repeated_pieces, sources_for_reading
+from partita.torch.weights.names import Source, pieces_for_writing, repeated_pieces, sources_for_reading
 from partita.torch.weights.peft_format import adapter_cut, adapter_sources, adapter_tensors
 from partita.torch.weights.save import unsplit_on_meta
 from partita.training.resume import refuse_left_out
@@ -66,23 +66,23 @@ def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer | None,
     with collective_errors(groups):
         moments, run = open_checkpoint(folder, stem=OPTIMIZER), read_state(folder)
         trained = trained_tensors(model, plan)
-        unsplit, sources = _sources(model, plan, groups, trained, folder)
+        unsplit, sources = state_sources(model, plan, groups, trained, folder)
         inner, held = held_by(optimizer)
         master_dtype = "float32" if isinstance(inner, MasterAdamW) else "model"
-        now = {one for name in trained for one in _names_on_disk(name, sources)} | _repeated_names(unsplit, plan)
+        now = {one for name in trained for one in names_on_disk(name, sources)} | _repeated_names(unsplit, plan)
     now = {name for names in groups.pp.all_gather_object(sorted(now)) for name in names}  # type: ignore[attr-defined]
     with collective_errors(groups):
         refuse_left_out(folder, moments_in(moments, MOMENTS[0]), now)
         with Reader(moments) as reader:
             for kind in (*MOMENTS, MASTER):
-                part = _Kind(reader, moments, kind)
+                part = StateReader(reader, moments, kind)
                 fill = CheckpointFill(part, part.infos, sources, unsplit, None, 0)  # type: ignore[arg-type]
                 for name, tensor in trained.items():
                     kinds = state_kinds(tensor.dtype, master_dtype)
                     if inner is not None and id(tensor) in held and kind in kinds:
                         state = inner.state[tensor]
                         state["step"] = torch.tensor(
-                            float(run.count(name, _names_on_disk(name, sources))), dtype=torch.float32
+                            float(run.count(name, names_on_disk(name, sources))), dtype=torch.float32
                         )
                         state[kind] = initial_state(kind, tensor, master_dtype)
                         if not _is_kept(folder, kind, name, tensor, kinds, sources, moments.tensors):
@@ -93,14 +93,20 @@ def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer | None,
                         fill(name, cut, groups.tp.rank, state[kind])
 
 
-def _sources(
-    model: nn.Module, plan: Plan, groups: ParallelGroups, trained: Mapping[str, Tensor], folder: Path
+def state_sources(
+    model: nn.Module, plan: Plan, groups: ParallelGroups, trained: Mapping[str, Tensor], folder: Path | None
 ) -> tuple[nn.Module, dict[str, Source]]:
-    """Sources of the trained tensors in a checkpoint, and the unsplit model that converters need (None for adapters)."""
+    """Sources of the trained tensors in a checkpoint, and the unsplit model that converters need.
+
+    Without a folder they are the sources of a checkpoint that `save` writes.
+    """
     if not trained.keys() & plan.spec.tensors.keys():
         return nn.Module(), adapter_sources(trained, plan, groups)
     unsplit = unsplit_on_meta(model, plan)
-    shapes = {name: info.shape for name, info in open_checkpoint(folder).tensors.items()}
+    if folder is None:
+        shapes = {piece.name: piece.shape for one in pieces_for_writing(unsplit).values() for piece in one}
+    else:
+        shapes = {name: info.shape for name, info in open_checkpoint(folder).tensors.items()}
     return unsplit, sources_for_reading(unsplit, shapes)[0]
 
 
@@ -118,7 +124,7 @@ def _is_kept(
     Raises:
         CheckpointError: It has none, or one for another dtype.
     """
-    wanted = _names_on_disk(name, sources)
+    wanted = names_on_disk(name, sources)
     missing = [one for one in wanted if f"{kind}.{one}" not in infos]
     if missing and kind != MASTER:
         raise CheckpointError(
@@ -132,7 +138,8 @@ def _is_kept(
     return not missing
 
 
-def _names_on_disk(name: str, sources: Mapping[str, Source]) -> list[str]:
+def names_on_disk(name: str, sources: Mapping[str, Source]) -> list[str]:
+    """The names of the tensors on disk that hold the tensor `name`."""
     source = sources.get(name, Source())
     return [piece.name for piece in source.pieces] or [one for one, _ in source.inputs] or [name]
 
@@ -146,7 +153,7 @@ def _repeated_names(unsplit: nn.Module, plan: Plan) -> set[str]:
 
 
 @dataclass(frozen=True)
-class _Kind:
+class StateReader:
     """The state of one kind as a separate checkpoint, with the parameters' names."""
 
     reader: Reader
@@ -155,7 +162,9 @@ class _Kind:
 
     @functools.cached_property
     def infos(self) -> dict[str, TensorInfo]:
+        """The facts of this kind, by parameter name."""
         return moments_in(self.checkpoint, self.kind)
 
     def read(self, name: str, ranges_by_dim: Sequence[Sequence[Range]], out: memoryview) -> None:
+        """As `Reader.read`, by parameter name."""
         self.reader.read(f"{self.kind}.{name}", ranges_by_dim, out)
