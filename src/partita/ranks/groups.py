@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 from partita.core.mesh import Mesh
 
@@ -54,3 +54,7 @@ class AxisGroups(Generic[C]):
     def axes(self) -> list[C]:
         """The groups with more than one rank. A value that is gathered along each in turn reaches every rank."""
         return [comm for comm in (self.tp, self.pp, self.dp) if comm.size > 1]
+
+    def __deepcopy__(self, memo: object) -> Self:
+        """Return itself: a copy of a model communicates with the same ranks."""
+        return self

@@ -22,6 +22,8 @@ from partita.torch.layers.linear import ColumnParallelLinear, RowParallelLinear
 from partita.torch.layers.lora import LoraLinear
 from partita.torch.layers.loss import vocab_parallel_cross_entropy
 from partita.torch.load import load, shard
+from partita.torch.loops.norms import clip_grad_norm_
+from partita.torch.loops.optimizers import elementwise_optimizer
 from partita.torch.model.float64 import Float64Everywhere
 from partita.torch.model.parts import plan_of
 from partita.torch.new import fresh
@@ -58,6 +60,8 @@ __all__ = [
     "VocabParallelEmbedding",
     "add_lora",
     "byte_tokenizer",
+    "clip_grad_norm_",
+    "elementwise_optimizer",
     "fresh",
     "generate",
     "init_parallelism",

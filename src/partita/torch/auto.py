@@ -15,7 +15,8 @@ from partita.core.sharding.split import deal
 from partita.errors import ModelError, PlanError
 from partita.torch.collectives.collective_errors import collective_errors_in
 from partita.torch.collectives.comm import Communicator
-from partita.torch.collectives.groups import ParallelGroups, single_groups
+from partita.torch.collectives.groups import ParallelGroups, init_process_group, single_groups
+from partita.torch.loops.watch import watch
 from partita.torch.model.towers import forbid_media
 from partita.torch.model.transformers_models import spec_of
 from partita.torch.proof.stages import media_without_stages, prove_stages
@@ -52,6 +53,7 @@ def pipeline_auto_parallel(
 
     Source: `pipeline_auto_parallel` of LocalAI's `backend/python/mlx-distributed/sharding.py`.
     """
+    init_process_group()
     comm = group if isinstance(group, Communicator) else Communicator(group)
     alone = single_groups()
     mesh = Mesh(pp=comm.size)
@@ -72,7 +74,7 @@ def pipeline_auto_parallel(
             prove_stages(model, plan)
             forbid_media(model, media_without_stages(model, plan))
         split = apply_plan(model, plan, groups)
-    return with_save_pretrained(finish(split, plan, groups))
+    return watch(with_save_pretrained(finish(split, plan, groups)))
 
 
 def _counts(slices: list[tuple[int | None, int | None]], num_layers: int) -> list[int]:

@@ -28,6 +28,7 @@ from partita.notes import note
 from partita.ranks.liveness import doing
 from partita.torch.collectives.collective_errors import collective_errors
 from partita.torch.collectives.groups import ParallelGroups, init_process_group, make_groups
+from partita.torch.loops.watch import watch
 from partita.torch.model.towers import forbid_media
 from partita.torch.model.transformers_models import build_on_meta, code_note, read_hf_config, spec_of
 from partita.torch.proof.family import plan_of_model, prove_unless_proven, unmeasured_media
@@ -120,7 +121,7 @@ def load(
         fill = CheckpointFill(reader, checkpoint.tensors, sources, unsplit, progress, total)
         filled = materialize(part, plan, groups, fill, place)
     part.partita_unused = rest  # type: ignore[assignment]
-    return with_save_pretrained(filled.check(finish(part, plan, groups)))
+    return watch(with_save_pretrained(filled.check(finish(part, plan, groups))))
 
 
 def shard(
@@ -158,6 +159,7 @@ def shard(
     """
     if not isinstance(model, nn.Module):
         raise ModelError(f"model must be a module in memory; got {model!r:.100}. Use load() for a folder or a hub id.")
+    init_process_group()
     how = SplitRequest.of(plan, {"tp": tp, "pp": pp, "dp": dp, "layout": layout, "vpp": vpp, "placement": placement})
     groups = groups if groups is not None else make_groups(how.mesh)
     with collective_errors(groups):
@@ -166,7 +168,7 @@ def shard(
             raise ModelError("a model in memory has no layers of multi-token prediction (m). Use fresh() or load().")
     with collective_errors(groups):
         split = apply_plan(model, plan, groups)
-    return with_save_pretrained(finish(split, plan, groups))
+    return watch(with_save_pretrained(finish(split, plan, groups)))
 
 
 def choose_plan(model: nn.Module, plan: Plan | None, how: SplitRequest) -> Plan:

@@ -16,6 +16,7 @@ from partita.core.sharding.split import check_sizes
 from partita.torch.collectives.collective_errors import collective_errors
 from partita.torch.collectives.groups import ParallelGroups, init_process_group, make_groups
 from partita.torch.load import choose_plan, read_config
+from partita.torch.loops.watch import watch
 from partita.torch.model.transformers_models import build_on_meta
 from partita.torch.split.apply import apply_plan
 from partita.torch.split.finish import finish
@@ -80,4 +81,4 @@ def fresh(
         make_unsaved_buffers(built, place)
         part = apply_plan(built, plan, groups)
         filled = materialize(part, plan, groups, FreshFill(recipes, seed), place)
-    return with_save_pretrained(filled.check(finish(part, plan, groups)))
+    return watch(with_save_pretrained(filled.check(finish(part, plan, groups))))

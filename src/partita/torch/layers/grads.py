@@ -48,14 +48,6 @@ def owned_places(split: Split, rank: int, dim: int) -> tuple[tuple[int, int, int
     return tuple((dim, split.to_local(rank, start) or 0, stop - start) for start, stop in spans)
 
 
-def owned_square(parameter: Tensor, gradient: Tensor) -> Tensor | float:
-    """The sum of squares of the part of a gradient that this rank owns."""
-    owned = getattr(parameter, "_partita_owned", None)
-    if owned is None:
-        return gradient.double().square().sum()
-    return sum((gradient.narrow(*place).double().square().sum() for place in owned), 0.0)
-
-
 def _register(parameter: nn.Parameter, hook: Callable[[Tensor], Tensor]) -> None:
     """Register `hook` on a parameter, even a frozen one, which may be trained later. Deep copies keep the hook."""
     trained = parameter.requires_grad

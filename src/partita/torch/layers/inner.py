@@ -15,6 +15,9 @@ from partita.errors import ModelError
 
 M = TypeVar("M", bound=nn.Module)
 
+REPLACED = "_partita_replaced"
+"""Attribute of a parameter of an unsplit model that this rank's part has replaced."""
+
 
 def linear_shape(linear: nn.Module) -> tuple[int, int, bool]:
     """Outputs and inputs of a linear layer, and whether its weight is stored as [in, out].

@@ -18,7 +18,7 @@ from partita.torch.collectives.mappings import copy_to, reduce_from
 from partita.torch.layers.dropout import RegionRandomness, has_dropout
 from partita.torch.layers.embedding import VocabParallelEmbedding
 from partita.torch.layers.grads import sum_gradient, sum_shared_gradient
-from partita.torch.layers.inner import slice_parameter
+from partita.torch.layers.inner import REPLACED, slice_parameter
 from partita.torch.layers.linear import ColumnParallelLinear, RowParallelLinear
 from partita.torch.layers.region import RegionInput
 from partita.torch.model.parts import parameter_homes
@@ -43,6 +43,7 @@ def apply_plan(model: nn.Module, plan: Plan, groups: ParallelGroups) -> nn.Modul
     cut_stages(model, plan, groups.pp.rank)
     if comm.size == 1:
         return model
+    unsplit = list(model.parameters())
     here = {path for path, _ in model.named_modules()}
     randomness = RegionRandomness(comm) if has_dropout(getattr(model, "config", None)) else None
     entries = _shared_entries(plan, comm, randomness)
@@ -53,6 +54,10 @@ def apply_plan(model: nn.Module, plan: Plan, groups: ParallelGroups) -> nn.Modul
         if path in here:
             _localize_heads(model.get_submodule(path), attention, comm.rank)
     _split_bare_parameters(parameter_homes(model), plan, comm)
+    kept = {id(parameter) for parameter in model.parameters()}
+    for parameter in unsplit:
+        if id(parameter) not in kept:
+            setattr(parameter, REPLACED, True)
     return model
 
 

@@ -31,17 +31,18 @@ def summed_copies(model: nn.Module, plan: Plan, groups: ParallelGroups) -> Itera
         yield
         return
     copies = {name: p for name, p in copies_of(model, plan, groups).items() if p.requires_grad}
-    before = {name: parameter.grad for name, parameter in copies.items()}
-    for parameter in copies.values():
-        parameter.grad = None
+    for name, parameter in copies.items():
+        # Earlier gradients are equal on all stages. The first one keeps them, so that what reduces gradients over the replicas
+        # in backward (DistributedDataParallel) sees them.
+        if plan.copies[name][0] != groups.pp.rank:
+            parameter.grad = None
     yield
     with torch.no_grad():
         for name, parameter in copies.items():
             own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            wide = own if own.dtype.itemsize >= 4 else own.float()
+            wide = own.clone() if own.dtype.itemsize >= 4 else own.float()
             total = _sum(wide, plan.copies[name], groups).to(own.dtype)
-            earlier = before[name]
-            parameter.grad = total if earlier is None else earlier.add_(total)
+            parameter.grad = total if parameter.grad is None else parameter.grad.copy_(total)
 
 
 def _sum(own: Tensor, holders: tuple[int, ...], groups: ParallelGroups) -> Tensor:

@@ -270,7 +270,7 @@ def run_part(
     except Left as left:
         output = left.message
     finally:
-        cache, run.received, run.embeds, run.normed = run.cache, None, True, False
+        cache, run.cache, run.received, run.embeds, run.normed = run.cache, None, None, True, False
         run.items = layers._outside()
     if cache is None and not isinstance(output, Message):
         # If one stage has all layers, no stand-in sees the cache.

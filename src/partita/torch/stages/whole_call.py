@@ -145,7 +145,9 @@ class _Call:
         leaf_of = {id(v): leaf for v, leaf in zip(self.given, self.leaves, strict=True)}
         self.inputs = {name: leaf_of.get(id(v), v) for name, v in inputs.items()}
         trains = torch.is_grad_enabled() and bool(self.given or any(p.requires_grad for p in model.parameters()))
-        self.trains = torch.is_grad_enabled() and any(self.groups.pp.all_gather_object(trains))
+        dtypes = sorted({str(p.dtype) for p in model.parameters()})
+        told: list[Any] = self.groups.pp.all_gather_object((trains, dtypes))
+        self.trains = torch.is_grad_enabled() and any(one for one, _ in told)
         rank = self.groups.pp.rank
         self.stages = sorted(self.plan.stage_index(rank, vpp) for vpp in range(self.plan.vpp))
         self.is_last = self.plan.loss_stage in self.stages
@@ -154,7 +156,7 @@ class _Call:
         requests = tuple((name, str(wanted)) for name, wanted in _requests(model, self.plan, inputs).items() if wanted)
         # The size of attention weights depends on the cache.
         past = find_cache((), inputs).get_seq_length() if requests and find_cache((), inputs) is not None else 0
-        self.key = (model.training, requests, past, *_autocast(), *_shapes(inputs))
+        self.key = (model.training, requests, past, str(told), *_autocast(), *_shapes(inputs))
         self.outputs: list[Tensor] = []
         self._alive: dict[int, tuple[tuple[Tensor, ...], tuple[Tensor, ...]]] = {}
 

@@ -10,9 +10,7 @@ from torch import Tensor, nn
 from partita.core.plan import Plan
 from partita.torch.collectives.comm import Communicator
 from partita.torch.collectives.groups import ParallelGroups
-from partita.torch.layers.grads import owned_square
-from partita.torch.model.parts import local_tensors
-from partita.torch.stages.copies import copies_of
+from partita.torch.training.norms import owned_parts, unsplit_norm
 
 BUCKET_BYTES = 25 << 20
 """Approximate size of the buffers in which replicas exchange gradients."""
@@ -83,25 +81,11 @@ def clip_gradients(model: nn.Module, plan: Plan, groups: ParallelGroups, clip_no
 
     Each element counts once: on the rank that owns it.
     """
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    total = torch.zeros((), dtype=torch.float64, device=device)
-    elsewhere = {
-        id(parameter)
-        for name, parameter in copies_of(model, plan, groups).items()
-        if plan.copies[name][0] != groups.pp.rank
-    }
-    if groups.tp.rank > 0:
-        # Tensors that are not split count on the first tensor rank only.
-        elsewhere |= {id(t) for name, t in local_tensors(model, plan).items() if plan.tensor(name).split is None}
-    for parameter in model.parameters():
-        if parameter.grad is not None and id(parameter) not in elsewhere:
-            total += owned_square(parameter, parameter.grad)
-    for comm in (groups.tp, groups.pp):
-        total = comm.all_reduce_(total)
-    norm = float(total.sqrt())
+    owned = owned_parts(model, plan, groups)
+    found = [(p.grad, owned[id(p)]) for p in model.parameters() if p.grad is not None]
+    norm = float(unsplit_norm(found, 2.0, (groups.tp, groups.pp))[0])
     if clip_norm and norm > clip_norm:
         scale = clip_norm / (norm + 1e-6)
-        for parameter in model.parameters():
-            if parameter.grad is not None:
-                parameter.grad.mul_(scale)
+        for grad, _ in found:
+            grad.mul_(scale)
     return norm
