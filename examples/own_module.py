@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import partita.torch as pt
-from partita import Mesh, ModelSpec, Plan, Rules, TensorSpec
 
 WIDTH, HEADS, LAYERS, VOCAB = 24, 3, 2, 31
 
@@ -61,34 +60,29 @@ class Model(nn.Module):
 
 
 ranks = pt.join()  # the ranks of the launcher, or this process alone
-rank = pt.init_parallelism(model_parallelism=ranks).rank
 torch.manual_seed(0)  # every rank builds the same unsplit model
 unsplit = Model().double()
-
-# 1. The facts of the model: the names and shapes of its tensors, its layers and its heads.
-spec = ModelSpec(
-    family="own", architecture="Model", layers="layers", num_layers=LAYERS, num_heads=HEADS, num_kv_heads=HEADS,
-    vocab_size=VOCAB, dtype="float64", config={},
-    tensors={name: TensorSpec(name, tuple(tensor.shape)) for name, tensor in unsplit.state_dict().items()},
-)  # fmt: skip
-
-# 2. The rules. 3 heads and a vocabulary of 31 are no multiples of 2, which rules need not care about.
-rules = Rules.parse({
-    "attn.{q,k,v}": "column heads",
-    "attn.out": "row heads",
-    "ff.up": "column",
-    "ff.down": "row",
-    "{embed,head}": "vocab",
-})  # fmt: skip
-# Partita measures rules on a small model that it makes of a transformers config. This module has none, so we compare it below.
-rules = Rules(rules.table, proven=True)
-
-# 3. The plan, and the split.
-plan = Plan.make(spec, Mesh(tp=ranks), rules=rules)
-split = pt.shard(copy.deepcopy(unsplit), plan)
-
-# 4. The comparison.
 ids = torch.randint(VOCAB, (2, 9))
+
+# The rules. 3 heads and a vocabulary of 31 are no multiples of 2, which rules need not care about. Before it splits the model,
+# Partita compares the split model with the unsplit one on the sample: the outputs of all modules and every gradient.
+split = pt.shard(
+    copy.deepcopy(unsplit),
+    tp=ranks,
+    rules={
+        "attn.{q,k,v}": "column heads",
+        "attn.out": "row heads",
+        "ff.up": "column",
+        "ff.down": "row",
+        "{embed,head}": "vocab",
+    },
+    num_heads=HEADS,
+    sample_input=ids,
+)
+
+# The same comparison by hand.
+plan, groups = pt.plan_of(split)
+rank = groups.tp.rank
 expected, output = unsplit(ids), split(ids)
 expected.square().sum().backward()
 output.square().sum().backward()
@@ -100,7 +94,6 @@ for name, parameter in split.named_parameters():
         ranges = cut.split.ranges(rank)  # of dim `cut.dim`, the ranges that this rank holds
         part = torch.cat([part.narrow(cut.dim, start, stop - start) for start, stop in ranges], cut.dim)
     torch.testing.assert_close(parameter.grad, part, rtol=1e-11, atol=1e-11)
-line = (
-    f"rank {rank} of {ranks}: output and gradients equal, {plan.rank_parameters(rank)} of {spec.parameters} parameters"
-)
-print(line + "\n", end="", flush=True)  # in one write, since all ranks print
+parts = f"{plan.rank_parameters(rank)} of {plan.spec.parameters} parameters"
+# In one write, since all ranks print.
+print(f"rank {rank} of {ranks}: output and gradients equal, {parts}\n", end="", flush=True)

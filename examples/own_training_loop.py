@@ -37,9 +37,9 @@ for step in range(1, STEPS + 1):
     ids = ids.to(next(model.parameters()).device)
     loss = model(input_ids=ids, labels=ids).loss  # the same on every rank
     loss.backward()
-    # After backward() the gradient of each rank's part is that part of the unsplit gradient. So clipping by value needs no
-    # other rank. Clipping by norm needs all of them: `pt.train` does it (`TrainSettings.clip_norm`).
-    torch.nn.utils.clip_grad_value_(model.parameters(), 1.0)
+    # After backward() the gradient of each rank's part is that part of the unsplit gradient. torch's function returns the norm
+    # of the unsplit gradient on every rank.
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad()
     if groups.rank == 0 and step in (1, STEPS // 2, STEPS):

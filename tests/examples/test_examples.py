@@ -72,6 +72,14 @@ def test_trainer(tmp_path: Path) -> None:
     assert (tmp_path / "run" / "model.safetensors").is_file()
 
 
+def test_own_loop_trains_alike_on_replicas(tmp_path: Path) -> None:
+    printed = [on(size, run, "own_loop.py", str(tmp_path / str(size)))[0] for size in (2, 4)]
+    # Both meshes take the same eight rows in each step, so that only rounding in float32 differs, which training enlarges.
+    one, two = ([float(norm) for norm in re.findall(r"gradient norm ([\d.]+)", text)] for text in printed)
+    assert len(one) == 2
+    assert two == pytest.approx(one, rel=1e-2)
+
+
 def test_own_module() -> None:
     for rank, printed in enumerate(on(2, run, "own_module.py")):
         assert f"rank {rank} of 2: output and gradients equal" in printed

@@ -34,12 +34,14 @@ class SplitRequest:
         layout: The layers of each pipeline stage; None to distribute them evenly.
         vpp: Stages on each pipeline rank; None for as many as `layout` has, else one.
         placement: The placement of stages on ranks.
+        rules: The rules for splitting modules; None for those of the model's family.
     """
 
     mesh: Mesh
     layout: str | list[Any] | PipelineParallelLayerLayout | None = None
     vpp: int | None = None
     placement: Placement = "loop"
+    rules: Rules | None = None
 
     @classmethod
     def of(cls, plan: Plan | None, arguments: SplitArguments) -> SplitRequest:

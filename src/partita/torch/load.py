@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -17,21 +18,21 @@ from partita.checkpoint.index import Checkpoint, open_checkpoint
 from partita.checkpoint.manifest import check_model
 from partita.checkpoint.read import Reader
 from partita.checkpoint.unused import Unused
-from partita.core.layout.layout import PipelineParallelLayerLayout
-from partita.core.layout.placement import Placement
 from partita.core.model.mtp import with_mtp
 from partita.core.plan import Plan
 from partita.core.request import SplitArguments, SplitRequest
+from partita.core.sharding.rules import Rules
 from partita.errors import ModelError
 from partita.generation.generation_config import FILE_NAME, read_generation
 from partita.notes import note
 from partita.ranks.liveness import doing
-from partita.torch.collectives.collective_errors import collective_errors
+from partita.torch.collectives.collective_errors import collective_errors, gather_from_all
 from partita.torch.collectives.groups import ParallelGroups, init_process_group, make_groups
 from partita.torch.loops.watch import watch
 from partita.torch.model.towers import forbid_media
 from partita.torch.model.transformers_models import build_on_meta, code_note, read_hf_config, spec_of
 from partita.torch.proof.family import plan_of_model, prove_unless_proven, unmeasured_media
+from partita.torch.proof.sample import note_replicated, plan_on_sample, spec_of_module
 from partita.torch.proof.stages import media_without_stages, prove_stages
 from partita.torch.split.apply import apply_plan
 from partita.torch.split.finish import finish
@@ -128,13 +129,12 @@ def shard(
     model: nn.Module,
     plan: Plan | None = None,
     *,
-    tp: int = 1,
-    pp: int = 1,
-    dp: int = 1,
-    layout: str | list[Any] | PipelineParallelLayerLayout | None = None,
-    vpp: int | None = None,
-    placement: Placement = "loop",
     groups: ParallelGroups | None = None,
+    rules: Rules | Mapping[str, str] | None = None,
+    sample_input: Any = None,
+    num_heads: int = 0,
+    num_kv_heads: int = 0,
+    **split: Unpack[SplitArguments],
 ) -> nn.Module:
     """Split a model in memory, in place; every rank calls it with an equal model. Returns the model.
 
@@ -148,27 +148,47 @@ def shard(
         vpp: Stages on each pipeline rank.
         placement: Assignment of stages to ranks.
         groups: The groups of the plan's mesh (default: created from the initialized process group).
+        rules: How to split which modules (default: the family's rules), as `Rules` or as the table of `Rules.parse`.
+        sample_input: Inputs of a module that has no transformers config: a tensor, a tuple of arguments, or a dict of
+            arguments by name. Before the split, every rank compares the split module with the unsplit one on rank 0's sample:
+            outputs of all modules and all gradients, in float64.
+        num_heads: Attention heads of a module without a config, for rules over `heads`.
+        num_kv_heads: Its key and value heads (default: `num_heads`).
 
     Raises:
-        PartitaError: The model cannot be split this way; on every rank.
+        PartitaError: The model cannot be split this way, or differs between the ranks; on every rank.
 
     Examples:
         >>> model = pt.shard(unsplit, tp=2)  # every rank has the same unsplit model
         >>> model.model.layers[0].mlp.down_proj.linear.weight.shape  # of [48, 96]
         torch.Size([48, 48])
+        >>> module = pt.shard(module, tp=2, rules={"up": "column", "down": "row"}, sample_input=x)  # any module
     """
     if not isinstance(model, nn.Module):
         raise ModelError(f"model must be a module in memory; got {model!r:.100}. Use load() for a folder or a hub id.")
     init_process_group()
-    how = SplitRequest.of(plan, {"tp": tp, "pp": pp, "dp": dp, "layout": layout, "vpp": vpp, "placement": placement})
+    how = SplitRequest.of(plan, split)
     groups = groups if groups is not None else make_groups(how.mesh)
+    refuse_unequal(model, groups)
+    for comm in groups.axes:
+        sample_input = comm.broadcast_object(sample_input)
     with collective_errors(groups):
-        plan = choose_plan(model, plan, how)
+        if rules is not None:
+            if plan is not None:
+                raise ModelError("rules and plan were both given, but a plan has its rules. Leave one out.")
+            how = replace(how, rules=rules if isinstance(rules, Rules) else Rules.parse(rules))
+        if sample_input is None:
+            plan = choose_plan(model, plan, how)
+        elif plan is None:
+            plan = plan_on_sample(model, spec_of_module(model, num_heads, num_kv_heads), how, sample_input)
+            note_replicated(plan, groups)
+        else:
+            plan = plan_on_sample(model, plan.spec, replace(how, rules=plan.rules), sample_input)
         if plan.num_mtp:
             raise ModelError("a model in memory has no layers of multi-token prediction (m). Use fresh() or load().")
     with collective_errors(groups):
-        split = apply_plan(model, plan, groups)
-    return watch(with_save_pretrained(finish(split, plan, groups)))
+        part = apply_plan(model, plan, groups)
+    return watch(with_save_pretrained(finish(part, plan, groups)))
 
 
 def choose_plan(model: nn.Module, plan: Plan | None, how: SplitRequest) -> Plan:
@@ -178,7 +198,7 @@ def choose_plan(model: nn.Module, plan: Plan | None, how: SplitRequest) -> Plan:
         PartitaError: The plan fails, or none passes.
     """
     if plan is None:
-        plan = plan_of_model(model, how.mesh, how.layout, vpp=how.vpp, placement=how.placement)
+        plan = plan_of_model(model, how.mesh, how.layout, how.rules, vpp=how.vpp, placement=how.placement)
     elif plan.spec.tied != {*(ties := tied_names(model)), *ties.values()}:
         # The plan was created from a config that ties other tensors than the model.
         if difference := plan.spec.first_difference(with_mtp(spec_of(model), plan.num_mtp)):
@@ -189,6 +209,25 @@ def choose_plan(model: nn.Module, plan: Plan | None, how: SplitRequest) -> Plan:
     prove_stages(model, plan)
     forbid_media(model, {**unmeasured_media(model, plan), **media_without_stages(model, plan)})
     return plan
+
+
+def refuse_unequal(model: nn.Module, groups: ParallelGroups) -> None:
+    """Raise for a model in memory whose values differ between the ranks. Every rank must call it.
+
+    Raises:
+        ModelError: A tensor differs; on every rank.
+    """
+    tensors = model.state_dict(keep_vars=True).items()
+    own = {
+        n: str(t.detach().sum(dtype=torch.float64).item()) for n, t in tensors if not t.is_meta and not t.is_complex()
+    }
+    for rank, other in enumerate(gather_from_all(groups, own)):
+        name = next((n for n in (*own, *other) if own.get(n) != other.get(n)), None)
+        if name is not None:
+            raise ModelError(
+                f"{name} of this rank's model differs from rank {rank}'s. Build an equal model on every rank, for example "
+                "after torch.manual_seed(0), or load the same weights."
+            )
 
 
 def _stored_dtype(checkpoint: Checkpoint, config: Any, groups: ParallelGroups) -> torch.dtype | None:

@@ -71,7 +71,10 @@ class _Resolver:
         tensors = {t.name.rpartition(".")[2]: t for t in self.spec.module_tensors(path)}
         if rule.over in ("heads", "kv_heads", "qkv", "qkv_by_head") and rule.style in ("column", "row"):
             if not self.spec.num_heads:
-                raise PlanError(f"{path}: the config has no number of attention heads, so they cannot be split.")
+                raise PlanError(
+                    f"{path}: the config has no number of attention heads, so they cannot be split. For a module without a "
+                    "config pass num_heads=... to shard()."
+                )
             if self._too_few_heads(rule):
                 rule = isolate(rule)
         if rule.style == "replicate":

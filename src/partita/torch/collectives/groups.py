@@ -178,13 +178,15 @@ def leave() -> None:
 
 
 def make_groups(mesh: Mesh, *, backend: str | None = None) -> ParallelGroups:
-    """The groups of `mesh` over the ranks of the initialized process group, created once per mesh. Every rank must call it.
+    """The groups of `mesh` over the ranks of the run, which it joins; created once per mesh. Every rank must call it.
 
     `backend` exists for MLX's `make_groups`; torch ranks selected theirs when they joined.
 
     Raises:
         DistributedError: The mesh and the run have different numbers of ranks.
     """
+    if "RANK" in os.environ:
+        init_process_group()
     world = dist.get_world_size() if dist.is_initialized() else 1
     if mesh.size != world:
         raise DistributedError(

@@ -124,13 +124,14 @@ def measure_media(unsplit: nn.Module, measure: Callable[[dict[str, Tensor]], str
                 inputs = sample_media(unsplit, medium)
             reason = measure(inputs)
         except Exception as error:
-            reason = str(error) if isinstance(error, PartitaError) else _line(error)
+            reason = str(error) if isinstance(error, PartitaError) else describe_error(error)
         if reason:
             reasons[medium.name] = reason
     return reasons
 
 
-def _line(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
+    """The class and the first line of an error."""
     return f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}."
 
 
@@ -142,19 +143,19 @@ def _measure(model: nn.Module, plan: Plan) -> str:
     try:
         spec = spec_of(unsplit)
         small = Plan.make(spec, Mesh(tp=plan.mesh.tp), None, plan.rules)
-        reason = _difference(unsplit, small, sample_inputs(unsplit))
+        reason = difference_on_threads(unsplit, small, sample_inputs(unsplit))
     except PartitaError as error:
         return str(error)
     except Exception as error:
-        return f"With its rules the forward fails: {_line(error)}"
+        return f"With its rules the forward fails: {describe_error(error)}"
     if not reason:
         reason = _rounding_difference(model, plan)
     if not reason:
-        _media[_key(model, plan)] = measure_media(unsplit, lambda inputs: _difference(unsplit, small, inputs))
+        _media[_key(model, plan)] = measure_media(unsplit, lambda inputs: difference_on_threads(unsplit, small, inputs))
     return reason
 
 
-def _difference(unsplit: nn.Module, plan: Plan, inputs: dict[str, Tensor]) -> str:
+def difference_on_threads(unsplit: nn.Module, plan: Plan, inputs: dict[str, Any]) -> str:
     """Description of the first difference between a small model and its split form."""
     wrong = first_wrong(compare_on_threads(unsplit, plan, inputs), TOLERANCE)
     if wrong is None:
@@ -177,7 +178,7 @@ def _rounding_difference(model: nn.Module, plan: Plan) -> str:
         small = Plan.make(spec_of(unsplit), Mesh(tp=plan.mesh.tp), None, plan.rules)
         found = compare_rounding_on_threads(unsplit, small)
     except Exception as error:
-        return f"With its rules the forward fails in {name_of(dtype)}: {_line(error)}"
+        return f"With its rules the forward fails in {name_of(dtype)}: {describe_error(error)}"
     wrong = found.first_wrong(name_of(dtype))
     return f"With its rules {wrong}" if wrong else ""
 
@@ -205,7 +206,10 @@ def small_model(model: nn.Module, num_heads: int, *, layers: int = 0, dtype: tor
     """
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "to_dict"):
-        raise ModelError(f"{type(model).__name__} has no transformers config.")
+        raise ModelError(
+            f"{type(model).__name__} has no transformers config. Pass sample_input=... to shard(), on which the module is "
+            "compared with itself unsplit."
+        )
     reasons: list[str] = []
     runs_on_text: nn.Module | None = None
     for data in shrunk_configs(config.to_dict(), num_heads, layers):
@@ -258,7 +262,7 @@ def fill_unsplit(built: nn.Module, seed: int = 0) -> nn.Module:
     return filled.check(finish(built, plan, groups))
 
 
-def compare_on_threads(unsplit: nn.Module, plan: Plan, inputs: dict[str, Tensor] | None = None) -> list[Difference]:
+def compare_on_threads(unsplit: nn.Module, plan: Plan, inputs: dict[str, Any] | None = None) -> list[Difference]:
     """Split copies of `unsplit` by `plan` over threads, and compare them with it on `inputs` (default: text only)."""
     given = sample_inputs(unsplit) if inputs is None else inputs
 

@@ -76,7 +76,7 @@ def _measure(model: nn.Module, plan: Plan) -> tuple[str, str]:
     """Why stages fail, in forward and backward, and in generation; empty if they do not."""
     try:
         unsplit = small_model(model, plan.spec.num_heads)
-        parts = _Parts(unsplit)
+        parts = Parts(unsplit)
     except PartitaError as error:
         return f"its stages were not measured, and cannot be tested: {error}", ""
     except Exception as error:
@@ -106,7 +106,7 @@ def _difference_in(dtype: torch.dtype, model: nn.Module, plan: Plan) -> str:
     except ModelError:
         return ""
     try:
-        wrong = _Parts(unsplit).difference(sample_inputs(unsplit))
+        wrong = Parts(unsplit).difference(sample_inputs(unsplit))
     except Exception as error:
         return f"its stages fail in {name_of(dtype)}: {_line(error)}"
     return f"in {name_of(dtype)} {wrong}" if wrong else ""
@@ -116,7 +116,7 @@ def _line(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}."
 
 
-class _Parts:
+class Parts:
     """A small model split between all its layers, one copy per stage."""
 
     def __init__(self, unsplit: nn.Module) -> None:
@@ -150,7 +150,7 @@ class _Parts:
             message = made if isinstance(made, Message) else Message(())
         return steps, steps[-1][1]
 
-    def difference(self, inputs: dict[str, Tensor]) -> str:
+    def difference(self, inputs: Mapping[str, Any]) -> str:
         """Description of the first difference in a forward and backward."""
         given_inputs: dict[str, Any] = dict(inputs)
         if asks_for_balance(self.unsplit):
