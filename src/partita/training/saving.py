@@ -37,7 +37,7 @@ class Saves:
     """Settings for the checkpoints of a run.
 
     Attributes:
-        folder: The run's folder; each checkpoint has a folder of its own in it (see `RunFolder`).
+        folder: The run's folder, a `Path` or a string; each checkpoint has a folder of its own in it (see `RunFolder`).
         every: Steps between checkpoints; the last step is always saved. None: only the last.
         keep: Number of newest checkpoints to keep; None for all.
         tokenizer: Tokenizer to save with each.
@@ -55,6 +55,9 @@ class Saves:
     base: str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.folder, (str, os.PathLike)):
+            raise CheckpointError(f"folder must be a path, but is {self.folder!r:.100}.")
+        object.__setattr__(self, "folder", Path(self.folder))
         for name in ("every", "keep"):
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 1):
