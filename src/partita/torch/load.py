@@ -162,7 +162,6 @@ def shard(
         >>> model = pt.shard(unsplit, tp=2)  # every rank has the same unsplit model
         >>> model.model.layers[0].mlp.down_proj.linear.weight.shape  # of [48, 96]
         torch.Size([48, 48])
-        >>> module = pt.shard(module, tp=2, rules={"up": "column", "down": "row"}, sample_input=x)  # any module
     """
     if not isinstance(model, nn.Module):
         raise ModelError(f"model must be a module in memory; got {model!r:.100}. Use load() for a folder or a hub id.")
