@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,6 +35,8 @@ def _leave_no_process_group() -> Iterator[None]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # Not the user's own cache. It stays for the next run, as what is measured there takes long.
+    os.environ.setdefault("PARTITA_CACHE", str(Path(tempfile.gettempdir()) / f"partita-tests-{os.getuid()}"))
     if "not slow" in config.option.markexpr.split(" or ")[0]:
         os.environ.setdefault(SETTING, "1")
 

@@ -92,6 +92,8 @@ class Engine(Protocol):
         tokens: Any,
         settings: TrainSettings,
         *,
+        tokenizer: Tokenizer | None = None,
+        eval_data: Any = None,
         on_step: Callable[[StepReport], None] | None = None,
         on_timeline: Callable[[Timeline], None] | None = None,
         saves: Saves | None = None,

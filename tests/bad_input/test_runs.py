@@ -145,9 +145,17 @@ TRAIN = [
     Case(
         "data that is not there", "train --config config.json --data no", "--data no: there is no such file or folder."
     ),
-    Case("a folder without text", "train --config config.json --data notext", "--data notext: there is no text in it."),
+    Case(
+        "a folder without text",
+        "train --config config.json --data notext",
+        "--data notext: notext/a.bin ends in .bin, but a file must be text",
+    ),
     Case("an empty folder", "train --config config.json --data empty", "--data empty: there is no text in it."),
-    Case("an empty text", "train --config config.json --data empty.txt", "--data empty.txt: there is no text in it."),
+    Case(
+        "an empty text",
+        "train --config config.json --data empty.txt",
+        "--data empty.txt: empty.txt is empty: there is no text in it. Leave it out",
+    ),
     Case(
         "too short a text",
         f"{NEW} --data short.txt",

@@ -28,7 +28,7 @@ LLAMA = {"model_type": "llama", **SIZES}
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("PARTITA_CACHE", str(tmp_path / "cache"))
 
 
 def test_equal_forms_pass() -> None:
@@ -71,7 +71,7 @@ def test_a_form_outside_of_the_table_is_measured_once(tmp_path: Path, monkeypatc
     monkeypatch.setattr(reference, "measured", lambda family, form: None)
     found = reference_of({**LLAMA, "attention_bias": True})
     assert "measured on this machine" in found.text
-    (file,) = (tmp_path / "cache" / "partita").iterdir()
+    (file,) = (tmp_path / "cache").iterdir()
     assert list(json.loads(file.read_text())) == ["llama: attention_bias=True"]
     monkeypatch.setattr(reference, "_measured_now", lambda config: pytest.fail("measured twice"))
     assert reference_of({**LLAMA, "attention_bias": True}) == found

@@ -27,7 +27,7 @@ from partita.errors import CheckpointError
 from partita.generation import load_tokenizer
 from partita.torch.load import load
 from partita.torch.train import train
-from partita.training import read_ids
+from partita.training.data.texts import read_ids
 from partita.training.saving import Saves
 from partita.training.state import read_state
 from tests.cli.conftest import Run, partita  # noqa: F401

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from partita.cli.app import JOBS
+from partita.cli.arguments.data import DataSources
 from partita.cli.arguments.model import make_plan
 from partita.cli.generate import GenerateJob
 from partita.cli.job import from_json, to_json
@@ -42,7 +43,8 @@ def test_a_rank_receives_what_was_sent(tmp_path: Path, kind: str, is_planned: bo
             **given, texts=["a", "ä\n"], sampling=SAMPLING, adapters=tmp_path, verify=True, stream=False, as_json=True
         ),
         "train": lambda: TrainJob(
-            **given, new=True, data="x", notes={"data": "x", "layout": {"tp": 1}, "keep": None},
+            **given, new=True, data=DataSources(["x", "y"], [0.5, 2.0], "text", []),
+            notes={"data": ["x"], "layout": {"tp": 1}, "keep": None},
             options={"steps": 3, "seed": 0},
             out=tmp_path, resume=False, verify=True, lora_rank=None, as_json=False, picture=None,
             trace=tmp_path / "t.json",

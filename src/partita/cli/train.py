@@ -12,7 +12,8 @@ import typer
 
 from partita.checkpoint.run_folder import RunFolder
 from partita.cli import launch
-from partita.cli.arguments import elastic, inputs
+from partita.cli.arguments import elastic
+from partita.cli.arguments.data import DataOptions, read_sources
 from partita.cli.arguments.engine import EngineChoice, choose_engine
 from partita.cli.arguments.model import plan_early, refuse_device, request_of
 from partita.cli.arguments.options import (
@@ -43,7 +44,7 @@ from partita.core.plan import Plan
 from partita.core.request import PlanRequest
 from partita.errors import CheckpointError, ModelError
 from partita.ranks import environment
-from partita.training import TrainSettings, texts
+from partita.training import TrainSettings
 
 if TYPE_CHECKING:
     from partita.training.state import TrainingState
@@ -73,20 +74,9 @@ DATA, OPTIMIZER, MEMORY, CHECKPOINTS = "Data and steps", "Optimizer", "Memory an
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingOptions(PlanOptions):
+class TrainingOptions(DataOptions, PlanOptions):
     """Options for the model, the data and the settings of training."""
 
-    data: Annotated[
-        str | None,
-        typer.Option(
-            "--data",
-            metavar="SOURCE",
-            show_default=False,
-            help="Train on a text file, a folder of text files, standard input (`-`), or `stdlib`, the sources of Python's "
-            "standard library.",
-            rich_help_panel=DATA,
-        ),
-    ] = None
     config: Annotated[
         str | None,
         typer.Option(
@@ -269,7 +259,11 @@ def train(options: TrainOptions) -> None:
         run = _resumed(options)
     else:
         run = _asked(options, _source(options.config, options.model))
-    if not run.notes["data"]:
+    if "epochs" in options.given and "steps" in options.given:
+        raise ModelError(
+            f"--epochs {options.epochs} decides the number of steps, so --steps {options.steps} must be left out."
+        )
+    if not any(run.notes["data"] or ()):
         raise ModelError("there is no training data. Give --data: a text file, a folder of text files, or `stdlib`.")
     request, given = _request(options, run, is_restarted=is_restarted)
     run.notes |= {"layout": {**run.places, "dp": request.mesh.dp}, "engine": request.engine}
@@ -279,9 +273,7 @@ def train(options: TrainOptions) -> None:
     )  # fmt: skip
     plan = plan_early(stages.request, given)
     refuse_device(request.engine, options.device)
-    data = inputs.kept(run.notes["data"], "--data")
-    for _ in texts(data):
-        """Raise errors in the data before ranks start."""
+    data = read_sources(run.notes, run.settings["eval_every"])
     if run.state is None:
         _check_saving(options)
     if options.picture is not None:
@@ -332,6 +324,7 @@ def _asked(options: TrainOptions, source: str) -> _Run:
         name: getattr(options, name)
         for name in (
             "steps", "batch_size", "sequence_length", "learning_rate", "warmup_steps", "weight_decay", "clip_norm", "seed",
+            "packing", "epochs", "eval_every",
         )
     }  # fmt: skip
     settings |= {
@@ -339,7 +332,8 @@ def _asked(options: TrainOptions, source: str) -> _Run:
         "aux_loss_scope": options.aux_loss_scope.value,
     }  # fmt: skip
     notes = {
-        "data": options.data, "config": options.config, "model": options.model,
+        "data": options.data, "text_column": options.text_column, "eval_data": options.eval_data,
+        "eval_every": options.eval_every, "config": options.config, "model": options.model,
         "dtype": options.dtype and options.dtype.value, "lora_rank": options.lora_rank, "save_every": options.save_every,
         "keep": options.keep, "run_id": elastic.run_id(), "engine": options.engine and options.engine.value,
         "zero": options.zero, "checkpointing": options.checkpointing,

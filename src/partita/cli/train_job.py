@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from partita.checkpoint.run_lock import RunLock
+from partita.cli.arguments.data import DataSources
 from partita.cli.arguments.model import read_tokenizer
 from partita.cli.job import Job
 from partita.cli.terminal.console import count, err, mesh_name, out, plural, print_json, sparkline
-from partita.cli.terminal.progress import loading, saved, saving, training
+from partita.cli.terminal.progress import loading, preparing, saved, saving, training
 from partita.cli.terminal.timeline import show_timeline
 from partita.core.mesh import Mesh
 from partita.core.plan import Plan
@@ -22,7 +23,9 @@ from partita.errors import ModelError
 from partita.generation import Tokenizer
 from partita.ranks import environment
 from partita.schedule import Timeline
-from partita.training import SaveReport, Saves, StepReport, TrainSettings, read_ids
+from partita.training import SaveReport, Saves, StepReport, TrainSettings
+from partita.training.data.samples import Samples
+from partita.training.data.store import prepare
 
 ADAPTERS = "adapters"
 """The folder for adapters, inside the folder of the model that they are merged into."""
@@ -36,7 +39,7 @@ class TrainJob(Job):
 
     Attributes:
         new: Whether the weights are randomly initialized.
-        data: The text to train on, as `read_ids` takes it.
+        data: The sources of the data.
         notes: The options that are kept with checkpoints for the next command.
         options: The fields of `TrainSettings`.
         out: The folder for the model or the checkpoints.
@@ -52,7 +55,7 @@ class TrainJob(Job):
     """
 
     new: bool
-    data: str
+    data: DataSources
     notes: dict[str, Any]
     options: dict[str, Any]
     out: Path | None
@@ -103,15 +106,15 @@ class TrainJob(Job):
         self.options["mask_token"] = tokenizer.inner.mask_token_id
         if self.lora_rank is not None:
             self._adapt(split, begun)
-        tokens = _tokens(self.data, tokenizer, self.engine.plan_of(split)[0])
+        samples, evaluated = self._samples(tokenizer, self.engine.plan_of(split)[0])
         if environment.is_first() and not self.as_json and self.request.engine == "torch":
-            _print_start(split, self.mesh, len(tokens), TrainSettings(**self.options))
+            _print_start(split, self.mesh, samples, TrainSettings(**self.options))
         saves = self._saves(tokenizer)
         if done < self.options["steps"]:
             with training(self.options["steps"], done) as on_step:
                 self.reports = self.engine.train(
-                    split, tokens, TrainSettings(**self.options), on_step=on_step, on_timeline=watch, saves=saves,
-                    on_save=self._on_save, resume=begun,
+                    split, samples, TrainSettings(**self.options), eval_data=evaluated, on_step=on_step,
+                    on_timeline=watch, saves=saves, on_save=self._on_save, resume=begun,
                 )  # fmt: skip
         if self.out is not None and (saves is None or self.lora_rank is not None):
             self._save(split, tokenizer, self.out)
@@ -135,7 +138,9 @@ class TrainJob(Job):
         step = read_state(found).step
         # A run with adapters may have been ended while it wrote the model with the merged adapters.
         lacks_result = self.lora_rank is not None and not any(self.out.glob("*.safetensors"))
-        self.is_complete = step >= self.options["steps"] and not lacks_result
+        # With epochs, the number of steps follows from the data.
+        is_done = self.options["epochs"] is None and step >= self.options["steps"]
+        self.is_complete = is_done and not lacks_result
         self.saved = found
         if environment.is_first():
             done = f"{found}: the run is complete: all {step} steps are done. Give more --steps to continue it."
@@ -165,6 +170,28 @@ class TrainJob(Job):
             self.engine.load_adapters(split, begun)
         elif self.lora_rank is not None:
             self.engine.add_lora(split, self.lora_rank, seed=self.options["seed"])
+
+    def _samples(self, tokenizer: Tokenizer, plan: Plan) -> tuple[Samples, Samples | None]:
+        """The samples to train and to evaluate on. Epochs become steps."""
+        settings = TrainSettings(**self.options)
+        with preparing() as progress:
+
+            def samples_of(sources: list[str], weights: list[float] | None = None) -> Samples:
+                stores = [
+                    prepare(one, tokenizer, text_column=self.data.text_column, progress=progress) for one in sources
+                ]
+                made = Samples.of(stores, settings, weights)
+                _refuse_unknown_ids(made, tokenizer, plan)
+                return made
+
+            samples = samples_of(self.data.sources, self.data.weights)
+            evaluated = samples_of(self.data.evaluated) if self.data.evaluated else None
+        if environment.is_first():
+            for said in samples.notes:
+                err().print(said, style="dim", soft_wrap=True)
+        if settings.epochs is not None:
+            self.options |= {"steps": samples.steps(settings.epochs, settings.batch_size), "epochs": None}
+        return samples, evaluated
 
     def _saves(self, tokenizer: Tokenizer) -> Saves | None:
         if self.out is None or (self.notes["save_every"] is None and not self.resume):
@@ -207,17 +234,15 @@ def _report_broken(why: str) -> None:
         err().print(f"not complete: {why}. Trying the previous checkpoint.", soft_wrap=True)
 
 
-def _tokens(data: str, tokenizer: Tokenizer, plan: Plan) -> Any:
-    tokens = read_ids(data, tokenizer)
-    if plan.spec.vocab_size and (largest := int(tokens.max())) >= plan.spec.vocab_size:
+def _refuse_unknown_ids(samples: Samples, tokenizer: Tokenizer, plan: Plan) -> None:
+    if plan.spec.vocab_size and samples.largest >= plan.spec.vocab_size:
         raise ModelError(
-            f"the model's vocabulary has {plan.spec.vocab_size} ids, but the text has id {largest}: the tokenizer "
+            f"the model's vocabulary has {plan.spec.vocab_size} ids, but the text has id {samples.largest}: the tokenizer "
             f"({tokenizer.vocab_size} ids) is not the model's. The byte-level tokenizer needs a vocab_size of at least 257."
         )
-    return tokens
 
 
-def _print_start(split: Model, mesh: Mesh, tokens: int, settings: TrainSettings) -> None:
+def _print_start(split: Model, mesh: Mesh, samples: Samples, settings: TrainSettings) -> None:
     from partita.torch.model.balance import asks_for_balance
     from partita.torch.model.parts import plan_of
 
@@ -227,7 +252,7 @@ def _print_start(split: Model, mesh: Mesh, tokens: int, settings: TrainSettings)
     only = f", of which {count(trained)} are trained" if trained < held else ""
     err().print(
         f"{plan.spec.architecture}: {count(plan.spec.parameters)} parameters on {mesh_name(mesh)}, "
-        f"{count(held)} on rank 0{only}; {count(tokens)} tokens of text",
+        f"{count(held)} on rank 0{only}; {count(samples.tokens)} tokens of text in {len(samples):,} rows",
         style="dim", soft_wrap=True,
     )  # fmt: skip
     if asks_for_balance(split):
@@ -248,6 +273,11 @@ def _print_end(reports: list[StepReport], mesh: Mesh, folder: Path | None) -> No
     console = out()
     if reports:
         console.print(f"loss {losses[0]:.4f} {sparkline(losses)} {losses[-1]:.4f}", soft_wrap=True)
+        evaluated = [report.eval_loss for report in reports if report.eval_loss is not None]
+        if evaluated:
+            console.print(
+                f"evaluation loss {evaluated[0]:.4f} {sparkline(evaluated)} {evaluated[-1]:.4f}", soft_wrap=True
+            )
         rate = f"{tokens:,} tokens in {seconds:.1f} s: {tokens / seconds:,.0f} tokens/s"
         console.print(f"{plural(len(reports), 'step')}, {rate} on {mesh_name(mesh)}", soft_wrap=True)
     if folder is not None:
@@ -262,6 +292,7 @@ def _print_json(reports: list[StepReport], mesh: Mesh, folder: Path | None, chec
             "mesh": asdict(mesh),
             "out": str(folder) if folder is not None else None,
             "loss": reports[-1].loss if reports else None,
+            "eval_loss": reports[-1].eval_loss if reports else None,
             "steps": [asdict(report) for report in reports],
             "checkpoints": [{**asdict(one), "folder": str(one.folder)} for one in checkpoints],
         }

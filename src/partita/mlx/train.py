@@ -6,6 +6,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -15,6 +16,7 @@ import numpy as np
 from partita.core.plan import Plan
 from partita.core.sharding.split import Split
 from partita.errors import ModelError, PlanError
+from partita.generation import Tokenizer
 from partita.mlx.collectives.collective_errors import collective_errors
 from partita.mlx.collectives.comm import Communicator
 from partita.mlx.collectives.groups import ParallelGroups
@@ -31,8 +33,11 @@ from partita.mlx.training.replicas import clip_gradients, start_alike, sum_over_
 from partita.mlx.weights.moments import restore_optimizer
 from partita.mlx.weights.rank_shard import RankShard
 from partita.schedule import Timeline
-from partita.training import StepReport, TrainSettings, row_starts, schedule_of
-from partita.training.ids import check_ids
+from partita.schedule.fit import forward_only
+from partita.training import StepReport, TrainSettings, schedule_of
+from partita.training.data.given import Batches, Run, data_of
+from partita.training.data.rows import Rows, plain_rows
+from partita.training.data.samples import Samples
 from partita.training.loop import StepHooks, begin_run, run_steps
 from partita.training.random import step_seed
 from partita.training.saving import Saver, SaveReport, Saves
@@ -42,16 +47,21 @@ from partita.training.state import TrainingState
 
 def train(
     model: nn.Module,
-    tokens: Sequence[int] | np.ndarray[Any, Any],
+    tokens: Any,
     settings: TrainSettings,
     *,
+    tokenizer: Tokenizer | None = None,
+    eval_data: Any = None,
     on_step: Callable[[StepReport], None] | None = None,
     on_timeline: Callable[[Timeline], None] | None = None,
     saves: Saves | None = None,
     on_save: Callable[[SaveReport], None] | None = None,
     resume: str | os.PathLike[str] | None = None,
 ) -> list[StepReport]:
-    """Train a split causal language model in place; every rank calls it with the same tokens and settings.
+    """Train a split causal language model in place; every rank calls it with the same data and settings.
+
+    The loss is the mean over all labels of the complete batch, whatever micro-batch or replica they are in. Rows of unequal
+    length are padded behind, where causal models need no mask; rows with padding in front, and packed rows, are refused.
 
     Frozen arrays (`model.freeze()`, quantized weights) stay unchanged; so only LoRA on the split model, by `add_lora` or
     mlx-lm, is trained. LoRA's dropout samples from MLX's random state, seeded by `settings.seed`, the step, the replica, the
@@ -65,8 +75,13 @@ def train(
 
     Args:
         model: A result of `load` or `shard`.
-        tokens: The text, ids `[tokens]`.
+        tokens: The data. One row of ids `[tokens]` and a list of texts are divided into rows of equal length. A list of ids,
+            rows with `input_ids` (and `labels`, `attention_mask`) and rows with the columns of files are documents with a
+            row each: a list, an iterable or a `datasets.Dataset`. A loader of dicts of `[batch, tokens]` has a complete
+            batch in each.
         settings: The training settings.
+        tokenizer: The tokenizer of texts; ids need none.
+        eval_data: Data in one of these forms, on which the loss is computed as `settings.eval_every` says.
         on_step: Called after every step, on every rank.
         on_timeline: Called on every rank with the start and end of each action of the last step.
         saves: Folder and interval of checkpoints.
@@ -78,8 +93,8 @@ def train(
         One report per step, the same on every rank except for the times.
 
     Raises:
-        PlanError: The batch cannot be distributed over the replicas and micro-batches, or this engine does not support a
-            setting.
+        PlanError: The batch cannot be distributed over the replicas and micro-batches, the data has another form, or this
+            engine does not support a setting.
         ModelError: Nothing is trainable, or the model has float16 arrays; the loss is not finite; a sequence is longer
             than a sliding window that mlx-lm ignores; or the config requests the auxiliary loss of routers.
         CheckpointError: A checkpoint cannot be written, or the one to resume from belongs to another run; on every rank.
@@ -93,39 +108,48 @@ def train(
     plan, groups = plan_of(model)
     schedule = schedule_of(plan, settings)
     plan.spec.refuse_beyond_positions(settings.sequence_length, "a sequence")
-    check_ids(np.asarray(tokens), plan.spec.vocab_size)
     _check(settings, plan)
     refuse_beyond_window(plan.spec, settings.sequence_length, "a sequence")
     with collective_errors(groups):
         _refuse_float16(model)
+        run_of = Run(settings, plan.spec, groups, tokenizer)
+        data = data_of(tokens, run_of)
+        evaluated = data_of(eval_data, run_of, "eval_data") if eval_data is not None else None
+        if settings.epochs is not None:
+            settings = replace(settings, steps=data.steps(settings.epochs, settings.batch_size), epochs=None)
     trainable = Trainable(model)
     if not any(groups.pp.all_gather_object(bool(trainable.names))):
         raise ModelError("no parameter of the model is trainable: all are frozen.")
     start_alike(trainable, groups.dp)
     pipeline = Pipeline(model, schedule)
     optimizer = AdamW(settings.weight_decay, settings.epsilon, settings.master_dtype)
-    text = np.asarray(tokens, np.int64)
     run = begin_run(
-        settings, text, saves, resume,
+        settings, data, saves, resume,
         collective=lambda: collective_errors(groups),
         restore=lambda folder: restore_optimizer(model, trainable, optimizer, folder),
     )  # fmt: skip
     saver = make_saver(model, trainable, optimizer, saves, run, on_save) if saves is not None else None
     gradients: dict[str, mx.array] = {}
 
-    def backward(step: int, on_timeline: Callable[[Timeline], None] | None) -> float:
+    def backward(step: int, on_timeline: Callable[[Timeline], None] | None) -> tuple[float, int]:
         nonlocal gradients
-        starts = row_starts(len(text), step, settings.batch_size, settings.sequence_length, settings.seed)
-        rows = np.stack([text[start : start + settings.sequence_length + 1] for start in starts])
-        loss, gradients = gradients_of(pipeline, rows, settings, step, on_timeline=on_timeline)
-        return loss
+        rows = data.rows(step, settings, groups.dp.size, groups.dp.rank)
+        loss, tokens, gradients = backward_of(pipeline, rows, settings, step, on_timeline=on_timeline)
+        return loss, tokens
 
     def update(rate: float) -> None:
         nonlocal gradients
         optimizer.step(trainable, gradients, rate)
         gradients = {}
 
-    hooks = StepHooks(backward, lambda: clip_gradients(gradients, model, plan, groups, settings.clip_norm), update)
+    def evaluate() -> float:
+        assert evaluated is not None
+        return evaluate_loss(model, evaluated, settings)
+
+    hooks = StepHooks(
+        backward, lambda: clip_gradients(gradients, model, plan, groups, settings.clip_norm), update,
+        evaluate if evaluated is not None else None,
+    )  # fmt: skip
     with mode_set(model, training=True), random_state_kept():
         return run_steps(run, settings, hooks, saver, on_step=on_step, on_timeline=on_timeline)
 
@@ -166,6 +190,7 @@ def _check(settings: TrainSettings, plan: Plan) -> None:
     for name, instead in (
         ("autocast", "load the model in that dtype"),
         ("zero", "every replica keeps the full optimizer state"),
+        ("packing", "mlx-lm's models have neither positions nor masks of several documents in a row; leave it out"),
         (
             "checkpointing",
             "a stage without the loss keeps only what it received, and always recomputes the rest",
@@ -188,18 +213,42 @@ def gradients_of(
     Returns:
         The mean loss of the full batch, and this rank's part of the gradients by name, summed over replicas and stages.
     """
+    dp = pipeline.groups.dp
+    mine = plain_rows(rows).split(dp.size)[dp.rank].split(settings.microbatches)
+    loss, _, gradients = backward_of(pipeline, mine, settings, step, on_timeline=on_timeline)
+    return loss, gradients
+
+
+def backward_of(
+    pipeline: Pipeline,
+    rows: Sequence[Rows],
+    settings: TrainSettings,
+    step: int = 0,
+    *,
+    on_timeline: Callable[[Timeline], None] | None = None,
+) -> tuple[float, int, dict[str, mx.array]]:
+    """Backward of the mean loss over the labels of the full batch, of which this replica has the micro-batches `rows`.
+
+    Returns:
+        The mean loss of the full batch, the number of its input tokens, and this rank's part of the gradients by name,
+        summed over replicas and stages.
+
+    Raises:
+        ModelError: No id of the batch is trained on.
+        PlanError: A row has padding in front of ids, or positions.
+    """
     model, plan, groups = pipeline.model, pipeline.plan, pipeline.groups
-    mine = np.split(rows, groups.dp.size)[groups.dp.rank]
-    parts = [mx.array(part) for part in np.split(mine, settings.microbatches)]
-    count = rows.shape[0] * (rows.shape[1] - 1)
+    parts, count, tokens = _batch(groups, rows)
+    if not count:
+        raise ModelError(f"step {step + 1}: no token of the batch is trained on. Use larger batches, or other data.")
     with local_logits(model, plan) as split:
         origin_s = _start_together(groups) if on_timeline is not None else 0.0
         pipeline.run(
-            lambda microbatch: parts[microbatch][:, :-1],
+            lambda microbatch: parts[microbatch][0],
             lambda output, microbatch: (
-                _summed_loss(main_output(output), parts[microbatch][:, 1:], split, groups.tp) / count
+                _summed_loss(main_output(output), parts[microbatch][1], split, groups.tp) / count
             ),
-            key=lambda microbatch: tuple(parts[microbatch].shape),
+            key=lambda microbatch: tuple(parts[microbatch][0].shape),
             seed=lambda stage, microbatch: step_seed(
                 settings.seed, step, groups.dp.rank * settings.microbatches + microbatch, stage
             ),
@@ -209,9 +258,63 @@ def gradients_of(
     gradients = pipeline.gradients
     sum_copies(gradients, model, plan, groups)
     sum_over_replicas(gradients, groups.dp)
+    return _summed(pipeline), tokens, gradients
+
+
+def _batch(groups: ParallelGroups, rows: Sequence[Rows]) -> tuple[list[tuple[mx.array, mx.array]], int, int]:
+    """Inputs and targets of this replica's micro-batches; and the number of labels and of input tokens of the full batch."""
+    for one in rows:
+        if one.positions is not None or (one.mask is not None and (np.diff(one.mask.astype(np.int8)) > 0).any()):
+            raise PlanError(
+                "mlx-lm's models take no positions and no mask, so padding must be behind the ids of a row, and a "
+                "row holds one "
+                "document. Pad on the right (padding_side='right'), and leave position_ids out."
+            )
+    parts = [(mx.array(one.ids[:, :-1]), mx.array(one.labels[:, 1:])) for one in rows]
+    counts = [[sum(one.targets for one in rows), sum(one.tokens for one in rows)]]
+    if groups.dp.size > 1:
+        counts = groups.dp.all_gather_object(counts[0])
+    return parts, sum(count for count, _ in counts), sum(tokens for _, tokens in counts)
+
+
+def _summed(pipeline: Pipeline) -> float:
+    """The sum over the losses of the last run, on every rank."""
+    plan, groups = pipeline.plan, pipeline.groups
     losses: list[Any] = [loss.item() for loss in pipeline.losses]
     loss: float = groups.pp.all_gather_object(sum(losses))[plan.stage_rank(plan.loss_stage)]
-    return sum(groups.dp.all_gather_object(loss)), gradients
+    return float(sum(groups.dp.all_gather_object(loss)))
+
+
+def evaluate_loss(model: nn.Module, data: Samples | Batches, settings: TrainSettings) -> float:
+    """The mean loss over all labels of `data`, without dropout and gradients; every rank must call it.
+
+    Raises:
+        ModelError: No id of the data is trained on.
+    """
+    plan, groups = plan_of(model)
+    pipeline = Pipeline(model, forward_only(plan, settings.microbatches))
+    summed, counted = 0.0, 0
+    with mode_set(model, training=False):
+        for rows in data.in_order(settings, groups.dp.size, groups.dp.rank):
+            parts, count, _ = _batch(groups, rows)
+            counted += count
+            summed += _forward(pipeline, parts)
+    if not counted:
+        raise ModelError("no token of the evaluation set is trained on. Give other evaluation data.")
+    return summed / counted
+
+
+def _forward(pipeline: Pipeline, parts: Sequence[tuple[mx.array, mx.array]]) -> float:
+    """The cross-entropy of a full batch, summed over its labels."""
+    with local_logits(pipeline.model, pipeline.plan) as split:
+        pipeline.run(
+            lambda microbatch: parts[microbatch][0],
+            lambda output, microbatch: _summed_loss(
+                main_output(output), parts[microbatch][1], split, pipeline.groups.tp
+            ),
+            key=lambda microbatch: tuple(parts[microbatch][0].shape),
+        )
+    return _summed(pipeline)
 
 
 def _summed_loss(logits: mx.array, targets: mx.array, split: Split | None, tp: Communicator) -> mx.array:

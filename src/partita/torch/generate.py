@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from partita.core.plan import Plan
 from partita.core.sharding.split import Split
 from partita.errors import ModelError, PlanError
 from partita.generation import Generation, GenerationReport, OnText, Sampling, Sequence, Tokenizer
@@ -22,7 +21,7 @@ from partita.generation.choice import Choice, settle
 from partita.generation.report import Batch, peak_resident_bytes, report_of
 from partita.generation.sample import Columns, choose, failure_of, generator_of
 from partita.ranks.liveness import doing
-from partita.schedule import Action, Kind, Schedule
+from partita.schedule.fit import forward_only
 from partita.torch.collectives.comm import Work
 from partita.torch.layers.decode_matmul import decoding
 from partita.torch.model.balance import SWITCH, asks_for_balance
@@ -314,7 +313,7 @@ class _Run:
         count = min(len(batch), plan.mesh.pp)
         edges = [i * len(batch) // count for i in range(count + 1)]
         self.groups = [_Group(model, batch[a:b], device, more[batch[a].place]) for a, b in pairwise(edges)]
-        self.pipeline = Pipeline(model, _forward_only(plan, count))
+        self.pipeline = Pipeline(model, forward_only(plan, count))
         self.sent: list[tuple[Tensor, Work]] = []
         self.generators = {s.place: generator_of(choice, s.place) for s in batch}
         self.split: Split | None = None
@@ -400,13 +399,6 @@ class _Run:
             if not sequence.finish_reason:
                 sequence.accept(token, self.choice, self.tokenizer)
                 sequence.show(self.on_text, self.choice.stop)
-
-
-def _forward_only(plan: Plan, count: int) -> Schedule:
-    """The actions of all ranks: each rank runs its stages in turn, each for all `count` groups."""
-    pp, places = plan.mesh.pp, range(count)
-    rows = ([Action(plan.stage_index(r, v), Kind.F, g) for v in range(plan.vpp) for g in places] for r in range(pp))
-    return Schedule(tuple(map(tuple, rows)))
 
 
 def generation_of(model: nn.Module) -> dict[str, Any]:

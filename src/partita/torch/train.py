@@ -5,34 +5,39 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from partita.core.plan import Plan
 from partita.errors import ModelError
+from partita.generation import Tokenizer
 from partita.schedule import Timeline
+from partita.schedule.fit import forward_only
 from partita.torch.collectives.collective_errors import collective_errors
 from partita.torch.collectives.groups import ParallelGroups
 from partita.torch.model.head import local_logits
 from partita.torch.model.modes import checkpointing_set, mode_set, random_state_kept
 from partita.torch.model.parts import plan_of
 from partita.torch.proof.balance_probe import balance_of
+from partita.torch.proof.packing import prove_packing
 from partita.torch.stages.copies import summed_copies
 from partita.torch.stages.cut import refuse_layer_drop
 from partita.torch.stages.pipeline import Pipeline
-from partita.torch.training.batches import batch
-from partita.torch.training.objective import IGNORED, check_trainable, examples, loss_of
+from partita.torch.training.objective import Example, check_trainable, examples, loss_of, summed_cross_entropy
 from partita.torch.training.optimizer import MasterAdamW, state_dtype
 from partita.torch.training.replicas import clip_gradients, start_alike, sum_gradients
 from partita.torch.weights.fill import as_dtype
 from partita.torch.weights.moments import restore_optimizer
 from partita.torch.weights.rank_shard import RankShard
 from partita.training import StepReport, TrainSettings, schedule_of
-from partita.training.ids import check_ids
+from partita.training.data.given import Batches, Run, data_of
+from partita.training.data.rows import Rows, plain_rows
+from partita.training.data.samples import Samples
 from partita.training.loop import StepHooks, begin_run, run_steps
 from partita.training.random import step_seed
 from partita.training.saving import Saver, SaveReport, Saves
@@ -44,16 +49,20 @@ __all__ = ["StepReport", "TrainSettings", "accumulate_gradients", "make_optimize
 
 def train(
     model: nn.Module,
-    tokens: Tensor | np.ndarray[Any, Any],
+    tokens: Any,
     settings: TrainSettings,
     *,
+    tokenizer: Tokenizer | None = None,
+    eval_data: Any = None,
     on_step: Callable[[StepReport], None] | None = None,
     on_timeline: Callable[[Timeline], None] | None = None,
     saves: Saves | None = None,
     on_save: Callable[[SaveReport], None] | None = None,
     resume: str | os.PathLike[str] | None = None,
 ) -> list[StepReport]:
-    """Train a split causal language model in place; every rank calls it with the same tokens and settings.
+    """Train a split language model in place; every rank calls it with the same data and settings.
+
+    The loss is the mean over all labels of the complete batch, whatever micro-batch or replica they are in.
 
     With `saves`, checkpoints are written during training; each holds everything needed to resume. A run
     resumed on the same layout matches the uninterrupted run bit for bit; on another layout it differs by rounding. The
@@ -65,8 +74,13 @@ def train(
 
     Args:
         model: A result of `load`, `shard` or `fresh`.
-        tokens: The text, int64 `[tokens]`.
+        tokens: The data. One row of ids `[tokens]` and a list of texts are divided into rows of equal length. A list of ids,
+            rows with `input_ids` (and `labels`, `attention_mask`) and rows with the columns of files are documents with a
+            row each: a list, an iterable or a `datasets.Dataset`. A `DataLoader` of dicts of `[batch, tokens]` has a
+            complete batch in each.
         settings: The training settings.
+        tokenizer: The tokenizer of texts; ids need none.
+        eval_data: Data in one of these forms, on which the loss is computed as `settings.eval_every` says.
         on_step: Called after every step, on every rank.
         on_timeline: Called on every rank with the start and end of each action of the last step.
         saves: Folder and interval of checkpoints.
@@ -78,7 +92,7 @@ def train(
         One report per step, the same on every rank except for the times.
 
     Raises:
-        PlanError: The batch cannot be distributed over the replicas and micro-batches.
+        PlanError: The batch cannot be distributed over the replicas and micro-batches, or the data has another form.
         ModelError: The model is not a causal language model, or has float16 weights; the loss is not finite, or its config
             requests an auxiliary loss that cannot be computed with stages or per sequence.
         CheckpointError: A checkpoint cannot be written, or the one to resume from belongs to another run; on every rank.
@@ -90,13 +104,19 @@ def train(
         [1, 2]
     """
     plan, groups = plan_of(model)
-    tokens = torch.as_tensor(tokens)
     schedule = schedule_of(plan, settings)
     plan.spec.refuse_beyond_positions(settings.sequence_length, "a sequence")
-    check_ids(tokens.numpy(force=True), plan.spec.vocab_size)
+    with collective_errors(groups):
+        run_of = Run(settings, plan.spec, groups, tokenizer)
+        data = data_of(tokens, run_of)
+        evaluated = data_of(eval_data, run_of, "eval_data") if eval_data is not None else None
+        if settings.epochs is not None:
+            settings = replace(settings, steps=data.steps(settings.epochs, settings.batch_size), epochs=None)
     check_trainable(model)
     with collective_errors(groups):
         _refuse_float16(model)
+        if settings.packing:
+            prove_packing(model, plan)
     balance_of(model, plan, settings.aux_loss_scope)  # which raises before anything is done
     if plan.num_stages > 1:
         refuse_layer_drop(model)
@@ -105,14 +125,14 @@ def train(
     pipeline = Pipeline(model, schedule)
     model.zero_grad(set_to_none=True)
     run = begin_run(
-        settings, tokens.cpu().numpy(), saves, resume,
+        settings, data, saves, resume,
         collective=lambda: collective_errors(groups), restore=lambda folder: restore_optimizer(model, optimizer, folder),
     )  # fmt: skip
     saver = make_saver(model, optimizer, saves, run, on_save) if saves is not None else None
 
-    def backward(step: int, on_timeline: Callable[[Timeline], None] | None) -> float:
-        rows = batch(tokens, step, settings.batch_size, settings.sequence_length, settings.seed)
-        return accumulate_gradients(pipeline, rows, step, settings, on_timeline=on_timeline)
+    def backward(step: int, on_timeline: Callable[[Timeline], None] | None) -> tuple[float, int]:
+        rows = data.rows(step, settings, groups.dp.size, groups.dp.rank)
+        return backward_of(pipeline, rows, step, settings, on_timeline=on_timeline)
 
     def update(rate: float) -> None:
         if optimizer is not None:
@@ -121,7 +141,14 @@ def train(
             optimizer.step()
         model.zero_grad(set_to_none=True)
 
-    hooks = StepHooks(backward, lambda: clip_gradients(model, plan, groups, settings.clip_norm), update)
+    def evaluate() -> float:
+        assert evaluated is not None
+        return evaluate_loss(model, evaluated, settings)
+
+    hooks = StepHooks(
+        backward, lambda: clip_gradients(model, plan, groups, settings.clip_norm), update,
+        evaluate if evaluated is not None else None,
+    )  # fmt: skip
     recomputed = checkpointing_set(model) if settings.checkpointing else nullcontext()
     try:
         with mode_set(model, training=True), random_state_kept(model), recomputed:
@@ -198,47 +225,137 @@ def accumulate_gradients(
 ) -> float:
     """Backward of the mean loss over the full batch `rows` `[batch_size, length + 1]`; each replica takes its part.
 
-    The auxiliary loss of routers is the mean over micro-batches, or over sequences (`settings.aux_loss_scope`).
-
     Returns:
         The mean loss of the full batch.
     """
+    dp = pipeline.groups.dp
+    mine = plain_rows(rows.numpy(force=True)).split(dp.size)[dp.rank].split(settings.microbatches)
+    return backward_of(pipeline, mine, step, settings, on_timeline=on_timeline)[0]
+
+
+def backward_of(
+    pipeline: Pipeline,
+    rows: Sequence[Rows],
+    step: int,
+    settings: TrainSettings,
+    *,
+    on_timeline: Callable[[Timeline], None] | None = None,
+) -> tuple[float, int]:
+    """Backward of the mean loss over the labels of the full batch, of which this replica has the micro-batches `rows`.
+
+    The auxiliary loss of routers is the mean over micro-batches, or over sequences (`settings.aux_loss_scope`).
+
+    Returns:
+        The mean loss of the full batch, and the number of its input tokens.
+
+    Raises:
+        ModelError: No id of the batch is trained on.
+    """
     model, plan, groups = pipeline.model, pipeline.plan, pipeline.groups
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    mask_token = settings.mask_token if settings.mask_token is not None else plan.spec.vocab_size - 1
-    inputs, targets = examples(model, rows, step, settings.seed, mask_token)
-    count = int((targets != IGNORED).sum())
-    replicas, replica = groups.dp.size, groups.dp.rank
-    parts = [
-        mine.chunk(replicas)[replica].to(device).chunk(settings.microbatches) for mine in (inputs, targets)
-    ]  # fmt: skip
-    total = torch.zeros((), dtype=torch.float64, device=device)
+    batch = _Batch.of(model, plan, groups, rows, step, settings)
+    count, tokens = batch.counts
+    share = 1 / (groups.dp.size * settings.microbatches)
+    if not count:
+        raise ModelError(f"step {step + 1}: no token of the batch is trained on. Use larger batches, or other data.")
+    total = torch.zeros((), dtype=torch.float64, device=batch.device)
     with local_logits(model) as split:
 
         def finish(output: Any, microbatch: int) -> Tensor:
-            summed, extra = loss_of(model, output, parts[1][microbatch], split, groups.tp, settings.mtp_weight)
+            targets = batch.examples[microbatch].targets
+            summed, extra = loss_of(model, output, targets, split, groups.tp, settings.mtp_weight)
             loss = summed / count
             if extra is not None:
-                loss = loss + extra * (parts[0][microbatch].shape[0] / settings.batch_size)
+                loss = loss + extra * share
             total.add_(loss.detach().double())
             return loss
 
         with summed_copies(model, plan, groups):
             origin_s = _start_together(groups) if on_timeline is not None else 0.0
             pipeline.run(
-                lambda stage, microbatch: {"input_ids": parts[0][microbatch], "use_cache": False},
+                batch.inputs,
                 finish,
-                key=lambda microbatch: tuple(parts[0][microbatch].shape),
-                around=lambda: _autocast(settings, device),
+                key=batch.shape,
+                around=lambda: _autocast(settings, batch.device),
                 balance=balance_of(model, plan, settings.aux_loss_scope),
-                seed=lambda microbatch: step_seed(settings.seed, step, replica * settings.microbatches + microbatch),
+                seed=lambda microbatch: step_seed(
+                    settings.seed, step, groups.dp.rank * settings.microbatches + microbatch
+                ),
                 timed=on_timeline is not None,
             )
     if on_timeline is not None:
         on_timeline(pipeline.timeline(origin_s))
     sum_gradients([p for p in model.parameters() if p.requires_grad], groups.dp)
     total = groups.pp.broadcast_(total, plan.stage_rank(plan.loss_stage))
+    return float(groups.dp.all_reduce_(total)), tokens
+
+
+def evaluate_loss(model: nn.Module, data: Samples | Batches, settings: TrainSettings) -> float:
+    """The mean loss over all labels of `data`, without dropout, auxiliary losses and gradients; every rank must call it.
+
+    Raises:
+        ModelError: No id of the data is trained on.
+    """
+    plan, groups = plan_of(model)
+    pipeline = Pipeline(model, forward_only(plan, settings.microbatches))
+    summed, counted = 0.0, 0
+    with mode_set(model, training=False):
+        for number, rows in enumerate(data.in_order(settings, groups.dp.size, groups.dp.rank)):
+            batch = _Batch.of(model, plan, groups, rows, number, settings)
+            counted += batch.counts[0]
+            summed += _summed_loss(pipeline, batch, settings)
+    if not counted:
+        raise ModelError("no token of the evaluation set is trained on. Give other evaluation data.")
+    return summed / counted
+
+
+def _summed_loss(pipeline: Pipeline, batch: _Batch, settings: TrainSettings) -> float:
+    """The cross-entropy of a full batch, summed over its labels."""
+    model, plan, groups = pipeline.model, pipeline.plan, pipeline.groups
+    total = torch.zeros((), dtype=torch.float64, device=batch.device)
+    with local_logits(model) as split:
+
+        def finish(output: Any, microbatch: int) -> None:
+            targets = batch.examples[microbatch].targets
+            total.add_(summed_cross_entropy(output.logits, targets, split, groups.tp).double())
+
+        pipeline.run(batch.inputs, finish, key=batch.shape, around=lambda: _autocast(settings, batch.device))
+        pipeline.flush()
+    total = groups.pp.broadcast_(total, plan.stage_rank(plan.loss_stage))
     return float(groups.dp.all_reduce_(total))
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """The micro-batches of this replica in a batch, on their device; and labels and tokens of the full batch."""
+
+    examples: tuple[Example, ...]
+    counts: tuple[int, int]
+    device: torch.device
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        plan: Plan,
+        groups: ParallelGroups,
+        rows: Sequence[Rows],
+        step: int,
+        settings: TrainSettings,
+    ) -> _Batch:
+        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        mask_token = settings.mask_token if settings.mask_token is not None else plan.spec.vocab_size - 1
+        made = examples(model, rows, step, settings, mask_token, groups.dp)
+        counts = torch.tensor([sum(e.count for e in made), sum(one.tokens for one in rows)], dtype=torch.float64)
+        count, tokens = groups.dp.all_reduce_(counts.to(device)).tolist()
+        return cls(tuple(example.to(device) for example in made), (int(count), int(tokens)), device)
+
+    def inputs(self, stage: int, microbatch: int) -> dict[str, Any]:
+        """The model's inputs, the same for all stages."""
+        return self.examples[microbatch].inputs
+
+    def shape(self, microbatch: int) -> tuple[int, ...]:
+        """The shape of the ids, which determines those of all messages."""
+        return tuple(self.examples[microbatch].inputs["input_ids"].shape)
 
 
 def _start_together(groups: ParallelGroups) -> float:

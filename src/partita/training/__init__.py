@@ -1,7 +1,7 @@
-"""The parts of training that both engines share: settings, schedules, the order of the data, checkpoints of a run."""
+"""The parts of training that both engines share: settings, schedules, the data, checkpoints of a run."""
 
-from partita.training.data import read_ids, row_starts, texts
+from partita.training.data import row_starts
 from partita.training.saving import SaveReport, Saves
 from partita.training.settings import StepReport, TrainSettings, schedule_of
 
-__all__ = ["SaveReport", "Saves", "StepReport", "TrainSettings", "read_ids", "row_starts", "schedule_of", "texts"]
+__all__ = ["SaveReport", "Saves", "StepReport", "TrainSettings", "row_starts", "schedule_of"]

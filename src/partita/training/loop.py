@@ -9,17 +9,14 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from partita.errors import ModelError
 from partita.ranks.liveness import doing
 from partita.schedule import Timeline
+from partita.training.data.samples import TrainingData
 from partita.training.saving import Saver, Saves, state_of
 from partita.training.settings import StepReport, TrainSettings
 from partita.training.state import TrainingState, read_state
-
-if TYPE_CHECKING:
-    import numpy as np
 
 
 @dataclass(frozen=True)
@@ -27,20 +24,22 @@ class StepHooks:
     """The functions of an engine for a step.
 
     Attributes:
-        backward: Computes the gradients of a step, counted from 0, and returns the mean loss of the complete batch; reports the
-            times of its actions to the second argument unless it is None.
+        backward: Computes the gradients of a step, counted from 0, and returns the mean loss of the complete batch and the
+            number of its tokens; reports the times of its actions to the second argument unless it is None.
         clip: Scales the gradients down to the largest norm, and returns their norm before.
         update: Updates the trained parameters at a learning rate, and drops the gradients.
+        evaluate: Returns the mean loss of the evaluation set; None without one.
     """
 
-    backward: Callable[[int, Callable[[Timeline], None] | None], float]
+    backward: Callable[[int, Callable[[Timeline], None] | None], tuple[float, int]]
     clip: Callable[[], float]
     update: Callable[[float], None]
+    evaluate: Callable[[], float] | None = None
 
 
 def begin_run(
     settings: TrainSettings,
-    text: np.ndarray[Any, Any],
+    data: TrainingData,
     saves: Saves | None,
     resume: str | os.PathLike[str] | None,
     *,
@@ -51,7 +50,7 @@ def begin_run(
 
     Args:
         settings: The training settings.
-        text: The ids to train on, int64 `[tokens]`.
+        data: The data to train on.
         saves: The settings for checkpoints.
         resume: A checkpoint of the run.
         collective: Makes a block at whose end every rank raises what one of them raised in it.
@@ -61,7 +60,7 @@ def begin_run(
         CheckpointError: The checkpoint belongs to another run; on every rank.
     """
     with collective():
-        run = state_of(settings, text, saves)
+        run = state_of(settings, data, saves)
     if resume is None:
         return run
     folder = Path(resume)
@@ -112,7 +111,7 @@ def _step(
     on_timeline: Callable[[Timeline], None] | None,
 ) -> StepReport:
     start_s = time.perf_counter()
-    loss = hooks.backward(step, on_timeline)
+    loss, tokens = hooks.backward(step, on_timeline)
     norm = hooks.clip()
     if not math.isfinite(loss) or not math.isfinite(norm):
         if saver is not None:
@@ -123,5 +122,14 @@ def _step(
         )
     rate = settings.learning_rate_at(step)
     hooks.update(rate)
-    tokens = settings.batch_size * settings.sequence_length
-    return StepReport(step + 1, loss, rate, norm, tokens, time.perf_counter() - start_s)
+    seconds = time.perf_counter() - start_s
+    return StepReport(step + 1, loss, rate, norm, tokens, seconds, _evaluated(step + 1, settings, hooks))
+
+
+def _evaluated(step: int, settings: TrainSettings, hooks: StepHooks) -> float | None:
+    """The loss of the evaluation set, if it is due after step `step`, counted from 1."""
+    is_due = step == settings.steps or (settings.eval_every is not None and step % settings.eval_every == 0)
+    if hooks.evaluate is None or not is_due:
+        return None
+    with doing(f"evaluation after step {step} of {settings.steps}"):
+        return hooks.evaluate()

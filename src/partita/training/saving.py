@@ -25,11 +25,12 @@ from partita.ranks.agreement import agreed_state, first_text
 from partita.ranks.groups import AxisGroups, Communicator
 from partita.training.background import POLL_S, BackgroundWrite, Job, Part
 from partita.training.base import Base
+from partita.training.data.samples import TrainingData
 from partita.training.settings import TrainSettings
 from partita.training.state import STATE_NAME, TrainingState
 
 if TYPE_CHECKING:
-    import numpy as np
+    pass
 
 
 @dataclass(frozen=True)
@@ -101,15 +102,16 @@ class RankShard(Protocol):
         """AdamW's step counts of this rank's parameters, by name on disk, if they differ from `step`."""
 
 
-def state_of(settings: TrainSettings, text: np.ndarray[Any, Any], saves: Saves | None) -> TrainingState:
-    """The state of a new run, with the notes for its checkpoints.
+def state_of(settings: TrainSettings, data: TrainingData, saves: Saves | None) -> TrainingState:
+    """The state of a new run on `data`, with the notes for its checkpoints.
 
     Raises:
         PartitaError: The base of its adapters does not exist.
     """
     if saves is None:
-        return TrainingState.of(settings, text)
-    return TrainingState.of(settings, text, saves.notes, Base.of(saves.base) if saves.base is not None else None)
+        return TrainingState(0, settings, data.tokens, data.digest, {})
+    base = Base.of(saves.base) if saves.base is not None else None
+    return TrainingState(0, settings, data.tokens, data.digest, dict(saves.notes), base)
 
 
 def files_beside(write: Callable[[Path], None]) -> dict[str, bytes]:

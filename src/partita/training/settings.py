@@ -53,6 +53,9 @@ class TrainSettings:
         checkpointing: Whether activations are recomputed in backward instead of kept.
         aux_loss_scope: The tokens over which the auxiliary loss of routers is computed, if the model's config enables it:
             `microbatch`, as transformers does with a batch, or `sequence`, which is the same for all meshes and micro-batches.
+        epochs: Passes over the data, which then decide `steps`.
+        packing: Whether a row holds several documents, each with its own attention and positions.
+        eval_every: Steps between two evaluations; the last step is always followed by one. None: only the last step.
     """
 
     steps: int = 100
@@ -75,10 +78,15 @@ class TrainSettings:
     mtp_weight: float = 0.3
     mask_token: int | None = None
     aux_loss_scope: str = "microbatch"
+    epochs: int | None = None
+    packing: bool = False
+    eval_every: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "sequence_length", "microbatches"):
+        for name in ("steps", "batch_size", "sequence_length", "microbatches", "epochs", "eval_every"):
             value = getattr(self, name)
+            if value is None and name in ("epochs", "eval_every"):
+                continue
             if type(value) is not int or value < 1:
                 raise PlanError(f"{name} must be a whole number of at least 1, but is {value!r}.")
         for name in _NOT_NEGATIVE:
@@ -106,7 +114,17 @@ class TrainSettings:
 
 @dataclass(frozen=True)
 class StepReport:
-    """One step: its number (from 1), mean loss per token, learning rate, gradient norm before clipping, tokens and seconds."""
+    """One step.
+
+    Attributes:
+        step: Its number, from 1.
+        loss: Mean loss over the labels of the complete batch.
+        learning_rate: Its learning rate.
+        grad_norm: Norm of the gradient before clipping.
+        tokens: Input tokens of the complete batch, without padding.
+        seconds: Its duration, without that of an evaluation.
+        eval_loss: Mean loss over the labels of the evaluation set after the step; None without an evaluation.
+    """
 
     step: int
     loss: float
@@ -114,6 +132,7 @@ class StepReport:
     grad_norm: float
     tokens: int
     seconds: float
+    eval_loss: float | None = None
 
 
 def schedule_of(plan: Plan, settings: TrainSettings) -> Schedule:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 STATE_NAME = "training_state.json"
 
-FREE = ("steps", "microbatches", "schedule", "group_size", "zero", "checkpointing")
+FREE = ("steps", "epochs", "eval_every", "microbatches", "schedule", "group_size", "zero", "checkpointing")
 """Settings that a resumed run may change: the distribution of the work, and the number of steps (see `go_on`)."""
 
 
@@ -33,8 +33,8 @@ class TrainingState:
     Attributes:
         step: Completed steps.
         settings: The training settings.
-        tokens: Number of ids of the text.
-        digest: SHA-256 of the text's ids, little-endian int64.
+        tokens: Number of ids of the data; 0 if unknown.
+        digest: SHA-256 of the text's ids, little-endian int64; of other data see `TrainingData`.
         notes: Data of the caller, such as the source of the text; not compared.
         base: The model that adapters are trained on, None if all of the model is trained.
         counts: AdamW's step counts of tensors that had no gradient in some steps, by name on disk.
@@ -50,17 +50,10 @@ class TrainingState:
 
     @classmethod
     def of(
-        cls,
-        settings: TrainSettings,
-        text: np.ndarray[Any, Any],
-        notes: Mapping[str, Any] | None = None,
-        base: Base | None = None,
+        cls, settings: TrainSettings, text: np.ndarray[Any, Any], notes: Mapping[str, Any] | None = None
     ) -> TrainingState:
         """The state of a new run on a text of ids `[tokens]`."""
-        import numpy as np
-
-        ids = np.ascontiguousarray(text, dtype="<i8")
-        return cls(0, settings, len(ids), hashlib.sha256(ids.data).hexdigest(), dict(notes or {}), base)
+        return cls(0, settings, len(text), digest_of(text), dict(notes or {}))
 
     @property
     def sequences(self) -> int:
@@ -134,6 +127,13 @@ class TrainingState:
             "notes": dict(self.notes),
         }
         return json.dumps(data, indent=2) + "\n"
+
+
+def digest_of(text: np.ndarray[Any, Any]) -> str:
+    """SHA-256 of ids `[tokens]` as little-endian int64."""
+    import numpy as np
+
+    return hashlib.sha256(np.ascontiguousarray(text, dtype="<i8").data).hexdigest()
 
 
 def _refuse(folder: Path, differences: list[str]) -> NoReturn:

@@ -20,7 +20,9 @@ NOTED = ("config", "model", "dtype", "lora_rank")
 LAYOUT = ("tp", "pp", "dp", "layout", "vpp", "schedule", "microbatches", "group_size")
 """Options that specify how the work is distributed. If none is given, a resumed run keeps those that it started with."""
 
-KEPT = ("data", "save_every", "keep", "engine", "zero", "checkpointing")
+KEPT = (
+    "data", "text_column", "eval_data", "eval_every", "save_every", "keep", "engine", "zero", "checkpointing",
+)  # fmt: skip
 """Options that are taken from the checkpoint unless they are given again."""
 
 TORCH_ONLY = ("zero", "checkpointing")

@@ -37,6 +37,22 @@ def loading(what: str) -> Iterator[Callable[[int, int], None] | None]:
 
 
 @contextlib.contextmanager
+def preparing() -> Iterator[Callable[[int, int], None] | None]:
+    """Show how many bytes of the data are encoded. Nothing is shown for data that was encoded before."""
+    if not environment.is_first() or not err().is_terminal:
+        yield None
+        return
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True), TimeRemainingColumn())
+    with Progress(*columns, console=err(), transient=True) as bar:
+        task = bar.add_task("encoding", total=None, visible=False)
+        yield lambda done_bytes, total_bytes: bar.update(
+            task, completed=done_bytes, total=total_bytes or None, visible=True
+        )
+
+
+@contextlib.contextmanager
 def training(steps: int, done: int = 0) -> Iterator[Callable[[StepReport], None] | None]:
     """Show the steps of a training run: loss, learning rate, gradient norm, tokens a second and the time left.
 
@@ -62,6 +78,8 @@ def _training_bar(steps: int, done: int) -> Iterator[Callable[[StepReport], None
 
         def show(report: StepReport) -> None:
             bar.update(task, completed=report.step, numbers=describe(report))
+            if report.eval_loss is not None:
+                bar.console.print(f"step {report.step}: evaluation loss {report.eval_loss:.4f}", soft_wrap=True)
 
         yield show
 
@@ -73,7 +91,8 @@ class _TrainingLines:
 
     def __call__(self, report: StepReport) -> None:
         now_s = time.monotonic()
-        if report.step in (self.done + 1, self.steps) or now_s - self.last_s >= LINE_EVERY_S:
+        is_told = report.step in (self.done + 1, self.steps) or report.eval_loss is not None
+        if is_told or now_s - self.last_s >= LINE_EVERY_S:
             self.last_s = now_s
             left_s = (now_s - self.start_s) / (report.step - self.done) * (self.steps - report.step)
             err().print(f"step {report.step}/{self.steps}  {describe(report)}  {left_s:.0f} s left", soft_wrap=True)
@@ -82,7 +101,8 @@ class _TrainingLines:
 def describe(report: StepReport) -> str:
     """The numbers of a step in one line."""
     rate = report.tokens / report.seconds
-    return f"loss {report.loss:.4f} lr {report.learning_rate:.1e} grad {report.grad_norm:.2f} {rate:,.0f} tokens/s"
+    evaluated = f" evaluation {report.eval_loss:.4f}" if report.eval_loss is not None else ""
+    return f"loss {report.loss:.4f}{evaluated} lr {report.learning_rate:.1e} grad {report.grad_norm:.2f} {rate:,.0f} tokens/s"
 
 
 def saved(report: SaveReport) -> None:

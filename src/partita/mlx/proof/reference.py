@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -26,6 +25,7 @@ from partita.core.model.spec import text_config
 from partita.errors import CheckpointError, ModelError
 from partita.mlx.model.config import plain_numbers, transformers_config
 from partita.mlx.proof.forms import Verdict, form_name, form_of, measured, measured_by_parts, versions
+from partita.user_cache import cache_folder
 
 TIMEOUT_S = 120.0
 
@@ -133,7 +133,7 @@ def _text(config: Mapping[str, Any]) -> dict[str, Any] | None:
 def _remembered(family: str, form: Mapping[str, str], config: Mapping[str, Any]) -> Verdict | None:
     """The verdict of an earlier comparison on this machine, else of a new one, which is cached; None if that failed."""
     name = "-".join(["forms", *versions().values()])
-    file = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "partita" / f"{name}.json"
+    file = cache_folder() / f"{name}.json"
     key = f"{family}: {form_name(form)}"
     try:
         known: dict[str, Any] = json.loads(file.read_text())

@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from partita.generation import Tokenizer
-from partita.training import read_ids, row_starts
+from partita.training import row_starts
+from partita.training.data.texts import read_ids
 
 
-def load_tokens(source: str, tokenizer: Tokenizer, *, limit_bytes: int = 64 << 20) -> Tensor:
-    """The whole text of a source as one row of ids, int64 `[tokens]`; see `partita.training.read_ids`."""
+def load_tokens(source: str, tokenizer: Tokenizer, *, limit_bytes: int | None = None) -> Tensor:
+    """The whole text of a source as one row of ids, int64 `[tokens]`; see `partita.training.data.texts.read_ids`."""
     return torch.from_numpy(read_ids(source, tokenizer, limit_bytes=limit_bytes))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,9 +15,8 @@ from partita.errors import ModelError
 from partita.torch.collectives.comm import Communicator
 from partita.torch.layers.loss import vocab_parallel_cross_entropy
 from partita.torch.model.balance import coefficient_of
-
-IGNORED = -100
-"""A target that does not count."""
+from partita.training.data.rows import IGNORED, Rows
+from partita.training.settings import TrainSettings
 
 MASKED_SHARE = 0.15
 """Fraction of tokens that a masked language model predicts (Devlin et al. 2019, 1810.04805, section 3.1)."""
@@ -38,19 +39,70 @@ def _is_masked(model: nn.Module) -> bool:
     return "MaskedLM" in type(model).__name__
 
 
-def examples(model: nn.Module, rows: Tensor, step: int, seed: int, mask_token: int) -> tuple[Tensor, Tensor]:
-    """Inputs and targets, both int64 `[n, length]`, of `rows` `[n, length + 1]`.
+@dataclass(frozen=True)
+class Example:
+    """A micro-batch: the model's inputs, and the targets `[n, length]`, -100 where there is none."""
+
+    inputs: dict[str, Any]
+    targets: Tensor
+
+    @property
+    def count(self) -> int:
+        """Number of targets."""
+        return int((self.targets != IGNORED).sum())
+
+    def to(self, device: torch.device) -> Example:
+        """The same on a device."""
+        inputs = {name: one.to(device) if isinstance(one, Tensor) else one for name, one in self.inputs.items()}
+        return Example(inputs, self.targets.to(device))
+
+
+def examples(
+    model: nn.Module, rows: Sequence[Rows], step: int, settings: TrainSettings, mask_token: int, dp: Communicator
+) -> list[Example]:
+    """The inputs and targets of a replica's micro-batches, each of rows `[n, length + 1]`, on the CPU.
 
     A causal model predicts the next token; a masked one the tokens that `mask_token` replaces, which are sampled from
     seed and step alone.
     """
-    inputs = rows[:, :-1]
     if _is_causal(model):
-        return inputs, rows[:, 1:]
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-    hidden = torch.rand(inputs.shape, generator=generator) < MASKED_SHARE
-    hidden[:, 0] |= ~hidden.any(1)
-    return inputs.masked_fill(hidden, mask_token), inputs.masked_fill(~hidden, IGNORED)
+        return [
+            Example(_inputs(one, torch.from_numpy(one.ids[:, :-1])), torch.from_numpy(one.labels[:, 1:]))
+            for one in rows
+        ]
+    generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
+    count = sum(len(one.ids) for one in rows)
+    width = max(settings.sequence_length, *(one.ids.shape[1] - 1 for one in rows))
+    drawn = torch.rand((dp.size * count, width), generator=generator)
+    first = dp.rank * count
+    made = []
+    for one in rows:
+        made.append(_masked(one, drawn[first : first + len(one.ids)], mask_token))
+        first += len(one.ids)
+    return made
+
+
+def _masked(rows: Rows, drawn: Tensor, mask_token: int) -> Example:
+    """A micro-batch of a masked language model; `drawn` are random numbers for its inputs."""
+    ids, labels = torch.from_numpy(rows.ids), torch.from_numpy(rows.labels)
+    if rows.is_masked:
+        return Example(_inputs(rows, ids), labels)
+    ids, labels = ids[:, :-1], labels[:, :-1]
+    counts = labels != IGNORED
+    hidden = (drawn[:, : ids.shape[1]] < MASKED_SHARE) & counts
+    first = counts & (counts.cumsum(1) == 1)
+    hidden |= first & ~hidden.any(1, keepdim=True)
+    return Example(_inputs(rows, ids.masked_fill(hidden, mask_token)), labels.masked_fill(~hidden, IGNORED))
+
+
+def _inputs(rows: Rows, ids: Tensor) -> dict[str, Any]:
+    given: dict[str, Any] = {"input_ids": ids, "use_cache": False}
+    length = ids.shape[1]
+    if rows.mask is not None and not rows.mask[:, :length].all():
+        given["attention_mask"] = torch.from_numpy(rows.mask[:, :length].astype("int64"))
+    if rows.positions is not None:
+        given["position_ids"] = torch.from_numpy(rows.positions[:, :length])
+    return given
 
 
 def loss_of(
