@@ -121,7 +121,7 @@ class StepReport:
         loss: Mean loss over the labels of the complete batch.
         learning_rate: Its learning rate.
         grad_norm: Norm of the gradient before clipping.
-        tokens: Input tokens of the complete batch, without padding.
+        tokens: Input tokens of the complete batch, without padding and the last of a row.
         seconds: Its duration, without that of an evaluation.
         eval_loss: Mean loss over the labels of the evaluation set after the step; None without an evaluation.
     """

@@ -45,8 +45,8 @@ class Rows:
 
     @property
     def tokens(self) -> int:
-        """Number of input ids without padding."""
-        return int(self.mask[:, :-1].sum()) if self.mask is not None else self.ids[:, :-1].size
+        """Number of ids that another id of the row follows, whatever the padding."""
+        return int((self.mask[:, :-1] & self.mask[:, 1:]).sum()) if self.mask is not None else self.ids[:, :-1].size
 
     def take(self, start: int, stop: int) -> Rows:
         """Some of the rows."""
