@@ -93,6 +93,19 @@ def test_a_run_resumes_with_its_data(partita: Run, folder: Path) -> None:
     assert "the options specify another run, which differs in the text" in other.err
 
 
+def test_rows_are_shown_instead_of_training(partita: Run, folder: Path) -> None:
+    said = partita("train", "--model", "model", "--data", "chats.parquet", "--show-sample", "2", "--out", "run")
+    assert said.code == 0, said.err
+    first, text, *rest = said.out.splitlines()
+    assert re.fullmatch(r"row 1: \d+ tokens, \d+ trained on", first)
+    assert re.fullmatch(r"  <user>\d+\?", text)
+    assert re.fullmatch(r"<assistant>❮(yes)+", rest[0])
+    assert [line for line in said.out.splitlines() if line.startswith("row")][1].startswith("row 2")
+    assert not Path("run").exists() or not list(Path("run").glob("*.safetensors"))
+    packed = partita("train", "--model", "model", "--data", "questions.jsonl", "--packing", "--show-sample", "1")
+    assert packed.out.count("❮") > 1
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [

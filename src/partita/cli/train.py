@@ -273,7 +273,7 @@ def train(options: TrainOptions) -> None:
     )  # fmt: skip
     plan = plan_early(stages.request, given)
     refuse_device(request.engine, options.device)
-    data = read_sources(run.notes, run.settings["eval_every"])
+    data = replace(read_sources(run.notes, run.settings["eval_every"]), shown=options.show_sample)
     if run.state is None:
         _check_saving(options)
     if options.picture is not None:

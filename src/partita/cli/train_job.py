@@ -15,6 +15,7 @@ from partita.cli.arguments.model import read_tokenizer
 from partita.cli.job import Job
 from partita.cli.terminal.console import count, err, mesh_name, out, plural, print_json, sparkline
 from partita.cli.terminal.progress import loading, preparing, saved, saving, training
+from partita.cli.terminal.samples import show_sample
 from partita.cli.terminal.timeline import show_timeline
 from partita.core.mesh import Mesh
 from partita.core.plan import Plan
@@ -95,7 +96,8 @@ class TrainJob(Job):
         if environment.is_first():
             if timelines:
                 show_timeline(timelines[0], self.picture, self.trace)
-            self._report()
+            if self.data.shown is None:
+                self._report()
         return 0
 
     def _train(self, watch: Callable[[Timeline], None] | None) -> None:
@@ -107,6 +109,11 @@ class TrainJob(Job):
         if self.lora_rank is not None:
             self._adapt(split, begun)
         samples, evaluated = self._samples(tokenizer, self.engine.plan_of(split)[0])
+        if self.data.shown is not None:
+            if environment.is_first():
+                for number in range(self.data.shown):
+                    show_sample(number + 1, samples.sample(number, self.options["seed"]), tokenizer)
+            return
         if environment.is_first() and not self.as_json and self.request.engine == "torch":
             _print_start(split, self.mesh, samples, TrainSettings(**self.options))
         saves = self._saves(tokenizer)

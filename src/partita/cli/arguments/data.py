@@ -75,6 +75,17 @@ class DataOptions:
             show_default=False,
         ),
     ] = None
+    show_sample: Annotated[
+        int | None,
+        typer.Option(
+            "--show-sample",
+            min=1,
+            metavar="N",
+            help="Print the first N rows of training, with what is trained on between ❮ and ❯, instead of training.",
+            rich_help_panel=PANEL,
+            show_default=False,
+        ),
+    ] = None
 
 
 @dataclass(frozen=True)
@@ -86,12 +97,14 @@ class DataSources:
         weights: The weight of each, if they have weights.
         text_column: The column of texts in tables.
         evaluated: What to evaluate on.
+        shown: Number of rows to print instead of training; None to train.
     """
 
     sources: list[str]
     weights: list[float] | None
     text_column: str
     evaluated: list[str]
+    shown: int | None = None
 
 
 def read_sources(notes: dict[str, Any], eval_every: int | None) -> DataSources:
