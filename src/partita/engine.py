@@ -11,6 +11,7 @@ from partita.core.mesh import Mesh
 from partita.core.plan import Plan
 from partita.core.request import SplitArguments
 from partita.generation import Generation, GenerationReport, OnText, Sampling, Tokenizer
+from partita.generation.prompts import Prompts
 from partita.proof.report import Report
 from partita.ranks.environment import EngineName
 from partita.ranks.groups import AxisGroups, Communicator
@@ -77,8 +78,8 @@ class Engine(Protocol):
     def generate(
         self,
         model: Model,
-        prompts: Sequence[Sequence[int]],
-        sampling: Sampling,
+        prompts: Prompts,
+        sampling: Sampling | None = None,
         *,
         tokenizer: Tokenizer | None = None,
         on_text: OnText | None = None,

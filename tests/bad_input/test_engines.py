@@ -316,7 +316,7 @@ CALLS: list[Made] = [
     (
         "generate: a text",
         "generate(load('model'), ['hello'], Sampling())",
-        "prompt 0 must be ids; got 'hello'. Use tokenizer.encode",
+        "prompts are texts, but the model was not loaded from a folder with a tokenizer. Give tokenizer",
     ),
     (
         "generate: a stop",

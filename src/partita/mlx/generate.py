@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from collections.abc import Sequence as SequenceOf
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from partita.errors import ModelError, PlanError
-from partita.generation.choice import Choice, settle
+from partita.errors import ModelError
+from partita.generation.choice import settle
 from partita.generation.generation_config import generation_of_config
+from partita.generation.prompts import Prompts, check_ids, encoded
 from partita.generation.report import Batch, GenerationReport, peak_resident_bytes, report_of
 from partita.generation.sample import failure_of
 from partita.generation.settings import Generation, OnText, Sampling, Sequence
@@ -29,8 +29,8 @@ from partita.ranks.liveness import doing
 @doing("generating")
 def generate(
     model: nn.Module,
-    prompts: SequenceOf[SequenceOf[int]],
-    sampling: Sampling,
+    prompts: Prompts,
+    sampling: Sampling | None = None,
     *,
     tokenizer: Tokenizer | None = None,
     on_text: OnText | None = None,
@@ -45,15 +45,16 @@ def generate(
 
     Args:
         model: A split causal language model.
-        prompts: Ids of each prompt, at least one each; lengths may differ.
+        prompts: Texts, or the ids of each, at least one each; lengths may differ.
         sampling: Sampling settings; unset ones come from the model's generation config.
-        tokenizer: Decodes the text; without one the text is empty.
+        tokenizer: Encodes and decodes text (default for prompts that are texts: the one in the folder that the model was loaded
+            from; for ids: none, and the text is empty).
         on_text: Called with the prompt's index and new text as it is generated; on the first rank of the run only, and not for
             prompts of other replicas.
         on_report: Called on every rank with the times, the tokens and the peak memory of this call.
 
     Raises:
-        PlanError: A prompt is empty or has an id outside the vocabulary, or `stop` is given without a tokenizer.
+        PlanError: A prompt is empty or has an id outside the vocabulary, or texts or `stop` are given without a tokenizer.
         ModelError: The model was not split by Partita, or has no cache; or a prompt with its new tokens is longer than a
             sliding window that mlx-lm ignores; or logits are not finite: the message names the step and the rank.
 
@@ -62,13 +63,17 @@ def generate(
         >>> (generation,) = pm.generate(model, [[7, 8, 9]], pm.Sampling(max_new_tokens=4, ignore_eos=True))
         >>> len(generation.tokens), generation.finish_reason
         (4, 'length')
+        >>> (generation,) = pm.generate(model, ["Once"])  # with the tokenizer of the folder
     """
     start_s = time.perf_counter()
     plan, groups = plan_of(model)
     refuse_undecodable(model, plan)
-    choice = settle(sampling, generation_of(model), tokenizer.eos_ids if tokenizer is not None else frozenset())
-    _check(prompts, choice, tokenizer, plan.spec.vocab_size)
-    for length in sorted({len(prompt) for prompt in prompts}, reverse=True):
+    ids, tokenizer = encoded(prompts, tokenizer, model.partita_origin.folder)
+    choice = settle(
+        sampling or Sampling(), generation_of(model), tokenizer.eos_ids if tokenizer is not None else frozenset()
+    )
+    check_ids(ids, choice, tokenizer, plan.spec.vocab_size)
+    for length in sorted({len(prompt) for prompt in ids}, reverse=True):
         new = choice.limit(length)
         # The last new token is not fed back to the model.
         plan.spec.refuse_beyond_positions(length + new - 1, f"a prompt of {length} tokens with {new} new ones")
@@ -76,7 +81,7 @@ def generate(
     listener = on_text if groups.rank == 0 else None
     sequences = [
         Sequence(place, list(prompt), choice.limit(len(prompt)), is_streamed=listener is not None)
-        for place, prompt in enumerate(prompts)
+        for place, prompt in enumerate(ids)
         if place % groups.dp.size == groups.dp.rank
     ]
     lengths: dict[int, list[Sequence]] = {}
@@ -104,30 +109,10 @@ def generate(
     found = {
         place: Generation(tuple(tokens), text, reason) for part, _ in replies for place, tokens, text, reason in part
     }
-    return [found[place] for place in range(len(prompts))]
+    return [found[place] for place in range(len(ids))]
 
 
 def generation_of(model: nn.Module) -> Mapping[str, Any]:
     """A model's generation settings by transformers' names: its checkpoint's, else its config's."""
     read = model.partita_origin.generation
     return generation_of_config(plan_of(model)[0].spec.config) if read is None else read
-
-
-def _check(prompts: SequenceOf[SequenceOf[int]], choice: Choice, tokenizer: Tokenizer | None, vocab_size: int) -> None:
-    if not prompts:
-        raise PlanError("prompts must contain at least one prompt.")
-    for place, prompt in enumerate(prompts):
-        if not prompt:
-            raise PlanError(f"prompt {place} is empty: it must have at least one token.")
-        if not all(isinstance(i, int) for i in prompt):
-            raise PlanError(f"prompt {place} must be ids; got {prompt!r:.60}. Use tokenizer.encode(text).")
-        strange = [i for i in prompt if not 0 <= i < (vocab_size or 1 << 62)]
-        if strange:
-            raise PlanError(
-                f"prompt {place} contains the id {strange[0]}, but the model has ids 0 to {vocab_size - 1}."
-            )
-    strange = [i for i, _ in choice.logit_bias if not 0 <= i < (vocab_size or 1 << 62)]
-    if strange:
-        raise PlanError(f"logit_bias names the id {strange[0]}, but the model has ids 0 to {vocab_size - 1}.")
-    if choice.stop and tokenizer is None:
-        raise PlanError("stop needs a tokenizer to decode the text.")

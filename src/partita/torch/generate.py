@@ -18,6 +18,7 @@ from partita.core.sharding.split import Split
 from partita.errors import ModelError, PlanError
 from partita.generation import Generation, GenerationReport, OnText, Sampling, Sequence, Tokenizer
 from partita.generation.choice import Choice, settle
+from partita.generation.prompts import Prompts, check_ids, encoded
 from partita.generation.report import Batch, peak_resident_bytes, report_of
 from partita.generation.sample import Columns, choose, failure_of, generator_of
 from partita.ranks.liveness import doing
@@ -49,8 +50,8 @@ _IDS = 1 << 20
 @doing("generating")
 def generate(
     model: nn.Module,
-    prompts: SequenceOf[SequenceOf[int]],
-    sampling: Sampling,
+    prompts: Prompts,
+    sampling: Sampling | None = None,
     *,
     inputs: SequenceOf[Mapping[str, Tensor] | None] | None = None,
     tokenizer: Tokenizer | None = None,
@@ -65,18 +66,19 @@ def generate(
 
     Args:
         model: A split causal language model.
-        prompts: Ids of each prompt, at least one each; lengths may differ.
+        prompts: Texts, or the ids of each, at least one each; lengths may differ.
         sampling: Sampling settings; unset ones come from the model's generation config.
         inputs: For each prompt the model's other inputs, as a transformers processor returns them for this prompt
             alone (`pixel_values`, `image_grid_thw`, `image_sizes`, `token_type_ids`, ...), or None. A prompt with inputs is
             not batched with others.
-        tokenizer: Decodes the text; without one the text is empty.
+        tokenizer: Encodes and decodes text (default for prompts that are texts: the one in the folder that the model was loaded
+            from; for ids: none, and the text is empty).
         on_text: Called with the prompt's index and new text as it is generated; on the first rank of the run only, and not for
             prompts of other replicas.
         on_report: Called on every rank with the times, the tokens and the peak memory of this call.
 
     Raises:
-        PlanError: A prompt is empty or has an id outside the vocabulary, or `stop` is given without a tokenizer.
+        PlanError: A prompt is empty or has an id outside the vocabulary, or texts or `stop` are given without a tokenizer.
         ModelError: The model does not generate, does not accept such inputs, its generation config requests what is not
             supported, or its logits are not finite; the message names the step and the rank.
 
@@ -85,14 +87,19 @@ def generate(
         >>> (generation,) = pt.generate(model, [[7, 8, 9]], pt.Sampling(max_new_tokens=4, ignore_eos=True))
         >>> len(generation.tokens), generation.finish_reason
         (4, 'length')
+        >>> (generation,) = pt.generate(model, ["Once"])  # with the tokenizer of the folder
     """
     start_s = time.perf_counter()
     plan, groups = plan_of(model)
     refuse_undecodable(model, plan)
-    choice = settle(sampling, generation_of(model), tokenizer.eos_ids if tokenizer is not None else frozenset())
-    more = _more_inputs(model, prompts, inputs)
-    _check(model, prompts, choice, tokenizer, plan.spec.vocab_size, more)
-    for length in sorted({len(prompt) for prompt in prompts}, reverse=True):
+    _check(model)
+    ids, tokenizer = encoded(prompts, tokenizer, getattr(model.config, "_name_or_path", None) or None)
+    choice = settle(
+        sampling or Sampling(), generation_of(model), tokenizer.eos_ids if tokenizer is not None else frozenset()
+    )
+    more = _more_inputs(model, ids, inputs)
+    check_ids(ids, choice, tokenizer, plan.spec.vocab_size, [place for place, one in enumerate(more) if one])
+    for length in sorted({len(prompt) for prompt in ids}, reverse=True):
         new = choice.limit(length)
         # The last new token is not fed back to the model.
         plan.spec.refuse_beyond_positions(length + new - 1, f"a prompt of {length} tokens with {new} new ones")
@@ -100,7 +107,7 @@ def generate(
     listener = on_text if groups.tp.rank == groups.pp.rank == replica == 0 else None
     sequences = [
         Sequence(place, list(prompt), choice.limit(len(prompt)), is_streamed=listener is not None)
-        for place, prompt in enumerate(prompts)
+        for place, prompt in enumerate(ids)
         if place % replicas == replica
     ]
     plain = [s for s in sequences if not more[s.place]]
@@ -124,7 +131,7 @@ def generate(
     if on_report is not None:
         on_report(report)
     done = {place: generation for part, _ in replies for place, generation in part.items()}
-    return [done[place] for place in range(len(prompts))]
+    return [done[place] for place in range(len(ids))]
 
 
 def _peak_memory_bytes(model: nn.Module) -> int:
@@ -132,36 +139,12 @@ def _peak_memory_bytes(model: nn.Module) -> int:
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_resident_bytes()
 
 
-def _check(
-    model: nn.Module,
-    prompts: SequenceOf[SequenceOf[int]],
-    choice: Choice,
-    tokenizer: Tokenizer | None,
-    vocab_size: int,
-    more: SequenceOf[Mapping[str, Tensor]],
-) -> None:
+def _check(model: nn.Module) -> None:
+    """Raise `ModelError` for a model that is no causal language model."""
     if not hasattr(model, "get_output_embeddings") or model.get_output_embeddings() is None:  # type: ignore[operator]
         raise ModelError(f"{type(model).__name__} has no language model head, so it cannot generate.")
     if getattr(model.config, "is_encoder_decoder", False) or "MaskedLM" in type(model).__name__:
         raise ModelError(f"{type(model).__name__} is not a causal language model, so it cannot continue a prompt.")
-    if not prompts:
-        raise PlanError("prompts must contain at least one prompt.")
-    for place, prompt in enumerate(prompts):
-        if not prompt:
-            raise PlanError(f"prompt {place} is empty: it must have at least one token.")
-        if not all(isinstance(i, int) for i in prompt):
-            raise PlanError(f"prompt {place} must be ids; got {prompt!r:.60}. Use tokenizer.encode(text).")
-        strange = [i for i in prompt if not 0 <= i < (vocab_size or 1 << 62)]
-        # A placeholder id for an image may be outside the vocabulary.
-        if strange and not more[place]:
-            raise PlanError(
-                f"prompt {place} contains the id {strange[0]}, but the model has ids 0 to {vocab_size - 1}."
-            )
-    strange = [i for i, _ in choice.logit_bias if not 0 <= i < (vocab_size or 1 << 62)]
-    if strange:
-        raise PlanError(f"logit_bias names the id {strange[0]}, but the model has ids 0 to {vocab_size - 1}.")
-    if choice.stop and tokenizer is None:
-        raise PlanError("stop needs a tokenizer to decode the text.")
 
 
 def _more_inputs(
