@@ -314,9 +314,9 @@ CALLS: list[Made] = [
         "prompt 0 contains the id 999, but the model has ids 0 to 256.",
     ),
     (
-        "generate: a text",
-        "generate(load('model'), ['hello'], Sampling())",
-        "prompts are texts, but the model was not loaded from a folder with a tokenizer. Give tokenizer",
+        "generate: a text alone",
+        "generate(load('model'), 'hello', Sampling())",
+        "prompts must contain at least one prompt. Give a list of texts",
     ),
     (
         "generate: a stop",
@@ -337,7 +337,7 @@ CALLS: list[Made] = [
     (
         "train: no such id",
         "train(load('model'), ids(99) + 300, SETTINGS)",
-        "tokens must be ids from 0 to 256, but are from 300 to 300.",
+        "tokens must be ids from 0 to 256, but one is 300.",
     ),
     (
         "train: fractions",
@@ -346,8 +346,8 @@ CALLS: list[Made] = [
     ),
     (
         "train: rows",
-        "train(load('model'), ids(99).reshape(9, 11), SETTINGS)",
-        "tokens must be whole numbers [tokens]...(9, 11).",
+        "train(load('model'), ids(99).reshape(3, 3, 11), SETTINGS)",
+        "tokens[0]: input_ids must be ids [tokens]",
     ),
     (
         "train: batch",

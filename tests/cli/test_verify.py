@@ -127,7 +127,7 @@ def test_options_of_stages_reach_the_engine(
         ("--pp 2 --schedule 1f1b --vpp 2", "1f1b has one stage on every rank, but vpp is 2."),
         ("--pp 2 --vpp 3 --layout Et|t|t|tL", "exclude each other. Leave --vpp out."),
         ("--pp 2 --schedule forward-only", "cannot train"),
-        ("--pp 5", "pp=5 needs at least 5 layers, but the model has 4."),
+        ("--pp 5", "--pp 5 needs at least 5 layers, but the model has 4."),
     ],
 )
 def test_stages_that_cannot_be(

@@ -27,7 +27,7 @@ def test_texts_are_encoded_by_the_given_tokenizer_or_the_folders(tmp_path: Path)
 @pytest.mark.parametrize(
     ("prompts", "message"),
     [
-        ("ab", "a list of texts"),
+        ("ab", "Give a list of texts"),
         ([], "at least one prompt"),
         (["ab"], "not loaded from a folder with a tokenizer. Give tokenizer="),
         ([[1], []], "prompt 1 is empty"),

@@ -69,7 +69,8 @@ def test_split_groups_do_not_break_the_end(capfd: pytest.CaptureFixture[str]) ->
 @everywhere
 def test_another_number_of_ranks_than_the_mesh_has_is_refused(backend: str, capfd: pytest.CaptureFixture[str]) -> None:
     assert start(backend, "sums", 2, "3") == 2
-    assert "has 3 ranks, but the launcher started 2" in capfd.readouterr().err
+    launcher = "mpirun" if backend == "mpi" else "mlx.launch"
+    assert f"has 3 ranks, but {launcher} started 2" in capfd.readouterr().err
 
 
 # --- failures -------------------------------------------------------------------------------------------------------------

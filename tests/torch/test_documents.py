@@ -233,7 +233,7 @@ def _ended() -> Iterator[dict[str, torch.Tensor]]:
         ([], SETTINGS, "tokens is empty. Give one row of ids, a list of texts"),
         ("text", SETTINGS, "tokens must be one row of ids, .*, but is str"),
         (["text"], SETTINGS, "tokens has texts, which need a tokenizer"),
-        ([[1, 2], [3, 500]], SETTINGS, "tokens must be ids from 0 to 100, but are from 0 to 500"),
+        ([[1, 2], [3, 500]], SETTINGS, "tokens must be ids from 0 to 100, but one is 500"),
         ([[1.5, 2.0]], SETTINGS, r"tokens\[0\]: input_ids must be ids \[tokens\], but are float64"),
         ([{"input_ids": [1, 2], "labels": [2, 3]}], SETTINGS, "labels must be the id itself or -100"),
         (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Sequence
+from typing import Any
 
 from partita.errors import PlanError
 from partita.generation.choice import Choice
@@ -27,7 +28,7 @@ def encoded(
         PlanError: Texts have no tokenizer, a prompt is empty, or is neither text nor ids.
     """
     if isinstance(prompts, str) or not prompts:
-        raise PlanError("prompts must contain at least one prompt: a list of texts, or of lists of ids.")
+        raise PlanError("prompts must contain at least one prompt. Give a list of texts, or of lists of ids.")
     if tokenizer is None and any(isinstance(prompt, str) for prompt in prompts):
         if folder is None or not os.path.isdir(folder):
             raise PlanError(
@@ -36,16 +37,12 @@ def encoded(
         tokenizer = load_tokenizer(folder)
     ids: list[list[int]] = []
     for place, prompt in enumerate(prompts):
-        if isinstance(prompt, str):
-            assert tokenizer is not None
-            prompt = tokenizer.encode(prompt)
-        if not isinstance(prompt, Sequence) or not all(isinstance(i, int) for i in prompt):
-            raise PlanError(
-                f"prompt {place} must be a text or ids; got {prompt!r:.60}. Use tensor.tolist() for a tensor."
-            )
-        if not prompt:
+        one: Any = tokenizer.encode(prompt) if isinstance(prompt, str) and tokenizer is not None else prompt
+        if not isinstance(one, Sequence) or not all(isinstance(i, int) for i in one):
+            raise PlanError(f"prompt {place} must be a text or ids; got {one!r:.60}. Use tensor.tolist() for a tensor.")
+        if not one:
             raise PlanError(f"prompt {place} is empty: it must have at least one token.")
-        ids.append(list(prompt))
+        ids.append(list(one))
     return ids, tokenizer
 
 

@@ -114,7 +114,7 @@ def changes(state: TrainingState, now: Mapping[str, Any], given: frozenset[str])
     then = {**state.notes, **(state.notes.get("layout") or {}), "steps": state.settings.steps}
     lines = []
     for name in ("engine", *LAYOUT, *(one for one in KEPT if one != "engine"), "steps"):
-        if name not in then or then[name] == now[name] or {then[name], now[name]} <= {None, False}:
+        if name not in then or then[name] == now[name] or not (_is_set(then[name]) or _is_set(now[name])):
             continue
         line = f"{_option(name, now[name])} (the run used {_value(then[name])})"
         if name == "steps":
@@ -125,10 +125,18 @@ def changes(state: TrainingState, now: Mapping[str, Any], given: frozenset[str])
     return lines
 
 
+def _is_set(value: Any) -> bool:
+    return value is not None and value is not False
+
+
 def _value(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(str, value))
     return "its default" if value is None else "it" if value is True else "none" if value is False else str(value)
 
 
 def _option(name: str, value: Any) -> str:
     option = f"--{name.replace('_', '-')}"
+    if isinstance(value, (list, tuple)):
+        return " ".join(f"{option} {one}" for one in value)
     return option if value is True else f"no {option}" if value is None or value is False else f"{option} {value}"

@@ -94,7 +94,7 @@ def _text(ids: Ints, run: Run, name: str) -> Samples:
 
 
 def _outside(name: str, vocab_size: int, low: int, high: int) -> str:
-    return f"{name} must be ids from 0 to {vocab_size - 1}, but are from {low} to {high}."
+    return f"{name} must be ids from 0 to {vocab_size - 1}, but one is {low if low < 0 else high}."
 
 
 def _checked(samples: Samples, run: Run, name: str) -> Samples:
