@@ -183,7 +183,7 @@ def strange_adapters() -> None:
     comm = world()
     for layer in (ColumnParallelLinear(4, 6, group=comm), RowParallelLinear(4, 6, group=comm)):
         inner = layer.linear
-        with pytest.raises(ModelError, match=r"Biased has 'shift', which cannot be split. Use a plain LoRA adapter"):
+        with pytest.raises(ModelError, match=r"Biased has 'shift', which cannot be split. Use LoRA or DoRA"):
             layer.linear = Biased(inner)
         assert layer.linear is inner  # as it was
     with pytest.raises(ModelError, match="an adapter on the meta device has no values yet"):
@@ -296,20 +296,19 @@ def compare(split: nn.Module, whole: nn.Module, tolerance: float = 1e-12) -> int
 
 
 def peft_all_linear() -> None:
-    split, whole = both("all-linear", [*LINEARS, "lm_head"])
-    assert compare(split, whole) == 2 * (2 * len(LINEARS) + 1)
+    split, whole = both("all-linear", "all-linear")
+    assert compare(split, whole) == 2 * 2 * len(LINEARS)
 
 
-def peft_inner_names() -> None:
-    # The layer of one projection is the inner layer of its split form.
-    split, whole = both(["q_proj.linear", "v_proj.linear", "down_proj.linear"], ["q_proj", "v_proj", "down_proj"])
+def peft_names() -> None:
+    split, whole = both(["q_proj", "v_proj", "down_proj"], ["q_proj", "v_proj", "down_proj"])
     assert compare(split, whole) == 12
-    split, whole = both(r".*layers\.1.*\.(up|down)_proj\.linear", r".*layers\.1.*\.(up|down)_proj", use_rslora=True)
+    split, whole = both(r".*layers\.1.*\.(up|down)_proj", r".*layers\.1.*\.(up|down)_proj", use_rslora=True)
     assert compare(split, whole) == 4
 
 
 def peft_embedding() -> None:
-    split, whole = both(["embed_tokens.embedding"], ["embed_tokens"])
+    split, whole = both(["embed_tokens"], ["embed_tokens"])
     assert compare(split, whole) == 2
 
 
@@ -335,7 +334,7 @@ def peft_starts_equal() -> None:
             assert 0.5 * bound < float(drawn[n].abs().max()) <= bound
             assert len({column.numpy().tobytes() for column in drawn[n].T}) == drawn[n].shape[1]
     # It is trained as the unsplit one from the same start.
-    whole = with_adapter(llama(), [*LINEARS, "lm_head"])
+    whole = with_adapter(llama(), "all-linear")
     of_whole = {unsplit_name(n): p for n, p in whole.named_parameters()}
     for n, tensor in drawn.items():
         of_whole[unsplit_name(n)].data.copy_(tensor)
@@ -350,10 +349,10 @@ def peft_starts_equal() -> None:
 def peft_second_adapter() -> None:
     import peft
 
-    split, whole = both(["q_proj.linear", "down_proj.linear"], ["q_proj", "down_proj"])
+    split, whole = both(["q_proj", "down_proj"], ["q_proj", "down_proj"])
     torch.manual_seed(70 + Communicator().rank)
     settings = {"r": 3, "lora_alpha": 1}
-    split.add_adapter("second", peft.LoraConfig(target_modules=["q_proj.linear", "down_proj.linear"], **settings))
+    split.add_adapter("second", peft.LoraConfig(target_modules=["q_proj", "down_proj"], **settings))
     whole.add_adapter("second", peft.LoraConfig(target_modules=["q_proj", "down_proj"], **settings))
     for model in (split, whole):
         model.set_adapter("second")
@@ -369,7 +368,7 @@ def peft_second_adapter() -> None:
 
 
 def peft_merge() -> None:
-    split, whole = both("all-linear", [*LINEARS, "lm_head"])
+    split, whole = both("all-linear", "all-linear")
     merged, other = split.merge_and_unload(), whole.merge_and_unload()
     assert sorted(unsplit_name(n) for n, _ in merged.named_parameters()) == sorted(
         n for n, _ in other.named_parameters()
@@ -381,7 +380,7 @@ def peft_merge() -> None:
 def peft_modules_to_save() -> None:
     # peft deep-copies these layers; copies of heads must go on having their gradients summed.
     keys = ["k_proj", "v_proj", "lm_head"]
-    split, whole = both(["down_proj.linear"], ["down_proj"], modules_to_save=keys)
+    split, whole = both(["down_proj"], ["down_proj"], modules_to_save=keys)
     assert compare(split, whole) == 4 + 5
 
 
@@ -400,7 +399,7 @@ def frozen_then_trained() -> None:
 @pytest.mark.parametrize(
     "check",
     [
-        peft_all_linear, peft_inner_names, peft_embedding, peft_starts_equal, peft_second_adapter, peft_merge,
+        peft_all_linear, peft_names, peft_embedding, peft_starts_equal, peft_second_adapter, peft_merge,
         peft_modules_to_save, deep_copy, frozen_then_trained,
     ],
 )  # fmt: skip
@@ -418,32 +417,27 @@ def refused_by_name() -> None:
     def put_on(config: Any) -> None:
         peft.get_peft_model(shard(llama().float(), tp=comm.size), config)
 
-    for settings, brings in (
-        ({"use_dora": True}, "lora_magnitude_vector"),
-        ({"lora_bias": True}, "lora_B.default.bias"),
+    for settings, why in (
+        ({"bias": "all"}, "bias='all' does not work"),
+        ({"trainable_token_indices": [1]}, r"trainable_token_indices=\[1\] does not work"),
+        ({"target_parameters": ["q_proj.weight"]}, r"target_parameters=\['q_proj.weight'\] does not work"),
+        ({"layer_replication": [(0, 2)]}, r"layer_replication=\[\(0, 2\)\] does not work"),
+        (
+            {"init_lora_weights": "eva", "eva_config": peft.EvaConfig()},
+            "(eva_config|init_lora_weights)=.* does not work",
+        ),
     ):
-        with pytest.raises(ModelError, match=f"Linear has '{brings}.*', which cannot be split"):
-            put_on(peft.LoraConfig(r=2, target_modules="all-linear", **settings))
-    # These change the base by what each rank sees of it.
-    for kind in ("pissa", "olora"):
-        with pytest.raises(ModelError, match=r"lora_A.default.weight must be equal on all ranks"):
-            put_on(peft.LoraConfig(r=2, target_modules=["q_proj.linear"], init_lora_weights=kind))
-    for config, brings in (
-        (peft.LoHaConfig(target_modules=["linear"]), "hada_w1_a"),
-        (peft.IA3Config(target_modules=["linear"], feedforward_modules=[]), "ia3_l"),
-        (peft.AdaLoraConfig(target_modules=["linear"], total_step=10), "lora_E"),
-        (peft.OFTConfig(target_modules=["linear"], oft_block_size=2), "oft_R"),
+        with pytest.raises(ModelError, match=f"peft's {why} on a split model.*merge it"):
+            put_on(peft.LoraConfig(**{"target_modules": "all-linear", **settings}))
+    for config, name in (
+        (peft.LoHaConfig(target_modules=["linear"]), "LoHaModel"),
+        (peft.IA3Config(target_modules=["linear"], feedforward_modules=[]), "IA3Model"),
+        (peft.AdaLoraConfig(target_modules=["linear"], total_step=10), "AdaLoraModel"),
     ):
-        with pytest.raises(ModelError, match=f"has '{brings}"):
+        with pytest.raises(ModelError, match=f"peft's {name} does not work on a split model. Use a LoraConfig"):
             put_on(config)
-    # A projection's own name is that of the split layer, which peft does not know; its inner layer is meant.
-    for name, kind in (
-        ("q_proj", "ColumnParallelLinear"),
-        ("down_proj", "RowParallelLinear"),
-        ("embed_tokens", "VocabPar"),
-    ):
-        with pytest.raises(ValueError, match=rf"Target module {kind}(.|\n)* is not supported"):
-            put_on(peft.LoraConfig(target_modules=[name]))
+    with pytest.raises(ValueError, match=r"Target modules .*nowhere.* not found in the base model"):
+        put_on(peft.LoraConfig(target_modules=["nowhere"]))
 
 
 def test_other_adapters_are_refused_by_name() -> None:

@@ -21,9 +21,10 @@ from partita.torch.load import load
 from partita.torch.model.parts import plan_of
 from partita.torch.new import fresh
 from partita.torch.train import TrainSettings, make_optimizer, make_saver, train
+from partita.torch.weights.adapter_parts import adapter_parts
 from partita.torch.weights.adapters import add_lora, merge_lora
 from partita.torch.weights.moments import restore_optimizer
-from partita.torch.weights.peft_format import adapter_tensors, load_adapters, save_adapters
+from partita.torch.weights.peft_format import load_adapters, save_adapters
 from partita.torch.weights.save import save
 from partita.training import StepReport
 from partita.training.base import Base
@@ -77,7 +78,7 @@ def run(
     text = torch.arange(2000) ** 2 % 23
     saves = Saves(Path(folder), every=2, base=base)
     reports = train(model, text, settings_of(layout), saves=saves, resume=resume)
-    return reports, {name: t.detach().clone() for name, t in adapter_tensors(model)}
+    return reports, {name: part.tensor.detach().clone() for name, part in adapter_parts(model).items()}
 
 
 def digest(folder: Path) -> dict[str, str]:

@@ -27,6 +27,7 @@ from partita.torch.loops.optimizers import elementwise_optimizer
 from partita.torch.model.float64 import Float64Everywhere
 from partita.torch.model.parts import plan_of
 from partita.torch.new import fresh
+from partita.torch.peft_hooks import join_peft, when_imported
 from partita.torch.seed import mp_copy, mp_gather, mp_reduce, mp_scatter
 from partita.torch.stages.pipeline import Pipeline
 from partita.torch.train import StepReport, TrainSettings, train
@@ -92,3 +93,5 @@ __all__ = [
     "verify",
     "vocab_parallel_cross_entropy",
 ]
+
+when_imported("peft", join_peft)

@@ -6,13 +6,16 @@ Source: https://huggingface.co/docs/peft/developer_guides/checkpoint.
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from partita.checkpoint.header import parse_json, reason
+from partita.checkpoint.index import open_checkpoint, weights_name
+from partita.core.model.spec import ModelSpec
 from partita.errors import CheckpointError, ModelError
 
 STEM = "adapter_model"
@@ -23,11 +26,13 @@ CONFIG_NAME = "adapter_config.json"
 Side = Literal["A", "B"]
 """`lora_A [rank, in]` or `lora_B [out, rank]`."""
 
-_PREFIX = "base_model.model."
-_NAME = re.compile(re.escape(_PREFIX) + r"(?P<path>.+)\.lora_(?P<side>[AB])\.weight")
+PREFIX = "base_model.model."
+"""What peft writes before the names of the unsplit model."""
+
+_NAME = re.compile(re.escape(PREFIX) + r"(?P<path>.+)\.lora_(?P<side>[AB])\.weight")
 
 _PLAIN: Mapping[str, Any] = {
-    "use_dora": False, "use_rslora": False, "bias": "none", "lora_bias": False, "rank_pattern": {}, "alpha_pattern": {},
+    "use_dora": False, "bias": "none", "lora_bias": False, "rank_pattern": {}, "alpha_pattern": {},
     "modules_to_save": None, "trainable_token_indices": None, "target_parameters": None,
 }  # fmt: skip
 """The values of peft's config for a plain adapter, which are also those of missing keys."""
@@ -40,10 +45,12 @@ class Adapters:
     Attributes:
         rank: Rows of `lora_A`.
         alpha: The scale is `alpha / rank`.
+        dropout: Probability with which training drops an input of `lora_A`.
     """
 
     rank: int
     alpha: float
+    dropout: float = 0.0
 
     def to_json(self, *, base: str | None, targets: list[str], transposed: bool) -> str:
         """The text of `adapter_config.json`.
@@ -60,7 +67,7 @@ class Adapters:
             "inference_mode": True,
             "init_lora_weights": True,
             "lora_alpha": int(self.alpha) if self.alpha == int(self.alpha) else self.alpha,
-            "lora_dropout": 0.0,
+            "lora_dropout": self.dropout,
             "peft_type": "LORA",
             "r": self.rank,
             "target_modules": targets,
@@ -85,7 +92,7 @@ def only(kinds: Collection[Adapters]) -> Adapters:
 
 def name_on_disk(path: str, side: Side) -> str:
     """The name on disk of one side of a module's adapter."""
-    return f"{_PREFIX}{path}.lora_{side}.weight"
+    return f"{PREFIX}{path}.lora_{side}.weight"
 
 
 def path_of(name: str) -> str:
@@ -108,6 +115,66 @@ def targets_of(paths: Collection[str], others: Collection[str]) -> list[str]:
     return sorted(paths if any(path.rpartition(".")[2] in ends for path in others) else ends)
 
 
+def lora_alpha(rank: int, alpha: float | None, *, rslora: bool) -> float | None:
+    """The alpha for a scale of `alpha / rank` that gives the scale of rank-stabilized LoRA, `alpha / sqrt(rank)`.
+
+    Source: rsLoRA (Kalajdzievski 2023, 2312.03732).
+    """
+    return (alpha if alpha is not None else rank) * math.sqrt(rank) if rslora and rank > 0 else alpha
+
+
+def is_target(path: str, targets: Collection[str] | None) -> bool:
+    """Whether a module's path ends with one of the names, as peft matches `target_modules`; None matches all."""
+    return targets is None or any(f".{path}".endswith(f".{name}") for name in targets)
+
+
+def refuse_unmatched(targets: Collection[str] | None, adapted: Collection[str], spec: ModelSpec) -> None:
+    """Raise `ModelError` if no linear layer was adapted, or none of one of the names in `targets`."""
+    unmatched = [name for name in targets or () if not any(is_target(path, [name]) for path in adapted)]
+    if adapted and not unmatched:
+        return
+    where = f"inside {spec.layers or 'the model'}"
+    if targets is None:
+        raise ModelError(f"{spec.family}: no linear layer was found {where} to adapt.")
+    inside = {path.rpartition(".")[2] for path in spec.linears or adapted if spec.layer_of(path) is not None}
+    raise ModelError(
+        f"{spec.family} has no linear layer {', '.join(unmatched)} {where} to adapt. Its linear layers are "
+        f"{', '.join(sorted(inside))}."
+    )
+
+
+def refuse_adapted(adapted: bool) -> None:
+    """Raise `ModelError` for a model that has adapters already."""
+    if adapted:
+        raise ModelError("the model has adapters already. Merge them (merge_lora), or load the model without adapters.")
+
+
+def check_shape(folder: Path, name: str, expected: tuple[int, ...], found: tuple[int, ...] | None) -> None:
+    """Raise `CheckpointError` if a tensor in the adapters' file has another shape than the model needs, or is missing."""
+    if found != expected:
+        raise CheckpointError(
+            f"{folder}: {name} must be {list(expected)} for this model; got "
+            f"{'no such tensor' if found is None else list(found)}. Use the model that these adapters were trained on."
+        )
+
+
+def refuse_unplaced(folder: Path, wanted: Collection[str], placed: Iterable[Any], family: str) -> None:
+    """Raise `CheckpointError` if some of the adapters have no place in the model.
+
+    Args:
+        folder: The adapters.
+        wanted: What the file holds.
+        placed: For each stage, what it placed.
+        family: The model's family.
+    """
+    left = set(wanted) - {one for theirs in placed for one in theirs}
+    if left:
+        raise CheckpointError(
+            f"{folder}: adapts {min(left)}, which is not a linear layer inside the layers of {family}. Add these adapters to "
+            "the unsplit model with peft, merge them, and split the result."
+        )
+
+
 def is_of_mlx_lm(folder: Path) -> bool:
     """Whether a folder holds adapters that `mlx_lm.lora` wrote.
 
@@ -128,6 +195,23 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return dict(parse_json(raw, f"{file}: the config"))
 
 
+def is_plain(folder: Path) -> bool:
+    """Whether adapters are plain LoRA of linear layers, with one rank and alpha; others need peft.
+
+    Raises:
+        CheckpointError: The folder holds no adapters, or none of LoRA.
+    """
+    data = _read_config(folder)
+    if "fine_tune_type" not in data and data.get("peft_type") != "LORA":
+        read_adapters(folder)
+    names = open_checkpoint(folder / weights_name(STEM)).tensors
+    return _not_plain(data) is None and all(_NAME.fullmatch(name) for name in names)
+
+
+def _not_plain(data: Mapping[str, Any]) -> str | None:
+    return next((name for name, plain in _PLAIN.items() if data.get(name, plain) not in (plain, None, {}, [])), None)
+
+
 def read_adapters(folder: Path) -> Adapters:
     """The config of adapters that peft, `mlx_lm.lora` or Partita wrote.
 
@@ -139,15 +223,18 @@ def read_adapters(folder: Path) -> Adapters:
         return _of_mlx_lm(file, data)
     if data.get("peft_type") != "LORA":
         raise CheckpointError(f"{file}: peft_type must be LORA, but is {data.get('peft_type')!r}.")
-    for name, plain in _PLAIN.items():
-        if data.get(name, plain) not in (plain, None, {}, []):
-            raise CheckpointError(
-                f"{file}: only plain LoRA can be read, with {name} = {plain!r}, but it is {data[name]!r}."
-            )
+    name = _not_plain(data)
+    if name is not None:
+        raise CheckpointError(
+            f"{file}: only plain LoRA can be read, with {name} = {_PLAIN[name]!r}, but it is {data[name]!r}."
+        )
     rank, alpha = data.get("r"), data.get("lora_alpha")
     if type(rank) is not int or rank < 1 or not isinstance(alpha, int | float):
         raise CheckpointError(f"{file}: must have a whole r and a number lora_alpha, but has {rank!r} and {alpha!r}.")
-    return Adapters(rank, float(alpha))
+    dropout = data.get("lora_dropout", 0.0)
+    scaled = lora_alpha(rank, float(alpha), rslora=bool(data.get("use_rslora")))
+    assert scaled is not None
+    return Adapters(rank, scaled, float(dropout) if isinstance(dropout, int | float) else 0.0)
 
 
 def _of_mlx_lm(file: Path, data: Mapping[str, Any]) -> Adapters:

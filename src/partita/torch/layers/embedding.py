@@ -16,7 +16,7 @@ from partita.torch.collectives.groups import parallel_group_info
 from partita.torch.collectives.mappings import gather_from, reduce_from
 from partita.torch.layers.init import InitType, init_affine_
 from partita.torch.layers.inner import base_layer, copy_module, inner_weight, slice_parameter
-from partita.torch.layers.lora import adopt
+from partita.torch.layers.lora import Style, adopt
 
 
 class ParallelEmbedding(nn.Module):
@@ -125,6 +125,8 @@ class VocabParallelEmbedding(nn.Module):
     Source: Megatron-LM (Shoeybi et al. 2019, section 3).
     """
 
+    style: Style = "vocab"
+
     def __init__(self, embedding: nn.Embedding, group: Communicator | None = None, split: Split | None = None) -> None:
         """The split form of `embedding`, with a copy of this rank's rows of the weight.
 
@@ -165,7 +167,7 @@ class VocabParallelEmbedding(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "embedding":
             # As with a linear layer, an adapter must fit the split.
-            adopt(value, self.comm, self.split, "vocab")
+            adopt(value, self.comm, self.split, self.style)
             self._is_adapted = base_layer(value) is not value
         super().__setattr__(name, value)
 
@@ -184,7 +186,7 @@ class VocabParallelEmbedding(nn.Module):
         if self.comm.size == 1:
             return self.embedding(ids)  # type: ignore[no-any-return]
         if self._is_adapted:
-            adopt(self.embedding, self.comm, self.split, "vocab")
+            adopt(self.embedding, self.comm, self.split, self.style)
         local = ids - self.start
         # An id outside the unsplit vocabulary stays unchanged: the lookup raises on every rank, as in the unsplit model.
         elsewhere = ((local < 0) | (local >= self.stop - self.start)) & (ids >= 0) & (ids < self.num_embeddings)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,7 @@ from partita.torch.layers.inner import (
     linear_shape,
     slice_linear,
 )
-from partita.torch.layers.lora import LoraLinear, adopt
+from partita.torch.layers.lora import LoraLinear, Style, adopt
 from partita.torch.layers.region import RegionInput
 
 
@@ -43,7 +43,7 @@ class _ShardedLinear(nn.Module):
     comm: Communicator
     split: Split
     transposed: bool
-    _style: Literal["column", "row"]
+    style: Style
     _is_adapted = False
 
     @property
@@ -66,14 +66,14 @@ class _ShardedLinear(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "linear":
             # Adapters such as LoRA replace the inner layer; their parameters must fit the split.
-            adopt(value, self.comm, self.split, self._style)
+            adopt(value, self.comm, self.split, self.style)
             self._is_adapted = base_layer(value) is not value
         super().__setattr__(name, value)
 
     def _compute(self, x: Tensor) -> Tensor:
         if self._is_adapted:
             # peft adds a second adapter to the first's layer without replacing it.
-            adopt(self.linear, self.comm, self.split, self._style)
+            adopt(self.linear, self.comm, self.split, self.style)
         linear: Any = self.linear
         return F.linear(x, linear.weight, linear.bias) if self._is_plain else linear(x)
 
@@ -95,7 +95,7 @@ class ColumnParallelLinear(_ShardedLinear):
     """
 
     expand: Tensor | None
-    _style = "column"
+    style: Style = "column"
 
     def __init__(
         self,
@@ -261,7 +261,7 @@ class RowParallelLinear(_ShardedLinear):
     """
 
     bias: nn.Parameter | None
-    _style = "row"
+    style: Style = "row"
 
     def __init__(
         self,

@@ -54,13 +54,32 @@ def parameter_homes(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
     return homes
 
 
+def unsplit_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules of a split model by their unsplit paths; a split layer or an adapter stands for the layer that it wraps."""
+    modules: dict[str, nn.Module] = {}
+
+    def walk(module: nn.Module, path: str) -> None:
+        for name, child in module._modules.items():
+            if child is not None and _is_inner(module, name):
+                walk(child, path)
+            elif child is not None:
+                modules[path + name] = child
+                walk(child, f"{path}{name}.")
+
+    walk(model, "")
+    return modules
+
+
+def inner_name(module: nn.Module) -> str | None:
+    """The name under which a split layer holds its part of the layer; None for any other module."""
+    if isinstance(module, (ColumnParallelLinear, RowParallelLinear)):
+        return "linear"
+    return "embedding" if isinstance(module, VocabParallelEmbedding) else None
+
+
 def _is_inner(module: nn.Module, name: str) -> bool:
     """Whether a split layer or an adapter wraps this child, so that the unsplit model lacks its name."""
-    if isinstance(module, (ColumnParallelLinear, RowParallelLinear)):
-        return name == "linear"
-    if isinstance(module, VocabParallelEmbedding):
-        return name == "embedding"
-    return name == "base_layer"
+    return name == (inner_name(module) or "base_layer")
 
 
 def local_tensors(model: nn.Module, plan: Plan) -> dict[str, Tensor]:

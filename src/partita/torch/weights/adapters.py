@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,14 +13,25 @@ from torch import nn
 from partita.core.plan import Plan
 from partita.errors import ModelError
 from partita.torch.collectives.groups import ParallelGroups
+from partita.torch.layers.dropout import has_dropout
 from partita.torch.layers.inner import base_layer
 from partita.torch.layers.linear import ColumnParallelLinear, RowParallelLinear
 from partita.torch.layers.lora import LoraLinear
 from partita.torch.model.parts import plan_of
+from partita.training.adapter_files import is_target, lora_alpha, refuse_unmatched
 
 
-def add_lora(model: nn.Module, rank: int, *, alpha: float | None = None, seed: int | None = None) -> list[str]:
-    """Add a LoRA adapter to every linear layer inside the layers of a split model and freeze all other parameters.
+def add_lora(
+    model: nn.Module,
+    rank: int,
+    *,
+    alpha: float | None = None,
+    seed: int | None = None,
+    targets: Collection[str] | None = None,
+    dropout: float = 0.0,
+    rslora: bool = False,
+) -> list[str]:
+    """Add a LoRA adapter to linear layers inside the layers of a split model and freeze all other parameters.
 
     Every rank must call it. The unsplit adapters depend only on the seed, not on the mesh.
 
@@ -29,12 +40,16 @@ def add_lora(model: nn.Module, rank: int, *, alpha: float | None = None, seed: i
         rank: Rank of the adapters.
         alpha: The scale is `alpha / rank` (default scale: 1).
         seed: Seed of `lora_A` (default: rank 0 samples one). `lora_B` is zero, so that at first nothing changes.
+        targets: Names of the layers to adapt, such as `q_proj` or `self_attn.q_proj` (default: all).
+        dropout: Probability with which training drops an input of an adapter.
+        rslora: Whether the scale is `alpha / sqrt(rank)` (default: `alpha / rank`).
 
     Returns:
         Paths of the adapted layers.
 
     Raises:
-        ModelError: The model has no linear layer to adapt.
+        ModelError: The model has no linear layer to adapt, or none of a name in `targets`; or `dropout` is given with tp for a
+            model whose config enables dropout too.
 
     Examples:
         >>> model = pt.load("./model", tp=2)
@@ -42,11 +57,15 @@ def add_lora(model: nn.Module, rank: int, *, alpha: float | None = None, seed: i
         'model.layers.0.self_attn.q_proj'
     """
     plan, groups = plan_of(model)
-    places = {path: module for path, module in model.named_modules() if _can_adapt(path, module, plan)}
-    if not any(groups.pp.all_gather_object(bool(places))):
-        raise ModelError(
-            f"{plan.spec.family}: no linear layer was found inside {plan.spec.layers or 'the model'} to adapt."
-        )
+    refuse_two_dropouts(dropout, model, plan)
+    alpha = lora_alpha(rank, alpha, rslora=rslora)
+    places = {
+        path: module
+        for path, module in model.named_modules()
+        if is_target(path, targets) and _can_adapt(path, module, plan)
+    }
+    everywhere = [path for paths in groups.pp.all_gather_object(list(places)) for path in paths]  # type: ignore[attr-defined]
+    refuse_unmatched(targets, everywhere, plan.spec)
     model.requires_grad_(False)
     seed = _seed_of_first(groups) if seed is None else seed
     for path, module in places.items():
@@ -56,10 +75,10 @@ def add_lora(model: nn.Module, rank: int, *, alpha: float | None = None, seed: i
             if isinstance(module, (ColumnParallelLinear, RowParallelLinear)):
                 row = isinstance(module, RowParallelLinear)
                 inputs, part = (module.split, groups.tp.rank) if row else (None, 0)
-                module.linear = LoraLinear(module.linear, rank, alpha, inputs=inputs, tp_rank=part)
+                module.linear = LoraLinear(module.linear, rank, alpha, inputs=inputs, tp_rank=part, dropout=dropout)
             else:
                 parent, _, name = path.rpartition(".")
-                setattr(model.get_submodule(parent), name, LoraLinear(module, rank, alpha))
+                setattr(model.get_submodule(parent), name, LoraLinear(module, rank, alpha, dropout=dropout))
     return list(places)
 
 
@@ -83,6 +102,15 @@ def removed_on_error(model: nn.Module) -> Iterator[None]:
         for parameter, flag in trained:
             parameter.requires_grad_(flag)
         raise
+
+
+def refuse_two_dropouts(dropout: float, model: nn.Module, plan: Plan) -> None:
+    """Raise `ModelError` for dropout of adapters in regions where the model's own dropout differs between the tensor ranks."""
+    if dropout and plan.mesh.tp > 1 and has_dropout(getattr(model, "config", None)):
+        raise ModelError(
+            f"dropout {dropout} of adapters does not work with tp={plan.mesh.tp} on a model whose config enables dropout too: "
+            "the ranks would drop different inputs. Set either to 0."
+        )
 
 
 def _seed_of_first(groups: ParallelGroups) -> int:

@@ -17,12 +17,11 @@ from partita.checkpoint.read import Range, Reader
 from partita.core.plan import Plan
 from partita.errors import CheckpointError
 from partita.torch.collectives.collective_errors import collective_errors
-from partita.torch.collectives.groups import ParallelGroups
 from partita.torch.model.parts import local_tensors, plan_of
 from partita.torch.training.optimizer import MasterAdamW, initial_state, state_kinds
+from partita.torch.weights.adapter_parts import AdapterPart, adapter_name, adapter_parts
 from partita.torch.weights.fill import DTYPES, CheckpointFill
 from partita.torch.weights.names import Source, pieces_for_writing, repeated_pieces, sources_for_reading
-from partita.torch.weights.peft_format import adapter_cut, adapter_sources, adapter_tensors
 from partita.torch.weights.save import unsplit_on_meta
 from partita.training.resume import refuse_left_out
 from partita.training.saving import HAS_MASTER, MASTER, MOMENTS, OTHER_DTYPE, moments_in
@@ -32,13 +31,19 @@ from partita.training.state import read_state
 def trained_tensors(model: nn.Module, plan: Plan) -> dict[str, Tensor]:
     """This rank's part of each trained tensor, by its unsplit name; tied tensors appear under the first name only.
 
-    Raises `ModelError` for adapters that are not plain LoRA.
+    Raises `ModelError` for adapters that are no LoRA.
     """
     trained: dict[str, Tensor] = {}
     for name, tensor in local_tensors(model, plan).items():
         if tensor.requires_grad:
             trained.setdefault(plan.spec.tensors[name].tied_to or name, tensor)
-    return trained | {name: tensor for name, tensor in adapter_tensors(model) if tensor.requires_grad}
+    parts = trained_parts(model)
+    return trained | {name: part.tensor for name, part in parts.items() if part.tensor.requires_grad}
+
+
+def trained_parts(model: nn.Module) -> dict[str, AdapterPart]:
+    """This rank's parts of the adapter that is trained, if there is one."""
+    return adapter_parts(model, adapter_name(model))
 
 
 def held_by(optimizer: torch.optim.Optimizer | None) -> tuple[torch.optim.Optimizer | None, set[int]]:
@@ -66,7 +71,8 @@ def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer | None,
     with collective_errors(groups):
         moments, run = open_checkpoint(folder, stem=OPTIMIZER), read_state(folder)
         trained = trained_tensors(model, plan)
-        unsplit, sources = state_sources(model, plan, groups, trained, folder)
+        parts = trained_parts(model)
+        unsplit, sources = state_sources(model, plan, parts, trained, folder)
         inner, held = held_by(optimizer)
         master_dtype = "float32" if isinstance(inner, MasterAdamW) else "model"
         now = {one for name in trained for one in names_on_disk(name, sources)} | _repeated_names(unsplit, plan)
@@ -87,21 +93,19 @@ def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer | None,
                         state[kind] = initial_state(kind, tensor, master_dtype)
                         if not _is_kept(folder, kind, name, tensor, kinds, sources, moments.tensors):
                             continue
-                        cut = (
-                            plan.tensor(name) if name in plan.spec.tensors else adapter_cut(name, tensor, plan, groups)
-                        )
+                        cut = plan.tensor(name) if name in plan.spec.tensors else parts[name].cut
                         fill(name, cut, groups.tp.rank, state[kind])
 
 
 def state_sources(
-    model: nn.Module, plan: Plan, groups: ParallelGroups, trained: Mapping[str, Tensor], folder: Path | None
+    model: nn.Module, plan: Plan, parts: Mapping[str, AdapterPart], trained: Mapping[str, Tensor], folder: Path | None
 ) -> tuple[nn.Module, dict[str, Source]]:
     """Sources of the trained tensors in a checkpoint, and the unsplit model that converters need.
 
     Without a folder they are the sources of a checkpoint that `save` writes.
     """
     if not trained.keys() & plan.spec.tensors.keys():
-        return nn.Module(), adapter_sources(trained, plan, groups)
+        return nn.Module(), {name: parts[name].source for name in trained}
     unsplit = unsplit_on_meta(model, plan)
     if folder is None:
         shapes = {piece.name: piece.shape for one in pieces_for_writing(unsplit).values() for piece in one}

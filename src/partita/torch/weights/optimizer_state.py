@@ -24,8 +24,8 @@ from partita.torch.collectives.collective_errors import collective_errors
 from partita.torch.model.parts import plan_of
 from partita.torch.weights.adapters import adapters
 from partita.torch.weights.fill import DTYPES, CheckpointFill, memory_of
-from partita.torch.weights.moments import StateReader, names_on_disk, state_sources, trained_tensors
-from partita.torch.weights.peft_format import AdaptersOnDisk, adapter_cut, adapters_on_disk
+from partita.torch.weights.moments import StateReader, names_on_disk, state_sources, trained_parts, trained_tensors
+from partita.torch.weights.peft_format import AdaptersOnDisk, adapters_on_disk
 from partita.torch.weights.save import DTYPE_NAMES, OnDisk, on_disk
 
 OPTIONS = f"{OPTIMIZER}.json"
@@ -110,9 +110,9 @@ def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, folder: P
                 f"{folder}: has {len(data['groups'])} parameter groups, but the optimizer has {len(optimizer.param_groups)}."
             )
         checkpoint = open_checkpoint(folder, stem=OPTIMIZER)
-        trained = trained_tensors(model, plan)
+        trained, parts = trained_tensors(model, plan), trained_parts(model)
         names = _names(model, optimizer)
-        unsplit, sources = state_sources(model, plan, groups, trained, None)
+        unsplit, sources = state_sources(model, plan, parts, trained, None)
         for group, saved in zip(optimizer.param_groups, data["groups"], strict=True):
             group.update({key: value for key, value in saved["options"].items() if key in group})
             missing = [names[p] for p in group["params"] if p in names and names[p] not in saved["parameters"]]
@@ -129,8 +129,7 @@ def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, folder: P
                     stored = names_on_disk(name, sources)
                     if tensor in names and stored[0] in part.infos:
                         value = torch.empty_like(tensor, dtype=DTYPES[part.infos[stored[0]].dtype], requires_grad=False)
-                        is_own = name in plan.spec.tensors
-                        cut = plan.tensor(name) if is_own else adapter_cut(name, tensor, plan, groups)
+                        cut = plan.tensor(name) if name in plan.spec.tensors else parts[name].cut
                         fill(name, cut, groups.tp.rank, value)
                         optimizer.state[tensor][kind] = value
         for name, tensor in trained.items():
