@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, Unpack, cast
 
 from partita.core.mesh import Mesh
@@ -113,7 +113,18 @@ class Engine(Protocol):
     ) -> None:
         """Save the unsplit model."""
 
-    def add_lora(self, model: Model, rank: int, *, seed: int = 0) -> list[str]:
+    def add_lora(
+        self,
+        model: Model,
+        rank: int,
+        *,
+        alpha: float | None = None,
+        seed: int = 0,
+        targets: Collection[str] | None = None,
+        dropout: float = 0.0,
+        rslora: bool = False,
+        dora: bool = False,
+    ) -> list[str]:
         """Add LoRA adapters to a split model."""
 
     def merge_lora(self, model: Model) -> None:

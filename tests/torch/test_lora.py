@@ -458,3 +458,45 @@ def test_adapters_do_not_depend_on_the_stages(name: str) -> None:
     first, last = ranks(2).run(_sums_of_adapters, name, {"pp": 2})
     assert first.keys() | last.keys() == alone.keys()
     assert {**first, **last} == alone
+
+
+def options_of_add_lora(layout: dict[str, int]) -> None:
+    """Targets, dropout and scale of our own adapters, in training with one seed, against one rank's."""
+    from partita.torch.collectives.groups import single_groups
+
+    config = {**CONFIGS["llama-7-heads-1-kv"], "dtype": "float64"}
+    made = [fresh(config, seed=1, dtype="float64", **where) for where in (layout, {"groups": single_groups()})]
+    for model in made:
+        paths = add_lora(model, 4, alpha=3, seed=2, targets=["q_proj", "mlp.down_proj"], dropout=0.3, rslora=True)
+        assert {path.rpartition(".")[2] for path in paths} == {"q_proj", "down_proj"}
+        adapter = model.get_submodule(paths[0]).linear if layout and model is made[0] else model.get_submodule(paths[0])
+        assert adapter.scaling == pytest.approx(3 / 2)  # alpha / sqrt(rank)
+    ids = torch.arange(8).view(1, 8)
+    for _ in range(2):
+        outputs = []
+        for model in made:
+            torch.manual_seed(9)
+            model.train()
+            outputs.append(model(input_ids=ids, labels=ids))
+            outputs[-1].loss.backward()
+            with torch.no_grad():
+                for p in model.parameters():
+                    if p.grad is not None:
+                        p -= 0.5 * p.grad
+                        p.grad = None
+        assert_equal(outputs[0].logits, outputs[1].logits, what="logits")
+    made[1].eval()
+    assert not torch.equal(outputs[1].logits, made[1](input_ids=ids).logits), "nothing was dropped"
+    with pytest.raises(
+        ModelError, match=r"has no linear layer nope inside model.layers to adapt. Its linear layers are down_"
+    ):
+        add_lora(fresh(config, seed=1, **layout), 2, targets=["nope"])
+    if layout.get("tp", 1) > 1:
+        with pytest.raises(
+            ModelError, match=r"dropout 0.1 of adapters does not work with tp=2 on a model whose config"
+        ):
+            add_lora(fresh(CONFIGS["gpt2"], seed=1, **layout), 2, dropout=0.1)
+
+
+def test_options_of_add_lora() -> None:
+    ranks(2).run(options_of_add_lora, {"tp": 2})

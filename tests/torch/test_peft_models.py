@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from partita.errors import ModelError
 from partita.torch import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding, shard
 from partita.torch.model.parts import unsplit_name
 from tests.support.compare import assert_equal, part
@@ -85,7 +87,7 @@ def own(model: nn.Module, name: str, whole: Tensor) -> Tensor:
 
 def same(split: Any, whole: Any, what: str, grads: bool = False) -> int:
     """Compare every parameter of this rank with the unsplit model's, or every gradient; returns how many are trained."""
-    true = {unsplit_name(name): p for name, p in whole.named_parameters()}
+    true = {unsplit_name(name): p for name, p in whole.named_parameters(remove_duplicate=False)}
     trained = 0
     for name, parameter in split.named_parameters():
         other = true[unsplit_name(name)]
@@ -188,3 +190,154 @@ def saved_and_read(case: str, layout: dict[str, int], folder: str) -> None:
 def test_files_are_those_of_the_unsplit_model(case: str, layout: dict[str, int], tmp_path: Path) -> None:
     pytest.importorskip("peft")
     ranks(4 if len(layout) == 2 else 2).run(saved_and_read, case, layout, str(tmp_path))
+
+
+def weights_decomposed(init: str, layout: dict[str, int]) -> None:
+    """PiSSA and OLoRA decompose the unsplit weight and change it: adapters, base and outputs equal the unsplit model's."""
+    import peft
+
+    warnings.simplefilter("ignore")
+    settings = {"target_modules": [*LINEARS, "lm_head"], "init_lora_weights": init, "lora_alpha": 3}
+    split = adapted(shard(llama(torch.float32), **layout), settings)
+    whole = adapted(llama(torch.float32), settings)
+    true = {unsplit_name(name): p for name, p in whole.named_parameters()}
+    for name, parameter in split.named_parameters():
+        # Both decompose the same matrix with the same routine: the bits are the same.
+        assert_equal(parameter, own(split, name, true[unsplit_name(name)]), 0, name)
+    assert_equal(logits_of(split), logits_of(whole), 1e-5, "logits")  # sums in float32, in another order
+    with pytest.raises(
+        ModelError, match=r"init_lora_weights='pissa' needs float32, float16 or bfloat16 weights; got float64"
+    ):
+        peft.get_peft_model(
+            shard(llama(), **layout), peft.LoraConfig(target_modules=LINEARS, init_lora_weights="pissa")
+        )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[:2], ids=str)
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_initializations_from_the_unsplit_weight(init: str, layout: dict[str, int]) -> None:
+    pytest.importorskip("peft")
+    ranks(2).run(weights_decomposed, init, layout)
+
+
+def narrow_weights() -> None:
+    """peft replaces adapters of bfloat16 weights by float32 ones after it added them: they stay the unsplit model's."""
+    warnings.simplefilter("ignore")
+    settings = {"target_modules": LINEARS, "use_dora": True, "init_lora_weights": False}
+    split, whole = adapted(shard(llama(torch.bfloat16), tp=2), settings), adapted(llama(torch.bfloat16), settings)
+    outputs = [
+        model(input_ids=torch.arange(6).view(1, 6), labels=torch.arange(6).view(1, 6)) for model in (split, whole)
+    ]
+    true = {unsplit_name(name): p for name, p in whole.named_parameters()}
+    for output in outputs:
+        output.loss.backward()
+    for name, parameter in split.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.dtype == torch.float32
+            # A norm of bfloat16 weights is rounded to bfloat16 (8 bits) after another order of summation.
+            tolerance = 2**-7 if "magnitude" in name else 0
+            assert_equal(parameter, own(split, name, true[unsplit_name(name)]), tolerance, name)
+            if parameter.shape == true[unsplit_name(name)].shape:
+                grads = [torch.empty_like(parameter) for _ in range(2)]
+                torch.distributed.all_gather(grads, parameter.grad)
+                assert_equal(grads[0], grads[1], 0, f"gradient of {name}, which both ranks hold")
+
+
+def test_adapters_of_bfloat16_weights() -> None:
+    pytest.importorskip("peft")
+    ranks(2).run(narrow_weights)
+
+
+def several(layout: dict[str, int], folder: str) -> None:
+    """Two adapters by name, chosen in turn, removed, and merged."""
+    import partita.torch as pt
+
+    warnings.simplefilter("ignore")
+    expected: dict[str | None, Tensor] = {None: logits_of(llama())}
+    cases = {"a": {"target_modules": LINEARS, "use_dora": True}, "b": CONFIGS["saved"]}
+    for name, case in cases.items():
+        whole = adapted(llama(), case)
+        SHAPES.clear()
+        SHAPES.update({unsplit_name(key): p.shape for key, p in whole.named_parameters()})
+        shake(whole)
+        expected[name] = logits_of(whole.eval())
+        if torch.distributed.get_rank() == 0:
+            whole.save_pretrained(f"{folder}/{name}")
+        assert float((expected[name] - expected[None]).abs().max()) > 0.1
+    if torch.distributed.get_rank() == 0:
+        adapted(llama(), CONFIGS["head"]).save_pretrained(f"{folder}/head")
+    torch.distributed.barrier()
+    split = shard(llama(), **layout)
+    for name in cases:
+        pt.load_adapters(split, f"{folder}/{name}", name=name)
+    for name in ("a", None, "b", "a", None):
+        pt.set_adapter(split, name)
+        assert_equal(logits_of(split.eval()), expected[name], what=f"adapter {name}")
+    for call, why in (
+        (lambda: pt.set_adapter(split, "c"), "name must be one of the model's adapters, a, b; got 'c'"),
+        (lambda: pt.load_adapters(split, f"{folder}/a", name="a"), "has an adapter 'a' already"),
+        (
+            lambda: pt.load_adapters(split, f"{folder}/head", name="c"),
+            "'c' adapts lm_head, which the adapter 'b' trains as a module of its own",
+        ),
+        (lambda: pt.save_adapters(split, f"{folder}/none"), "name must be one of the model's adapters, a, b; got None"),
+    ):
+        with pytest.raises(ModelError, match=why):
+            call()
+    pt.set_adapter(split, "b")
+    pt.save_adapters(split, f"{folder}/b-again", name="b")
+    pt.unload_lora(split)
+    assert_equal(logits_of(split), expected[None], what="unloaded")
+    for name in cases:
+        again = shard(llama(), **layout)
+        pt.load_adapters(again, f"{folder}/{name}", name=name)
+        pt.merge_lora(again)
+        assert_equal(logits_of(again.eval()), expected[name], 1e-11, f"merged {name}")
+        pt.save(again, f"{folder}/merged-{name}")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_several_adapters_are_chosen_merged_and_removed(layout: dict[str, int], tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    ranks(4 if len(layout) == 2 else 2).run(several, layout, str(tmp_path))
+    for name in ("a", "b"):
+        merged = llama()
+        merged.load_state_dict(load_file(tmp_path / f"merged-{name}" / "model.safetensors"))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            whole = peft.PeftModel.from_pretrained(llama(), tmp_path / (name if name == "a" else "b-again")).eval()
+        assert_equal(logits_of(merged.eval()), logits_of(whole), 1e-11, f"saved {name}")
+
+
+def tied(layout: dict[str, int]) -> None:
+    """The head shares the embedding's weight: an adapter of one leaves the other alone, as in the unsplit model."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    warnings.simplefilter("ignore")
+
+    def model() -> nn.Module:
+        config = LlamaConfig(
+            vocab_size=31, hidden_size=20, intermediate_size=14, num_hidden_layers=2, num_attention_heads=5,
+            num_key_value_heads=1, initializer_range=0.4, attn_implementation="eager", tie_word_embeddings=True,
+        )  # fmt: skip
+        torch.manual_seed(1)
+        made: nn.Module = LlamaForCausalLM(config).double().eval()
+        return made
+
+    for settings in (
+        {"target_modules": ["embed_tokens", "lm_head"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    ):
+        split, whole = adapted(shard(model(), **layout), settings), adapted(model(), settings)
+        ids = torch.arange(12).view(2, 6)
+        outputs = [m(input_ids=ids, labels=ids) for m in (split, whole)]
+        assert_equal(outputs[0].logits, outputs[1].logits, what="logits")
+        for output in outputs:
+            output.loss.backward()
+        same(split, whole, f"tied {settings}", grads=True)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_tied_head(layout: dict[str, int]) -> None:
+    pytest.importorskip("peft")
+    ranks(4 if len(layout) == 2 else 2).run(tied, layout)

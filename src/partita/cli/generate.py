@@ -258,9 +258,9 @@ def generate(options: GenerateOptions) -> None:
     if is_local(options.model):
         open_checkpoint(find_model(options.model))
     if options.adapters is not None:
-        from partita.training.adapter_files import read_adapters
+        from partita.training.adapter_files import check_readable
 
-        read_adapters(options.adapters)
+        check_readable(options.adapters, plain_only=request.engine == "mlx")
     launch.run(
         GenerateJob(
             request=request, plan=plan, backend=options.backend, device=options.device, texts=texts, sampling=sampling,

@@ -34,7 +34,7 @@ from partita.torch.train import StepReport, TrainSettings, train
 from partita.torch.trainer import split_trainer
 from partita.torch.training.batches import load_tokens
 from partita.torch.verify import verify
-from partita.torch.weights.adapters import add_lora, merge_lora
+from partita.torch.weights.adapters import add_lora, merge_lora, set_adapter, unload_lora
 from partita.torch.weights.peft_format import load_adapters, save_adapters
 from partita.torch.weights.save import save
 from partita.training import SaveReport, Saves
@@ -87,9 +87,11 @@ __all__ = [
     "reset_parallelism",
     "save",
     "save_adapters",
+    "set_adapter",
     "shard",
     "split_trainer",
     "train",
+    "unload_lora",
     "verify",
     "vocab_parallel_cross_entropy",
 ]

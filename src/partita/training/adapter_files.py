@@ -208,6 +208,13 @@ def is_plain(folder: Path) -> bool:
     return _not_plain(data) is None and all(_NAME.fullmatch(name) for name in names)
 
 
+def check_readable(folder: Path, *, plain_only: bool) -> None:
+    """Raise `CheckpointError` for a folder without adapters of LoRA, or with other than plain ones where only these work."""
+    data = _read_config(folder)
+    if plain_only or "fine_tune_type" in data or data.get("peft_type") != "LORA":
+        read_adapters(folder)
+
+
 def _not_plain(data: Mapping[str, Any]) -> str | None:
     return next((name for name, plain in _PLAIN.items() if data.get(name, plain) not in (plain, None, {}, [])), None)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,15 +33,25 @@ from partita.mlx.model.parts import INNER_NAMES, Ranges, parameter_homes, plan_o
 from partita.mlx.model.tree import Home, get_module, named_modules, set_module
 from partita.mlx.weights.names import Box
 from partita.mlx.weights.origin import Origin
-from partita.training.adapter_files import Side, name_on_disk
+from partita.training.adapter_files import Side, is_target, lora_alpha, name_on_disk, refuse_unmatched
 
 _ROUTERS = ("gate", "router")
 """Name of a linear layer beside stacked experts that is not a layer in transformers, so peft cannot adapt it."""
 
 
 @random_state_kept()
-def add_lora(model: nn.Module, rank: int, *, alpha: float | None = None, seed: int = 0) -> list[str]:
-    """Add mlx-lm's LoRA to every linear layer inside the layers of a split model and freeze all other parameters.
+def add_lora(
+    model: nn.Module,
+    rank: int,
+    *,
+    alpha: float | None = None,
+    seed: int = 0,
+    targets: Collection[str] | None = None,
+    dropout: float = 0.0,
+    rslora: bool = False,
+    dora: bool = False,
+) -> list[str]:
+    """Add mlx-lm's LoRA to linear layers inside the layers of a split model and freeze all other parameters.
 
     Every rank calls it; the unsplit adapters depend only on the seed. They have the dtype of the weights.
 
@@ -50,12 +60,17 @@ def add_lora(model: nn.Module, rank: int, *, alpha: float | None = None, seed: i
         rank: Rank of the adapters.
         alpha: The scale is `alpha / rank` (default scale: 1).
         seed: Seed of `lora_a`; `lora_b` is zero, so that at first nothing changes.
+        targets: Names of the layers to adapt, such as `q_proj` or `self_attn.q_proj` (default: all).
+        dropout: Only 0 works on MLX.
+        rslora: Whether the scale is `alpha / sqrt(rank)` (default: `alpha / rank`).
+        dora: Only False works on MLX.
 
     Returns:
         Paths of this rank's adapted layers.
 
     Raises:
-        ModelError: The model has no linear layer to adapt, or one that is not a single tensor on disk.
+        ModelError: The model has no linear layer to adapt, none of a name in `targets`, or one that is not a single tensor on
+            disk; or `dropout` or `dora` is given.
 
     Examples:
         >>> model = pm.load("./model", tp=2)
@@ -65,14 +80,18 @@ def add_lora(model: nn.Module, rank: int, *, alpha: float | None = None, seed: i
     plan, groups = plan_of(model)
     if type(rank) is not int or rank < 1:
         raise ModelError(f"the rank of LoRA must be an integer of at least 1; got {rank!r}.")
+    if dropout or dora:
+        raise ModelError(
+            f"on MLX LoRA has no {'dropout' if dropout else 'DoRA'}. Leave it out, or use the torch engine."
+        )
+    alpha = lora_alpha(rank, alpha, rslora=rslora)
     with collective_errors(groups):
-        linears, on_disk = _linears(model, plan), paths_on_disk(model)
+        on_disk = paths_on_disk(model)
+        linears = {path: home for path, home in _linears(model, plan).items() if is_target(path, targets)}
         for path in linears:
             _on_disk(on_disk, path)
-    if not any(groups.pp.all_gather_object(bool(linears))):
-        raise ModelError(
-            f"{plan.spec.family}: no linear layer was found inside {plan.spec.layers or 'the model'} to adapt."
-        )
+    everywhere = [path for paths in groups.pp.all_gather_object(list(linears)) for path in paths]
+    refuse_unmatched(targets, everywhere, plan.spec)
     model.freeze()
     for path, (holder, key) in linears.items():
         inner = holder[key]

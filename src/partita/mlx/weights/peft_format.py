@@ -18,7 +18,6 @@ from partita.checkpoint.read import Reader
 from partita.checkpoint.write import FilePlan, Writer, plan_files, write_folder
 from partita.core.plan import Plan
 from partita.core.sharding.split import Range
-from partita.errors import CheckpointError, ModelError
 from partita.generation import Tokenizer
 from partita.mlx.collectives.collective_errors import collective_errors
 from partita.mlx.collectives.groups import ParallelGroups
@@ -40,9 +39,12 @@ from partita.training.adapter_files import (
     CONFIG_NAME,
     STEM,
     Adapters,
+    check_shape,
     only,
     path_of,
     read_adapters,
+    refuse_adapted,
+    refuse_unplaced,
     targets_of,
 )
 from partita.training.mlx_adapters import in_peft_format
@@ -97,10 +99,7 @@ def load_adapters(model: nn.Module, folder: str | os.PathLike[str]) -> list[str]
     place = Path(folder)
     with contextlib.ExitStack() as stack:
         with collective_errors(groups):
-            if adapters(model):
-                raise ModelError(
-                    "the model has adapters already. Merge them (merge_lora), or load the model without adapters."
-                )
+            refuse_adapted(bool(adapters(model)))
             known = paths_on_disk(model)
             source = stack.enter_context(in_peft_format(place, lambda path: known.get(path, path)))
         stack.enter_context(removed_on_error(model))
@@ -122,15 +121,11 @@ def _put_on(model: nn.Module, place: Path, source: Path) -> list[str]:
         shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
         for name, (home, key) in places.homes.items():
             (box,) = places.boxes[name]
-            _check_shape(place, box, shapes.get(box.name))
+            check_shape(place, box.name, box.shape[::-1], shapes.get(box.name))
             dtype = DTYPES[checkpoint.tensors[box.name].dtype]
             home[key] = read_array(reader, "", (box,), places.held[name], dtype).astype(home[key].dtype)
         mine = sorted({path_of(box.name) for boxes in places.boxes.values() for box in boxes})
-    placed = {path for theirs in groups.pp.all_gather_object(mine) for path in theirs}
-    if wanted - placed:
-        raise CheckpointError(
-            f"{place}: adapts {min(wanted - placed)}, which is not a linear layer inside the layers of {plan.spec.family}."
-        )
+    refuse_unplaced(place, wanted, groups.pp.all_gather_object(mine), plan.spec.family)
     return [path for path in put_on if there[path] in wanted]
 
 
@@ -142,15 +137,6 @@ def _keep_only(model: nn.Module, is_wanted: Callable[[str], bool]) -> None:
     for holder, key, adapter in adapters(model):
         if not is_wanted(paths[id(adapter)]):
             holder[key] = adapter["linear"]
-
-
-def _check_shape(folder: Path, box: Box, found: tuple[int, ...] | None) -> None:
-    expected = box.shape[::-1]
-    if found != expected:
-        raise CheckpointError(
-            f"{folder}: {box.name} must be {list(expected)} for this model; got "
-            f"{'no such tensor' if found is None else list(found)}. Use the model that these adapters were trained on."
-        )
 
 
 @dataclass(frozen=True)

@@ -79,7 +79,9 @@ def inner_name(module: nn.Module) -> str | None:
 
 def _is_inner(module: nn.Module, name: str) -> bool:
     """Whether a split layer or an adapter wraps this child, so that the unsplit model lacks its name."""
-    return name == (inner_name(module) or "base_layer")
+    return name == (inner_name(module) or "base_layer") or (
+        name == "original_module" and hasattr(module, "modules_to_save")
+    )
 
 
 def local_tensors(model: nn.Module, plan: Plan) -> dict[str, Tensor]:

@@ -89,6 +89,7 @@ def inject(original: Callable[..., Any], tuner: Any, model: nn.Module, adapter_n
     refuse(given, model, plan)
     _start_alike(groups)
     targets, saved = _adapt_twin(lora_model, model, given, adapter_name)
+    _refuse_overlap(model, adapter_name, set(targets), set(saved))
     here = {path: target for path, target in targets.items() if target.parts}
     modules = unsplit_modules(model)
     wrapped = [path for path in saved if path in modules and not isinstance(modules[path], Absent)]
@@ -101,6 +102,22 @@ def inject(original: Callable[..., Any], tuner: Any, model: nn.Module, adapter_n
     modules = unsplit_modules(model)
     for path, target in here.items():
         _fill(_peft_layer(modules[path]), target.parts, adapter_name)
+
+
+def _refuse_overlap(model: Any, name: str, targets: set[str], saved: set[str]) -> None:
+    """Raise `ModelError` on every rank if an adapter adapts a module that another one trains, or the reverse."""
+    known: dict[str, tuple[set[str], set[str]]] = model.__dict__.setdefault("partita_peft_paths", {})
+    for other, (other_targets, other_saved) in known.items():
+        for one, adapts, another, trains in (
+            (name, targets, other, other_saved),
+            (other, other_targets, name, saved),
+        ):
+            if other in getattr(model, "peft_config", {}) and adapts & trains:
+                raise ModelError(
+                    f"{one!r} adapts {min(adapts & trains)}, which the adapter {another!r} trains as a module of its own "
+                    "(modules_to_save). Load one of them at a time."
+                )
+    known[name] = targets, saved
 
 
 def refuse(config: Any, model: nn.Module, plan: Plan) -> None:
@@ -274,7 +291,11 @@ def add_from(model: nn.Module, folder: Path, name: str) -> None:
         raise ModelError(f"the model has an adapter {name!r} already. Give another name.")
     config = read(str(folder))
     config.inference_mode = False
-    tuner = lora_model(model, {**known, name: config}, name)
+    try:
+        tuner = lora_model(model, {**known, name: config}, name)
+    except Exception:
+        model.peft_config = known  # type: ignore[assignment]
+        raise
     # As in peft's own model, adapters of narrower weights are float32.
     tuner._cast_adapter_dtype(adapter_name=name, autocast_adapter_dtype=True)
 
