@@ -210,6 +210,18 @@ TRAIN = [
     Case("resumed from no run", "train --resume --out empty", "--out empty holds no checkpoint"),
     Case("resumed from a model", "train --resume --out model", "--out model holds no checkpoint"),
     Case("unverified without resume", f"{NEW} --no-verify", "--no-verify is for --resume. Leave it out."),
+    Case(
+        "alpha of no adapters",
+        f"{NEW} --lora-alpha 3",
+        "--lora-alpha is for training adapters. Give their rank with --lora-rank",
+    ),
+    Case("no target", f"{NEW} --lora-rank 2 --lora-targets q_proj,", "--lora-targets must be names...got 'q_proj,'."),
+    Case("an unknown target", f"{NEW} --lora-rank 2 --lora-targets nope", "has no linear layer nope inside...q_proj"),
+    Case(
+        "dropout of 1",
+        f"{NEW} --lora-rank 2 --lora-dropout 1",
+        "'--lora-dropout'...less than or equal to 0.99, but is '1'",
+    ),
     Case("adapters of rank 0", f"{NEW} --lora-rank 0", "'--lora-rank'...greater than or equal to 1, but is '0'"),
     Case(
         "a negative learning rate",

@@ -46,7 +46,7 @@ def test_a_rank_receives_what_was_sent(tmp_path: Path, kind: str, is_planned: bo
             **given, new=True, data=DataSources(["x", "y"], [0.5, 2.0], "text", []),
             notes={"data": ["x"], "layout": {"tp": 1}, "keep": None},
             options={"steps": 3, "seed": 0},
-            out=tmp_path, resume=False, verify=True, lora_rank=None, as_json=False, picture=None,
+            out=tmp_path, resume=False, verify=True, lora_rank=None, lora={}, as_json=False, picture=None,
             trace=tmp_path / "t.json",
         ),
         "verify": lambda: VerifyJob(

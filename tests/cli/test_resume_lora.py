@@ -203,3 +203,21 @@ def test_adapters_are_put_on_to_generate(engine: str, partita: Run, place: Path,
     unmerged = partita("generate", str(run), *asks)
     assert unmerged.code == 2
     assert f"holds adapters, but no model. Give the model, and --adapters {run}/step-000008" in unmerged.err
+
+
+def test_a_resumed_run_keeps_the_options_of_its_adapters(partita: Run, place: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    options = ["--lora-alpha", "9", "--lora-dropout", "0.2", "--lora-targets", "q_proj,down_proj", "--lora-rslora"]
+    alone = partita("train", *begin(place), *options, "--json")
+    first = partita("train", *begin(place), *options, "--save-every", "4", "--out", str(run))
+    assert (alone.code, first.code) == (0, 0), alone.err + first.err
+    config = json.loads((run / "adapters" / "adapter_config.json").read_text())
+    assert config["target_modules"] == ["down_proj", "q_proj"]
+    assert (config["lora_alpha"], config["lora_dropout"]) == (pytest.approx(9 * 3**0.5), 0.2)
+    shutil.rmtree(run / "step-000008")
+    other = partita("train", "--resume", "--lora-alpha", "8", "--out", str(run))
+    assert other.code != 0
+    assert "the run started with --lora-alpha 9.0, not --lora-alpha 8.0. Leave it out." in " ".join(other.err.split())
+    said = partita("train", "--resume", "--out", str(run), "--json")
+    assert said.code == 0, said.err
+    assert losses(said.out) == pytest.approx(losses(alone.out)[4:], rel=1e-5)

@@ -28,6 +28,7 @@ from partita.cli.arguments.options import (
 )
 from partita.cli.arguments.resume import (
     LAYOUT,
+    LORA,
     NOTED,
     TORCH_ONLY,
     changes,
@@ -71,6 +72,11 @@ class MasterDtype(StrEnum):
 
 
 DATA, OPTIMIZER, MEMORY, CHECKPOINTS = "Data and steps", "Optimizer", "Memory and precision", "Checkpoints"
+ADAPTERS = "LoRA"
+
+
+ALL_LINEAR = "all-linear"
+"""The value of `--lora-targets` for every linear layer inside the layers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,9 +213,57 @@ class TrainingOptions(DataOptions, PlanOptions):
     lora_rank: Annotated[
         int | None,
         typer.Option(
-            "--lora-rank", min=1, help="Train adapters of this rank only.", rich_help_panel=WEIGHTS, show_default=False
+            "--lora-rank", min=1, help="Train adapters of this rank only.", rich_help_panel=ADAPTERS, show_default=False
         ),
     ] = None
+    lora_alpha: Annotated[
+        float | None,
+        typer.Option(
+            "--lora-alpha",
+            metavar="A",
+            min=0.0,
+            help="Scale adapters by this value over their rank (default: the rank, so that the scale is 1).",
+            rich_help_panel=ADAPTERS,
+            show_default=False,
+        ),
+    ] = None
+    lora_dropout: Annotated[
+        float,
+        typer.Option(
+            "--lora-dropout",
+            metavar="P",
+            min=0.0,
+            max=0.99,
+            help="Drop inputs of adapters with this probability. torch only.",
+            rich_help_panel=ADAPTERS,
+        ),
+    ] = 0.0
+    lora_targets: Annotated[
+        str,
+        typer.Option(
+            "--lora-targets",
+            metavar="NAMES",
+            help="Adapt the linear layers of these names, separated by commas, such as `q_proj,v_proj`; `all-linear` adapts "
+            "every linear layer inside the layers.",
+            rich_help_panel=ADAPTERS,
+        ),
+    ] = ALL_LINEAR
+    lora_rslora: Annotated[
+        bool,
+        typer.Option(
+            "--lora-rslora",
+            help="Scale adapters by alpha over the square root of their rank (rsLoRA).",
+            rich_help_panel=ADAPTERS,
+        ),
+    ] = False
+    lora_dora: Annotated[
+        bool,
+        typer.Option(
+            "--lora-dora",
+            help="Train the norms of the adapted weights as well (DoRA). torch only; needs peft.",
+            rich_help_panel=ADAPTERS,
+        ),
+    ] = False
     autocast: Annotated[
         Autocast | None,
         typer.Option(
@@ -276,6 +330,7 @@ def train(options: TrainOptions) -> None:
     data = replace(read_sources(run.notes, run.settings["eval_every"]), shown=options.show_sample)
     if run.state is None:
         _check_saving(options)
+        _check_lora(options, request.engine)
     if options.picture is not None:
         check_file("--picture", options.picture, ".svg", ".png")
     if options.trace is not None:
@@ -293,7 +348,8 @@ def train(options: TrainOptions) -> None:
             request=stages.request, plan=plan, backend=options.backend, device=options.device,
             new=run.notes["config"] is not None and run.state is None, data=data, notes=run.notes, options=settings,
             out=options.out_folder, resume=run.state is not None, verify=not options.no_verify,
-            lora_rank=run.notes["lora_rank"], as_json=options.as_json, picture=options.picture, trace=options.trace,
+            lora_rank=run.notes["lora_rank"], lora=_lora_of(options), as_json=options.as_json,
+            picture=options.picture, trace=options.trace,
         )
     )  # fmt: skip
 
@@ -334,7 +390,8 @@ def _asked(options: TrainOptions, source: str) -> _Run:
     notes = {
         "data": options.data, "text_column": options.text_column, "eval_data": options.eval_data,
         "eval_every": options.eval_every, "config": options.config, "model": options.model,
-        "dtype": options.dtype and options.dtype.value, "lora_rank": options.lora_rank, "save_every": options.save_every,
+        "dtype": options.dtype and options.dtype.value, "lora_rank": options.lora_rank,
+        **{name: getattr(options, name) for name in LORA}, "save_every": options.save_every,
         "keep": options.keep, "run_id": elastic.run_id(), "engine": options.engine and options.engine.value,
         "zero": options.zero, "checkpointing": options.checkpointing,
     }  # fmt: skip
@@ -394,6 +451,30 @@ def _source(config: str | None, model: str | None) -> str:
     if not (config or model):
         raise ModelError("give either --config (new weights) or --model (a checkpoint).")
     return config or model or ""
+
+
+def _check_lora(options: TrainOptions, engine: str) -> None:
+    """Raise `ModelError` for options of adapters that are not trained, or that the engine does not have."""
+    given = [f"--{name.replace('_', '-')}" for name in LORA if name in options.given]
+    if given and options.lora_rank is None:
+        raise ModelError(f"{given[0]} is for training adapters. Give their rank with --lora-rank, or leave it out.")
+    if engine == "mlx" and (options.lora_dropout or options.lora_dora):
+        name = "--lora-dropout" if options.lora_dropout else "--lora-dora"
+        raise ModelError(f"{name} works on torch only. Leave it out, or use --engine torch.")
+    if not all(options.lora_targets.split(",")):
+        raise ModelError(
+            f"--lora-targets must be names of linear layers, separated by commas, or {ALL_LINEAR}; got "
+            f"{options.lora_targets!r}."
+        )
+
+
+def _lora_of(options: TrainOptions) -> dict[str, Any]:
+    """The arguments of `add_lora` besides rank and seed."""
+    targets = None if options.lora_targets == ALL_LINEAR else options.lora_targets.split(",")
+    return {
+        "alpha": options.lora_alpha, "dropout": options.lora_dropout, "targets": targets, "rslora": options.lora_rslora,
+        "dora": options.lora_dora,
+    }  # fmt: skip
 
 
 def _check_saving(options: TrainOptions) -> None:

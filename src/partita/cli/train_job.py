@@ -47,6 +47,7 @@ class TrainJob(Job):
         resume: Whether the run resumes from the newest complete checkpoint in `out`.
         verify: Whether that checkpoint is first read completely and compared with its checksums.
         lora_rank: Rank of the adapters, if adapters are trained.
+        lora: The arguments of `add_lora` besides rank and seed; a resumed run has them in its checkpoint.
         as_json: Whether the report is printed as JSON.
         picture: The file in which the last step is drawn.
         trace: The file for the trace of the last step.
@@ -63,6 +64,7 @@ class TrainJob(Job):
     resume: bool
     verify: bool
     lora_rank: int | None
+    lora: dict[str, Any]
     as_json: bool
     picture: Path | None
     trace: Path | None
@@ -176,7 +178,7 @@ class TrainJob(Job):
         if begun is not None:
             self.engine.load_adapters(split, begun)
         elif self.lora_rank is not None:
-            self.engine.add_lora(split, self.lora_rank, seed=self.options["seed"])
+            self.engine.add_lora(split, self.lora_rank, seed=self.options["seed"], **self.lora)
 
     def _samples(self, tokenizer: Tokenizer, plan: Plan) -> tuple[Samples, Samples | None]:
         """The samples to train and to evaluate on. Epochs become steps."""

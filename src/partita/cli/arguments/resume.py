@@ -14,7 +14,10 @@ from partita.errors import CheckpointError, ModelError
 if TYPE_CHECKING:
     from partita.training.state import TrainingState
 
-NOTED = ("config", "model", "dtype", "lora_rank")
+LORA = ("lora_alpha", "lora_dropout", "lora_targets", "lora_rslora", "lora_dora")
+"""Options of adapters besides their rank."""
+
+NOTED = ("config", "model", "dtype", "lora_rank", *LORA)
 """Options that only start a run. A resumed run does not use them; they may be repeated unchanged."""
 
 LAYOUT = ("tp", "pp", "dp", "layout", "vpp", "schedule", "microbatches", "group_size")
