@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.numpy import load_file
 
 from tests.support.ranks import on
 
@@ -53,6 +54,16 @@ def test_generate() -> None:
     first, second = on(2, run, "generate.py")
     assert "'The quick brown fox' -> 8 tokens, ended by length" in first
     assert second == ""
+
+
+def test_peft_adapters(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    first, _ = on(2, run, "peft_adapters.py", str(tmp_path / "adapters"))
+    assert f"saved to {tmp_path}/adapters" in first
+    assert load_file(tmp_path / "adapters" / "adapter_model.safetensors")["base_model.model.lm_head.weight"].shape == (
+        257,
+        48,
+    )
 
 
 def test_own_training_loop_and_generate_from_its_model(tmp_path: Path) -> None:
