@@ -16,6 +16,7 @@ from partita.errors import ModelError
 from partita.torch import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding, shard
 from partita.torch.model.parts import unsplit_name
 from tests.support.compare import assert_equal, part
+from tests.support.models import CONFIGS as FAMILIES
 from tests.support.ranks import ranks
 
 F64 = torch.float64
@@ -82,6 +83,8 @@ def own(model: nn.Module, name: str, whole: Tensor) -> Tensor:
     kind = next((step for step in name.split(".") if step.startswith("lora_")), name.split(".")[-1])
     # A row layer's own bias is not in its inner layer.
     dim = None if layer is None or (layer is module and kind == "bias") else SPLIT_DIMS[type(layer)].get(kind)
+    if dim is not None and kind == "weight" and getattr(layer, "transposed", False):
+        dim = 1 - dim  # transformers' Conv1D
     return whole if dim is None else part(whole, dim, layer.split.ranges(layer.comm.rank))
 
 
@@ -341,3 +344,37 @@ def tied(layout: dict[str, int]) -> None:
 def test_tied_head(layout: dict[str, int]) -> None:
     pytest.importorskip("peft")
     ranks(4 if len(layout) == 2 else 2).run(tied, layout)
+
+
+def other_families() -> None:
+    """Weights stored as `[in, out]`; experts in one tensor, which peft adapts in a way of its own."""
+    import peft
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    warnings.simplefilter("ignore")
+
+    def model(name: str) -> nn.Module:
+        quiet = {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0} if name == "gpt2" else {}
+        torch.manual_seed(1)
+        made: nn.Module = AutoModelForCausalLM.from_config(AutoConfig.for_model(**{**FAMILIES[name], **quiet}))
+        return made.double().eval()
+
+    settings = {"target_modules": "all-linear", "use_dora": True}
+    split, whole = adapted(shard(model("gpt2"), tp=2), settings), adapted(model("gpt2"), settings)
+    ids = torch.arange(12).view(2, 6)
+    outputs = []
+    for one in (split, whole):
+        torch.manual_seed(3)
+        outputs.append(one.train()(input_ids=ids, labels=ids))
+        outputs[-1].loss.backward()
+    assert_equal(outputs[0].logits, outputs[1].logits, what="logits")
+    same(split, whole, "gpt2", grads=True)
+    with pytest.raises(
+        ModelError, match=r"by target_parameters, which does not work on a split model. Name linear layers"
+    ):
+        peft.get_peft_model(shard(model("qwen3-moe"), tp=2), peft.LoraConfig(target_modules="all-linear"))
+
+
+def test_other_families() -> None:
+    pytest.importorskip("peft")
+    ranks(2).run(other_families)

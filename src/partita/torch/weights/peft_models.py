@@ -169,6 +169,11 @@ def _adapt_twin(
         def _create_and_replace(
             self, config: Any, name: str, target: Any, target_name: str, parent: Any, current_key: str, **options: Any
         ) -> None:
+            if options.get("parameter_name") is not None:
+                raise ModelError(
+                    f"peft adapts {current_key} by target_parameters, which does not work on a split model. Name linear layers "
+                    f"in target_modules, such as q_proj. {_REMEDY}"
+                )
             here = modules.get(current_key)
             here = None if isinstance(here, Absent) else here
             if reads_weights:
