@@ -15,9 +15,10 @@ from partita.torch.collectives.groups import ParallelGroups
 from partita.torch.model.parts import plan_of
 from partita.torch.training.fused_head import give_fused_head
 from partita.torch.training.replicas import clip_gradients, sum_gradients
+from partita.torch.weights.adapter_parts import adapter_name, is_peft, unwrapped
 from partita.torch.weights.adapters import adapters
 from partita.torch.weights.optimizer_state import load_optimizer, save_optimizer
-from partita.torch.weights.peft_format import save_adapters
+from partita.torch.weights.peft_format import read_adapter, save_adapters
 from partita.torch.weights.pretrained import load_into, replacing
 from partita.torch.weights.save import save
 
@@ -96,14 +97,14 @@ class _SplitTraining:
             raise ModelError(
                 f"model must be a split model; got {model!r:.100}. Use partita.torch.load, and pass the result as model=."
             )
-        self._split_model: Any = _base(model)
+        self._split_model: Any = unwrapped(model)
         self._split_plan, self._split_groups = plan_of(self._split_model)
         if getattr(args, "fp16", False):
             raise ModelError(
                 "a split model cannot be trained in float16: a small gradient would be lost. Use bf16=True."
             )
         _be_alone(self._split_groups.rank)
-        split = [_base(one) for one in (model, given.get("ref_model")) if isinstance(one, nn.Module)]
+        split = [unwrapped(one) for one in (model, given.get("ref_model")) if isinstance(one, nn.Module)]
         forwards = [one.forward for one in split]
         super().__init__(*positional, **named)
         for one, forward in zip(split, forwards, strict=True):
@@ -163,12 +164,16 @@ class _SplitTraining:
     def _norm(self, clip_norm: float) -> Tensor:
         return torch.tensor(clip_gradients(self._split_model, self._split_plan, self._split_groups, clip_norm))
 
+    @property
+    def _adapted(self) -> bool:
+        return is_peft(self.model) or bool(adapters(self._split_model))
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the unsplit model, or its adapters. Every rank must call it."""
         folder = Path(output_dir if output_dir is not None else self.args.output_dir)
         with replacing(folder, self._split_groups):
-            if adapters(self._split_model):
-                save_adapters(self._split_model, folder)
+            if self._adapted:
+                save_adapters(self.model, folder)
             else:
                 save(self._split_model, folder)
         if self.args.should_save:
@@ -207,22 +212,15 @@ class _SplitTraining:
         self._load_weights(self.state.best_model_checkpoint)
 
     def _load_weights(self, folder: str) -> None:
-        if adapters(self._split_model):
-            raise ModelError(
-                f"adapters cannot be loaded from {folder} into a model that has adapters. Load the model without adapters, "
-                "and call partita.torch.load_adapters."
-            )
-        load_into(self._split_model, folder)
+        if self._adapted:
+            read_adapter(self._split_model, Path(folder), adapter_name(self._split_model))
+        else:
+            load_into(self._split_model, folder)
 
     def _save_rng_state(self, output_dir: str) -> None:
         # The generators of all ranks are in the same state: all see the same batches.
         if self.args.should_save:
             super()._save_rng_state(output_dir)  # type: ignore[misc]
-
-
-def _base(model: Any) -> Any:
-    """The split model inside peft's wrapper."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _unwrapped(optimizer: Any) -> torch.optim.Optimizer:
