@@ -29,13 +29,18 @@ TINY = {
 SHORTER = {
     "steps=100": "steps=2",
     "every=100": "every=1",
+    "max_steps=100": "max_steps=2, report_to=[], disable_tqdm=True",
     "max_new_tokens=64": "max_new_tokens=4",
     "pt.byte_tokenizer())": "pt.byte_tokenizer(), limit_bytes=50_000)",
 }
-FRAGMENTS = ("inputs=[processor(...), ...]",)
-"""Blocks that show the form of a call whose arguments are left out: they are compiled only."""
+FRAGMENTS = ("inputs=[processor(...), ...]", 'pt.load_tokens("corpus.txt"')
+"""Blocks that are compiled only: a call whose arguments are left out, and one that `tests/cli/test_train_data.py` runs."""
 
 PREPARED: dict[str, str] = {
+    "docs/guide/adapters.md": """
+import partita.torch as pt
+model, tokens = pt.load("./model", tp=2), torch.arange(900) % 257
+""",
     "README.md": "ids = torch.arange(10)[None]; prompt = [1, 2, 3]; tokens = torch.arange(900) % 257",
     "docs/guide/checkpoints.md": """
 import partita.torch as pt
@@ -67,6 +72,7 @@ class Module(torch.nn.Module):
 module = Module()
 x = torch.randn(2, 5, 24)
 """,
+    "docs/guide/trainer.md": "rows = [{'input_ids': torch.arange(8), 'labels': torch.arange(8)}] * 16",
     "docs/guide/train.md": """
 import partita.torch as pt
 model = pt.load("./model", tp=2)
@@ -76,7 +82,19 @@ tokens, settings = torch.arange(900) % 257, pt.TrainSettings(steps=2, batch_size
 """What the text around a page's blocks takes for granted."""
 
 BEFORE_EACH = {"docs/guide/own-modules.md": "model_in_memory = model_of_transformers(); x = torch.randn(2, 5, 24)"}
-AFTER = {"docs/guide/own-modules.md": {3: "x = torch.randn(2, 64)"}}
+AFTER = {
+    "docs/guide/adapters.md": {
+        1: """
+model = pt.load("./model", tp=2)
+pt.add_lora(model, rank=2, seed=0)
+for name in ("french", "german"):
+    pt.save_adapters(model, name)
+model = pt.load("./model", tp=2)
+""",
+        2: "import shutil; shutil.rmtree('adapters', ignore_errors=True)",
+    },
+    "docs/guide/own-modules.md": {3: "x = torch.randn(2, 64)"},
+}
 
 
 def python_blocks(page: str) -> list[str]:

@@ -23,7 +23,7 @@ OURS = re.compile(
     r"note: .+"
     r"|\d+ tokens? in [\d.]+ s on one rank, the first after [\d.]+ s(, then [\d.]+ tokens/s)?, prompt [\d.]+ tokens/s"
     r"|loaded in [\d.]+ s, peak memory [\d.]+ [KMGT]iB"
-    r"|\w+: [\d.]+ \w* ?parameters on one rank, .*tokens of text"
+    r"|\w+: [\d.]+ \w* ?parameters on one rank, .*tokens of text.*"
     r"|step \d+/\d+  loss .*"
 )
 """The lines that commands write to stderr."""

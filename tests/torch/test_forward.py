@@ -299,17 +299,3 @@ def test_what_no_stage_has_the_whole_of(
 ) -> None:
     for said in ranks(2).run(_refused, where, given, config):
         assert text in said
-
-
-def _saves_alone() -> str:
-    split = shard(unsplit_of(deep("llama-7-heads-1-kv")), pp=2)
-    try:
-        split.save_pretrained("nowhere")  # type: ignore[operator]
-    except Exception as error:
-        return str(error)
-    return "nothing"
-
-
-def test_a_part_is_not_saved_as_the_whole() -> None:
-    for said in ranks(2).run(_saves_alone):
-        assert said.startswith("save_pretrained would write only this rank's part.")

@@ -156,9 +156,15 @@ def use_plain_experts(config: Any) -> None:
         setattr(config, name, value)
 
 
+def attention_of(model: nn.Module) -> str | None:
+    """The name of the implementation that computes a model's attention, if it has one."""
+    name: str | None = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    return name
+
+
 def is_plain_attention(model: nn.Module) -> bool:
     """Whether a model's attention is computed by matrix products and a softmax, not by a fused kernel."""
-    return getattr(model.config, "_attn_implementation", None) == "eager"
+    return attention_of(model) == "eager"
 
 
 def misplaces_padding(model: nn.Module) -> bool:

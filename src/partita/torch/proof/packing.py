@@ -12,6 +12,7 @@ from partita.errors import ModelError, PartitaError
 from partita.torch.model.balance import SWITCH, asks_for_balance
 from partita.torch.model.float64 import Float64Everywhere
 from partita.torch.proof.family import sample_inputs, small_model
+from partita.torch.transformers_internals import attention_of
 
 TOLERANCE = 1e-11
 """Largest difference of logits in float64, as a fraction of the largest: far above rounding, far below any mistake."""
@@ -41,7 +42,7 @@ def _reason(model: nn.Module, plan: Plan) -> str:
         return "its multi-token prediction would predict tokens of the next document."
     if asks_for_balance(model):
         return f"the auxiliary loss of its routers would count padding ({SWITCH} in its config)."
-    key = (type(model).__name__, repr(sorted(map(repr, dict(plan.spec.config).items()))), _attention(model))
+    key = (type(model).__name__, repr(sorted(map(repr, dict(plan.spec.config).items()))), attention_of(model))
     if key not in _known:
         _known[key] = _measured(model, plan)
     return _known[key]
@@ -50,15 +51,11 @@ def _reason(model: nn.Module, plan: Plan) -> str:
 _known: dict[Any, str] = {}
 
 
-def _attention(model: nn.Module) -> Any:
-    return getattr(getattr(model, "config", None), "_attn_implementation", None)
-
-
 def _measured(model: nn.Module, plan: Plan) -> str:
     try:
         small: Any = small_model(model, plan.spec.num_heads)
-        if _attention(small) != _attention(model):
-            small.set_attn_implementation(_attention(model))
+        if attention_of(small) != attention_of(model):
+            small.set_attn_implementation(attention_of(model))
         rows = sample_inputs(small, batch=1, length=sum(LENGTHS))["input_ids"]
         documents = rows.split(LENGTHS, dim=1)
         positions = torch.cat([torch.arange(length) for length in LENGTHS])[None]

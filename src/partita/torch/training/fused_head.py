@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from partita.torch.transformers_internals import text_config_of
+
 
 def give_fused_head(model: Any, forward: Any, temperature: float) -> None:
     """Replace TRL's fused head, if it patched `model`, by one that computes the same of the split model's logits.
@@ -34,7 +36,7 @@ def give_fused_head(model: Any, forward: Any, temperature: float) -> None:
         loss = -fields["log_probs"].sum() / (mask.sum().clamp(min=1) if count is None else count)
         aux_loss = getattr(output, "aux_loss", None)
         if aux_loss is not None:
-            loss = loss + getattr(self.config.get_text_config(), "router_aux_loss_coef", 0.0) * aux_loss
+            loss = loss + getattr(text_config_of(self.config), "router_aux_loss_coef", 0.0) * aux_loss
         return FusedCausalLMOutput(loss=loss, label_mask=mask, aux_loss=aux_loss, **fields)
 
     model.forward = MethodType(fused_forward, model)
