@@ -9,6 +9,7 @@ import os
 import re
 import runpy
 import shlex
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -89,6 +90,44 @@ def test_own_loop_trains_alike_on_replicas(tmp_path: Path) -> None:
     one, two = ([float(norm) for norm in re.findall(r"gradient norm ([\d.]+)", text)] for text in printed)
     assert len(one) == 2
     assert two == pytest.approx(one, rel=1e-2)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
+def test_trl_sft(tmp_path: Path) -> None:
+    first, second = on(2, run, "trl_sft.py", str(tmp_path / "run"))
+    before, after = (float(loss) for loss in re.findall(r"loss ([\d.]+) -> ([\d.]+)", first)[0])
+    assert after < before
+    assert second.count("->") == 0
+    assert (tmp_path / "run" / "model.safetensors").is_file()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.mark.slow
+@pytest.mark.fresh
+def test_two_hosts(tmp_path: Path) -> None:
+    """Both hosts are this machine, each with a torchrun of its own."""
+    binaries = Path(sys.executable).parent
+    environment = {
+        **os.environ, "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1",
+        "MASTER_PORT": str(_free_port()),
+    }  # fmt: skip
+    hosts = [
+        subprocess.Popen(
+            ["sh", "examples/two_hosts.sh", str(number), "127.0.0.1", str(tmp_path / "two")],
+            cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for number in range(2)
+    ]  # fmt: skip
+    outputs = [host.communicate(timeout=100) for host in hosts]
+    assert [host.returncode for host in hosts] == [0, 0], outputs
+    assert "gradient norm" in outputs[0][0]
+    assert outputs[1][0] == ""
 
 
 def test_own_module() -> None:
