@@ -14,7 +14,19 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from bench import block, checkpoint, decode, load, messages, mlx_decode, mlx_load, pipeline, pipeline_decode, startup
+from bench import (
+    block,
+    checkpoint,
+    decode,
+    load,
+    messages,
+    mlx_decode,
+    mlx_load,
+    pipeline,
+    pipeline_decode,
+    startup,
+    waiting,
+)
 from bench.contest import OnRound
 from bench.ranks import RankError, Ranks
 from bench.report import show, write_docs
@@ -22,6 +34,7 @@ from bench.results import LATEST, PARTIAL, Run, Setting, Table, machine_facts
 
 COMPARISONS = {
     "messages": messages.run,
+    "waiting": waiting.run,
     "block": block.run,
     "decode": decode.run,
     "pipeline": pipeline.run,

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -34,7 +35,7 @@ def _as_with_gloo(name: str) -> None:
         test_comm.Communicator = before  # type: ignore[misc]
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [2, 3, 4])
 @pytest.mark.parametrize(
     "name",
     ["gather_uneven", "scatter_uneven", "gather_splits", "reduce_and_broadcast", "ring", "large_messages", "sub_group"],
@@ -136,3 +137,34 @@ def _world() -> str:
 
 def test_what_is_not_on_the_cpu_still_has_torch_distributed() -> None:
     assert ranks(2, "mpi").run(_world) == ["gloo", "gloo"]
+
+
+def _waits(call: str) -> float:
+    """CPU seconds of a call that waits for rank 0, which comes 2 s later."""
+    comm = MpiCommunicator()
+    x = torch.ones(4096)
+    last = comm.size - 1
+    calls: dict[str, Callable[[], object]] = {
+        "all_reduce_": lambda: comm.all_reduce_(x),
+        "all_gather": lambda: comm.all_gather(x),
+        "reduce_scatter": lambda: comm.reduce_scatter(x),
+        "broadcast_": lambda: comm.broadcast_(x),
+        "barrier": comm.barrier,
+        "recv_": lambda: comm.send(x, last) if comm.rank == 0 else comm.recv_(x, 0),
+        "send": lambda: comm.recv_(x, last) if comm.rank == 0 else comm.send(x, 0),
+        "start_recv_": lambda: (comm.start_send(x, last) if comm.rank == 0 else comm.start_recv_(x, 0)).wait(),
+    }
+    calls[call]()
+    before_s = time.process_time()
+    if comm.rank == 0:
+        time.sleep(2)
+    calls[call]()
+    return time.process_time() - before_s
+
+
+@pytest.mark.parametrize(
+    "call",
+    ["all_reduce_", "all_gather", "reduce_scatter", "broadcast_", "barrier", "recv_", "send", "start_recv_"],
+)
+def test_a_rank_sleeps_while_it_waits(call: str) -> None:
+    assert max(ranks(2, "mpi").run(_waits, call)) < 0.5  # spinning costs up to 2 s

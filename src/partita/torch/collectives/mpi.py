@@ -18,6 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from partita.ranks.liveness import ME
+from partita.ranks.waiting import wait_until
+from partita.torch.collectives.arrivals import Arrivals
 from partita.torch.collectives.comm import Communicator, Work
 
 _SUM = dist.ReduceOp.SUM
@@ -29,7 +31,7 @@ def is_there() -> bool:
 
 
 def _mpi() -> Any:
-    # With more ranks than cores, waiting ranks must yield the processor.
+    # Within a collective, and with more ranks than cores, ranks must yield the processor.
     os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
     from mpi4py import MPI
 
@@ -41,6 +43,8 @@ def meet() -> None:
     if not is_there() or "RANK" in os.environ:
         return
     world = _mpi().COMM_WORLD
+    # Ranks start at different times.
+    wait_until(world.Ibarrier().Test)
     machine = socket.gethostname()
     is_local = len(set(world.allgather(machine))) == 1
     with contextlib.closing(socket.socket()) as probe:
@@ -64,7 +68,7 @@ class _Request:
     def wait(self) -> None:
         """Block until the transfer is complete."""
         with ME.over("a transfer"):
-            self.request.Wait()
+            wait_until(self.request.Test)
 
     def is_completed(self) -> bool:
         """Whether the transfer is complete."""
@@ -84,6 +88,7 @@ class MpiCommunicator(Communicator):
         mpi = _mpi()
         world = mpi.COMM_WORLD
         self.mpi = world.Create_group(world.group.Incl(list(self.global_ranks)), tag=len(self.global_ranks))
+        self._arrived = Arrivals(mpi, self.mpi).all
         self._types: dict[torch.dtype, Any] = {
             torch.float64: mpi.DOUBLE, torch.float32: mpi.FLOAT, torch.int64: mpi.INT64_T, torch.int32: mpi.INT32_T,
             torch.int16: mpi.INT16_T, torch.int8: mpi.INT8_T, torch.uint8: mpi.UINT8_T,
@@ -121,6 +126,7 @@ class MpiCommunicator(Communicator):
             ME.begin("an all-reduce")
             memory = self._memory(tensor.data_ptr(), count * tensor.itemsize)
             try:
+                self._arrived()
                 self._all_reduce(self._in_place, (memory, count, kind), self._sum)
             finally:
                 ME.end()
@@ -130,6 +136,7 @@ class MpiCommunicator(Communicator):
             return super().all_reduce_(tensor, op)
         buffer = self._summable(tensor)
         with ME.over("an all-reduce"):
+            self._arrived()
             self.mpi.Allreduce(self._in_place, self._elements(buffer), self._ops[op])
         if op == dist.ReduceOp.AVG:
             buffer /= self.size
@@ -162,6 +169,7 @@ class MpiCommunicator(Communicator):
         flat = part.new_empty(sum(counts))
         in_bytes = [count * part.itemsize for count in counts]
         with ME.over("an all-gather"):
+            self._arrived()
             self.mpi.Allgatherv(
                 self._bytes(part), [self._memory(flat.data_ptr(), sum(in_bytes)), in_bytes, None, self._byte]
             )
@@ -176,6 +184,7 @@ class MpiCommunicator(Communicator):
         part = rows.new_empty((sizes[self.rank], *rows.shape[1:]))
         inner = torch.Size(rows.shape[1:]).numel()
         with ME.over("a reduce-scatter"):
+            self._arrived()
             self.mpi.Reduce_scatter(
                 self._elements(rows),
                 self._elements(part),
@@ -190,6 +199,7 @@ class MpiCommunicator(Communicator):
             return super().broadcast_(tensor, source)
         buffer = tensor.detach().contiguous()
         with ME.over("a broadcast"):
+            self._arrived()
             self.mpi.Bcast(self._bytes(buffer), source)
         return self._written(tensor, buffer)
 
@@ -200,7 +210,7 @@ class MpiCommunicator(Communicator):
             return
         buffer = tensor.detach().contiguous()
         with ME.over("a send"):
-            self.mpi.Send(self._bytes(buffer), to)
+            wait_until(self.mpi.Isend(self._bytes(buffer), to).Test)
 
     def recv_(self, tensor: Tensor, source: int) -> Tensor:
         """See `Communicator.recv_`."""
@@ -208,7 +218,7 @@ class MpiCommunicator(Communicator):
             return super().recv_(tensor, source)
         buffer = tensor.detach().contiguous()
         with ME.over("a receive"):
-            self.mpi.Recv(self._bytes(buffer), source)
+            wait_until(self.mpi.Irecv(self._bytes(buffer), source).Test)
         return self._written(tensor, buffer)
 
     def start_send(self, tensor: Tensor, to: int, tag: int = 0) -> Work:
@@ -227,4 +237,4 @@ class MpiCommunicator(Communicator):
         """See `Communicator.barrier`."""
         if self.size > 1:
             with ME.over("a barrier"):
-                self.mpi.Barrier()
+                wait_until(self.mpi.Ibarrier().Test)
