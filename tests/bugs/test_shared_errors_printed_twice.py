@@ -17,7 +17,7 @@ from partita.ranks.backends import open_mpi
 from tests.cli.models import TINY
 from tests.support.ranks import ROOT
 
-pytestmark = [pytest.mark.fresh, pytest.mark.timeout(100)]
+pytestmark = [pytest.mark.fresh, pytest.mark.timeout(300)]
 
 
 def launched_by(launcher: str) -> list[str]:
@@ -47,7 +47,7 @@ def test_one_rank_prints_it(launcher: str, command: str, message: str, tmp_path:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
     ended = subprocess.run(
         [*launched_by(launcher), *command.split()], cwd=tmp_path, env=environment, capture_output=True, text=True,
-        timeout=90,
+        timeout=280,
     )  # fmt: skip
     assert ended.returncode != 0
     printed = [line for line in ended.stderr.splitlines() if line.startswith("error: ") or "Invalid value" in line]

@@ -30,7 +30,7 @@ def say_environment() -> None:
 def one_fails() -> None:
     if environment.number() == 1:
         raise ValueError("this rank has had enough")
-    time.sleep(60)
+    time.sleep(600)
 
 
 def one_fails_while_another_will_not_end() -> None:

@@ -56,9 +56,7 @@ def test_threads_that_the_user_chose_are_kept(
 
 
 def test_a_failing_rank_ends_the_others(capfd: pytest.CaptureFixture[str]) -> None:
-    start_s = time.monotonic()
-    assert start("one_fails", 3) == 1
-    assert time.monotonic() - start_s < 10
+    assert start("one_fails", 3) == 1  # the others sleep for longer than a test may take
     said = capfd.readouterr()
     assert said.err.splitlines()[0] == "error: rank 1: ValueError: this rank has had enough"
     assert "Traceback" not in said.err
@@ -169,7 +167,7 @@ def test_nothing_is_left_when_the_launcher_is_ended(tmp_path: Path, number: int,
     if number != signal.SIGKILL:
         assert err == b"interrupted\n"
         assert gone_by(left, 0.0)
-    assert gone_by(left, 5.0)
+    assert gone_by(left, 30.0)
 
 
 def test_a_stopped_rank_does_not_outlive_a_killed_launcher(tmp_path: Path) -> None:
@@ -177,18 +175,17 @@ def test_a_stopped_rank_does_not_outlive_a_killed_launcher(tmp_path: Path) -> No
     left = pids(tmp_path, 2)
     process.kill()
     end(process)
-    assert gone_by(left, 5.0)
+    assert gone_by(left, 30.0)
 
 
-def test_a_second_interrupt_does_not_wait_for_the_grace(tmp_path: Path) -> None:
+def test_a_second_interrupt_does_not_wait_for_the_grace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRACE_S", "1000")
     process = spawn("wait_stopped", 2)
     left = pids(tmp_path, 2)
-    start_s = time.monotonic()
     process.send_signal(signal.SIGINT)
     time.sleep(0.5)
     process.send_signal(signal.SIGINT)
     end(process)
-    assert time.monotonic() - start_s < launcher.GRACE_S
     assert process.returncode == 130
     assert gone_by(left, 0.0)
 
@@ -210,7 +207,7 @@ def _take_signals() -> None:
 def end(process: subprocess.Popen[bytes]) -> bytes:
     """Wait for a launcher's end; what it wrote to stderr."""
     try:
-        return process.communicate(timeout=10)[1]
+        return process.communicate(timeout=60)[1]
     finally:
         process.kill()
         process.wait()
@@ -221,7 +218,7 @@ def end(process: subprocess.Popen[bytes]) -> bytes:
 
 def pids(folder: Path, ranks: int) -> list[int]:
     """The processes that `ranks` ranks have noted, once all of them have."""
-    deadline = time.monotonic() + 15
+    deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         notes = [file.read_text().split() for file in folder.glob("rank*")]
         if len(notes) == ranks and all(notes):

@@ -2,6 +2,7 @@ import copy
 import enum
 import pickle
 import time
+import tracemalloc
 
 import pytest
 
@@ -144,11 +145,14 @@ def test_huge_texts_are_refused_unexpanded():
         "(" * 1_000_000,
         "t*" * 1_000_000,
     ]
-    start = time.perf_counter()
-    for bomb in bombs:
-        with pytest.raises(LayoutError):
-            expand(bomb)
-    assert time.perf_counter() - start < 1
+    tracemalloc.start()
+    try:
+        for bomb in bombs:
+            with pytest.raises(LayoutError):
+                expand(bomb)
+        assert tracemalloc.get_traced_memory()[1] < 100 * 2**20  # the largest text that is allowed takes 20 MB
+    finally:
+        tracemalloc.stop()
 
 
 def test_the_largest_layout_reads():
@@ -162,10 +166,10 @@ def test_the_largest_layout_reads():
     "text", ["E" + "t*3|" * 99_999 + "L", "E" + "tt|" * 99_999 + "L", "E(tt|)*99999L"], ids=lambda text: text[:9]
 )
 def test_100_000_stages_are_quick(text):
-    start = time.perf_counter()
+    start_s = time.process_time()
     layout = Layout(text, 1000)
     again = Layout(str(layout), 1000)
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start_s < 30  # CPU time: linear work takes 0.1 s, quadratic work minutes
     assert again == layout
     assert layout.num_stages == 100_000
     assert len(str(layout)) < 30

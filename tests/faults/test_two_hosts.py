@@ -103,10 +103,8 @@ def test_a_cut_link_is_told_at_both_ends(engine: str, hosts: tuple[Host, Host], 
         working = pids_or_say(tmp_path, processes)
         time.sleep(0.5)
         hosts[1].cut()
-        start_s = time.monotonic()
     finally:
         ends = end(processes) if len(list(tmp_path.glob("rank*"))) == 2 else []
-    assert time.monotonic() - start_s < 60
     for rank, (code, _, said) in enumerate(ends):
         other = f"rank {1 - rank} (host {hosts[1 - rank].name}, stage 0) was lost while working"
         assert code == (LOST if engine == "mlx" else 1), said

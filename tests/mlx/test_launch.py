@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -78,9 +77,9 @@ def test_another_number_of_ranks_than_the_mesh_has_is_refused(backend: str, capf
 
 @everywhere
 def test_a_failing_rank_ends_those_that_wait_for_it(backend: str, capfd: pytest.CaptureFixture[str]) -> None:
-    start_s = time.monotonic()
-    assert start(backend, "one_fails_while_others_wait", 3) == 1
-    assert time.monotonic() - start_s < 20
+    assert (
+        start(backend, "one_fails_while_others_wait", 3) == 1
+    )  # the others would wait for longer than a test may take
     said = capfd.readouterr().err
     assert "error: rank 1: ValueError: this rank has had enough" in said
     assert "Traceback" not in said
