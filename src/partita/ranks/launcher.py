@@ -26,6 +26,7 @@ from partita.ranks.backends import local_torch_backend
 from partita.ranks.failure import Failure
 from partita.ranks.liveness import LOST, STARTING, Lines, Peer, Uptime, beat_s, lost_after_s, silence
 from partita.ranks.rendezvous import Environments, Helper, rendezvous
+from partita.ranks.waiting import cores
 
 GRACE_S = 3.0
 """Seconds that a rank has to end after SIGTERM before it is killed."""
@@ -131,10 +132,9 @@ def _connected(backend: str, ranks: int, instead: str | None, tell: Callable[[st
 
 def rank_environment(variables: dict[str, str], ranks: int) -> dict[str, str]:
     """The complete environment of a rank that connects to the others by the variables `variables`."""
-    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     loopback = "lo" if sys.platform == "linux" else "lo0"
     environment = {
-        "OMP_NUM_THREADS": str(max(1, cores // ranks)),
+        "OMP_NUM_THREADS": str(max(1, cores() // ranks)),
         "GLOO_SOCKET_IFNAME": loopback,
         **os.environ,
         **variables,

@@ -18,6 +18,7 @@ from typing import Any
 
 from partita.errors import DistributedError
 from partita.ranks.backends import open_mpi
+from partita.ranks.waiting import open_mpi_waits
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,6 @@ PROXIES_S = 30.0
 """Seconds that mpiexec has to start its processes."""
 
 _SETTINGS = {
-    # If there are more ranks than cores, waiting ranks must yield.
-    "OMPI_MCA_mpi_yield_when_idle": "1",
     # Ranks of one machine need no network, and detecting one takes a second.
     "OMPI_MCA_btl": "^tcp,ofi,uct,usnic,openib",
 }
@@ -133,7 +132,7 @@ def _over_mpi(ranks: int) -> Iterator[Environments]:
         proxies = [stack.enter_context(_next(listener, process)) for _ in range(ranks)]
         variables = [_receive(proxy) for proxy in proxies]
         numbers = [int(one["PMIX_RANK"]) for one in variables]
-        ways = {name: value for name, value in _SETTINGS.items() if name not in os.environ}
+        ways = {name: value for name, value in (_SETTINGS | open_mpi_waits(ranks)).items() if name not in os.environ}
         if mpi.library is not None:
             ways["MLX_MPI_LIBNAME"] = mpi.library
         (port,) = _free_ports(1)

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from partita.ranks.liveness import ME
-from partita.ranks.waiting import wait_until
+from partita.ranks.waiting import open_mpi_waits, wait_until
 from partita.torch.collectives.arrivals import Arrivals
 from partita.torch.collectives.comm import Communicator, Work
 
@@ -31,8 +31,8 @@ def is_there() -> bool:
 
 
 def _mpi() -> Any:
-    # Within a collective, and with more ranks than cores, ranks must yield the processor.
-    os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
+    for name, value in open_mpi_waits(int(os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", "1"))).items():
+        os.environ.setdefault(name, value)
     from mpi4py import MPI
 
     return MPI
