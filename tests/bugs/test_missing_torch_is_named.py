@@ -12,7 +12,7 @@ import pytest
 
 from tests.support.ranks import ROOT
 
-pytestmark = [pytest.mark.fresh, pytest.mark.timeout(100)]
+pytestmark = [pytest.mark.fresh, pytest.mark.timeout(300)]
 
 WITHOUT_TORCH = """
 import importlib.util, sys
@@ -44,7 +44,7 @@ def without_torch(folder: Path, *command: str) -> subprocess.CompletedProcess[st
     path = os.pathsep.join([str(folder / "site"), str(ROOT / "src")])
     return subprocess.run(
         [sys.executable, "-m", "partita", *command], cwd=folder, env={**os.environ, "PYTHONPATH": path},
-        capture_output=True, text=True, timeout=90,
+        capture_output=True, text=True, timeout=280,
     )  # fmt: skip
 
 

@@ -132,6 +132,7 @@ def test_the_first_host_of_a_list(nodes: str, host: str) -> None:
     assert first_host(nodes) == host
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.fresh
 @pytest.mark.parametrize("launcher", ["slurm", pytest.param("pmi", marks=pytest.mark.slow)])
 def test_two_tasks_are_one_run(tmp_path: Path, launcher: str) -> None:
@@ -153,7 +154,12 @@ def test_two_tasks_are_one_run(tmp_path: Path, launcher: str) -> None:
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
 
-    first, second = [(p, p.communicate(timeout=100)) for p in [start("0"), start("1")]]
+    processes = [start("0"), start("1")]
+    try:
+        first, second = [(process, process.communicate(timeout=250)) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
     assert (first[0].returncode, second[0].returncode) == (0, 0), (first[1], second[1])
     assert json.loads(first[1][0])["mesh"] == {"dp": 1, "pp": 1, "tp": 2}
     assert second[1][0] == ""
@@ -165,7 +171,7 @@ def test_a_command_refuses_what_it_cannot_join(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(TINY))
     ended = subprocess.run(
         (sys.executable, "-m", "partita", "verify", str(tmp_path / "config.json"), "--tp", "2"), cwd=ROOT, text=True,
-        env={**os.environ, "JOB_COMPLETION_INDEX": "0", "WORLD_SIZE": "2"}, capture_output=True, timeout=60,
+        env={**os.environ, "JOB_COMPLETION_INDEX": "0", "WORLD_SIZE": "2"}, capture_output=True, timeout=100,
     )  # fmt: skip
     assert ended.returncode == 2
     assert ended.stderr.startswith(
