@@ -15,6 +15,7 @@ from partita.torch.collectives.groups import (
     parallelism_is_initialized,
     reset_parallelism,
 )
+from partita.torch.compile import compile_layers
 from partita.torch.generate import generate
 from partita.torch.layers.embedding import ParallelEmbedding, VocabParallelEmbedding
 from partita.torch.layers.init import InitType, initialize_model_parallel_affine_weight_
@@ -62,6 +63,7 @@ __all__ = [
     "add_lora",
     "byte_tokenizer",
     "clip_grad_norm_",
+    "compile_layers",
     "elementwise_optimizer",
     "fresh",
     "generate",

@@ -14,7 +14,7 @@ from torch import Tensor
 from partita.core.sharding.split import Split
 from partita.errors import DistributedError
 from partita.ranks.liveness import waits_in
-from partita.torch.collectives import cpu_memory
+from partita.torch.collectives import cpu_memory, operators
 
 
 class Work(Protocol):
@@ -67,6 +67,7 @@ class Communicator:
         rank: Rank of this process within the group.
         size: Number of ranks in the group.
         global_ranks: Ranks of the members in the whole run.
+        key: Identifies the communicator within this process in compiled graphs.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
@@ -83,6 +84,7 @@ class Communicator:
             raise DistributedError(f"rank {dist.get_rank()} is not in this group.")
         self.size: int = dist.get_world_size(self.group)
         self.global_ranks: tuple[int, ...] = tuple(dist.get_process_group_ranks(self.group))
+        self.key = operators.register(self)
         backends = dict(part.split(":", 1) for part in dist.get_backend_config(self.group).split(","))
         self._is_pair = self.size == 2 and "gloo" in backends.values()
         # Device types whose tensors the group's backends can exchange directly.
@@ -102,6 +104,7 @@ class Communicator:
         """Whether a tensor must be exchanged through CPU memory."""
         return self.size > 1 and not tensor.is_cpu and tensor.device.type not in self._direct
 
+    @operators.traced_as(operators.all_reduce_)
     @waits_in("an all-reduce")
     def all_reduce_(self, tensor: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
         """Reduce over the ranks in place."""
@@ -143,6 +146,7 @@ class Communicator:
         assert work is not None
         return work  # type: ignore[no-any-return]
 
+    @operators.traced_as(operators.all_gather)
     @waits_in("an all-gather")
     def all_gather(self, tensor: Tensor, dim: int = -1, sizes: Sequence[int] | None = None) -> Tensor:
         """The tensors of all ranks, concatenated along `dim` in rank order.
@@ -179,6 +183,7 @@ class Communicator:
         dist.all_gather(parts, padded, group=self.group)
         return torch.cat([part[:n] for part, n in zip(parts, sizes, strict=True)]).movedim(0, dim)
 
+    @operators.traced_as(operators.reduce_scatter)
     @waits_in("a reduce-scatter")
     def reduce_scatter(self, tensor: Tensor, dim: int = 0, sizes: Sequence[int] | None = None) -> Tensor:
         """Sum over the ranks and return this rank's part along `dim`.

@@ -157,7 +157,8 @@ def reduce_from_(x: Tensor, comm: Communicator) -> Tensor:
     """`reduce_from` in the memory of `x`, which nothing else may use: the new output of a linear layer."""
     if comm.size == 1:
         return x
-    if not x.is_contiguous():
+    if torch.compiler.is_compiling() or not x.is_contiguous():
+        # A compiler decides itself which memory it reuses.
         return reduce_from(x, comm)
     return _ReduceInPlace.apply(x, comm)  # type: ignore[no-any-return]
 

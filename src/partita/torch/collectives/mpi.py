@@ -19,6 +19,7 @@ from torch import Tensor
 
 from partita.ranks.liveness import ME
 from partita.ranks.waiting import open_mpi_waits, wait_until
+from partita.torch.collectives import operators
 from partita.torch.collectives.arrivals import Arrivals
 from partita.torch.collectives.comm import Communicator, Work
 
@@ -116,6 +117,7 @@ class MpiCommunicator(Communicator):
             return tensor.detach().contiguous()
         return tensor.detach().to(torch.float32 if tensor.is_floating_point() else torch.uint8).contiguous()
 
+    @operators.traced_as(operators.all_reduce_)
     def all_reduce_(self, tensor: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
         """See `Communicator.all_reduce_`."""
         kind = self._types.get(tensor.dtype)
@@ -157,6 +159,7 @@ class MpiCommunicator(Communicator):
         self.all_reduce_(tensor)
         return Communicator.single().start_all_reduce_(tensor)
 
+    @operators.traced_as(operators.all_gather)
     def all_gather(self, tensor: Tensor, dim: int = -1, sizes: Sequence[int] | None = None) -> Tensor:
         """See `Communicator.all_gather`."""
         if not self._goes(tensor):
@@ -175,6 +178,7 @@ class MpiCommunicator(Communicator):
             )
         return torch.cat([part.view(shape) for part, shape in zip(flat.split(counts), shapes, strict=True)], dim)
 
+    @operators.traced_as(operators.reduce_scatter)
     def reduce_scatter(self, tensor: Tensor, dim: int = 0, sizes: Sequence[int] | None = None) -> Tensor:
         """See `Communicator.reduce_scatter`."""
         if not self._goes(tensor):

@@ -20,6 +20,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from partita.torch.layers.compiled import compiled_parts
 from partita.torch.layers.inner import has_no_hooks
 
 PAYS_AFTER_TOKENS = 32
@@ -46,7 +47,12 @@ def decoding(model: nn.Module, rows: int, tokens: int) -> Iterator[None]:
         for layer in layers:
             if layer.weight.is_contiguous():
                 layer.weight.data = layer.weight.data.T.contiguous().T
-    turned = [layer for layer in layers if rows in FEW and layer.weight.is_contiguous() and has_no_hooks(layer)]
+    compiled = compiled_parts(model)
+    turned = [
+        layer
+        for layer in layers
+        if rows in FEW and layer.weight.is_contiguous() and has_no_hooks(layer) and layer not in compiled
+    ]
     for layer in turned:
         layer.forward = partial(_turned, layer)  # type: ignore[method-assign]
     try:

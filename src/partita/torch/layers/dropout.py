@@ -9,10 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._compile import (
+    _disable_dynamo,  # unlike torch.compiler.disable, imports torch._dynamo at the first call only
+)
 from torch.autograd import Function
 
 from partita.core.plan import Plan
 from partita.torch.collectives.comm import Communicator
+from partita.torch.layers.compiled import is_compiled
 from partita.training.random import mixed_seed
 
 
@@ -30,20 +34,26 @@ class RegionRandomness:
         self._outside: Tensor | None = None
         self._device = torch.device("cpu")
 
+    @_disable_dynamo
     def enter(self, x: Tensor) -> None:
-        """Enter a region with input `x`; a second entry into the same region does nothing."""
+        """Enter a region with input `x`; a second entry into the same region does nothing.
+
+        A compiled graph ends here and at `leave`: compilers draw the random numbers of a graph from one seed at its start.
+        """
         if self._outside is None:
             self._device = x.device
             self._outside = self._generator().get_state()
             seed = int(torch.randint(0, 1 << 62, (), device=self._device))
             self._generator().manual_seed((seed + 0x9E3779B97F4A7C15 * (self.comm.rank + 1)) % (1 << 63))
 
-    def leave(self) -> None:
-        """Leave the region."""
+    @_disable_dynamo
+    def leave(self, x: Tensor) -> Tensor:
+        """Leave the region with output `x`, which is returned (see `_reached`)."""
         if self._outside is not None:
             self._generator().set_state(self._outside)
             torch.rand((), device=self._device)
             self._outside = None
+        return _reached(x)
 
     def _generator(self) -> Any:
         return (
@@ -65,7 +75,7 @@ class _Reached(Function):
         return grad
 
 
-def reached(x: Tensor) -> Tensor:
+def _reached(x: Tensor) -> Tensor:
     """`x` as a new tensor that checkpointing recomputes too: recomputation stops after the last saved tensor, which is this
     one.
 
@@ -86,28 +96,33 @@ def layer_randomness(model: nn.Module, plan: Plan) -> Iterator[None]:
     run = getattr(layers, "run", None)
     if run is not None:
         run.draws = model.training
-    changed = []
+    changed: list[tuple[nn.Module, str, Any]] = []
     for name, layer in layers.named_children():
         if name.isdigit() and "forward" not in layer.__dict__:
-            layer.forward = partial(_seeded, layer, int(name))
-            changed.append(layer)
+            # The seed is sampled outside the graph of a compiled layer.
+            attribute = "_compiled_call_impl" if is_compiled(layer) else "forward"
+            changed.append((layer, attribute, layer.__dict__.get(attribute)))
+            call = layer._compiled_call_impl if is_compiled(layer) else partial(type(layer).forward, layer)
+            setattr(layer, attribute, partial(_seeded, layer, int(name), call))
     try:
         yield
     finally:
-        for layer in changed:
-            del layer.forward
+        for layer, attribute, before in changed:
+            delattr(layer, attribute)
+            if before is not None:
+                setattr(layer, attribute, before)
         if run is not None:
             run.draws = False
 
 
-def _seeded(layer: Any, index: int, *args: Any, **kwargs: Any) -> Any:
+def _seeded(layer: Any, index: int, call: Any, *args: Any, **kwargs: Any) -> Any:
     if not layer.training:
-        return type(layer).forward(layer, *args, **kwargs)
+        return call(*args, **kwargs)
     seed = skip_draw()
     device = next((p.device for p in layer.parameters()), torch.device("cpu"))
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(mixed_seed(seed, index))
-        return type(layer).forward(layer, *args, **kwargs)
+        return call(*args, **kwargs)
 
 
 def skip_draw() -> int:

@@ -16,7 +16,7 @@ from partita.torch.collectives.groups import parallel_group_info
 from partita.torch.collectives.mappings import gather_from, reduce_from
 from partita.torch.layers.init import InitType, init_affine_
 from partita.torch.layers.inner import base_layer, copy_module, inner_weight, slice_parameter
-from partita.torch.layers.lora import Style, adopt
+from partita.torch.layers.lora import Style, adopt, adopt_new
 
 
 class ParallelEmbedding(nn.Module):
@@ -186,7 +186,7 @@ class VocabParallelEmbedding(nn.Module):
         if self.comm.size == 1:
             return self.embedding(ids)  # type: ignore[no-any-return]
         if self._is_adapted:
-            adopt(self.embedding, self.comm, self.split, self.style)
+            adopt_new(self.embedding, self.comm, self.split, self.style)
         local = ids - self.start
         # An id outside the unsplit vocabulary stays unchanged: the lookup raises on every rank, as in the unsplit model.
         elsewhere = ((local < 0) | (local >= self.stop - self.start)) & (ids >= 0) & (ids < self.num_embeddings)

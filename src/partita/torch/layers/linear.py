@@ -21,7 +21,7 @@ from partita.torch.collectives.mappings import (
     reduce_scatter,
     scatter_to,
 )
-from partita.torch.layers.dropout import RegionRandomness, reached
+from partita.torch.layers.dropout import RegionRandomness
 from partita.torch.layers.init import InitType, init_affine_, init_bias_, strided_split
 from partita.torch.layers.inner import (
     base_layer,
@@ -32,7 +32,7 @@ from partita.torch.layers.inner import (
     linear_shape,
     slice_linear,
 )
-from partita.torch.layers.lora import LoraLinear, Style, adopt
+from partita.torch.layers.lora import LoraLinear, Style, adopt, adopt_new
 from partita.torch.layers.region import RegionInput
 
 
@@ -45,6 +45,11 @@ class _ShardedLinear(nn.Module):
     transposed: bool
     style: Style
     _is_adapted = False
+
+    def _set_split(self, split: Split) -> None:
+        # torch.compile cannot trace the computation of a cached property, so these are computed now.
+        _ = split.local_sizes, split.is_in_order, split.is_partition
+        self.split = split
 
     @property
     def weight(self) -> Tensor:
@@ -72,8 +77,7 @@ class _ShardedLinear(nn.Module):
 
     def _compute(self, x: Tensor) -> Tensor:
         if self._is_adapted:
-            # peft adds a second adapter to the first's layer without replacing it.
-            adopt(self.linear, self.comm, self.split, self.style)
+            adopt_new(self.linear, self.comm, self.split, self.style)
         linear: Any = self.linear
         return F.linear(x, linear.weight, linear.bias) if self._is_plain else linear(x)
 
@@ -197,7 +201,8 @@ class ColumnParallelLinear(_ShardedLinear):
         sequence_parallel: bool,
         sequence_dim: int,
     ) -> None:
-        self.comm, self.split, self.transposed = comm, split, transposed
+        self.comm, self.transposed = comm, transposed
+        self._set_split(split)
         self.gather_output = gather_output
         self.sequence_parallel, self.sequence_dim = sequence_parallel, sequence_dim
         self.entry = entry if entry is not None else RegionInput(comm)
@@ -361,7 +366,8 @@ class RowParallelLinear(_ShardedLinear):
     ) -> None:
         if not split.is_partition:
             raise PlanError(f"the inputs of a row layer must be split without copies; got {split}.")
-        self.comm, self.split, self.transposed = comm, split, transposed
+        self.comm, self.transposed = comm, transposed
+        self._set_split(split)
         self.split_input = split_input
         self.randomness: RegionRandomness | None = None
         self.sequence_parallel, self.sequence_dim = sequence_parallel, sequence_dim
@@ -388,8 +394,7 @@ class RowParallelLinear(_ShardedLinear):
             x = self._take(x)
         y = self._compute(x)
         if self.training and self.randomness is not None:
-            self.randomness.leave()
-            y = reached(y)
+            y = self.randomness.leave(y)
         bias: Tensor | None = self.bias
         if self.sequence_parallel:
             y = reduce_scatter(y, self.comm, self.sequence_dim)

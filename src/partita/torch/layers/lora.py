@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.nn import functional as F
 
 from partita.core.sharding.split import Split
@@ -120,6 +121,7 @@ def adopt(linear: Any, comm: Communicator, split: Split, style: Style, *, filled
         for name, p in linear.named_parameters()
         if id(p) not in own and not getattr(p, "_partita_adopted", False)
     ]
+    linear._partita_adopted = len(list(linear.parameters()))
     if not added:
         return
     strange = [name for name, _ in added if part_kind(name) not in PART_DIMS[style]]
@@ -145,6 +147,20 @@ def adopt(linear: Any, comm: Communicator, split: Split, style: Style, *, filled
             measure_magnitudes(linear)
     if not filled and samples:
         _draw_alike(comm, added[0][1].device)
+
+
+def adopt_new(linear: Any, comm: Communicator, split: Split, style: Style) -> None:
+    """`adopt` at the beginning of a forward, because peft adds a second adapter to the first's layer without replacing it.
+
+    A compiled graph contains nothing of it, unless there are new parameters: then the graph breaks here.
+    """
+    if not torch.compiler.is_compiling():
+        adopt(linear, comm, split, style)
+    elif getattr(linear, "_partita_adopted", 0) != len(list(linear.parameters())):
+        _adopt_outside(linear, comm, split, style)
+
+
+_adopt_outside = _disable_dynamo(adopt)
 
 
 def _agree(

@@ -122,7 +122,11 @@ def vocab_parallel_cross_entropy(
     flat = target.reshape(-1)
     keep = flat != ignore_index
     outside = keep & ((flat < 0) | (flat >= split.size))
-    if bool(outside.any()):
+    if torch.compiler.is_compiling():
+        torch._assert_async(
+            ~outside.any(), f"a target is outside the vocabulary of {split.size} and not {ignore_index}."
+        )
+    elif bool(outside.any()):
         raise PlanError(
             f"target {int(flat[outside][0])} is outside the vocabulary of {split.size} and not ignore_index ({ignore_index})."
         )

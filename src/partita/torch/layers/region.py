@@ -160,7 +160,7 @@ class RegionInput:
         compute = layer._compute
         if self.comm.size == 1 or not (torch.is_grad_enabled() and x.requires_grad):
             return compute(x)  # type: ignore[operator, no-any-return]
-        if self._left and self._input is x and self._version == x._version:
+        if self._left and self._input is x and self._version == _version(x):
             self._left -= 1
         else:
             if self._left:
@@ -172,7 +172,7 @@ class RegionInput:
         if not self._left:
             self._input = self._entered = None
             self._weights = {}
-        if id(layer) in weights:
+        if weights and id(layer) in weights:  # compiled layers share a graph as long as it depends on no id
             weight, later = weights[id(layer)]
             return _Linear.apply(entered, weight, layer.linear.bias, later)  # type: ignore[union-attr, no-any-return]
         return compute(entered)  # type: ignore[operator, no-any-return]
@@ -188,12 +188,20 @@ class RegionInput:
             self._entered = _Start.apply(waited, later, self.comm)
         else:
             self._entered = copy_to(x, self.comm)
-        self._input, self._version, self._left = x, x._version, self.users - 1
+        self._input, self._version, self._left = x, _version(x), self.users - 1
 
     def _overlaps(self, x: Tensor) -> bool:
         """Whether all users are plain linear layers with enough work to overlap with the all-reduce."""
+        if torch.compiler.is_compiling():
+            # The backward is one graph then, and its order is the compiler's.
+            return False
         if self.users != len(self.layers) or torch.is_autocast_enabled(x.device.type):
             return False
         inner: list[Any] = [layer.linear for layer in self.layers]
         plain = all(layer._is_plain for layer in self.layers)
         return plain and sum(x.numel() * linear.out_features for linear in inner) >= OVERLAP_MACS
+
+
+def _version(x: Tensor) -> int:
+    """The number of changes of `x` in place, which is unknown while a graph is compiled."""
+    return 0 if torch.compiler.is_compiling() else x._version

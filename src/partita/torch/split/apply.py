@@ -140,7 +140,9 @@ def _split_experts(module: nn.Module, comm: Communicator, split: Split) -> None:
         floats = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.is_floating_point()]
         # A router often computes in float32 in a model of another dtype. Each value enters in its own dtype, as it does
         # unsplit, and the ranks' gradients are summed in the widest.
-        widest = max((v.dtype for v in floats), key=lambda dtype: dtype.itemsize)
+        widest = floats[0].dtype
+        for value in floats[1:]:
+            widest = value.dtype if value.dtype.itemsize > widest.itemsize else widest
 
         def entered(value: Any) -> Any:
             return copy_to(value.to(widest), comm).to(value.dtype) if any(value is v for v in floats) else value

@@ -15,10 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from partita.errors import PlanError
 from partita.schedule.action import Action, Kind, Schedule
 from partita.schedule.fit import check_schedule
 from partita.schedule.lower import lower
 from partita.schedule.timeline import Timeline
+from partita.torch.layers.compiled import compiled_parts
 from partita.torch.layers.dropout import layer_randomness
 from partita.torch.model.balance import Balance
 from partita.torch.model.parts import plan_of
@@ -49,7 +51,8 @@ class Pipeline:
         """Create a pipeline of `model`, a result of `load`, `shard` or `fresh`, that runs `schedule`, lowered or not.
 
         Raises:
-            PlanError: The stages of the schedule differ from those of the model's plan.
+            PlanError: The stages of the schedule differ from those of the model's plan, or the schedule separates weight
+                gradients, which compiled layers cannot.
         """
         plan, groups = plan_of(model)
         check_schedule(schedule, plan)
@@ -63,7 +66,13 @@ class Pipeline:
         self.gradients = WeightGradients()
         # In-place accumulation saves an addition. With split layers, their own backward overlaps with the reductions.
         splits_backward = any(action.kind is Kind.W for action in self.actions)
-        self._keeps_gradients = splits_backward or (self.trains and groups.tp.size == 1)
+        compiled = bool(compiled_parts(model))
+        if splits_backward and compiled:
+            raise PlanError(
+                "zero-bubble schedules compute weight gradients apart from input gradients, but the backward of a compiled "
+                "layer is one graph. Use the schedule 1f1b, or do not compile the layers."
+            )
+        self._keeps_gradients = splits_backward or (self.trains and groups.tp.size == 1 and not compiled)
         self._links = Links(groups.pp, next((p.device for p in model.parameters()), torch.device("cpu")))
         self._homes = self.schedule.rank_of
         self._reset()

@@ -1,0 +1,35 @@
+"""Compiling a split model: `torch.compile` of each layer, with the collectives in the graph."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from partita.torch.collectives.collective_errors import collective_errors
+from partita.torch.layers.compiled import compile_each
+from partita.torch.model.parts import plan_of
+
+
+def compile_layers(model: nn.Module, *, generates: bool = False) -> int:
+    """Compile each layer of a split model in place, with torch's default compiler; every rank must call it.
+
+    A layer is compiled when it first runs, and again for other shapes, by each rank for itself. Its collectives become
+    operators of the graph. With dropout in a layer that tensor ranks split, the layer becomes several graphs.
+
+    Args:
+        model: A result of `load`, `shard` or `fresh`.
+        generates: Whether the layers will run with a cache of any length, as in `generate`, instead of training.
+
+    Returns:
+        The number of layers that this rank holds.
+
+    Raises:
+        ModelError: A rank has no C++ compiler; on every rank.
+
+    Examples:
+        >>> model = pt.load("./model", tp=2)
+        >>> pt.compile_layers(model)
+        2
+    """
+    plan, groups = plan_of(model)
+    with collective_errors(groups):
+        return compile_each(model, plan, generates=generates)
