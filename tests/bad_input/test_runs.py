@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.bad_input.table import Case, refuses, rows
+from tests.bad_input.table import ENGINES, Case, refuses, rows
 from tests.cli.conftest import Run
 
 HI = "generate model hi --max-new-tokens 1"
@@ -81,6 +81,10 @@ GENERATE = [
         "device must be available on this machine...got ''. Leave it out",
     ),
     Case("a device without memory", f"{HI} --device meta", "device must be able to store weights; got 'meta'."),
+    *(
+        Case("compiled on MLX", f"{HI} --engine mlx --compile", "--compile is for torch. MLX fuses operations by itself")
+        for _ in ENGINES[1:]
+    ),
     Case("no such engine", f"{HI} --engine jax", "'--engine'...'jax' is not one of 'torch', 'mlx'"),
     Case(
         "no such backend",

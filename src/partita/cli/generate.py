@@ -15,9 +15,9 @@ from partita.checkpoint.index import open_checkpoint
 from partita.cli import launch
 from partita.cli.arguments import inputs
 from partita.cli.arguments.engine import choose_engine
-from partita.cli.arguments.model import plan_early, read_tokenizer, refuse_device, request_of
+from partita.cli.arguments.model import plan_early, read_tokenizer, refuse_compile, refuse_device, request_of
 from partita.cli.arguments.options import OUTPUT, WEIGHTS, ModelArgument, PlanOptions, RunOptions, WeightsDtype
-from partita.cli.job import Job
+from partita.cli.job import Job, compile_layers
 from partita.cli.terminal.console import err, mesh_name, out, plural, print_json, size, write
 from partita.cli.terminal.messages import hold, release
 from partita.cli.terminal.progress import loading
@@ -226,6 +226,14 @@ class TextOptions(PlanOptions):
             rich_help_panel=WEIGHTS,
         ),
     ] = False
+    compile: Annotated[
+        bool,
+        typer.Option(
+            "--compile",
+            help="Compile each layer with torch.compile when it first runs. Needs a C++ compiler.",
+            rich_help_panel=WEIGHTS,
+        ),
+    ] = False
     dtype: WeightsDtype = None
 
 
@@ -254,6 +262,8 @@ def generate(options: GenerateOptions) -> None:
     request = replace(request, dtype=options.dtype and options.dtype.value)
     plan = plan_early(request, given)
     refuse_device(name, options.device)
+    if options.compile:
+        refuse_compile(name)
     sampling = _sampling(options)
     if is_local(options.model):
         open_checkpoint(find_model(options.model))
@@ -265,7 +275,7 @@ def generate(options: GenerateOptions) -> None:
         GenerateJob(
             request=request, plan=plan, backend=options.backend, device=options.device, texts=texts, sampling=sampling,
             chat=options.chat, system=options.system, adapters=options.adapters,
-            verify=not options.no_verify, as_json=options.as_json,
+            compile=options.compile, verify=not options.no_verify, as_json=options.as_json,
             stream=not options.no_stream and not options.as_json and len(texts) == 1,
         )
     )  # fmt: skip
@@ -292,6 +302,7 @@ class GenerateJob(Job):
         chat: Whether each prompt is a user's message for the model's chat template.
         system: The system message of a chat.
         adapters: Adapters for the model.
+        compile: Whether each layer is compiled.
         verify: Whether the files of a training checkpoint are compared with their checksums.
         stream: Whether text is printed while it is generated.
         as_json: Whether the result is printed as JSON.
@@ -302,6 +313,7 @@ class GenerateJob(Job):
     chat: bool = False
     system: str | None = None
     adapters: Path | None
+    compile: bool = False
     verify: bool
     stream: bool
     as_json: bool
@@ -332,6 +344,8 @@ class GenerateJob(Job):
             split = engine.load(folder, **self.split, dtype=asked.dtype, verify=self.verify, progress=progress)
         if self.adapters is not None:
             engine.load_adapters(split, self.adapters)
+        if self.compile:
+            compile_layers(split, generates=True)
         loaded_s = time.perf_counter()
         reports: list[GenerationReport] = []
         streamed = self.stream and environment.is_first()

@@ -13,6 +13,8 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from partita.core.plan import Plan
 from partita.core.request import PlanRequest
+from partita.notes import note
+from partita.ranks import environment
 
 
 @dataclass(kw_only=True)
@@ -103,3 +105,13 @@ def _decoded(hint: Any, value: Any) -> Any:
     if get_origin(hint) in (list, tuple):
         return get_origin(hint)(_decoded(arguments[0], one) for one in value)
     return value
+
+
+def compile_layers(split: Any, *, generates: bool = False) -> None:
+    """Compile each layer of a torch model, and print a note on the first rank."""
+    from partita import torch
+
+    torch.compile_layers(split, generates=generates)
+    if environment.is_first():
+        first = "token takes" if generates else "step takes"
+        note(f"each layer is compiled when it first runs, so the first {first} longer.")

@@ -15,7 +15,7 @@ from partita.cli import launch
 from partita.cli.arguments import elastic
 from partita.cli.arguments.data import DataOptions, read_sources
 from partita.cli.arguments.engine import EngineChoice, choose_engine
-from partita.cli.arguments.model import plan_early, refuse_device, request_of
+from partita.cli.arguments.model import plan_early, refuse_compile, refuse_device, request_of
 from partita.cli.arguments.options import (
     OUTPUT,
     PIPELINE,
@@ -298,6 +298,14 @@ class TrainingOptions(DataOptions, PlanOptions):
             rich_help_panel=MEMORY,
         ),
     ] = False
+    compile: Annotated[
+        bool,
+        typer.Option(
+            "--compile/--no-compile",
+            help="Compile each layer with torch.compile when it first runs. Needs a C++ compiler.",
+            rich_help_panel=MEMORY,
+        ),
+    ] = False
     dtype: WeightsDtype = None
 
 
@@ -327,6 +335,8 @@ def train(options: TrainOptions) -> None:
     )  # fmt: skip
     plan = plan_early(stages.request, given)
     refuse_device(request.engine, options.device)
+    if run.notes["compile"]:
+        refuse_compile(request.engine)
     data = replace(read_sources(run.notes, run.settings["eval_every"]), shown=options.show_sample)
     if run.state is None:
         _check_saving(options)
@@ -348,8 +358,8 @@ def train(options: TrainOptions) -> None:
             request=stages.request, plan=plan, backend=options.backend, device=options.device,
             new=run.notes["config"] is not None and run.state is None, data=data, notes=run.notes, options=settings,
             out=options.out_folder, resume=run.state is not None, verify=not options.no_verify,
-            lora_rank=run.notes["lora_rank"], lora=_lora_of(options), as_json=options.as_json,
-            picture=options.picture, trace=options.trace,
+            lora_rank=run.notes["lora_rank"], lora=_lora_of(options), compile=run.notes["compile"],
+            as_json=options.as_json, picture=options.picture, trace=options.trace,
         )
     )  # fmt: skip
 
@@ -393,7 +403,7 @@ def _asked(options: TrainOptions, source: str) -> _Run:
         "dtype": options.dtype and options.dtype.value, "lora_rank": options.lora_rank,
         **{name: getattr(options, name) for name in LORA}, "save_every": options.save_every,
         "keep": options.keep, "run_id": elastic.run_id(), "engine": options.engine and options.engine.value,
-        "zero": options.zero, "checkpointing": options.checkpointing,
+        "zero": options.zero, "checkpointing": options.checkpointing, "compile": options.compile,
     }  # fmt: skip
     return _Run(source, places, settings, notes)
 

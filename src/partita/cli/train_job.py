@@ -12,7 +12,7 @@ from typing import Any
 from partita.checkpoint.run_lock import RunLock
 from partita.cli.arguments.data import DataSources
 from partita.cli.arguments.model import read_tokenizer
-from partita.cli.job import Job
+from partita.cli.job import Job, compile_layers
 from partita.cli.terminal.console import count, err, mesh_name, out, plural, print_json, sparkline
 from partita.cli.terminal.progress import loading, preparing, saved, saving, training
 from partita.cli.terminal.samples import show_sample
@@ -48,6 +48,7 @@ class TrainJob(Job):
         verify: Whether that checkpoint is first read completely and compared with its checksums.
         lora_rank: Rank of the adapters, if adapters are trained.
         lora: The arguments of `add_lora` besides rank and seed; a resumed run has them in its checkpoint.
+        compile: Whether each layer is compiled.
         as_json: Whether the report is printed as JSON.
         picture: The file in which the last step is drawn.
         trace: The file for the trace of the last step.
@@ -65,6 +66,7 @@ class TrainJob(Job):
     verify: bool
     lora_rank: int | None
     lora: dict[str, Any]
+    compile: bool = False
     as_json: bool
     picture: Path | None
     trace: Path | None
@@ -119,6 +121,8 @@ class TrainJob(Job):
         if environment.is_first() and not self.as_json and self.request.engine == "torch":
             _print_start(split, self.mesh, samples, TrainSettings(**self.options))
         saves = self._saves(tokenizer)
+        if self.compile and done < self.options["steps"]:
+            compile_layers(split)
         if done < self.options["steps"]:
             with training(self.options["steps"], done) as on_step:
                 self.reports = self.engine.train(

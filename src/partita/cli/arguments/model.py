@@ -213,6 +213,16 @@ def find_config(model: str) -> Path:
         raise not_fetched(model, error) from error
 
 
+def refuse_compile(engine: EngineName) -> None:
+    """Raise `ModelError` for `--compile` on MLX."""
+    if engine == "mlx":
+        raise ModelError(
+            "--compile is for torch. MLX fuses operations by itself where mlx-lm asks for it (mx.compile), and a whole layer "
+            "cannot be compiled there, because its collectives must run in the same order on all ranks. Leave it out, or use "
+            "--engine torch."
+        )
+
+
 def refuse_device(engine: EngineName, device: str | None) -> None:
     """Raise `ModelError` for `--device` on MLX."""
     if engine == "mlx" and device is not None:

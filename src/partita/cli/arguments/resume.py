@@ -24,11 +24,11 @@ LAYOUT = ("tp", "pp", "dp", "layout", "vpp", "schedule", "microbatches", "group_
 """Options that specify how the work is distributed. If none is given, a resumed run keeps those that it started with."""
 
 KEPT = (
-    "data", "text_column", "eval_data", "eval_every", "save_every", "keep", "engine", "zero", "checkpointing",
+    "data", "text_column", "eval_data", "eval_every", "save_every", "keep", "engine", "zero", "checkpointing", "compile",
 )  # fmt: skip
 """Options that are taken from the checkpoint unless they are given again."""
 
-TORCH_ONLY = ("zero", "checkpointing")
+TORCH_ONLY = ("zero", "checkpointing", "compile")
 """Options of `KEPT` that MLX does not have; a run that continues there leaves them out."""
 
 _WHY_NOT: Mapping[str, str] = {
