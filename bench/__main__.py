@@ -17,6 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from bench import (
     block,
     checkpoint,
+    compile,
     decode,
     load,
     messages,
@@ -37,6 +38,7 @@ COMPARISONS = {
     "waiting": waiting.run,
     "block": block.run,
     "decode": decode.run,
+    "compile": compile.run,
     "pipeline": pipeline.run,
     "pipeline-decode": pipeline_decode.run,
     "load": load.run,

@@ -79,11 +79,11 @@ def set_up(size: Mapping[str, int]) -> dict[str, Contestant]:
         return whole
 
     alone = copy.deepcopy(model.layers[0])
-    reference = _Block(alone, x, out_grad, angles, lambda: dict(alone.named_parameters()))
+    reference = Block(alone, x, out_grad, angles, lambda: dict(alone.named_parameters()))
     reference.step()
 
     def contestant(layer: Any, parameters: Callable[[], Mapping[str, Any]], cut: Any = None) -> Contestant:
-        block = _Block(layer, x, out_grad, angles, parameters)
+        block = Block(layer, x, out_grad, angles, parameters)
         return Contestant(block.step, lambda: block.check(reference, cut))
 
     by_hand, by_hand_gloo, dtensor, tuned = (copy.deepcopy(model.layers[0]) for _ in range(4))
@@ -102,7 +102,7 @@ def set_up(size: Mapping[str, int]) -> dict[str, Contestant]:
     }
 
 
-class _Block:
+class Block:
     """A decoder layer that is run forward and backward."""
 
     def __init__(self, layer: Any, x: Any, out_grad: Any, angles: Any, parameters: Callable[[], Mapping[str, Any]]):
@@ -117,7 +117,7 @@ class _Block:
         self.out = self.layer(self.x, position_embeddings=self.angles)
         self.out.backward(self.out_grad)
 
-    def check(self, reference: _Block, cut: Callable[[str, Any], Any] | None) -> None:
+    def check(self, reference: Block, cut: Callable[[str, Any], Any] | None) -> None:
         """Output and every gradient equal those of the unsplit layer, of which `cut` takes this rank's part."""
         pairs = {"output": (self.out, reference.out), "input gradient": (self.x.grad, reference.x.grad)}
         whole = {name: parameter.grad for name, parameter in reference.parameters().items()}
