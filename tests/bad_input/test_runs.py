@@ -82,7 +82,9 @@ GENERATE = [
     ),
     Case("a device without memory", f"{HI} --device meta", "device must be able to store weights; got 'meta'."),
     *(
-        Case("compiled on MLX", f"{HI} --engine mlx --compile", "--compile is for torch. MLX fuses operations by itself")
+        Case(
+            "compiled on MLX", f"{HI} --engine mlx --compile", "--compile is for torch. MLX fuses operations by itself"
+        )
         for _ in ENGINES[1:]
     ),
     Case("no such engine", f"{HI} --engine jax", "'--engine'...'jax' is not one of 'torch', 'mlx'"),

@@ -34,7 +34,7 @@ def launched_by(launcher: str) -> list[str]:
     ("launcher", "command", "message"),
     [
         ("mpirun", "generate unknown hi --tp 2 --backend carrier-pigeon", "Invalid value for '--backend'"),
-        ("mpirun", "verify unknown --tp 2 --engine mlx", "error: rank 0: the installed mlx-lm has no model"),
+        ("mpirun", "verify unknown --tp 2 --engine mlx", ": the installed mlx-lm has no model"),
         ("mpirun", "verify unknown --tp 2 --engine torch", "error: "),
         ("torchrun", "verify unknown --tp 2 --engine torch", "error: "),
         ("torchrun", "train --config unknown --data missing --tp 2 --out out", "error: --data missing: there is no"),

@@ -122,6 +122,7 @@ def test_with_inductor(name: str) -> None:
     ranks(2).run(_layers, name, "float32", "inductor", True)
 
 
+@pytest.mark.slow
 def test_over_open_mpi() -> None:
     pytest.importorskip("mpi4py")
     ranks(2, "mpi").run(_layers, "llama-7-heads-1-kv", "float64", "aot_eager", True)
