@@ -16,7 +16,7 @@ from partita.proof.report import Report
 from partita.ranks.environment import EngineName
 from partita.ranks.groups import AxisGroups, Communicator
 from partita.schedule import Timeline
-from partita.training import SaveReport, Saves, StepReport, TrainSettings
+from partita.training import Follow, SaveReport, Saves, StepReport, TrainSettings
 
 Model = Any
 """A torch or MLX module, opaque outside the engine that created it."""
@@ -100,6 +100,7 @@ class Engine(Protocol):
         saves: Saves | None = None,
         on_save: Callable[[SaveReport], None] | None = None,
         resume: str | os.PathLike[str] | None = None,
+        follow: Follow | None = None,
     ) -> list[StepReport]:
         """Train a split model."""
 

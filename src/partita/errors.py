@@ -27,6 +27,10 @@ class UnknownFamilyError(ModelError):
     """A family that Partita does not know itself; transformers may know it."""
 
 
+class DivergedError(ModelError):
+    """A training run whose loss or gradient is not finite."""
+
+
 class CheckpointError(PartitaError, ValueError):
     """Checkpoint files that are missing, malformed or of another model."""
 

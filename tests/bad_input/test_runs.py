@@ -242,7 +242,7 @@ TRAIN = [
     Case(
         "warmed up backwards", f"{NEW} --warmup-steps -1", "'--warmup-steps'...greater than or equal to 0, but is '-1'"
     ),
-    Case("clipped below zero", f"{NEW} --clip-norm -1", "'--clip-norm'...greater than or equal to 0, but is '-1'"),
+    Case("clipped below zero", f"{NEW} --grad-clip -1", "'--grad-clip'...greater than or equal to 0, but is '-1'"),
     Case(
         "master weights in bfloat16",
         f"{NEW} --master-dtype bfloat16",

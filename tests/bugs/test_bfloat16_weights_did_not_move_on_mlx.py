@@ -166,7 +166,7 @@ def test_torch_goes_on_with_the_same_masters(alone: Path, tmp_path: Path) -> Non
 def restored(source: Path, *, dtype: str | None = None, master_dtype: str = "float32") -> AdamW:
     """An optimizer that goes on from a checkpoint."""
     model = load(source, dtype=dtype, groups=single_groups())
-    optimizer = AdamW(SETTINGS.weight_decay, SETTINGS.epsilon, master_dtype)
+    optimizer = AdamW(SETTINGS.weight_decay, SETTINGS.epsilon, master_dtype=master_dtype)
     restore_optimizer(model, Trainable(model), optimizer, source)
     return optimizer
 

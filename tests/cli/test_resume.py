@@ -339,7 +339,7 @@ def test_adapters_lie_beside_the_model_that_they_are_merged_into(partita: Run, t
 def test_a_loss_that_is_no_number_is_one_line(partita: Run, tmp_path: Path, text: str) -> None:
     said = partita(
         "train", *options(write(tmp_path, TINY), text), "--steps", "50", "--learning-rate", "1e30", "--warmup-steps", "0",
-        "--clip-norm", "0", "--save-every", "1", "--out", str(tmp_path / "run"),
+        "--grad-clip", "0", "--save-every", "1", "--out", str(tmp_path / "run"),
     )  # fmt: skip
     assert said.code == 2
     assert said.err.splitlines()[-1].startswith("error: step 2: the loss is ")

@@ -15,7 +15,9 @@ from partita.cli import launch
 from partita.cli.arguments import elastic
 from partita.cli.arguments.data import DataOptions, read_sources
 from partita.cli.arguments.engine import EngineChoice, choose_engine
+from partita.cli.arguments.follow import FollowOptions, check_follow
 from partita.cli.arguments.model import plan_early, refuse_compile, refuse_device, request_of
+from partita.cli.arguments.optimizer import OptimizerOptions
 from partita.cli.arguments.options import (
     OUTPUT,
     PIPELINE,
@@ -57,13 +59,6 @@ class Autocast(StrEnum):
     bfloat16 = "bfloat16"
 
 
-class AuxLossScope(StrEnum):
-    """The tokens over which the auxiliary loss of routers is computed."""
-
-    microbatch = "microbatch"
-    sequence = "sequence"
-
-
 class MasterDtype(StrEnum):
     """The dtype of the weights that the optimizer updates."""
 
@@ -71,7 +66,7 @@ class MasterDtype(StrEnum):
     model = "model"
 
 
-DATA, OPTIMIZER, MEMORY, CHECKPOINTS = "Data and steps", "Optimizer", "Memory and precision", "Checkpoints"
+DATA, MEMORY, CHECKPOINTS = "Data and steps", "Memory and precision", "Checkpoints"
 ADAPTERS = "LoRA"
 
 
@@ -80,7 +75,7 @@ ALL_LINEAR = "all-linear"
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingOptions(DataOptions, PlanOptions):
+class TrainingOptions(FollowOptions, OptimizerOptions, DataOptions, PlanOptions):
     """Options for the model, the data and the settings of training."""
 
     config: Annotated[
@@ -192,24 +187,6 @@ class TrainingOptions(DataOptions, PlanOptions):
             show_default=False,
         ),
     ] = None
-    learning_rate: Annotated[float, typer.Option(min=0.0, help="Peak learning rate.", rich_help_panel=OPTIMIZER)] = 3e-4
-    warmup_steps: Annotated[
-        int,
-        typer.Option(min=0, help="Steps until the peak; a cosine decay to a tenth follows.", rich_help_panel=OPTIMIZER),
-    ] = 10
-    weight_decay: Annotated[float, typer.Option(min=0.0, help="AdamW's.", rich_help_panel=OPTIMIZER)] = 0.1
-    clip_norm: Annotated[
-        float, typer.Option(min=0.0, help="Clip gradients to this norm.", rich_help_panel=OPTIMIZER)
-    ] = 1.0
-    aux_loss_scope: Annotated[
-        AuxLossScope,
-        typer.Option(
-            "--aux-loss-scope",
-            help="Compute the routers' auxiliary loss over each micro-batch, as transformers does, or over each sequence, "
-            "which makes it independent of the layout. The config's `output_router_logits` enables this loss.",
-            rich_help_panel=OPTIMIZER,
-        ),
-    ] = AuxLossScope.microbatch
     lora_rank: Annotated[
         int | None,
         typer.Option(
@@ -283,13 +260,16 @@ class TrainingOptions(DataOptions, PlanOptions):
         ),
     ] = MasterDtype.float32
     checkpointing: Annotated[
-        bool,
+        str | None,
         typer.Option(
-            "--checkpointing/--no-checkpointing",
-            help="Recompute activations instead of keeping them.",
+            "--checkpointing",
+            metavar="WHICH",
+            help="Recompute activations instead of keeping them: of every layer (`full`, also without a value), of every Nth "
+            "(`N`), or of the attention only (`selective`). `none` keeps them all.",
+            show_default=False,
             rich_help_panel=MEMORY,
         ),
-    ] = False
+    ] = None
     zero: Annotated[
         bool,
         typer.Option(
@@ -345,6 +325,9 @@ def train(options: TrainOptions) -> None:
         check_file("--picture", options.picture, ".svg", ".png")
     if options.trace is not None:
         check_file("--trace", options.trace, ".json")
+    check_follow(run.notes["report_to"], options.profile, options.out_folder)
+    if options.profile is not None:
+        os.environ.setdefault("KINETO_LOG_LEVEL", "3")  # or torch's profiler prints lines of its own
     settings = {
         **run.settings, "checkpointing": run.notes["checkpointing"], "zero": run.notes["zero"], **stages.training,
     }  # fmt: skip
@@ -359,7 +342,7 @@ def train(options: TrainOptions) -> None:
             new=run.notes["config"] is not None and run.state is None, data=data, notes=run.notes, options=settings,
             out=options.out_folder, resume=run.state is not None, verify=not options.no_verify,
             lora_rank=run.notes["lora_rank"], lora=_lora_of(options), compile=run.notes["compile"],
-            as_json=options.as_json, picture=options.picture, trace=options.trace,
+            as_json=options.as_json, picture=options.picture, trace=options.trace, profile=options.profile,
         )
     )  # fmt: skip
 
@@ -389,13 +372,12 @@ def _asked(options: TrainOptions, source: str) -> _Run:
     settings: dict[str, Any] = {
         name: getattr(options, name)
         for name in (
-            "steps", "batch_size", "sequence_length", "learning_rate", "warmup_steps", "weight_decay", "clip_norm", "seed",
-            "packing", "epochs", "eval_every",
+            "steps", "batch_size", "sequence_length", "seed", "packing", "epochs", "eval_every",
         )
     }  # fmt: skip
     settings |= {
         "autocast": options.autocast and options.autocast.value, "master_dtype": options.master_dtype.value,
-        "aux_loss_scope": options.aux_loss_scope.value,
+        **options.optimizer_settings,
     }  # fmt: skip
     notes = {
         "data": options.data, "text_column": options.text_column, "eval_data": options.eval_data,
@@ -403,9 +385,23 @@ def _asked(options: TrainOptions, source: str) -> _Run:
         "dtype": options.dtype and options.dtype.value, "lora_rank": options.lora_rank,
         **{name: getattr(options, name) for name in LORA}, "save_every": options.save_every,
         "keep": options.keep, "run_id": elastic.run_id(), "engine": options.engine and options.engine.value,
-        "zero": options.zero, "checkpointing": options.checkpointing, "compile": options.compile,
+        "zero": options.zero, "checkpointing": _recomputed(options.checkpointing), "compile": options.compile,
+        "report_to": options.report_to, "peak_flops": options.peak_flops,
     }  # fmt: skip
     return _Run(source, places, settings, notes)
+
+
+def _recomputed(given: str | None) -> bool | int | str:
+    """`TrainSettings.checkpointing` from the option."""
+    if given in (None, "none"):
+        return False
+    if given == "full":
+        return True
+    assert given is not None
+    value = int(given) if given.isdecimal() else given
+    if value != "selective" and not (isinstance(value, int) and value >= 1):
+        raise ModelError(f"--checkpointing must be full, selective, none or a number of at least 1, but is {given!r}.")
+    return value
 
 
 def _resumed(options: TrainOptions) -> _Run:

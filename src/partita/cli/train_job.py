@@ -11,6 +11,7 @@ from typing import Any
 
 from partita.checkpoint.run_lock import RunLock
 from partita.cli.arguments.data import DataSources
+from partita.cli.arguments.follow import PROFILE, follow_of
 from partita.cli.arguments.model import read_tokenizer
 from partita.cli.job import Job, compile_layers
 from partita.cli.terminal.console import count, err, mesh_name, out, plural, print_json, sparkline
@@ -52,6 +53,7 @@ class TrainJob(Job):
         as_json: Whether the report is printed as JSON.
         picture: The file in which the last step is drawn.
         trace: The file for the trace of the last step.
+        profile: The steps of `--profile`.
         reports: The completed steps.
         checkpoints: The checkpoints that were written.
         saved: The folder of the trained model.
@@ -70,6 +72,7 @@ class TrainJob(Job):
     as_json: bool
     picture: Path | None
     trace: Path | None
+    profile: str | None
     reports: list[StepReport] = field(default_factory=list, init=False)
     checkpoints: list[SaveReport] = field(default_factory=list, init=False)
     saved: Path | None = field(default=None, init=False)
@@ -102,6 +105,8 @@ class TrainJob(Job):
                 show_timeline(timelines[0], self.picture, self.trace)
             if self.data.shown is None:
                 self._report()
+            if self.profile is not None and self.out is not None:
+                err().print(f"profile of steps {self.profile}: {self.out / PROFILE}/rank-*.json", soft_wrap=True)
         return 0
 
     def _train(self, watch: Callable[[Timeline], None] | None) -> None:
@@ -123,11 +128,12 @@ class TrainJob(Job):
         saves = self._saves(tokenizer)
         if self.compile and done < self.options["steps"]:
             compile_layers(split)
+        follow = follow_of(self.notes, self.profile, self.out, is_first=environment.is_first())
         if done < self.options["steps"]:
             with training(self.options["steps"], done) as on_step:
                 self.reports = self.engine.train(
                     split, samples, TrainSettings(**self.options), eval_data=evaluated, on_step=on_step,
-                    on_timeline=watch, saves=saves, on_save=self._on_save, resume=begun,
+                    on_timeline=watch, saves=saves, on_save=self._on_save, resume=begun, follow=follow,
                 )  # fmt: skip
         if self.out is not None and (saves is None or self.lora_rank is not None):
             self._save(split, tokenizer, self.out)

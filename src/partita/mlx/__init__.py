@@ -33,17 +33,19 @@ from partita.mlx.verify import verify
 from partita.mlx.weights.adapters import add_lora, merge_lora
 from partita.mlx.weights.peft_format import load_adapters, save_adapters
 from partita.mlx.weights.save import save
-from partita.training import SaveReport, Saves, StepReport, TrainSettings
+from partita.training import Follow, Profile, SaveReport, Saves, StepReport, TrainSettings
 
 __all__ = [
     "AllToShardedLinear",
     "CheckedCommunicator",
     "ColumnParallelLinear",
     "Communicator",
+    "Follow",
     "Generation",
     "GenerationReport",
     "ParallelGroups",
     "Pipeline",
+    "Profile",
     "QuantizedAllToShardedLinear",
     "QuantizedShardedToAllLinear",
     "RowParallelLinear",

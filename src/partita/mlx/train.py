@@ -28,8 +28,9 @@ from partita.mlx.model.sliding_window import refuse_beyond_window
 from partita.mlx.model.trainable import Trainable
 from partita.mlx.stages.copies import sum_copies
 from partita.mlx.stages.pipeline import Pipeline
-from partita.mlx.training.optimizer import AdamW
+from partita.mlx.training.optimizer import Optimizer, make_optimizer
 from partita.mlx.training.replicas import clip_gradients, start_alike, sum_over_replicas
+from partita.mlx.training.watch import LocalStep
 from partita.mlx.weights.moments import restore_optimizer
 from partita.mlx.weights.rank_shard import RankShard
 from partita.schedule import Timeline
@@ -38,11 +39,14 @@ from partita.training import StepReport, TrainSettings, schedule_of
 from partita.training.data.given import Batches, Run, data_of
 from partita.training.data.rows import Rows, plain_rows
 from partita.training.data.samples import Samples
-from partita.training.loop import StepHooks, begin_run, run_steps
+from partita.training.follow import Follow
+from partita.training.loop import StepHooks, Watch, begin_run, run_steps
+from partita.training.meter import Meter
 from partita.training.random import step_seed
 from partita.training.saving import Saver, SaveReport, Saves
 from partita.training.settings import FLOAT16
 from partita.training.state import TrainingState
+from partita.training.traces import actions_traced
 
 
 def train(
@@ -57,6 +61,7 @@ def train(
     saves: Saves | None = None,
     on_save: Callable[[SaveReport], None] | None = None,
     resume: str | os.PathLike[str] | None = None,
+    follow: Follow | None = None,
 ) -> list[StepReport]:
     """Train a split causal language model in place; every rank calls it with the same data and settings.
 
@@ -88,6 +93,7 @@ def train(
         on_save: Called on every rank for each complete checkpoint, between two steps.
         resume: The run's checkpoint (`.../step-000100`) to resume from, from which `model` or its adapters were
             loaded.
+        follow: Reporters of the steps, and steps to profile.
 
     Returns:
         One report per step, the same on every rank except for the times.
@@ -95,8 +101,9 @@ def train(
     Raises:
         PlanError: The batch cannot be distributed over the replicas and micro-batches, the data has another form, or this
             engine does not support a setting.
-        ModelError: Nothing is trainable, or the model has float16 arrays; the loss is not finite; a sequence is longer
-            than a sliding window that mlx-lm ignores; or the config requests the auxiliary loss of routers.
+        ModelError: Nothing is trainable, or the model has float16 arrays; a sequence is longer than a sliding window that
+            mlx-lm ignores; or the config requests the auxiliary loss of routers.
+        DivergedError: The loss or a gradient is not finite; on every rank, before the step changes a weight.
         CheckpointError: A checkpoint cannot be written, or the one to resume from belongs to another run; on every rank.
 
     Examples:
@@ -122,7 +129,7 @@ def train(
         raise ModelError("no parameter of the model is trainable: all are frozen.")
     start_alike(trainable, groups.dp)
     pipeline = Pipeline(model, schedule)
-    optimizer = AdamW(settings.weight_decay, settings.epsilon, settings.master_dtype)
+    optimizer = make_optimizer(settings)
     run = begin_run(
         settings, data, saves, resume,
         collective=lambda: collective_errors(groups),
@@ -130,11 +137,13 @@ def train(
     )  # fmt: skip
     saver = make_saver(model, trainable, optimizer, saves, run, on_save) if saves is not None else None
     gradients: dict[str, mx.array] = {}
+    local = LocalStep(groups)
 
     def backward(step: int, on_timeline: Callable[[Timeline], None] | None) -> tuple[float, int]:
-        nonlocal gradients
+        nonlocal gradients, local
+        local = LocalStep(groups)
         rows = data.rows(step, settings, groups.dp.size, groups.dp.rank)
-        loss, tokens, gradients = backward_of(pipeline, rows, settings, step, on_timeline=on_timeline)
+        loss, tokens, gradients = backward_of(pipeline, rows, settings, step, on_timeline=on_timeline, local=local)
         return loss, tokens
 
     def update(rate: float) -> None:
@@ -146,12 +155,15 @@ def train(
         assert evaluated is not None
         return evaluate_loss(model, evaluated, settings)
 
+    follow = follow or Follow()
+    is_frozen = len(trainable.names) < len(parameter_homes(model))
+    meter = Meter.of(plan, settings, groups.axes, mx.get_peak_memory, follow.peak_flops, is_frozen=is_frozen)
     hooks = StepHooks(
         backward, lambda: clip_gradients(gradients, model, plan, groups, settings.clip_norm), update,
-        evaluate if evaluated is not None else None,
+        lambda: local.fault(), meter, actions_traced, evaluate if evaluated is not None else None,
     )  # fmt: skip
     with mode_set(model, training=True), random_state_kept():
-        return run_steps(run, settings, hooks, saver, on_step=on_step, on_timeline=on_timeline)
+        return run_steps(run, settings, hooks, saver, Watch(groups, follow, on_step, on_timeline))
 
 
 def _refuse_float16(model: nn.Module) -> None:
@@ -163,7 +175,7 @@ def _refuse_float16(model: nn.Module) -> None:
 def make_saver(
     model: nn.Module,
     trainable: Trainable,
-    optimizer: AdamW,
+    optimizer: Optimizer,
     saves: Saves,
     run: TrainingState,
     on_save: Callable[[SaveReport], None] | None = None,
@@ -226,6 +238,7 @@ def backward_of(
     step: int = 0,
     *,
     on_timeline: Callable[[Timeline], None] | None = None,
+    local: LocalStep | None = None,
 ) -> tuple[float, int, dict[str, mx.array]]:
     """Backward of the mean loss over the labels of the full batch, of which this replica has the micro-batches `rows`.
 
@@ -257,6 +270,8 @@ def backward_of(
         on_timeline(pipeline.timeline(origin_s))
     gradients = pipeline.gradients
     sum_copies(gradients, model, plan, groups)
+    if local is not None:
+        local.before_sum(gradients, pipeline.losses)
     sum_over_replicas(gradients, groups.dp)
     return _summed(pipeline), tokens, gradients
 

@@ -38,12 +38,13 @@ from partita.torch.verify import verify
 from partita.torch.weights.adapters import add_lora, merge_lora, set_adapter, unload_lora
 from partita.torch.weights.peft_format import load_adapters, save_adapters
 from partita.torch.weights.save import save
-from partita.training import SaveReport, Saves
+from partita.training import Follow, Profile, SaveReport, Saves
 
 __all__ = [
     "ColumnParallelLinear",
     "Communicator",
     "Float64Everywhere",
+    "Follow",
     "Generation",
     "GenerationReport",
     "GroupInfo",
@@ -52,6 +53,7 @@ __all__ = [
     "ParallelEmbedding",
     "ParallelGroups",
     "Pipeline",
+    "Profile",
     "RowParallelLinear",
     "Sampling",
     "SaveReport",

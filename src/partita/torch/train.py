@@ -6,7 +6,6 @@ import os
 import socket
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,9 +27,10 @@ from partita.torch.proof.packing import prove_packing
 from partita.torch.stages.copies import summed_copies
 from partita.torch.stages.cut import refuse_layer_drop
 from partita.torch.stages.pipeline import Pipeline
+from partita.torch.training.make_optimizer import make_optimizer
 from partita.torch.training.objective import Example, check_trainable, examples, loss_of, summed_cross_entropy
-from partita.torch.training.optimizer import MasterAdamW, state_dtype
 from partita.torch.training.replicas import clip_gradients, start_alike, sum_gradients
+from partita.torch.training.watch import LocalStep, device_peak_flops, peak_bytes, traced
 from partita.torch.weights.fill import as_dtype
 from partita.torch.weights.moments import restore_optimizer
 from partita.torch.weights.rank_shard import RankShard
@@ -38,7 +38,9 @@ from partita.training import StepReport, TrainSettings, schedule_of
 from partita.training.data.given import Batches, Run, data_of
 from partita.training.data.rows import Rows, plain_rows
 from partita.training.data.samples import Samples
-from partita.training.loop import StepHooks, begin_run, run_steps
+from partita.training.follow import Follow
+from partita.training.loop import StepHooks, Watch, begin_run, run_steps
+from partita.training.meter import Meter
 from partita.training.random import step_seed
 from partita.training.saving import Saver, SaveReport, Saves
 from partita.training.settings import FLOAT16
@@ -59,6 +61,7 @@ def train(
     saves: Saves | None = None,
     on_save: Callable[[SaveReport], None] | None = None,
     resume: str | os.PathLike[str] | None = None,
+    follow: Follow | None = None,
 ) -> list[StepReport]:
     """Train a split language model in place; every rank calls it with the same data and settings.
 
@@ -87,14 +90,16 @@ def train(
         on_save: Called on every rank for each complete checkpoint, between two steps.
         resume: The run's checkpoint (`.../step-000100`) to resume from, from which `model` or its adapters were
             loaded.
+        follow: Reporters of the steps, and steps to profile.
 
     Returns:
         One report per step, the same on every rank except for the times.
 
     Raises:
         PlanError: The batch cannot be distributed over the replicas and micro-batches, or the data has another form.
-        ModelError: The model is not a causal language model, or has float16 weights; the loss is not finite, or its config
-            requests an auxiliary loss that cannot be computed with stages or per sequence.
+        ModelError: The model is not a causal language model, or has float16 weights; or its config requests an auxiliary loss
+            that cannot be computed with stages or per sequence.
+        DivergedError: The loss or a gradient is not finite; on every rank, before the step changes a weight.
         CheckpointError: A checkpoint cannot be written, or the one to resume from belongs to another run; on every rank.
 
     Examples:
@@ -130,9 +135,13 @@ def train(
     )  # fmt: skip
     saver = make_saver(model, optimizer, saves, run, on_save) if saves is not None else None
 
+    local = LocalStep(model, groups)
+
     def backward(step: int, on_timeline: Callable[[Timeline], None] | None) -> tuple[float, int]:
+        nonlocal local
+        local = LocalStep(model, groups)
         rows = data.rows(step, settings, groups.dp.size, groups.dp.rank)
-        return backward_of(pipeline, rows, step, settings, on_timeline=on_timeline)
+        return backward_of(pipeline, rows, step, settings, on_timeline=on_timeline, local=local)
 
     def update(rate: float) -> None:
         if optimizer is not None:
@@ -145,16 +154,26 @@ def train(
         assert evaluated is not None
         return evaluate_loss(model, evaluated, settings)
 
+    follow = follow or Follow()
     hooks = StepHooks(
-        backward, lambda: clip_gradients(model, plan, groups, settings.clip_norm), update,
-        evaluate if evaluated is not None else None,
+        backward, lambda: clip_gradients(model, plan, groups, settings.clip_norm), update, lambda: local.fault(),
+        _meter(model, settings, follow), traced, evaluate if evaluated is not None else None,
     )  # fmt: skip
-    recomputed = checkpointing_set(model) if settings.checkpointing else nullcontext()
+    watch = Watch(groups, follow, on_step, on_timeline)
+    recomputed = checkpointing_set(model, settings.checkpointing, plan)
     try:
         with mode_set(model, training=True), random_state_kept(model), recomputed:
-            return run_steps(run, settings, hooks, saver, on_step=on_step, on_timeline=on_timeline)
+            return run_steps(run, settings, hooks, saver, watch)
     finally:
         model.zero_grad(set_to_none=True)
+
+
+def _meter(model: nn.Module, settings: TrainSettings, follow: Follow) -> Meter:
+    plan, groups = plan_of(model)
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    is_frozen = any(not p.requires_grad for p in model.parameters())
+    peak = follow.peak_flops or device_peak_flops(device)
+    return Meter.of(plan, settings, groups.axes, lambda: peak_bytes(device), peak, is_frozen=is_frozen)
 
 
 def _refuse_float16(model: nn.Module) -> None:
@@ -177,42 +196,8 @@ def make_saver(
         ModelError: The model has adapters that cannot be saved (see `RankShard`).
     """
     _, groups = plan_of(model)
-    share = RankShard(model, optimizer, saves, run.settings.master_dtype)
+    share = RankShard(model, optimizer, saves, run.settings)
     return Saver(saves, share, run, groups, on_save=on_save)
-
-
-def make_optimizer(model: nn.Module, settings: TrainSettings, groups: ParallelGroups) -> torch.optim.Optimizer | None:
-    """AdamW over this rank's trainable parameters, None if there are none; norms and biases do not decay.
-
-    Parameters narrower than float32 have float32 master weights and moments, unless `settings.master_dtype` is `model`.
-
-    Raises:
-        ModelError: No rank has trainable parameters.
-    """
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    if not any(groups.pp.all_gather_object(bool(parameters))):
-        raise ModelError("no parameter of the model is trainable: all have requires_grad=False.")
-    if not parameters:
-        return None
-    split: list[dict[str, Any]] = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": settings.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    split = [group for group in split if group["params"]]
-    given: dict[str, Any] = {"lr": settings.learning_rate, "betas": (0.9, 0.95), "eps": settings.epsilon}
-    has_masters = any(state_dtype(p.dtype, settings.master_dtype) != p.dtype for p in parameters)
-    kind = MasterAdamW if has_masters else torch.optim.AdamW
-    if not settings.zero or groups.dp.size == 1:
-        return kind(split, **given)
-    from torch.distributed.optim import ZeroRedundancyOptimizer
-
-    class MixedOptimizer(ZeroRedundancyOptimizer):
-        """Takes parameters of mixed dtypes (a router in float32); only ZeRO's shared buckets, unused here, need one dtype."""
-
-        def _verify_same_dense_param_type(self) -> None:
-            pass
-
-    return MixedOptimizer(split, kind, process_group=groups.dp.group, **given)
 
 
 def accumulate_gradients(
@@ -240,6 +225,7 @@ def backward_of(
     settings: TrainSettings,
     *,
     on_timeline: Callable[[Timeline], None] | None = None,
+    local: LocalStep | None = None,
 ) -> tuple[float, int]:
     """Backward of the mean loss over the labels of the full batch, of which this replica has the micro-batches `rows`.
 
@@ -267,6 +253,8 @@ def backward_of(
             if extra is not None:
                 loss = loss + extra * share
             total.add_(loss.detach().double())
+            if local is not None:
+                local.losses[microbatch] = loss.detach()
             return loss
 
         with summed_copies(model, plan, groups):
@@ -284,6 +272,8 @@ def backward_of(
             )
     if on_timeline is not None:
         on_timeline(pipeline.timeline(origin_s))
+    if local is not None:
+        local.before_sum()
     sum_gradients([p for p in model.parameters() if p.requires_grad], groups.dp)
     total = groups.pp.broadcast_(total, plan.stage_rank(plan.loss_stage))
     return float(groups.dp.all_reduce_(total)), tokens

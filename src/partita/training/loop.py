@@ -6,14 +6,18 @@ import math
 import os
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from partita.errors import ModelError
+from partita.ranks.groups import AxisGroups, Communicator
 from partita.ranks.liveness import doing
 from partita.schedule import Timeline
 from partita.training.data.samples import TrainingData
+from partita.training.finite import Fault, diverged, gathered_faults
+from partita.training.follow import Follow
+from partita.training.meter import Meter
+from partita.training.reporting import recording
 from partita.training.saving import Saver, Saves, state_of
 from partita.training.settings import StepReport, TrainSettings
 from partita.training.state import TrainingState, read_state
@@ -28,12 +32,18 @@ class StepHooks:
             number of its tokens; reports the times of its actions to the second argument unless it is None.
         clip: Scales the gradients down to the largest norm, and returns their norm before.
         update: Updates the trained parameters at a learning rate, and drops the gradients.
+        fault: What is not finite on this rank, after a step whose loss or norm is not.
+        meter: Measures the steps.
+        traced: Creates a context that writes a trace of the steps in it into a file.
         evaluate: Returns the mean loss of the evaluation set; None without one.
     """
 
     backward: Callable[[int, Callable[[Timeline], None] | None], tuple[float, int]]
     clip: Callable[[], float]
     update: Callable[[float], None]
+    fault: Callable[[], Fault]
+    meter: Meter
+    traced: Callable[[Path], AbstractContextManager[Callable[[int, Timeline], None] | None]]
     evaluate: Callable[[], float] | None = None
 
 
@@ -70,14 +80,25 @@ def begin_run(
     return run
 
 
+@dataclass(frozen=True)
+class Watch:
+    """Who is told what of a run.
+
+    Attributes:
+        groups: This rank's groups.
+        follow: What is recorded.
+        on_step: Called after every step, on every rank.
+        on_timeline: Called on every rank with the start and end of each action of the last step.
+    """
+
+    groups: AxisGroups[Communicator]
+    follow: Follow = field(default_factory=Follow)
+    on_step: Callable[[StepReport], None] | None = None
+    on_timeline: Callable[[Timeline], None] | None = None
+
+
 def run_steps(
-    run: TrainingState,
-    settings: TrainSettings,
-    hooks: StepHooks,
-    saver: Saver | None,
-    *,
-    on_step: Callable[[StepReport], None] | None = None,
-    on_timeline: Callable[[Timeline], None] | None = None,
+    run: TrainingState, settings: TrainSettings, hooks: StepHooks, saver: Saver | None, watch: Watch
 ) -> list[StepReport]:
     """Run the remaining steps of `run`, and save as `saver` specifies; every rank must call this.
 
@@ -85,17 +106,30 @@ def run_steps(
         A report for each step that this call ran.
 
     Raises:
-        ModelError: The loss or the gradient's norm is not finite.
-        CheckpointError: A checkpoint cannot be written; on every rank.
+        DivergedError: The loss or the gradient's norm is not finite; on every rank, before the step changes a weight.
+        CheckpointError: A checkpoint or a record cannot be written.
+        PlanError: The profile has steps that this call does not run.
     """
     reports = []
-    with saver if saver is not None else nullcontext():
+    follow = watch.follow
+    if follow.profile is not None:
+        follow.profile.check(run.step, settings.steps)
+    reporters = follow.reporters if watch.groups.rank == 0 else ()
+    with (
+        saver if saver is not None else nullcontext(),
+        recording(reporters, run.step, asdict(settings)),
+        _Trace(hooks, watch) as trace,
+    ):
         for step in range(run.step, settings.steps):
+            on_timeline = trace.before(step + 1, watch.on_timeline if step == settings.steps - 1 else None)
             with doing(f"training step {step + 1} of {settings.steps}"):
-                report = _step(step, settings, hooks, saver, on_timeline if step == settings.steps - 1 else None)
+                report = _step(step, run.step, settings, hooks, saver, watch, on_timeline)
+            trace.after(step + 1)
             reports.append(report)
-            if on_step is not None:
-                on_step(report)
+            for reporter in reporters:
+                reporter.step(report)
+            if watch.on_step is not None:
+                watch.on_step(report)
             if saver is not None:
                 saver.after(step + 1)
         if saver is not None:
@@ -103,11 +137,42 @@ def run_steps(
     return reports
 
 
+class _Trace(ExitStack):
+    """The trace of the steps of a profile."""
+
+    def __init__(self, hooks: StepHooks, watch: Watch) -> None:
+        super().__init__()
+        self.profile, self.rank, self.traced = watch.follow.profile, watch.groups.rank, hooks.traced
+        self.keep: Callable[[int, Timeline], None] | None = None
+
+    def before(self, step: int, on_timeline: Callable[[Timeline], None] | None) -> Callable[[Timeline], None] | None:
+        """Begin the trace if `step` is its first. Returns the function that receives the times of the step's actions."""
+        if self.profile is not None and step == self.profile.first:
+            self.keep = self.enter_context(self.traced(self.profile.file(self.rank)))
+        if (keep := self.keep) is None:
+            return on_timeline
+
+        def both(timeline: Timeline) -> None:
+            keep(step, timeline)
+            if on_timeline is not None:
+                on_timeline(timeline)
+
+        return both
+
+    def after(self, step: int) -> None:
+        """Write the trace if `step` was its last."""
+        if self.profile is not None and step == self.profile.last:
+            self.keep = None
+            self.close()
+
+
 def _step(
     step: int,
+    first: int,
     settings: TrainSettings,
     hooks: StepHooks,
     saver: Saver | None,
+    watch: Watch,
     on_timeline: Callable[[Timeline], None] | None,
 ) -> StepReport:
     start_s = time.perf_counter()
@@ -116,14 +181,15 @@ def _step(
     if not math.isfinite(loss) or not math.isfinite(norm):
         if saver is not None:
             saver.wait()
-        raise ModelError(
-            f"step {step + 1}: the loss is {loss} and the gradient's norm {norm}. Lower the learning rate "
-            f"({settings.learning_rate}) or clip_norm ({settings.clip_norm}), or train in a wider dtype."
-        )
+        faults = gathered_faults(watch.groups.axes, hooks.fault())
+        raise diverged(step, loss, norm, settings, watch.groups.dp.size, faults)
     rate = settings.learning_rate_at(step)
     hooks.update(rate)
     seconds = time.perf_counter() - start_s
-    return StepReport(step + 1, loss, rate, norm, tokens, seconds, _evaluated(step + 1, settings, hooks))
+    eval_loss = _evaluated(step + 1, settings, hooks)
+    memory_bytes = hooks.meter.memory(step, first, settings.steps - 1)
+    mfu = hooks.meter.mfu(tokens, seconds)
+    return StepReport(step + 1, loss, rate, norm, tokens, seconds, eval_loss, memory_bytes, mfu)
 
 
 def _evaluated(step: int, settings: TrainSettings, hooks: StepHooks) -> float | None:

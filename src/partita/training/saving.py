@@ -26,6 +26,7 @@ from partita.ranks.groups import AxisGroups, Communicator
 from partita.training.background import POLL_S, BackgroundWrite, Job, Part
 from partita.training.base import Base
 from partita.training.data.samples import TrainingData
+from partita.training.optimizers import ALL_MOMENTS
 from partita.training.settings import TrainSettings
 from partita.training.state import STATE_NAME, TrainingState
 
@@ -281,9 +282,6 @@ def _report(write: BackgroundWrite) -> SaveReport:
     return SaveReport(job.step, job.run.step_folder(job.step), write.held_s, write.seconds, job.bytes_written)
 
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
-"""AdamW's means of a parameter's gradients and of their squares, as they are called on disk before its name: torch's words."""
-
 MASTER = "master"
 """The float32 copy that is stepped of a parameter of a narrower dtype, as it is called on disk before its name."""
 
@@ -295,6 +293,11 @@ OTHER_DTYPE = "{}: {} is {}, but {} was loaded as {}. Load it in its own dtype."
 
 
 def moments_in(checkpoint: Checkpoint, kind: str) -> dict[str, TensorInfo]:
-    """The tensors of one of `MOMENTS` in a checkpoint, by their parameters' names."""
+    """The tensors of one of `ALL_MOMENTS` in a checkpoint, by their parameters' names."""
     head = f"{kind}."
     return {name.removeprefix(head): info for name, info in checkpoint.tensors.items() if name.startswith(head)}
+
+
+def trained_in(checkpoint: Checkpoint) -> set[str]:
+    """The names of the parameters that have moments in a checkpoint."""
+    return {name for kind in ALL_MOMENTS for name in moments_in(checkpoint, kind)}

@@ -8,10 +8,13 @@ from dataclasses import dataclass
 from partita.core.plan import Plan
 from partita.errors import PlanError
 from partita.schedule import Schedule, build, check_kind, placement_of, vpp_of
+from partita.training.optimizers import check_optimizer
+from partita.training.rates import LR_SCHEDULES, rate_at
 
 _NOT_NEGATIVE = (
     "learning_rate", "min_learning_rate", "warmup_steps", "weight_decay", "epsilon", "clip_norm", "mtp_weight",
 )  # fmt: skip
+_BELOW_ONE = ("beta1", "beta2", "momentum")
 
 
 AUX_LOSS_SCOPES = ("microbatch", "sequence")
@@ -32,7 +35,14 @@ class TrainSettings:
         sequence_length: Tokens per sequence.
         learning_rate: Peak learning rate, reached after the warm-up.
         min_learning_rate: Final learning rate, as a fraction of the peak.
-        warmup_steps: Steps over which the learning rate rises from zero; a cosine decay follows.
+        warmup_steps: Steps over which the learning rate rises from zero; `lr_schedule` follows.
+        lr_schedule: `cosine`, `linear`, `constant` or `wsd`; see `partita.training.rates`.
+        decay_steps: For `wsd`: the last steps, over which the learning rate falls; by default a tenth of all.
+        optimizer: `adamw`, `sgd` (with momentum, and weight decay added to the gradient, as `torch.optim.SGD`), or `muon`
+            (torch), which orthogonalizes the updates of the layers' matrices and leaves the rest to AdamW.
+        beta1: Decay of AdamW's running mean of gradients.
+        beta2: Decay of AdamW's running mean of their squares.
+        momentum: Momentum of `sgd` and `muon`.
         weight_decay: Weight decay of tensors of two or more dimensions (AdamW: Loshchilov and Hutter 2019, 1711.05101).
         epsilon: The term that AdamW adds to the denominator.
         clip_norm: Gradients of a larger global norm are scaled down to it; 0 for none.
@@ -50,7 +60,8 @@ class TrainSettings:
         master_dtype: `float32` to keep a float32 copy (master weight) and float32 moments of each trained parameter narrower
             than that; the copy is stepped and rounded into the parameter. `model` to step the parameters themselves, with
             moments of their dtype.
-        checkpointing: Whether activations are recomputed in backward instead of kept.
+        checkpointing: The activations that are recomputed in backward instead of kept: False for none, True or `full` for those
+            of every layer, N for those of every Nth layer, `selective` for those of the attention (2205.05198).
         aux_loss_scope: The tokens over which the auxiliary loss of routers is computed, if the model's config enables it:
             `microbatch`, as transformers does with a batch, or `sequence`, which is the same for all meshes and micro-batches.
         epochs: Passes over the data, which then decide `steps`.
@@ -71,7 +82,7 @@ class TrainSettings:
     seed: int = 0
     autocast: str | None = None
     master_dtype: str = "float32"
-    checkpointing: bool = False
+    checkpointing: bool | int | str = False
     schedule: str | None = None
     group_size: int | None = None
     zero: bool = False
@@ -81,6 +92,12 @@ class TrainSettings:
     epochs: int | None = None
     packing: bool = False
     eval_every: int | None = None
+    lr_schedule: str = "cosine"
+    decay_steps: int | None = None
+    optimizer: str = "adamw"
+    beta1: float = 0.9
+    beta2: float = 0.95
+    momentum: float = 0.9
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "sequence_length", "microbatches", "epochs", "eval_every"):
@@ -93,6 +110,12 @@ class TrainSettings:
             value = getattr(self, name)
             if not 0 <= value < math.inf:
                 raise PlanError(f"{name} must be a finite number of at least 0, but is {value!r}.")
+        for name in _BELOW_ONE:
+            if not 0 <= getattr(self, name) < 1:
+                raise PlanError(f"{name} must be at least 0 and below 1, but is {getattr(self, name)!r}.")
+        self._check_learning_rate()
+        check_optimizer(self.optimizer)
+        check_checkpointing(self.checkpointing)
         if self.aux_loss_scope not in AUX_LOSS_SCOPES:
             raise PlanError(f"aux_loss_scope must be {' or '.join(AUX_LOSS_SCOPES)}, but is {self.aux_loss_scope!r}.")
         if self.master_dtype not in MASTER_DTYPES:
@@ -103,13 +126,26 @@ class TrainSettings:
                 "the loss is scaled, and training does not scale it."
             )
 
+    def _check_learning_rate(self) -> None:
+        if self.lr_schedule not in LR_SCHEDULES:
+            raise PlanError(f"lr_schedule must be one of {', '.join(LR_SCHEDULES)}, but is {self.lr_schedule!r}.")
+        if self.decay_steps is None:
+            return
+        if self.lr_schedule != "wsd":
+            raise PlanError(f"decay_steps is for lr_schedule wsd, but that is {self.lr_schedule}. Leave it out.")
+        if type(self.decay_steps) is not int or not 1 <= self.decay_steps <= (
+            self.decay_steps if self.epochs else self.steps
+        ):
+            raise PlanError(
+                f"decay_steps must be a whole number from 1 to steps ({self.steps}), but is {self.decay_steps!r}."
+            )
+
     def learning_rate_at(self, step: int) -> float:
         """The learning rate of step `step`, counted from 0."""
-        if step < self.warmup_steps:
-            return self.learning_rate * (step + 1) / self.warmup_steps
-        done = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
-        low = self.learning_rate * self.min_learning_rate
-        return low + (self.learning_rate - low) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+        decay_steps = self.decay_steps or max(1, self.steps // 10)
+        return self.learning_rate * rate_at(
+            step, self.steps, self.warmup_steps, self.lr_schedule, decay_steps, self.min_learning_rate
+        )
 
 
 @dataclass(frozen=True)
@@ -124,6 +160,8 @@ class StepReport:
         tokens: Input tokens of the complete batch, without padding and the last of a row.
         seconds: Its duration, without that of an evaluation.
         eval_loss: Mean loss over the labels of the evaluation set after the step; None without an evaluation.
+        memory_bytes: Largest peak of all ranks until then: memory allocated on a GPU or by MLX, else of the process.
+        mfu: The share of the devices' peak that the model's operations used; None if the peak is unknown.
     """
 
     step: int
@@ -133,6 +171,16 @@ class StepReport:
     tokens: int
     seconds: float
     eval_loss: float | None = None
+    memory_bytes: int | None = None
+    mfu: float | None = None
+
+
+def check_checkpointing(value: bool | int | str) -> None:
+    """Raise `PlanError` for a value that `TrainSettings.checkpointing` does not have."""
+    if isinstance(value, int) and value >= 0:
+        return
+    if value not in ("full", "selective"):
+        raise PlanError(f"checkpointing must be full, selective, or a whole number of at least 1, but is {value!r}.")
 
 
 def schedule_of(plan: Plan, settings: TrainSettings) -> Schedule:

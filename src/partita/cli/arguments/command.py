@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_type_hints
@@ -14,8 +14,28 @@ import typer
 
 from partita.cli.terminal.help import HelpCommand
 
+VALUE_ALONE = {"--checkpointing": "full"}
+"""The value of an option that is given without one."""
+
+NEGATED = {"--no-checkpointing": "--checkpointing=none"}
+"""What stands for an option that takes a value and is negated."""
+
 LONGEST_CHOICE = 12
 """Choices are a metavar of their own if they are no longer than this together."""
+
+
+class _Command(HelpCommand):
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, completed(args))
+
+
+def completed(args: Sequence[str]) -> list[str]:
+    """The arguments with the values that options have where they are given without one."""
+    made: list[str] = []
+    for arg, following in zip(args, [*args[1:], "-"], strict=True):
+        arg = NEGATED.get(arg, arg)
+        made.append(f"{arg}={VALUE_ALONE[arg]}" if arg in VALUE_ALONE and following.startswith("-") else arg)
+    return made
 
 
 def add_command(
@@ -60,7 +80,7 @@ def add_command(
     command.__doc__ = body.__doc__
     command.__signature__ = inspect.Signature([context, *parameters])  # type: ignore[attr-defined]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in (context, *parameters)}
-    app.command(name, cls=HelpCommand, epilog=epilog, hidden=hidden)(command)
+    app.command(name, cls=_Command, epilog=epilog, hidden=hidden)(command)
 
 
 def _with_metavar(name: str, hint: Any) -> Any:

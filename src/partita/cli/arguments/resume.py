@@ -25,6 +25,7 @@ LAYOUT = ("tp", "pp", "dp", "layout", "vpp", "schedule", "microbatches", "group_
 
 KEPT = (
     "data", "text_column", "eval_data", "eval_every", "save_every", "keep", "engine", "zero", "checkpointing", "compile",
+    "report_to", "peak_flops",
 )  # fmt: skip
 """Options that are taken from the checkpoint unless they are given again."""
 
@@ -120,7 +121,7 @@ def changes(state: TrainingState, now: Mapping[str, Any], given: frozenset[str])
         if name not in then or then[name] == now[name] or not (_is_set(then[name]) or _is_set(now[name])):
             continue
         line = f"{_option(name, now[name])} (the run used {_value(then[name])})"
-        if name == "steps":
+        if name == "steps" and state.settings.lr_schedule != "constant":
             line += ": the learning rate now decays over all of them"
         elif name in LAYOUT and name not in given:
             line += ": options of the layout replace all of the run's own"

@@ -12,7 +12,7 @@ import typer
 
 from partita.cli.terminal.console import OutputClosed, discard_output, err
 from partita.cli.terminal.option_names import as_options
-from partita.errors import PartitaError
+from partita.errors import DivergedError, PartitaError
 from partita.ranks import environment, liveness, rank_process
 from partita.ranks.failure import Failure
 from partita.ranks.liveness import is_echo, wait_for_verdict
@@ -35,7 +35,11 @@ def explain(error: BaseException) -> Failure | None:
     """The failure that `error` stands for, or None for errors that typer handles (a usage error, an exit)."""
     if isinstance(error, PartitaError):
         echo = is_echo(error)
-        return Failure(Failure.FAILED if echo else Failure.MISUSED, as_options(str(error)), echo)
+        return Failure(
+            Failure.FAILED if echo or isinstance(error, DivergedError) else Failure.MISUSED,
+            as_options(str(error)),
+            echo,
+        )
     if isinstance(error, KeyboardInterrupt):
         return Failure(Failure.INTERRUPTED, "interrupted")
     if isinstance(error, OutputClosed):

@@ -16,5 +16,6 @@ def as_options(message: str) -> str:
     """An error of the library in the words of the command line: `--pp 4` for `pp=4` and for Megatron-LM's argument."""
     message = _PRODUCT.sub("--pp x --vpp = ", message)
     message = _VALUE.sub(r"--\1 ", message.replace("tp and pp=", "--tp and pp="))
+    message = message.replace("clip_norm", "--grad-clip")
     message = _RULE.sub(r"--\1", message)
     return _MEGATRON.sub(lambda match: _OPTIONS[match[1]] + (" " if match[2] == "=" else ""), message)

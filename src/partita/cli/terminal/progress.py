@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
 
 LINE_EVERY_S = 5.0
 """Seconds between two lines where stderr is not a terminal."""
+
+AVERAGED = 20
+"""The number of last steps over which tokens per second and MFU are averaged."""
 
 
 @contextlib.contextmanager
@@ -54,7 +58,7 @@ def preparing() -> Iterator[Callable[[int, int], None] | None]:
 
 @contextlib.contextmanager
 def training(steps: int, done: int = 0) -> Iterator[Callable[[StepReport], None] | None]:
-    """Show the steps of a training run: loss, learning rate, gradient norm, tokens a second and the time left.
+    """Show the steps of a training run: loss, learning rate, gradient norm, speed, memory and the time left.
 
     In a resumed run, the first `done` steps were completed before.
     """
@@ -75,9 +79,10 @@ def _training_bar(steps: int, done: int) -> Iterator[Callable[[StepReport], None
     columns = (BarColumn(bar_width=12), MofNCompleteColumn(), numbers, TimeRemainingColumn(compact=True))
     with Progress(*columns, console=err()) as bar:
         task = bar.add_task("", total=steps, completed=done, numbers="")
+        recent = Recent()
 
         def show(report: StepReport) -> None:
-            bar.update(task, completed=report.step, numbers=describe(report))
+            bar.update(task, completed=report.step, numbers=recent.describe(report))
             if report.eval_loss is not None:
                 bar.console.print(f"step {report.step}: evaluation loss {report.eval_loss:.4f}", soft_wrap=True)
 
@@ -88,21 +93,42 @@ class _TrainingLines:
     def __init__(self, steps: int, done: int) -> None:
         self.steps, self.done = steps, done
         self.start_s = self.last_s = time.monotonic()
+        self.recent = Recent()
 
     def __call__(self, report: StepReport) -> None:
         now_s = time.monotonic()
+        numbers = self.recent.describe(report)
         is_told = report.step in (self.done + 1, self.steps) or report.eval_loss is not None
         if is_told or now_s - self.last_s >= LINE_EVERY_S:
             self.last_s = now_s
             left_s = (now_s - self.start_s) / (report.step - self.done) * (self.steps - report.step)
-            err().print(f"step {report.step}/{self.steps}  {describe(report)}  {left_s:.0f} s left", soft_wrap=True)
+            err().print(f"step {report.step}/{self.steps}  {numbers}  {left_s:.0f} s left", soft_wrap=True)
 
 
-def describe(report: StepReport) -> str:
-    """The numbers of a step in one line."""
-    rate = report.tokens / report.seconds
-    evaluated = f" evaluation {report.eval_loss:.4f}" if report.eval_loss is not None else ""
-    return f"loss {report.loss:.4f}{evaluated} lr {report.learning_rate:.1e} grad {report.grad_norm:.2f} {rate:,.0f} tokens/s"
+class Recent:
+    """The last steps, over which speeds are averaged. The first step, which prepares much, counts only until the second."""
+
+    def __init__(self) -> None:
+        self._steps: deque[StepReport] = deque(maxlen=AVERAGED)
+        self._count = 0
+
+    def describe(self, report: StepReport) -> str:
+        """The numbers of a step in one line, its speed averaged over the last steps."""
+        self._count += 1
+        if self._count == 2:
+            self._steps.clear()
+        self._steps.append(report)
+        seconds = sum(one.seconds for one in self._steps)
+        parts = [f"loss {report.loss:.4f}"]
+        if report.eval_loss is not None:
+            parts.append(f"evaluation {report.eval_loss:.4f}")
+        parts += [f"lr {report.learning_rate:.1e}", f"grad {report.grad_norm:.2f}"]
+        parts.append(f"{sum(one.tokens for one in self._steps) / seconds:,.0f} tokens/s")
+        if report.mfu is not None:
+            parts.append(f"MFU {sum((one.mfu or 0.0) * one.seconds for one in self._steps) / seconds:.1%}")
+        if report.memory_bytes is not None:
+            parts.append(size(report.memory_bytes))
+        return " ".join(parts)
 
 
 def saved(report: SaveReport) -> None:

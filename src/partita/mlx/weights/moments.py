@@ -1,4 +1,4 @@
-"""AdamW's running means and master weights, read from the unsplit checkpoint of a run of either engine."""
+"""The optimizer's moments and master weights, read from the unsplit checkpoint of a run of either engine."""
 
 from __future__ import annotations
 
@@ -17,30 +17,29 @@ from partita.errors import CheckpointError
 from partita.mlx.collectives.collective_errors import collective_errors
 from partita.mlx.model.parts import Ranges, local_ranges, plan_of
 from partita.mlx.model.trainable import Trainable
-from partita.mlx.training.optimizer import AdamW
+from partita.mlx.training.optimizer import Optimizer
 from partita.mlx.weights.adapters import adapter_places
 from partita.mlx.weights.names import DTYPES, Box
 from partita.mlx.weights.origin import Origin
 from partita.training.resume import refuse_left_out
-from partita.training.saving import HAS_MASTER, MASTER, MOMENTS, OTHER_DTYPE, moments_in
+from partita.training.saving import HAS_MASTER, MASTER, OTHER_DTYPE, trained_in
 from partita.training.state import read_state
 
 _BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
-def state_of(optimizer: AdamW, dtype: mx.Dtype) -> dict[str, dict[str, mx.array]]:
+def state_of(optimizer: Optimizer, dtype: mx.Dtype) -> dict[str, dict[str, mx.array]]:
     """Names on disk of the arrays that an optimizer keeps for arrays of `dtype`."""
-    state = dict(zip(MOMENTS, (optimizer.means, optimizer.squares), strict=True))
-    return state | ({MASTER: optimizer.masters} if optimizer.state_dtype(dtype) != dtype else {})
+    return optimizer.moments | ({MASTER: optimizer.masters} if optimizer.state_dtype(dtype) != dtype else {})
 
 
-def initial_state(kind: str, array: mx.array, optimizer: AdamW) -> mx.array:
+def initial_state(kind: str, array: mx.array, optimizer: Optimizer) -> mx.array:
     """An optimizer's initial state of an array, by name on disk."""
     wide = array.astype(optimizer.state_dtype(array.dtype))
     return wide if kind == MASTER else mx.zeros_like(wide)
 
 
-def restore_optimizer(model: nn.Module, trainable: Trainable, optimizer: AdamW, folder: Path) -> None:
+def restore_optimizer(model: nn.Module, trainable: Trainable, optimizer: Optimizer, folder: Path) -> None:
     """Give an optimizer the state that it had when a checkpoint was written. Every rank must call it.
 
     If the checkpoint has no master weight for an array, the array in float32 is used.
@@ -64,7 +63,7 @@ def restore_optimizer(model: nn.Module, trainable: Trainable, optimizer: AdamW, 
     mine = sorted({box.name for name in trainable.names for box in boxes[name]})
     now = [name for names in groups.pp.all_gather_object(mine) for name in names]
     with collective_errors(groups), Reader(checkpoint) as reader:
-        refuse_left_out(folder, moments_in(checkpoint, MOMENTS[0]), now)
+        refuse_left_out(folder, trained_in(checkpoint), now)
         optimizer.steps = {name: run.count(name, [box.name for box in boxes[name]]) for name in trainable.names}
         for name, (home, key) in trainable.homes.items():
             array = home[key]
@@ -85,7 +84,7 @@ def _dtype_of(
     name: str,
     boxes: tuple[Box, ...],
     dtype: mx.Dtype,
-    optimizer: AdamW,
+    optimizer: Optimizer,
     infos: Mapping[str, TensorInfo],
 ) -> mx.Dtype | None:
     """The dtype of the state `kind` of an array of `dtype` in a checkpoint; None for a master weight that it lacks.
@@ -99,7 +98,7 @@ def _dtype_of(
             raise CheckpointError(
                 f"{folder}: has no {kind}.{box.name}, so {name} was not trained in that run. Train the same parameters."
             )
-        has_master, moment = f"{MASTER}.{box.name}" in infos, infos[f"{MOMENTS[0]}.{box.name}"]
+        has_master, moment = f"{MASTER}.{box.name}" in infos, infos[f"{next(iter(optimizer.moments))}.{box.name}"]
         if has_master and wide == dtype:
             raise CheckpointError(HAS_MASTER.format(folder, f"{MASTER}.{box.name}", name, dtype))
         if DTYPES[moment.dtype] != (wide if has_master else dtype):

@@ -15,7 +15,7 @@ from partita.errors import ModelError
 from partita.mlx.collectives.collective_errors import collective_errors
 from partita.mlx.model.parts import plan_of
 from partita.mlx.model.trainable import Trainable
-from partita.mlx.training.optimizer import AdamW
+from partita.mlx.training.optimizer import Optimizer
 from partita.mlx.weights.adapters import adapters
 from partita.mlx.weights.moments import initial_state, state_of
 from partita.mlx.weights.names import DTYPES
@@ -24,7 +24,7 @@ from partita.mlx.weights.save import DTYPE_NAMES, OnDisk, on_disk
 from partita.training.adapter_files import STEM
 from partita.training.background import Part
 from partita.training.base import place_of
-from partita.training.saving import MASTER, MOMENTS, Saves, check_base, files_beside
+from partita.training.saving import MASTER, Saves, check_base, files_beside
 
 
 class RankShard:
@@ -35,7 +35,7 @@ class RankShard:
         beside: Configs and tokenizer, by name, on the first rank.
     """
 
-    def __init__(self, model: nn.Module, trainable: Trainable, optimizer: AdamW, saves: Saves) -> None:
+    def __init__(self, model: nn.Module, trainable: Trainable, optimizer: Optimizer, saves: Saves) -> None:
         """Create the shard of a model in training. Every rank of the run must call it.
 
         Raises:
@@ -56,7 +56,7 @@ class RankShard:
             tensors = self.disk.tensors(trained.__contains__)
             state = [
                 (f"{kind}.{name}", DTYPE_NAMES[optimizer.state_dtype(DTYPES[dtype])], shape)
-                for kind in (*MOMENTS, MASTER)
+                for kind in (*optimizer.moments, MASTER)
                 for name, dtype, shape in tensors
                 if kind in state_of(optimizer, DTYPES[dtype])
             ]

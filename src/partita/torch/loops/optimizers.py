@@ -14,6 +14,7 @@ from partita.errors import ModelError
 from partita.torch.layers.inner import REPLACED
 from partita.torch.loops.members import model_of, split_names
 from partita.torch.model.parts import plan_of
+from partita.torch.training.momentum import MasterSGD, SplitMuon
 from partita.torch.training.optimizer import MasterAdamW
 
 T = TypeVar("T", bound=type[Optimizer])
@@ -21,9 +22,9 @@ T = TypeVar("T", bound=type[Optimizer])
 _ELEMENTWISE: set[type[Optimizer]] = {
     torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adamax, torch.optim.NAdam, torch.optim.RAdam,
     torch.optim.Adagrad, torch.optim.Adadelta, torch.optim.RMSprop, torch.optim.Rprop, torch.optim.ASGD,
-    torch.optim.SparseAdam, MasterAdamW,
+    torch.optim.SparseAdam, MasterAdamW, MasterSGD, SplitMuon,
 }  # fmt: skip
-"""Optimizers whose step of an element depends on that element, its gradient and its state alone."""
+"""Optimizers whose step of an element depends on that element, its gradient and its state alone, or that gather the rest."""
 
 _BY_TENSOR: set[type[Optimizer]] = {
     getattr(torch.optim, name) for name in ("Adafactor", "Muon") if hasattr(torch.optim, name)

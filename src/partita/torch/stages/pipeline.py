@@ -151,7 +151,8 @@ class Pipeline:
 
     def _do(self, action: Action) -> None:
         self._begin_s = time.perf_counter()
-        getattr(self, f"_{action.kind.value}")(action.stage, action.microbatch)
+        with torch.profiler.record_function(str(action)):
+            getattr(self, f"_{action.kind.value}")(action.stage, action.microbatch)
         # Exclude the time spent waiting.
         self._spans.append((self._begin_s, self._now_s()))
 

@@ -1,4 +1,4 @@
-"""AdamW that updates parameters narrower than float32 through float32 copies, the master weights.
+"""Optimizers that update parameters narrower than float32 through float32 copies, the master weights.
 
     gradient, in the parameter's dtype -> float32 -> moments -> master weight -> rounded into the parameter
 
@@ -8,11 +8,14 @@ Source: Micikevicius et al. 2018, 1710.03740, section 3.1; AdamW: Loshchilov and
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from partita.training.saving import MASTER, MOMENTS
+from partita.training.optimizers import ADAM_MOMENTS
+from partita.training.saving import MASTER
 
 
 def state_dtype(dtype: torch.dtype, master_dtype: str) -> torch.dtype:
@@ -25,9 +28,11 @@ def state_dtype(dtype: torch.dtype, master_dtype: str) -> torch.dtype:
     return torch.float32 if master_dtype == "float32" and dtype.itemsize < 4 else dtype
 
 
-def state_kinds(dtype: torch.dtype, master_dtype: str = "float32") -> tuple[str, ...]:
-    """Names on disk of the tensors that the optimizer keeps for a parameter of `dtype`."""
-    return MOMENTS if state_dtype(dtype, master_dtype) == dtype else (*MOMENTS, MASTER)
+def state_kinds(
+    dtype: torch.dtype, master_dtype: str = "float32", moments: tuple[str, ...] = ADAM_MOMENTS
+) -> tuple[str, ...]:
+    """Names on disk of the tensors that the optimizer keeps for a parameter of `dtype`, which has `moments`."""
+    return moments if state_dtype(dtype, master_dtype) == dtype else (*moments, MASTER)
 
 
 def initial_state(kind: str, parameter: Tensor, master_dtype: str = "float32") -> Tensor:
@@ -36,31 +41,56 @@ def initial_state(kind: str, parameter: Tensor, master_dtype: str = "float32") -
     return parameter.detach().to(dtype) if kind == MASTER else torch.zeros_like(parameter, dtype=dtype).detach()
 
 
-class MasterAdamW(torch.optim.AdamW):
-    """`torch.optim.AdamW` with float32 moments and a float32 `master` in the state of each narrower parameter.
+class Mastered(torch.optim.Optimizer):
+    """An optimizer with a float32 `master`, and moments of its dtype, in the state of each narrower parameter.
 
     The state belongs to the model's parameters. So ZeRO's optimizer around it shards masters and moments alike, and sends the
-    rounded parameters only.
+    rounded parameters only. A parameter group has `master_dtype` (see `TrainSettings`).
     """
+
+    def moments(self, group: dict[str, Any]) -> tuple[str, ...]:
+        """The moments of the parameters of a group."""
+        raise NotImplementedError
+
+    def update(
+        self, stepped: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any], place: Tensor
+    ) -> None:
+        """Step a parameter's master, or the parameter `place` itself, by its gradient in the same dtype."""
+        raise NotImplementedError
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Step one parameter at a time, so that only one gradient is held in float32."""
         for group in self.param_groups:
-            beta1, beta2 = group["betas"]
+            master_dtype = group.get("master_dtype", "float32")
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
                 state = self.state[parameter]
                 if not state:
                     state["step"] = torch.tensor(0.0)
-                    state.update((kind, initial_state(kind, parameter)) for kind in state_kinds(parameter.dtype))
+                    kinds = state_kinds(parameter.dtype, master_dtype, self.moments(group))
+                    state.update((kind, initial_state(kind, parameter, master_dtype)) for kind in kinds)
                 stepped = state.get(MASTER, parameter)
-                adamw(
-                    params=[stepped], grads=[parameter.grad.to(stepped.dtype)], exp_avgs=[state["exp_avg"]],
-                    exp_avg_sqs=[state["exp_avg_sq"]], max_exp_avg_sqs=[], state_steps=[state["step"]], amsgrad=False,
-                    beta1=beta1, beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"],
-                    maximize=False,
-                )  # fmt: skip
+                self.update(stepped, parameter.grad.to(stepped.dtype), state, group, parameter)
                 if stepped is not parameter:
                     parameter.copy_(stepped)
+
+
+class MasterAdamW(Mastered, torch.optim.AdamW):
+    """`torch.optim.AdamW` with masters."""
+
+    def moments(self, group: dict[str, Any]) -> tuple[str, ...]:
+        """The running means of gradients and of their squares."""
+        return ADAM_MOMENTS
+
+    def update(
+        self, stepped: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any], place: Tensor
+    ) -> None:
+        """AdamW's step."""
+        beta1, beta2 = group["betas"]
+        adamw(
+            params=[stepped], grads=[grad], exp_avgs=[state["exp_avg"]], exp_avg_sqs=[state["exp_avg_sq"]],
+            max_exp_avg_sqs=[], state_steps=[state["step"]], amsgrad=False, beta1=beta1, beta2=beta2, lr=group["lr"],
+            weight_decay=group["weight_decay"], eps=group["eps"], maximize=False,
+        )  # fmt: skip

@@ -18,13 +18,14 @@ from partita.core.plan import Plan
 from partita.errors import CheckpointError
 from partita.torch.collectives.collective_errors import collective_errors
 from partita.torch.model.parts import local_tensors, plan_of
-from partita.torch.training.optimizer import MasterAdamW, initial_state, state_kinds
+from partita.torch.training.optimizer import Mastered, initial_state, state_kinds
 from partita.torch.weights.adapter_parts import AdapterPart, adapter_name, adapter_parts
 from partita.torch.weights.fill import DTYPES, CheckpointFill
 from partita.torch.weights.names import Source, pieces_for_writing, repeated_pieces, sources_for_reading
 from partita.torch.weights.save import unsplit_on_meta
+from partita.training.optimizers import ALL_MOMENTS, moments_of
 from partita.training.resume import refuse_left_out
-from partita.training.saving import HAS_MASTER, MASTER, MOMENTS, OTHER_DTYPE, moments_in
+from partita.training.saving import HAS_MASTER, MASTER, OTHER_DTYPE, moments_in, trained_in
 from partita.training.state import read_state
 
 
@@ -60,7 +61,7 @@ def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer | None,
 
     Args:
         model: The model that it trains, in any layout, loaded from the same checkpoint.
-        optimizer: AdamW, or ZeRO's around it; None on a rank that trains nothing.
+        optimizer: Its optimizer, or ZeRO's around it; None on a rank that trains nothing.
         folder: The checkpoint.
 
     Raises:
@@ -74,17 +75,17 @@ def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer | None,
         parts = trained_parts(model)
         unsplit, sources = state_sources(model, plan, parts, trained, folder)
         inner, held = held_by(optimizer)
-        master_dtype = "float32" if isinstance(inner, MasterAdamW) else "model"
+        master_dtype = _master_dtype(inner)
         now = {one for name in trained for one in names_on_disk(name, sources)} | _repeated_names(unsplit, plan)
     now = {name for names in groups.pp.all_gather_object(sorted(now)) for name in names}  # type: ignore[attr-defined]
     with collective_errors(groups):
-        refuse_left_out(folder, moments_in(moments, MOMENTS[0]), now)
+        refuse_left_out(folder, trained_in(moments), now)
         with Reader(moments) as reader:
-            for kind in (*MOMENTS, MASTER):
+            for kind in (*ALL_MOMENTS, MASTER):
                 part = StateReader(reader, moments, kind)
                 fill = CheckpointFill(part, part.infos, sources, unsplit, None, 0)  # type: ignore[arg-type]
                 for name, tensor in trained.items():
-                    kinds = state_kinds(tensor.dtype, master_dtype)
+                    kinds = state_kinds(tensor.dtype, master_dtype, moments_of(run.settings.optimizer, name, plan.spec))
                     if inner is not None and id(tensor) in held and kind in kinds:
                         state = inner.state[tensor]
                         state["step"] = torch.tensor(
@@ -95,6 +96,10 @@ def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer | None,
                             continue
                         cut = plan.tensor(name) if name in plan.spec.tensors else parts[name].cut
                         fill(name, cut, groups.tp.rank, state[kind])
+
+
+def _master_dtype(optimizer: torch.optim.Optimizer | None) -> str:
+    return optimizer.param_groups[0].get("master_dtype", "float32") if isinstance(optimizer, Mastered) else "model"
 
 
 def state_sources(
@@ -134,7 +139,7 @@ def _is_kept(
         raise CheckpointError(
             f"{folder}: has no {kind}.{missing[0]}, so {name} was not trained in that run. Train the same parameters."
         )
-    moment, has_master = infos[f"{MOMENTS[0]}.{wanted[0]}"], f"{MASTER}.{wanted[0]}" in infos
+    moment, has_master = infos[f"{kinds[0]}.{wanted[0]}"], f"{MASTER}.{wanted[0]}" in infos
     if has_master and MASTER not in kinds:
         raise CheckpointError(HAS_MASTER.format(folder, f"{MASTER}.{wanted[0]}", name, tensor.dtype))
     if MASTER in kinds and not has_master and DTYPES[moment.dtype] != tensor.dtype:

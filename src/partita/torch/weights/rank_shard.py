@@ -24,7 +24,9 @@ from partita.torch.weights.save import DTYPE_NAMES, OnDisk, on_disk
 from partita.training.adapter_files import STEM
 from partita.training.background import Part
 from partita.training.base import place_of
-from partita.training.saving import MASTER, MOMENTS, Saves, check_base, files_beside
+from partita.training.optimizers import ALL_MOMENTS, moments_of
+from partita.training.saving import MASTER, Saves, check_base, files_beside
+from partita.training.settings import TrainSettings
 
 
 class RankShard:
@@ -36,7 +38,7 @@ class RankShard:
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer | None, saves: Saves, master_dtype: str
+        self, model: nn.Module, optimizer: torch.optim.Optimizer | None, saves: Saves, settings: TrainSettings
     ) -> None:
         """Create the shard of a model in training. Every rank of the run must call it.
 
@@ -44,7 +46,7 @@ class RankShard:
             ModelError: The model has adapters, and `saves` does not name their base model; or some are not plain LoRA, or more
                 than the adapters is trained.
         """
-        self.model, self.optimizer, self.master_dtype = model, optimizer, master_dtype
+        self.model, self.optimizer, self.settings = model, optimizer, settings
         self.plan, self.groups = plan_of(model)
         adapted = any(self.groups.pp.all_gather_object(bool(adapters(model))))
         check_base(saves, adapted=adapted)
@@ -61,10 +63,10 @@ class RankShard:
             if adapted:
                 _refuse_others(trained - self.disk.dtypes.keys())
             state = [
-                (f"{kind}.{piece.name}", DTYPE_NAMES[state_dtype(dtype, master_dtype)], piece.shape)
-                for kind in (*MOMENTS, MASTER)
+                (f"{kind}.{piece.name}", DTYPE_NAMES[state_dtype(dtype, settings.master_dtype)], piece.shape)
+                for kind in (*ALL_MOMENTS, MASTER)
                 for name, dtype in self.disk.dtypes.items()
-                if name in trained and kind in state_kinds(dtype, master_dtype)
+                if name in trained and kind in self._kinds(name, dtype)
                 for piece in self.disk.pieces[name]
             ]
             self.files: Mapping[str, tuple[FilePlan, ...]] = {
@@ -107,6 +109,11 @@ class RankShard:
                 counts |= {piece.name: count for piece in self.disk.pieces[name] if count != step}
         return counts
 
+    def _kinds(self, name: str, dtype: torch.dtype) -> tuple[str, ...]:
+        """Names on disk of the state that the optimizer keeps of a tensor."""
+        moments = moments_of(self.settings.optimizer, name, self.plan.spec)
+        return state_kinds(dtype, self.settings.master_dtype, moments)
+
     def _parts(self) -> Iterator[tuple[str, list[list[tuple[int, int]]], Tensor, Tensor]]:
         plan, groups = self.plan, self.groups
         inner, held = held_by(self.optimizer)
@@ -118,10 +125,10 @@ class RankShard:
             if id(tensor) not in self.trained or not (id(tensor) in held if self.zero else mine):
                 continue
             state = inner.state.get(tensor, {}) if inner is not None else {}
-            for kind in state_kinds(tensor.dtype, self.master_dtype):
+            for kind in self._kinds(name, tensor.dtype):
                 # A parameter that never had a gradient has no state yet.
                 one = state.get(kind)
-                one = initial_state(kind, tensor, self.master_dtype) if one is None else one
+                one = initial_state(kind, tensor, self.settings.master_dtype) if one is None else one
                 for piece, take, part in self.disk.parts(name, one, plan, groups):
                     yield f"{kind}.{piece}", take, part, one
 

@@ -1,0 +1,109 @@
+"""The optimizer of a run over this rank's trainable parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from partita.core.sharding.cuts import TensorPlan
+from partita.errors import ModelError, PlanError
+from partita.torch.collectives.groups import ParallelGroups
+from partita.torch.model.parts import local_tensors, plan_of
+from partita.torch.training.momentum import Gather, MasterSGD, SplitMuon
+from partita.torch.training.optimizer import MasterAdamW, state_dtype
+from partita.training.optimizers import is_hidden_matrix
+from partita.training.settings import TrainSettings
+
+
+def make_optimizer(model: nn.Module, settings: TrainSettings, groups: ParallelGroups) -> torch.optim.Optimizer | None:
+    """The optimizer of `settings` over this rank's trainable parameters, None if there are none; norms and biases do not decay.
+
+    Parameters narrower than float32 have float32 master weights and moments, unless `settings.master_dtype` is `model`.
+
+    Raises:
+        ModelError: No rank has trainable parameters.
+        PlanError: The optimizer's state cannot be distributed over the replicas.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if settings.optimizer == "muon" and settings.zero:
+        raise PlanError(
+            "zero assigns parameters to replicas by their local sizes, so tensor ranks could orthogonalize matrices in another "
+            "order and wait for each other. Use optimizer adamw or sgd with zero, or leave zero out."
+        )
+    if not any(groups.pp.all_gather_object(bool(parameters))):
+        raise ModelError("no parameter of the model is trainable: all have requires_grad=False.")
+    if not parameters:
+        return None
+    kind, given = _kind_of(parameters, settings)
+    if settings.optimizer == "muon":
+        return _muon(model, parameters, settings, given)
+    split = _by_decay(parameters, settings, master_dtype=settings.master_dtype)
+    if not settings.zero or groups.dp.size == 1:
+        optimizer: torch.optim.Optimizer = kind(split, **given)
+        return optimizer
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    class MixedOptimizer(ZeroRedundancyOptimizer):
+        """Takes parameters of mixed dtypes (a router in float32); only ZeRO's shared buckets, unused here, need one dtype."""
+
+        def _verify_same_dense_param_type(self) -> None:
+            pass
+
+    return MixedOptimizer(split, kind, process_group=groups.dp.group, **given)
+
+
+def _by_decay(parameters: Sequence[Tensor], settings: TrainSettings, **more: Any) -> list[dict[str, Any]]:
+    decay = {True: settings.weight_decay, False: 0.0}
+    split = [
+        {"params": [p for p in parameters if (p.dim() >= 2) is has], "weight_decay": decay[has], **more}
+        for has in (True, False)
+    ]
+    return [group for group in split if group["params"]]
+
+
+def _kind_of(parameters: Sequence[Tensor], settings: TrainSettings) -> tuple[Any, dict[str, Any]]:
+    """The class of the optimizer, and its arguments."""
+    if settings.optimizer == "sgd":
+        return MasterSGD, {"lr": settings.learning_rate, "momentum": settings.momentum}
+    given = {"lr": settings.learning_rate, "betas": (settings.beta1, settings.beta2), "eps": settings.epsilon}
+    has_masters = any(state_dtype(p.dtype, settings.master_dtype) != p.dtype for p in parameters)
+    return MasterAdamW if has_masters else torch.optim.AdamW, given
+
+
+def _muon(
+    model: nn.Module, parameters: Sequence[Tensor], settings: TrainSettings, given: dict[str, Any]
+) -> torch.optim.Optimizer:
+    plan, groups = plan_of(model)
+    local = local_tensors(model, plan)
+    matrices = {id(t): plan.tensor(n) for n, t in local.items() if is_hidden_matrix(n, plan.spec)}
+    gather = {
+        place: _gather_of(cut, groups)
+        for place, cut in matrices.items()
+        if cut.split is not None and groups.tp.size > 1
+    }
+    split = [
+        {
+            "params": [p for p in parameters if id(p) in matrices], "weight_decay": settings.weight_decay,
+            "momentum": settings.momentum, "matrix": True,
+        },
+        *_by_decay([p for p in parameters if id(p) not in matrices], settings, matrix=False),
+    ]  # fmt: skip
+    split = [{**group, "master_dtype": settings.master_dtype} for group in split if group["params"]]
+    return SplitMuon(split, gather, **given)
+
+
+def _gather_of(cut: TensorPlan, groups: ParallelGroups) -> Gather:
+    def gather(part: Tensor) -> tuple[Tensor, Any]:
+        dim, split = cut.dim, cut.split
+        assert dim is not None
+        assert split is not None
+
+        def take(unsplit: Tensor) -> Tensor:
+            return torch.cat([unsplit.narrow(dim, a, b - a) for a, b in split.ranges(groups.tp.rank)], dim)
+
+        return groups.tp.gather_split(part.contiguous(), dim, split), take
+
+    return gather
