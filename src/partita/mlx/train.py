@@ -6,7 +6,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -36,7 +36,7 @@ from partita.mlx.weights.rank_shard import RankShard
 from partita.schedule import Timeline
 from partita.schedule.fit import forward_only
 from partita.training import StepReport, TrainSettings, schedule_of
-from partita.training.data.given import Batches, Run, data_of
+from partita.training.data.given import Batches, Run, training_data
 from partita.training.data.rows import Rows, plain_rows
 from partita.training.data.samples import Samples
 from partita.training.follow import Follow
@@ -119,11 +119,7 @@ def train(
     refuse_beyond_window(plan.spec, settings.sequence_length, "a sequence")
     with collective_errors(groups):
         _refuse_float16(model)
-        run_of = Run(settings, plan.spec, groups, tokenizer)
-        data = data_of(tokens, run_of)
-        evaluated = data_of(eval_data, run_of, "eval_data") if eval_data is not None else None
-        if settings.epochs is not None:
-            settings = replace(settings, steps=data.steps(settings.epochs, settings.batch_size), epochs=None)
+        data, evaluated, settings = training_data(tokens, eval_data, Run(settings, plan.spec, groups, tokenizer))
     trainable = Trainable(model)
     if not any(groups.pp.all_gather_object(bool(trainable.names))):
         raise ModelError("no parameter of the model is trainable: all are frozen.")
@@ -151,16 +147,13 @@ def train(
         optimizer.step(trainable, gradients, rate)
         gradients = {}
 
-    def evaluate() -> float:
-        assert evaluated is not None
-        return evaluate_loss(model, evaluated, settings)
-
     follow = follow or Follow()
     is_frozen = len(trainable.names) < len(parameter_homes(model))
     meter = Meter.of(plan, settings, groups.axes, mx.get_peak_memory, follow.peak_flops, is_frozen=is_frozen)
     hooks = StepHooks(
         backward, lambda: clip_gradients(gradients, model, plan, groups, settings.clip_norm), update,
-        lambda: local.fault(), meter, actions_traced, evaluate if evaluated is not None else None,
+        lambda: local.fault(), meter, actions_traced,
+        partial(evaluate_loss, model, evaluated, settings) if evaluated is not None else None,
     )  # fmt: skip
     with mode_set(model, training=True), random_state_kept():
         return run_steps(run, settings, hooks, saver, Watch(groups, follow, on_step, on_timeline))

@@ -6,7 +6,8 @@ import os
 import socket
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ from partita.torch.weights.fill import as_dtype
 from partita.torch.weights.moments import restore_optimizer
 from partita.torch.weights.rank_shard import RankShard
 from partita.training import StepReport, TrainSettings, schedule_of
-from partita.training.data.given import Batches, Run, data_of
+from partita.training.data.given import Batches, Run, training_data
 from partita.training.data.rows import Rows, plain_rows
 from partita.training.data.samples import Samples
 from partita.training.follow import Follow
@@ -112,19 +113,8 @@ def train(
     schedule = schedule_of(plan, settings)
     plan.spec.refuse_beyond_positions(settings.sequence_length, "a sequence")
     with collective_errors(groups):
-        run_of = Run(settings, plan.spec, groups, tokenizer)
-        data = data_of(tokens, run_of)
-        evaluated = data_of(eval_data, run_of, "eval_data") if eval_data is not None else None
-        if settings.epochs is not None:
-            settings = replace(settings, steps=data.steps(settings.epochs, settings.batch_size), epochs=None)
-    check_trainable(model)
-    with collective_errors(groups):
-        _refuse_float16(model)
-        if settings.packing:
-            prove_packing(model, plan)
-    balance_of(model, plan, settings.aux_loss_scope)  # which raises before anything is done
-    if plan.num_stages > 1:
-        refuse_layer_drop(model)
+        data, evaluated, settings = training_data(tokens, eval_data, Run(settings, plan.spec, groups, tokenizer))
+    _check(model, settings)
     start_alike([p for p in model.parameters() if p.requires_grad], groups.dp)
     optimizer = make_optimizer(model, settings, groups)
     pipeline = Pipeline(model, schedule)
@@ -150,14 +140,11 @@ def train(
             optimizer.step()
         model.zero_grad(set_to_none=True)
 
-    def evaluate() -> float:
-        assert evaluated is not None
-        return evaluate_loss(model, evaluated, settings)
-
     follow = follow or Follow()
     hooks = StepHooks(
         backward, lambda: clip_gradients(model, plan, groups, settings.clip_norm), update, lambda: local.fault(),
-        _meter(model, settings, follow), traced, evaluate if evaluated is not None else None,
+        _meter(model, settings, follow), traced,
+        partial(evaluate_loss, model, evaluated, settings) if evaluated is not None else None,
     )  # fmt: skip
     watch = Watch(groups, follow, on_step, on_timeline)
     recomputed = checkpointing_set(model, settings.checkpointing, plan)
@@ -166,6 +153,19 @@ def train(
             return run_steps(run, settings, hooks, saver, watch)
     finally:
         model.zero_grad(set_to_none=True)
+
+
+def _check(model: nn.Module, settings: TrainSettings) -> None:
+    """Raise what would end the run later."""
+    plan, groups = plan_of(model)
+    check_trainable(model)
+    with collective_errors(groups):
+        _refuse_float16(model)
+        if settings.packing:
+            prove_packing(model, plan)
+    balance_of(model, plan, settings.aux_loss_scope)
+    if plan.num_stages > 1:
+        refuse_layer_drop(model)
 
 
 def _meter(model: nn.Module, settings: TrainSettings, follow: Follow) -> Meter:

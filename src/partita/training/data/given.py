@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -44,6 +44,23 @@ class Run:
     spec: ModelSpec
     groups: AxisGroups[Communicator]
     tokenizer: Tokenizer | None = None
+
+
+def training_data(
+    tokens: Any, eval_data: Any, run: Run
+) -> tuple[Samples | Batches, Samples | Batches | None, TrainSettings]:
+    """The data and the evaluation data that a caller passes, and the settings with the steps of their epochs.
+
+    Raises:
+        PlanError: The data has another form, or ids that are not in the vocabulary.
+        ModelError: Texts need a tokenizer, or a row cannot be used.
+    """
+    data = data_of(tokens, run)
+    evaluated = data_of(eval_data, run, "eval_data") if eval_data is not None else None
+    settings = run.settings
+    if settings.epochs is not None:
+        settings = replace(settings, steps=data.steps(settings.epochs, settings.batch_size), epochs=None)
+    return data, evaluated, settings
 
 
 def data_of(given: Any, run: Run, name: str = "tokens") -> Samples | Batches:
