@@ -7,6 +7,7 @@ import dataclasses
 import inspect
 from collections.abc import Callable, Sequence
 from enum import Enum
+from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_type_hints
 
@@ -32,7 +33,7 @@ class _Command(HelpCommand):
 def completed(args: Sequence[str]) -> list[str]:
     """The arguments with the values that options have where they are given without one."""
     made: list[str] = []
-    for arg, following in zip(args, [*args[1:], "-"], strict=True):
+    for arg, following in zip_longest(args, args[1:], fillvalue="-"):
         arg = NEGATED.get(arg, arg)
         made.append(f"{arg}={VALUE_ALONE[arg]}" if arg in VALUE_ALONE and following.startswith("-") else arg)
     return made
