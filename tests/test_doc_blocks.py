@@ -29,6 +29,7 @@ TINY = {
 SHORTER = {
     "steps=100": "steps=2",
     "every=100": "every=1",
+    "pt.Profile(10, 12,": "pt.Profile(1, 2,",
     "max_steps=100": "max_steps=2, report_to=[], disable_tqdm=True",
     "max_new_tokens=64": "max_new_tokens=4",
     "pt.byte_tokenizer())": "pt.byte_tokenizer(), limit_bytes=50_000)",
