@@ -47,7 +47,7 @@ def test_a_rank_receives_what_was_sent(tmp_path: Path, kind: str, is_planned: bo
             notes={"data": ["x"], "layout": {"tp": 1}, "keep": None},
             options={"steps": 3, "seed": 0},
             out=tmp_path, resume=False, verify=True, lora_rank=None, lora={}, as_json=False, picture=None,
-            trace=tmp_path / "t.json",
+            trace=tmp_path / "t.json", profile=None,
         ),
         "verify": lambda: VerifyJob(
             **given, training={"microbatches": 2, "schedule": None}, steps=1, dtypes=["float64"], all_rows=False,
