@@ -22,7 +22,7 @@ PROMPT = "import sys\n"
 
 
 def run(*command: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=55)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=110)
 
 
 @pytest.fixture(scope="module")
