@@ -37,6 +37,7 @@ _WHY_NOT: Mapping[str, str] = {
     "model": "its weights are those of the checkpoint",
     "dtype": "its weights and the optimizer's state have their dtype",
     "lora_rank": "its adapters have their rank",
+    **dict.fromkeys(LORA, "its adapters were created with it"),
 }
 """Why an option of `NOTED` cannot change."""
 
