@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence as SequenceOf
 from dataclasses import astuple, dataclass, replace
 from typing import Any
@@ -82,13 +81,3 @@ def _merged(reports: SequenceOf[GenerationReport], *, are_replicas: bool) -> Gen
         sum(report.prefill_tokens for report in reports), max(report.prefill_s for report in reports),
         sum(report.decode_tokens for report in reports), max(report.decode_s for report in reports), peak_bytes,
     )  # fmt: skip
-
-
-def peak_resident_bytes() -> int:
-    """The largest resident memory of this process so far; 0 where the system does not tell."""
-    try:
-        import resource
-    except ImportError:
-        return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

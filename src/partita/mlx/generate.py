@@ -13,7 +13,7 @@ from partita.errors import ModelError
 from partita.generation.choice import settle
 from partita.generation.generation_config import generation_of_config
 from partita.generation.prompts import Prompts, check_ids, encoded
-from partita.generation.report import Batch, GenerationReport, peak_resident_bytes, report_of
+from partita.generation.report import Batch, GenerationReport, report_of
 from partita.generation.sample import failure_of
 from partita.generation.settings import Generation, OnText, Sampling, Sequence
 from partita.generation.tokenizer import Tokenizer
@@ -24,6 +24,7 @@ from partita.mlx.proof.stages import refuse_undecodable
 from partita.mlx.stages.batches import Batches
 from partita.mlx.stages.flow import Flow
 from partita.ranks.liveness import doing
+from partita.ranks.memory import peak_resident_bytes
 
 
 @doing("generating")

@@ -19,7 +19,7 @@ from partita.errors import ModelError, PlanError
 from partita.generation import Generation, GenerationReport, OnText, Sampling, Sequence, Tokenizer
 from partita.generation.choice import Choice, settle
 from partita.generation.prompts import Prompts, check_ids, encoded
-from partita.generation.report import Batch, peak_resident_bytes, report_of
+from partita.generation.report import Batch, report_of
 from partita.generation.sample import Columns, choose, failure_of, generator_of
 from partita.ranks.liveness import doing
 from partita.schedule.fit import forward_only
@@ -32,6 +32,7 @@ from partita.torch.model.parts import plan_of
 from partita.torch.model.towers import refuse_forbidden
 from partita.torch.proof.stages import refuse_undecodable
 from partita.torch.stages.pipeline import Pipeline
+from partita.torch.training.watch import peak_bytes
 from partita.torch.transformers_internals import (
     advance,
     first_positions,
@@ -127,16 +128,12 @@ def generate(
     replies: list[Any] = groups.dp.all_gather_object(mine)
     if failures := [failure for _, failure in replies if failure]:
         raise ModelError(failures[0])
-    report = report_of(start_s, timed, _peak_memory_bytes(model), groups)
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    report = report_of(start_s, timed, peak_bytes(device), groups)
     if on_report is not None:
         on_report(report)
     done = {place: generation for part, _ in replies for place, generation in part.items()}
     return [done[place] for place in range(len(ids))]
-
-
-def _peak_memory_bytes(model: nn.Module) -> int:
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_resident_bytes()
 
 
 def _check(model: nn.Module) -> None:

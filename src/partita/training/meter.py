@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -14,12 +12,6 @@ from partita.training.settings import TrainSettings
 
 EVERY = 10
 """Steps between two exchanges of the peaks of memory, after the first steps; a peak only rises."""
-
-
-def process_peak_bytes() -> int:
-    """The largest resident memory of this process until now."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 @dataclass

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from partita.checkpoint.durable import failing_as
+from partita.ranks.memory import peak_resident_bytes
 from partita.torch.collectives.groups import ParallelGroups
 from partita.training.finite import Fault
 from partita.training.flops import peak_flops
-from partita.training.meter import process_peak_bytes
 
 
 @dataclass
@@ -55,7 +55,7 @@ class LocalStep:
 
 def peak_bytes(device: torch.device) -> int:
     """The peak of this rank's memory: what torch allocated on a GPU, else the memory of the process."""
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else process_peak_bytes()
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_resident_bytes()
 
 
 def device_peak_flops(device: torch.device) -> float | None:
