@@ -15,9 +15,10 @@ from typing import Any
 
 from partita.dependencies import find
 from partita.errors import ModelError
+from partita.torch.model.parts import is_split
 from partita.torch.weights.adapter_parts import unwrapped
 from partita.torch.weights.peft_format import read_adapter, save_adapters
-from partita.torch.weights.peft_models import cast, inject, is_split
+from partita.torch.weights.peft_models import cast, inject
 
 
 def when_imported(name: str, act: Callable[[], None]) -> None:

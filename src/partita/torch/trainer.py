@@ -14,7 +14,7 @@ from partita.errors import ModelError
 from partita.torch.collectives.groups import ParallelGroups
 from partita.torch.model.parts import plan_of
 from partita.torch.training.fused_head import give_fused_head
-from partita.torch.training.replicas import clip_gradients, sum_gradients
+from partita.torch.training.replicas import sum_gradients
 from partita.torch.weights.adapter_parts import adapter_name, is_peft, unwrapped
 from partita.torch.weights.adapters import adapters
 from partita.torch.weights.optimizer_state import load_optimizer, save_optimizer
@@ -98,7 +98,7 @@ class _SplitTraining:
                 f"model must be a split model; got {model!r:.100}. Use partita.torch.load, and pass the result as model=."
             )
         self._split_model: Any = unwrapped(model)
-        self._split_plan, self._split_groups = plan_of(self._split_model)
+        _, self._split_groups = plan_of(self._split_model)
         if getattr(args, "fp16", False):
             raise ModelError(
                 "a split model cannot be trained in float16: a small gradient would be lost. Use bf16=True."
@@ -154,15 +154,6 @@ class _SplitTraining:
         if share == 1.0:
             return result
         return (result[0] * share, *result[1:]) if return_outputs else result * share
-
-    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
-        return self._norm(self.args.max_grad_norm)
-
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> float:
-        return float(self._norm(0.0) if grad_norm is None else grad_norm)
-
-    def _norm(self, clip_norm: float) -> Tensor:
-        return torch.tensor(clip_gradients(self._split_model, self._split_plan, self._split_groups, clip_norm))
 
     @property
     def _adapted(self) -> bool:

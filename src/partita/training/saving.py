@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from partita.checkpoint.header import TensorInfo
 from partita.checkpoint.index import Checkpoint
@@ -29,9 +29,6 @@ from partita.training.data.samples import TrainingData
 from partita.training.optimizers import ALL_MOMENTS
 from partita.training.settings import TrainSettings
 from partita.training.state import STATE_NAME, TrainingState
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from partita.torch.collectives.groups import ParallelGroups
 from partita.torch.loops import norms, optimizers, wrappers
 from partita.torch.loops.members import MEMBER, Member
 from partita.torch.loops.states import watch_states
-from partita.torch.model.parts import local_tensors, plan_of
+from partita.torch.model.parts import is_split, local_tensors, plan_of
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -25,8 +25,7 @@ def watch(model: M) -> M:
 
     torch's functions are extended once, when the first model is split; for anything else they run as before.
     """
-    plan, _ = plan_of(model)
-    if plan.mesh.tp * plan.mesh.pp == 1:
+    if not is_split(model):
         return model
     if not _installed.is_set():
         _installed.set()

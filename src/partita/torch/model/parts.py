@@ -29,6 +29,12 @@ def plan_of(model: nn.Module) -> tuple[Plan, ParallelGroups]:
     return plan, groups
 
 
+def is_split(model: object) -> bool:
+    """Whether a model is split over several ranks by tp or pp."""
+    plan = getattr(model, "partita_plan", None)
+    return isinstance(plan, Plan) and plan.mesh.tp * plan.mesh.pp > 1
+
+
 def unsplit_name(name: str) -> str:
     """The unsplit name of a split model's parameter, for models whose own modules have no such names.
 

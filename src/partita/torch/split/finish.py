@@ -12,7 +12,7 @@ from partita.core.plan import Plan
 from partita.errors import ModelError
 from partita.torch.collectives.groups import ParallelGroups
 from partita.torch.model.attentions import gather_attentions
-from partita.torch.model.parts import parameter_homes, tie
+from partita.torch.model.parts import is_split, parameter_homes, tie
 from partita.torch.split.apply import sum_partial_gradients
 from partita.torch.stages.cut import wire_stages
 from partita.torch.stages.whole_call import call_as_whole
@@ -28,7 +28,7 @@ def finish(model: nn.Module, plan: Plan, groups: ParallelGroups) -> nn.Module:
     model.partita_groups = groups  # type: ignore[assignment]
     call_as_whole(model, plan, groups)
     gather_attentions(model, plan, groups.tp)
-    if plan.mesh.tp * plan.mesh.pp > 1 and hasattr(type(model), "generate"):
+    if is_split(model) and hasattr(type(model), "generate"):
         model.generate = MethodType(_generate_alike, model)  # type: ignore[assignment]
     return model
 

@@ -27,7 +27,7 @@ from partita.errors import ModelError
 from partita.torch.collectives.groups import ParallelGroups
 from partita.torch.layers.inner import base_layer
 from partita.torch.layers.lora import adopt, measure_magnitudes, part_dim
-from partita.torch.model.parts import inner_name, plan_of, unsplit_modules
+from partita.torch.model.parts import inner_name, is_split, plan_of, unsplit_modules
 from partita.torch.stages.cut import Absent
 from partita.torch.weights.adapter_parts import is_peft
 from partita.torch.weights.adapters import refuse_two_dropouts
@@ -49,12 +49,6 @@ _INITS_OF_WEIGHTS = ("pissa", "olora")
 """Initializations by name; the second kind decomposes the unsplit weight, which is gathered one layer at a time."""
 
 _REMEDY = "Or add the adapter to the unsplit model with peft, merge it (merge_and_unload), and split the result."
-
-
-def is_split(model: object) -> bool:
-    """Whether a model is split over several ranks by tp or pp."""
-    plan = getattr(model, "partita_plan", None)
-    return isinstance(plan, Plan) and plan.mesh.tp * plan.mesh.pp > 1
 
 
 @dataclasses.dataclass

@@ -20,7 +20,7 @@ from partita.checkpoint.read import Reader
 from partita.errors import CheckpointError, ModelError
 from partita.torch.collectives.collective_errors import collective_errors
 from partita.torch.collectives.groups import ParallelGroups
-from partita.torch.model.parts import local_tensors, plan_of
+from partita.torch.model.parts import is_split, local_tensors, plan_of
 from partita.torch.weights.fill import CheckpointFill
 from partita.torch.weights.names import sources_for_reading
 from partita.torch.weights.save import save, unsplit_on_meta
@@ -31,8 +31,7 @@ _IGNORED = {"is_main_process", "save_function", "safe_serialization", "token", "
 
 def with_save_pretrained(model: nn.Module) -> nn.Module:
     """Make `model.save_pretrained(folder)` write the unsplit model of all ranks, where the model has that method."""
-    plan, _ = plan_of(model)
-    if plan.mesh.tp * plan.mesh.pp > 1 and hasattr(type(model), "save_pretrained"):
+    if is_split(model) and hasattr(type(model), "save_pretrained"):
         model.save_pretrained = MethodType(_save_pretrained, model)  # type: ignore[assignment]
     return model
 
