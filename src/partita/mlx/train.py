@@ -40,7 +40,7 @@ from partita.training.data.given import Batches, Run, training_data
 from partita.training.data.rows import Rows, plain_rows
 from partita.training.data.samples import Samples
 from partita.training.follow import Follow
-from partita.training.loop import StepHooks, Watch, begin_run, run_steps
+from partita.training.loop import StepHooks, Watch, begin_run, mean_loss, run_steps
 from partita.training.meter import Meter
 from partita.training.random import step_seed
 from partita.training.saving import Saver, SaveReport, Saves
@@ -301,15 +301,13 @@ def evaluate_loss(model: nn.Module, data: Samples | Batches, settings: TrainSett
     """
     plan, groups = plan_of(model)
     pipeline = Pipeline(model, forward_only(plan, settings.microbatches))
-    summed, counted = 0.0, 0
+
+    def summed(_: int, rows: list[Rows]) -> tuple[float, int]:
+        parts, count, _ = _batch(groups, rows)
+        return _forward(pipeline, parts), count
+
     with mode_set(model, training=False):
-        for rows in data.in_order(settings, groups.dp.size, groups.dp.rank):
-            parts, count, _ = _batch(groups, rows)
-            counted += count
-            summed += _forward(pipeline, parts)
-    if not counted:
-        raise ModelError("no token of the evaluation set is trained on. Give other evaluation data.")
-    return summed / counted
+        return mean_loss(data.in_order(settings, groups.dp.size, groups.dp.rank), summed)
 
 
 def _forward(pipeline: Pipeline, parts: Sequence[tuple[mx.array, mx.array]]) -> float:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
+from partita.errors import ModelError
 from partita.ranks.groups import AxisGroups, Communicator
 from partita.ranks.liveness import doing
 from partita.schedule import Timeline
@@ -199,3 +201,23 @@ def _evaluated(step: int, settings: TrainSettings, hooks: StepHooks) -> float | 
         return None
     with doing(f"evaluation after step {step} of {settings.steps}"):
         return hooks.evaluate()
+
+
+def mean_loss(batches: Iterable[Any], summed: Callable[[int, Any], tuple[float, int]]) -> float:
+    """The mean loss over all labels of an evaluation set; every rank must call it.
+
+    Args:
+        batches: This replica's part of each batch.
+        summed: Returns the loss of a complete batch, summed over its labels, and their number; called with the batch's number.
+
+    Raises:
+        ModelError: No id of the data is trained on.
+    """
+    losses, counts = 0.0, 0
+    for number, batch in enumerate(batches):
+        loss, count = summed(number, batch)
+        losses += loss
+        counts += count
+    if not counts:
+        raise ModelError("no token of the evaluation set is trained on. Give other evaluation data.")
+    return losses / counts

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import accumulate
@@ -12,7 +12,7 @@ from typing import Protocol
 
 from partita.errors import ModelError
 from partita.training.data.order import order, place_of
-from partita.training.data.rows import Part, Rows, Sample, parts_of, stacked
+from partita.training.data.rows import IGNORED, Part, Rows, Sample, parts_of, stacked
 from partita.training.data.store import Store
 from partita.training.random import mixed_seed
 from partita.training.settings import TrainSettings
@@ -117,18 +117,12 @@ class Samples:
 
     def rows(self, step: int, settings: TrainSettings, replicas: int, replica: int) -> list[Rows]:
         """The micro-batches of a replica in a step; no other replica's samples are read."""
-        each = settings.batch_size // replicas // settings.microbatches
-        first = step * settings.batch_size + replica * each * settings.microbatches
-        starts = range(first, first + each * settings.microbatches, each)
-        return [stacked([self.sample(number, settings.seed) for number in range(s, s + each)]) for s in starts]
+        return _microbatches(step, settings, replicas, replica, lambda number: self.sample(number, settings.seed))
 
     def in_order(self, settings: TrainSettings, replicas: int, replica: int) -> Iterator[list[Rows]]:
         """All samples once, in order, in batches of the same size; the last one is filled up with rows without labels."""
-        each = settings.batch_size // replicas // settings.microbatches
         for batch in range(-(-len(self) // settings.batch_size)):
-            first = batch * settings.batch_size + replica * each * settings.microbatches
-            starts = range(first, first + each * settings.microbatches, each)
-            yield [stacked([self._or_blank(number) for number in range(s, s + each)]) for s in starts]
+            yield _microbatches(batch, settings, replicas, replica, self._or_blank)
 
     def _or_blank(self, number: int) -> Sample:
         import numpy as np
@@ -136,11 +130,21 @@ class Samples:
         if number < len(self):
             return self._at(number)
         last = self._at(len(self) - 1)
-        return Sample(last.ids, np.full_like(last.labels, -100), last.positions)
+        return Sample(last.ids, np.full_like(last.labels, IGNORED), last.positions)
 
     def steps(self, epochs: int, batch_size: int) -> int:
         """The optimizer steps of some epochs. The last one is filled up with samples of the next."""
         return -(-epochs * len(self) // batch_size)
+
+
+def _microbatches(
+    batch: int, settings: TrainSettings, replicas: int, replica: int, sample: Callable[[int], Sample]
+) -> list[Rows]:
+    """The micro-batches of a replica in a batch, of the samples that have the next numbers."""
+    each = settings.batch_size // replicas // settings.microbatches
+    first = batch * settings.batch_size + replica * each * settings.microbatches
+    starts = range(first, first + each * settings.microbatches, each)
+    return [stacked([sample(number) for number in range(start, start + each)]) for start in starts]
 
 
 @lru_cache(maxsize=2)
