@@ -109,6 +109,14 @@ def slice_parameter(parameter: Tensor, dim: int, ranges: Sequence[Range]) -> nn.
     return nn.Parameter(local.contiguous(), requires_grad=parameter.requires_grad)
 
 
+def take_ranges(tensor: Tensor, ranges: Sequence[Sequence[Range]], first_dim: int = 0) -> Tensor:
+    """The given ranges of each dim from `first_dim` on, in their order. A dim of which all is taken is not copied."""
+    for dim, held in enumerate(ranges, first_dim):
+        if tuple(held) != ((0, tensor.shape[dim]),):
+            tensor = torch.cat([tensor.narrow(dim, start, stop - start) for start, stop in held], dim)
+    return tensor
+
+
 def base_layer(linear: nn.Module) -> nn.Module:
     """The innermost layer of adapters that wrap one another (`base_layer` in peft and in ours)."""
     while isinstance(getattr(linear, "base_layer", None), nn.Module):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from partita.core.plan import Plan
 from partita.errors import ModelError
+from partita.torch.layers.inner import take_ranges
 from partita.torch.model.parts import parameter_homes, plan_of
 
 PART = "partita_part"
@@ -64,17 +64,10 @@ def _take_part(model: nn.Module, plan: Plan, state: dict[str, Any], prefix: str,
         if value is None:
             continue
         if tuple(value.shape) == cut.shape:
-            value = _local(value, plan.tensor(name).ranges(rank))
+            value = take_ranges(value, plan.tensor(name).ranges(rank))
         elif name in homes and value.shape != getattr(*homes[name]).shape:
             continue  # load_state_dict reports the sizes
         del state[prefix + name]
         if name in homes:
             module, attribute = homes[name]
             state[f"{prefix}{paths[id(module)]}.{attribute}".replace("..", ".")] = value
-
-
-def _local(tensor: Tensor, ranges: Any) -> Tensor:
-    for dim, held in enumerate(ranges):
-        if held != ((0, tensor.shape[dim]),):
-            tensor = torch.cat([tensor.narrow(dim, start, stop - start) for start, stop in held], dim)
-    return tensor

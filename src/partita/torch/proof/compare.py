@@ -15,6 +15,7 @@ from partita.errors import ModelError
 from partita.proof.differences import SMALL, Difference, largest_of_ranks
 from partita.torch.collectives.comm import Communicator
 from partita.torch.collectives.groups import ParallelGroups
+from partita.torch.layers.inner import take_ranges
 from partita.torch.model.parts import local_tensors, main_output
 from partita.torch.stages.cut import Absent
 
@@ -88,9 +89,7 @@ def compare_parameters(unsplit: nn.Module, split: nn.Module, plan: Plan, groups:
 
 def local_part_of(tensor: Tensor, plan: Plan, name: str, rank: int) -> Tensor:
     """A tensor rank's part of an unsplit tensor of the plan's model."""
-    for dim, ranges in enumerate(plan.tensor(name).ranges(rank)):
-        tensor = torch.cat([tensor.narrow(dim, a, b - a) for a, b in ranges], dim)
-    return tensor
+    return take_ranges(tensor, plan.tensor(name).ranges(rank))
 
 
 def _gradients(unsplit: nn.Module, split: nn.Module, plan: Plan, comm: Communicator) -> Iterator[Difference]:

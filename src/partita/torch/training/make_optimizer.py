@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from partita.core.sharding.cuts import TensorPlan
 from partita.errors import ModelError, PlanError
 from partita.torch.collectives.groups import ParallelGroups
+from partita.torch.layers.inner import take_ranges
 from partita.torch.model.parts import local_tensors, plan_of
 from partita.torch.training.momentum import Gather, MasterSGD, SplitMuon
 from partita.torch.training.optimizer import MasterAdamW, state_dtype
@@ -101,9 +102,9 @@ def _gather_of(cut: TensorPlan, groups: ParallelGroups) -> Gather:
         assert dim is not None
         assert split is not None
 
-        def take(unsplit: Tensor) -> Tensor:
-            return torch.cat([unsplit.narrow(dim, a, b - a) for a, b in split.ranges(groups.tp.rank)], dim)
+        def own(unsplit: Tensor) -> Tensor:
+            return take_ranges(unsplit, [split.ranges(groups.tp.rank)], dim)
 
-        return groups.tp.gather_split(part.contiguous(), dim, split), take
+        return groups.tp.gather_split(part.contiguous(), dim, split), own
 
     return gather

@@ -14,6 +14,7 @@ from partita.checkpoint.read import Reader
 from partita.core.sharding.cuts import TensorPlan
 from partita.core.sharding.split import Range
 from partita.errors import CheckpointError, ModelError
+from partita.torch.layers.inner import take_ranges
 from partita.torch.weights.names import Source, convert_whole
 
 DTYPES = {
@@ -60,9 +61,7 @@ class CheckpointFill:
             )
         if source.converter is not None:
             whole = convert_whole(source, name, {n: self._read_whole(n) for n, _ in source.inputs}, self.unsplit)
-            for dim, held in enumerate(ranges):
-                whole = torch.cat([whole.narrow(dim, a, b - a) for a, b in held], dim)
-            local.copy_(whole)
+            local.copy_(take_ranges(whole, ranges))
             return
         for piece in source.pieces:
             overlap = piece.overlap(ranges)

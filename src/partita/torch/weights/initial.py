@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from partita.core.sharding.cuts import TensorPlan
 from partita.errors import ModelError
+from partita.torch.layers.inner import take_ranges
 from partita.torch.transformers_internals import can_initialize, initialize
 
 BLOCK_ELEMENTS = 1 << 22
@@ -115,9 +116,7 @@ class FreshFill:
                 values = self._draw(recipe, name, block, (last - first, *shape[1:]), local.dtype, (first, last))
                 end = min(stop, last)
                 part = values[row - first : end - first]
-                for dim, mine in enumerate(ranges[1:], 1):
-                    part = torch.cat([part.narrow(dim, a, b - a) for a, b in mine], dim)
-                flat[done : done + end - row].copy_(part)
+                flat[done : done + end - row].copy_(take_ranges(part, ranges[1:], 1))
                 done += end - row
                 row = end
 

@@ -25,7 +25,7 @@ from partita.core.plan import Plan
 from partita.dependencies import find
 from partita.errors import ModelError
 from partita.torch.collectives.groups import ParallelGroups
-from partita.torch.layers.inner import base_layer
+from partita.torch.layers.inner import base_layer, take_ranges
 from partita.torch.layers.lora import adopt, measure_magnitudes, part_dim
 from partita.torch.model.parts import inner_name, is_split, plan_of, unsplit_modules
 from partita.torch.stages.cut import Absent
@@ -221,11 +221,7 @@ def _own_parts(layer: nn.Module, here: Any, *, with_base: bool) -> dict[str, Ten
         value, dim = parameter.detach(), None
         if inner_name(here):
             dim = _weight_dim(here) if is_base else part_dim(here.style, name)
-        parts[name] = (
-            value.clone()
-            if dim is None
-            else torch.cat([value.narrow(dim, a, b - a) for a, b in here.split.ranges(here.comm.rank)], dim)
-        )
+        parts[name] = value.clone() if dim is None else take_ranges(value, [here.split.ranges(here.comm.rank)], dim)
     return parts
 
 

@@ -19,14 +19,24 @@ def row_starts(tokens: int, step: int, batch_size: int, sequence_length: int, se
     Raises:
         ModelError: The text is shorter than a sequence and its last target.
     """
+    places = places_in(tokens, sequence_length)
+    indices = (divmod(index, places) for index in range(step * batch_size, (step + 1) * batch_size))
+    return [place_of(places, place, seed * 1_000_003 + epoch) * sequence_length for epoch, place in indices]
+
+
+def places_in(tokens: int, sequence_length: int) -> int:
+    """The number of sequences, each with a last target, in a text.
+
+    Raises:
+        ModelError: There is none.
+    """
     places = (tokens - 1) // sequence_length
     if places < 1:
         raise ModelError(
             f"the text has {tokens} tokens, which is less than one sequence of {sequence_length} + 1. "
             "Give more text or a smaller --sequence-length."
         )
-    indices = (divmod(index, places) for index in range(step * batch_size, (step + 1) * batch_size))
-    return [place_of(places, place, seed * 1_000_003 + epoch) * sequence_length for epoch, place in indices]
+    return places
 
 
 def place_of(count: int, index: int, seed: int) -> int:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from partita.errors import ModelError
+from partita.training.data.order import places_in
 from partita.training.data.packing import packed, pieces_of
 from partita.training.data.store import Store
 
@@ -128,14 +129,10 @@ class TextPart(Part):
             ModelError: There is less than one row.
         """
         self.ids, self.length, self.digest, self.largest, self.tokens = ids, length, digest, largest, len(ids)
-        if len(self) < 1:
-            raise ModelError(
-                f"the text has {self.tokens} tokens, which is less than one sequence of {length} + 1. "
-                "Give more text or a smaller --sequence-length."
-            )
+        self.places = places_in(self.tokens, length)
 
     def __len__(self) -> int:
-        return (self.tokens - 1) // self.length
+        return self.places
 
     def __getitem__(self, place: int) -> Sample:
         import numpy as np
