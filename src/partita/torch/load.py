@@ -26,7 +26,7 @@ from partita.errors import ModelError
 from partita.generation.generation_config import FILE_NAME, read_generation
 from partita.notes import note
 from partita.ranks.liveness import doing
-from partita.torch.collectives.collective_errors import collective_errors, gather_from_all
+from partita.torch.collectives.collective_errors import collective_errors, gather_from_all, value_of_first
 from partita.torch.collectives.groups import ParallelGroups, init_process_group, make_groups
 from partita.torch.loops.watch import watch
 from partita.torch.model.towers import forbid_media
@@ -169,8 +169,7 @@ def shard(
     how = SplitRequest.of(plan, split)
     groups = groups if groups is not None else make_groups(how.mesh)
     refuse_unequal(model, groups)
-    for comm in groups.axes:
-        sample_input = comm.broadcast_object(sample_input)
+    sample_input = value_of_first(groups, sample_input)
     with collective_errors(groups):
         if rules is not None:
             if plan is not None:

@@ -45,6 +45,13 @@ def gather_from_all(groups: ParallelGroups, value: Any) -> list[Any]:
     return _gather_from_world(value) if groups.mesh.size > 1 else [value]
 
 
+def value_of_first(groups: ParallelGroups, value: Any) -> Any:
+    """The value of rank 0 of the mesh, on every rank. Every rank must call it."""
+    for comm in groups.axes:
+        value = comm.broadcast_object(value)
+    return value
+
+
 def _gather_from_world(report: object) -> list[Any]:
     reports: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(reports, report)

@@ -13,6 +13,7 @@ from torch import nn
 from partita.core.plan import Plan
 from partita.dependencies import find
 from partita.errors import ModelError
+from partita.torch.collectives.collective_errors import value_of_first
 from partita.torch.collectives.groups import ParallelGroups
 from partita.torch.layers.dropout import has_dropout
 from partita.torch.layers.inner import base_layer
@@ -146,10 +147,7 @@ def refuse_two_dropouts(dropout: float, model: nn.Module, plan: Plan) -> None:
 
 def _seed_of_first(groups: ParallelGroups) -> int:
     """A seed that rank 0 samples and broadcasts: the ranks' generators need not agree."""
-    seed: Any = int(torch.randint(1 << 62, ()))
-    for comm in (groups.tp, groups.pp, groups.dp):
-        seed = comm.broadcast_object(seed)
-    return int(seed)
+    return int(value_of_first(groups, int(torch.randint(1 << 62, ()))))
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from partita.core.plan import Plan
 from partita.dependencies import find
 from partita.errors import ModelError
-from partita.torch.collectives.groups import ParallelGroups
+from partita.torch.collectives.collective_errors import value_of_first
 from partita.torch.layers.inner import base_layer, take_ranges
 from partita.torch.layers.lora import adopt, measure_magnitudes, part_dim
 from partita.torch.model.parts import inner_name, is_split, plan_of, unsplit_modules
@@ -81,7 +81,8 @@ def inject(original: Callable[..., Any], tuner: Any, model: nn.Module, adapter_n
     plan, groups = plan_of(model)
     given = tuner.peft_config[adapter_name]
     refuse(given, model, plan)
-    _start_alike(groups)
+    # All ranks sample the same unsplit adapters.
+    torch.set_rng_state(value_of_first(groups, torch.get_rng_state()))
     targets, saved = _adapt_twin(lora_model, model, given, adapter_name)
     _refuse_overlap(model, adapter_name, set(targets), set(saved))
     here = {path: target for path, target in targets.items() if target.parts}
@@ -136,14 +137,6 @@ def refuse(config: Any, model: nn.Module, plan: Plan) -> None:
 def _reads_weights(config: Any) -> bool:
     init = config.init_lora_weights
     return isinstance(init, str) and init.lower().startswith(_INITS_OF_WEIGHTS)
-
-
-def _start_alike(groups: ParallelGroups) -> None:
-    """Give all ranks the state of the first rank's generator, so that they sample the same unsplit adapters."""
-    state: Any = torch.get_rng_state()
-    for comm in (groups.tp, groups.pp, groups.dp):
-        state = comm.broadcast_object(state)
-    torch.set_rng_state(state)
 
 
 def _adapt_twin(
