@@ -25,6 +25,8 @@ from partita.core.sharding.rules import Rules
 from partita.errors import ModelError
 from partita.generation.generation_config import FILE_NAME, read_generation
 from partita.notes import note
+from partita.quantized.find import kept_quantized, quantized_weights, stored_shapes
+from partita.quantized.weight import QuantizedWeight
 from partita.ranks.liveness import doing
 from partita.torch.collectives.collective_errors import collective_errors, gather_from_all, value_of_first
 from partita.torch.collectives.groups import ParallelGroups, init_process_group, make_groups
@@ -37,7 +39,7 @@ from partita.torch.proof.stages import media_without_stages, prove_stages
 from partita.torch.split.apply import apply_plan
 from partita.torch.split.finish import finish
 from partita.torch.stages.mtp import attach_mtp
-from partita.torch.transformers_internals import quiet
+from partita.torch.transformers_internals import quiet, text_config_of
 from partita.torch.weights.fill import CheckpointFill, Progress, as_device, as_dtype
 from partita.torch.weights.materialize import make_unsaved_buffers, materialize
 from partita.torch.weights.names import Source, sources_for_reading
@@ -98,18 +100,21 @@ def load(
         if groups.rank == 0 and (line := checkpoint.note()):
             note(line)
         config = read_config(folder, groups, trust_remote_code=trust_remote_code)
+        data = config.to_dict()
+        quantized = quantized_weights(checkpoint, data)
+        _forget_quantization(config)
         wanted = as_dtype(dtype) or _stored_dtype(checkpoint, config, groups)
         built = build_on_meta(config, wanted, trust_remote_code=trust_remote_code)
         _read_generation_config(built, folder)
-        shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
+        shapes = stored_shapes(checkpoint, quantized)
     if tied_names(built):
-        _compare_tied(built, checkpoint, shapes, groups)
+        _compare_tied(built, checkpoint, quantized, groups)
     with collective_errors(groups):
         plan = choose_plan(built, plan, how)
         attach_mtp(built, plan)
         sources, unused = sources_for_reading(built, shapes)
         add_twins(built, sources)
-        _check_readable(config, plan, checkpoint, unused)
+        _check_readable(plan, checkpoint, unused)
         unsplit = _for_conversion(built, sources)
         rest = Unused(folder, {name: checkpoint.tensors[name] for name in unused})
         if groups.rank == 0 and (line := rest.note(type(built).__name__)):
@@ -119,9 +124,10 @@ def load(
         make_unsaved_buffers(built, place)
         part = apply_plan(built, plan, groups)
         total = sum(t.numel() * t.itemsize for t in part.state_dict(keep_vars=True).values())
-        fill = CheckpointFill(reader, checkpoint.tensors, sources, unsplit, progress, total)
-        filled = materialize(part, plan, groups, fill, place)
+        fill = CheckpointFill(reader, checkpoint.tensors, sources, unsplit, progress, total, quantized)
+        filled = materialize(part, plan, groups, fill, place, fill.quantized_part if quantized else None)
     part.partita_unused = rest  # type: ignore[assignment]
+    part.partita_quantized = kept_quantized(checkpoint, quantized, data)  # type: ignore[assignment]
     return watch(with_save_pretrained(filled.check(finish(part, plan, groups))))
 
 
@@ -228,6 +234,13 @@ def refuse_unequal(model: nn.Module, groups: ParallelGroups) -> None:
             )
 
 
+def _forget_quantization(config: Any) -> None:
+    """Make a config that of the model as if it were not quantized."""
+    for part in (config, text_config_of(config)):
+        if hasattr(part, "quantization_config"):
+            del part.quantization_config
+
+
 def _stored_dtype(checkpoint: Checkpoint, config: Any, groups: ParallelGroups) -> torch.dtype | None:
     """The dtype of a checkpoint's weights; None if only the config defines it. Adds a note if the two disagree."""
     stored = stored_dtype(checkpoint)
@@ -238,13 +251,13 @@ def _stored_dtype(checkpoint: Checkpoint, config: Any, groups: ParallelGroups) -
 
 
 def _compare_tied(
-    built: nn.Module, checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]], groups: ParallelGroups
+    built: nn.Module, checkpoint: Checkpoint, quantized: Mapping[str, QuantizedWeight], groups: ParallelGroups
 ) -> None:
     """Untie tensors of `built` that its config ties although their values in the checkpoint differ. Every rank must call it."""
     with collective_errors(groups):
-        sources, _ = sources_for_reading(built, shapes)
+        sources, _ = sources_for_reading(built, stored_shapes(checkpoint, quantized))
     with Reader(checkpoint) as reader:
-        read = CheckpointFill(reader, checkpoint.tensors, sources, built).read
+        read = CheckpointFill(reader, checkpoint.tensors, sources, built, quantized=quantized).read
         apart = differing(built, sources, read, groups)
     ties = tied_names(built)
     untie(built, apart)
@@ -280,15 +293,8 @@ def _read_generation_config(model: nn.Module, folder: Path) -> None:
         raise ModelError(f"{folder / name} cannot be read: {why[:300]}") from error
 
 
-def _check_readable(config: Any, plan: Plan, checkpoint: Checkpoint, unused: list[str]) -> None:
+def _check_readable(plan: Plan, checkpoint: Checkpoint, unused: list[str]) -> None:
     """Raise for a checkpoint whose values the model would misinterpret."""
-    quantization = getattr(config, "quantization_config", None)
-    if quantization is not None:
-        data = quantization if isinstance(quantization, dict) else quantization.to_dict()
-        raise ModelError(
-            f"{checkpoint.folder} is quantized ({data.get('quant_method', 'unknown method')}), which cannot be split on torch "
-            "yet. Dequantize it (transformers: model.dequantize()), save that, and load it."
-        )
     for name in unused:
         module, _, attribute = name.rpartition(".")
         if any(t.name == f"{module}.weight" for t in plan.spec.module_tensors(module)):

@@ -12,6 +12,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from partita.core.sharding.split import Range
 from partita.errors import ModelError
+from partita.torch.quantized.tensor import QuantizedTensor
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -99,6 +100,10 @@ def has_no_hooks(module: nn.Module) -> bool:
 
 def slice_parameter(parameter: Tensor, dim: int, ranges: Sequence[Range]) -> nn.Parameter:
     """A parameter with a copy of `ranges` of `dim` of another."""
+    if isinstance(parameter, QuantizedTensor):
+        held = [[(0, size)] for size in parameter.shape]
+        held[dim] = list(ranges)
+        return nn.Parameter(parameter.part(held), requires_grad=False)
     if parameter.is_meta:
         shape = list(parameter.shape)
         shape[dim] = sum(stop - start for start, stop in ranges)

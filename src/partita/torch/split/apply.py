@@ -22,6 +22,7 @@ from partita.torch.layers.inner import REPLACED, slice_parameter
 from partita.torch.layers.linear import ColumnParallelLinear, RowParallelLinear
 from partita.torch.layers.region import RegionInput
 from partita.torch.model.parts import parameter_homes
+from partita.torch.quantized.tensor import QuantizedTensor
 from partita.torch.stages.cut import Absent, cut_stages
 from partita.torch.transformers_internals import PLAIN_EXPERTS
 
@@ -218,6 +219,8 @@ def sum_partial_gradients(homes: Mapping[str, tuple[nn.Module, str]], plan: Plan
         if not cut.partial_grad or name not in homes or plan.spec.tensors[name].tied_to in homes:
             continue
         parameter = getattr(*homes[name])
+        if isinstance(parameter, QuantizedTensor):
+            continue
         if cut.split is None or cut.dim is None:
             sum_gradient(parameter, comm)
         else:

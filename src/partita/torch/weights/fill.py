@@ -14,7 +14,10 @@ from partita.checkpoint.read import Reader
 from partita.core.sharding.cuts import TensorPlan
 from partita.core.sharding.split import Range
 from partita.errors import CheckpointError, ModelError
+from partita.quantized.weight import CHUNK_BYTES, QuantizedWeight
 from partita.torch.layers.inner import take_ranges
+from partita.torch.quantized.part import Part
+from partita.torch.quantized.tensor import QuantizedTensor
 from partita.torch.weights.names import Source, convert_whole
 
 DTYPES = {
@@ -23,9 +26,6 @@ DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
 """torch's dtypes by their safetensors names."""
-
-CHUNK_BYTES = 8 << 20
-"""Bytes to read at once before they are converted and copied to the local tensor."""
 
 Progress = Callable[[int, int], None]
 """Called with the bytes that this rank has loaded and their total."""
@@ -42,23 +42,52 @@ class CheckpointFill:
         unsplit: nn.Module,
         progress: Progress | None = None,
         total_bytes: int = 0,
+        quantized: Mapping[str, QuantizedWeight] | None = None,
     ) -> None:
         self.reader, self.infos, self.sources, self.unsplit = reader, infos, sources, unsplit
         self.progress, self.total_bytes = progress, total_bytes
+        self.quantized = quantized or {}
         self.done_bytes = 0
 
     def __call__(self, name: str, cut: TensorPlan, rank: int, local: Tensor) -> None:
         """Fill `local`, the part of tensor `name` that tensor rank `rank` holds."""
         self.read(name, cut.ranges(rank), local)
 
+    def quantized_part(self, name: str, cut: TensorPlan, rank: int, like: Tensor) -> QuantizedTensor | None:
+        """The part of tensor `name` that tensor rank `rank` holds, still quantized; None if it is not stored so.
+
+        Args:
+            name: A tensor of the unsplit model.
+            cut: How it is split.
+            rank: The tensor rank.
+            like: A tensor of the local shape, and of the dtype to compute in; its device does not matter.
+        """
+        pieces = self._source(name).pieces
+        if not pieces or not all(piece.name in self.quantized for piece in pieces) or 0 in like.shape:
+            return None
+        experts: dict[int, list[Part]] = {}
+        for piece in pieces:
+            overlap = piece.overlap(cut.ranges(rank))
+            if overlap is None:
+                continue
+            (*which, first, second), put = overlap
+            weight = self.quantized[piece.name]
+            rows, columns = (second, first) if weight.transposed else (first, second)
+            inside = [expert for start, stop in which[0] for expert in range(start, stop)] if which else [0]
+            for place, expert in enumerate(inside, put[0][0] if len(put) == 3 else 0):
+                array = weight.read(self.reader, rows, columns, expert)
+                experts.setdefault(place, []).append(Part.of(array))
+        parts = [experts[place] for place in sorted(experts)]
+        turned = self.quantized[pieces[0].name].transposed
+        made = QuantizedTensor(parts, like.dtype, stacked=like.dim() == 3, turned=turned)
+        if made.shape != like.shape:
+            return None  # the pieces do not stand one after the other
+        self._count(like)
+        return made
+
     def read(self, name: str, ranges: tuple[tuple[Range, ...], ...], local: Tensor) -> None:
         """Read the `ranges` of each dim of tensor `name` into `local`, in their order."""
-        source = self.sources.get(name)
-        if source is None:
-            folder = self.reader.checkpoint.folder
-            raise CheckpointError(
-                f"tensor {name} of the model is not in {folder}. The checkpoint belongs to another model, or is incomplete."
-            )
+        source = self._source(name)
         if source.converter is not None:
             whole = convert_whole(source, name, {n: self._read_whole(n) for n, _ in source.inputs}, self.unsplit)
             local.copy_(take_ranges(whole, ranges))
@@ -72,7 +101,21 @@ class CheckpointFill:
                     target = target.narrow(dim, a, b - a)
                 self._read(piece.name, take, target.squeeze(0) if piece.stacked else target)
 
+    def _source(self, name: str) -> Source:
+        try:
+            return self.sources[name]
+        except KeyError:
+            raise CheckpointError(
+                f"tensor {name} of the model is not in {self.reader.checkpoint.folder}. The checkpoint belongs to another "
+                "model, or is incomplete."
+            ) from None
+
     def _read_whole(self, name: str) -> Tensor:
+        weight = self.quantized.get(name)
+        if weight is not None:
+            whole = torch.empty(weight.shape, dtype=torch.float32)
+            self._dequantize(weight, [[(0, size)] for size in weight.shape], whole)
+            return whole
         info = self.infos[name]
         whole = torch.empty(info.shape, dtype=_dtype(info))
         self._read(name, [[(0, size)] for size in info.shape], whole)
@@ -80,6 +123,10 @@ class CheckpointFill:
 
     def _read(self, name: str, take: list[list[tuple[int, int]]], target: Tensor) -> None:
         """Read ranges of a tensor on disk into a view of a local tensor, in chunks of its first dim."""
+        if name in self.quantized:
+            self._dequantize(self.quantized[name], take, target)
+            self._count(target)
+            return
         info = self.infos[name]
         dtype = _dtype(info)
         is_other_kind = dtype.itemsize == 1 or dtype.is_floating_point != target.dtype.is_floating_point
@@ -105,6 +152,26 @@ class CheckpointFill:
                 self.reader.read(name, [piece, *take[1:]], memory_of(into))
                 target[done : done + count].copy_(into)
                 done += count
+        self._count(target)
+
+    def _dequantize(self, weight: QuantizedWeight, take: list[list[tuple[int, int]]], target: Tensor) -> None:
+        """Read ranges of a quantized weight, and write their values into a view of a local tensor."""
+        *which, first, second = take
+        rows, columns = (second, first) if weight.transposed else (first, second)
+        into = target if which else target[None]
+        experts = [expert for start, stop in which[0] for expert in range(start, stop)] if which else [0]
+        step = max(1, CHUNK_BYTES // max(1, sum(b - a for a, b in columns)))
+        for place, expert in enumerate(experts):
+            matrix = into[place].T if weight.transposed else into[place]
+            done = 0
+            for piece in _in_steps(rows, step):
+                part = Part.of(weight.read(self.reader, piece, columns, expert))
+                count = part.shape[0]
+                matrix[done : done + count].copy_(part.rows(slice(None), torch.float32))
+                done += count
+
+    def _count(self, target: Tensor) -> None:
+        """Report that a local tensor is loaded."""
         if self.progress is not None:
             self.done_bytes += target.numel() * target.itemsize
             self.progress(self.done_bytes, self.total_bytes)

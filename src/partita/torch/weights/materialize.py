@@ -18,6 +18,9 @@ from partita.torch.transformers_internals import can_initialize, initialize, mar
 Fill = Callable[[str, TensorPlan, int, Tensor], None]
 """Takes a tensor's name, its `TensorPlan`, the tensor rank and an empty local tensor, and fills it."""
 
+Quantized = Callable[[str, TensorPlan, int, Tensor], Tensor | None]
+"""Takes the same, with the tensor on the meta device, and returns the local tensor still quantized, or None if it is plain."""
+
 
 @dataclass(frozen=True)
 class Filled:
@@ -45,10 +48,17 @@ class Filled:
         return model
 
 
-def materialize(model: nn.Module, plan: Plan, groups: ParallelGroups, fill: Fill, device: torch.device) -> Filled:
+def materialize(
+    model: nn.Module,
+    plan: Plan,
+    groups: ParallelGroups,
+    fill: Fill,
+    device: torch.device,
+    quantized: Quantized | None = None,
+) -> Filled:
     """Give a split model on the meta device its weights: each local tensor is created and filled, one at a time.
 
-    Its unsaved buffers must be computed before it is split (`make_unsaved_buffers`).
+    Its unsaved buffers must be computed before it is split (`make_unsaved_buffers`). What `quantized` returns stays quantized.
     """
     rank = groups.tp.rank
     homes = parameter_homes(model)
@@ -59,11 +69,14 @@ def materialize(model: nn.Module, plan: Plan, groups: ParallelGroups, fill: Fill
         if spec.tied_to is not None and spec.tied_to in homes:
             continue
         assert tensor.device.type == "meta", name
-        local = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
         # A tied tensor whose twin is on another stage is initialized like the twin.
-        fill(spec.tied_to or name, plan.tensor(name), rank, local)
+        given = spec.tied_to or name, plan.tensor(name), rank
+        packed = quantized(*given, tensor) if quantized is not None else None
+        local = torch.empty(tensor.shape, dtype=tensor.dtype, device=device) if packed is None else packed.to(device)
+        if packed is None:
+            fill(*given, local)
         if attribute in module._parameters:
-            local = nn.Parameter(local, requires_grad=tensor.requires_grad)
+            local = nn.Parameter(local, requires_grad=tensor.requires_grad and packed is None)
             module._parameters[attribute] = local
         else:
             module._buffers[attribute] = local

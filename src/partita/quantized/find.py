@@ -1,0 +1,92 @@
+"""Which weights of a checkpoint are quantized, as its config says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+from partita.checkpoint.header import brief
+from partita.checkpoint.index import Checkpoint
+from partita.checkpoint.unused import Unused
+from partita.core.model.quantization import method_of
+from partita.core.model.spec import text_config
+from partita.errors import ModelError
+from partita.quantized.fp8 import fp8_weights
+from partita.quantized.weight import Infos, QuantizedWeight
+
+Find = Callable[[Infos, Mapping[str, Any]], list[QuantizedWeight]]
+
+METHODS: Mapping[str, Find] = MappingProxyType({"fp8": fp8_weights, "fbgemm_fp8": fp8_weights})
+"""The methods that can be read: `quant_method` -> the function that finds their weights."""
+
+
+def quantized_weights(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Mapping[str, QuantizedWeight]:
+    """The quantized weights of a checkpoint by their names as if they were not quantized; empty if there are none.
+
+    Args:
+        checkpoint: The checkpoint.
+        config: Its config as plain data.
+
+    Raises:
+        ModelError: The method cannot be read.
+        CheckpointError: The files do not agree with the config.
+    """
+    method = method_of(config)
+    if not method:
+        return {}
+    find = METHODS.get(method)
+    if find is None:
+        raise ModelError(
+            f"{checkpoint.folder} is quantized ({method}), which cannot be read: {', '.join(METHODS)} can. "
+            "Dequantize it (transformers: model.dequantize()), save that, and load it."
+        )
+    found = {weight.name: weight for weight in find(checkpoint.tensors, _settings(config))}
+    for name, weight in found.items():
+        if name in checkpoint.tensors and name not in weight.tensors:
+            raise ModelError(f"{checkpoint.folder}: {brief(name)} is there plain and quantized. Remove one of them.")
+    return MappingProxyType(found)
+
+
+def _settings(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The quantization that a config names."""
+    given = (
+        config.get("quantization_config")
+        or text_config(config).get("quantization_config")
+        or config.get("quantization")
+    )
+    return given if isinstance(given, Mapping) else {}
+
+
+def stored_shapes(checkpoint: Checkpoint, quantized: Mapping[str, QuantizedWeight]) -> dict[str, tuple[int, ...]]:
+    """The shapes of a checkpoint's tensors by name, as if no weight were quantized."""
+    consumed = {name for weight in quantized.values() for name in weight.tensors}
+    plain = {name: info.shape for name, info in checkpoint.tensors.items() if name not in consumed}
+    return plain | {name: weight.shape for name, weight in quantized.items()}
+
+
+@dataclass(frozen=True)
+class KeptQuantized:
+    """What a save needs to write quantized weights unchanged.
+
+    Attributes:
+        files: Their tensors on disk.
+        weights: Their names as if they were not quantized.
+        settings: The quantization of the config.
+    """
+
+    files: Unused
+    weights: frozenset[str]
+    settings: Mapping[str, Any]
+
+
+def kept_quantized(
+    checkpoint: Checkpoint, quantized: Mapping[str, QuantizedWeight], config: Mapping[str, Any]
+) -> KeptQuantized | None:
+    """What a save needs to write the quantized weights of a checkpoint unchanged; None if there are none."""
+    if not quantized:
+        return None
+    names = [name for weight in quantized.values() for name in weight.tensors]
+    files = Unused(checkpoint.folder, {name: checkpoint.tensors[name] for name in names})
+    return KeptQuantized(files, frozenset(quantized), _settings(config))

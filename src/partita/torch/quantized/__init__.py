@@ -1,0 +1,1 @@
+"""Weights that stay quantized in memory, and products with them."""
