@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from partita.checkpoint.index import Checkpoint, open_checkpoint
-from partita.core.model.quantization import method_of, with_quantization, with_stored_bytes
+from partita.core.model.quantization import is_scale, method_of, with_quantization, with_stored_bytes
 from partita.core.model.spec import ModelSpec, TensorSpec, read_config, spec_from_tensors
 from partita.errors import CheckpointError
 
@@ -34,14 +34,18 @@ def spec_from_checkpoint(path: str | os.PathLike[str]) -> ModelSpec:
     return spec_from_tensors(tensors, config, dtype=stored_dtype(checkpoint) or "float32")
 
 
-def stored_dtype(checkpoint: Checkpoint) -> str | None:
+def stored_dtype(checkpoint: Checkpoint, parts: Collection[str] = ()) -> str | None:
     """The floating dtype of most elements of a checkpoint, or None if it has no floating tensor.
 
     Few tensors may be wider than the rest (a router's bias), and eight-bit floats need scales to be numbers.
+
+    Args:
+        checkpoint: The checkpoint.
+        parts: Its tensors that do not count: codes and scales of quantized weights.
     """
     counts: dict[str, int] = {}
     for info in checkpoint.tensors.values():
-        if info.dtype in _DTYPES:
+        if info.dtype in _DTYPES and info.name not in parts:
             counts[info.dtype] = counts.get(info.dtype, 0) + math.prod(info.shape)
     return _DTYPES[max(counts, key=lambda dtype: counts[dtype])] if counts else None
 
@@ -49,7 +53,10 @@ def stored_dtype(checkpoint: Checkpoint) -> str | None:
 def stored_dtype_at(path: Path) -> str | None:
     """The `stored_dtype` of the checkpoint in a folder; None if none can be read."""
     try:
-        return stored_dtype(open_checkpoint(path)) if path.is_dir() else None
+        if not path.is_dir():
+            return None
+        checkpoint = open_checkpoint(path)
+        return stored_dtype(checkpoint, {name for name in checkpoint.tensors if is_scale(name)})
     except CheckpointError:
         return None
 

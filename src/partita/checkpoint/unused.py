@@ -63,6 +63,10 @@ class Unused:
         """The unused tensors that are not among `names`."""
         return Unused(self.folder, {name: info for name, info in self.tensors.items() if name not in names})
 
+    def joined(self, other: Unused) -> Unused:
+        """The tensors of both; `other` is of the same folder."""
+        return Unused(other.folder, {**self.tensors, **other.tensors})
+
     def note(self, model: str) -> str:
         """The note to print when `model` is loaded; empty if there are no unused tensors to report."""
         names = [name for name in self.tensors if not _COMPUTED.search(name)]

@@ -156,7 +156,8 @@ class TrainJob(Job):
         )  # fmt: skip
         step = read_state(found).step
         # A run with adapters may have been ended while it wrote the model with the merged adapters.
-        lacks_result = self.lora_rank is not None and not any(self.out.glob("*.safetensors"))
+        result = self.out / ADAPTERS if self._keeps_adapters() else self.out
+        lacks_result = self.lora_rank is not None and not any(result.glob("*.safetensors"))
         # With epochs, the number of steps follows from the data.
         is_done = self.options["epochs"] is None and step >= self.options["steps"]
         self.is_complete = is_done and not lacks_result
@@ -212,6 +213,13 @@ class TrainJob(Job):
             self.options |= {"steps": samples.steps(settings.epochs, settings.batch_size), "epochs": None}
         return samples, evaluated
 
+    def _keeps_adapters(self) -> bool:
+        """Whether the result is adapters alone: quantized weights on torch cannot change, so none are merged into them."""
+        from partita.core.model.quantization import method_of
+        from partita.core.model.spec import read_config
+
+        return not self.new and self.request.engine == "torch" and bool(method_of(read_config(self._find())))
+
     def _saves(self, tokenizer: Tokenizer) -> Saves | None:
         if self.out is None or (self.notes["save_every"] is None and not self.resume):
             return None
@@ -224,7 +232,10 @@ class TrainJob(Job):
         saved(report)
 
     def _save(self, split: Model, tokenizer: Tokenizer, folder: Path) -> None:
-        """Save the model after its last step, without training state; adapters beside the model that they are merged into."""
+        """Save the model after its last step, without training state; adapters beside the model that they are merged into.
+
+        For a quantized model that is the adapters alone.
+        """
         if self.lora_rank is not None:
             from partita.training.base import place_of
 
@@ -232,6 +243,9 @@ class TrainJob(Job):
                 _remove_result(folder)
             base = None if self.new else place_of(self.request.model)
             self.engine.save_adapters(split, folder / ADAPTERS, base=base)
+            if self._keeps_adapters():
+                self.saved = folder / ADAPTERS
+                return
             self.engine.merge_lora(split)
         with saving(str(folder)) as progress:
             self.engine.save(split, folder, tokenizer=tokenizer, progress=progress)

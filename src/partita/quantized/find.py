@@ -61,9 +61,14 @@ def _settings(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def stored_shapes(checkpoint: Checkpoint, quantized: Mapping[str, QuantizedWeight]) -> dict[str, tuple[int, ...]]:
     """The shapes of a checkpoint's tensors by name, as if no weight were quantized."""
-    consumed = {name for weight in quantized.values() for name in weight.tensors}
-    plain = {name: info.shape for name, info in checkpoint.tensors.items() if name not in consumed}
+    parts = parts_of(quantized)
+    plain = {name: info.shape for name, info in checkpoint.tensors.items() if name not in parts}
     return plain | {name: weight.shape for name, weight in quantized.items()}
+
+
+def parts_of(quantized: Mapping[str, QuantizedWeight]) -> frozenset[str]:
+    """The tensors on disk that quantized weights consist of."""
+    return frozenset(name for weight in quantized.values() for name in weight.tensors)
 
 
 @dataclass(frozen=True)
@@ -74,11 +79,13 @@ class KeptQuantized:
         files: Their tensors on disk.
         weights: Their names as if they were not quantized.
         settings: The quantization of the config.
+        form: The form in words.
     """
 
     files: Unused
     weights: frozenset[str]
     settings: Mapping[str, Any]
+    form: str
 
 
 def kept_quantized(
@@ -87,6 +94,5 @@ def kept_quantized(
     """What a save needs to write the quantized weights of a checkpoint unchanged; None if there are none."""
     if not quantized:
         return None
-    names = [name for weight in quantized.values() for name in weight.tensors]
-    files = Unused(checkpoint.folder, {name: checkpoint.tensors[name] for name in names})
-    return KeptQuantized(files, frozenset(quantized), _settings(config))
+    files = Unused(checkpoint.folder, {name: checkpoint.tensors[name] for name in sorted(parts_of(quantized))})
+    return KeptQuantized(files, frozenset(quantized), _settings(config), next(iter(quantized.values())).form)

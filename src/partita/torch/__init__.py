@@ -29,6 +29,7 @@ from partita.torch.model.float64 import Float64Everywhere
 from partita.torch.model.parts import plan_of
 from partita.torch.new import fresh
 from partita.torch.peft_hooks import join_peft, when_imported
+from partita.torch.quantized.tensor import dequantize
 from partita.torch.seed import mp_copy, mp_gather, mp_reduce, mp_scatter
 from partita.torch.stages.pipeline import Pipeline
 from partita.torch.train import StepReport, TrainSettings, train
@@ -66,6 +67,7 @@ __all__ = [
     "byte_tokenizer",
     "clip_grad_norm_",
     "compile_layers",
+    "dequantize",
     "elementwise_optimizer",
     "fresh",
     "generate",

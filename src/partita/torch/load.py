@@ -25,7 +25,7 @@ from partita.core.sharding.rules import Rules
 from partita.errors import ModelError
 from partita.generation.generation_config import FILE_NAME, read_generation
 from partita.notes import note
-from partita.quantized.find import kept_quantized, quantized_weights, stored_shapes
+from partita.quantized.find import kept_quantized, parts_of, quantized_weights, stored_shapes
 from partita.quantized.weight import QuantizedWeight
 from partita.ranks.liveness import doing
 from partita.torch.collectives.collective_errors import collective_errors, gather_from_all, value_of_first
@@ -103,7 +103,7 @@ def load(
         data = config.to_dict()
         quantized = quantized_weights(checkpoint, data)
         _forget_quantization(config)
-        wanted = as_dtype(dtype) or _stored_dtype(checkpoint, config, groups)
+        wanted = as_dtype(dtype) or _stored_dtype(checkpoint, quantized, config, groups)
         built = build_on_meta(config, wanted, trust_remote_code=trust_remote_code)
         _read_generation_config(built, folder)
         shapes = stored_shapes(checkpoint, quantized)
@@ -241,9 +241,11 @@ def _forget_quantization(config: Any) -> None:
             del part.quantization_config
 
 
-def _stored_dtype(checkpoint: Checkpoint, config: Any, groups: ParallelGroups) -> torch.dtype | None:
+def _stored_dtype(
+    checkpoint: Checkpoint, quantized: Mapping[str, QuantizedWeight], config: Any, groups: ParallelGroups
+) -> torch.dtype | None:
     """The dtype of a checkpoint's weights; None if only the config defines it. Adds a note if the two disagree."""
-    stored = stored_dtype(checkpoint)
+    stored = stored_dtype(checkpoint, parts_of(quantized))
     line = dtype_note(checkpoint.folder, stored, {"dtype": getattr(config, "dtype", None)})
     if line and groups.rank == 0:
         note(line)

@@ -25,6 +25,7 @@ from partita.torch.model.modes import checkpointing_set, mode_set, random_state_
 from partita.torch.model.parts import plan_of
 from partita.torch.proof.balance_probe import balance_of
 from partita.torch.proof.packing import prove_packing
+from partita.torch.quantized.tensor import FROZEN, QuantizedTensor
 from partita.torch.stages.copies import summed_copies
 from partita.torch.stages.cut import refuse_layer_drop
 from partita.torch.stages.pipeline import Pipeline
@@ -32,6 +33,7 @@ from partita.torch.training.make_optimizer import make_optimizer
 from partita.torch.training.objective import Example, check_trainable, examples, loss_of, summed_cross_entropy
 from partita.torch.training.replicas import clip_gradients, start_alike, sum_gradients
 from partita.torch.training.watch import LocalStep, device_peak_flops, peak_bytes, traced
+from partita.torch.weights.adapters import adapters
 from partita.torch.weights.fill import as_dtype
 from partita.torch.weights.moments import restore_optimizer
 from partita.torch.weights.rank_shard import RankShard
@@ -160,6 +162,7 @@ def _check(model: nn.Module, settings: TrainSettings) -> None:
     plan, groups = plan_of(model)
     check_trainable(model)
     with collective_errors(groups):
+        _refuse_quantized(model)
         _refuse_float16(model)
         if settings.packing:
             prove_packing(model, plan)
@@ -174,6 +177,12 @@ def _meter(model: nn.Module, settings: TrainSettings, follow: Follow) -> Meter:
     is_frozen = any(not p.requires_grad for p in model.parameters())
     peak = follow.peak_flops or device_peak_flops(device)
     return Meter.of(plan, settings, groups.axes, lambda: peak_bytes(device), peak, is_frozen=is_frozen)
+
+
+def _refuse_quantized(model: nn.Module) -> None:
+    frozen = next((name for name, p in model.named_parameters() if isinstance(p, QuantizedTensor)), None)
+    if frozen is not None and not adapters(model):
+        raise ModelError(f"{frozen}: {FROZEN}")
 
 
 def _refuse_float16(model: nn.Module) -> None:

@@ -34,6 +34,7 @@ from partita.proof.report import (
 )
 from partita.proof.rounding import judge
 from partita.proof.verify import compare_tokens, expect_all, unsplit_settings, verification_settings
+from partita.quantized.find import parts_of, quantized_weights
 from partita.ranks.liveness import doing
 from partita.torch.collectives.collective_errors import collective_errors, gather_from_all
 from partita.torch.collectives.groups import ParallelGroups, has_own_gpu, init_process_group, make_groups, single_groups
@@ -46,14 +47,19 @@ from partita.torch.proof.compare import compare, compare_parameters
 from partita.torch.proof.family import fill_unsplit, sample_inputs, small_model
 from partita.torch.proof.rounding import Choices, compare_rounding, in_float64, is_tie, name_of, trained_rounding
 from partita.torch.proof.stages import refuse_undecodable
+from partita.torch.quantized.tensor import QuantizedTensor, has_quantized
 from partita.torch.split.apply import apply_plan
 from partita.torch.split.finish import finish
 from partita.torch.train import TrainSettings, train
+from partita.torch.weights.adapters import add_lora
 from partita.torch.weights.fill import as_device, as_dtype
 from partita.training import StepReport
 
 TOLERANCE = 1e-12
 """The largest error in float64, relative to the largest magnitude; narrower dtypes are judged by `partita.proof.rounding`."""
+
+ADAPTERS_RANK = 4
+"""The rank of the adapters that are trained on quantized weights, which are frozen."""
 
 MEMORY_SHARE = 0.5
 """Fraction of the free memory that unsplit models on all ranks may use."""
@@ -130,7 +136,7 @@ def verify(
         else:
             unsplit = _whole(folder, built, wanted, place, trust_remote_code=trust_remote_code)
         for parameter in unsplit.parameters():
-            parameter.requires_grad_(parameter.is_floating_point())
+            parameter.requires_grad_(parameter.is_floating_point() and not isinstance(parameter, QuantizedTensor))
         with collective_errors(groups):
             made = choose_plan(unsplit, plan if small is None else None, how)
             part = finish(apply_plan(copy.deepcopy(unsplit), made, groups), made, groups)
@@ -154,7 +160,8 @@ def _dtypes(dtype: str | Sequence[str] | None, folder: Path, config: Any) -> lis
         return list(dict.fromkeys(as_dtype(name) or torch.float64 for name in names))
     stored: Any = None
     if folder.is_dir() and any(folder.glob("*.safetensors*")):
-        stored = stored_dtype(open_checkpoint(folder))
+        checkpoint = open_checkpoint(folder)
+        stored = stored_dtype(checkpoint, parts_of(quantized_weights(checkpoint, config.to_dict())))
     stored = stored or getattr(config, "dtype", None)
     return list(dict.fromkeys([torch.float64, as_dtype(stored) or torch.float64]))
 
@@ -199,6 +206,9 @@ def _compare_in_float64(unsplit: nn.Module, split: nn.Module, settings: TrainSet
         _compare_tokens(unsplit, split, found)
         if settings is None:
             return
+        if has_quantized(unsplit):
+            for model in (unsplit, split):
+                add_lora(model, ADAPTERS_RANK, seed=0)
         tokens = _training_tokens(unsplit, split)
         expected = _trained(unsplit, tokens, settings, found)
         if expected is not None:
@@ -220,6 +230,11 @@ def _compare_rounding(unsplit: nn.Module, split: nn.Module, settings: TrainSetti
         finish(model, Plan.make(spec_of(model), Mesh()), single_groups())
     _compare_tokens(unsplit, split, found, partial(is_tie, exact, unsplit))
     if settings is None:
+        return
+    if has_quantized(unsplit):
+        found.skip(
+            "loss", "parameter", why="quantized weights are frozen; adapters on them are trained in float64 only"
+        )
         return
     tokens, choices = _training_tokens(exact, unsplit, split), Choices()
     with Float64Everywhere(), choices.of(exact):

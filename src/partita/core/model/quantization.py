@@ -115,6 +115,11 @@ def method_of(config: Mapping[str, Any]) -> str:
     return "MLX" if isinstance(config.get("quantization"), Mapping) else ""
 
 
+def is_scale(name: str) -> bool:
+    """Whether a tensor on disk has the name of a part of a quantized weight (scales, zero points, packed codes)."""
+    return _SUFFIX.search(name) is not None
+
+
 def quantization_name(spec: ModelSpec) -> str | None:
     """The quantization of a model in words, or None if none of its weights is quantized."""
     if not spec.is_packed:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn import functional as F
 
@@ -24,8 +24,8 @@ TILE_ELEMENTS = 1 << 21
 """Elements of a weight whose values exist at once in a product."""
 
 FROZEN = (
-    "the weight is quantized, and its values cannot change. Train adapters (--lora-rank, or peft), or load a model that is not "
-    "quantized."
+    "the weight is quantized, and its values cannot change. Train adapters (--lora-rank, or peft); to train or merge into the "
+    "weights themselves call partita.torch.dequantize(model) first."
 )
 
 
@@ -159,6 +159,39 @@ class QuantizedTensor(torch.Tensor):
         ):
             raise ModelError(FROZEN)
         return func(*_plain(args), **{name: _plain(value) for name, value in (kwargs or {}).items()})
+
+
+def has_quantized(model: nn.Module) -> bool:
+    """Whether a weight of a model is quantized."""
+    return any(isinstance(parameter, QuantizedTensor) for parameter in model.parameters())
+
+
+@torch.no_grad()
+def dequantize(model: nn.Module) -> nn.Module:
+    """Replace the quantized weights of a model by their values in its dtype, in place; tied weights stay tied.
+
+    They can then be trained, merged with adapters, and saved like those of any model. Weights are replaced one at a time.
+
+    Args:
+        model: A model that `partita.torch.load` returned, on every rank.
+
+    Returns:
+        The model.
+
+    Examples:
+        >>> model = pt.dequantize(pt.load("./model", tp=2))  # no change for a model that is not quantized
+    """
+    replaced: dict[int, nn.Parameter] = {}
+    module: Any
+    for module in model.modules():
+        for name, weight in module._parameters.items():
+            if isinstance(weight, QuantizedTensor):
+                if id(weight) not in replaced:
+                    replaced[id(weight)] = nn.Parameter(weight.values().contiguous())
+                module._parameters[name] = replaced[id(weight)]
+    if hasattr(model, "partita_quantized"):
+        del model.partita_quantized
+    return model
 
 
 def _take_rows(parts: Sequence[Part], rows: Sequence[Range], columns: list[Range]) -> list[Part]:

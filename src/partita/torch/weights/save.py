@@ -22,11 +22,13 @@ from partita.errors import ModelError
 from partita.generation import Tokenizer
 from partita.generation.generation_config import FILE_NAME
 from partita.notes import note
+from partita.quantized.find import KeptQuantized
 from partita.ranks.liveness import doing
 from partita.torch.collectives.collective_errors import collective_errors, gather_from_all
 from partita.torch.collectives.groups import ParallelGroups
 from partita.torch.model.parts import local_tensors, plan_of
 from partita.torch.model.transformers_models import build_on_meta
+from partita.torch.quantized.tensor import QuantizedTensor
 from partita.torch.stages.mtp import attach_mtp
 from partita.torch.transformers_internals import code_files, has_own_code, quiet
 from partita.torch.weights.adapters import adapters
@@ -48,8 +50,8 @@ def save(
     """Write the unsplit model of all ranks. Every rank of the run must call it.
 
     The result is what transformers itself would have saved: `config.json`, `model.safetensors` or its numbered parts with
-    their index, and the tokenizer. It does not depend on how the model was split. The folder is created atomically: all files
-    are written to a temporary folder, which is then renamed.
+    their index, and the tokenizer. Quantized weights of a Hugging Face folder are copied unchanged. It does not depend on how the
+    model was split. The folder is created atomically: all files are written to a temporary folder, which is then renamed.
 
     Args:
         model: A result of `load`, `shard` or `fresh`.
@@ -151,7 +153,12 @@ def on_disk(model: nn.Module) -> OnDisk:
     plan, groups = plan_of(model)
     if adapters(model):
         raise ModelError("the model has LoRA adapters, which a checkpoint cannot hold. Call merge_lora(model) first.")
-    mine = {n: t.dtype for n, t in local_tensors(model, plan).items() if plan.spec.tensors[n].tied_to is None}
+    frozen: KeptQuantized | None = getattr(model, "partita_quantized", None)
+    mine = {
+        n: t.dtype
+        for n, t in local_tensors(model, plan).items()
+        if plan.spec.tensors[n].tied_to is None and not (frozen and isinstance(t, QuantizedTensor))
+    }
     dtypes: dict[str, torch.dtype] = {}
     for part in groups.pp.all_gather_object(mine):
         dtypes.update(part)  # type: ignore[call-overload]
@@ -161,7 +168,19 @@ def on_disk(model: nn.Module) -> OnDisk:
         pieces = repeated_pieces(unsplit, plan, pieces_for_writing(unsplit))
     saved = {name: dtypes[name] for name in plan.spec.tensors if name in dtypes}
     unused = getattr(model, "partita_unused", Unused()).without({p.name for name in saved for p in pieces[name]})
+    if frozen:
+        # A weight that could not stay quantized in memory has not changed either.
+        saved = {n: dtype for n, dtype in saved.items() if not frozen.weights & {p.name for p in pieces[n]}}
+        unused = unused.joined(frozen.files)
+        config = copy.deepcopy(config)
+        config.quantization_config = dict(frozen.settings)
+        if groups.rank == 0:
+            note(f"quantized weights ({frozen.form}) are saved unchanged.")
     missing = next(filter(None, gather_from_all(groups, unused.missing())), "")
+    if missing and frozen:
+        raise ModelError(
+            f"{missing}, so the quantized weights cannot be saved. Call dequantize(model) to save their values."
+        )
     if missing:
         config, unused = copy.deepcopy(config), Unused()
         announce_nothing(config)
