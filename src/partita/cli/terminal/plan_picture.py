@@ -87,7 +87,8 @@ def _sizes(spec: ModelSpec) -> str:
     name = quantization_name(spec)
     if name is None:
         return f"{size(spec.parameter_bytes)} in {spec.dtype}"
-    return f"{size(spec.parameter_bytes)} on disk and in memory ({name}), {size(spec.unpacked_bytes)} if unpacked to {spec.dtype}"
+    packed, unpacked = size(spec.parameter_bytes), size(spec.unpacked_bytes)
+    return f"{packed} on disk and in memory ({name}), {unpacked} if unpacked to {spec.dtype}"
 
 
 def _layout_lines(head: str, layout: str, width: int) -> Iterator[str]:

@@ -50,8 +50,8 @@ def save(
     """Write the unsplit model of all ranks. Every rank of the run must call it.
 
     The result is what transformers itself would have saved: `config.json`, `model.safetensors` or its numbered parts with
-    their index, and the tokenizer. Quantized weights of a Hugging Face folder are copied unchanged. It does not depend on how the
-    model was split. The folder is created atomically: all files are written to a temporary folder, which is then renamed.
+    their index, and the tokenizer. It does not depend on how the model was split. Quantized weights are copied unchanged. The
+    folder is created atomically: all files are written to a temporary folder, which is then renamed.
 
     Args:
         model: A result of `load`, `shard` or `fresh`.
