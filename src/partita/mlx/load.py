@@ -15,7 +15,6 @@ from partita.checkpoint.facts import dtype_note, stored_dtype
 from partita.checkpoint.find import find_model
 from partita.checkpoint.index import Checkpoint, open_checkpoint
 from partita.checkpoint.manifest import check_model
-from partita.checkpoint.read import Reader
 from partita.checkpoint.unused import Unused
 from partita.core.layout.layout import PipelineParallelLayerLayout
 from partita.core.model.spec import config_number, text_config
@@ -26,7 +25,7 @@ from partita.generation.generation_config import read_generation
 from partita.mlx.collectives.collective_errors import collective_errors
 from partita.mlx.collectives.groups import ParallelGroups, make_groups
 from partita.mlx.layers.inner import in_columns, multiplies_by_columns
-from partita.mlx.model.config import read_mlx_config
+from partita.mlx.model.config import others_weights, read_mlx_config
 from partita.mlx.model.mlx_lm_models import build, quantize, spec_of
 from partita.mlx.model.parts import parameter_homes
 from partita.mlx.proof.family import plan_of_model, prove_unless_proven
@@ -39,6 +38,9 @@ from partita.mlx.weights.names import Source, sources_of, unused_of
 from partita.mlx.weights.origin import Origin
 from partita.mlx.weights.ties import check_head, differ, stored_twice, untie
 from partita.notes import note
+from partita.quantized.find import parts_of
+from partita.quantized.plain import PlainReader, as_plain
+from partita.quantized.weight import QuantizedWeight
 from partita.ranks.liveness import doing
 
 
@@ -99,8 +101,11 @@ def load(
         checkpoint = open_checkpoint(folder)
         _note(groups, checkpoint.note())
         config, generation = read_mlx_config(folder), read_generation(folder)
-        _name_dtype(config, checkpoint, groups, asked=wanted is not None)
-    is_untied, twice = _untied(config, checkpoint, groups)
+        stored, quantized = checkpoint, others_weights(checkpoint, config)
+        _name_dtype(config, checkpoint, quantized, groups, asked=wanted is not None)
+        if quantized:
+            checkpoint = _as_plain(checkpoint, quantized, config, groups)
+    is_untied, twice = _untied(config, checkpoint, stored, quantized, groups)
     with collective_errors(groups):
         built = build(config)
         if groups.rank == 0:
@@ -109,7 +114,7 @@ def load(
         sources, unused = _sources(built, config, again, checkpoint, twice)
         _note(groups, unused.note(f"mlx-lm's {config['model_type']}"))
         plan = choose_plan(built, plan, how, config)
-    with collective_errors(groups), Reader(checkpoint) as reader:
+    with collective_errors(groups), PlainReader(checkpoint, stored, quantized) as reader:
         computed = Computed(again, sources, checkpoint)
         part = apply_plan(built, plan, groups.tp, groups.pp.rank)
         CheckpointFill(reader, sources, computed, plan, groups.tp.rank, wanted, progress)(part)
@@ -125,8 +130,28 @@ def _note(groups: ParallelGroups, text: str) -> None:
         note(text)
 
 
+def _as_plain(
+    checkpoint: Checkpoint, quantized: Mapping[str, QuantizedWeight], config: dict[str, Any], groups: ParallelGroups
+) -> Checkpoint:
+    """The checkpoint with plain weights in the dtype of `config`, which then names no quantization."""
+    dtype = {"float16": "F16", "bfloat16": "BF16", "float64": "F64"}.get(str(config.get("dtype")), "F32")
+    form = next(iter(quantized.values())).form
+    _note(
+        groups,
+        f"{checkpoint.folder}: MLX has no products with {form}, so the weights are loaded with the same values in "
+        f"{config.get('dtype') or 'float32'}. Convert the model with mlx_lm.convert -q to need less memory.",
+    )
+    for part in (config, text_config(config)):
+        part.pop("quantization_config", None)  # type: ignore[attr-defined]
+    return as_plain(checkpoint, quantized, dtype)
+
+
 def _untied(
-    config: dict[str, Any], checkpoint: Checkpoint, groups: ParallelGroups
+    config: dict[str, Any],
+    checkpoint: Checkpoint,
+    stored: Checkpoint,
+    quantized: Mapping[str, QuantizedWeight],
+    groups: ParallelGroups,
 ) -> tuple[bool, tuple[str, str] | None]:
     """Untie the head in `config` if the checkpoint has different values for it and the embedding. Every rank must call it.
 
@@ -135,7 +160,7 @@ def _untied(
     """
     with collective_errors(groups):
         twice = stored_twice(config, checkpoint)
-    if twice is None or not differ(twice, checkpoint, groups):
+    if twice is None or not differ(twice, PlainReader(checkpoint, stored, quantized), groups):
         return False, twice
     with collective_errors(groups):
         untie(config)
@@ -273,9 +298,16 @@ def _unused(
     return Unused(checkpoint.folder, {name: checkpoint.tensors[name] for name in kept})
 
 
-def _name_dtype(config: dict[str, Any], checkpoint: Checkpoint, groups: ParallelGroups, *, asked: bool) -> None:
+def _name_dtype(
+    config: dict[str, Any],
+    checkpoint: Checkpoint,
+    quantized: Mapping[str, QuantizedWeight],
+    groups: ParallelGroups,
+    *,
+    asked: bool,
+) -> None:
     """Set the dtype of the weights on disk in a config. Adds a note if it differed, unless a dtype was requested."""
-    stored = stored_dtype(checkpoint)
+    stored = stored_dtype(checkpoint, parts_of(quantized))
     line = dtype_note(checkpoint.folder, stored, config)
     if line and not asked and groups.rank == 0:
         note(line)

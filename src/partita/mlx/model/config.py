@@ -18,10 +18,12 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from partita.checkpoint.index import open_checkpoint
+from partita.checkpoint.index import Checkpoint, open_checkpoint
 from partita.core.model.spec import read_config, text_config
 from partita.errors import CheckpointError, DependencyError, ModelError
 from partita.mlx.mlx_lm_internals import config_class, quiet
+from partita.quantized.find import METHODS, quantized_weights
+from partita.quantized.weight import QuantizedWeight
 
 FORMATS: Mapping[str, dict[str, Any]] = MappingProxyType(
     {
@@ -246,8 +248,13 @@ def _name_quantization(config: dict[str, Any]) -> None:
     method = quantized.get("quant_method")
     if method in FORMATS:
         config["quantization"] = dict(FORMATS[method])
-    elif method != "fp8":
+    elif method not in METHODS:
         raise ModelError(
             f"the model is quantized by {method or 'an unknown method'}, which MLX does not support. Convert it with "
             "mlx_lm.convert, and use the result."
         )
+
+
+def others_weights(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Mapping[str, QuantizedWeight]:
+    """The weights of a checkpoint that another package quantized; empty for MLX's own forms."""
+    return {} if "quantization" in config else quantized_weights(checkpoint, config)

@@ -41,14 +41,15 @@ def stored_twice(config: Mapping[str, Any], checkpoint: Checkpoint) -> tuple[str
     return None
 
 
-def differ(names: tuple[str, str], checkpoint: Checkpoint, groups: ParallelGroups) -> bool:
+def differ(names: tuple[str, str], reader: Reader, groups: ParallelGroups) -> bool:
     """Whether two layers on disk differ, including scales and biases. Every rank must call it; each compares its share of the
-    rows.
+    rows. Closes `reader`.
 
     Raises:
         CheckpointError: A tensor cannot be read; on every rank.
     """
-    with collective_errors(groups), Reader(checkpoint) as reader:
+    checkpoint = reader.checkpoint
+    with collective_errors(groups), reader:
         mine = False
         for kind in ("weight", "scales", "biases"):
             one, other = (checkpoint.tensors.get(name.removesuffix("weight") + kind) for name in names)

@@ -1,0 +1,40 @@
+"""Checkpoints that other packages quantized, on MLX: the same values as plain weights, of which each rank reads its part."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import torch
+
+from partita.errors import ModelError
+from partita.mlx.collectives.groups import single_groups
+from partita.mlx.load import load
+from partita.mlx.model.parts import main_output
+from tests.support.mlx_ranks import on_mlx
+from tests.support.quantized import FP8, LLAMA, QWEN_MOE, dequantized, fp8, write_quantized
+
+IDS = [[3, 1, 4, 1, 5, 9, 2, 6]]
+
+
+def logits(folder: Path, tp: int, pp: int) -> list[list[list[float]]]:
+    model = load(folder, tp=tp, pp=pp, dtype="float32")
+    return np.array(main_output(model(mx.array(IDS)))).tolist()
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 2)])
+@pytest.mark.parametrize("data", [LLAMA, QWEN_MOE], ids=["llama", "experts"])
+def test_logits_are_those_of_the_same_values(tmp_path: Path, data: dict[str, object], tp: int, pp: int) -> None:
+    write_quantized(tmp_path, data, FP8, fp8, dtype=torch.float32)
+    with torch.no_grad():
+        expected = dequantized(tmp_path)(input_ids=torch.tensor(IDS)).logits.numpy()
+    for found in on_mlx(2, logits, tmp_path, tp, pp):
+        assert np.abs(np.array(found) - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+def test_an_unknown_method_is_refused_by_its_name(tmp_path: Path) -> None:
+    write_quantized(tmp_path, LLAMA, {"quant_method": "aqlm"}, fp8)
+    with pytest.raises(ModelError, match="aqlm"):
+        load(tmp_path, groups=single_groups())
