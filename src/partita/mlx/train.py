@@ -142,10 +142,12 @@ def train(
         loss, tokens, gradients = backward_of(pipeline, rows, settings, step, on_timeline=on_timeline, local=local)
         return loss, tokens
 
-    def update(rate: float) -> None:
+    def update(step: int) -> float:
         nonlocal gradients
+        rate = settings.learning_rate_at(step)
         optimizer.step(trainable, gradients, rate)
         gradients = {}
+        return rate
 
     follow = follow or Follow()
     is_frozen = len(trainable.names) < len(parameter_homes(model))

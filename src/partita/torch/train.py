@@ -8,19 +8,19 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from partita.core.plan import Plan
 from partita.errors import ModelError
 from partita.generation import Tokenizer
 from partita.schedule import Timeline
 from partita.schedule.fit import forward_only
 from partita.torch.collectives.collective_errors import collective_errors
 from partita.torch.collectives.groups import ParallelGroups
-from partita.torch.model.head import local_logits
+from partita.torch.loops.own_optimizer import check_own, own_names, scaled_step
 from partita.torch.model.modes import checkpointing_set, mode_set, random_state_kept
 from partita.torch.model.parts import plan_of
 from partita.torch.proof.balance_probe import balance_of
@@ -30,12 +30,13 @@ from partita.torch.stages.copies import summed_copies
 from partita.torch.stages.cut import refuse_layer_drop
 from partita.torch.stages.pipeline import Pipeline
 from partita.torch.training.make_optimizer import make_optimizer
-from partita.torch.training.objective import Example, check_trainable, examples, loss_of, summed_cross_entropy
+from partita.torch.training.objective import CROSS_ENTROPY, Example, Objective, check_trainable, examples, loss_of
 from partita.torch.training.replicas import clip_gradients, start_alike, sum_gradients
 from partita.torch.training.watch import LocalStep, device_peak_flops, peak_bytes, traced
 from partita.torch.weights.adapters import adapters
 from partita.torch.weights.fill import as_dtype
 from partita.torch.weights.moments import restore_optimizer
+from partita.torch.weights.optimizer_state import load_optimizer
 from partita.torch.weights.rank_shard import RankShard
 from partita.training import StepReport, TrainSettings, schedule_of
 from partita.training.data.given import Batches, Run, training_data
@@ -65,10 +66,15 @@ def train(
     on_save: Callable[[SaveReport], None] | None = None,
     resume: str | os.PathLike[str] | None = None,
     follow: Follow | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+    loss_weight: Callable[[Tensor], float | Tensor] | None = None,
 ) -> list[StepReport]:
     """Train a split language model in place; every rank calls it with the same data and settings.
 
-    The loss is the mean over all labels of the complete batch, whatever micro-batch or replica they are in.
+    The loss is the mean over all labels of the complete batch, whatever micro-batch or replica they are in. With a `loss` of
+    your own it is its sum over all micro-batches and replicas, divided by the sum of `loss_weight`, by default the number of
+    labels. So a `loss` returns a sum, never a mean: for a mean over sequences give `loss_weight=len`.
 
     With `saves`, checkpoints are written during training; each holds everything needed to resume. A run
     resumed on the same layout matches the uninterrupted run bit for bit; on another layout it differs by rounding. The
@@ -94,14 +100,26 @@ def train(
         resume: The run's checkpoint (`.../step-000100`) to resume from, from which `model` or its adapters were
             loaded.
         follow: Reporters of the steps, and steps to profile.
+        optimizer: An optimizer that you created over all trainable parameters of the split model, with your parameter groups.
+            Each step multiplies the groups' learning rates by the schedule of `settings` (`lr_schedule="constant"` and
+            `warmup_steps=0` keep them), and puts them back; no other option changes. It steps the parameters themselves, in
+            their dtype. Checkpoints have its state, and options of the groups, which replace those given when a run resumes.
+        loss: `loss(logits, labels)` returns a scalar, summed over the labels that are not -100. It gets a micro-batch's unsplit
+            logits `[n, length, vocab]` in float32 or wider on every tensor rank of the last stage, and the label of each logit
+            `[n, length]`; the logits of multi-token prediction too. Before the first step every rank calls it with two labels
+            to check its result. Auxiliary losses of the model are added as usual. An evaluation uses it too.
+        loss_weight: `loss_weight(labels)` returns what a micro-batch counts in the mean, a number that the parameters do not
+            change: for a loss with class weights `weights[labels].sum()`.
 
     Returns:
         One report per step, the same on every rank except for the times.
 
     Raises:
-        PlanError: The batch cannot be distributed over the replicas and micro-batches, or the data has another form.
+        PlanError: The batch cannot be distributed over the replicas and micro-batches, the data has another form, or settings
+            of the optimizer are given beside `optimizer`.
         ModelError: The model is not a causal language model, or has float16 weights; or its config requests an auxiliary loss
-            that cannot be computed with stages or per sequence.
+            that cannot be computed with stages or per sequence; or `optimizer` steps other parameters or needs unsplit
+            tensors, or `loss` does not return a scalar.
         DivergedError: The loss or a gradient is not finite; on every rank, before the step changes a weight.
         CheckpointError: A checkpoint cannot be written, or the one to resume from belongs to another run; on every rank.
 
@@ -116,37 +134,31 @@ def train(
     plan.spec.refuse_beyond_positions(settings.sequence_length, "a sequence")
     with collective_errors(groups):
         data, evaluated, settings = training_data(tokens, eval_data, Run(settings, plan.spec, groups, tokenizer))
-    _check(model, settings)
+    objective = Objective(loss, loss_weight)
+    _check(model, settings, objective)
+    check_own(model, optimizer, settings)
     start_alike([p for p in model.parameters() if p.requires_grad], groups.dp)
-    optimizer = make_optimizer(model, settings, groups)
+    steps = _Steps.of(model, settings, optimizer)
     pipeline = Pipeline(model, schedule)
     model.zero_grad(set_to_none=True)
     run = begin_run(
-        settings, data, saves, resume,
-        collective=lambda: collective_errors(groups), restore=lambda folder: restore_optimizer(model, optimizer, folder),
+        settings, data, saves, resume, collective=lambda: collective_errors(groups), restore=steps.restore,
+        own=own_names(optimizer, loss),
     )  # fmt: skip
-    saver = make_saver(model, optimizer, saves, run, on_save) if saves is not None else None
-
+    saver = make_saver(model, steps.optimizer, saves, run, on_save) if saves is not None else None
     local = LocalStep(model, groups)
 
     def backward(step: int, on_timeline: Callable[[Timeline], None] | None) -> tuple[float, int]:
         nonlocal local
         local = LocalStep(model, groups)
         rows = data.rows(step, settings, groups.dp.size, groups.dp.rank)
-        return backward_of(pipeline, rows, step, settings, on_timeline=on_timeline, local=local)
-
-    def update(rate: float) -> None:
-        if optimizer is not None:
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            optimizer.step()
-        model.zero_grad(set_to_none=True)
+        return backward_of(pipeline, rows, step, settings, objective=objective, on_timeline=on_timeline, local=local)
 
     follow = follow or Follow()
     hooks = StepHooks(
-        backward, lambda: clip_gradients(model, plan, groups, settings.clip_norm), update, lambda: local.fault(),
+        backward, lambda: clip_gradients(model, plan, groups, settings.clip_norm), steps.step, lambda: local.fault(),
         _meter(model, settings, follow), traced,
-        partial(evaluate_loss, model, evaluated, settings) if evaluated is not None else None,
+        partial(evaluate_loss, model, evaluated, settings, objective) if evaluated is not None else None,
     )  # fmt: skip
     watch = Watch(groups, follow, on_step, on_timeline)
     recomputed = checkpointing_set(model, settings.checkpointing, plan)
@@ -157,13 +169,48 @@ def train(
         model.zero_grad(set_to_none=True)
 
 
-def _check(model: nn.Module, settings: TrainSettings) -> None:
+@dataclass(frozen=True)
+class _Steps:
+    """The steps of an optimizer, the caller's (`is_own`) or that of the settings; None on a rank that trains nothing."""
+
+    model: nn.Module
+    settings: TrainSettings
+    optimizer: torch.optim.Optimizer | None
+    is_own: bool
+
+    @classmethod
+    def of(cls, model: nn.Module, settings: TrainSettings, own: torch.optim.Optimizer | None) -> _Steps:
+        _, groups = plan_of(model)
+        return cls(model, settings, own or make_optimizer(model, settings, groups), own is not None)
+
+    def step(self, step: int) -> float:
+        """Step the parameters, drop their gradients, and return the learning rate."""
+        rate = self.settings.learning_rate_at(step)
+        if self.optimizer is not None and self.is_own:
+            rate = scaled_step(self.optimizer, self.settings.rate_factor_at(step))
+        elif self.optimizer is not None:
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            self.optimizer.step()
+        self.model.zero_grad(set_to_none=True)
+        return rate
+
+    def restore(self, folder: Path) -> None:
+        """Load the optimizer's state from a checkpoint. Every rank must call it."""
+        if self.optimizer is not None and self.is_own:
+            load_optimizer(self.model, self.optimizer, folder)
+        else:
+            restore_optimizer(self.model, self.optimizer, folder)
+
+
+def _check(model: nn.Module, settings: TrainSettings, objective: Objective) -> None:
     """Raise what would end the run later."""
     plan, groups = plan_of(model)
     check_trainable(model)
     with collective_errors(groups):
         _refuse_quantized(model)
         _refuse_float16(model)
+        objective.check(plan, _device(model))
         if settings.packing:
             prove_packing(model, plan)
     balance_of(model, plan, settings.aux_loss_scope)
@@ -173,7 +220,7 @@ def _check(model: nn.Module, settings: TrainSettings) -> None:
 
 def _meter(model: nn.Module, settings: TrainSettings, follow: Follow) -> Meter:
     plan, groups = plan_of(model)
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = _device(model)
     is_frozen = any(not p.requires_grad for p in model.parameters())
     peak = follow.peak_flops or device_peak_flops(device)
     return Meter.of(plan, settings, groups.axes, lambda: peak_bytes(device), peak, is_frozen=is_frozen)
@@ -183,6 +230,10 @@ def _refuse_quantized(model: nn.Module) -> None:
     frozen = next((name for name, p in model.named_parameters() if isinstance(p, QuantizedTensor)), None)
     if frozen is not None and not adapters(model):
         raise ModelError(f"{frozen}: {FROZEN}")
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
 def _refuse_float16(model: nn.Module) -> None:
@@ -205,7 +256,7 @@ def make_saver(
         ModelError: The model has adapters that cannot be saved (see `RankShard`).
     """
     _, groups = plan_of(model)
-    share = RankShard(model, optimizer, saves, run.settings)
+    share = RankShard(model, optimizer, saves, run.settings, is_own=run.has_own_optimizer)
     return Saver(saves, share, run, groups, on_save=on_save)
 
 
@@ -233,6 +284,7 @@ def backward_of(
     step: int,
     settings: TrainSettings,
     *,
+    objective: Objective = CROSS_ENTROPY,
     on_timeline: Callable[[Timeline], None] | None = None,
     local: LocalStep | None = None,
 ) -> tuple[float, int]:
@@ -247,18 +299,18 @@ def backward_of(
         ModelError: No id of the batch is trained on.
     """
     model, plan, groups = pipeline.model, pipeline.plan, pipeline.groups
-    batch = _Batch.of(model, plan, groups, rows, step, settings)
-    count, tokens = batch.counts
+    batch = _Batch.of(pipeline, rows, step, settings, objective)
+    weight, tokens = batch.counts
     share = 1 / (groups.dp.size * settings.microbatches)
-    if not count:
+    if not weight:
         raise ModelError(f"step {step + 1}: no token of the batch is trained on. Use larger batches, or other data.")
     total = torch.zeros((), dtype=torch.float64, device=batch.device)
-    with local_logits(model) as split:
+    with objective.logits(model) as split:
 
         def finish(output: Any, microbatch: int) -> Tensor:
             targets = batch.examples[microbatch].targets
-            summed, extra = loss_of(model, output, targets, split, groups.tp, settings.mtp_weight)
-            loss = summed / count
+            summed, extra = loss_of(model, output, targets, split, groups.tp, settings.mtp_weight, objective)
+            loss = summed / weight
             if extra is not None:
                 loss = loss + extra * share
             total.add_(loss.detach().double())
@@ -288,7 +340,9 @@ def backward_of(
     return float(groups.dp.all_reduce_(total)), tokens
 
 
-def evaluate_loss(model: nn.Module, data: Samples | Batches, settings: TrainSettings) -> float:
+def evaluate_loss(
+    model: nn.Module, data: Samples | Batches, settings: TrainSettings, objective: Objective = CROSS_ENTROPY
+) -> float:
     """The mean loss over all labels of `data`, without dropout, auxiliary losses and gradients; every rank must call it.
 
     Raises:
@@ -297,23 +351,23 @@ def evaluate_loss(model: nn.Module, data: Samples | Batches, settings: TrainSett
     plan, groups = plan_of(model)
     pipeline = Pipeline(model, forward_only(plan, settings.microbatches))
 
-    def summed(number: int, rows: list[Rows]) -> tuple[float, int]:
-        batch = _Batch.of(model, plan, groups, rows, number, settings)
-        return _summed_loss(pipeline, batch, settings), batch.counts[0]
+    def summed(number: int, rows: list[Rows]) -> tuple[float, float]:
+        batch = _Batch.of(pipeline, rows, number, settings, objective)
+        return _summed_loss(pipeline, batch, settings, objective), batch.counts[0]
 
     with mode_set(model, training=False):
         return mean_loss(data.in_order(settings, groups.dp.size, groups.dp.rank), summed)
 
 
-def _summed_loss(pipeline: Pipeline, batch: _Batch, settings: TrainSettings) -> float:
-    """The cross-entropy of a full batch, summed over its labels."""
+def _summed_loss(pipeline: Pipeline, batch: _Batch, settings: TrainSettings, objective: Objective) -> float:
+    """The loss of a full batch, summed over its labels."""
     model, plan, groups = pipeline.model, pipeline.plan, pipeline.groups
     total = torch.zeros((), dtype=torch.float64, device=batch.device)
-    with local_logits(model) as split:
+    with objective.logits(model) as split:
 
         def finish(output: Any, microbatch: int) -> None:
             targets = batch.examples[microbatch].targets
-            total.add_(summed_cross_entropy(output.logits, targets, split, groups.tp).double())
+            total.add_(objective.summed(output.logits, targets, split, groups.tp).double())
 
         pipeline.run(batch.inputs, finish, key=batch.shape, around=lambda: _autocast(settings, batch.device))
         pipeline.flush()
@@ -323,28 +377,25 @@ def _summed_loss(pipeline: Pipeline, batch: _Batch, settings: TrainSettings) -> 
 
 @dataclass(frozen=True)
 class _Batch:
-    """The micro-batches of this replica in a batch, on their device; and labels and tokens of the full batch."""
+    """The micro-batches of this replica in a batch, on their device; and weight and tokens of the full batch."""
 
     examples: tuple[Example, ...]
-    counts: tuple[int, int]
+    counts: tuple[float, int]
     device: torch.device
 
     @classmethod
     def of(
-        cls,
-        model: nn.Module,
-        plan: Plan,
-        groups: ParallelGroups,
-        rows: Sequence[Rows],
-        step: int,
-        settings: TrainSettings,
+        cls, pipeline: Pipeline, rows: Sequence[Rows], step: int, settings: TrainSettings, objective: Objective
     ) -> _Batch:
-        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        model, plan, groups = pipeline.model, pipeline.plan, pipeline.groups
+        device = _device(model)
         mask_token = settings.mask_token if settings.mask_token is not None else plan.spec.vocab_size - 1
         made = examples(model, rows, step, settings, mask_token, groups.dp)
-        counts = torch.tensor([sum(e.count for e in made), sum(one.tokens for one in rows)], dtype=torch.float64)
-        count, tokens = groups.dp.all_reduce_(counts.to(device)).tolist()
-        return cls(tuple(example.to(device) for example in made), (int(count), int(tokens)), device)
+        placed = tuple(example.to(device) for example in made)
+        weight = sum(objective.weight_of(example.targets) for example in placed)
+        counts = torch.tensor([weight, sum(one.tokens for one in rows)], dtype=torch.float64)
+        weight, tokens = groups.dp.all_reduce_(counts.to(device)).tolist()
+        return cls(placed, (weight, int(tokens)), device)
 
     def inputs(self, stage: int, microbatch: int) -> dict[str, Any]:
         """The model's inputs, the same for all stages."""

@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ class StepHooks:
         backward: Computes the gradients of a step, counted from 0, and returns the mean loss of the complete batch and the
             number of its tokens; reports the times of its actions to the second argument unless it is None.
         clip: Scales the gradients down to the largest norm, and returns their norm before.
-        update: Updates the trained parameters at a learning rate, and drops the gradients.
+        update: Updates the trained parameters in a step, counted from 0, drops the gradients, and returns the learning rate.
         fault: What is not finite on this rank, after a step whose loss or norm is not.
         meter: Measures the steps.
         traced: Creates a context that writes a trace of the steps in it into a file.
@@ -42,7 +42,7 @@ class StepHooks:
 
     backward: Callable[[int, Callable[[Timeline], None] | None], tuple[float, int]]
     clip: Callable[[], float]
-    update: Callable[[float], None]
+    update: Callable[[int], float]
     fault: Callable[[], Fault]
     meter: Meter
     traced: Callable[[Path], AbstractContextManager[Callable[[int, Timeline], None] | None]]
@@ -57,6 +57,7 @@ def begin_run(
     *,
     collective: Callable[[], AbstractContextManager[None]],
     restore: Callable[[Path], None],
+    own: tuple[str, ...] = (),
 ) -> TrainingState:
     """The state of a new run, or of one that resumes from the checkpoint `resume`; every rank must call this.
 
@@ -67,12 +68,13 @@ def begin_run(
         resume: A checkpoint of the run.
         collective: Makes a block at whose end every rank raises what one of them raised in it.
         restore: Restores the optimizer's state from a checkpoint.
+        own: What the caller gave in place of the settings' own; see `TrainingState`.
 
     Raises:
         CheckpointError: The checkpoint belongs to another run; on every rank.
     """
     with collective():
-        run = state_of(settings, data, saves)
+        run = replace(state_of(settings, data, saves), own=own)
     if resume is None:
         return run
     folder = Path(resume)
@@ -185,8 +187,7 @@ def _step(
             saver.wait()
         faults = gathered_faults(watch.groups.axes, hooks.fault())
         raise diverged(step, loss, norm, settings, watch.groups.dp.size, faults)
-    rate = settings.learning_rate_at(step)
-    hooks.update(rate)
+    rate = hooks.update(step)
     seconds = time.perf_counter() - start_s
     eval_loss = _evaluated(step + 1, settings, hooks)
     memory_bytes = hooks.meter.memory(step, first, settings.steps - 1)
@@ -203,17 +204,18 @@ def _evaluated(step: int, settings: TrainSettings, hooks: StepHooks) -> float | 
         return hooks.evaluate()
 
 
-def mean_loss(batches: Iterable[Any], summed: Callable[[int, Any], tuple[float, int]]) -> float:
+def mean_loss(batches: Iterable[Any], summed: Callable[[int, Any], tuple[float, float]]) -> float:
     """The mean loss over all labels of an evaluation set; every rank must call it.
 
     Args:
         batches: This replica's part of each batch.
-        summed: Returns the loss of a complete batch, summed over its labels, and their number; called with the batch's number.
+        summed: Returns the loss of a complete batch, summed over its labels, and their number or weight; called with the
+            batch's number.
 
     Raises:
         ModelError: No id of the data is trained on.
     """
-    losses, counts = 0.0, 0
+    losses, counts = 0.0, 0.0
     for number, batch in enumerate(batches):
         loss, count = summed(number, batch)
         losses += loss

@@ -94,7 +94,7 @@ class RankShard(Protocol):
         """Small files that belong to the model, on the first rank."""
 
     def copy(self) -> list[Part]:
-        """Copies of the current values that this rank writes."""
+        """Copies of the current values that this rank writes; every rank must call it. Files may differ from then on."""
 
     def counts(self, step: int) -> dict[str, int]:
         """AdamW's step counts of this rank's parameters, by name on disk, if they differ from `step`."""
@@ -234,10 +234,9 @@ class Saver:
         start_s = time.perf_counter()
         self._settle(wait=True)
         state = self.state.at(step, self._counts(step))
-        job = Job(
-            self.run, step, self.saves.keep, self.rank, self.ranks, self.share.files, self.share.copy(),
-            {**self.share.beside, STATE_NAME: state.to_json().encode()},
-        )  # fmt: skip
+        parts = self.share.copy()
+        small = {**self.share.beside, STATE_NAME: state.to_json().encode()}
+        job = Job(self.run, step, self.saves.keep, self.rank, self.ranks, self.share.files, parts, small)
         self.last_step = step
         self._write = BackgroundWrite(job, time.perf_counter() - start_s)
 

@@ -142,10 +142,12 @@ class TrainSettings:
 
     def learning_rate_at(self, step: int) -> float:
         """The learning rate of step `step`, counted from 0."""
+        return self.learning_rate * self.rate_factor_at(step)
+
+    def rate_factor_at(self, step: int) -> float:
+        """The learning rate of step `step`, counted from 0, as a fraction of the peak."""
         decay_steps = self.decay_steps or max(1, self.steps // 10)
-        return self.learning_rate * rate_at(
-            step, self.steps, self.warmup_steps, self.lr_schedule, decay_steps, self.min_learning_rate
-        )
+        return rate_at(step, self.steps, self.warmup_steps, self.lr_schedule, decay_steps, self.min_learning_rate)
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,10 @@ FREE = ("steps", "epochs", "eval_every", "microbatches", "schedule", "group_size
 """Settings that a resumed run may change: the distribution of the work, and the number of steps (see `go_on`)."""
 
 
+OWN_OPTIMIZER = "optimizer "
+"""In `TrainingState.own`, before the class of the caller's optimizer."""
+
+
 @dataclass(frozen=True)
 class TrainingState:
     """The position of a run, and the facts that identify it.
@@ -38,6 +42,7 @@ class TrainingState:
         notes: Data of the caller, such as the source of the text; not compared.
         base: The model that adapters are trained on, None if all of the model is trained.
         counts: AdamW's step counts of tensors that had no gradient in some steps, by name on disk.
+        own: What the caller gave in place of what the settings name: `optimizer CLASS`, `loss`.
     """
 
     step: int
@@ -47,6 +52,7 @@ class TrainingState:
     notes: Mapping[str, Any]
     base: Base | None = None
     counts: Mapping[str, int] = field(default_factory=dict)
+    own: tuple[str, ...] = ()
 
     @classmethod
     def of(
@@ -59,6 +65,11 @@ class TrainingState:
     def sequences(self) -> int:
         """The position in the data: sequences seen."""
         return self.step * self.settings.batch_size
+
+    @property
+    def has_own_optimizer(self) -> bool:
+        """Whether the caller gave the optimizer."""
+        return any(one.startswith(OWN_OPTIMIZER) for one in self.own)
 
     def at(self, step: int, counts: Mapping[str, int] | None = None) -> TrainingState:
         """The same run after `step` steps, of which some tensors had only `counts`."""
@@ -91,6 +102,9 @@ class TrainingState:
             CheckpointError: `run` is a different run. The message has all differences.
         """
         self.refuse_other(asdict(run.settings), folder)
+        if self.own != run.own:
+            then, now = (", ".join(one.own) or "nothing" for one in (self, run))
+            _refuse(folder, [f"what the caller gave to train() as optimizer= and loss= ({then} then, {now} now)"])
         if (self.tokens, self.digest) != (run.tokens, run.digest):
             _refuse(folder, [f"the text ({self.tokens} tokens then, {run.tokens} now, of other content)"])
         if run.base is not None and self.base is None:
@@ -124,6 +138,7 @@ class TrainingState:
             "data": {"tokens": self.tokens, "sha256": self.digest, "sequences": self.sequences},
             **({"base": asdict(self.base)} if self.base is not None else {}),
             **({"optimizer_steps": dict(sorted(self.counts.items()))} if self.counts else {}),
+            **({"own": list(self.own)} if self.own else {}),
             "notes": dict(self.notes),
         }
         return json.dumps(data, indent=2) + "\n"
@@ -171,6 +186,7 @@ def read_state(folder: Path) -> TrainingState:
             int(data["step"]), TrainSettings(**data["settings"]), int(data["data"]["tokens"]),
             str(data["data"]["sha256"]), dict(data["notes"]), Base(**data["base"]) if "base" in data else None,
             {str(name): int(count) for name, count in data.get("optimizer_steps", {}).items()},
+            tuple(str(one) for one in data.get("own", [])),
         )  # fmt: skip
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{file}: is incomplete or changed: {type(error).__name__} at {error}") from error

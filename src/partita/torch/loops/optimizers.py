@@ -96,7 +96,7 @@ def check(cls: type[Optimizer], parameters: list[Tensor]) -> None:
             f"{cls.__name__} was given parameters of a model that was split afterwards, which are no longer its parameters. "
             "Create the optimizer after load() or shard()."
         )
-    if _steps_like(cls, _ELEMENTWISE) or _is_wrapper(cls):
+    if _steps_like(cls, _ELEMENTWISE) or is_wrapper(cls):
         return
     model = model_of(parameters)
     if model is None:
@@ -119,7 +119,7 @@ def _steps_like(cls: type[Optimizer], known: set[type[Optimizer]]) -> bool:
     return base is not None and (base is cls or "step" not in _overridden(cls, base))
 
 
-def _is_wrapper(cls: type[Optimizer]) -> bool:
+def is_wrapper(cls: type[Optimizer]) -> bool:
     """Whether `cls` is ZeRO's optimizer, which steps by another one that is checked itself; its import emits warnings."""
     return any(base.__name__ == "ZeroRedundancyOptimizer" for base in cls.__mro__)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,11 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from partita.core.plan import Plan
 from partita.core.sharding.split import Split
 from partita.errors import ModelError
 from partita.torch.collectives.comm import Communicator
 from partita.torch.layers.loss import vocab_parallel_cross_entropy
 from partita.torch.model.balance import coefficient_of
+from partita.torch.model.head import local_logits
 from partita.training.data.rows import IGNORED, Rows
 from partita.training.settings import TrainSettings
 
@@ -45,11 +49,6 @@ class Example:
 
     inputs: dict[str, Any]
     targets: Tensor
-
-    @property
-    def count(self) -> int:
-        """Number of targets."""
-        return int((self.targets != IGNORED).sum())
 
     def to(self, device: torch.device) -> Example:
         """The same on a device."""
@@ -105,21 +104,87 @@ def _inputs(rows: Rows, ids: Tensor) -> dict[str, Any]:
     return given
 
 
+@dataclass(frozen=True)
+class Objective:
+    """What is minimized: the sum of `loss` over the micro-batches of all replicas, divided by the sum of `weight`.
+
+    Attributes:
+        loss: Maps logits `[n, length, vocab]` and their labels `[n, length]` to a scalar, summed over the labels that are not
+            -100; None for the cross-entropy.
+        weight: Maps labels `[n, length]` to what a micro-batch counts, a number; None for the number of labels.
+    """
+
+    loss: Callable[[Tensor, Tensor], Tensor] | None = None
+    weight: Callable[[Tensor], Any] | None = None
+
+    def weight_of(self, targets: Tensor) -> float:
+        """What a micro-batch of `targets` counts."""
+        return float((targets != IGNORED).sum() if self.weight is None else self.weight(targets))
+
+    def logits(self, model: nn.Module) -> AbstractContextManager[Split | None]:
+        """A context in which the head's columns stay on their ranks, unless the caller's loss needs all of them."""
+        return local_logits(model) if self.loss is None else nullcontext()
+
+    def summed(self, logits: Tensor, targets: Tensor, split: Split | None, comm: Communicator) -> Tensor:
+        """The summed loss of `targets` under `logits`, in float32 or wider."""
+        if self.loss is None:
+            return summed_cross_entropy(logits, targets, split, comm)
+        return self.loss(logits if logits.dtype == torch.float64 else logits.float(), targets)
+
+    def check(self, plan: Plan, device: torch.device) -> None:
+        """Call the caller's functions once with two labels.
+
+        Raises:
+            ModelError: They do not return what training needs.
+        """
+        labels = torch.zeros((1, 2), dtype=torch.int64, device=device)
+        if self.weight is not None and self.loss is None:
+            raise ModelError("loss_weight is for the loss of your own. Give loss too, or leave loss_weight out.")
+        if self.loss is None:
+            return
+        logits = torch.zeros((1, 2, plan.spec.vocab_size or 1), device=device, requires_grad=True)
+        with torch.enable_grad():
+            value = self.loss(logits, labels)
+        if not isinstance(value, Tensor) or value.dim() or not value.requires_grad or not value.is_floating_point():
+            raise ModelError(
+                "loss must return a scalar tensor with a gradient, the sum over the labels of a micro-batch; for logits "
+                f"{list(logits.shape)} and labels {list(labels.shape)} it returned {_said(value)}."
+            )
+        weight = self.weight_of(labels)
+        if not 0 <= weight < math.inf:
+            raise ModelError(f"loss_weight must return a finite number of at least 0; got {weight}.")
+
+
+CROSS_ENTROPY = Objective()
+
+
+def _said(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return f"{value!r:.100}"
+    return f"{value.dtype} {list(value.shape)}{'' if value.requires_grad else ' without a gradient'}"
+
+
 def loss_of(
-    model: nn.Module, output: Any, targets: Tensor, split: Split | None, comm: Communicator, mtp_weight: float
+    model: nn.Module,
+    output: Any,
+    targets: Tensor,
+    split: Split | None,
+    comm: Communicator,
+    mtp_weight: float,
+    objective: Objective,
 ) -> tuple[Tensor, Tensor | None]:
-    """The summed cross-entropy of `targets` `[n, length]`, and the auxiliary loss of a router that the model asks for.
+    """The summed loss of `targets` `[n, length]`, and the auxiliary loss of a router that the model asks for.
 
     The sum over the layers of multi-token prediction is weighted by `mtp_weight` / number of layers (2412.19437, equation 25).
-    The head's columns stay on their ranks (`split`): the unsplit logits are never gathered.
+    The head's columns stay on their ranks (`split`) unless the objective needs the unsplit logits.
     """
     auxiliary = getattr(output, "aux_loss", None)
     if auxiliary is not None:
         auxiliary = auxiliary * coefficient_of(model)
-    summed = summed_cross_entropy(output.logits, targets, split, comm)
+    summed = objective.summed(output.logits, targets, split, comm)
     ahead = getattr(output, "mtp_logits", [])
     for k, logits in enumerate(ahead, 1):
-        summed = summed + mtp_weight / len(ahead) * summed_cross_entropy(logits, targets[:, k:], split, comm)
+        summed = summed + mtp_weight / len(ahead) * objective.summed(logits, targets[:, k:], split, comm)
     return summed, auxiliary
 
 

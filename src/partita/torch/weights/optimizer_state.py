@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from partita.checkpoint.index import open_checkpoint
 from partita.checkpoint.manifest import OPTIMIZER
 from partita.checkpoint.read import Reader
-from partita.checkpoint.write import Writer, plan_files, write_folder
+from partita.checkpoint.write import FilePlan, Writer, plan_files, write_folder
 from partita.errors import CheckpointError, ModelError
 from partita.torch.collectives.collective_errors import collective_errors
 from partita.torch.model.parts import plan_of
@@ -30,6 +31,74 @@ from partita.torch.weights.save import DTYPE_NAMES, OnDisk, on_disk
 
 OPTIONS = f"{OPTIMIZER}.json"
 MAX_SHARD_BYTES = 5_000_000_000
+
+
+@dataclass(frozen=True)
+class OptimizerOnDisk:
+    """The state of an optimizer as stored on disk.
+
+    Attributes:
+        files: The files of its tensors, the same on every rank.
+        text: The text of `optimizer.json`, the same on every rank.
+        tensors: This rank's tensors, by kind and by the unsplit name of their parameter.
+    """
+
+    files: tuple[FilePlan, ...]
+    text: str
+    tensors: Mapping[tuple[str, str], Tensor]
+
+
+def optimizer_on_disk(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    disk: OnDisk | AdaptersOnDisk,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> OptimizerOnDisk:
+    """The present state of an optimizer of `model`, which `disk` stores. Every rank of the run must call it.
+
+    Raises:
+        ModelError: The state has tensors of other shapes, which no split describes; on every rank.
+    """
+    plan, groups = plan_of(model)
+    with collective_errors(groups):
+        names = _names(model, optimizer)
+        own = disk.own(model, plan, groups)
+        state = {name: optimizer.state.get(tensor, {}) for name, tensor in own.items() if tensor in names}
+        tensors = {
+            (kind, name): value
+            for name, kinds in state.items()
+            for kind, value in kinds.items()
+            if _is_split_alike(kind, name, value, own[name])
+        }
+        numbers = {
+            name: {kind: _number(value) for kind, value in kinds.items() if (kind, name) not in tensors}
+            for name, kinds in state.items()
+        }
+        options = [
+            {key: value for key, value in group.items() if key != "params" and _is_plain(value)}
+            for group in optimizer.param_groups
+        ]
+        members = [[names[p] for p in group["params"] if p in names] for group in optimizer.param_groups]
+        dtypes = {key: str(value.dtype).removeprefix("torch.") for key, value in tensors.items()}
+    every: list[Any] = groups.pp.all_gather_object((dtypes, numbers, members))
+    with collective_errors(groups):
+        kept: dict[tuple[str, str], str] = {key: dtype for one, _, _ in every for key, dtype in one.items()}
+        facts = [
+            (f"{kind}.{piece.name}", DTYPE_NAMES[getattr(torch, dtype)], piece.shape)
+            for (kind, name), dtype in sorted(kept.items())
+            for piece in disk.pieces[name]
+        ]
+        files = plan_files(facts, max_shard_bytes, stem=OPTIMIZER)
+        text = json.dumps(
+            {
+                "groups": [
+                    {"options": one, "parameters": sorted({name for _, _, theirs in every for name in theirs[index]})}
+                    for index, one in enumerate(options)
+                ],
+                "numbers": {name: kinds for _, one, _ in every for name, kinds in one.items()},
+            }
+        )
+    return OptimizerOnDisk(files, text, tensors)
 
 
 def save_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
@@ -46,52 +115,17 @@ def save_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, folder: P
     """
     plan, groups = plan_of(model)
     disk: OnDisk | AdaptersOnDisk = adapters_on_disk(model) if adapters(model) else on_disk(model)
-    with collective_errors(groups):
-        names = _names(model, optimizer)
-        own = disk.own(model, plan, groups)
-        state = {name: optimizer.state.get(tensor, {}) for name, tensor in own.items() if tensor in names}
-        tensors = {
-            (kind, name): str(value.dtype).removeprefix("torch.")
-            for name, kinds in state.items()
-            for kind, value in kinds.items()
-            if _is_split_alike(kind, name, value, own[name])
-        }
-        numbers = {
-            name: {kind: _number(value) for kind, value in kinds.items() if (kind, name) not in tensors}
-            for name, kinds in state.items()
-        }
-        options = [
-            {key: value for key, value in group.items() if key != "params" and _is_plain(value)}
-            for group in optimizer.param_groups
-        ]
-        members = [[names[p] for p in group["params"] if p in names] for group in optimizer.param_groups]
-    every: list[Any] = groups.pp.all_gather_object((tensors, numbers, members))
-    with collective_errors(groups):
-        kept: dict[tuple[str, str], str] = {key: dtype for one, _, _ in every for key, dtype in one.items()}
-        facts = [
-            (f"{kind}.{piece.name}", DTYPE_NAMES[getattr(torch, dtype)], piece.shape)
-            for (kind, name), dtype in sorted(kept.items())
-            for piece in disk.pieces[name]
-        ]
-        files = plan_files(facts, MAX_SHARD_BYTES, stem=OPTIMIZER)
-        text = json.dumps(
-            {
-                "groups": [
-                    {"options": one, "parameters": sorted({name for _, _, theirs in every for name in theirs[index]})}
-                    for index, one in enumerate(options)
-                ],
-                "numbers": {name: kinds for _, one, _ in every for name, kinds in one.items()},
-            }
-        )
+    state = optimizer_on_disk(model, optimizer, disk)
 
     def write(writer: Writer) -> None:
-        for kind, name in tensors:
-            for piece, take, part in disk.parts(name, state[name][kind], plan, groups):
+        for (kind, name), tensor in state.tensors.items():
+            for piece, take, part in disk.parts(name, tensor, plan, groups):
                 writer.write(f"{kind}.{piece}", take, memory_of(part))
 
     write_folder(
-        folder, groups, files, lambda made: _write_text(made / OPTIONS, text), write, partial(collective_errors, groups)
-    )
+        folder, groups, state.files, lambda made: _write_text(made / OPTIONS, state.text), write,
+        partial(collective_errors, groups),
+    )  # fmt: skip
 
 
 def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:

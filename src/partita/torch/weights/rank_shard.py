@@ -19,6 +19,7 @@ from partita.torch.training.optimizer import initial_state, state_dtype, state_k
 from partita.torch.weights.adapters import adapters
 from partita.torch.weights.fill import memory_of
 from partita.torch.weights.moments import held_by, trained_tensors
+from partita.torch.weights.optimizer_state import OPTIONS, optimizer_on_disk
 from partita.torch.weights.peft_format import AdaptersOnDisk, adapters_on_disk
 from partita.torch.weights.save import DTYPE_NAMES, OnDisk, on_disk
 from partita.training.adapter_files import STEM
@@ -27,6 +28,9 @@ from partita.training.base import place_of
 from partita.training.optimizers import ALL_MOMENTS, moments_of
 from partita.training.saving import MASTER, Saves, check_base, files_beside
 from partita.training.settings import TrainSettings
+
+_Place = tuple[str, list[list[tuple[int, int]]], Tensor, Tensor]
+"""A tensor on disk: its name, the ranges of each dim, their values, and the tensor that these are part of."""
 
 
 class RankShard:
@@ -38,15 +42,28 @@ class RankShard:
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer | None, saves: Saves, settings: TrainSettings
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None,
+        saves: Saves,
+        settings: TrainSettings,
+        *,
+        is_own: bool = False,
     ) -> None:
         """Create the shard of a model in training. Every rank of the run must call it.
+
+        Args:
+            model: The model.
+            optimizer: Its optimizer; None on a rank that trains nothing.
+            saves: The settings for checkpoints.
+            settings: The training settings.
+            is_own: Whether the optimizer is the caller's, whose state is known once it has stepped.
 
         Raises:
             ModelError: The model has adapters, and `saves` does not name their base model; or some are not plain LoRA, or more
                 than the adapters is trained.
         """
-        self.model, self.optimizer, self.settings = model, optimizer, settings
+        self.model, self.optimizer, self.settings, self.saves, self.is_own = model, optimizer, settings, saves, is_own
         self.plan, self.groups = plan_of(model)
         adapted = any(self.groups.pp.all_gather_object(bool(adapters(model))))
         check_base(saves, adapted=adapted)
@@ -66,7 +83,7 @@ class RankShard:
                 (f"{kind}.{piece.name}", DTYPE_NAMES[state_dtype(dtype, settings.master_dtype)], piece.shape)
                 for kind in (*ALL_MOMENTS, MASTER)
                 for name, dtype in self.disk.dtypes.items()
-                if name in trained and kind in self._kinds(name, dtype)
+                if not is_own and name in trained and kind in self._kinds(name, dtype)
                 for piece in self.disk.pieces[name]
             ]
             self.files: Mapping[str, tuple[FilePlan, ...]] = {
@@ -87,9 +104,10 @@ class RankShard:
     @torch.no_grad()
     def copy(self) -> list[Part]:
         """The current values that this rank writes; each replica writes its share of replicated tensors."""
+        state = self._own_state() if self.is_own else self._state()
         parts = [
             Part(name, take, memory_of(kept), kept)
-            for name, take, part, tensor in self._parts()
+            for name, take, part, tensor in (*self._weights(), *state)
             for kept in [part.clone() if _shares_memory(part, tensor) else part]
         ]
         if self.reader is not None:
@@ -103,7 +121,7 @@ class RankShard:
         inner, held = held_by(self.optimizer)
         counts: dict[str, int] = {}
         for name, tensor in self.disk.own(self.model, self.plan, self.groups).items():
-            if inner is not None and id(tensor) in held:
+            if inner is not None and id(tensor) in held and not self.is_own:
                 # A parameter that never had a gradient has no state yet.
                 count = int(inner.state.get(tensor, {}).get("step", 0))
                 counts |= {piece.name: count for piece in self.disk.pieces[name] if count != step}
@@ -114,14 +132,21 @@ class RankShard:
         moments = moments_of(self.settings.optimizer, name, self.plan.spec)
         return state_kinds(dtype, self.settings.master_dtype, moments)
 
-    def _parts(self) -> Iterator[tuple[str, list[list[tuple[int, int]]], Tensor, Tensor]]:
-        plan, groups = self.plan, self.groups
-        inner, held = held_by(self.optimizer)
-        for index, (name, tensor) in enumerate(self.disk.own(self.model, plan, groups).items()):
-            mine = index % groups.dp.size == groups.dp.rank
+    def _shares(self) -> Iterator[tuple[str, Tensor, bool]]:
+        """The tensors that this rank owns, by name, and whether this replica writes them."""
+        dp = self.groups.dp
+        for index, (name, tensor) in enumerate(self.disk.own(self.model, self.plan, self.groups).items()):
+            yield name, tensor, index % dp.size == dp.rank
+
+    def _weights(self) -> Iterator[_Place]:
+        for name, tensor, mine in self._shares():
             if mine:
-                for piece, take, part in self.disk.parts(name, tensor, plan, groups):
+                for piece, take, part in self.disk.parts(name, tensor, self.plan, self.groups):
                     yield piece, take, part, tensor
+
+    def _state(self) -> Iterator[_Place]:
+        inner, held = held_by(self.optimizer)
+        for name, tensor, mine in self._shares():
             if id(tensor) not in self.trained or not (id(tensor) in held if self.zero else mine):
                 continue
             state = inner.state.get(tensor, {}) if inner is not None else {}
@@ -129,8 +154,20 @@ class RankShard:
                 # A parameter that never had a gradient has no state yet.
                 one = state.get(kind)
                 one = initial_state(kind, tensor, self.settings.master_dtype) if one is None else one
-                for piece, take, part in self.disk.parts(name, one, plan, groups):
+                for piece, take, part in self.disk.parts(name, one, self.plan, self.groups):
                     yield f"{kind}.{piece}", take, part, one
+
+    def _own_state(self) -> Iterator[_Place]:
+        """The state of the caller's optimizer as it is now; its files are planned anew."""
+        assert self.optimizer is not None
+        state = optimizer_on_disk(self.model, self.optimizer, self.disk, self.saves.max_shard_bytes)
+        self.files = {**self.files, OPTIMIZER: state.files}
+        self.beside = {**self.beside, OPTIONS: state.text.encode()} if self.groups.rank == 0 else {}
+        mine = {name for name, _, mine in self._shares() if mine}
+        for (kind, name), tensor in state.tensors.items():
+            if name in mine:
+                for piece, take, part in self.disk.parts(name, tensor, self.plan, self.groups):
+                    yield f"{kind}.{piece}", take, part, tensor
 
 
 def _refuse_others(names: set[str]) -> None:
