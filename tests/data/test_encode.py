@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import processors
+from transformers import PreTrainedTokenizerFast
 
 from partita.errors import ModelError
-from partita.generation import Tokenizer, byte_tokenizer
-from partita.training.data.encode import Encoded, encode, fingerprint
+from partita.generation import Tokenizer, byte_tokenizer, load_tokenizer
+from partita.generation.tokenizer import END_OF_TEXT
+from partita.training.data.encode import BATCH, Encoded, encode, encode_all, encode_files, fingerprint
+from partita.training.data.files import files_of
 from partita.training.data.records import Chat, Completion, Record, Text
 
 BEGIN, END = (
@@ -57,7 +62,7 @@ def test_a_prompt_of_messages_is_not_trained_on() -> None:
 def test_a_completion_is_trained_on_with_its_end() -> None:
     made = encode(Completion("ab", "cd"), byte_tokenizer(), "")
     assert made == Encoded([*b"abcd", 256], [False, False, True, True, True])
-    assert encode(Text("ab"), byte_tokenizer(), "") == Encoded([*b"ab", 256])
+    assert list(encode_all(iter([Text("ab")]), byte_tokenizer(), "")) == [Encoded([*b"ab", 256])]
 
 
 class _Pairs:
@@ -108,3 +113,48 @@ def test_a_tokenizer_is_recognized_by_all_that_decides_ids() -> None:
     other = byte_tokenizer()
     other.inner.add_tokens(["<new>"])
     assert fingerprint(other) != fingerprint(byte_tokenizer())
+
+
+def test_bytes_are_the_ids_of_the_tokenizer_itself(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.save(tmp_path)
+    texts = [
+        "",
+        "a b\n\tc",
+        "Grüße ☺ 日本 \U0001f600",
+        "\x00\x7f",
+        "a<|endoftext|>b<|endoftext|>",
+        "<|endoftext",
+        "é" * 3000,
+    ]
+    for one in (tokenizer, load_tokenizer(tmp_path)):
+        assert one.encode_each(texts) == [one.inner.encode(text) for text in texts]
+        assert [one.encode(text) for text in texts] == one.encode_each(texts)
+        assert one._is_of_bytes
+    other = byte_tokenizer()
+    other.inner.add_tokens(["ab"])
+    assert Tokenizer(other.inner).encode_each(["cabd"]) == [[99, 257, 100]]
+
+
+def _begins_with_256() -> Tokenizer:
+    """A tokenizer that puts a special token before each text."""
+    tokenizer = byte_tokenizer()
+    fast = tokenizer.inner.backend_tokenizer
+    fast.post_processor = processors.TemplateProcessing(single=f"{END_OF_TEXT} $A", special_tokens=[(END_OF_TEXT, 256)])
+    return Tokenizer(PreTrainedTokenizerFast(tokenizer_object=fast, eos_token=END_OF_TEXT))
+
+
+def test_records_are_encoded_alike_alone_and_among_others(tmp_path: Path) -> None:
+    tokenizer = _begins_with_256()
+    assert tokenizer.encode("ab") == [256, *b"ab"]
+    given: list[Record] = [Text(f"{n}") for n in range(BATCH + 3)]
+    given[5:5] = [Text("block", ends=False), Text("next", begins=False, ends=False), Text("last", begins=False)]
+    given[9:9] = [Completion("a", "b"), Text("c"), Completion("", "d")]
+    expected = [one for record in given for one in encode_all(iter([record]), tokenizer, "")]
+    assert list(encode_all(iter(given), tokenizer, "")) == expected
+    assert expected[5:8] == [
+        Encoded([256, *b"block"], None, False), Encoded([*b"next"], None, False), Encoded([*b"last", 256])
+    ]  # fmt: skip
+    for name, text in {"a.txt": "a", "b.txt": "b", "c.jsonl": '{"text": "c"}\n', "d.txt": "d"}.items():
+        (tmp_path / name).write_text(text)
+    assert [one.ids for one in encode_files(files_of(str(tmp_path)), tokenizer)] == [[256, ord(c), 256] for c in "abcd"]

@@ -12,7 +12,7 @@ import pytest
 from partita.errors import DependencyError, ModelError
 from partita.generation import byte_tokenizer
 from partita.training.data import records as reading
-from partita.training.data.encode import encode
+from partita.training.data.encode import encode_all
 from partita.training.data.files import files_of
 from partita.training.data.records import Chat, Completion, Text, records
 from partita.training.data.texts import read_ids
@@ -93,7 +93,7 @@ def test_a_long_text_is_read_in_blocks(tmp_path: Path, monkeypatch: pytest.Monke
         assert [block.begins for block in blocks] == [True] + [False] * (len(blocks) - 1)
         assert [block.ends for block in blocks] == [False] * (len(blocks) - 1) + [True]
         tokenizer = byte_tokenizer()
-        ids = [i for block in blocks for i in encode(block, tokenizer, "").ids]
+        ids = [i for one in encode_all(iter(blocks), tokenizer, "") for i in one.ids]
         assert ids == [*text.encode(), 256]
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +39,26 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, with the special tokens that the tokenizer adds."""
-        return [int(i) for i in self.inner.encode(text)]
+        return _ids_of_bytes(text) if self._is_of_bytes else [int(i) for i in self.inner.encode(text)]
+
+    def encode_each(self, texts: Sequence[str], *, special: bool = True) -> list[list[int]]:
+        """The ids of each text, computed in parallel; the bytes of long texts are not searched for merges.
+
+        Args:
+            texts: The texts.
+            special: Whether the special tokens that the tokenizer adds are among them.
+        """
+        if self._is_of_bytes:
+            return [_ids_of_bytes(text) for text in texts]
+        return [list(ids) for ids in self.inner(list(texts), add_special_tokens=special, verbose=False)["input_ids"]]
+
+    @functools.cached_property
+    def _is_of_bytes(self) -> bool:
+        """Whether it is `byte_tokenizer`, or one that was saved and read again."""
+        fast = getattr(self.inner, "backend_tokenizer", None)
+        if fast is None or self.vocab_size != 257:
+            return False
+        return bool(fast.to_str() == byte_tokenizer().inner.backend_tokenizer.to_str())
 
     @property
     def has_chat_template(self) -> bool:
@@ -91,6 +112,16 @@ def byte_tokenizer() -> Tokenizer:
     fast.decoder = decoders.ByteLevel()
     fast.add_special_tokens([AddedToken(END_OF_TEXT, special=True, normalized=False)])
     return Tokenizer(PreTrainedTokenizerFast(tokenizer_object=fast, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT))
+
+
+def _ids_of_bytes(text: str) -> list[int]:
+    """What `byte_tokenizer` encodes a text as."""
+    first, *others = text.split(END_OF_TEXT)
+    ids = list(first.encode())
+    for part in others:
+        ids.append(256)
+        ids.extend(part.encode())
+    return ids
 
 
 def _byte_characters() -> list[str]:

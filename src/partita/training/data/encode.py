@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, groupby
 from typing import Any
 
 from partita.errors import ModelError
 from partita.generation import Tokenizer
-from partita.training.data.records import Chat, Completion, Record, Text
+from partita.training.data.files import DataFile
+from partita.training.data.records import TOLD, Chat, Completion, Record, Text, records
 
 BATCH = 256
-"""Texts that are encoded at once, which a fast tokenizer does in parallel."""
+BATCH_CHARACTERS = 8 << 20
+"""The most texts that are encoded at once, which a fast tokenizer does in parallel, and the size after which no more follow."""
 
 
 @dataclass(frozen=True)
@@ -32,29 +34,59 @@ class Encoded:
     ends: bool = True
 
 
-def encode_all(records: Iterator[Record], tokenizer: Tokenizer, name: str) -> Iterator[Encoded]:
+def encode_all(given: Iterator[Record], tokenizer: Tokenizer, name: str) -> Iterator[Encoded]:
     """Encode records in order. A text and a completion end with the end token; a conversation ends as its template says.
 
     Raises:
         ModelError: The tokenizer has no chat template, or one whose parts of the assistant cannot be found.
     """
-    while group := list(islice(records, BATCH)):
-        if all(isinstance(record, Text) and record.begins and record.ends for record in group) and len(group) > 1:
-            texts = [record.text for record in group if isinstance(record, Text)]
-            for ids in tokenizer.inner(texts, verbose=False)["input_ids"]:
-                yield Encoded([*ids, *_end(tokenizer)])
+    for group in _groups(given):
+        first = group[0]
+        if isinstance(first, Text):
+            texts = [record for record in group if isinstance(record, Text)]
+            for ids, text in zip(
+                tokenizer.encode_each([text.text for text in texts], special=first.begins), texts, strict=True
+            ):
+                yield Encoded(ids + _end(tokenizer) if text.ends else ids, None, text.ends)
+        else:
+            yield encode(first, tokenizer, name)
+
+
+def _groups(given: Iterator[Record]) -> Iterator[list[Record]]:
+    """The records in order: texts that are encoded alike in groups, all others alone."""
+    group: list[Record] = []
+    group_begins, characters = None, 0
+    for record in given:
+        begins = record.begins if isinstance(record, Text) else None
+        is_full = len(group) == BATCH or characters >= BATCH_CHARACTERS
+        if group and (begins is None or begins is not group_begins or is_full):
+            yield group
+            group, characters = [], 0
+        group.append(record)
+        group_begins = begins
+        characters += len(record.text) if isinstance(record, Text) else 0
+    if group:
+        yield group
+
+
+def encode_files(
+    files: Iterable[DataFile], tokenizer: Tokenizer, text_column: str = "text", read: TOLD = lambda count: None
+) -> Iterator[Encoded]:
+    """Encode the records of files in order, small text files several at once. Arguments and errors are those of `records`."""
+    for is_text, group in groupby(files, lambda file: file.format == "text"):
+        if is_text:
+            texts = chain.from_iterable(records(file, text_column, read) for file in group)
+            yield from encode_all(texts, tokenizer, "text")
             continue
-        for record in group:
-            yield encode(record, tokenizer, name)
+        for file in group:
+            yield from encode_all(records(file, text_column, read), tokenizer, file.name)
 
 
 def encode(record: Record, tokenizer: Tokenizer, name: str) -> Encoded:
-    """Encode one record; see `encode_all`."""
-    if isinstance(record, Text):
-        ids = tokenizer.inner.encode(record.text, add_special_tokens=record.begins, verbose=False)
-        return Encoded([*ids, *(_end(tokenizer) if record.ends else [])], None, record.ends)
+    """Encode one prompt with its completion, or a conversation; see `encode_all`."""
     if isinstance(record, Completion):
         return _completion(record, tokenizer)
+    assert isinstance(record, Chat)
     return _chat(record, tokenizer, name)
 
 

@@ -27,9 +27,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from partita.errors import ModelError
 from partita.generation import Tokenizer
-from partita.training.data.encode import Encoded, encode_all, fingerprint
+from partita.training.data.encode import Encoded, encode_files, fingerprint
 from partita.training.data.files import DataFile, files_of
-from partita.training.data.records import records
 from partita.user_cache import cache_folder
 
 if TYPE_CHECKING:
@@ -168,13 +167,9 @@ def _prepare(place: Path, files: list[DataFile], tokenizer: Tokenizer, text_colu
         done += count
         progress(done, total)
 
-    def encoded() -> Iterator[Encoded]:
-        for file in files:
-            yield from encode_all(records(file, text_column, read), tokenizer, file.name)
-
     made = Path(tempfile.mkdtemp(prefix=f".{place.name[:16]}-", dir=place.parent))
     try:
-        _write(made, encoded())
+        _write(made, encode_files(files, tokenizer, text_column, read))
         try:
             made.rename(place)
         except OSError:

@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING
 
 from partita.errors import ModelError
 from partita.generation import Tokenizer
-from partita.training.data.encode import encode_all
-from partita.training.data.files import files_of
-from partita.training.data.records import records
+from partita.training.data.encode import encode_files
+from partita.training.data.files import DataFile, files_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,18 +31,19 @@ def read_ids(source: str, tokenizer: Tokenizer, *, limit_bytes: int | None = Non
     """
     import numpy as np
 
-    ids: list[Ids] = []
+    files: list[DataFile] = []
     total = 0
     for file in files_of(source):
         total += file.size_bytes
-        if ids and limit_bytes is not None and total > limit_bytes:
+        if files and limit_bytes is not None and total > limit_bytes:
             break
-        for one in encode_all(records(file), tokenizer, file.name):
-            if one.trained is not None:
-                raise ModelError(
-                    f"{file.name} has prompts or conversations, of which only some tokens are trained on, so they "
-                    "are no row of "
-                    "ids. Give its rows to `train`, with a tokenizer."
-                )
-            ids.append(np.array(one.ids, np.int64))
+        files.append(file)
+    ids: list[Ids] = []
+    for one in encode_files(files, tokenizer):
+        if one.trained is not None:
+            raise ModelError(
+                f"{source} has prompts or conversations, of which only some tokens are trained on, so they are no row of ids. "
+                "Give its rows to `train`, with a tokenizer."
+            )
+        ids.append(np.array(one.ids, np.int64))
     return np.concatenate(ids)
