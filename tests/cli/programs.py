@@ -11,7 +11,7 @@ from pathlib import Path
 
 from partita.cli.terminal.console import OutputClosed, write
 from partita.cli.terminal.failure import fail
-from partita.errors import ModelError
+from partita.errors import DivergedError, ModelError
 from partita.ranks import environment, rank_process
 
 
@@ -45,6 +45,10 @@ def one_fails_while_another_will_not_end() -> None:
 
 def all_refuse() -> None:
     raise ModelError("the model is not [one]")
+
+
+def all_diverge() -> None:
+    raise DivergedError("the loss is not finite")
 
 
 def first_refuses() -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from partita import __version__
 from partita.cli.terminal.console import sparkline
+from partita.errors import DivergedError
 from tests.cli.conftest import Run
 from tests.support.ranks import ROOT
 
@@ -90,6 +91,15 @@ def test_a_mistake_of_ours_is_one_line_that_names_debug(partita: Run, monkeypatc
         "error: TypeError: 'NoneType' object is not callable",
         "`partita --debug ...` shows where it was raised.",
     ]
+
+
+def test_a_run_that_diverges_is_one_line(partita: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def diverge(*_: object) -> None:
+        raise DivergedError("the loss is not finite")
+
+    monkeypatch.setattr("partita.cli.layout.Layout", diverge)
+    said = partita("layout", "EtL", "--pp", "1")
+    assert (said.code, said.err) == (1, "error: the loss is not finite\n")
 
 
 def test_ctrl_c(partita: Run, monkeypatch: pytest.MonkeyPatch) -> None:

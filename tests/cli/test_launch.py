@@ -83,6 +83,13 @@ def test_what_every_rank_refuses_is_said_once(capfd: pytest.CaptureFixture[str])
     assert capfd.readouterr().err == "error: the model is not [one]\n"
 
 
+def test_a_run_that_diverges_is_said_without_a_hint_at_its_traceback(capfd: pytest.CaptureFixture[str]) -> None:
+    assert start("all_diverge") == 1
+    said = capfd.readouterr().err
+    assert said.splitlines()[-1].endswith("the loss is not finite")
+    assert "--debug" not in said
+
+
 def test_what_the_first_rank_refuses_is_said_once(capfd: pytest.CaptureFixture[str]) -> None:
     assert start("first_refuses") == 2
     assert capfd.readouterr().err == "error: only rank 0 minds\n"

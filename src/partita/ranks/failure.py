@@ -14,11 +14,13 @@ class Failure:
         code: The exit code of the process.
         message: One message for the user.
         echo: Whether it only reports that another rank is gone.
+        is_complete: Whether the message says all, so that a traceback would add nothing.
     """
 
     code: int
     message: str
     echo: bool = False
+    is_complete: bool = False
 
     DIFFERS: ClassVar[int] = 1
     FAILED: ClassVar[int] = 1

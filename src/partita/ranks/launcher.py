@@ -162,7 +162,9 @@ class _Rank:
     def failure(self) -> Failure | None:
         """The failure that the rank reported, or that its silence implies."""
         report = self.peer.failure
-        return Failure(report["code"], report["message"], report["echo"]) if report else self.lost
+        if not report:
+            return self.lost
+        return Failure(report["code"], report["message"], report["echo"], report.get("is_complete", False))
 
     @property
     def failed_s(self) -> float | None:

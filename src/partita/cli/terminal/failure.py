@@ -34,12 +34,9 @@ _MISSING_EXTRA = (
 def explain(error: BaseException) -> Failure | None:
     """The failure that `error` stands for, or None for errors that typer handles (a usage error, an exit)."""
     if isinstance(error, PartitaError):
-        echo = is_echo(error)
-        return Failure(
-            Failure.FAILED if echo or isinstance(error, DivergedError) else Failure.MISUSED,
-            as_options(str(error)),
-            echo,
-        )
+        echo, has_diverged = is_echo(error), isinstance(error, DivergedError)
+        code = Failure.FAILED if echo or has_diverged else Failure.MISUSED
+        return Failure(code, as_options(str(error)), echo, is_complete=has_diverged)
     if isinstance(error, KeyboardInterrupt):
         return Failure(Failure.INTERRUPTED, "interrupted")
     if isinstance(error, OutputClosed):
@@ -130,5 +127,5 @@ def _print(failure: Failure, debug: bool, who: str, detail: str) -> None:
         text.append(": ", style="bold red")
         text.append(f"{who}: {failure.message}" if who else failure.message, style="not bold default")
     err().print(text, soft_wrap=True)
-    if failure.code == Failure.FAILED and not debug and not failure.echo:
+    if failure.code == Failure.FAILED and not (debug or failure.echo or failure.is_complete):
         err().print(Text("`partita --debug ...` shows where it was raised.", style="dim"), soft_wrap=True)
