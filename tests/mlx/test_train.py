@@ -239,6 +239,12 @@ def test_a_frozen_model_has_nothing_to_train() -> None:
         train(model, TEXT, TrainSettings(**SETTINGS))
 
 
+def test_a_family_without_a_gradient_is_refused_with_the_operation() -> None:
+    model = shard(whole("deepseek_v41"), groups=single_groups())
+    with pytest.raises(ModelError, match=r"the gradients of deepseek_v41: \[gather_axis\] Cannot calculate VJP.*torch"):
+        train(model, TEXT, TrainSettings(**SETTINGS))
+
+
 def test_a_loss_that_is_not_finite_ends_it() -> None:
     model = shard(whole("llama"), groups=single_groups())
     model.model.norm.weight = model.model.norm.weight * float("nan")

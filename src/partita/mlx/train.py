@@ -23,7 +23,7 @@ from partita.mlx.collectives.groups import ParallelGroups
 from partita.mlx.layers.loss import vocab_parallel_cross_entropy
 from partita.mlx.model.head import local_logits
 from partita.mlx.model.modes import mode_set, random_state_kept
-from partita.mlx.model.parts import main_output, parameter_homes, plan_of
+from partita.mlx.model.parts import is_packed, main_output, parameter_homes, plan_of
 from partita.mlx.model.sliding_window import refuse_beyond_window
 from partita.mlx.model.trainable import Trainable
 from partita.mlx.stages.copies import sum_copies
@@ -101,8 +101,9 @@ def train(
     Raises:
         PlanError: The batch cannot be distributed over the replicas and micro-batches, the data has another form, or this
             engine does not support a setting.
-        ModelError: Nothing is trainable, or the model has float16 arrays; a sequence is longer than a sliding window that
-            mlx-lm ignores; or the config requests the auxiliary loss of routers.
+        ModelError: Nothing is trainable but the norms of a quantized model, or the model has float16 arrays; a sequence is
+            longer than a sliding window that mlx-lm ignores; MLX lacks a gradient; or the config requests the auxiliary
+            loss of routers.
         DivergedError: The loss or a gradient is not finite; on every rank, before the step changes a weight.
         CheckpointError: A checkpoint cannot be written, or the one to resume from belongs to another run; on every rank.
 
@@ -121,8 +122,7 @@ def train(
         _refuse_float16(model)
         data, evaluated, settings = training_data(tokens, eval_data, Run(settings, plan.spec, groups, tokenizer))
     trainable = Trainable(model)
-    if not any(groups.pp.all_gather_object(bool(trainable.names))):
-        raise ModelError("no parameter of the model is trainable: all are frozen.")
+    _refuse_untrainable(model, trainable, groups)
     start_alike(trainable, groups.dp)
     pipeline = Pipeline(model, schedule)
     optimizer = make_optimizer(settings)
@@ -165,6 +165,21 @@ def _refuse_float16(model: nn.Module) -> None:
     narrow = next((n for n, (home, key) in parameter_homes(model).items() if home[key].dtype == mx.float16), None)
     if narrow is not None:
         raise ModelError(FLOAT16.format(narrow))
+
+
+def _refuse_untrainable(model: nn.Module, trainable: Trainable, groups: ParallelGroups) -> None:
+    """Raise `ModelError` if every array is frozen, or only because it is quantized. Every rank must call it."""
+    homes = parameter_homes(model)
+    quantized = {id(home) for home, key in homes.values() if is_packed(home, key)}
+    asks_for_all = all(name in trainable.homes or id(home) in quantized for name, (home, _) in homes.items())
+    told = groups.pp.all_gather_object((bool(trainable.names), bool(quantized), asks_for_all))
+    if not any(trains for trains, _, _ in told):
+        raise ModelError("no parameter of the model is trainable: all are frozen.")
+    if any(packs for _, packs, _ in told) and all(full for _, _, full in told):
+        raise ModelError(
+            "the model's weights are quantized, so they cannot be trained, and training would change nothing but its norms. "
+            "Train LoRA adapters (add_lora, --lora-rank), or load a model that is not quantized."
+        )
 
 
 def make_saver(

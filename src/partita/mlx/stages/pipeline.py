@@ -21,6 +21,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from partita.core.plan import Stage
+from partita.errors import ModelError
 from partita.mlx.model.parts import parameter_homes, plan_of
 from partita.mlx.model.trainable import Trainable
 from partita.mlx.stages.cut import stages_of
@@ -169,7 +170,14 @@ class Pipeline:
             return list(made.arrays) if made is not None else []
 
         given = list(received.arrays) if received is not None else []
-        made, mine, back = trainable.vjp(made_of, given, [self._one] if cotangents is None else cotangents)
+        try:
+            made, mine, back = trainable.vjp(made_of, given, [self._one] if cotangents is None else cotangents)
+        except (ValueError, RuntimeError) as error:
+            if not str(error).startswith("["):  # the operation, in MLX's own messages
+                raise
+            raise ModelError(
+                f"MLX cannot compute the gradients of {self.plan.spec.family}: {str(error).rstrip('.')}. Use the torch engine."
+            ) from error
         for name, gradient in zip(trainable.names, mine, strict=True):
             before = self.gradients.get(name)
             self.gradients[name] = gradient if before is None else before + gradient
