@@ -10,7 +10,8 @@ from partita.ranks.groups import Communicator
 KINDS = ("module", "output", "gradient", "parameter")
 
 SMALL = 1e-3
-"""Parameters are compared relative to no less than this fraction of the model's largest."""
+"""Parameters and gradients are compared relative to no less than this fraction of the model's largest: the gradient of a key's
+bias is zero in exact arithmetic, and rounding, which grows with the attention's scores, is all that is left of it."""
 
 
 @dataclass(frozen=True)

@@ -31,10 +31,6 @@ from partita.mlx.stages.pipeline import Pipeline
 from partita.proof.differences import SMALL, Difference, largest_of_ranks
 from partita.schedule import Schedule
 
-FLOOR = 1e-6
-"""Gradients this much smaller than the model's largest are rounding (a key bias has a zero gradient in exact arithmetic), so
-errors are relative to at least this fraction of the largest."""
-
 CACHED_STEPS = 2
 """Number of last tokens that pass through the model one by one, after a cache of the others."""
 
@@ -227,7 +223,7 @@ def _compare_gradients(
             continue
         part = take(gradient, local_ranges(*homes[name], name, plan, rank))
         yield Difference(
-            "gradient", name, relative_error(part, mine[name], max(float(mx.abs(gradient).max()), FLOOR * largest))
+            "gradient", name, relative_error(part, mine[name], max(float(mx.abs(gradient).max()), SMALL * largest))
         )
 
 

@@ -24,11 +24,12 @@ from partita.mlx.mlx_lm_internals import make_cache
 from partita.mlx.model.mlx_lm_models import config_of, describe, spec_of
 from partita.mlx.model.parts import main_output
 from partita.mlx.model.trainable import Trainable
-from partita.mlx.proof.compare import CACHED_STEPS, FLOOR, generate_steps, gradients, relative_error
+from partita.mlx.proof.compare import CACHED_STEPS, generate_steps, gradients, relative_error
 from partita.mlx.proof.family import TOLERANCES, Small, dtype_of, in_dtype, sample_inputs, small_model
 from partita.mlx.split.apply import apply_plan
 from partita.mlx.stages.layers import Message
 from partita.mlx.stages.run import run_stage
+from partita.proof.differences import SMALL
 
 _verdicts: dict[Any, tuple[str, str]] = {}
 
@@ -145,7 +146,7 @@ class _Parts:
         largest = max((float(mx.abs(g).max()) for g in whole.values()), default=0.0)
         for name, gradient in whole.items():
             got = found.get(name, mx.zeros_like(gradient))
-            error = relative_error(gradient, got, max(float(mx.abs(gradient).max()), FLOOR * largest))
+            error = relative_error(gradient, got, max(float(mx.abs(gradient).max()), SMALL * largest))
             if not error <= self.tolerance:
                 return f"the gradient of {name} differs from the unsplit model's by {error:.1e}."
         return ""

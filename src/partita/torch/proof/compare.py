@@ -19,10 +19,6 @@ from partita.torch.layers.inner import take_ranges
 from partita.torch.model.parts import local_tensors, main_output
 from partita.torch.stages.cut import Absent
 
-FLOOR = 1e-6
-"""Gradients this much smaller than the model's largest are rounding (a key bias has a zero gradient in exact arithmetic), so
-errors are relative to at least this fraction of the largest."""
-
 
 def compare(
     unsplit: nn.Module, split: nn.Module, plan: Plan, groups: ParallelGroups, inputs: dict[str, Tensor]
@@ -106,7 +102,7 @@ def _gradients(unsplit: nn.Module, split: nn.Module, plan: Plan, comm: Communica
             yield Difference("gradient", name, 0.0 if none else float("inf"))
             continue
         part = local_part_of(grad, plan, name, comm.rank)
-        scale = max(float(grad.abs().max()), FLOOR * largest)
+        scale = max(float(grad.abs().max()), SMALL * largest)
         yield Difference("gradient", name, relative_error(part, local, scale))
 
 

@@ -18,13 +18,14 @@ from partita.core.mesh import Mesh
 from partita.core.plan import Plan
 from partita.core.sharding.rules import Rules
 from partita.errors import ModelError, PartitaError
+from partita.proof.differences import SMALL
 from partita.torch.collectives.comm import Communicator
 from partita.torch.collectives.groups import ParallelGroups, single_groups
 from partita.torch.model.balance import SWITCH, asks_for_balance
 from partita.torch.model.float64 import Float64Everywhere
 from partita.torch.model.parts import local_tensors, main_output
 from partita.torch.model.transformers_models import spec_of
-from partita.torch.proof.compare import FLOOR, relative_error
+from partita.torch.proof.compare import relative_error
 from partita.torch.proof.family import TOLERANCE, dtype_of, measure_media, sample_inputs, small_model
 from partita.torch.proof.rounding import name_of
 from partita.torch.split.apply import apply_plan
@@ -196,7 +197,7 @@ class Parts:
             if self.plan.spec.tensors[name].tied_to is not None or parameter.grad is None:
                 continue
             got = found.get(name, torch.zeros_like(parameter.grad))
-            scale = max(float(parameter.grad.abs().max()), FLOOR * largest)
+            scale = max(float(parameter.grad.abs().max()), SMALL * largest)
             if (error := relative_error(parameter.grad, got, scale)) > self.tolerance or error != error:
                 return f"the gradient of {name} differs from the unsplit model's by {error:.1e}."
         return ""
