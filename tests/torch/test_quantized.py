@@ -136,15 +136,18 @@ def test_what_would_change_a_quantized_weight_is_refused(model: Any) -> None:
         lambda: weight.requires_grad_(True),
         lambda: weight.add_(1),
         lambda: weight.data.mul_(2),
+        lambda: setattr(weight, "data", weight.values()),
         lambda: torch.nn.init.zeros_(weight),
         lambda: pt.train(model, torch.arange(64) % 131, pt.TrainSettings(steps=1, batch_size=2, sequence_length=8)),
         lambda: model.requires_grad_(True),
     ):
         with pytest.raises(ModelError, match="the weight is quantized"):
             change()
-    pt.add_lora(model, rank=2, seed=0)
-    with pytest.raises(ModelError, match="the weight is quantized"):
-        pt.merge_lora(model)
+    for dora in (False, True):
+        pt.add_lora(model, rank=2, seed=0, dora=dora)
+        with pytest.raises(ModelError, match="the weight is quantized"):
+            pt.merge_lora(model)
+        pt.unload_lora(model)
 
 
 def test_other_operations_compute_with_the_values(model: Any) -> None:

@@ -72,6 +72,20 @@ class QuantizedTensor(torch.Tensor):
         self.requires_grad = requires_grad
         return self
 
+    @property
+    def data(self) -> QuantizedTensor:
+        """The same weight."""
+        return self.alike()
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        if not isinstance(value, QuantizedTensor):
+            raise ModelError(FROZEN)
+        # `Module.to` moves a parameter in this way.
+        with torch._C.DisableTorchFunctionSubclass():
+            Tensor.data.__set__(self, value)  # type: ignore[attr-defined]
+        self.experts, self.turned = value.experts, value.turned
+
     def values(self, rows: slice = slice(None)) -> Tensor:
         """Its values; with `rows`, those of some outputs of a matrix."""
         if self.dim() == 2:
