@@ -150,6 +150,11 @@ def test_what_would_change_a_quantized_weight_is_refused(model: Any) -> None:
         pt.unload_lora(model)
 
 
+def test_compiling_is_refused(model: Any) -> None:
+    with pytest.raises(ModelError, match="quantized model cannot be compiled"):
+        pt.compile_layers(model)
+
+
 def test_other_operations_compute_with_the_values(model: Any) -> None:
     weight = model.model.layers[0].mlp.up_proj.weight
     values = weight.values()

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from torch import nn
 
+from partita.errors import ModelError
 from partita.torch.collectives.collective_errors import collective_errors
 from partita.torch.layers.compiled import compile_each
 from partita.torch.model.parts import plan_of
+from partita.torch.quantized.tensor import has_quantized
 
 
 def compile_layers(model: nn.Module, *, generates: bool = False) -> int:
@@ -23,7 +25,7 @@ def compile_layers(model: nn.Module, *, generates: bool = False) -> int:
         The number of layers that this rank holds.
 
     Raises:
-        ModelError: A rank has no C++ compiler; on every rank.
+        ModelError: A rank has no C++ compiler, or the weights are quantized; on every rank.
 
     Examples:
         >>> model = pt.load("./model", tp=2)
@@ -32,4 +34,9 @@ def compile_layers(model: nn.Module, *, generates: bool = False) -> int:
     """
     plan, groups = plan_of(model)
     with collective_errors(groups):
+        if has_quantized(model):
+            raise ModelError(
+                "the layers of a quantized model cannot be compiled: each weight would become a graph of its own. Leave "
+                "compile out, or call partita.torch.dequantize(model) first."
+            )
         return compile_each(model, plan, generates=generates)
