@@ -9,9 +9,10 @@ import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from trl import DPOConfig, DPOTrainer, GRPOTrainer, RLOOTrainer, SFTConfig, SFTTrainer
 
 import partita.torch as pt
+from partita.errors import ModelError
 from tests.support.ranks import on
 
 # TRL 1.16 sets an option that transformers 5.24 deprecates.
@@ -86,3 +87,13 @@ def test_the_losses_are_those_of_one_process(kind: str, mesh: dict[str, int], tm
     whole = AutoModelForCausalLM.from_pretrained(tmp_path / "whole" / "checkpoint-4")
     for one, other in zip(saved.parameters(), whole.parameters(), strict=True):
         assert torch.allclose(one, other, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("trainer", [GRPOTrainer, RLOOTrainer])
+def test_trainers_that_generate_are_refused(trainer: type[Any]) -> None:
+    class Own(trainer):  # type: ignore[misc]
+        pass
+
+    for one in (trainer, Own):
+        with pytest.raises(ModelError, match=f"{one.__name__} generates what it trains on: .*Generate with partita"):
+            pt.split_trainer(one)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,14 +39,28 @@ def split_trainer(trainer: type[Any]) -> type[Any]:
             `load`, `shard` or `fresh`, and may have adapters.
 
     Raises:
-        ModelError: When a trainer is created: the model was not split by Partita, or the arguments ask for float16.
+        ModelError: The trainer generates what it trains on, as `GRPOTrainer` and `RLOOTrainer` do. When a trainer is created:
+            the model was not split by Partita, or the arguments ask for float16.
 
     Examples:
         >>> from transformers import Trainer, TrainingArguments
         >>> pt.split_trainer(Trainer).__name__
         'SplitTrainer'
     """
+    _refuse_generating(trainer)
     return type(f"Split{trainer.__name__}", (_SplitTraining, trainer), {"__doc__": trainer.__doc__})
+
+
+def _refuse_generating(trainer: type[Any]) -> None:
+    """Raise for a trainer that generates with the model, which its module then unwraps for it (TRL)."""
+    modules = (sys.modules.get(cls.__module__) for cls in trainer.__mro__)
+    if any(hasattr(module, "unwrap_model_for_generation") for module in modules):
+        raise ModelError(
+            f"{trainer.__name__} generates what it trains on: it distributes prompts, completions and rewards over processes "
+            "by their number, but the ranks of a split model are one process, and a reward function that each rank calls may "
+            "return another reward on each. Generate with partita.torch.generate on every rank, compute the rewards on one, "
+            "and train on them with SFTTrainer, DPOTrainer or a loop of your own."
+        )
 
 
 def _be_alone(rank: int) -> None:
