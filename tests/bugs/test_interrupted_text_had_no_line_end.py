@@ -13,6 +13,7 @@ import pytest
 from partita.generation import byte_tokenizer
 from tests.cli.models import TINY
 from tests.support.ranks import ROOT
+from tests.support.signals import take_signals
 
 MANY = 100_000
 
@@ -48,7 +49,7 @@ def test_an_interrupt_ends_the_line(model: Path, engine: str, tp: int) -> None:
             "--max-new-tokens", str(MANY), "--ignore-eos",
         ],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        preexec_fn=take_signals, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert command.stdout is not None
     try:

@@ -21,6 +21,7 @@ from partita.ranks import launcher
 from partita.ranks.liveness import LOST
 from tests.cli.launcher import PROGRAM
 from tests.support.ranks import ROOT
+from tests.support.signals import take_signals
 
 pytestmark = [pytest.mark.fresh, pytest.mark.timeout(30)]
 
@@ -203,12 +204,7 @@ def spawn(program: str, ranks: int) -> subprocess.Popen[bytes]:
 
 def started(command: list[str]) -> subprocess.Popen[bytes]:
     """A process that takes signals, also where the tests run in the background, whose processes ignore an interrupt."""
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=_take_signals)
-
-
-def _take_signals() -> None:
-    for number in (signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_DFL)
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=take_signals)
 
 
 def end(process: subprocess.Popen[bytes]) -> bytes:

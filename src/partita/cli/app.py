@@ -19,6 +19,7 @@ from partita.cli.layout import LayoutOptions, layout
 from partita.cli.plan import PlanCommandOptions, plan
 from partita.cli.reference import reference
 from partita.cli.schedule import ScheduleOptions, schedule
+from partita.cli.terminal import interrupt
 from partita.cli.terminal.console import OutputClosed, examples, replace_unprintable
 from partita.cli.terminal.failure import fail
 from partita.cli.terminal.help import HelpGroup
@@ -27,6 +28,7 @@ from partita.cli.train import TrainOptions, train
 from partita.cli.train_job import TrainJob
 from partita.cli.verify import VerifyJob, VerifyOptions, verify
 from partita.ranks import rank_process, schedulers
+from partita.ranks.failure import Failure
 
 
 class _Commands(HelpGroup):
@@ -158,6 +160,10 @@ def main() -> None:
         _main_of_rank(file)
     try:
         app(prog_name="partita")
+    except SystemExit as ended:
+        if ended.code == Failure.INTERRUPTED:  # typer says nothing of one outside a command
+            interrupt.say()
+        raise
     except OutputClosed as error:  # of `partita --help`, which runs no command
         sys.exit(fail(error, debug=False))
     sys.exit(0)

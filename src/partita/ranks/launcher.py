@@ -95,7 +95,7 @@ def start(
         DistributedError: mpiexec fails and no other backend was given, or `PARTITA_LOST_AFTER` is not a number.
     """
     limit_s = lost_after_s()
-    with _signals_as_exceptions():
+    with _signals_as_exceptions() as received:
         try:
             with _connected(
                 backend or (local_torch_backend() if ranks > 1 else "gloo"), ranks, instead, tell
@@ -103,7 +103,7 @@ def start(
                 processes = _Ranks([sys.executable, *program, *arguments], capture, limit_s)
                 try:
                     processes.start(Environments(({**one, **settings} for one in environments), environments.helpers))
-                    processes.wait()
+                    processes.wait(received)
                 finally:
                     processes.end()
         except _Signalled as signalled:
@@ -254,9 +254,14 @@ class _Ranks:
         if not data and self.lost_helper is None:
             self.lost_helper = helper
 
-    def wait(self) -> None:
-        """Wait until every rank has ended, or one has failed and the cause has had time to arrive."""
+    def wait(self, received: Sequence[int]) -> None:
+        """Wait until every rank has ended, or one has failed and the cause has had time to arrive.
+
+        Raises what the handler of the first signal in `received` raised, which is lost if it was raised in a destructor.
+        """
         while self._alive():
+            if received:
+                raise _Signalled(received[0])
             self._receive(min(_POLL_S, beat_s(self.limit_s)))
             self._find_silent()
             failed = [rank for rank in self.ranks if rank.failed_s is not None]
@@ -381,8 +386,12 @@ class _Signalled(BaseException):
 
 
 @contextlib.contextmanager
-def _signals_as_exceptions() -> Iterator[None]:
+def _signals_as_exceptions() -> Iterator[Sequence[int]]:
+    """A context in which a signal raises `_Signalled`. Yields the numbers of the signals that have arrived."""
+    received: list[int] = []
+
     def raise_it(number: int, frame: FrameType | None) -> None:
+        received.append(number)
         raise _Signalled(number)
 
     before = {}
@@ -390,7 +399,7 @@ def _signals_as_exceptions() -> Iterator[None]:
         if signal.getsignal(number) is not signal.SIG_IGN:
             before[number] = signal.signal(number, raise_it)
     try:
-        yield
+        yield received
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

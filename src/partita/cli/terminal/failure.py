@@ -10,6 +10,7 @@ from dataclasses import asdict
 
 import typer
 
+from partita.cli.terminal import interrupt
 from partita.cli.terminal.console import OutputClosed, discard_output, err
 from partita.cli.terminal.option_names import as_options
 from partita.errors import DivergedError, PartitaError
@@ -121,7 +122,10 @@ def _print(failure: Failure, debug: bool, who: str, detail: str) -> None:
 
     if detail:
         err().print(Text(detail.rstrip("\n"), style="dim"), soft_wrap=True)
-    label = "interrupted" if failure.code == Failure.INTERRUPTED else "error"
+    label = "error"
+    if failure.code == Failure.INTERRUPTED:
+        label = "interrupted"
+        interrupt.was_said()
     text = Text(f"{label}", style="bold red")
     if label == "error":
         text.append(": ", style="bold red")
