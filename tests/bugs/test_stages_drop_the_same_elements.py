@@ -141,7 +141,8 @@ def masks_on_mlx() -> list[list[float]]:
 
     from partita.mlx.new import fresh as fresh_on_mlx
     from partita.mlx.train import train as train_on_mlx
-    from partita.mlx.weights.adapters import adapters, add_lora
+    from partita.mlx.weights.adapter_places import adapters
+    from partita.mlx.weights.adapters import add_lora
 
     kept: list[list[float]] = []
 

@@ -22,7 +22,8 @@ from partita.mlx.model.parts import parameter_homes, plan_of
 from partita.mlx.model.tree import set_module
 from partita.mlx.stages.pipeline import Pipeline
 from partita.mlx.train import gradients_of, train
-from partita.mlx.weights.adapters import adapter_places, add_lora
+from partita.mlx.weights.adapter_places import adapter_places
+from partita.mlx.weights.adapters import add_lora
 from partita.mlx.weights.peft_format import load_adapters, save_adapters
 from partita.training import TrainSettings
 from partita.training.saving import Saves

@@ -16,7 +16,9 @@ from partita.mlx.collectives.groups import single_groups
 from partita.mlx.load import load
 from partita.mlx.model.parts import parameter_homes
 from partita.mlx.train import train
-from partita.mlx.weights.adapters import adapter_places, add_lora, merge_lora
+from partita.mlx.weights.adapter_places import adapter_places
+from partita.mlx.weights.adapters import add_lora
+from partita.mlx.weights.named_adapters import merge_lora
 from partita.mlx.weights.peft_format import load_adapters, save_adapters
 from partita.mlx.weights.save import save
 from partita.training import StepReport, TrainSettings

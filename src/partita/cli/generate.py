@@ -269,8 +269,12 @@ def generate(options: GenerateOptions) -> None:
         open_checkpoint(find_model(options.model))
     if options.adapters is not None:
         from partita.training.adapter_files import check_readable
+        from partita.training.adapter_patterns import read_adapter_config
 
-        check_readable(options.adapters, plain_only=request.engine == "mlx")
+        if request.engine == "mlx":
+            read_adapter_config(options.adapters)
+        else:
+            check_readable(options.adapters)
     launch.run(
         GenerateJob(
             request=request, plan=plan, backend=options.backend, device=options.device, texts=texts, sampling=sampling,

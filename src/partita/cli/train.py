@@ -211,7 +211,7 @@ class TrainingOptions(FollowOptions, OptimizerOptions, DataOptions, PlanOptions)
             metavar="P",
             min=0.0,
             max=0.99,
-            help="Drop inputs of adapters with this probability. torch only.",
+            help="Drop inputs of adapters with this probability.",
             rich_help_panel=ADAPTERS,
         ),
     ] = 0.0
@@ -237,7 +237,7 @@ class TrainingOptions(FollowOptions, OptimizerOptions, DataOptions, PlanOptions)
         bool,
         typer.Option(
             "--lora-dora",
-            help="Train the norms of the adapted weights as well (DoRA). torch only; needs peft.",
+            help="Train the norms of the adapted weights as well (DoRA). On torch it needs peft.",
             rich_help_panel=ADAPTERS,
         ),
     ] = False
@@ -320,7 +320,7 @@ def train(options: TrainOptions) -> None:
     data = replace(read_sources(run.notes, run.settings["eval_every"]), shown=options.show_sample)
     if run.state is None:
         _check_saving(options)
-        _check_lora(options, request.engine)
+        _check_lora(options)
     if options.picture is not None:
         check_file("--picture", options.picture, ".svg", ".png")
     if options.trace is not None:
@@ -459,14 +459,11 @@ def _source(config: str | None, model: str | None) -> str:
     return config or model or ""
 
 
-def _check_lora(options: TrainOptions, engine: str) -> None:
-    """Raise `ModelError` for options of adapters that are not trained, or that the engine does not have."""
+def _check_lora(options: TrainOptions) -> None:
+    """Raise `ModelError` for options of adapters that are not trained, or that are not names of layers."""
     given = [f"--{name.replace('_', '-')}" for name in LORA if name in options.given]
     if given and options.lora_rank is None:
         raise ModelError(f"{given[0]} is for training adapters. Give their rank with --lora-rank, or leave it out.")
-    if engine == "mlx" and (options.lora_dropout or options.lora_dora):
-        name = "--lora-dropout" if options.lora_dropout else "--lora-dora"
-        raise ModelError(f"{name} works on torch only. Leave it out, or use --engine torch.")
     if not all(options.lora_targets.split(",")):
         raise ModelError(
             f"--lora-targets must be names of linear layers, separated by commas, or {ALL_LINEAR}; got "

@@ -30,7 +30,8 @@ from partita.mlx.new import fresh
 from partita.mlx.stages.pipeline import Pipeline
 from partita.mlx.train import train
 from partita.mlx.verify import verify
-from partita.mlx.weights.adapters import add_lora, merge_lora
+from partita.mlx.weights.adapters import add_lora
+from partita.mlx.weights.named_adapters import merge_lora, set_adapter, unload_lora
 from partita.mlx.weights.peft_format import load_adapters, save_adapters
 from partita.mlx.weights.save import save
 from partita.training import Follow, Profile, SaveReport, Saves, StepReport, TrainSettings
@@ -76,10 +77,12 @@ __all__ = [
     "save",
     "save_adapters",
     "scatter_to",
+    "set_adapter",
     "shard",
     "shard_inplace",
     "shard_linear",
     "train",
+    "unload_lora",
     "verify",
     "vocab_parallel_cross_entropy",
 ]

@@ -92,9 +92,10 @@ def rotated_dims(module: nn.Module) -> int | None:
     return dims if type(dims) is int and kind.__name__ not in _OWN_ROTARY else None
 
 
-def lora_layer() -> Any:
-    """mlx-lm's linear layer with a LoRA adapter."""
-    return find(LIBRARY, "mlx_lm.tuner.lora", "LoRALinear", "put LoRA adapters on a model")
+def lora_layer(*, dora: bool = False) -> Any:
+    """mlx-lm's linear layer with a LoRA or DoRA adapter, a class."""
+    module, name = ("mlx_lm.tuner.dora", "DoRALinear") if dora else ("mlx_lm.tuner.lora", "LoRALinear")
+    return find(LIBRARY, module, name, "put LoRA adapters on a model")
 
 
 # --- caches -----------------------------------------------------------------------------------------------------------

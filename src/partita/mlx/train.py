@@ -69,8 +69,8 @@ def train(
     length are padded behind, where causal models need no mask; rows with padding in front, and packed rows, are refused.
 
     Frozen arrays (`model.freeze()`, quantized weights) stay unchanged; so only LoRA on the split model, by `add_lora` or
-    mlx-lm, is trained. LoRA's dropout samples from MLX's random state, seeded by `settings.seed`, the step, the replica, the
-    micro-batch and the stage.
+    mlx-lm, is trained. The dropout of `add_lora` depends on `settings.seed`, the step, the micro-batch and the layer, so every
+    mesh drops the same elements; other dropout samples from MLX's random state, which each stage seeds differently.
 
     With `saves`, checkpoints are written during training; each holds everything needed to resume, on
     either engine. A run resumed on the same layout matches the uninterrupted run bit for bit. For a model with
@@ -272,9 +272,7 @@ def backward_of(
                 _summed_loss(main_output(output), parts[microbatch][1], split, groups.tp) / count
             ),
             key=lambda microbatch: tuple(parts[microbatch][0].shape),
-            seed=lambda stage, microbatch: step_seed(
-                settings.seed, step, groups.dp.rank * settings.microbatches + microbatch, stage
-            ),
+            seed=lambda microbatch: step_seed(settings.seed, step, groups.dp.rank * settings.microbatches + microbatch),
         )
     if on_timeline is not None:
         on_timeline(pipeline.timeline(origin_s))

@@ -23,8 +23,11 @@ STEM = "adapter_model"
 
 CONFIG_NAME = "adapter_config.json"
 
-Side = Literal["A", "B"]
-"""`lora_A [rank, in]` or `lora_B [out, rank]`."""
+Side = Literal["A", "B", "m"]
+"""`lora_A [rank, in]`, `lora_B [out, rank]` or DoRA's magnitudes `[out]`."""
+
+MAGNITUDE = "lora_magnitude_vector"
+"""Name of DoRA's magnitudes on disk."""
 
 PREFIX = "base_model.model."
 """What peft writes before the names of the unsplit model."""
@@ -37,6 +40,9 @@ _PLAIN: Mapping[str, Any] = {
 }  # fmt: skip
 """The values of peft's config for a plain adapter, which are also those of missing keys."""
 
+_READ_BY_PATTERNS = ("use_dora", "rank_pattern", "alpha_pattern")
+"""What `adapter_patterns` reads besides."""
+
 
 @dataclass(frozen=True)
 class Adapters:
@@ -46,11 +52,13 @@ class Adapters:
         rank: Rows of `lora_A`.
         alpha: The scale is `alpha / rank`.
         dropout: Probability with which training drops an input of `lora_A`.
+        dora: Whether the norms of the weight's rows are trained as well.
     """
 
     rank: int
     alpha: float
     dropout: float = 0.0
+    dora: bool = False
 
     def to_json(self, *, base: str | None, targets: list[str], transposed: bool) -> str:
         """The text of `adapter_config.json`.
@@ -92,7 +100,7 @@ def only(kinds: Collection[Adapters]) -> Adapters:
 
 def name_on_disk(path: str, side: Side) -> str:
     """The name on disk of one side of a module's adapter."""
-    return f"{PREFIX}{path}.lora_{side}.weight"
+    return f"{PREFIX}{path}.{MAGNITUDE}" if side == "m" else f"{PREFIX}{path}.lora_{side}.weight"
 
 
 def path_of(name: str) -> str:
@@ -181,10 +189,15 @@ def is_of_mlx_lm(folder: Path) -> bool:
     Raises:
         CheckpointError: The folder holds no adapters.
     """
-    return "fine_tune_type" in _read_config(folder)
+    return "fine_tune_type" in read_config(folder)
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
+    """The data of `adapter_config.json`.
+
+    Raises:
+        CheckpointError: It cannot be read.
+    """
     file = folder / CONFIG_NAME
     try:
         raw = file.read_bytes()
@@ -201,39 +214,45 @@ def is_plain(folder: Path) -> bool:
     Raises:
         CheckpointError: The folder holds no adapters, or none of LoRA.
     """
-    data = _read_config(folder)
+    data = read_config(folder)
     if "fine_tune_type" not in data and data.get("peft_type") != "LORA":
         read_adapters(folder)
     names = open_checkpoint(folder / weights_name(STEM)).tensors
     return _not_plain(data) is None and all(_NAME.fullmatch(name) for name in names)
 
 
-def check_readable(folder: Path, *, plain_only: bool) -> None:
-    """Raise `CheckpointError` for a folder without adapters of LoRA, or with other than plain ones where only these work."""
-    data = _read_config(folder)
-    if plain_only or "fine_tune_type" in data or data.get("peft_type") != "LORA":
+def check_readable(folder: Path) -> None:
+    """Raise `CheckpointError` for a folder without adapters of LoRA; adapters that are not plain need peft."""
+    data = read_config(folder)
+    if "fine_tune_type" in data or data.get("peft_type") != "LORA":
         read_adapters(folder)
 
 
-def _not_plain(data: Mapping[str, Any]) -> str | None:
-    return next((name for name, plain in _PLAIN.items() if data.get(name, plain) not in (plain, None, {}, [])), None)
+def _not_plain(data: Mapping[str, Any], allowed: Collection[str] = ()) -> str | None:
+    different = (name for name, plain in _PLAIN.items() if data.get(name, plain) not in (plain, None, {}, []))
+    return next((name for name in different if name not in allowed), None)
 
 
-def read_adapters(folder: Path) -> Adapters:
+def read_adapters(folder: Path, *, is_plain: bool = True) -> Adapters:
     """The config of adapters that peft, `mlx_lm.lora` or Partita wrote.
 
+    Args:
+        folder: The adapters.
+        is_plain: Whether they must be plain LoRA; otherwise DoRA and patterns are allowed, and not part of the result.
+
     Raises:
-        CheckpointError: There is none, or it is not of plain LoRA adapters of one rank.
+        CheckpointError: There is none, or it is not of such adapters.
     """
-    file, data = folder / CONFIG_NAME, _read_config(folder)
+    file, data = folder / CONFIG_NAME, read_config(folder)
     if "fine_tune_type" in data:
         return _of_mlx_lm(file, data)
     if data.get("peft_type") != "LORA":
         raise CheckpointError(f"{file}: peft_type must be LORA, but is {data.get('peft_type')!r}.")
-    name = _not_plain(data)
+    name = _not_plain(data, () if is_plain else _READ_BY_PATTERNS)
     if name is not None:
+        what = "plain LoRA" if is_plain else "LoRA or DoRA of linear layers"
         raise CheckpointError(
-            f"{file}: only plain LoRA can be read, with {name} = {_PLAIN[name]!r}, but it is {data[name]!r}."
+            f"{file}: only {what} can be read, with {name} = {_PLAIN[name]!r}, but it is {data[name]!r}."
         )
     rank, alpha = data.get("r"), data.get("lora_alpha")
     if type(rank) is not int or rank < 1 or not isinstance(alpha, int | float):

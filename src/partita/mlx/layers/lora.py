@@ -28,6 +28,7 @@ from partita.core.sharding.split import Split
 from partita.errors import ModelError
 from partita.mlx.collectives.comm import Communicator
 from partita.mlx.collectives.mappings import copy_shared, copy_to, reduce_from
+from partita.mlx.layers.dropout import AdapterDropout
 from partita.mlx.layers.inner import base_layer, check_groups, is_quantized, quantization_unit, slice_array
 
 Style = Literal["column", "row", "vocab"]
@@ -67,7 +68,24 @@ def adopt(linear: nn.Module, comm: Communicator, split: Split, style: Style) -> 
     for name in added:
         if name in _WHOLE[style]:
             _must_be_equal(name, linear[name], comm)
+    fit_dropout(linear, comm.rank, split, style)
     linear._is_adopted = True
+
+
+def fit_dropout(adapter: nn.Module, rank: int, split: Split, style: Style) -> None:
+    """Replace mlx-lm's dropout of split inputs by one that samples for the unsplit inputs."""
+    dropout = adapter.get("dropout")
+    if style == "row" and isinstance(dropout, nn.Dropout):
+        adapter["dropout"] = AdapterDropout(dropout_of(adapter), split=split, rank=rank)
+        adapter["dropout"].train(dropout.training)
+
+
+def dropout_of(adapter: nn.Module) -> float:
+    """The probability with which an adapter drops its inputs in training."""
+    dropout: Any = adapter.get("dropout")
+    if isinstance(dropout, AdapterDropout):
+        return dropout.p
+    return round(1 - dropout._p_1, 9) if isinstance(dropout, nn.Dropout) else 0.0
 
 
 def _begin(linear: nn.Module, comm: Communicator, split: Split, style: Style) -> None:

@@ -22,6 +22,7 @@ import mlx.nn as nn
 
 from partita.core.plan import Stage
 from partita.errors import ModelError
+from partita.mlx.layers.dropout import dropout_seeded
 from partita.mlx.model.parts import parameter_homes, plan_of
 from partita.mlx.model.trainable import Trainable
 from partita.mlx.stages.cut import stages_of
@@ -30,6 +31,7 @@ from partita.mlx.stages.links import Links
 from partita.mlx.stages.run import run_stage
 from partita.schedule import Action, Kind, Schedule, Timeline, lower
 from partita.schedule.fit import check_schedule
+from partita.training.random import mixed_seed
 
 Inputs = Callable[[int], mx.array]
 """Maps a micro-batch to the ids that the model is called with."""
@@ -87,7 +89,7 @@ class Pipeline:
         finish: Finish,
         *,
         key: Callable[[int], Any] = lambda microbatch: None,
-        seed: Callable[[int, int], int] | None = None,
+        seed: Callable[[int], int] | None = None,
     ) -> None:
         """Execute every action of this rank once; every rank of the pipeline must call it.
 
@@ -95,8 +97,8 @@ class Pipeline:
             inputs: The model's inputs.
             finish: Computes the loss from the model's output, on the stage with the loss only.
             key: What determines the shapes of a micro-batch; the same on every rank.
-            seed: Random seed before a stage computes a micro-batch, also when it recomputes it
-                in backward (default: no seeding).
+            seed: Maps a micro-batch to the seed of its random numbers, the same when a stage recomputes it in backward
+                (default: no seeding). Each stage seeds MLX's state differently.
         """
         self._inputs, self._finish, self._key, self._seed = inputs, finish, key, seed
         self._messages: dict[tuple[int, int], Message | None] = {}
@@ -145,9 +147,11 @@ class Pipeline:
 
     def _made(self, stage: int, microbatch: int, received: Message | None) -> Any:
         """The output of a stage for a micro-batch, with the same random numbers each time."""
-        if self._seed is not None:
-            mx.random.seed(self._seed(stage, microbatch))
-        return run_stage(self.model, self.plan, stage, received, self._inputs(microbatch))
+        seed = self._seed(microbatch) if self._seed is not None else None
+        if seed is not None:
+            mx.random.seed(mixed_seed(seed, stage))
+        with dropout_seeded(seed):
+            return run_stage(self.model, self.plan, stage, received, self._inputs(microbatch))
 
     def _given(self, stage: int, microbatch: int) -> Message | None:
         if stage == 0:
@@ -172,16 +176,16 @@ class Pipeline:
         given = list(received.arrays) if received is not None else []
         try:
             made, mine, back = trainable.vjp(made_of, given, [self._one] if cotangents is None else cotangents)
+            for name, gradient in zip(trainable.names, mine, strict=True):
+                before = self.gradients.get(name)
+                self.gradients[name] = gradient if before is None else before + gradient
+            mx.eval(made, back, [self.gradients[name] for name in trainable.names])
         except (ValueError, RuntimeError) as error:
             if not str(error).startswith("["):  # the operation, in MLX's own messages
                 raise
             raise ModelError(
                 f"MLX cannot compute the gradients of {self.plan.spec.family}: {str(error).rstrip('.')}. Use the torch engine."
             ) from error
-        for name, gradient in zip(trainable.names, mine, strict=True):
-            before = self.gradients.get(name)
-            self.gradients[name] = gradient if before is None else before + gradient
-        mx.eval(made, back, [self.gradients[name] for name in trainable.names])
         if cotangents is None:
             self.losses += made
         return back

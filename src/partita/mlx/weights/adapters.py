@@ -1,7 +1,4 @@
-"""mlx-lm's LoRA adapters of a split model: add, find and merge them; and where each part is stored in peft's format.
-
-mlx-lm stores `lora_a [in, rank]` and `lora_b [rank, out]`, peft `lora_A [rank, in]` and `lora_B [out, rank]`.
-"""
+"""mlx-lm's LoRA and DoRA adapters of a split model: add new ones, and split those of an unsplit model."""
 
 from __future__ import annotations
 
@@ -9,7 +6,6 @@ import contextlib
 import math
 import zlib
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -17,29 +13,28 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from partita.core.plan import Plan
-from partita.core.sharding.cuts import TensorPlan
 from partita.core.sharding.split import Split
 from partita.errors import ModelError
 from partita.mlx.collectives.collective_errors import collective_errors
 from partita.mlx.collectives.groups import ParallelGroups
+from partita.mlx.layers.dropout import AdapterDropout
 from partita.mlx.layers.embedding import VocabParallelEmbedding
-from partita.mlx.layers.inner import copy_module, is_quantized, slice_array
+from partita.mlx.layers.inner import copy_module, is_quantized, linear_shape, slice_array
 from partita.mlx.layers.linear import ColumnParallelLinear, RowParallelLinear
-from partita.mlx.layers.lora import Style, split_axis
+from partita.mlx.layers.lora import Style, fit_dropout, split_axis
 from partita.mlx.layers.region_parts import EntersRegion
 from partita.mlx.mlx_lm_internals import STACKS, lora_layer
 from partita.mlx.model.modes import random_state_kept
-from partita.mlx.model.parts import INNER_NAMES, Ranges, parameter_homes, plan_of, unsplit_modules
+from partita.mlx.model.parts import INNER_NAMES, plan_of, unsplit_modules
 from partita.mlx.model.tree import Home, get_module, named_modules, set_module
-from partita.mlx.weights.names import Box
-from partita.mlx.weights.origin import Origin
-from partita.training.adapter_files import Side, is_target, lora_alpha, name_on_disk, refuse_unmatched
+from partita.mlx.weights.adapter_places import adapters, path_on_disk, paths_on_disk
+from partita.training.adapter_files import Adapters, is_target, refuse_adapted, refuse_unmatched
+from partita.training.adapter_patterns import AdapterConfig, unmatched_patterns
 
 _ROUTERS = ("gate", "router")
 """Name of a linear layer beside stacked experts that is not a layer in transformers, so peft cannot adapt it."""
 
 
-@random_state_kept()
 def add_lora(
     model: nn.Module,
     rank: int,
@@ -50,6 +45,8 @@ def add_lora(
     dropout: float = 0.0,
     rslora: bool = False,
     dora: bool = False,
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
 ) -> list[str]:
     """Add mlx-lm's LoRA to linear layers inside the layers of a split model and freeze all other parameters.
 
@@ -61,16 +58,18 @@ def add_lora(
         alpha: The scale is `alpha / rank` (default scale: 1).
         seed: Seed of `lora_a`; `lora_b` is zero, so that at first nothing changes.
         targets: Names of the layers to adapt, such as `q_proj` or `self_attn.q_proj` (default: all).
-        dropout: Only 0 works on MLX.
+        dropout: Probability with which training drops an input of an adapter. In `train` every mesh drops the same elements.
         rslora: Whether the scale is `alpha / sqrt(rank)` (default: `alpha / rank`).
-        dora: Only False works on MLX.
+        dora: Whether to train the norms of the weight's rows as well (DoRA).
+        rank_pattern: Ranks of layers whose path on disk ends with a pattern, as in peft.
+        alpha_pattern: Alphas of such layers.
 
     Returns:
         Paths of this rank's adapted layers.
 
     Raises:
-        ModelError: The model has no linear layer to adapt, none of a name in `targets`, or one that is not a single tensor on
-            disk; or `dropout` or `dora` is given.
+        ModelError: The model has adapters already, no linear layer to adapt, none of a name in `targets` or of a pattern, or
+            one that is not a single tensor on disk; or a number is out of its range.
 
     Examples:
         >>> model = pm.load("./model", tp=2)
@@ -78,43 +77,94 @@ def add_lora(
         'model.layers.0.self_attn.q_proj'
     """
     plan, groups = plan_of(model)
-    if type(rank) is not int or rank < 1:
-        raise ModelError(f"the rank of LoRA must be an integer of at least 1; got {rank!r}.")
-    if dropout or dora:
-        raise ModelError(
-            f"on MLX LoRA has no {'dropout' if dropout else 'DoRA'}. Leave it out, or use the torch engine."
-        )
-    alpha = lora_alpha(rank, alpha, rslora=rslora)
+    ranks, alphas = dict(rank_pattern or {}), dict(alpha_pattern or {})
+    _check_numbers(rank, alpha, dropout, ranks, alphas)
+    usual = Adapters(rank, float(rank if alpha is None else alpha), dropout, dora)
+    config = AdapterConfig(usual, ranks, alphas, rslora)
     with collective_errors(groups):
-        on_disk = paths_on_disk(model)
-        linears = {path: home for path, home in _linears(model, plan).items() if is_target(path, targets)}
-        for path in linears:
-            _on_disk(on_disk, path)
-    everywhere = [path for paths in groups.pp.all_gather_object(list(linears)) for path in paths]
-    refuse_unmatched(targets, everywhere, plan.spec)
-    model.freeze()
-    for path, (holder, key) in linears.items():
-        inner = holder[key]
-        adapter: Any = lora_layer().from_base(inner, r=rank, scale=(alpha if alpha is not None else rank) / rank)
-        dtype = inner["scales"].dtype if is_quantized(inner) else inner["weight"].dtype
-        dtype = dtype if mx.issubdtype(dtype, mx.floating) else mx.float32
-        inputs = holder.split if isinstance(holder, RowParallelLinear) else Split.even(adapter["lora_a"].shape[0], 1)
-        part = groups.tp.rank if isinstance(holder, RowParallelLinear) else 0
-        whole = _draw(inputs.size, rank, seed ^ zlib.crc32(path.encode()))
-        adapter.lora_b = adapter["lora_b"].astype(dtype)
-        holder[key] = adapter
-        # Fitting it to the split sampled numbers that depend on the split.
-        adapter.lora_a = slice_array(whole, 0, inputs.ranges(part)).astype(dtype)
-        mx.eval(adapter["lora_a"], adapter["lora_b"])
+        refuse_adapted(bool(adapters(model)))
+        known = paths_on_disk(model)
+        linears = {path: home for path, home in linears_of(model, plan).items() if is_target(path, targets)}
+        on_disk = {path: path_on_disk(known, path) for path in linears}
+    everywhere = [pair for pairs in groups.pp.all_gather_object(list(on_disk.items())) for pair in pairs]
+    refuse_unmatched(targets, [path for path, _ in everywhere], plan.spec)
+    if unmatched := unmatched_patterns([*ranks, *alphas], [there for _, there in everywhere]):
+        raise ModelError(
+            f"the pattern {unmatched[0]!r} matches no adapted layer. Their names on disk are {everywhere[0][1]}, ..."
+        )
+    kinds = {path: config.of(there) for path, there in on_disk.items()}
+    for path, adapter in put_on(model, {path: (linears[path], kind) for path, kind in kinds.items()}, groups).items():
+        _sample(adapter, linears[path][0], seed ^ zlib.crc32(path.encode()), groups)
+    if dropout and groups.tp.size > 1:
+        # Outside `train` dropout samples from MLX's state, which must be the same on the tensor ranks.
+        drawn: Any = mx.random.randint(0, 1 << 31, ()).item()
+        mx.random.seed(groups.tp.broadcast_object(drawn, 0))
     return list(linears)
 
 
-def _draw(inputs: int, rank: int, seed: int) -> mx.array:
-    bound = 1 / math.sqrt(inputs)
-    return mx.random.uniform(-bound, bound, (inputs, rank), key=mx.random.key(seed))
+def _check_numbers(rank: Any, alpha: Any, dropout: float, ranks: Mapping[str, Any], alphas: Mapping[str, Any]) -> None:
+    for value in (rank, *ranks.values()):
+        if type(value) is not int or value < 1:
+            raise ModelError(f"the rank of LoRA must be an integer of at least 1; got {value!r}.")
+    for value in (0 if alpha is None else alpha, *alphas.values()):
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            raise ModelError(f"the alpha of LoRA must be a finite number; got {value!r}.")
+    if not 0 <= dropout < 1:
+        raise ModelError(f"the dropout of LoRA must be at least 0 and less than 1; got {dropout!r}.")
 
 
-def _linears(model: nn.Module, plan: Plan) -> dict[str, Home]:
+def put_on(
+    model: nn.Module, layers: Mapping[str, tuple[Home, Adapters]], groups: ParallelGroups
+) -> dict[str, nn.Module]:
+    """Put adapters of zeros on linear layers of a split model, and freeze all other parameters. No communication.
+
+    Args:
+        model: The model.
+        layers: For each unsplit path, where the layer is (see `linears_of`), and the kind of its adapter.
+        groups: The groups of the model.
+
+    Returns:
+        The adapters by path: of rank `r`, `lora_a [in_r, r]`, `lora_b [r, out_r]`, and for DoRA `m [out_r]`, zero too.
+    """
+    model.freeze()
+    made = {}
+    for path, ((holder, key), kind) in layers.items():
+        inner = holder[key]
+        outputs, inputs = linear_shape(inner)
+        with random_state_kept():
+            adapter = lora_layer(dora=kind.dora)(1, 1, r=kind.rank, scale=kind.alpha / kind.rank)
+        dtype = inner["scales"].dtype if is_quantized(inner) else inner["weight"].dtype
+        dtype = dtype if mx.issubdtype(dtype, mx.floating) else mx.float32
+        is_row = isinstance(holder, RowParallelLinear)
+        adapter["dropout"] = AdapterDropout(
+            kind.dropout, path, holder.split if is_row else None, groups.tp.rank if is_row else 0
+        )
+        adapter["linear"] = inner
+        adapter["lora_a"] = mx.zeros((inputs, kind.rank), dtype)
+        adapter["lora_b"] = mx.zeros((kind.rank, outputs), dtype)
+        if kind.dora:
+            adapter["m"] = mx.zeros(outputs, dtype if dtype.size >= 4 else mx.float32)
+        adapter.train(inner.training)
+        adapter._is_adopted = True  # fitted to the split already
+        holder[key] = made[path] = adapter
+    return made
+
+
+def _sample(adapter: Any, holder: Any, seed: int, groups: ParallelGroups) -> None:
+    """Fill a new adapter with this rank's part of the unsplit one: `lora_a`, and DoRA's norms of unsplit rows."""
+    a = adapter["lora_a"]
+    is_row = isinstance(holder, RowParallelLinear)
+    inputs, part = (holder.split, groups.tp.rank) if is_row else (Split.even(a.shape[0], 1), 0)
+    bound = 1 / math.sqrt(inputs.size)
+    whole = mx.random.uniform(-bound, bound, (inputs.size, a.shape[1]), key=mx.random.key(seed))
+    adapter["lora_a"] = slice_array(whole, 0, inputs.ranges(part)).astype(a.dtype)
+    if "m" in adapter:
+        squares = mx.square(adapter._dequantized_weight().astype(adapter["m"].dtype)).sum(axis=1)
+        adapter["m"] = mx.sqrt(groups.tp.all_sum(squares) if is_row else squares)
+    mx.eval(adapter["lora_a"], adapter["lora_b"], adapter.get("m", []))
+
+
+def linears_of(model: nn.Module, plan: Plan) -> dict[str, Home]:
     """The linear layers inside the layers: maps the unsplit path to the parent and the key."""
     modules = unsplit_modules(model)
     found: dict[str, Home] = {}
@@ -154,41 +204,6 @@ def removed_on_error(model: nn.Module) -> Iterator[None]:
         for module, names in frozen:
             module._no_grad = names
         raise
-
-
-def merge_lora(model: nn.Module) -> None:
-    """Merge every LoRA adapter into its base weight and remove it. No communication.
-
-    A quantized weight is quantized again.
-
-    Examples:
-        >>> model = pm.load("./model", tp=2)
-        >>> paths = pm.add_lora(model, rank=4, seed=0)
-        >>> pm.merge_lora(model)  # after training; the model can be saved again
-    """
-    for holder, key, adapter in adapters(model):
-        inner = adapter["linear"]
-        fused = adapter.fuse()
-        mx.eval(fused.parameters())
-        for name in ("weight", "scales", "biases"):
-            if name in inner and inner[name] is not None:
-                inner[name] = fused[name]
-        holder[key] = inner
-
-
-def adapters(model: nn.Module) -> list[tuple[Any, Any, nn.Module]]:
-    """mlx-lm's adapters on this rank: the parent, the key, and the adapter."""
-    found: list[tuple[Any, Any, nn.Module]] = []
-
-    def walk(node: Any) -> None:
-        for key, child in list(node.items() if isinstance(node, dict) else enumerate(node)):
-            if isinstance(child, nn.Module) and "lora_a" in child:
-                found.append((node, key, child))
-            elif isinstance(child, dict | list):
-                walk(child)
-
-    walk(model)
-    return found
 
 
 def take_off(model: nn.Module) -> dict[str, nn.Module]:
@@ -233,6 +248,7 @@ def put_back(model: nn.Module, taken: Mapping[str, nn.Module], tp_rank: int) -> 
                 axis = split_axis(style, name)
                 if name in adapter and axis is not None:
                     adapter[name] = slice_array(adapter[name], axis, layer.split.ranges(tp_rank))
+            fit_dropout(adapter, tp_rank, layer.split, style)
             # Every rank has an equal unsplit model, so the replicated parts are equal already.
             adapter._is_adopted = True
         adapter["embedding" if "embedding" in adapter else "linear"] = holder[key]
@@ -258,74 +274,3 @@ def _style(layer: nn.Module) -> Style:
     if isinstance(layer, VocabParallelEmbedding):
         return "vocab"
     return "column" if isinstance(layer, ColumnParallelLinear) else "row"
-
-
-@dataclass(frozen=True)
-class AdapterPlaces:
-    """The adapters' arrays on this rank, by unsplit name.
-
-    Attributes:
-        homes: The module and key of each.
-        boxes: The box of each on disk, where it is transposed.
-        shapes: The unsplit shape of each.
-        held: The ranges that this rank holds.
-        owned: The ranges that this rank writes.
-    """
-
-    homes: Mapping[str, Home]
-    boxes: Mapping[str, tuple[Box, ...]]
-    shapes: Mapping[str, tuple[int, ...]]
-    held: Mapping[str, Ranges]
-    owned: Mapping[str, Ranges]
-
-
-def adapter_places(model: nn.Module) -> AdapterPlaces:
-    """Find the adapters of a split model, in memory and on disk.
-
-    Raises:
-        ModelError: Some are not plain LoRA, or adapt a layer that is not a single tensor on disk.
-    """
-    _, groups = plan_of(model)
-    kept = {id(adapter) for _, _, adapter in adapters(model)}
-    homes = {name: home for name, home in parameter_homes(model).items() if id(home[0]) in kept}
-    modules, on_disk = unsplit_modules(model), paths_on_disk(model)
-    boxes, shapes, held, owned = {}, {}, {}, {}
-    for name, (home, key) in homes.items():
-        if key not in ("lora_a", "lora_b"):
-            raise ModelError(f"{name} is not part of a plain LoRA adapter. Only plain LoRA can be saved.")
-        path, side = name.rpartition(".")[0], _SIDES[key]
-        cut = _cut(name, tuple(home[key].shape), modules[path], groups)
-        boxes[name] = (Box(name_on_disk(_on_disk(on_disk, path), side), (0, 0), cut.shape, (1, 0), (0, 0)),)
-        shapes[name], held[name], owned[name] = cut.shape, cut.ranges(groups.tp.rank), cut.owned_ranges(groups.tp.rank)
-    return AdapterPlaces(homes, boxes, shapes, held, owned)
-
-
-_SIDES: Mapping[str, Side] = {"lora_a": "A", "lora_b": "B"}
-
-
-def _cut(name: str, shape: tuple[int, ...], layer: nn.Module, groups: ParallelGroups) -> TensorPlan:
-    """The `TensorPlan` of an adapter's array, which follows its layer."""
-    if groups.tp.size == 1 or not isinstance(layer, ColumnParallelLinear | RowParallelLinear):
-        return TensorPlan(name, shape)
-    axis = split_axis("column" if isinstance(layer, ColumnParallelLinear) else "row", name.rpartition(".")[2])
-    if axis is None:
-        return TensorPlan(name, shape)
-    return TensorPlan(name, (*shape[:axis], layer.split.size, *shape[axis + 1 :]), axis, layer.split)
-
-
-def paths_on_disk(model: nn.Module) -> dict[str, str]:
-    """Names in the model's checkpoint of modules whose weight is a single tensor there."""
-    origin: Origin = model.partita_origin
-    found = {}
-    for name, boxes in origin.boxes().items():
-        there = boxes[0].name if len(boxes) == 1 else ""
-        is_whole = bool(there) and math.prod(origin.shape(boxes[0])) == math.prod(boxes[0].shape)
-        if is_whole and name.endswith(".weight") and there.endswith(".weight"):
-            found[name.removesuffix(".weight")] = there.removesuffix(".weight")
-    return found
-
-
-def _on_disk(paths: Mapping[str, str], path: str) -> str:
-    if path not in paths:
-        raise ModelError(f"{path} is not a single tensor on disk, so its adapter would have no name there.")
-    return paths[path]

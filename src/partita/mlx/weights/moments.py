@@ -18,7 +18,7 @@ from partita.mlx.collectives.collective_errors import collective_errors
 from partita.mlx.model.parts import Ranges, local_ranges, plan_of
 from partita.mlx.model.trainable import Trainable
 from partita.mlx.training.optimizer import Optimizer
-from partita.mlx.weights.adapters import adapter_places
+from partita.mlx.weights.adapter_places import adapter_places
 from partita.mlx.weights.names import DTYPES, Box
 from partita.mlx.weights.origin import Origin
 from partita.training.resume import refuse_left_out

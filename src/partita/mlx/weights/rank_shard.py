@@ -16,7 +16,7 @@ from partita.mlx.collectives.collective_errors import collective_errors
 from partita.mlx.model.parts import plan_of
 from partita.mlx.model.trainable import Trainable
 from partita.mlx.training.optimizer import Optimizer
-from partita.mlx.weights.adapters import adapters
+from partita.mlx.weights.adapter_places import adapters
 from partita.mlx.weights.moments import initial_state, state_of
 from partita.mlx.weights.names import DTYPES
 from partita.mlx.weights.peft_format import AdaptersOnDisk, adapters_on_disk
