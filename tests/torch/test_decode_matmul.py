@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -9,9 +12,12 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from partita.core.sharding.split import Split
 from partita.generation import Sampling
+from partita.torch.collectives.comm import Communicator
 from partita.torch.generate import generate
 from partita.torch.layers.decode_matmul import FEW, PAYS_AFTER_TOKENS, decoding
+from partita.torch.layers.linear import ColumnParallelLinear, RowParallelLinear
 from partita.torch.new import fresh
 from partita.torch.weights.save import save
 from tests.support.models import CONFIGS
@@ -77,25 +83,85 @@ def _save_unsplit(name: str, folder: str) -> None:
     save(fresh({**CONFIGS[name], "initializer_range": 0.3}, seed=4), folder)
 
 
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("rows", [1, 2, 5, 8, 9])
-def test_a_layer_gives_the_same(rows: int, bias: bool) -> None:
+ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 8e-3}
+"""Largest error relative to the largest magnitude: sums of 1,024 terms in float32; in bfloat16 a product and a bias are rounded."""
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", ROUNDING, ids=str)
+@pytest.mark.parametrize(("inputs", "outputs", "bias"), [(40, 24, True), (40, 7, False), (2500, 360, True)])
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 8, 9])
+def test_a_layer_gives_the_same(rows: int, inputs: int, outputs: int, bias: bool, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    layer, x = nn.Linear(40, 24, bias=bias), torch.randn(rows, 1, 40)
-    want = layer(x)
-    with torch.no_grad(), decoding(layer, rows, PAYS_AFTER_TOKENS):
-        assert ("forward" in vars(layer)) == (rows in FEW)
-        torch.testing.assert_close(layer(x), want)
-        prompt = torch.randn(rows, 7, 40)
-        torch.testing.assert_close(layer(prompt), nn.functional.linear(prompt, layer.weight, layer.bias))
-    assert layer.weight.T.is_contiguous() == (rows not in FEW)
-    torch.testing.assert_close(layer(x), want)
+    layer, x = nn.Linear(inputs, outputs, bias=bias, dtype=dtype), torch.randn(rows, 1, inputs).to(dtype)
+    twin = copy.deepcopy(layer).double()
+    in_columns = rows not in FEW if dtype == torch.float32 else rows <= 2
+
+    def check(x: torch.Tensor) -> None:
+        y, want = layer(x), twin(x.double())
+        assert y.dtype == dtype
+        assert y.shape == want.shape
+        assert (y - want).abs().max() <= ROUNDING[dtype] * want.abs().max()
+
+    for count in (1, 3):
+        with torch.no_grad(), threads(count), decoding(layer, rows, PAYS_AFTER_TOKENS):
+            assert ("forward" in vars(layer)) == (rows <= 8 and (in_columns or dtype == torch.float32))
+            check(x)
+            check(x[:1])
+            check(torch.randn(rows, 7, inputs).to(dtype))
+        assert layer.weight.T.is_contiguous() == in_columns
+    with torch.no_grad(), decoding(layer, 1, PAYS_AFTER_TOKENS), decoding(layer, rows, PAYS_AFTER_TOKENS):
+        check(x)
+    check(x)
 
 
 def test_other_dtypes_and_layers_with_hooks_stay_as_they_are() -> None:
-    model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 4).double(), nn.Linear(4, 6))
+    model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 4).double(), nn.Linear(4, 6), nn.Linear(6, 4).half())
     model[2].register_forward_hook(lambda *_: None)
     with decoding(model, 1, PAYS_AFTER_TOKENS):
-        assert [layer.weight.is_contiguous() for layer in model] == [False, True, False]
-    with decoding(nn.Sequential(nn.Linear(4, 6), model[2]), 4, PAYS_AFTER_TOKENS) as _:
-        assert "forward" not in vars(model[2])
+        assert [layer.weight.is_contiguous() for layer in model] == [False, True, False, True]
+        assert ["forward" in vars(layer) for layer in model] == [True, False, False, False]
+    with torch.autocast("cpu"), decoding(model, 1, PAYS_AFTER_TOKENS):
+        assert not any("forward" in vars(layer) for layer in model)
+
+
+def split_layers(dtype: torch.dtype, rows: int, bias: bool) -> list[tuple[float, float]]:
+    """Errors of a column, a gathering column and a row layer for `rows` rows, while decoding and without."""
+    torch.manual_seed(0)
+    comm, unsplit, x = Communicator(), nn.Linear(48, 40, bias=bias).to(dtype), torch.randn(rows, 1, 48).to(dtype)
+    layers = [ColumnParallelLinear.from_linear(unsplit, comm, gather_output=gather) for gather in (False, True)]
+    columns, split = Split.even(48, 2), Split.even(40, 2)
+    begin = columns.ranges(comm.rank)[0][0]
+    own = split.ranges(comm.rank)[0][0]
+    want = unsplit.double()(x.double()).detach()
+    pairs: list[tuple[nn.Module, torch.Tensor, torch.Tensor]] = [
+        (layers[0], x, want[..., own : own + 20]),
+        (layers[1], x, want),
+        (RowParallelLinear.from_linear(unsplit.to(dtype), comm), x[..., begin : begin + 24].contiguous(), want),
+    ]
+    errors = []
+    for layer, given, target in pairs:
+        usual = (layer(given) - target).abs().max()
+        with torch.no_grad(), decoding(layer, rows, PAYS_AFTER_TOKENS):
+            assert "forward" in vars(layer)
+            errors.append((float((layer(given) - target).abs().max()), float(usual)))
+        assert "forward" not in vars(layer)
+    return errors
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rows", [1, 4, 9])
+@pytest.mark.parametrize("dtype", ROUNDING, ids=str)
+def test_split_layers_give_the_same(dtype: torch.dtype, rows: int, bias: bool) -> None:
+    for errors in ranks(2).run(split_layers, dtype, rows, bias):
+        for error, usual in errors:
+            assert error <= 2 * usual + ROUNDING[dtype]

@@ -1,38 +1,54 @@
 """Matrix products of few rows with large weights on a CPU while decoding: memory layout of the weights and operand order.
 
 Reading the weight bounds a product of few rows, and BLAS does not read every layout equally fast. For a weight
-of 1376 x 512 in float32, microseconds a product (MKL of torch 2.13, AMD EPYC, one thread):
+of 1536 x 576, microseconds a product (MKL, oneDNN and FBGEMM of torch 2.13, AMD EPYC, one thread):
 
-    rows                                  1     2     3     4     8    16
-    x @ W.T, rows of W one after another  281   452   502   386   450   629
-    x @ W.T, columns one after another    181   247   292   346   439   601
-    (W @ x.T).T, rows one after another   295   149   203   285   399   627
+    rows                                        float32                       bfloat16
+                                                1     2     3     4     8     1     2     3     4     8
+    x @ W.T, rows of W one after another        215   313   370   308   365   116   119   119   118   133
+    x @ W.T, columns one after another          134   221   266   274   333   165   165   163   167   181
+    (W @ x.T).T, rows one after another         217   142   189   155   324   116   241   239   244   239
+    sums of rows of W.T, columns one after ...  88    138   171   199   318   48    69    88    101   158
+    reading the weight                          94                            57
 
-So the weights are transposed for one sequence, and the product for a few. Other dtypes gain nothing or lose.
+The last is an embedding bag: a sum of rows, each times a factor, which FBGEMM computes in float32 for both dtypes. So the
+weights are transposed for one sequence (for two in bfloat16) and multiplied as bags; for a few, the float32 product is
+transposed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from partita.torch.layers.compiled import compiled_parts
 from partita.torch.layers.inner import has_no_hooks
+from partita.torch.layers.linear import ColumnParallelLinear, RowParallelLinear
 
 PAYS_AFTER_TOKENS = 32
 """Transposing a weight pays off after about this many tokens."""
 
 FEW = range(2, 9)
-"""Numbers of rows for which the product is transposed."""
+"""Numbers of rows for which the float32 product is transposed, and up to which bags are faster."""
+
+BLOCK_BYTES = 512 << 10
+"""Bags of several rows read a weight by blocks of columns of at most this size, which a core's cache keeps."""
+
+LONGEST_SUM = 1024
+"""float32 products of more inputs than this are sums of shorter ones, whose rounding errors are smaller."""
+
+Product = Callable[[Tensor], Tensor]
 
 
 @contextmanager
 def decoding(model: nn.Module, rows: int, tokens: int) -> Iterator[None]:
-    """Speed up the linear layers of `model` for `rows` rows inside the context.
+    """Speed up the linear layers of `model` for `rows` rows inside the context, where no gradients are computed.
 
     The memory layout of weights may differ afterwards; shapes, values and parameters stay the same. One weight at a time is
     held twice.
@@ -42,34 +58,161 @@ def decoding(model: nn.Module, rows: int, tokens: int) -> Iterator[None]:
         rows: Sequences in a batch.
         tokens: Maximum number of new tokens per sequence.
     """
-    layers = [module for module in model.modules() if type(module) is nn.Linear and _gains(module.weight)]
-    if tokens >= PAYS_AFTER_TOKENS and rows not in FEW:
-        for layer in layers:
-            if layer.weight.is_contiguous():
+    if torch.is_autocast_enabled("cpu"):
+        yield
+        return
+    if tokens >= PAYS_AFTER_TOKENS:
+        for layer in model.modules():
+            if type(layer) is nn.Linear and layer.weight.is_contiguous() and _prefers_columns(layer.weight, rows):
                 layer.weight.data = layer.weight.data.T.contiguous().T
     compiled = compiled_parts(model)
-    turned = [
-        layer
-        for layer in layers
-        if rows in FEW and layer.weight.is_contiguous() and has_no_hooks(layer) and layer not in compiled
-    ]
-    for layer in turned:
-        layer.forward = partial(_turned, layer)  # type: ignore[method-assign]
+    changed: list[nn.Module] = []
+    for layer in model.modules():
+        forward = None if layer in compiled else _faster_forward(layer, rows)
+        if forward is not None:
+            layer.forward = forward
+            changed.append(layer)
     try:
         yield
     finally:
-        for layer in turned:
+        for layer in changed:
             del layer.forward
 
 
-def _gains(weight: Tensor) -> bool:
-    return weight.dtype == torch.float32 and weight.device.type == "cpu"
+def _prefers_columns(weight: Tensor, rows: int) -> bool:
+    if weight.device.type != "cpu":
+        return False
+    if weight.dtype == torch.float32:
+        return rows not in FEW
+    return weight.dtype == torch.bfloat16 and rows <= 2 and _has_bags()
+
+
+@functools.cache
+def _has_bags() -> bool:
+    """Whether torch computes embedding bags with FBGEMM, which exists for x86 only."""
+    return "fbgemm" in torch.backends.quantized.supported_engines
+
+
+def _faster_forward(layer: nn.Module, rows: int) -> Product | None:
+    """A forward of `layer` for `rows` rows with the same results, without gradients; None if it has none."""
+    if not has_no_hooks(layer):
+        return None
+    if type(layer) is nn.Linear:
+        return _product(layer, rows)
+    if not isinstance(layer, ColumnParallelLinear | RowParallelLinear) or layer.sequence_parallel:
+        return None
+    inner = layer.linear
+    if type(inner) is not nn.Linear or not has_no_hooks(inner) or inner.weight.device.type != "cpu":
+        return None
+    product = _product(inner, rows) or functools.partial(F.linear, weight=inner.weight, bias=inner.bias)
+    return _column(layer, product) if isinstance(layer, ColumnParallelLinear) else _row(layer, product)
+
+
+def _column(layer: ColumnParallelLinear, product: Product) -> Product | None:
+    expand, split = layer.expand, layer.comm.size > 1
+
+    def forward(x: Tensor) -> Tensor:
+        y = product(x)
+        if expand is not None:
+            y = y.index_select(-1, expand)
+        return layer._gather(y) if split and layer.gather_output else y
+
+    return forward
+
+
+def _row(layer: RowParallelLinear, product: Product) -> Product | None:
+    if layer.split_input:
+        return None
+    bias, all_reduce_ = layer.bias, layer.comm.all_reduce_
+
+    def forward(x: Tensor) -> Tensor:
+        y = all_reduce_(product(x).contiguous())
+        return y if bias is None else y + bias.to(y.dtype)
+
+    return forward
+
+
+def _product(layer: nn.Linear, rows: int) -> Product | None:
+    """The product of a layer without hooks as bags or transposed; None if torch's own is as fast."""
+    weight = layer.weight
+    if weight.device.type != "cpu" or rows >= FEW.stop or min(weight.shape) == 0:
+        return None
+    if weight.T.is_contiguous() and weight.dtype in (torch.float32, torch.bfloat16) and _has_bags():
+        return _in_bags(layer)
+    if weight.is_contiguous() and weight.dtype == torch.float32 and rows in FEW:
+        return functools.partial(_turned, layer)
+    return None
 
 
 def _turned(layer: nn.Linear, x: Tensor) -> Tensor:
     """The output of `layer` for `x`, `[..., in]` to `[..., out]`."""
     flat = x.reshape(-1, x.shape[-1])
     if flat.shape[0] not in FEW:
-        return nn.functional.linear(x, layer.weight, layer.bias)
+        return F.linear(x, layer.weight, layer.bias)
     y = (layer.weight @ flat.T).T.reshape(*x.shape[:-1], -1)
     return y if layer.bias is None else y + layer.bias
+
+
+def _in_bags(layer: nn.Linear) -> Product:
+    weight, bias = layer.weight, layer.bias
+    outputs, inputs = weight.shape
+    columns, dtype, most = weight.detach().T, weight.dtype, (FEW.stop - 1) * inputs
+    threads = torch.get_num_threads()
+
+    def product(x: Tensor) -> Tensor:
+        if x.dtype is not dtype or not 0 < x.numel() <= most:
+            return F.linear(x, weight, bias)
+        bags = _bags(dtype, inputs, outputs, x.numel() // inputs, threads)
+        y = bags.sums(columns, x).view(*x.shape[:-1], outputs)
+        return y if bias is None else y + bias
+
+    return product
+
+
+@dataclass(frozen=True)
+class _Bags:
+    """Bags for the products of `rows` rows with weights of one shape, by blocks of columns.
+
+    Attributes:
+        indices: Rows of the transposed weight `[in * blocks, out / blocks]`, int32 `[blocks * rows * in]`.
+        offsets: Beginning of each bag in `indices`, int32 `[blocks * rows * parts]`.
+        rows: Rows of the input.
+        blocks: Blocks of columns.
+        parts: Bags whose sum is one output.
+    """
+
+    indices: Tensor
+    offsets: Tensor
+    rows: int
+    blocks: int
+    parts: int
+
+    def sums(self, columns: Tensor, x: Tensor) -> Tensor:
+        """The product of `x`, `[..., in]` with `rows` rows, and the transposed weight `columns`, `[in, out]`; contiguous."""
+        factors = x.reshape(-1)
+        if self.blocks > 1:
+            inputs, outputs = columns.shape
+            factors = factors.expand(self.blocks, -1).reshape(-1)
+            columns = columns.view(inputs * self.blocks, outputs // self.blocks)
+        y: Tensor = torch._embedding_bag_forward_only(
+            columns, self.indices, self.offsets, False, 0, False, factors, False, -1
+        )[0]
+        if self.parts > 1:
+            y = y.view(self.blocks * self.rows, self.parts, -1).sum(1)
+        if self.blocks > 1 and self.rows > 1:
+            y = y.view(self.blocks, self.rows, -1).transpose(0, 1).contiguous()
+        return y
+
+
+@functools.cache
+def _bags(dtype: torch.dtype, inputs: int, outputs: int, rows: int, threads: int) -> _Bags:
+    """The bags for a shape: enough that every thread has one, and blocks that fit the cache where several rows read them."""
+    block_bytes = BLOCK_BYTES if rows > 1 else inputs * outputs * dtype.itemsize
+    wanted = max(-(-threads // rows), -(-inputs * outputs * dtype.itemsize // block_bytes))
+    blocks = next(n for n in range(min(wanted, max(8, threads), outputs), 0, -1) if outputs % n == 0)
+    parts = -(-inputs // LONGEST_SUM) if dtype == torch.float32 else 1
+    places = torch.arange(inputs, dtype=torch.int32) * blocks + torch.arange(blocks, dtype=torch.int32)[:, None, None]
+    begins = [bag * inputs + part * inputs // parts for bag in range(blocks * rows) for part in range(parts)]
+    return _Bags(
+        places.expand(blocks, rows, inputs).reshape(-1), torch.tensor(begins, dtype=torch.int32), rows, blocks, parts
+    )
