@@ -229,6 +229,8 @@ def numbers(data: np.ndarray, dtype: str) -> np.ndarray:
         return (data.astype(np.uint32) << 16).view(np.float32)
     if dtype.startswith("F8_"):
         return _float8(dtype)[data.view(np.uint8)]
+    if dtype == "I8":
+        return data.view(np.int8).astype(np.float32)
     return data.astype(np.float64 if dtype in ("F64", "I32", "U32", "I64") else np.float32)
 
 

@@ -13,12 +13,23 @@ from partita.checkpoint.unused import Unused
 from partita.core.model.quantization import method_of
 from partita.core.model.spec import text_config
 from partita.errors import ModelError
+from partita.quantized.bitsandbytes import bitsandbytes_weights
+from partita.quantized.compressed import compressed_weights, has_activations
 from partita.quantized.fp8 import fp8_weights
+from partita.quantized.gptq import awq_weights, gptq_weights
+from partita.quantized.mlx import mlx_weights
+from partita.quantized.mxfp4 import mxfp4_weights
 from partita.quantized.weight import Infos, QuantizedWeight
 
 Find = Callable[[Infos, Mapping[str, Any]], list[QuantizedWeight]]
 
-METHODS: Mapping[str, Find] = MappingProxyType({"fp8": fp8_weights, "fbgemm_fp8": fp8_weights})
+METHODS: Mapping[str, Find] = MappingProxyType(
+    {
+        "fp8": fp8_weights, "fbgemm_fp8": fp8_weights, "gptq": gptq_weights, "awq": awq_weights,
+        "compressed-tensors": compressed_weights, "bitsandbytes": bitsandbytes_weights, "mxfp4": mxfp4_weights,
+        "MLX": mlx_weights,
+    }
+)  # fmt: skip
 """The methods that can be read: `quant_method` -> the function that finds their weights."""
 
 
@@ -52,11 +63,21 @@ def quantized_weights(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Mapp
 def _settings(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The quantization that a config names."""
     given = (
-        config.get("quantization_config")
+        config.get("quantization")
+        or config.get("quantization_config")
         or text_config(config).get("quantization_config")
-        or config.get("quantization")
     )
     return given if isinstance(given, Mapping) else {}
+
+
+def quantization_note(config: Mapping[str, Any]) -> str:
+    """The note to print when quantized weights are loaded; empty if the method's own package computes the same."""
+    if method_of(config) != "compressed-tensors" or not has_activations(_settings(config)):
+        return ""
+    return (
+        "config.json also quantizes the inputs of layers (input_activations), which is not done here: results differ from "
+        "those of compressed-tensors."
+    )
 
 
 def stored_shapes(checkpoint: Checkpoint, quantized: Mapping[str, QuantizedWeight]) -> dict[str, tuple[int, ...]]:

@@ -36,7 +36,8 @@ def fp8_weights(infos: Infos, config: Mapping[str, Any]) -> list[QuantizedWeight
                 f"{info.file}: {brief(name)} is {info.dtype}, but has no scale beside it ({names[0]}), without which its "
                 "values are unknown. The checkpoint is incomplete: download it again."
             )
-        found.append(ScaledBytes(name, _words(info, block), info, scale_grid(info, scales, block)))
+        extra = tuple(one for one in (f"{stem}input_scale", f"{stem}activation_scale") if one in infos)
+        found.append(ScaledBytes(name, _words(info, block), info, scale_grid(info, scales, block), extra=extra))
     return found
 
 

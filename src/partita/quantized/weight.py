@@ -93,6 +93,22 @@ def unit_of(ranges: Sequence[Range], unit: int, covered: Sequence[Range]) -> np.
     return np.searchsorted(units, indexes(ranges) // unit).astype(np.int32)
 
 
+def in_steps(ranges: Sequence[Range], size: int) -> list[list[Range]]:
+    """`ranges` divided into chunks of at most `size` elements."""
+    steps: list[list[Range]] = []
+    room = 0
+    for start, stop in ranges:
+        while start < stop:
+            if room == 0:
+                steps.append([])
+                room = size
+            end = min(stop, start + room)
+            steps[-1].append((start, end))
+            room -= end - start
+            start = end
+    return steps
+
+
 @dataclass(frozen=True)
 class Grid:
     """Scales of a weight on disk: one for `rows` x `columns` elements; 0 is one for all of that dim.
@@ -134,6 +150,8 @@ class ScaledBytes:
         scales: Their scales.
         zeros: Their zero points, on the same grid, or None.
         factor: A factor of all values.
+        extra: Other tensors on disk that belong to it, such as the scale of its layer's inputs.
+        scale_dtype: The dtype to read the bytes of the scales as (default: their own).
     """
 
     name: str
@@ -143,16 +161,19 @@ class ScaledBytes:
     zeros: Grid | None = None
     factor: float = 1.0
     transposed: bool = False
+    extra: tuple[str, ...] = ()
+    scale_dtype: str = ""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """(outputs, inputs)."""
-        return self.info.shape
+        """(outputs, inputs), with `transposed` the other way."""
+        return self.info.shape[::-1] if self.transposed else self.info.shape
 
     @property
     def tensors(self) -> tuple[str, ...]:
         """The tensors on disk."""
-        return tuple(part.name for part in (self.info, *(g.info for g in (self.scales, self.zeros) if g is not None)))
+        grids = (grid.info.name for grid in (self.scales, self.zeros) if grid is not None)
+        return (self.info.name, *grids, *self.extra)
 
     def read(self, reader: Reader, rows: Sequence[Range], columns: Sequence[Range], expert: int = 0) -> QuantizedArray:
         """See `QuantizedWeight.read`."""
@@ -165,6 +186,8 @@ class ScaledBytes:
         for name, grid in (("scales", self.scales), ("zeros", self.zeros)):
             if grid is not None:
                 raw, row_of, column_of = grid.read(reader, size, rows, columns)
+                if name == "scales" and self.scale_dtype:
+                    raw = Raw(raw.data, self.scale_dtype)
                 changes: dict[str, Any] = {name: raw}
                 array = replace(array, row_of=row_of, column_of=column_of, **changes)
         return array

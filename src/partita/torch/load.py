@@ -25,7 +25,8 @@ from partita.core.sharding.rules import Rules
 from partita.errors import ModelError
 from partita.generation.generation_config import FILE_NAME, read_generation
 from partita.notes import note
-from partita.quantized.find import kept_quantized, parts_of, quantized_weights, stored_shapes
+from partita.quantized.find import kept_quantized, parts_of, quantization_note, quantized_weights, stored_shapes
+from partita.quantized.packed import read_small
 from partita.quantized.weight import QuantizedWeight
 from partita.ranks.liveness import doing
 from partita.torch.collectives.collective_errors import collective_errors, gather_from_all, value_of_first
@@ -42,7 +43,7 @@ from partita.torch.stages.mtp import attach_mtp
 from partita.torch.transformers_internals import quiet, text_config_of
 from partita.torch.weights.fill import CheckpointFill, Progress, as_device, as_dtype
 from partita.torch.weights.materialize import make_unsaved_buffers, materialize
-from partita.torch.weights.names import Source, sources_for_reading
+from partita.torch.weights.names import Source, in_model_order, sources_for_reading
 from partita.torch.weights.pretrained import with_save_pretrained
 from partita.torch.weights.ties import add_twins, differing, tied_names, untie
 
@@ -103,8 +104,11 @@ def load(
         data = config.to_dict()
         quantized = quantized_weights(checkpoint, data)
         _forget_quantization(config)
+        if groups.rank == 0 and (line := quantization_note(data)):
+            note(f"{folder}: {line}")
         wanted = as_dtype(dtype) or _stored_dtype(checkpoint, quantized, config, groups)
         built = build_on_meta(config, wanted, trust_remote_code=trust_remote_code)
+        quantized = in_model_order(built, quantized)
         _read_generation_config(built, folder)
         shapes = stored_shapes(checkpoint, quantized)
     if tied_names(built):
@@ -114,7 +118,7 @@ def load(
         attach_mtp(built, plan)
         sources, unused = sources_for_reading(built, shapes)
         add_twins(built, sources)
-        _check_readable(plan, checkpoint, unused)
+        _check_readable(plan, checkpoint, quantized, unused)
         unsplit = _for_conversion(built, sources)
         rest = Unused(folder, {name: checkpoint.tensors[name] for name in unused})
         if groups.rank == 0 and (line := rest.note(type(built).__name__)):
@@ -295,11 +299,19 @@ def _read_generation_config(model: nn.Module, folder: Path) -> None:
         raise ModelError(f"{folder / name} cannot be read: {why[:300]}") from error
 
 
-def _check_readable(plan: Plan, checkpoint: Checkpoint, unused: list[str]) -> None:
+def _check_readable(
+    plan: Plan, checkpoint: Checkpoint, quantized: Mapping[str, QuantizedWeight], unused: list[str]
+) -> None:
     """Raise for a checkpoint whose values the model would misinterpret."""
     for name in unused:
         module, _, attribute = name.rpartition(".")
         if any(t.name == f"{module}.weight" for t in plan.spec.module_tensors(module)):
+            if (
+                attribute == "bias"
+                and f"{module}.weight" in quantized
+                and not read_small(checkpoint.tensors[name]).any()
+            ):
+                continue  # some packages write zeros where a layer has no bias
             raise ModelError(
                 f"{checkpoint.folder}: tensor {name} belongs to {module}, but the model has no {attribute} there. The config "
                 "does not belong to this checkpoint, or it is of a kind that cannot be read."

@@ -109,10 +109,13 @@ def _check_pattern(pattern: str) -> None:
 
 def method_of(config: Mapping[str, Any]) -> str:
     """The name of the method that a config gives for its quantized weights; empty if it gives none."""
+    if isinstance(config.get("quantization"), Mapping):
+        return "MLX"  # which repeats it as quantization_config, without a method
     given = config.get("quantization_config") or text_config(config).get("quantization_config")
-    if isinstance(given, Mapping):
-        return str(given.get("quant_method") or "an unnamed method")
-    return "MLX" if isinstance(config.get("quantization"), Mapping) else ""
+    if not isinstance(given, Mapping):
+        return ""
+    unnamed = "bitsandbytes" if "load_in_4bit" in given or "load_in_8bit" in given else "an unnamed method"
+    return str(given.get("quant_method") or unnamed)
 
 
 def is_scale(name: str) -> bool:

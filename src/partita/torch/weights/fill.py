@@ -14,7 +14,7 @@ from partita.checkpoint.read import Reader
 from partita.core.sharding.cuts import TensorPlan
 from partita.core.sharding.split import Range
 from partita.errors import CheckpointError, ModelError
-from partita.quantized.weight import CHUNK_BYTES, QuantizedWeight
+from partita.quantized.weight import CHUNK_BYTES, QuantizedWeight, in_steps
 from partita.torch.layers.inner import take_ranges
 from partita.torch.quantized.part import Part
 from partita.torch.quantized.tensor import QuantizedTensor
@@ -146,7 +146,7 @@ class CheckpointFill:
             rows = max(1, CHUNK_BYTES // row_bytes)
             buffer = torch.empty((min(rows, target.shape[0]), *target.shape[1:]), dtype=dtype)
             done = 0
-            for piece in _in_steps(take[0], rows):
+            for piece in in_steps(take[0], rows):
                 count = sum(b - a for a, b in piece)
                 into = buffer[:count]
                 self.reader.read(name, [piece, *take[1:]], memory_of(into))
@@ -164,7 +164,7 @@ class CheckpointFill:
         for place, expert in enumerate(experts):
             matrix = into[place].T if weight.transposed else into[place]
             done = 0
-            for piece in _in_steps(rows, step):
+            for piece in in_steps(rows, step):
                 part = Part.of(weight.read(self.reader, piece, columns, expert))
                 count = part.shape[0]
                 matrix[done : done + count].copy_(part.rows(slice(None), torch.float32))
@@ -182,22 +182,6 @@ def _dtype(info: TensorInfo) -> torch.dtype:
         return DTYPES[info.dtype]
     except KeyError:
         raise CheckpointError(f"{info.file}: tensor {info.name}: torch has no dtype for {info.dtype}.") from None
-
-
-def _in_steps(ranges: list[tuple[int, int]], rows: int) -> list[list[tuple[int, int]]]:
-    """`ranges` divided into chunks of at most `rows` elements."""
-    steps: list[list[tuple[int, int]]] = []
-    room = 0
-    for start, stop in ranges:
-        while start < stop:
-            if room == 0:
-                steps.append([])
-                room = rows
-            end = min(stop, start + room)
-            steps[-1].append((start, end))
-            room -= end - start
-            start = end
-    return steps
 
 
 def memory_of(tensor: Tensor) -> memoryview:

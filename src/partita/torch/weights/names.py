@@ -7,7 +7,7 @@ Its conversion tables define this mapping; here they become pieces, so that a ra
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from partita.core.model.mtp import SHARED
 from partita.core.plan import Plan
 from partita.core.sharding.split import Range
 from partita.errors import CheckpointError, DependencyError
+from partita.quantized.weight import QuantizedWeight
 from partita.torch.transformers_internals import Conversion, convert, names_for_writing, stacks_experts
 
 
@@ -114,6 +115,23 @@ def sources_for_reading(
             if not made:
                 unused.extend(name for name, _ in members)
     return sources, unused
+
+
+def in_model_order(model: nn.Module, quantized: Mapping[str, QuantizedWeight]) -> Mapping[str, QuantizedWeight]:
+    """The quantized weights of a checkpoint as `model` stores them.
+
+    Every form is stored as [outputs, inputs], but transformers' Conv1D has its weight as [inputs, outputs].
+    """
+    turned = {f"{path}.weight" for path, module in model.named_modules() if type(module).__name__ == "Conv1D"}
+    if not turned or not quantized:
+        return quantized
+    conversion = Conversion.of(model)
+    targets = {name: tuple(t.shape) for name, t in model.state_dict(keep_vars=True).items()}
+    made: dict[str, Any] = dict(quantized)
+    for name in made:
+        if conversion.rename(name, targets)[0] in turned:
+            made[name] = replace(made[name], transposed=True)
+    return made
 
 
 def pieces_for_writing(model: nn.Module) -> dict[str, tuple[Piece, ...]]:

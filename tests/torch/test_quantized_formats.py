@@ -1,0 +1,45 @@
+"""Models of every quantized form, split over ranks and stages, against the unsplit model with the values that the form defines."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from partita.torch.load import load
+from partita.torch.model.float64 import Float64Everywhere
+from partita.torch.quantized.tensor import QuantizedTensor
+from tests.support.compare import EXACT
+from tests.support.quantized_forms import FORMS, LLAMA, unsplit, write
+from tests.support.ranks import on
+
+SPLITS = ((2, 1), (3, 1), (1, 2))
+"""tp and pp."""
+
+
+def measure(folder: Path, config: Mapping[str, Any], tp: int, pp: int) -> tuple[float, int, int, int]:
+    """The relative error of the logits in float64, the bytes of quantized weights here, all their elements, and plain ones."""
+    ids = torch.arange(7)[None] + 1
+    split = load(folder, tp=tp, pp=pp, dtype="float64")
+    whole = unsplit(folder, config)
+    with Float64Everywhere(), torch.no_grad():
+        expected = whole(input_ids=ids).logits
+        found = split(input_ids=ids).logits
+    held = {id(t): t for t in split.parameters()}.values()
+    quantized = [t for t in held if isinstance(t, QuantizedTensor)]
+    matrices = [t for t in held if not isinstance(t, QuantizedTensor) and t.dim() > 1]
+    error = float((found - expected).abs().max() / expected.abs().max())
+    return error, sum(t.stored_bytes for t in quantized), sum(t.numel() for t in quantized), len(matrices)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_split_equals_unsplit(name: str, tmp_path: Path) -> None:
+    form = FORMS[name]
+    write(tmp_path, form)
+    for tp, pp in SPLITS:
+        found = on(tp * pp, measure, tmp_path, LLAMA, tp, pp)
+        assert max(error for error, *_ in found) <= EXACT, (tp, pp, found)
+        assert all(elements for _, _, elements, _ in found), (tp, pp)
