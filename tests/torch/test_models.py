@@ -51,6 +51,26 @@ def test_what_no_table_proves_is_measured_first(name: str) -> None:
     assert [d for d in differences if not d[2] <= 1e-12] == []
 
 
+def _experts(data: dict[str, Any], tp: int) -> tuple[list[tuple[str, str, float]], int]:
+    unsplit = fill_unsplit(build_on_meta(read_hf_config(data), torch.float64))
+    plan = plan_of_model(unsplit, Mesh(tp=tp))
+    rank = make_groups(plan.mesh).tp.rank
+    held = sum(cut.local_numel(rank) for name, cut in plan.cuts.items() if ".experts." in name)
+    return _differences(data, tp), held
+
+
+@pytest.mark.parametrize("tp", [2, 3])
+def test_experts_with_alternating_columns_are_split(tp: int) -> None:
+    """GPT-OSS: gate and up alternate, and the bias of the experts' outputs is added once."""
+    config = {**UNMEASURED["gpt-oss"], "intermediate_size": 40}
+    found = ranks(tp).run(_experts, config, tp)
+    assert [d for d in found[0][0] if not d[2] <= 1e-12] == []
+    assert {name for kind, name, _ in found[0][0] if kind == "gradient" and "down_proj_bias" in name}
+    biases = 2 * 4 * 112  # of the outputs, on every rank
+    whole = 2 * 4 * (112 * 80 + 80 + 40 * 112 + 112)
+    assert sum(held for _, held in found) == whole + (tp - 1) * biases
+
+
 def _float32(data: dict[str, Any], tp: int, dtype: str) -> tuple[float, bool]:
     unsplit = fill_unsplit(build_on_meta(read_hf_config(data), getattr(torch, dtype)))
     split = shard(copy.deepcopy(unsplit), tp=tp)

@@ -37,7 +37,7 @@ from partita.torch.model.transformers_models import build_on_meta, code_note, re
 from partita.torch.proof.family import plan_of_model, prove_unless_proven, unmeasured_media
 from partita.torch.proof.sample import note_replicated, plan_on_sample, spec_of_module
 from partita.torch.proof.stages import media_without_stages, prove_stages
-from partita.torch.split.apply import apply_plan
+from partita.torch.split.apply import apply_plan, loop_over_quantized_experts
 from partita.torch.split.finish import finish
 from partita.torch.stages.mtp import attach_mtp
 from partita.torch.transformers_internals import quiet, text_config_of
@@ -130,6 +130,7 @@ def load(
         total = sum(t.numel() * t.itemsize for t in part.state_dict(keep_vars=True).values())
         fill = CheckpointFill(reader, checkpoint.tensors, sources, unsplit, progress, total, quantized)
         filled = materialize(part, plan, groups, fill, place, fill.quantized_part if quantized else None)
+        loop_over_quantized_experts(part)
     part.partita_unused = rest  # type: ignore[assignment]
     part.partita_quantized = kept_quantized(checkpoint, quantized, data)  # type: ignore[assignment]
     return watch(with_save_pretrained(filled.check(finish(part, plan, groups))))

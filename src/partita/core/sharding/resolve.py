@@ -80,7 +80,7 @@ class _Resolver:
         if rule.style == "replicate":
             self._replicate(path, rule, tensors)
         elif rule.style == "experts":
-            self._experts(path, tensors)
+            self._experts(path, rule, tensors)
         elif rule.style == "head":
             self._head(tensors)
         elif "weight" in tensors and len(tensors["weight"].shape) in (2, 3):
@@ -179,20 +179,44 @@ class _Resolver:
                 split = _heads(heads, self.spec.num_kv_heads, self.tp, tensor.shape[0] // heads, self.together)
                 self.cuts[tensor.name] = TensorPlan(tensor.name, tensor.shape, 0, split)
 
-    def _experts(self, path: str, tensors: Mapping[str, TensorSpec]) -> None:
+    def _experts(self, path: str, rule: Rule, tensors: Mapping[str, TensorSpec]) -> None:
         """Fused experts `[E, 2I, H]` and `[E, H, I]`: the inner width I is split. Others are replicated."""
+        if rule.over == "gate_up_pairs":
+            self._experts_of_pairs(path, tensors)
+            return
         up, down = tensors.get("gate_up_proj"), tensors.get("down_proj")
         if up is None or down is None or set(tensors) != {"gate_up_proj", "down_proj"} or len(up.shape) != 3:
             return
         inner = down.shape[2]
         if up.shape[1:] != (2 * inner, down.shape[1]) or inner < self.tp:
             return
-        # Grouped kernels need rows of multiples of 16 bytes: eight elements of the narrowest dtype.
-        unit = 8 if inner % 8 == 0 and inner // 8 >= self.tp else 1
-        split = _even(inner, self.tp, unit=unit)
+        split = _even(inner, self.tp, unit=self._experts_unit(inner))
         self.modules[path] = ModulePlan(path, "experts", split)
         self.cuts[up.name] = TensorPlan(up.name, up.shape, 1, Split.concat([split, split]))
         self.cuts[down.name] = TensorPlan(down.name, down.shape, 2, split)
+
+    def _experts_of_pairs(self, path: str, tensors: Mapping[str, TensorSpec]) -> None:
+        """Experts `[E, H, 2I]`, whose columns 2i and 2i + 1 are gate and up, `[E, I, H]`, and biases of both: I is split."""
+        shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        count, inner, hidden = shapes.get("down_proj", (0, 0, 0))
+        expected = {
+            "gate_up_proj": (count, hidden, 2 * inner), "gate_up_proj_bias": (count, 2 * inner),
+            "down_proj": (count, inner, hidden), "down_proj_bias": (count, hidden),
+        }  # fmt: skip
+        if shapes != expected or inner < self.tp:
+            return
+        unit = self._experts_unit(inner)
+        split, pairs = _even(inner, self.tp, unit=unit), _even(2 * inner, self.tp, unit=2 * unit)
+        self.modules[path] = ModulePlan(path, "experts", split)
+        for name, dim, held in (("gate_up_proj", 2, pairs), ("gate_up_proj_bias", 1, pairs), ("down_proj", 1, split)):
+            self.cuts[tensors[name].name] = TensorPlan(tensors[name].name, shapes[name], dim, held)
+        # One rank adds it, so only that rank sees its gradient.
+        bias = tensors["down_proj_bias"]
+        self.cuts[bias.name] = TensorPlan(bias.name, bias.shape, partial_grad=True)
+
+    def _experts_unit(self, inner: int) -> int:
+        """Grouped kernels need rows of multiples of 16 bytes: eight elements of the narrowest dtype."""
+        return 8 if inner % 8 == 0 and inner // 8 >= self.tp else 1
 
     def follow_ties(self) -> None:
         """Split a tied tensor like the one that it shares memory with."""

@@ -12,10 +12,10 @@ from partita.core.model.spec import ModelSpec
 from partita.errors import PlanError
 
 Style = Literal["column", "row", "vocab", "embedding", "replicate", "head", "experts"]
-Over = Literal["features", "heads", "kv_heads", "qkv", "qkv_by_head", "gate_up"]
+Over = Literal["features", "heads", "kv_heads", "qkv", "qkv_by_head", "gate_up", "gate_up_pairs"]
 
 STYLES: tuple[Style, ...] = ("column", "row", "vocab", "embedding", "replicate", "head", "experts")
-OVERS: tuple[Over, ...] = ("features", "heads", "kv_heads", "qkv", "qkv_by_head", "gate_up")
+OVERS: tuple[Over, ...] = ("features", "heads", "kv_heads", "qkv", "qkv_by_head", "gate_up", "gate_up_pairs")
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Rule:
             tensor with one row per head; `experts` splits the inner width of fused experts.
         over: The contents of the split dimension: plain `features`; query `heads`; `kv_heads`; `qkv` (queries, keys and
             values concatenated); `qkv_by_head` (each head's query, key and value together); `gate_up` (two
-            halves, each split).
+            halves, each split); `gate_up_pairs` (experts whose gate and up features alternate).
         gather_output: Whether the outputs of a column layer are gathered after it.
         split_input: Whether a row layer receives its complete input and selects its part of it.
         partial_grad: For `replicate`: whether the tensor is used inside a split region, where each rank sees only its
@@ -190,6 +190,7 @@ WIDE_NORMS = (
 )
 
 DENSE = VOCABULARY + ATTENTION + MLP
+SINKS = (*VOCABULARY, Rule("layers.*.self_attn", "head"), *ATTENTION)
 TABLES: Mapping[str, tuple[Rule, ...]] = {
     **dict.fromkeys(
         ("llama", "mistral", "ministral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "granite", "smollm3",
@@ -200,7 +201,7 @@ TABLES: Mapping[str, tuple[Rule, ...]] = {
     **dict.fromkeys(("olmo2", "olmo3"), VOCABULARY + WIDE_NORMS + MLP),
     **dict.fromkeys(("mixtral", "qwen3_moe", "qwen2_moe", "phimoe", "dots1", "granitemoe"), DENSE + EXPERTS),
     "olmoe": VOCABULARY + WIDE_NORMS + MLP + EXPERTS,
-    "gpt_oss": (*VOCABULARY, Rule("layers.*.self_attn", "head"), *ATTENTION),
+    "gpt_oss": (*SINKS, Rule("mlp.experts", "experts", "gate_up_pairs")),
     "phi3": VOCABULARY + PACKED_QKV + ATTENTION + MLP,
     "gpt2": VOCABULARY + CONV1D,
     "gpt_neox": VOCABULARY + QKV_BY_HEAD + MLP,
@@ -235,7 +236,7 @@ MLX_TABLES: Mapping[str, tuple[Rule, ...]] = {
         ("deepseek_v2", "deepseek_v3", "kimi_k2", "joyai_llm_flash"), VOCABULARY + ABSORBED_LATENT_ATTENTION + MLP
     ),
     **dict.fromkeys(("mixtral", "qwen3_moe", "qwen2_moe", "phimoe"), DENSE + ROUTERS),
-    "gpt_oss": TABLES["gpt_oss"] + MLP,
+    "gpt_oss": SINKS + MLP,
     # Its activation keeps the largest elements of a complete row.
     "gemma3n": VOCABULARY + ATTENTION + APART,
     # Its activation has parameters.

@@ -155,6 +155,30 @@ def _split_experts(module: nn.Module, comm: Communicator, split: Split) -> None:
 
     module.register_forward_pre_hook(enter, with_kwargs=True)
     module.register_forward_hook(leave)
+    if module._parameters.get("down_proj_bias") is not None and comm.rank > 0:
+        module.register_forward_pre_hook(_hide_bias)
+        module.register_forward_hook(_show_bias, always_call=True)
+
+
+def _hide_bias(module: nn.Module, args: object) -> None:
+    """Make the bias of experts' outputs zero while they compute: the outputs of the ranks are summed, so one rank adds it."""
+    bias = module._parameters["down_proj_bias"]
+    assert bias is not None
+    vars(module)["_partita_bias"] = bias
+    # (The product keeps the bias in the graph, so that every rank takes part in the sum of its gradient.)
+    module._parameters["down_proj_bias"] = bias * 0  # type: ignore[assignment]
+
+
+def _show_bias(module: nn.Module, args: object, output: object) -> None:
+    module._parameters["down_proj_bias"] = vars(module).pop("_partita_bias")
+
+
+def loop_over_quantized_experts(model: nn.Module) -> None:
+    """Make modules with quantized experts compute one expert at a time: grouped kernels need the values of all."""
+    for module in model.modules():
+        held: list[Any] = list(module._parameters.values())
+        if any(isinstance(one, QuantizedTensor) and one.dim() == 3 for one in held) and hasattr(module, "config"):
+            module.config = LocalConfig(module.config, PLAIN_EXPERTS)  # type: ignore[assignment]
 
 
 _HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "nhead")
