@@ -17,6 +17,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from partita.torch.transformers_internals import use_plain_experts
+
 Tensors = dict[str, Tensor]
 Make = Callable[[int, int], tuple[Tensors, Tensor]]
 """Takes outputs and inputs; returns the tensors on disk by what follows the layer's path, and the values [outputs, inputs]."""
@@ -347,6 +349,29 @@ LLAMA = {
 """29 groups of 32 inputs over 2 and 3 ranks; 48 inputs of the attention's output divide a group on 2."""
 
 
+GPT2 = {
+    "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_embd": 96, "n_inner": 96, "n_layer": 2, "n_head": 6,
+    "vocab_size": 64, "n_positions": 64, "tie_word_embeddings": True,
+}  # fmt: skip
+"""Its `mlp.c_fc`, `mlp.c_proj` and `attn.c_proj` are square."""
+
+QWEN3_MOE = {
+    **LLAMA, "model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "moe_intermediate_size": 96, "head_dim": 16,
+    "num_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 96,
+}  # fmt: skip
+MIXTRAL = {
+    **LLAMA, "model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "intermediate_size": 96, "num_local_experts": 4,
+    "num_experts_per_tok": 2, "head_dim": 16,
+}  # fmt: skip
+GPT_OSS = {
+    **LLAMA, "model_type": "gpt_oss", "architectures": ["GptOssForCausalLM"], "intermediate_size": 160, "head_dim": 16,
+    "num_local_experts": 4, "num_experts_per_tok": 2, "layer_types": ["full_attention", "sliding_attention"],
+}  # fmt: skip
+"""5 blocks of 32 of the inner width on 2 and 3 ranks."""
+
+GPT_OSS_FORM = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}
+
+
 def plain_model(config: Mapping[str, Any]) -> Any:
     """A float32 model of transformers with seeded weights."""
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -354,6 +379,7 @@ def plain_model(config: Mapping[str, Any]) -> Any:
     torch.manual_seed(0)
     data = {key: value for key, value in config.items() if key != "model_type"}
     made = AutoConfig.for_model(config["model_type"], **data)
+    use_plain_experts(made)
     return AutoModelForCausalLM.from_config(made, attn_implementation="eager").eval()
 
 
@@ -372,6 +398,67 @@ def write(folder: Path, form: Form, config: Mapping[str, Any] = LLAMA) -> None:
         else:
             tensors[name] = values[name] = tensor
     write_folder(folder, tensors, values, {**config, form.key: dict(form.config)})
+
+
+def write_conv1d(folder: Path, form: Form) -> None:
+    """GPT-2, whose modules store [inputs, outputs] in the model and [outputs, inputs] on disk."""
+    tensors: Tensors = {}
+    values: Tensors = {}
+    for name, tensor in plain_model(GPT2).state_dict().items():
+        if ".c_" in name and name.endswith(".weight"):
+            found, value = form.make(tensor.shape[1], tensor.shape[0])
+            values[name] = value.T.contiguous()
+            tensors |= {name.removesuffix("weight") + suffix: part.contiguous() for suffix, part in found.items()}
+        else:
+            values[name] = tensor
+            if name != "lm_head.weight":
+                tensors[name] = tensor
+    write_folder(folder, tensors, values, {**GPT2, form.key: dict(form.config)})
+
+
+def write_experts(folder: Path, form: Form, config: Mapping[str, Any]) -> None:
+    """A model whose experts are separate on disk (stacked by mlx-lm), and fused in the model; the rest is plain."""
+    tensors: Tensors = {}
+    values: Tensors = {}
+    mixtral = config["model_type"] == "mixtral"
+    for name, tensor in plain_model(config).state_dict().items():
+        path, found, kind = name.partition("mlp.experts.")
+        if not found:
+            values[name] = tensor
+            tensors[name.replace(".mlp.", ".block_sparse_moe.") if mixtral else name] = tensor
+            continue
+        outer = path + ("block_sparse_moe" if mixtral else "mlp")
+        parts = [("gate_proj", "w1"), ("up_proj", "w3")] if kind == "gate_up_proj" else [("down_proj", "w2")]
+        experts, outputs, inputs = tensor.shape
+        made = [[form.make(outputs // len(parts), inputs) for _ in range(experts)] for _ in parts]
+        values[name] = torch.stack([torch.cat([of[e][1] for of in made]) for e in range(experts)])
+        for (own, short), of in zip(parts, made, strict=True):
+            for suffix in of[0][0]:
+                if form.key == "quantization":
+                    tensors[f"{outer}.switch_mlp.{own}.{suffix}"] = torch.stack([one[0][suffix] for one in of])
+                    continue
+                for expert, one in enumerate(of):
+                    layer = short if mixtral else own
+                    tensors[f"{outer}.experts.{expert}.{layer}.{suffix}"] = one[0][suffix].contiguous()
+    write_folder(folder, tensors, values, {**config, form.key: dict(form.config)})
+
+
+def write_gpt_oss(folder: Path) -> None:
+    """GPT-OSS with experts in MXFP4."""
+    tensors: Tensors = {}
+    values: Tensors = {}
+    for name, tensor in plain_model(GPT_OSS).state_dict().items():
+        if name.endswith((".experts.gate_up_proj", ".experts.down_proj")):
+            experts, inputs, outputs = tensor.shape
+            made = [_fp4(outputs, inputs) for _ in range(experts)]
+            blocks = torch.stack([packed for packed, _ in made]).reshape(experts, outputs, inputs // 32, 16)
+            exponents = (120 + _draw(5, experts, outputs, inputs // 32)).to(torch.uint8)
+            scales = torch.exp2(exponents.float() - 127).repeat_interleave(32, 2)
+            values[name] = (torch.stack([value for _, value in made]) * scales).transpose(1, 2).contiguous()
+            tensors |= {f"{name}_blocks": blocks, f"{name}_scales": exponents}
+        else:
+            tensors[name] = values[name] = tensor
+    write_folder(folder, tensors, values, {**GPT_OSS, "quantization_config": GPT_OSS_FORM})
 
 
 def write_folder(folder: Path, tensors: Tensors, values: Tensors, config: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Models of every quantized form, split over ranks and stages, against the unsplit model with the values that the form defines."""
+"""Models of every quantized form, split over ranks and stages, against the unsplit model with the values that it defines."""
 
 from __future__ import annotations
 
@@ -13,7 +13,19 @@ from partita.torch.load import load
 from partita.torch.model.float64 import Float64Everywhere
 from partita.torch.quantized.tensor import QuantizedTensor
 from tests.support.compare import EXACT
-from tests.support.quantized_forms import FORMS, LLAMA, unsplit, write
+from tests.support.quantized_forms import (
+    FORMS,
+    GPT2,
+    GPT_OSS,
+    LLAMA,
+    MIXTRAL,
+    QWEN3_MOE,
+    unsplit,
+    write,
+    write_conv1d,
+    write_experts,
+    write_gpt_oss,
+)  # fmt: skip
 from tests.support.ranks import on
 
 SPLITS = ((2, 1), (3, 1), (1, 2))
@@ -39,7 +51,30 @@ def measure(folder: Path, config: Mapping[str, Any], tp: int, pp: int) -> tuple[
 def test_split_equals_unsplit(name: str, tmp_path: Path) -> None:
     form = FORMS[name]
     write(tmp_path, form)
+    _compare(tmp_path, LLAMA)
+
+
+def _compare(folder: Path, config: Mapping[str, Any]) -> None:
     for tp, pp in SPLITS:
-        found = on(tp * pp, measure, tmp_path, LLAMA, tp, pp)
+        found = on(tp * pp, measure, folder, config, tp, pp)
         assert max(error for error, *_ in found) <= EXACT, (tp, pp, found)
         assert all(elements for _, _, elements, _ in found), (tp, pp)
+
+
+@pytest.mark.parametrize("name", ["gptq-4", "gptq-3-order", "bnb-int8", "nf4"])
+def test_conv1d(name: str, tmp_path: Path) -> None:
+    write_conv1d(tmp_path, FORMS[name])
+    _compare(tmp_path, GPT2)
+
+
+@pytest.mark.parametrize("name", ["gptq-4", "gptq-4-order", "awq", "packed-4-zeros", "float-block", "mlx-4"])
+@pytest.mark.parametrize("config", [QWEN3_MOE, MIXTRAL], ids=["qwen3-moe", "mixtral"])
+def test_experts(name: str, config: Mapping[str, Any], tmp_path: Path) -> None:
+    """Experts that are separate on disk and one tensor in the model stay quantized."""
+    write_experts(tmp_path, FORMS[name], config)
+    _compare(tmp_path, config)
+
+
+def test_gpt_oss(tmp_path: Path) -> None:
+    write_gpt_oss(tmp_path)
+    _compare(tmp_path, GPT_OSS)
