@@ -1,4 +1,4 @@
-"""Find a model: a folder, a config file, or an id on the Hugging Face hub, which is downloaded if necessary."""
+"""Find a model: a folder, a config or GGUF file, or an id on the Hugging Face hub, which is downloaded if necessary."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
+from partita.checkpoint.gguf.file import SUFFIX
+from partita.checkpoint.gguf.view import gguf_of, view_of
 from partita.checkpoint.run_folder import RunFolder, is_run_folder
 from partita.errors import ModelError
 
@@ -19,17 +21,18 @@ def find_model(
 ) -> Path:
     """The local folder or config file of `model`; for a hub id it is downloaded if necessary.
 
-    For the folder of a training run it is the newest checkpoint.
+    For the folder of a training run it is the newest checkpoint; for a GGUF file, or a folder that holds one, a folder in the
+    user's cache that refers to it.
 
     Args:
-        model: A folder, a config file, or a hub id.
+        model: A folder, a config or GGUF file, or a hub id.
         revision: Revision of a hub id.
         weights: Whether to download weights, not only configs.
         code: Whether to download code that comes with the model too.
 
     Raises:
-        ModelError: `model` is none of these, or the hub cannot be reached.
-        CheckpointError: The newest checkpoint of a run is not complete.
+        ModelError: `model` is none of these, the folder holds several GGUF models, or the hub cannot be reached.
+        CheckpointError: The newest checkpoint of a run is not complete, or a GGUF file is damaged.
     """
     path = Path(model)
     if os.fspath(model) and is_run_folder(path):
@@ -41,7 +44,8 @@ def find_model(
             )
         return found
     if is_local(model):
-        return path
+        file = gguf_of(path)
+        return path if file is None else view_of(file)
     text, near = str(model), hub_is_near()
     from huggingface_hub import snapshot_download
 
@@ -65,10 +69,15 @@ def is_local(model: str | os.PathLike[str]) -> bool:
         found = False
     if found:
         return True
-    if text.count("/") > 1 or text.startswith((".", "/", "~")) or text.endswith((".json", os.sep)) or not text.strip():
+    if (
+        text.count("/") > 1
+        or text.startswith((".", "/", "~"))
+        or text.endswith((".json", SUFFIX, os.sep))
+        or not text.strip()
+    ):
         raise ModelError(
             f"{text.strip() or repr(text)} does not exist. Give a folder with a config.json, a config file or a hub id "
-            "(owner/name)."
+            "(owner/name), or a GGUF file."
         )
     return False
 

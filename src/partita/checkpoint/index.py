@@ -10,6 +10,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 
+from partita.checkpoint.gguf.file import is_gguf
+from partita.checkpoint.gguf.view import INDEX as GGUF_INDEX
+from partita.checkpoint.gguf.view import read_view, view_of
 from partita.checkpoint.header import (
     PICKLED,
     Header,
@@ -41,7 +44,7 @@ class Checkpoint:
 
     Attributes:
         folder: The folder of the files.
-        files: Their headers.
+        files: Their headers; none for GGUF files.
         tensors: Their tensors by name.
         passed_over: Files of the folder that its index names, but that are not read.
     """
@@ -72,7 +75,7 @@ def index_name(stem: str = MODEL) -> str:
 
 
 def open_checkpoint(path: str | os.PathLike[str], *, stem: str = MODEL) -> Checkpoint:
-    """Read the headers of a Hugging Face folder, or of one safetensors file; data is not read.
+    """Read the headers of a Hugging Face folder, or of one safetensors or GGUF file; data is not read.
 
     In a folder: `model.safetensors` if it exists, as in transformers, else the files of `model.safetensors.index.json`, else
     every `model*.safetensors`, else every `*.safetensors`; for another `stem` only the first two. An index is stale and
@@ -83,11 +86,15 @@ def open_checkpoint(path: str | os.PathLike[str], *, stem: str = MODEL) -> Check
     place = Path(path)
     if not os.fspath(path) or not os.path.exists(place):
         raise CheckpointError(f"{place}: does not exist: give a model's folder or a .safetensors file")
+    if is_gguf(place):
+        place = view_of(place)
     if not os.path.isdir(place):
         _refuse_pickled(place, [place.name])
         if place.suffix == ".json":
             raise CheckpointError(f"{place}: is a config, which has no weights: give the folder that holds both")
         return _merge(place.parent, [place.name])
+    if stem == MODEL and (place / GGUF_INDEX).exists():
+        return Checkpoint(place, (), MappingProxyType(read_view(place)))
     single, index = place / weights_name(stem), place / index_name(stem)
     if os.path.isfile(single):
         return replace(_merge(place, [single.name]), passed_over=_passed_over(index, single.name))

@@ -91,6 +91,10 @@ class Reader:
                 f"{self.checkpoint.folder}: tensor {brief(name)} is not in this checkpoint, which holds "
                 f"{len(self.checkpoint.tensors)} tensors: {brief(list(self.checkpoint.tensors)[:4])} and so on"
             )
+        self.read_as(info, ranges_by_dim, out)
+
+    def read_as(self, info: TensorInfo, ranges_by_dim: Sequence[Sequence[Range]], out: memoryview) -> None:
+        """`read` for a tensor that is described otherwise than in the checkpoint, such as blocks as bytes."""
         size_bytes = read_ranges(self.open(info), info, ranges_by_dim, out)
         with self._lock:
             self.bytes_read += size_bytes

@@ -5,14 +5,22 @@ from __future__ import annotations
 import functools
 import json
 import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from partita.dependencies import reading_code
 from partita.errors import CheckpointError
+from partita.generation.gguf_tokenizer import gguf_tokenizer
 
 END_OF_TEXT = "<|endoftext|>"
+
+_GGUF = "gguf_tokenizer.json"
+"""What a GGUF file says of its tokenizer, in the folder that stands for the file."""
+
+_KEPT = "tokenizer"
+"""The folder in that folder with the tokenizer in transformers' format."""
 
 _OF_READING = ("is_local", "local_files_only")
 """Settings in which transformers records the origin of a tokenizer, which are not part of the tokenizer."""
@@ -146,6 +154,9 @@ def load_tokenizer(folder: str | os.PathLike[str], *, trust_remote_code: bool = 
     """
     path = Path(folder)
     names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+    if (path / _GGUF).exists():
+        _keep_gguf(path)
+        path = path / _KEPT
     if not path.is_dir() or not any((path / name).exists() for name in names):
         return byte_tokenizer()
     from transformers import AutoTokenizer
@@ -162,3 +173,18 @@ def load_tokenizer(folder: str | os.PathLike[str], *, trust_remote_code: bool = 
         why = " ".join(str(error).split()) or type(error).__name__
         raise CheckpointError(f"the tokenizer in {path} cannot be read: {why[:300]}") from error
     return Tokenizer(inner)
+
+
+def _keep_gguf(folder: Path) -> None:
+    """Write the tokenizer of a GGUF file in transformers' format into its folder, unless it is there."""
+    kept = folder / _KEPT
+    if kept.exists():
+        return
+    made = Tokenizer(gguf_tokenizer(folder / _GGUF))
+    try:
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".tokenizer-") as place:
+            made.save(Path(place) / _KEPT)
+            (Path(place) / _KEPT).rename(kept)
+    except OSError as error:
+        if not kept.exists():  # else another process was faster
+            raise CheckpointError(f"{folder}: the tokenizer cannot be written: {error.strerror}.") from error

@@ -78,6 +78,7 @@ class QuantizedArray:
         column_of: int32 `[inputs]`: the column of `scales` for each input; None if it has one column for all inputs.
         factor: A factor of all values.
         offset: Columns of the first block of ggml that are not part of it.
+        picks: int32 `[inputs]`: the column of the blocks of ggml for each input; None: from `offset` on.
     """
 
     encoding: Encoding
@@ -90,12 +91,13 @@ class QuantizedArray:
     column_of: np.ndarray | None = field(default=None, repr=False)
     factor: float = 1.0
     offset: int = 0
+    picks: np.ndarray | None = field(default=None, repr=False)
 
     @property
     def nbytes(self) -> int:
         """Bytes of memory."""
         parts = [part.data for part in (self.scales, self.zeros, self.biases) if part is not None]
-        indexes = [index for index in (self.row_of, self.column_of) if index is not None]
+        indexes = [index for index in (self.row_of, self.column_of, self.picks) if index is not None]
         return sum(part.nbytes for part in (self.codes, *parts, *indexes))
 
     def take(self, rows: Sequence[Range], columns: Sequence[Range]) -> QuantizedArray:
@@ -145,16 +147,19 @@ class QuantizedArray:
         return made
 
     def _take_blocks(self, ranges: Sequence[Range]) -> QuantizedArray:
-        """Blocks cannot be divided: those that hold the only range, whose first columns are skipped."""
+        """Blocks cannot be divided: those that hold the ranges are kept, with the places of the columns in them."""
         import numpy as np
 
-        if len(ranges) != 1:
-            raise NotImplementedError("several ranges of the inputs of a ggml weight")
         elements, size = self.encoding.block
-        start, stop = ranges[0][0] + self.offset, ranges[0][1] + self.offset
-        first, last = start // elements, -(-stop // elements)
-        codes = np.ascontiguousarray(self.codes[:, first * size : last * size])
-        return replace(self, shape=(self.shape[0], stop - start), codes=codes, offset=start - first * elements)
+        wanted = indexes(ranges)
+        places = wanted + self.offset if self.picks is None else self.picks[wanted]
+        kept = np.unique(places // elements)
+        blocks = self.codes.reshape(self.shape[0], -1, size)[:, kept].reshape(self.shape[0], len(kept) * size)
+        picks = np.searchsorted(kept, places // elements) * elements + places % elements
+        taken = replace(self, shape=(self.shape[0], len(wanted)), codes=blocks, picks=None, offset=0)
+        if len(picks) and bool((np.diff(picks) == 1).all()):
+            return replace(taken, offset=int(picks[0]))
+        return replace(taken, picks=picks.astype(np.int32))
 
     def _grids(self, change: Callable[[Raw], Raw]) -> dict[str, Any]:
         """The changed scales, zeros and biases, as many as there are, by name."""

@@ -16,6 +16,7 @@ from partita.errors import ModelError
 from partita.quantized.bitsandbytes import bitsandbytes_weights
 from partita.quantized.compressed import compressed_weights, has_activations
 from partita.quantized.fp8 import fp8_weights
+from partita.quantized.ggml import ggml_weights
 from partita.quantized.gptq import awq_weights, gptq_weights
 from partita.quantized.mlx import mlx_weights
 from partita.quantized.mxfp4 import mxfp4_weights
@@ -27,7 +28,7 @@ METHODS: Mapping[str, Find] = MappingProxyType(
     {
         "fp8": fp8_weights, "fbgemm_fp8": fp8_weights, "gptq": gptq_weights, "awq": awq_weights,
         "compressed-tensors": compressed_weights, "bitsandbytes": bitsandbytes_weights, "mxfp4": mxfp4_weights,
-        "MLX": mlx_weights,
+        "MLX": mlx_weights, "gguf": ggml_weights,
     }
 )  # fmt: skip
 """The methods that can be read: `quant_method` -> the function that finds their weights."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from partita.checkpoint.facts import stored_dtype_at, with_sizes
 from partita.checkpoint.find import find_model, hub_is_near, is_local, not_fetched
+from partita.checkpoint.gguf.view import gguf_of, view_of
 from partita.cli.arguments import inputs
 from partita.cli.arguments.options import PlanOptions
 from partita.cli.terminal.messages import adopt, adopt_all
@@ -192,13 +193,15 @@ def read_tokenizer(folder: Path, *, trust_remote_code: bool) -> Tokenizer:
 
 
 def find_config(model: str) -> Path:
-    """The config file of MODEL, or a folder that has one. For a hub id, only this file is downloaded.
+    """The config file of MODEL, or a folder that has one (for a GGUF file, one in the cache); of a hub id, only this file is
+    downloaded.
 
     Raises:
         ModelError: MODEL is not a local path, and the hub has no such model or cannot be reached.
     """
     if is_local(model):
-        return Path(model)
+        file = gguf_of(Path(model))
+        return Path(model) if file is None else view_of(file)
     if find_spec("huggingface_hub") is None:
         raise ModelError(
             f"{model} is not a local folder, and huggingface_hub is not installed to download it: pip install 'partita[torch]'"

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from partita.checkpoint.read import Range
 from partita.quantized.array import Encoding, QuantizedArray, Raw
+from partita.torch.quantized.ggml import decode
 
 TORCH_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -39,6 +40,7 @@ class Part:
     table: Tensor | None = field(default=None, repr=False)
     factor: float = 1.0
     offset: int = 0
+    picks: Tensor | None = field(default=None, repr=False)
     group: int = 0
 
     @classmethod
@@ -63,6 +65,7 @@ class Part:
         part = cls(
             array.encoding, array.shape, torch.from_numpy(array.codes), **grids, row_of=row_of, column_of=column_of,
             table=table, factor=array.factor, offset=array.offset, group=group,
+            picks=None if array.picks is None else torch.from_numpy(array.picks),
         )  # fmt: skip
         return part if torch.device(device).type == "cpu" else part.mapped(lambda tensor: tensor.to(device))
 
@@ -79,7 +82,7 @@ class Part:
             self.encoding, self.shape, self.codes.cpu().numpy(), **grids,
             row_of=None if row_of is None else row_of.cpu().numpy(),
             column_of=None if column_of is None else column_of.cpu().numpy(),
-            factor=self.factor, offset=self.offset,
+            factor=self.factor, offset=self.offset, picks=None if self.picks is None else self.picks.cpu().numpy(),
         )  # fmt: skip
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> Part:
@@ -140,7 +143,17 @@ def _bytes(part: Part, codes: Tensor) -> Tensor:
     return codes.view(TORCH_DTYPES[part.encoding.dtype]).to(torch.float32)
 
 
-_DECODERS: dict[str, Callable[[Part, Tensor], Tensor]] = {"ints": _ints, "table": _table, "bytes": _bytes}
+def _ggml(part: Part, codes: Tensor) -> Tensor:
+    values = decode(codes, part.encoding.dtype)
+    return values[:, part.offset : part.offset + part.shape[1]] if part.picks is None else values[:, part.picks.long()]
+
+
+_DECODERS: dict[str, Callable[[Part, Tensor], Tensor]] = {
+    "ints": _ints,
+    "table": _table,
+    "bytes": _bytes,
+    "ggml": _ggml,
+}
 
 
 def _unpacked(codes: Tensor, bits: int, columns: int) -> Tensor:

@@ -14,6 +14,7 @@ from partita.checkpoint.read import Reader
 from partita.core.sharding.cuts import TensorPlan
 from partita.core.sharding.split import Range
 from partita.errors import CheckpointError, ModelError
+from partita.quantized.ggml import GgmlWeight
 from partita.quantized.weight import CHUNK_BYTES, QuantizedWeight, in_steps
 from partita.torch.layers.inner import take_ranges
 from partita.torch.quantized.part import Part
@@ -64,6 +65,8 @@ class CheckpointFill:
         """
         pieces = self._source(name).pieces
         if not pieces or not all(piece.name in self.quantized for piece in pieces) or 0 in like.shape:
+            return None
+        if any(isinstance(w, GgmlWeight) and w.is_plain for w in (self.quantized[piece.name] for piece in pieces)):
             return None
         experts: dict[int, list[Part]] = {}
         for piece in pieces:
