@@ -30,6 +30,7 @@ from torch.nn import functional as F
 from partita.torch.layers.compiled import compiled_parts
 from partita.torch.layers.inner import has_no_hooks
 from partita.torch.layers.linear import ColumnParallelLinear, RowParallelLinear
+from partita.torch.quantized.tensor import QuantizedTensor, with_bias
 
 PAYS_AFTER_TOKENS = 32
 """Transposing a weight pays off after about this many tokens."""
@@ -80,7 +81,7 @@ def decoding(model: nn.Module, rows: int, tokens: int) -> Iterator[None]:
 
 
 def _prefers_columns(weight: Tensor, rows: int) -> bool:
-    if weight.device.type != "cpu":
+    if weight.device.type != "cpu" or isinstance(weight, QuantizedTensor):
         return False
     if weight.dtype == torch.float32:
         return rows not in FEW
@@ -135,6 +136,8 @@ def _row(layer: RowParallelLinear, product: Product) -> Product | None:
 def _product(layer: nn.Linear, rows: int) -> Product | None:
     """The product of a layer without hooks as bags or transposed; None if torch's own is as fast."""
     weight = layer.weight
+    if isinstance(weight, QuantizedTensor):
+        return functools.partial(with_bias, weight=weight, bias=layer.bias)
     if weight.device.type != "cpu" or rows >= FEW.stop or min(weight.shape) == 0:
         return None
     if weight.T.is_contiguous() and weight.dtype in (torch.float32, torch.bfloat16) and _has_bags():

@@ -270,10 +270,11 @@ def _tiles(weight: QuantizedTensor) -> list[slice]:
 def _linear(x: Any, weight: Any, bias: Tensor | None = None) -> Any:
     if not isinstance(weight, QuantizedTensor) or isinstance(x, QuantizedTensor) or weight.turned or weight.dim() != 2:
         return NotImplemented
-    return _with_bias(x, weight, bias)
+    return with_bias(x, weight, bias)
 
 
-def _with_bias(x: Tensor, weight: QuantizedTensor, bias: Tensor | None) -> Tensor:
+def with_bias(x: Tensor, weight: QuantizedTensor, bias: Tensor | None) -> Tensor:
+    """`x [..., inputs] @ weight.T + bias`, `[..., outputs]`; the gradient of `x` is recorded."""
     y: Tensor = _Product.apply(x, weight) if torch.is_grad_enabled() and x.requires_grad else product(x, weight)
     return y if bias is None else y + bias
 
@@ -282,7 +283,7 @@ def _addmm(bias: Any, x: Any, weight: Any, *, beta: float = 1, alpha: float = 1)
     """transformers' Conv1D: `bias + x @ weight` with a weight [inputs, outputs]."""
     if not isinstance(weight, QuantizedTensor) or not weight.turned or weight.dim() != 2 or (beta, alpha) != (1, 1):
         return NotImplemented
-    return _with_bias(x, weight, bias)
+    return with_bias(x, weight, bias)
 
 
 def _embedding(ids: Any, weight: Any, *args: Any, **kwargs: Any) -> Any:
@@ -296,7 +297,7 @@ def _matmul(x: Any, weight: Any) -> Any:
     if not isinstance(weight, QuantizedTensor) or isinstance(x, QuantizedTensor) or weight.dim() != 2:
         return NotImplemented
     if weight.turned:
-        return _with_bias(x, weight, None)
+        return with_bias(x, weight, None)
     return NotImplemented if torch.is_grad_enabled() and x.requires_grad else input_gradient(x, weight)
 
 
