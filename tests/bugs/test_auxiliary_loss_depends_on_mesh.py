@@ -22,9 +22,9 @@ from partita.torch.new import fresh
 from partita.torch.proof.balance_probe import balance_of
 from partita.torch.proof.compare import compare_parameters
 from partita.torch.train import TrainSettings, train
-from partita.torch.training.batches import batch
 from tests.cli.conftest import Run, partita
 from tests.cli.models import write
+from tests.support.batches import batch
 from tests.support.models import CONFIGS
 from tests.support.ranks import on, ranks
 from tests.torch.test_schedules import plan_for, tokens

@@ -19,7 +19,6 @@ from partita.torch.model.parts import local_tensors, plan_of
 from partita.torch.new import fresh
 from partita.torch.stages.pipeline import Pipeline
 from partita.torch.train import accumulate_gradients, make_optimizer, make_saver, train
-from partita.torch.training.batches import batch
 from partita.torch.training.replicas import clip_gradients
 from partita.torch.weights.adapters import add_lora
 from partita.torch.weights.moments import held_by, restore_optimizer
@@ -28,6 +27,7 @@ from partita.torch.weights.save import save
 from partita.training import TrainSettings, schedule_of
 from partita.training.saving import Saves
 from partita.training.state import read_state
+from tests.support.batches import batch
 from tests.support.masters import distance, masters_of
 from tests.support.models import CONFIGS
 from tests.support.ranks import on

@@ -12,8 +12,8 @@ from partita.torch.collectives.groups import single_groups
 from partita.torch.model.parts import local_tensors, plan_of
 from partita.torch.new import fresh
 from partita.torch.train import TrainSettings, train
-from partita.torch.training.batches import batch
 from partita.torch.weights.adapters import add_lora, merge_lora
+from tests.support.batches import batch
 from tests.support.models import CONFIGS
 from tests.support.ranks import ranks
 

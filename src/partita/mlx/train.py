@@ -28,9 +28,9 @@ from partita.mlx.model.sliding_window import refuse_beyond_window
 from partita.mlx.model.trainable import Trainable
 from partita.mlx.stages.copies import sum_copies
 from partita.mlx.stages.pipeline import Pipeline
+from partita.mlx.training.local_step import LocalStep
 from partita.mlx.training.optimizer import Optimizer, make_optimizer
 from partita.mlx.training.replicas import clip_gradients, start_alike, sum_over_replicas
-from partita.mlx.training.watch import LocalStep
 from partita.mlx.weights.moments import restore_optimizer
 from partita.mlx.weights.rank_shard import RankShard
 from partita.schedule import Timeline

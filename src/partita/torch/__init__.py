@@ -34,7 +34,7 @@ from partita.torch.seed import mp_copy, mp_gather, mp_reduce, mp_scatter
 from partita.torch.stages.pipeline import Pipeline
 from partita.torch.train import StepReport, TrainSettings, train
 from partita.torch.trainer import split_trainer
-from partita.torch.training.batches import load_tokens
+from partita.torch.training.texts import load_tokens
 from partita.torch.verify import verify
 from partita.torch.weights.adapters import add_lora, merge_lora, set_adapter, unload_lora
 from partita.torch.weights.peft_format import load_adapters, save_adapters

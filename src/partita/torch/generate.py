@@ -32,7 +32,7 @@ from partita.torch.model.parts import plan_of
 from partita.torch.model.towers import refuse_forbidden
 from partita.torch.proof.stages import refuse_undecodable
 from partita.torch.stages.pipeline import Pipeline
-from partita.torch.training.watch import peak_bytes
+from partita.torch.training.local_step import peak_bytes
 from partita.torch.transformers_internals import (
     advance,
     first_positions,

@@ -29,10 +29,10 @@ from partita.torch.quantized.tensor import FROZEN, QuantizedTensor
 from partita.torch.stages.copies import summed_copies
 from partita.torch.stages.cut import refuse_layer_drop
 from partita.torch.stages.pipeline import Pipeline
+from partita.torch.training.local_step import LocalStep, device_peak_flops, peak_bytes, traced
 from partita.torch.training.make_optimizer import make_optimizer
 from partita.torch.training.objective import CROSS_ENTROPY, Example, Objective, check_trainable, examples, loss_of
 from partita.torch.training.replicas import clip_gradients, start_alike, sum_gradients
-from partita.torch.training.watch import LocalStep, device_peak_flops, peak_bytes, traced
 from partita.torch.weights.adapters import adapters
 from partita.torch.weights.fill import as_dtype
 from partita.torch.weights.moments import restore_optimizer

@@ -1,18 +1,11 @@
-"""Training text as tensors; `partita.training` selects it, the same on either engine."""
+"""The sequences that a step of `train` sees of one row of ids."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from partita.generation import Tokenizer
 from partita.training import row_starts
-from partita.training.data.texts import read_ids
-
-
-def load_tokens(source: str, tokenizer: Tokenizer, *, limit_bytes: int | None = None) -> Tensor:
-    """The whole text of a source as one row of ids, int64 `[tokens]`; see `partita.training.data.texts.read_ids`."""
-    return torch.from_numpy(read_ids(source, tokenizer, limit_bytes=limit_bytes))
 
 
 def batch(tokens: Tensor, step: int, batch_size: int, sequence_length: int, seed: int) -> Tensor:
