@@ -53,6 +53,27 @@ def torch_work(work: str, folder: Path) -> None:
         repeat(folder, everyone.rank, lambda: save(model, folder / f"saved-{next(numbers)}"))
     if work == "generate":
         repeat(folder, everyone.rank, lambda: generate(model, [[1, 2, 3]], Sampling(max_new_tokens=20)))
+    if work == "compile":
+        repeat(folder, everyone.rank, compiled_again(model, lambda: everyone.rank == 1 and (folder / "raise").exists()))
+
+
+def compiled_again(model: Any, fails: Callable[[], bool]) -> Callable[[], object]:
+    """A forward that compiles the layers anew each time, in which the compiler of a rank fails once `fails` says so."""
+    import torch
+
+    def backend(graph: Any, inputs: object) -> Any:
+        if fails():
+            raise RuntimeError("this rank cannot compile")
+        return graph.forward
+
+    for layer in model.model.layers:
+        layer.compile(backend=backend)
+
+    def once() -> None:
+        torch._dynamo.reset()
+        model(input_ids=torch.arange(6)[None])
+
+    return once
 
 
 def mlx_work(work: str, folder: Path) -> None:

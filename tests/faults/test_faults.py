@@ -90,6 +90,25 @@ def test_ranks_of_torchrun(fault: str, who: int, code: int, message: str, folder
     assert f"exitcode  : {code}" in ended.said or fault == "STOP"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "command",
+    [
+        pytest.param(partita_ranks("gloo", 2), id="gloo"),
+        pytest.param(partita_ranks("mpi", 2), id="mpi", marks=needs_mpi),
+        pytest.param(torchrun(2), id="torchrun"),
+    ],
+)
+def test_a_rank_that_cannot_compile_ends_all(command: list[str], folder: Path) -> None:
+    """The others are in the collectives of a layer that they have compiled, where no message reaches them."""
+    ended = break_run([*command, "torch", "compile", str(folder)], 2, folder, "raise", 1)
+    assert ended.code != 0
+    assert ended.seconds < LOST_AFTER_S  # told by the rank that fails, not by its silence
+    errors = [line for line in ended.said.splitlines() if line.startswith("error: ")]
+    assert errors == ["error: rank 1: BackendCompilerFailed: backend='backend' raised:"]
+    assert "RuntimeError: this rank cannot compile" in ended.said
+
+
 @needs_mpi
 @pytest.mark.parametrize("fault", [pytest.param("KILL", marks=pytest.mark.slow), "STOP"])
 def test_ranks_of_mpirun(fault: str, folder: Path) -> None:
