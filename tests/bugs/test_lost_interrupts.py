@@ -10,6 +10,8 @@ import time
 
 import pytest
 
+from partita.ranks import rendezvous
+from partita.ranks.backends import open_mpi
 from tests.support.ranks import ROOT
 from tests.support.signals import take_signals
 
@@ -142,3 +144,18 @@ def test_the_launcher_ends_its_ranks() -> None:
     assert code == 130
     assert errors.endswith(b"\ninterrupted\n")
     assert seconds < 20
+
+
+@pytest.mark.skipif(open_mpi() is None, reason="Open MPI is not installed")
+def test_nobody_waits_for_processes_of_mpiexec_that_have_yet_to_connect(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until the end of their listener they waited for the launcher, and the launcher for them, 5 s."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(rendezvous, "_next", interrupt)
+    monkeypatch.setattr(rendezvous, "_END_S", 60.0)
+    start_s = time.monotonic()
+    with pytest.raises(KeyboardInterrupt), rendezvous.rendezvous("mpi", 2):
+        pass
+    assert time.monotonic() - start_s < 30

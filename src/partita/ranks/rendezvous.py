@@ -129,6 +129,7 @@ def _over_mpi(ranks: int) -> Iterator[Environments]:
             start_new_session=True,
         )
         stack.callback(_end, process)
+        stack.callback(listener.close)  # first, so that a proxy that has yet to connect ends too
         proxies = [stack.enter_context(_next(listener, process)) for _ in range(ranks)]
         variables = [_receive(proxy) for proxy in proxies]
         numbers = [int(one["PMIX_RANK"]) for one in variables]
