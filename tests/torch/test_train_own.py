@@ -311,3 +311,54 @@ def test_a_stage_may_train_nothing() -> None:
     first, second = on(2, _groups_of_a_stage)
     assert first == second
     assert first[-1] < first[0]
+
+
+def _adapted(mesh: dict[str, int], base: str, folder: str, resume: str | None) -> list[list[float]]:
+    """Train adapters on a model with a tied head, from the beginning or from a checkpoint."""
+    where: dict[str, Any] = dict(mesh) if mesh else {"groups": single_groups()}
+    model = pt.load(base, **where)
+    if resume is None:
+        pt.add_lora(model, 4, seed=1)
+    else:
+        pt.load_adapters(model, resume)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(trained, lr=1e-2, amsgrad=True)
+    data = DataLoader(batches(), batch_size=None)  # type: ignore[arg-type]
+    saves = Saves(Path(folder), every=2, base=base)
+    reports = pt.train(model, data, SETTINGS, saves=saves, resume=resume, optimizer=optimizer)
+    return [[r.step, r.loss, r.grad_norm] for r in reports]
+
+
+def test_adapters_resume_in_another_layout(tmp_path: Path) -> None:
+    base = str(tmp_path / "base")
+    pt.save(pt.fresh(CONFIGS["llama-biases-tied"], dtype="float64", seed=3, groups=single_groups()), base)
+    (whole,) = on(1, _adapted, {}, base, str(tmp_path / "one"), None)
+    assert len({loss for _, loss, _ in whole}) == 4
+    for mesh in ("tp", "pp"):
+        source = str(tmp_path / "one" / "step-000002")
+        for reports in on(2, _adapted, MESHES[mesh], base, str(tmp_path / mesh), source):
+            for found, expected in zip(reports, whole[2:], strict=True):
+                assert found == pytest.approx(expected, rel=1e-9)
+
+
+def _tied(mesh: dict[str, int], folder: str, resume: str | None) -> list[list[float]]:
+    where: dict[str, Any] = dict(mesh) if mesh else {"groups": single_groups()}
+    name = CONFIGS["llama-biases-tied"]
+    model = pt.load(resume, **where) if resume else pt.fresh(name, dtype="float64", seed=3, **where)
+    optimizer = torch.optim.NAdam(model.parameters(), lr=1e-2)
+    data = DataLoader(batches(), batch_size=None)  # type: ignore[arg-type]
+    saves = Saves(Path(folder), every=2)
+    reports = pt.train(model, data, SETTINGS, saves=saves, resume=resume, optimizer=optimizer, loss=smoothed)
+    return [[r.step, r.loss, r.grad_norm] for r in reports]
+
+
+def test_a_tied_head_on_two_stages_resumes(tmp_path: Path) -> None:
+    (whole,) = on(1, _tied, {}, str(tmp_path / "one"), None)
+    for reports in on(2, _tied, MESHES["pp"], str(tmp_path / "pp"), None):
+        for found, expected in zip(reports, whole, strict=True):
+            assert found == pytest.approx(expected, rel=1e-9)
+    for mesh in ("tp", "pp"):
+        source = str(tmp_path / "pp" / "step-000002")
+        for reports in on(2, _tied, MESHES[mesh], str(tmp_path / f"again-{mesh}"), source):
+            for found, expected in zip(reports, whole[2:], strict=True):
+                assert found == pytest.approx(expected, rel=1e-9)

@@ -168,9 +168,7 @@ def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, folder: P
                         optimizer.state[tensor][kind] = value
         for name, tensor in trained.items():
             for kind, number in data["numbers"].get(name, {}).items() if tensor in names else ():
-                # torch keeps step counts as tensors on the CPU unless they are fused or capturable.
-                is_count = kind == "step" and isinstance(number, float)
-                optimizer.state[tensor][kind] = torch.tensor(number, dtype=torch.float32) if is_count else number
+                optimizer.state[tensor][kind] = _restored(number)
 
 
 def _names(model: nn.Module, optimizer: torch.optim.Optimizer) -> Mapping[Tensor, str]:
@@ -193,7 +191,16 @@ def _is_split_alike(kind: str, name: str, value: Any, tensor: Tensor) -> bool:
 
 
 def _number(value: Any) -> Any:
-    return float(value) if isinstance(value, Tensor) else value
+    if not isinstance(value, Tensor):
+        return value
+    return {"value": value.item(), "dtype": str(value.dtype).removeprefix("torch."), "shape": list(value.shape)}
+
+
+def _restored(number: Any) -> Any:
+    """The inverse of `_number`. torch keeps such tensors on the CPU unless its optimizer is fused or capturable."""
+    if not isinstance(number, dict):
+        return number
+    return torch.full(number["shape"], number["value"], dtype=getattr(torch, number["dtype"]))
 
 
 def _is_plain(value: Any) -> bool:
