@@ -14,7 +14,6 @@ from mlx.utils import tree_flatten
 from mlx_lm.tuner.lora import LoRALinear
 from mlx_lm.utils import load_model
 
-from partita.errors import ModelError
 from partita.generation.tokenizer import byte_tokenizer
 from partita.mlx.collectives.groups import single_groups
 from partita.mlx.load import load
@@ -189,20 +188,3 @@ def test_a_run_and_its_resumption(mesh: Mesh, sources: dict[str, Path], tmp_path
     for losses in again:
         assert losses == pytest.approx(alone[2:], rel=1e-5)
     assert digest(tmp_path / "again" / "step-000004") == digest(tmp_path / "whole" / "step-000004"), "bit for bit"
-
-
-def test_without_adapters_only_norms_would_be_trained(sources: dict[str, Path], tmp_path: Path) -> None:
-    folder = converted(sources["llama"], tmp_path / "model", "affine", 64, 4, "float32")
-    settings = TrainSettings(steps=1, batch_size=8, sequence_length=LENGTH)
-    on_mlx(2, refused, str(folder))
-    model = put_on(str(folder), ALONE)
-    model.freeze()
-    model.model.norm.unfreeze()  # who asks for a norm trains it
-    assert len(train(model, [token for row in ROWS for token in row], settings)) == 1
-
-
-def refused(folder: str) -> None:
-    """Each rank of a mesh has quantized layers, the message is the same on all."""
-    model = put_on(folder, (1, 2, 1))
-    with pytest.raises(ModelError, match=r"weights are quantized.*--lora-rank"):
-        train(model, ROWS, TrainSettings(steps=1, batch_size=8, sequence_length=LENGTH))

@@ -224,7 +224,7 @@ def test_the_curve_is_that_of_the_torch_engine(tmp_path: Path) -> None:
         ({"batch_size": 3, "microbatches": 2}, "batch_size must be a multiple"),
         ({"autocast": "bfloat16"}, "does not support autocast='bfloat16': load the model in that dtype"),
         ({"zero": True}, "the MLX engine does not support zero=True"),
-        ({"checkpointing": True}, "the MLX engine does not support checkpointing=True"),
+        ({"checkpointing": "selective"}, "the MLX engine does not support checkpointing='selective'"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(changes: dict[str, Any], message: str) -> None:

@@ -424,7 +424,9 @@ def _resumed(options: TrainOptions) -> _Run:
     if options.engine is None:
         notes["engine"] = kept_engine(state)
     if notes["engine"] == "mlx":
-        notes |= {name: False for name in TORCH_ONLY if name not in options.given}
+        notes |= {
+            name: False for name, values in TORCH_ONLY.items() if name not in options.given and notes[name] in values
+        }
     return _Run(source, places, settings, notes, state)
 
 

@@ -117,6 +117,8 @@ class TrainJob(Job):
         self.options["mask_token"] = tokenizer.inner.mask_token_id
         if self.lora_rank is not None:
             self._adapt(split, begun)
+        elif self.request.engine == "mlx":
+            _refuse_quantized(self.engine.plan_of(split)[0])
         samples, evaluated = self._samples(tokenizer, self.engine.plan_of(split)[0])
         if self.data.shown is not None:
             if environment.is_first():
@@ -250,6 +252,15 @@ class TrainJob(Job):
         with saving(str(folder)) as progress:
             self.engine.save(split, folder, tokenizer=tokenizer, progress=progress)
         self.saved = folder
+
+
+def _refuse_quantized(plan: Plan) -> None:
+    """Raise `ModelError` for an MLX model with packed weights, of which training would change nothing but the norms."""
+    if plan.spec.is_packed:
+        raise ModelError(
+            "the model's weights are quantized, so they cannot be trained, and training would change nothing but its norms. "
+            "Train LoRA adapters (--lora-rank), or use a model that is not quantized."
+        )
 
 
 def _remove_result(folder: Path) -> None:

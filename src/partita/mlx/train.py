@@ -23,9 +23,10 @@ from partita.mlx.collectives.groups import ParallelGroups
 from partita.mlx.layers.loss import vocab_parallel_cross_entropy
 from partita.mlx.model.head import local_logits
 from partita.mlx.model.modes import mode_set, random_state_kept
-from partita.mlx.model.parts import is_packed, main_output, parameter_homes, plan_of
+from partita.mlx.model.parts import main_output, parameter_homes, plan_of
 from partita.mlx.model.sliding_window import refuse_beyond_window
 from partita.mlx.model.trainable import Trainable
+from partita.mlx.proof.stages import prove_parts
 from partita.mlx.stages.copies import sum_copies
 from partita.mlx.stages.pipeline import Pipeline
 from partita.mlx.training.local_step import LocalStep
@@ -101,9 +102,8 @@ def train(
     Raises:
         PlanError: The batch cannot be distributed over the replicas and micro-batches, the data has another form, or this
             engine does not support a setting.
-        ModelError: Nothing is trainable but the norms of a quantized model, or the model has float16 arrays; a sequence is
-            longer than a sliding window that mlx-lm ignores; MLX lacks a gradient; or the config requests the auxiliary
-            loss of routers.
+        ModelError: Nothing is trainable, or the model has float16 arrays; a sequence is longer than a sliding window that
+            mlx-lm ignores; MLX lacks a gradient; or the config requests the auxiliary loss of routers.
         DivergedError: The loss or a gradient is not finite; on every rank, before the step changes a weight.
         CheckpointError: A checkpoint cannot be written, or the one to resume from belongs to another run; on every rank.
 
@@ -120,11 +120,14 @@ def train(
     refuse_beyond_window(plan.spec, settings.sequence_length, "a sequence")
     with collective_errors(groups):
         _refuse_float16(model)
+        if settings.checkpointing:
+            prove_parts(model, plan)
         data, evaluated, settings = training_data(tokens, eval_data, Run(settings, plan.spec, groups, tokenizer))
     trainable = Trainable(model)
-    _refuse_untrainable(model, trainable, groups)
+    if not any(groups.pp.all_gather_object(bool(trainable.names))):
+        raise ModelError("no parameter of the model is trainable: all are frozen.")
     start_alike(trainable, groups.dp)
-    pipeline = Pipeline(model, schedule)
+    pipeline = Pipeline(model, schedule, part_layers=_part_layers(settings))
     optimizer = make_optimizer(settings)
     run = begin_run(
         settings, data, saves, resume,
@@ -167,21 +170,6 @@ def _refuse_float16(model: nn.Module) -> None:
         raise ModelError(FLOAT16.format(narrow))
 
 
-def _refuse_untrainable(model: nn.Module, trainable: Trainable, groups: ParallelGroups) -> None:
-    """Raise `ModelError` if every array is frozen, or only because it is quantized. Every rank must call it."""
-    homes = parameter_homes(model)
-    quantized = {id(home) for home, key in homes.values() if is_packed(home, key)}
-    asks_for_all = all(name in trainable.homes or id(home) in quantized for name, (home, _) in homes.items())
-    told = groups.pp.all_gather_object((bool(trainable.names), bool(quantized), asks_for_all))
-    if not any(trains for trains, _, _ in told):
-        raise ModelError("no parameter of the model is trainable: all are frozen.")
-    if any(packs for _, packs, _ in told) and all(full for _, _, full in told):
-        raise ModelError(
-            "the model's weights are quantized, so they cannot be trained, and training would change nothing but its norms. "
-            "Train LoRA adapters (add_lora, --lora-rank), or load a model that is not quantized."
-        )
-
-
 def make_saver(
     model: nn.Module,
     trainable: Trainable,
@@ -209,17 +197,23 @@ def _check(settings: TrainSettings, plan: Plan) -> None:
             "(output_router_logits) or aux_loss_scope is set. Set output_router_logits to False and leave aux_loss_scope out, "
             "or use the torch engine."
         )
+    if settings.checkpointing == "selective":
+        raise PlanError(
+            "the MLX engine does not support checkpointing='selective': MLX differentiates functions, so it recomputes whole "
+            "layers. Use 'full', or a number of layers."
+        )
     for name, instead in (
         ("autocast", "load the model in that dtype"),
         ("zero", "every replica keeps the full optimizer state"),
         ("packing", "mlx-lm's models have neither positions nor masks of several documents in a row; leave it out"),
-        (
-            "checkpointing",
-            "a stage without the loss keeps only what it received, and always recomputes the rest",
-        ),
     ):
         if getattr(settings, name):
             raise PlanError(f"the MLX engine does not support {name}={getattr(settings, name)!r}: {instead}.")
+
+
+def _part_layers(settings: TrainSettings) -> int:
+    """Layers that are recomputed at once in backward; 0 for all."""
+    return 1 if settings.checkpointing == "full" else int(settings.checkpointing)
 
 
 def gradients_of(

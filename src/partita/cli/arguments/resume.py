@@ -29,8 +29,8 @@ KEPT = (
 )  # fmt: skip
 """Options that are taken from the checkpoint unless they are given again."""
 
-TORCH_ONLY = ("zero", "checkpointing", "compile")
-"""Options of `KEPT` that MLX does not have; a run that continues there leaves them out."""
+TORCH_ONLY: Mapping[str, tuple[object, ...]] = {"zero": (True,), "checkpointing": ("selective",), "compile": (True,)}
+"""Values of options of `KEPT` that MLX does not have; a run that continues there leaves them out."""
 
 _WHY_NOT: Mapping[str, str] = {
     "config": "its weights are those of the checkpoint",

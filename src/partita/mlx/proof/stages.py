@@ -42,13 +42,24 @@ def prove_stages(model: nn.Module, plan: Plan) -> None:
     """
     if plan.num_mtp:
         raise ModelError("mlx-lm's models have no multi-token prediction. Leave `m` out of the layout.")
-    if plan.num_stages == 1:
-        return
+    if plan.num_stages > 1 and (reason := _reason(model, plan)):
+        raise ModelError(f"{plan.spec.family} cannot be split into stages: {reason} Use tp and pp=1.")
+
+
+def prove_parts(model: nn.Module, plan: Plan) -> None:
+    """Raise `ModelError` for a model whose layers cannot be recomputed apart from each other, as stages of one layer are."""
+    if reason := _reason(model, plan):
+        raise ModelError(
+            f"{plan.spec.family} cannot be trained with checkpointing, which recomputes its layers apart from each other: "
+            f"{reason} Leave checkpointing out."
+        )
+
+
+def _reason(model: nn.Module, plan: Plan) -> str:
     key = _key(model)
     if key not in _verdicts:
         _verdicts[key] = _measure(model, plan.spec.num_heads)
-    if _verdicts[key][0]:
-        raise ModelError(f"{plan.spec.family} cannot be split into stages: {_verdicts[key][0]} Use tp and pp=1.")
+    return _verdicts[key][0]
 
 
 def refuse_undecodable(model: nn.Module, plan: Plan) -> None:

@@ -63,6 +63,40 @@ def cut_stages(model: nn.Module, plan: Plan, pp_rank: int) -> None:
     model.partita_stages = Stages(mine, plan.spec.layers, here, copies, run)
 
 
+def prepare_parts(model: nn.Module, plan: Plan) -> None:
+    """Let a model of one stage run in parts (see `parts_of`). Every rank must call it.
+
+    Raises:
+        ModelError: The model has no list of layers that can be partitioned.
+    """
+    if plan.num_stages > 1 or isinstance(getattr(model, "partita_stages", None), Stages):
+        return
+    if not isinstance(get_module(model, plan.spec.layers), list):
+        raise ModelError(f"{plan.spec.layers} is not a list of layers.")
+    before, _ = _uses_around_layers(model, plan)
+    model.partita_stages = Stages({0: plan.stage_at(0)}, plan.spec.layers, before, {})
+
+
+def parts_of(stage: Stage, layers: int) -> list[Stage]:
+    """The parts of a stage with `layers` of its layers each, which run one after the other; 0 for a single part."""
+    if not layers or not stage.layers:
+        return [stage]
+    starts = range(0, len(stage.layers), layers)
+    return [
+        Stage(
+            stage.layers[start : start + layers], stage.mtp_layers, stage.embedding and start == 0,
+            stage.loss and start == starts[-1],
+        )
+        for start in starts
+    ]  # fmt: skip
+
+
+def used_throughout(model: nn.Module, plan: Plan) -> set[str]:
+    """Names of arrays outside of the layers whose time of use is unknown: their modules have submodules."""
+    paths = [path for path in _outside(plan) if _holds_others(model, path)]
+    return {tensor.name for path in paths for tensor in plan.spec.module_tensors(path)}
+
+
 def _outside(plan: Plan) -> list[str]:
     """Paths of modules with arrays outside of the layers."""
     return [path for path in plan.spec.modules if plan.spec.layer_of(path) is None]

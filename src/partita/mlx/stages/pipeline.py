@@ -8,6 +8,11 @@ backward needs the forward with it:
     BW    of any other stage recomputes its forward, with the gradients, once those of its message have arrived
     B, W  B does what BW does, W nothing: MLX gives both gradients at once
 
+With activation checkpointing a stage is run in parts of some layers each. F computes the messages between them and keeps no
+graph; the backward recomputes and differentiates one part at a time, from the last to the first, so that only one part's
+activations are in memory. Every rank does so in the same order, collectives included. `mx.checkpoint` would keep all arrays of
+a layer over tp, because the collectives evaluate them while MLX traces the forward.
+
 All arrays are evaluated when they are created, so that no graph outlives its action.
 """
 
@@ -25,7 +30,7 @@ from partita.errors import ModelError
 from partita.mlx.layers.dropout import dropout_seeded
 from partita.mlx.model.parts import parameter_homes, plan_of
 from partita.mlx.model.trainable import Trainable
-from partita.mlx.stages.cut import stages_of
+from partita.mlx.stages.cut import parts_of, prepare_parts, stages_of, used_throughout
 from partita.mlx.stages.layers import Message
 from partita.mlx.stages.links import Links
 from partita.mlx.stages.run import run_stage
@@ -48,14 +53,23 @@ class Pipeline:
         losses: Results of `finish` for each micro-batch of the last run, on the stage with the loss.
     """
 
-    def __init__(self, model: nn.Module, schedule: Schedule) -> None:
+    def __init__(self, model: nn.Module, schedule: Schedule, *, part_layers: int = 0) -> None:
         """Create a pipeline of `model`, a result of `load` or `shard`, that runs `schedule`, lowered or not.
+
+        Args:
+            model: The model.
+            schedule: The schedule.
+            part_layers: Layers that are recomputed at once in backward; 0 for all layers of a stage. Every rank must give the
+                same.
 
         Raises:
             PlanError: The stages of the schedule differ from those of the model's plan.
+            ModelError: The model's layers cannot be recomputed apart from each other.
         """
         plan, groups = plan_of(model)
         check_schedule(schedule, plan)
+        if part_layers:
+            prepare_parts(model, plan)
         self.model, self.plan, self.groups = model, plan, groups
         self.schedule = schedule if schedule.is_lowered else lower(schedule)
         self.actions = self.schedule.ranks[groups.pp.rank]
@@ -65,21 +79,28 @@ class Pipeline:
         self._links = Links(groups.pp)
         self._homes = self.schedule.rank_of
         mine = {plan.stage_index(groups.pp.rank, vpp): plan.stage(groups.pp.rank, vpp) for vpp in range(plan.vpp)}
-        self._trainable = {index: Trainable(model, self._of_stage(stage)) for index, stage in mine.items()}
+        self._parts = {index: parts_of(stage, part_layers) for index, stage in mine.items()}
+        self._trainable = {
+            (index, number): Trainable(model, self._of_part(part, is_whole=len(parts) == 1))
+            for index, parts in self._parts.items()
+            for number, part in enumerate(parts)
+        }
         # Losses are computed in float32, or in float64 for a float64 model.
         wide = any(home[name].dtype == mx.float64 for home, name in parameter_homes(model).values())
         self._one = mx.array(1.0, mx.float64 if wide else mx.float32)
 
-    def _of_stage(self, stage: Stage) -> Callable[[str], bool]:
-        """Whether a stage uses the array of a name."""
+    def _of_part(self, part: Stage, *, is_whole: bool) -> Callable[[str], bool]:
+        """Whether a stage, or a part of one, uses the array of a name."""
         everywhere: set[str] = set()
-        if self.plan.num_stages > 1:
+        if not is_whole:
+            everywhere = used_throughout(self.model, self.plan)
+        elif self.plan.num_stages > 1:
             copies = stages_of(self.model).copies
             everywhere = {name for name, holders in copies.items() if len(holders) == self.plan.mesh.pp}
 
         def is_used(name: str) -> bool:
             layer = self.plan.spec.layer_of(name)
-            return layer in stage.layers if layer is not None else stage.embedding or stage.loss or name in everywhere
+            return layer in part.layers if layer is not None else part.embedding or part.loss or name in everywhere
 
         return is_used
 
@@ -103,7 +124,7 @@ class Pipeline:
         self._inputs, self._finish, self._key, self._seed = inputs, finish, key, seed
         self._messages: dict[tuple[int, int], Message | None] = {}
         self._back: dict[tuple[int, int], list[mx.array]] = {}
-        self._received: dict[tuple[int, int], Message | None] = {}
+        self._received: dict[tuple[int, int], list[Message | None]] = {}
         self._arrived: dict[Action, Any] = {}
         self._spans: list[tuple[float, float]] = []
         self.gradients, self.losses = {}, []
@@ -128,12 +149,16 @@ class Pipeline:
         )
 
     def _F(self, stage: int, microbatch: int) -> None:
-        received = self._given(stage, microbatch)
+        received = [self._given(stage, microbatch)]
+        for number in range(len(self._parts[stage]) - 1 if self.trains else 0):
+            message = self._made(stage, number, microbatch, received[-1])
+            mx.eval(message.arrays)
+            received.append(message)
+        made: Any = None
         if stage == self.plan.loss_stage and self.trains:
-            self._back[stage, microbatch] = self._differentiate(stage, microbatch, received, None)
-            made, received = None, None
+            self._back[stage, microbatch] = self._backward(stage, microbatch, received, None)
         else:
-            made = self._made(stage, microbatch, received)
+            made = self._made(stage, len(received) - 1 if self.trains else None, microbatch, received[-1])
             if stage == self.plan.loss_stage:
                 self.losses.append(self._finish(made, microbatch))
                 mx.eval(self.losses[-1])
@@ -145,13 +170,15 @@ class Pipeline:
         if self.trains:
             self._received[stage, microbatch] = received
 
-    def _made(self, stage: int, microbatch: int, received: Message | None) -> Any:
-        """The output of a stage for a micro-batch, with the same random numbers each time."""
+    def _made(self, stage: int, number: int | None, microbatch: int, received: Message | None) -> Any:
+        """The output of a part of a stage for a micro-batch, with the same random numbers each time; None is all of it."""
         seed = self._seed(microbatch) if self._seed is not None else None
         if seed is not None:
-            mx.random.seed(mixed_seed(seed, stage))
+            mx.random.seed(mixed_seed(seed, stage, number or 0))
+        parts = self._parts[stage]
+        part = None if number is None or len(parts) == 1 else parts[number]
         with dropout_seeded(seed):
-            return run_stage(self.model, self.plan, stage, received, self._inputs(microbatch))
+            return run_stage(self.model, self.plan, stage, received, self._inputs(microbatch), part=part)
 
     def _given(self, stage: int, microbatch: int) -> Message | None:
         if stage == 0:
@@ -160,15 +187,28 @@ class Pipeline:
             return self._messages.pop((stage - 1, microbatch))
         return self._arrived.pop(Action(stage, Kind.RECV_F, microbatch))
 
-    def _differentiate(
-        self, stage: int, microbatch: int, received: Message | None, cotangents: list[mx.array] | None
+    def _backward(
+        self, stage: int, microbatch: int, received: list[Message | None], cotangents: list[mx.array] | None
     ) -> list[mx.array]:
-        """Accumulate a stage's parameter gradients, and return those of its inputs. Cotangents are None for the loss."""
-        trainable = self._trainable[stage]
+        """Differentiate the parts of a stage, the last first; each entry of `received` is released when it was used."""
+        while received:
+            number = len(received) - 1
+            cotangents = self._differentiate(stage, number, microbatch, received.pop(), cotangents)
+        assert cotangents is not None
+        return cotangents
+
+    def _differentiate(
+        self, stage: int, number: int, microbatch: int, received: Message | None, cotangents: list[mx.array] | None
+    ) -> list[mx.array]:
+        """Accumulate the parameter gradients of a part of a stage, and return those of its inputs.
+
+        Cotangents are None for the loss.
+        """
+        trainable = self._trainable[stage, number]
 
         def made_of(arrays: list[mx.array]) -> list[mx.array]:
             message = None if received is None else Message(tuple(arrays), received.places)
-            made = self._made(stage, microbatch, message)
+            made = self._made(stage, number, microbatch, message)
             if cotangents is None:
                 return [self._finish(made, microbatch)]
             return list(made.arrays) if made is not None else []
@@ -214,7 +254,7 @@ class Pipeline:
             else:
                 cotangents = self._arrived.pop(Action(stage, Kind.RECV_B, microbatch))
         if stage < self.plan.loss_stage:
-            self._back[stage, microbatch] = self._differentiate(stage, microbatch, received, cotangents)
+            self._back[stage, microbatch] = self._backward(stage, microbatch, received, cotangents)
         elif stage > self.plan.loss_stage:
             self._back[stage, microbatch] = []
         if stage == 0:

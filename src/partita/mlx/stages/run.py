@@ -38,6 +38,7 @@ def run_stage(
     options: Mapping[str, Any] = MappingProxyType({}),
     *,
     output: bool = True,
+    part: Stage | None = None,
 ) -> Any:
     """Run stage `index` of the pipeline, one of this rank's stages. Nothing is evaluated.
 
@@ -50,15 +51,17 @@ def run_stage(
         cache: The unsplit model's cache, as mlx-lm creates it; token counts of other stages' layers are advanced.
         options: Other arguments of the unsplit model.
         output: Whether the stage with the loss computes the model's output, instead of passing on its last layer's output.
+        part: The part of the stage to run (see `cut.parts_of`), of which `received` is the message of the previous part;
+            by default all of it.
 
     Returns:
         A `Message` for the next stage, or the model's own output on the stage with the loss.
     """
     given = dict(options) if cache is None else {**options, "cache": cache}
-    if plan.num_stages == 1:
+    if plan.num_stages == 1 and part is None:
         return call_unsplit(model, inputs, **given)
     stages = stages_of(model)
-    stage, run = stages.by_index[index], stages.run
+    stage, run = part or stages.by_index[index], stages.run
     received = None if stage.embedding else received
     if not (stage.layers or stage.embedding or (stage.loss and output)):
         if isinstance(cache, list):
