@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +62,47 @@ def _all(ranges: list[Range]) -> list[int]:
 def _rounded(ranges: list[Range], unit: int, size: int) -> int:
     """Elements of the units that `ranges` touch."""
     return min(size, unit * len({number // unit for number in _all(ranges)}))
+
+
+def _large(name: str, outputs: int, inputs: int) -> dict[str, torch.Tensor]:
+    """A large weight: a small one repeated, as its values do not matter."""
+    small, _ = FORMS[name].make(64, 128)
+    rows, columns = outputs // 64, inputs // 128
+    if name == "nf4-nested":
+        state = json.loads(bytes(small["weight.quant_state.bitsandbytes__nf4"].tolist()))
+        state["shape"] = [outputs, inputs]
+        text = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+        flat = {"weight", "weight.absmax"}
+        made = {n: t.repeat(rows * columns, *[1] * (t.dim() - 1)) if n in flat else t for n, t in small.items()}
+        nested = small["weight.nested_absmax"][:1].repeat(outputs * inputs // 64 // 256)
+        return made | {"weight.nested_absmax": nested, "weight.quant_state.bitsandbytes__nf4": text}
+    turned = name.startswith(("gptq", "awq"))
+    made = {n: t.repeat((columns, rows) if turned else (rows, columns)) for n, t in small.items() if t.dim() == 2}
+    if "weight_shape" in small:
+        made["weight_shape"] = torch.tensor([outputs, inputs])
+    if "g_idx" in small:
+        made["g_idx"] = torch.arange(inputs, dtype=torch.int32) // 32
+    return made
+
+
+@pytest.mark.parametrize("name", ["gptq-3", "gptq-4", "awq", "packed-3", "packed-4", "nf4-nested", "mlx-4"])
+def test_memory_while_reading(name: str, tmp_path: Path) -> None:
+    outputs, inputs = 4096, 16384
+    tensors = _large(name, outputs, inputs)
+    save_file(
+        {f"layer.{suffix}": part.contiguous() for suffix, part in tensors.items()}, tmp_path / "model.safetensors"
+    )
+    checkpoint = open_checkpoint(tmp_path)
+    [weight] = quantized_weights(checkpoint, {FORMS[name].key: FORMS[name].config}).values()
+    on_disk = sum(checkpoint.tensors[n].nbytes for n in weight.tensors)
+    for rows, columns in (([(0, 2050)], [(0, inputs)]), ([(0, outputs)], [(5, 8190)])):
+        with Reader(checkpoint) as reader:
+            tracemalloc.start()
+            part = weight.read(reader, rows, columns)
+            _, peak = tracemalloc.get_traced_memory()
+            tracemalloc.stop()
+        assert part.nbytes <= 1.15 * on_disk / 2
+        assert peak <= 1.15 * on_disk / 2 + (64 << 20)
 
 
 @pytest.mark.parametrize("inputs", [104, 90, 33])

@@ -390,6 +390,9 @@ def write(folder: Path, form: Form, config: Mapping[str, Any] = LLAMA) -> None:
     tensors: Tensors = {}
     values: Tensors = {}
     for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight" and config["tie_word_embeddings"]:
+            values[name] = values["model.embed_tokens.weight"]
+            continue
         path, _, attribute = name.rpartition(".")
         linear = ".layers." in f".{name}" and "norm" not in path
         if attribute == "weight" and tensor.dim() == 2 and (linear or embeddings):

@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from partita.errors import ModelError
 from partita.torch.load import load
 from partita.torch.model.float64 import Float64Everywhere
 from partita.torch.quantized.tensor import QuantizedTensor
@@ -78,3 +80,35 @@ def test_experts(name: str, config: Mapping[str, Any], tmp_path: Path) -> None:
 def test_gpt_oss(tmp_path: Path) -> None:
     write_gpt_oss(tmp_path)
     _compare(tmp_path, GPT_OSS)
+
+
+def test_tied_embeddings_of_mlx(tmp_path: Path) -> None:
+    """The head of a tied model is the quantized embedding."""
+    tied = {**LLAMA, "tie_word_embeddings": True}
+    write(tmp_path, FORMS["mlx-4"], tied)
+    _compare(tmp_path, tied)
+
+
+def test_zeros_where_a_layer_has_no_bias(tmp_path: Path) -> None:
+    """auto-gptq writes a bias of zeros for every layer; one that is not zero belongs to another model."""
+    write(tmp_path, FORMS["gptq-4"])
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.bias"
+    save_file({**tensors, name: torch.zeros(928)}, tmp_path / "model.safetensors")
+    load(tmp_path)
+    save_file({**tensors, name: torch.ones(928)}, tmp_path / "model.safetensors")
+    with pytest.raises(ModelError, match=r"up_proj.bias belongs to .*, but the model has no bias there"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["nf4", "int-channel", "gptq-4"])
+def test_the_dtype_is_that_of_the_plain_weights(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Scales have dtypes of their own, often wider, and do not count."""
+    write(tmp_path, FORMS[name])
+    plain = ("norm.weight", "embed_tokens.weight", "lm_head.weight")
+    tensors = load_file(tmp_path / "model.safetensors").items()
+    save_file({n: t.bfloat16() if n.endswith(plain) else t for n, t in tensors}, tmp_path / "model.safetensors")
+    model = load(tmp_path)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    noted = any("input_activations" in record.getMessage() for record in caplog.records)
+    assert noted == (name == "int-channel")

@@ -21,7 +21,6 @@ from partita.quantized.array import Encoding, QuantizedArray, Raw, indexes
 from partita.quantized.bits import pack_bits, packed_bytes
 from partita.quantized.packed import read_small, runs
 from partita.quantized.weight import (
-    CHUNK_BYTES,
     Grid,
     Infos,
     QuantizedWeight,
@@ -37,6 +36,8 @@ if TYPE_CHECKING:
 
 _STATE = ".quant_state.bitsandbytes__"
 _KINDS = ("nf4", "fp4")
+_CHUNK_ELEMENTS = 1 << 21
+"""Elements that are converted at once."""
 
 
 def bitsandbytes_weights(infos: Infos, config: Mapping[str, Any]) -> list[QuantizedWeight]:
@@ -161,18 +162,20 @@ class FlatBlocks:
         # Columns that share the scale in every row, also where a block crosses rows.
         unit = math.gcd(self.size[1], self.block)
         groups = cover(columns, unit, self.size[1])
-        row_of = indexes(rows)
-        starts = row_of[:, None] * self.size[1] + indexes(groups)[None] * unit
+        starts = indexes(groups) * unit
         counts = [sum(stop - start for start, stop in held) for held in (rows, columns)]
         codes = np.empty((counts[0], packed_bytes(counts[1], 4)), np.uint8)
+        scales = np.empty((counts[0], len(starts)), np.float32)
         done = 0
-        for piece in in_steps(rows, max(1, CHUNK_BYTES // max(1, counts[1]))):
-            found = self._codes(reader, indexes(piece), columns)
-            codes[done : done + len(found)] = found
-            done += len(found)
+        for piece in in_steps(rows, max(1, _CHUNK_ELEMENTS // max(1, counts[1]))):
+            index = indexes(piece)
+            here = slice(done, done + len(index))
+            codes[here] = self._codes(reader, index, columns)
+            scales[here] = self._scales(reader, (index[:, None] * self.size[1] + starts) // self.block)
+            done += len(index)
         return QuantizedArray(
             Encoding("table", 4, table=self.table), (counts[0], counts[1]), codes,
-            Raw(self._scales(reader, starts // self.block), "F32"), row_of=np.arange(counts[0], dtype=np.int32),
+            Raw(scales, "F32"), row_of=np.arange(counts[0], dtype=np.int32),
             column_of=unit_of(columns, unit, groups),
         )  # fmt: skip
 

@@ -90,7 +90,8 @@ def _weights_of(path: str, groups: _Groups) -> Mapping[str, Any]:
     """The quantization of the module `path`: its own name goes before a pattern, that before its class."""
     exact = [group for group in groups if path in group[0]]
     matched = [g for g in groups if any(t.startswith("re:") and _matches(t[3:], path) for t in g[0])]
-    by_class = [g for g in groups if any(":" not in t and "." not in t for t in g[0])]
+    kind = "Embedding" if re.search(r"(^|\.)(embed\w*|wte)$", path) else "Linear"
+    by_class = [group for group in groups if kind in group[0]]
     chosen = (exact or matched or by_class or groups)[:1]
     if not chosen:
         raise ModelError(

@@ -15,10 +15,13 @@ from partita.checkpoint.header import TensorInfo
 from partita.checkpoint.read import Range, Reader
 from partita.quantized.array import Encoding, QuantizedArray, Raw, indexes, numbers
 from partita.quantized.bits import pack_bits, packed_bytes, unpack_bits
-from partita.quantized.weight import CHUNK_BYTES, cover, in_steps, read_raw, unit_of
+from partita.quantized.weight import cover, in_steps, read_raw, unit_of
 
 if TYPE_CHECKING:
     import numpy as np
+
+_CHUNK_ELEMENTS = 1 << 21
+"""Elements that are unpacked at once."""
 
 
 @dataclass(frozen=True)
@@ -89,14 +92,13 @@ class Packed:
         made = np.empty((counts[0], packed_bytes(counts[1], self.bits)), np.uint8)
         if self.turned:
             done = 0
-            step = max(32, CHUNK_BYTES // max(1, made.shape[0]) // 32 * 32)
-            for piece in in_steps(columns, step):
+            for piece in in_steps(columns, max(32, _CHUNK_ELEMENTS // max(1, counts[0]) // 32 * 32)):
                 found = self._codes(reader, rows, piece, expert)
                 made[:, done : done + found.shape[1]] = found
                 done += found.shape[1]
         else:
             done = 0
-            for piece in in_steps(rows, max(32, CHUNK_BYTES // max(1, made.shape[1]) // 32 * 32)):
+            for piece in in_steps(rows, max(32, _CHUNK_ELEMENTS // max(1, counts[1]) // 32 * 32)):
                 found = self._codes(reader, piece, columns, expert)
                 made[done : done + found.shape[0]] = found
                 done += found.shape[0]
