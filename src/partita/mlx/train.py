@@ -6,6 +6,8 @@ import os
 import socket
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -23,9 +25,11 @@ from partita.mlx.collectives.groups import ParallelGroups
 from partita.mlx.layers.loss import vocab_parallel_cross_entropy
 from partita.mlx.model.head import local_logits
 from partita.mlx.model.modes import mode_set, random_state_kept
+from partita.mlx.model.packing import positions_by_token
 from partita.mlx.model.parts import main_output, parameter_homes, plan_of
 from partita.mlx.model.sliding_window import refuse_beyond_window
 from partita.mlx.model.trainable import Trainable
+from partita.mlx.proof.packing import packed_cache, prove_packing
 from partita.mlx.proof.stages import prove_parts
 from partita.mlx.stages.copies import sum_copies
 from partita.mlx.stages.pipeline import Pipeline
@@ -67,7 +71,8 @@ def train(
     """Train a split causal language model in place; every rank calls it with the same data and settings.
 
     The loss is the mean over all labels of the complete batch, whatever micro-batch or replica they are in. Rows of unequal
-    length are padded behind, where causal models need no mask; rows with padding in front, and packed rows, are refused.
+    length are padded behind, where causal models need no mask; rows with padding in front are refused. Packed rows
+    (`settings.packing`) have masks and positions of their documents, which a small model of the family proves before use.
 
     Frozen arrays (`model.freeze()`, quantized weights) stay unchanged; so only LoRA on the split model, by `add_lora` or
     mlx-lm, is trained. The dropout of `add_lora` depends on `settings.seed`, the step, the micro-batch and the layer, so every
@@ -122,6 +127,8 @@ def train(
         _refuse_float16(model)
         if settings.checkpointing:
             prove_parts(model, plan)
+        if settings.packing:
+            prove_packing(model, plan, settings.sequence_length)
         data, evaluated, settings = training_data(tokens, eval_data, Run(settings, plan.spec, groups, tokenizer))
     trainable = Trainable(model)
     if not any(groups.pp.all_gather_object(bool(trainable.names))):
@@ -160,7 +167,8 @@ def train(
         lambda: local.fault(), meter, actions_traced,
         partial(evaluate_loss, model, evaluated, settings) if evaluated is not None else None,
     )  # fmt: skip
-    with mode_set(model, training=True), random_state_kept():
+    by_token = positions_by_token(model) if settings.packing else nullcontext()
+    with mode_set(model, training=True), random_state_kept(), by_token:
         return run_steps(run, settings, hooks, saver, Watch(groups, follow, on_step, on_timeline))
 
 
@@ -205,7 +213,6 @@ def _check(settings: TrainSettings, plan: Plan) -> None:
     for name, instead in (
         ("autocast", "load the model in that dtype"),
         ("zero", "every replica keeps the full optimizer state"),
-        ("packing", "mlx-lm's models have neither positions nor masks of several documents in a row; leave it out"),
     ):
         if getattr(settings, name):
             raise PlanError(f"the MLX engine does not support {name}={getattr(settings, name)!r}: {instead}.")
@@ -252,7 +259,7 @@ def backward_of(
 
     Raises:
         ModelError: No id of the batch is trained on.
-        PlanError: A row has padding in front of ids, or positions.
+        PlanError: A row has padding in front of ids.
     """
     model, plan, groups = pipeline.model, pipeline.plan, pipeline.groups
     parts, count, tokens = _batch(groups, rows)
@@ -261,11 +268,12 @@ def backward_of(
     with local_logits(model, plan) as split:
         origin_s = _start_together(groups) if on_timeline is not None else 0.0
         pipeline.run(
-            lambda microbatch: parts[microbatch][0],
+            lambda microbatch: parts[microbatch].ids,
             lambda output, microbatch: (
-                _summed_loss(main_output(output), parts[microbatch][1], split, groups.tp) / count
+                _summed_loss(main_output(output), parts[microbatch].targets, split, groups.tp) / count
             ),
-            key=lambda microbatch: tuple(parts[microbatch][0].shape),
+            key=lambda microbatch: tuple(parts[microbatch].ids.shape),
+            cache=lambda microbatch: parts[microbatch].cache(model),
             seed=lambda microbatch: step_seed(settings.seed, step, groups.dp.rank * settings.microbatches + microbatch),
         )
     if on_timeline is not None:
@@ -278,16 +286,34 @@ def backward_of(
     return _summed(pipeline), tokens, gradients
 
 
-def _batch(groups: ParallelGroups, rows: Sequence[Rows]) -> tuple[list[tuple[mx.array, mx.array]], int, int]:
-    """Inputs and targets of this replica's micro-batches; and the number of labels and of input tokens of the full batch."""
+@dataclass(frozen=True)
+class _Microbatch:
+    """The rows of a micro-batch: ids, targets and, for packed rows, positions, each int `[n, length]`."""
+
+    ids: mx.array
+    targets: mx.array
+    positions: mx.array | None
+
+    def cache(self, model: nn.Module) -> list[Any] | None:
+        """What tells the documents of packed rows apart."""
+        return None if self.positions is None else packed_cache(model, self.positions)
+
+
+def _batch(groups: ParallelGroups, rows: Sequence[Rows]) -> tuple[list[_Microbatch], int, int]:
+    """This replica's micro-batches, and the number of labels and of input tokens of the full batch."""
     for one in rows:
-        if one.positions is not None or (one.mask is not None and (np.diff(one.mask.astype(np.int8)) > 0).any()):
+        if one.mask is not None and (np.diff(one.mask.astype(np.int8)) > 0).any():
             raise PlanError(
-                "mlx-lm's models take no positions and no mask, so padding must be behind the ids of a row, and a "
-                "row holds one "
-                "document. Pad on the right (padding_side='right'), and leave position_ids out."
+                "mlx-lm's models take no mask of padding, so padding must be behind the ids of a row. Pad on the right "
+                "(padding_side='right')."
             )
-    parts = [(mx.array(one.ids[:, :-1]), mx.array(one.labels[:, 1:])) for one in rows]
+    parts = [
+        _Microbatch(
+            mx.array(one.ids[:, :-1]), mx.array(one.labels[:, 1:]),
+            mx.array(one.positions[:, :-1].astype(np.int32)) if one.positions is not None else None,
+        )
+        for one in rows
+    ]  # fmt: skip
     counts = [[sum(one.targets for one in rows), sum(one.tokens for one in rows)]]
     if groups.dp.size > 1:
         counts = groups.dp.all_gather_object(counts[0])
@@ -319,15 +345,16 @@ def evaluate_loss(model: nn.Module, data: Samples | Batches, settings: TrainSett
         return mean_loss(data.in_order(settings, groups.dp.size, groups.dp.rank), summed)
 
 
-def _forward(pipeline: Pipeline, parts: Sequence[tuple[mx.array, mx.array]]) -> float:
+def _forward(pipeline: Pipeline, parts: Sequence[_Microbatch]) -> float:
     """The cross-entropy of a full batch, summed over its labels."""
     with local_logits(pipeline.model, pipeline.plan) as split:
         pipeline.run(
-            lambda microbatch: parts[microbatch][0],
+            lambda microbatch: parts[microbatch].ids,
             lambda output, microbatch: _summed_loss(
-                main_output(output), parts[microbatch][1], split, pipeline.groups.tp
+                main_output(output), parts[microbatch].targets, split, pipeline.groups.tp
             ),
-            key=lambda microbatch: tuple(parts[microbatch][0].shape),
+            key=lambda microbatch: tuple(parts[microbatch].ids.shape),
+            cache=lambda microbatch: parts[microbatch].cache(pipeline.model),
         )
     return _summed(pipeline)
 

@@ -40,7 +40,7 @@ class DataOptions:
         bool,
         typer.Option(
             "--packing",
-            help="Put several documents in a row, each with its own attention and positions (torch).",
+            help="Put several documents in a row, each with its own attention and positions.",
             rich_help_panel=PANEL,
         ),
     ] = False

@@ -57,6 +57,10 @@ class RotaryEmbedding(nn.Module):
             return self._rotated(x, offset, self._long, self._long_scale)
         return self._rotated(x, offset, *self._at(length))
 
+    def short(self, x: mx.array, offset: mx.array) -> mx.array:
+        """Rotate `x` `[batch, heads, 1, head_dim]` at the positions `[batch]` of a text within the form's limit."""
+        return self._rotated(x, offset, self._short, self._short_scale)
+
     def _at(self, length: int) -> tuple[mx.array, float]:
         """The periods by which MLX divides positions, `[dims / 2]`, and the scale in a text of `length` positions."""
         periods = [1 / frequency for frequency in self.form.inverse_frequencies(length)]

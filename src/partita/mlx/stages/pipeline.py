@@ -111,6 +111,7 @@ class Pipeline:
         *,
         key: Callable[[int], Any] = lambda microbatch: None,
         seed: Callable[[int], int] | None = None,
+        cache: Callable[[int], Any] = lambda microbatch: None,
     ) -> None:
         """Execute every action of this rank once; every rank of the pipeline must call it.
 
@@ -120,8 +121,9 @@ class Pipeline:
             key: What determines the shapes of a micro-batch; the same on every rank.
             seed: Maps a micro-batch to the seed of its random numbers, the same when a stage recomputes it in backward
                 (default: no seeding). Each stage seeds MLX's state differently.
+            cache: The cache that the model is called with; it must not change (see `model.packing`).
         """
-        self._inputs, self._finish, self._key, self._seed = inputs, finish, key, seed
+        self._inputs, self._finish, self._key, self._seed, self._cache = inputs, finish, key, seed, cache
         self._messages: dict[tuple[int, int], Message | None] = {}
         self._back: dict[tuple[int, int], list[mx.array]] = {}
         self._received: dict[tuple[int, int], list[Message | None]] = {}
@@ -178,7 +180,9 @@ class Pipeline:
         parts = self._parts[stage]
         part = None if number is None or len(parts) == 1 else parts[number]
         with dropout_seeded(seed):
-            return run_stage(self.model, self.plan, stage, received, self._inputs(microbatch), part=part)
+            return run_stage(
+                self.model, self.plan, stage, received, self._inputs(microbatch), self._cache(microbatch), part=part
+            )
 
     def _given(self, stage: int, microbatch: int) -> Message | None:
         if stage == 0:
