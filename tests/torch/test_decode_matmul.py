@@ -84,7 +84,7 @@ def _save_unsplit(name: str, folder: str) -> None:
 
 
 ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 8e-3}
-"""Largest error relative to the largest magnitude: sums of 1,024 terms in float32; in bfloat16 a product and a bias round."""
+"""Largest error relative to the largest magnitude: 1,024 terms in float32; in bfloat16 a product and a bias are rounded."""
 
 
 @contextmanager

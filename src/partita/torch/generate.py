@@ -26,6 +26,7 @@ from partita.schedule.fit import forward_only
 from partita.torch.collectives.comm import Work
 from partita.torch.layers.decode_matmul import decoding
 from partita.torch.model.balance import SWITCH, asks_for_balance
+from partita.torch.model.cache_buffers import reserve
 from partita.torch.model.head import local_logits, most_likely
 from partita.torch.model.modes import mode_set
 from partita.torch.model.parts import plan_of
@@ -323,7 +324,10 @@ class _Run:
             work.wait()
 
     def _keep_cache(self, stage: int, place: int, cache: Any) -> None:
-        self.groups[place].caches[stage] = cache
+        caches = self.groups[place].caches
+        if stage not in caches:
+            reserve(cache)
+        caches[stage] = cache
 
     def _pick(self, output: Any, place: int) -> None:
         """Choose the next token of each sequence of a group, and send it to the other stages."""

@@ -138,6 +138,17 @@ def holds_nothing(entry: Any) -> bool:
     return isinstance(entry, _cache_layer("DummyLayer"))
 
 
+def appends_tokens(entry: Any) -> bool:
+    """Whether a filled cache entry concatenates the keys and values `[batch, heads, tokens, width]`, in a window or without."""
+    plain = (*_cache_layer("DynamicLayer"), *_cache_layer("DynamicSlidingWindowLayer"))
+    return type(entry) in plain and isinstance(entry.keys, Tensor) and entry.keys.dim() == entry.values.dim() == 4
+
+
+def window_of(entry: Any) -> int | None:
+    """The sliding window of a cache entry, in tokens; it keeps one less. None if it keeps all."""
+    return getattr(entry, "sliding_window", None)
+
+
 def mark_previous_state(entry: Any) -> None:
     """Mark a state entry as having processed tokens."""
     flags = entry.has_previous_state
