@@ -94,6 +94,8 @@ class MpiCommunicator(Communicator):
             torch.float64: mpi.DOUBLE, torch.float32: mpi.FLOAT, torch.int64: mpi.INT64_T, torch.int32: mpi.INT32_T,
             torch.int16: mpi.INT16_T, torch.int8: mpi.INT8_T, torch.uint8: mpi.UINT8_T,
         }  # fmt: skip
+        # Sums of the other two are computed in float32.
+        self._sum_types = {**self._types, torch.bfloat16: mpi.FLOAT, torch.float16: mpi.FLOAT}
         self._ops: dict[Any, Any] = {
             dist.ReduceOp.SUM: mpi.SUM, dist.ReduceOp.AVG: mpi.SUM, dist.ReduceOp.MAX: mpi.MAX, dist.ReduceOp.MIN: mpi.MIN,
             dist.ReduceOp.PRODUCT: mpi.PROD,
@@ -120,18 +122,21 @@ class MpiCommunicator(Communicator):
     @operators.traced_as(operators.all_reduce_)
     def all_reduce_(self, tensor: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
         """See `Communicator.all_reduce_`."""
-        kind = self._types.get(tensor.dtype)
+        kind = self._sum_types.get(tensor.dtype)
         if kind is not None and op is _SUM and tensor.is_cpu and self.size > 1 and tensor.is_contiguous():
             # The fast path of layers. Every step of a small message costs: the context manager alone takes a quarter of its
             # time.
-            count = tensor.numel()
+            total = tensor if tensor.dtype in self._types else tensor.detach().float()
+            count = total.numel()
             ME.begin("an all-reduce")
-            memory = self._memory(tensor.data_ptr(), count * tensor.itemsize)
+            memory = self._memory(total.data_ptr(), count * total.itemsize)
             try:
                 self._arrived()
                 self._all_reduce(self._in_place, (memory, count, kind), self._sum)
             finally:
                 ME.end()
+            if total is not tensor:
+                return self._written(tensor, total)
             torch.autograd.graph.increment_version(tensor)
             return tensor
         if not self._goes(tensor):
