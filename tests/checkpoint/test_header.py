@@ -64,7 +64,7 @@ MALFORMED = {
     "zip": (b"PK\x03\x04\x14\x00\x00\x00" + bytes(99), "looks like a zip archive, as torch.save writes: pickled"),
     "pickle 2": (pickle.dumps({"w": [1.5] * 9}, 2), "looks like a pickle: pickled weights can run code"),
     "pickle 4": (pickle.dumps({"w": [1.5] * 9}, 4), "looks like a pickle"),
-    "pickle 5": (pickle.dumps({"w": [1.5] * 9}, 5), "never read; convert them to safetensors"),
+    "pickle 5": (pickle.dumps({"w": [1.5] * 9}, 5), "not read; `partita convert` makes safetensors"),
     "git-lfs pointer": (LFS_POINTER, "looks like a git-lfs pointer, not the weights: run `git lfs pull`"),
     "gguf": (b"GGUF\x03\x00\x00\x00" + bytes(99), "looks like a GGUF file"),
     "html": (b"<!DOCTYPE html><html></html>", "looks like a web page"),

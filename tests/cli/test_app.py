@@ -14,7 +14,7 @@ from partita.errors import DivergedError
 from tests.cli.conftest import Run
 from tests.support.ranks import ROOT
 
-COMMANDS = ("layout", "plan", "schedule", "generate", "train", "verify", "demo")
+COMMANDS = ("layout", "plan", "schedule", "generate", "train", "verify", "convert", "demo")
 
 
 def test_version(partita: Run) -> None:

@@ -37,7 +37,9 @@ DTYPE_BITS: Mapping[str, int] = MappingProxyType(
 )
 """Every dtype of the format, and the bits of one element."""
 
-PICKLED = "pickled weights can run code, so they are never read; convert them to safetensors if you trust them"
+PICKLED = (
+    "pickled weights can run code, so they are not read; `partita convert` makes safetensors of them without running it"
+)
 
 _ENTRY_KEYS = {"dtype", "shape", "data_offsets"}
 _REFETCH = "the file is damaged or was written incorrectly: download it or write it again"
@@ -49,7 +51,7 @@ _MAGIC: tuple[tuple[bytes, str], ...] = (
     *((bytes([0x80, protocol]) + b"\x95", f"a pickle: {PICKLED}") for protocol in (4, 5)),
     *((bytes([0x80, protocol]), f"a pickle: {PICKLED}") for protocol in (2, 3)),
     (b"version https://git-lfs", "a git-lfs pointer, not the weights: run `git lfs pull` or download the file again"),
-    (b"GGUF", "a GGUF file: convert it to safetensors"),
+    (b"GGUF", "a GGUF file: end its name in .gguf"),
     (b"\x93NUMPY", "a numpy array: convert it to safetensors"),
     (b"\x89HDF", "an HDF5 file: convert it to safetensors"),
     (b"\x1f\x8b", "a gzip archive: unpack it"),

@@ -12,6 +12,7 @@ import typer
 from partita import __version__
 from partita.cli import launch
 from partita.cli.arguments.command import add_command
+from partita.cli.convert import ConvertOptions, convert
 from partita.cli.demo import DemoOptions, demo
 from partita.cli.generate import GenerateJob, GenerateOptions, generate
 from partita.cli.job import Job
@@ -140,6 +141,14 @@ add_command(
         "partita verify ./my-model --tp 2",
         "partita verify deepseek-ai/DeepSeek-V3 --tp 4",
         "partita verify config.json --tp 3 --dtype float32 --json",
+    ),
+)  # fmt: skip
+add_command(
+    app, convert, ConvertOptions, name="convert",
+    epilog=examples(
+        "partita convert model.Q4_K_M.gguf ./my-model --dtype bfloat16",
+        "partita convert model-00001-of-00003.gguf ./my-model",
+        "partita convert ./folder-with-pytorch_model.bin ./my-model",
     ),
 )  # fmt: skip
 add_command(

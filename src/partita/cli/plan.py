@@ -29,7 +29,7 @@ class PlanCommandOptions(PlanOptions):
         str | None,
         typer.Argument(
             metavar="MODEL",
-            help="Path of a Hugging Face folder or config file, or a hub id (owner/name).",
+            help="Path of a Hugging Face folder, a GGUF file or a config file, or a hub id (owner/name).",
             show_default=False,
         ),
     ] = None

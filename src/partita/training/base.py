@@ -68,15 +68,15 @@ class Base:
 
 
 def place_of(model: str | os.PathLike[str]) -> str:
-    """A reference to a model that is valid in any folder: a hub id unchanged, for a training run its newest checkpoint.
+    """A reference to a model that is valid in any folder: a hub id unchanged, for a training run its newest checkpoint, for a
+    GGUF model its file.
 
     Raises:
         PartitaError: The model does not exist.
     """
     if not Path(model).exists():
         return str(model)
-    # What a GGUF file stands for is in a cache, which may be removed.
-    return os.path.realpath(model if gguf_of(Path(model)) is not None else find_model(model))
+    return os.path.realpath(gguf_of(Path(model)) or find_model(model))
 
 
 def _digest(folder: Path) -> str:

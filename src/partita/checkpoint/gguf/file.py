@@ -66,16 +66,8 @@ class GgufFile:
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether a path is a file that is named or begins like a GGUF file."""
-    if not path.is_file():
-        return False
-    if path.suffix.lower() == SUFFIX:
-        return True
-    try:
-        with open(path, "rb") as file:
-            return file.read(4) == MAGIC
-    except OSError:
-        return False
+    """Whether a path is a file with the name of a GGUF file."""
+    return path.suffix.lower() == SUFFIX and path.is_file()
 
 
 def read_gguf(path: str | os.PathLike[str]) -> GgufFile:
@@ -138,7 +130,8 @@ class _Parser:
         num_tensors, num_entries = self._number("<Q"), self._number("<Q")
         # The shortest entries have 24 and 13 bytes.
         if num_tensors * 24 > self.file_bytes or num_entries * 13 > self.file_bytes:
-            raise self._error(8, f"{num_tensors} tensors and {num_entries} entries do not fit {self.file_bytes} bytes")
+            what = f"{num_tensors} tensors and {num_entries} entries"
+            raise self._error(8, f"{what} do not fit: the file ends at byte {self.file_bytes}")
         return num_tensors, num_entries
 
     def _entry(self) -> tuple[str, str, tuple[int, ...], int, int]:

@@ -21,7 +21,7 @@ ModelArgument = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="Path of a Hugging Face folder or config file, or a hub id (owner/name).",
+        help="Path of a Hugging Face folder, a GGUF file or a config file, or a hub id (owner/name).",
         show_default=False,
     ),
 ]
