@@ -15,10 +15,11 @@ import typer
 from partita.checkpoint.durable import failing_as
 from partita.cli import launch
 from partita.cli.arguments.model import make_plan
+from partita.cli.sample_model import sample_model
 from partita.cli.terminal.console import out, plural
 from partita.core.mesh import Mesh
 from partita.core.request import PlanRequest
-from partita.errors import CheckpointError
+from partita.errors import CheckpointError, ModelError
 from partita.ranks.backends import local_mlx_backend
 from partita.ranks.failure import Failure
 
@@ -38,6 +39,8 @@ CONFIG: dict[str, Any] = {
     "dtype": "float32",
 }
 """A small Llama whose tokens are bytes."""
+
+QUESTION = "What is the capital of France, and which river flows through it?"
 
 PROMPTS = ("def __init__(self, ", "        return ", "class ", "import ")
 NEW_TOKENS = 40
@@ -66,7 +69,8 @@ class DemoOptions:
 def demo(options: DemoOptions) -> None:
     """Train a small Llama over four ranks, save it, load it split and unsplit, and prove that both are equal.
 
-    The ranks are two pipeline stages of two tensor ranks each. It takes about two minutes on two cores and needs no network.
+    The ranks are two pipeline stages of two tensor ranks each. It takes about two minutes on two cores. Only the last
+    step needs a network, once: a real model answers questions.
     """
     for package in ("torch", "transformers"):
         if find_spec(package) is None:
@@ -79,6 +83,7 @@ def demo(options: DemoOptions) -> None:
     story.generate()
     story.verify()
     story.mlx()
+    story.gguf()
     story.end()
 
 
@@ -180,6 +185,31 @@ class _Story:
         written = json.loads(self._run(2, *command, "--engine", "mlx", "--tp", "2", backend=backend))["generations"]
         if not self._compare("MLX generated", [one["tokens"] for one in written], self.tokens):
             self._fail("The tokens differ.")
+
+    def gguf(self) -> None:
+        self._chapter(
+            "A real model: SmolLM2 135M in 4 bits, read from a GGUF file, answers over two ranks. Judge yourself"
+        )
+        try:
+            file = sample_model()
+        except ModelError as error:
+            _say(f"  Left out, since the model is not on this machine and cannot be fetched: {error}", "yellow")
+            return
+        command = (
+            "generate",
+            str(file),
+            QUESTION,
+            "--chat",
+            "--tp",
+            "2",
+            "--temperature",
+            "0",
+            "--max-new-tokens",
+            "48",
+        )
+        [written] = json.loads(self._run(2, *command, "--json"))["generations"]
+        _say(f"  Question: {written['prompt']}", "bold")
+        _say(f"  Answer:   {written['text'].strip()}", "italic")
 
     def _run(self, ranks: int, *arguments: str, silent: bool = False, backend: str | None = None) -> str:
         """Run a command on that many ranks. Returns its output if that is JSON, else prints it."""
