@@ -12,6 +12,7 @@ from partita.torch.load import load
 from partita.torch.model.float64 import Float64Everywhere
 from partita.torch.model.parts import local_tensors, plan_of
 from partita.torch.quantized.tensor import QuantizedTensor
+from partita.torch.weights.save import save
 from tests.support.compare import EXACT
 from tests.support.gguf_files import CONFIGS, build, random_model, write_model
 from tests.support.ranks import on
@@ -110,3 +111,20 @@ def test_a_file_without_a_head_has_a_tied_one(tmp_path: Path) -> None:
     for name, tied in (("llama-tied", True), ("llama", False)):
         write_model(tmp_path / f"{name}.gguf", random_model(CONFIGS[name]), ("Q8_0",))
         assert _ties(str(tmp_path / f"{name}.gguf")) == (tied, tied)
+
+
+def _saved(file: str, folder: str, tp: int) -> None:
+    save(load(file, dtype="float32", tp=tp), folder)
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "qwen3moe", "gpt2"])
+def test_a_save_writes_values(name: str, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = random_model(CONFIGS[name])
+    write_model(tmp_path / "model.gguf", model, ("Q4_0", "Q5_1", "F16"))
+    on(2, _saved, str(tmp_path / "model.gguf"), str(tmp_path / "out"), 2)
+    again: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert getattr(again.config, "quantization_config", None) is None
+    for key, value in model.state_dict().items():
+        assert torch.equal(again.state_dict()[key], value), key

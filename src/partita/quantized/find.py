@@ -113,8 +113,11 @@ class KeptQuantized:
 def kept_quantized(
     checkpoint: Checkpoint, quantized: Mapping[str, QuantizedWeight], config: Mapping[str, Any]
 ) -> KeptQuantized | None:
-    """What a save needs to write the quantized weights of a checkpoint unchanged; None if there are none."""
-    if not quantized:
+    """What a save needs to write the quantized weights of a checkpoint unchanged; None if there are none.
+
+    Those of a GGUF file are saved as values: safetensors has no form for them.
+    """
+    if not quantized or method_of(config) == "gguf":
         return None
     files = Unused(checkpoint.folder, {name: checkpoint.tensors[name] for name in sorted(parts_of(quantized))})
     return KeptQuantized(files, frozenset(quantized), _settings(config), next(iter(quantized.values())).form)

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from partita.checkpoint.find import find_model
-from partita.checkpoint.gguf.view import gguf_of
 from partita.checkpoint.header import TensorInfo, open_regular, read_bytes
 from partita.checkpoint.index import open_checkpoint
 from partita.core.model.spec import read_config
@@ -68,15 +67,12 @@ class Base:
 
 
 def place_of(model: str | os.PathLike[str]) -> str:
-    """A reference to a model that is valid in any folder: a hub id unchanged, for a training run its newest checkpoint, for a
-    GGUF model its file.
+    """A reference to a model that is valid in any folder: a hub id unchanged, for a training run its newest checkpoint.
 
     Raises:
         PartitaError: The model does not exist.
     """
-    if not Path(model).exists():
-        return str(model)
-    return os.path.realpath(gguf_of(Path(model)) or find_model(model))
+    return os.path.realpath(find_model(model)) if Path(model).exists() else str(model)
 
 
 def _digest(folder: Path) -> str:
