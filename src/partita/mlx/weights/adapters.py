@@ -16,6 +16,7 @@ from partita.core.plan import Plan
 from partita.core.sharding.split import Split
 from partita.errors import ModelError
 from partita.mlx.collectives.collective_errors import collective_errors
+from partita.mlx.collectives.comm import Communicator
 from partita.mlx.collectives.groups import ParallelGroups
 from partita.mlx.layers.dropout import AdapterDropout
 from partita.mlx.layers.embedding import VocabParallelEmbedding
@@ -95,11 +96,16 @@ def add_lora(
     kinds = {path: config.of(there) for path, there in on_disk.items()}
     for path, adapter in put_on(model, {path: (linears[path], kind) for path, kind in kinds.items()}, groups).items():
         _sample(adapter, linears[path][0], seed ^ zlib.crc32(path.encode()), groups)
-    if dropout and groups.tp.size > 1:
-        # Outside `train` dropout samples from MLX's state, which must be the same on the tensor ranks.
-        drawn: Any = mx.random.randint(0, 1 << 31, ()).item()
-        mx.random.seed(groups.tp.broadcast_object(drawn, 0))
+    if dropout:
+        _seed_alike(groups.tp)
     return list(linears)
+
+
+def _seed_alike(comm: Communicator) -> None:
+    """Make MLX's random state that of the first rank: outside `train`, dropout samples from it on each of the tensor ranks."""
+    if comm.size > 1:
+        drawn: Any = mx.random.randint(0, 1 << 31, ()).item()
+        mx.random.seed(comm.broadcast_object(drawn, 0))
 
 
 def _check_numbers(rank: Any, alpha: Any, dropout: float, ranks: Mapping[str, Any], alphas: Mapping[str, Any]) -> None:
