@@ -1,0 +1,321 @@
+// Products with quantized weights on CPUs. `native.py` compiles this for the CPU at hand when it is first needed.
+//
+// A weight [out, in] is stored by rows. A form says how `step` consecutive weights of a row are decoded, in vectors of
+// sixteen, to exactly the float32 values of the form's definition. Products accumulate in float32.
+#include <atomic>
+#include <stdlib.h>
+
+#include "lanes.h"
+
+struct Weight {
+  const uint8_t* codes;   // [out, row_bytes]
+  const void* scales;     // [ceil(out / group_rows), groups_per_row], unless the codes contain them
+  const uint8_t* zeros;   // as the scales, or null
+  const float* table;     // the 16 values of a codebook
+  int64_t out, in, row_bytes, group_inverse, group_rows_inverse, groups_per_row;
+  int32_t form, scales_dtype;
+};
+
+enum Dtype { FLOAT32, BFLOAT16, FLOAT16 };
+
+static INLINE float element(const void* from, int64_t i, int dtype) {
+  if (dtype == FLOAT32) return static_cast<const float*>(from)[i];
+  uint16_t bits = static_cast<const uint16_t*>(from)[i];
+  return dtype == BFLOAT16 ? from_bfloat16(bits) : from_half(bits);
+}
+
+static INLINE void set_element(void* to, int64_t i, float value, int dtype) {
+  if (dtype == FLOAT32)
+    static_cast<float*>(to)[i] = value;
+  else
+    static_cast<uint16_t*>(to)[i] = dtype == BFLOAT16 ? to_bfloat16(value) : to_half(value);
+}
+
+// What code 0, 1, ... 15 stands for: code * scale + offset. Each product of the GGUF forms below is exact in float32, so
+// that the sum is rounded as by their definition, whether the compiler fuses it or not.
+struct Affine {
+#if defined(__AVX512F__)
+  Floats16 table;
+  INLINE Affine(float scale, float offset) {
+    static const float codes[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    table = Floats16::load(codes) * scale + offset;
+  }
+  INLINE Floats16 low(Ints16 bytes) const { return look_up(table, bytes); }
+#else
+  float scale, offset;
+  INLINE Affine(float scale, float offset) : scale(scale), offset(offset) {}
+  INLINE Floats16 low(Ints16 bytes) const { return as_floats(bytes & 15) * scale + offset; }
+#endif
+  INLINE Floats16 high(Ints16 bytes) const { return low(bytes >> 4); }
+};
+
+// Forms of GGUF, as ggml's ggml-common.h and ggml-quants.c define them.
+
+struct Q4_0 {
+  static constexpr int step = 32, bytes = 18;
+  template <class Use>
+  static INLINE void each(const Weight& w, int64_t row, int64_t i, Use use) {
+    const uint8_t* block = w.codes + row * w.row_bytes + i * 18;
+    float d = from_halves(block).first;
+    Affine values(d, -8.0f * d);
+    Ints16 bytes = unsigned_bytes(block + 2);
+    use(0, values.low(bytes));
+    use(1, values.high(bytes));
+  }
+};
+
+struct Q4_1 {
+  static constexpr int step = 32, bytes = 20;
+  template <class Use>
+  static INLINE void each(const Weight& w, int64_t row, int64_t i, Use use) {
+    const uint8_t* block = w.codes + row * w.row_bytes + i * 20;
+    Pair dm = from_halves(block);
+    Affine values(dm.first, dm.second);
+    Ints16 bytes = unsigned_bytes(block + 4);
+    use(0, values.low(bytes));
+    use(1, values.high(bytes));
+  }
+};
+
+struct Q8_0 {
+  static constexpr int step = 32, bytes = 34;
+  template <class Use>
+  static INLINE void each(const Weight& w, int64_t row, int64_t i, Use use) {
+    const uint8_t* block = w.codes + row * w.row_bytes + i * 34;
+    float d = from_halves(block).first;
+    use(0, as_floats(signed_bytes(block + 2)) * d);
+    use(1, as_floats(signed_bytes(block + 18)) * d);
+  }
+};
+
+// 256 weights: d, dmin, 8 scales and 8 minima of 6 bits in 12 bytes, then 4 x 32 bytes of two sub-blocks each.
+struct Q4_K {
+  static constexpr int step = 256, bytes = 144;
+  template <class Use>
+  static INLINE void each(const Weight& w, int64_t row, int64_t i, Use use) {
+    const uint8_t *block = w.codes + row * w.row_bytes + i * 144, *codes = block + 16;
+    float scales[16];
+    scales_and_offsets(block).spread(scales);
+    UNROLLED for (int j = 0; j < 4; j++, codes += 32) {
+      Ints16 first = unsigned_bytes(codes), second = unsigned_bytes(codes + 16);
+      Affine lower(scales[2 * j], scales[8 + 2 * j]), upper(scales[2 * j + 1], scales[9 + 2 * j]);
+      use(4 * j, lower.low(first));
+      use(4 * j + 1, lower.low(second));
+      use(4 * j + 2, upper.high(first));
+      use(4 * j + 3, upper.high(second));
+    }
+  }
+  // Of the eight sub-blocks.
+  static INLINE Floats16 scales_and_offsets(const uint8_t* block) {
+    Pair d = from_halves(block);
+    uint32_t packed[3], six[4];
+    std::memcpy(packed, block + 4, 12);
+    six[0] = packed[0] & 0x3f3f3f3f;
+    six[1] = (packed[2] & 0x0f0f0f0f) | (packed[0] >> 6 & 0x03030303) << 4;
+    six[2] = packed[1] & 0x3f3f3f3f;
+    six[3] = (packed[2] >> 4 & 0x0f0f0f0f) | (packed[1] >> 6 & 0x03030303) << 4;
+    return as_floats(unsigned_bytes((const uint8_t*)six)).times_halves(d.first, -d.second);
+  }
+};
+
+// 256 weights: low 4 bits in 128 bytes, high 2 bits in 64 bytes, 16 scales of int8, d.
+struct Q6_K {
+  static constexpr int step = 256, bytes = 210;
+  template <class Use>
+  static INLINE void each(const Weight& w, int64_t row, int64_t i, Use use) {
+    const uint8_t *block = w.codes + row * w.row_bytes + i * 210, *low = block, *high = block + 128;
+    float scales[16];
+    (as_floats(signed_bytes(block + 192)) * from_half(load16(block + 208))).spread(scales);
+    UNROLLED for (int j = 0; j < 4; j++) {  // 16 bytes of high bits belong to 4 x 16 weights
+      int half = j / 2 * 8 + j % 2;
+      const uint8_t* codes = low + j / 2 * 64 + j % 2 * 16;
+      Ints16 a = unsigned_bytes(codes), b = unsigned_bytes(codes + 32), top = unsigned_bytes(high + j * 16);
+      use(half, value((a & 15) | (top & 3) << 4, scales[half]));
+      use(half + 2, value((b & 15) | (top >> 2 & 3) << 4, scales[half + 2]));
+      use(half + 4, value(a >> 4 | (top >> 4 & 3) << 4, scales[half + 4]));
+      use(half + 6, value(b >> 4 | top >> 6 << 4, scales[half + 6]));
+    }
+  }
+  static INLINE Floats16 value(Ints16 codes, float scale) { return as_floats(codes) * scale + -32.0f * scale; }
+};
+
+// Codes beside their scales. Of 32 codes of 4 bits, byte i has code i in its low bits and code i + 16 in its high ones.
+
+// The scale of 32 weights. The inverses of the sizes of groups are in units of 2^-32, since a division takes longer than the
+// rest of what is done for 32 weights.
+static INLINE int64_t scale_index(const Weight& w, int64_t row, int64_t i) {
+  return (row * w.group_rows_inverse >> 32) * w.groups_per_row + (i * w.group_inverse >> 32);
+}
+
+struct Integers4 {
+  static constexpr int step = 32, bytes = 16;
+  template <class Use>
+  static INLINE void each(const Weight& w, int64_t row, int64_t i, Use use) {
+    int64_t at = scale_index(w, row, i);
+    float scale = element(w.scales, at, w.scales_dtype), zero = w.zeros ? w.zeros[at] : 8;
+    Ints16 bytes = unsigned_bytes(w.codes + row * w.row_bytes + i * 16);
+#if defined(__AVX512F__)
+    Floats16 values = Affine(1.0f, -zero).table * scale;
+    use(0, look_up(values, bytes));
+    use(1, look_up(values, bytes >> 4));
+#else
+    use(0, (as_floats(bytes & 15) + -zero) * scale);
+    use(1, (as_floats(bytes >> 4) + -zero) * scale);
+#endif
+  }
+};
+
+struct Codebook4 {
+  static constexpr int step = 32, bytes = 16;
+  template <class Use>
+  static INLINE void each(const Weight& w, int64_t row, int64_t i, Use use) {
+    Floats16 values = Floats16::load(w.table) * element(w.scales, scale_index(w, row, i), w.scales_dtype);
+    Ints16 bytes = unsigned_bytes(w.codes + row * w.row_bytes + i * 16);
+    use(0, look_up(values, bytes));
+    use(1, look_up(values, bytes >> 4));
+  }
+};
+
+struct Float8 {
+  static constexpr int step = 32, bytes = 32;
+  template <class Use>
+  static INLINE void each(const Weight& w, int64_t row, int64_t i, Use use) {
+    float scale = element(w.scales, scale_index(w, row, i), w.scales_dtype);
+    const uint8_t* codes = w.codes + row * w.row_bytes + i * 32;
+    use(0, from_e4m3(codes) * scale);
+    use(1, from_e4m3(codes + 16) * scale);
+  }
+};
+
+struct Product {
+  const float* x;  // [rows, in]
+  int64_t rows;
+  void* y;  // [rows, out]
+  int dtype;
+};
+
+// The product of M rows of x, from `first`, with R rows of the weight, from `row`.
+template <class Form, int R, int M>
+static void tile(const Weight& w, const Product& p, int64_t row, int64_t first) {
+  Floats16 sums[R][M] = {};
+  const float* x = p.x + first * w.in;
+  const int64_t distance = R * w.row_bytes > 4096 ? R * w.row_bytes : 4096;  // rows are too short for the CPU to foresee
+  for (int64_t i = 0; i < w.in / Form::step; i++, x += Form::step)
+    UNROLLED for (int r = 0; r < R; r++) {
+      const uint8_t* ahead = w.codes + (row + r) * w.row_bytes + i * Form::bytes + distance;
+      for (int line = 0; line < Form::bytes; line += 64) __builtin_prefetch(ahead + line);
+      Form::each(w, row + r, i, [&](int vector, Floats16 values) __attribute__((always_inline)) {
+        UNROLLED for (int m = 0; m < M; m++) sums[r][m].add_product(values, Floats16::load(x + m * w.in + vector * 16));
+      });
+    }
+  for (int m = 0; m < M; m++)
+    for (int r = 0; r < R; r++) set_element(p.y, (first + m) * w.out + row + r, sums[r][m].sum(), p.dtype);
+}
+
+// As many sums as registers hold.
+constexpr int rows_at_once(int m) {
+  int sums = LANES == 16 ? 16 : LANES == 8 ? 4 : 2;
+  return sums / m >= 4 ? 4 : sums / m >= 2 ? 2 : 1;
+}
+
+template <class Form, int M>
+static void tiles(const Weight& w, const Product& p, int64_t start, int64_t stop, int64_t first) {
+  constexpr int R = rows_at_once(M);
+  int64_t row = start;
+  for (; row + R <= stop; row += R) tile<Form, R, M>(w, p, row, first);
+  for (; row < stop; row++) tile<Form, 1, M>(w, p, row, first);
+}
+
+template <class Form>
+static void multiply(const Weight& w, const Product& p, int64_t start, int64_t stop) {
+  int64_t first = 0;
+  for (; first + 8 <= p.rows; first += 8) tiles<Form, 8>(w, p, start, stop, first);
+  for (; first + 4 <= p.rows; first += 4) tiles<Form, 4>(w, p, start, stop, first);
+  for (; first + 2 <= p.rows; first += 2) tiles<Form, 2>(w, p, start, stop, first);
+  for (; first < p.rows; first++) tiles<Form, 1>(w, p, start, stop, first);
+}
+
+template <class Form>
+static void dequantize(const Weight& w, int64_t row, void* to, int64_t at, int dtype) {
+  for (int64_t i = 0; i < w.in / Form::step; i++)
+    Form::each(w, row, i, [&](int vector, Floats16 values) __attribute__((always_inline)) {
+      float floats[16];
+      values.store(floats);
+      int64_t place = at + i * Form::step + vector * 16;
+      for (int j = 0; j < 16; j++) set_element(to, place + j, floats[j], dtype);
+    });
+}
+
+// The pool of threads of the OpenMP runtime that torch has loaded, if there is one: a pool of our own would compete with it.
+extern "C" __attribute__((weak)) void GOMP_parallel(void (*work)(void*), void* data, unsigned threads, unsigned flags);
+
+// Calls `use` with ranges that cover [start, stop) on several threads, which take the next range when they are done.
+template <class Use>
+static void in_parallel(int64_t start, int64_t stop, int64_t chunk, int threads, Use use) {
+  struct Work {
+    int64_t stop, chunk;
+    std::atomic<int64_t> next;
+    Use& use;
+  } shared = {stop, chunk, {start}, use};
+  auto work = [](void* data) {
+    Work& shared = *static_cast<Work*>(data);
+    for (int64_t from; (from = shared.next.fetch_add(shared.chunk)) < shared.stop;)
+      shared.use(from, from + shared.chunk < shared.stop ? from + shared.chunk : shared.stop);
+  };
+  if (threads < 2 || stop - start <= chunk || !GOMP_parallel)
+    use(start, stop);
+  else
+    GOMP_parallel(work, &shared, threads, 0);
+}
+
+// Some microseconds of work, in rows of the weight.
+static int64_t chunk_rows(const Weight& w, int64_t rows) {
+  int64_t rows_of_chunk = 65536 / (w.in * (rows < 4 ? 1 : rows / 4)) / 4 * 4;
+  return rows_of_chunk < 4 ? 4 : rows_of_chunk;
+}
+
+template <class Form>
+static void run_product(const Weight& w, const Product& p, int threads) {
+  in_parallel(0, w.out, chunk_rows(w, p.rows), threads,
+              [&](int64_t start, int64_t stop) { multiply<Form>(w, p, start, stop); });
+}
+
+template <class Form>
+static void run_dequantize(const Weight& w, int64_t start, int64_t stop, void* to, int dtype, int threads) {
+  in_parallel(start, stop, chunk_rows(w, 1), threads, [&](int64_t from, int64_t to_row) {
+    for (int64_t row = from; row < to_row; row++) dequantize<Form>(w, row, to, (row - start) * w.in, dtype);
+  });
+}
+
+#define FOR_EACH_FORM(CASE) \
+  CASE(0, Q4_0) CASE(1, Q4_1) CASE(2, Q8_0) CASE(3, Q4_K) CASE(4, Q6_K) CASE(5, Integers4) CASE(6, Codebook4) CASE(7, Float8)
+
+// y [rows, out] = x [rows, in] times the transposed weight; x and y have `dtype`. Returns 0, or 1 without memory.
+extern "C" int partita_product(const Weight* w, const void* x, int64_t rows, void* y, int dtype, int threads) {
+  float* wide = nullptr;
+  if (dtype != FLOAT32) {
+    void* memory;
+    if (posix_memalign(&memory, 64, rows * w->in * sizeof(float))) return 1;
+    wide = static_cast<float*>(memory);
+    for (int64_t i = 0; i < rows * w->in; i++) wide[i] = element(x, i, dtype);
+  }
+  Product p = {wide ? wide : static_cast<const float*>(x), rows, y, dtype};
+  switch (w->form) {
+#define CASE(number, Form) \
+  case number: run_product<Form>(*w, p, threads); break;
+    FOR_EACH_FORM(CASE)
+#undef CASE
+  }
+  free(wide);
+  return 0;
+}
+
+// Rows `start` to `stop` of the weight, dequantized to `to` [stop - start, in] in `dtype`.
+extern "C" void partita_dequantize(const Weight* w, int64_t start, int64_t stop, void* to, int dtype, int threads) {
+  switch (w->form) {
+#define CASE(number, Form) \
+  case number: run_dequantize<Form>(*w, start, stop, to, dtype, threads); break;
+    FOR_EACH_FORM(CASE)
+#undef CASE
+  }
+}

@@ -1,0 +1,299 @@
+"""Products with quantized weights on CPUs, without dequantizing them first, and the rows that they stand for.
+
+Few rows of x are multiplied by our own C++ (`kernels.cpp`), which decodes each weight in registers: to exactly the float32
+value that the form defines, accumulated in float32. Many rows are multiplied by torch with one tile of dequantized rows of
+the weight after the other, since a tile costs little beside its product.
+
+The forms, for a weight `[out, in]`, and the tensors that make them up:
+
+    Q4_0 Q4_1 Q8_0 Q4_K Q6_K   blocks  uint8 [out, bytes of a row]    as ggml defines them, little-endian
+    int4                       codes   uint8 [out, in], 0 to 15       (code - zero) * scale
+                               scales  [out, in / group]
+                               zeros   uint8 [out, in / group]        optional; 8 if left out
+    nf4                        codes   uint8 of out * in / 2          table[code] * scale, high bits first (bitsandbytes)
+                               scales  float32 of out * in / block
+                               table   float32 [16]
+    fp8                        codes   float8_e4m3fn [out, in]        code * scale
+                               scales  [ceil(out / 128), ceil(in / 128)], [out, 1] or [1, 1]
+
+Scales are float32, bfloat16 or float16.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from partita.torch.quantized.native import library
+
+FEW = {torch.float32: 64, torch.bfloat16: 16, torch.float16: 64}
+"""Up to this many rows of x, decoding the weight again for every 8 of them takes less time than a product of torch."""
+
+TILE_BYTES = 1 << 20
+"""Size of the dequantized rows that are multiplied at a time."""
+
+
+class Kernel(Protocol):
+    """One packed weight `[out, in]`, ready for products."""
+
+    nbytes: int
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The product of `x` `[..., in]` with the transposed weight, `[..., out]` in the same dtype; no gradient is recorded.
+
+        Raises:
+            ValueError: The last size, the dtype or the device of `x` does not fit.
+        """
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Rows `start` to `stop` of the weight in float32, `[stop - start, in]`, exactly as the form defines them.
+
+        Raises:
+            IndexError: The weight does not have these rows.
+        """
+
+
+def kernel_for(form: str, parts: Mapping[str, Tensor], shape: tuple[int, int], dtype: torch.dtype) -> Kernel | None:
+    """A kernel for a packed weight, or None where the weight must be dequantized for each product.
+
+    It is None if the form, a part's dtype or shape, or the device has no kernel, or if no compiler is installed (the first
+    rank then prints a note). The kernel of `int4` and `nf4` holds a copy with 4 bits a code, so that the caller may drop the
+    parts; the others share memory with `parts`.
+
+    Args:
+        form: A form of this module's table.
+        parts: Its tensors.
+        shape: (out, in) of the weight.
+        dtype: The dtype of x: float32, bfloat16 or float16.
+    """
+    packed = _FORMS[form](parts, shape) if form in _FORMS and dtype in _DTYPES and _on_cpu(parts) else None
+    return None if packed is None or library() is None else _Native(packed)
+
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def _on_cpu(parts: Mapping[str, Tensor]) -> bool:
+    return all(part.device.type == "cpu" for part in parts.values())
+
+
+@dataclass(frozen=True)
+class _Packed:
+    """A weight in the memory layout of `kernels.cpp`; `number` is the form's number there."""
+
+    number: int
+    shape: tuple[int, int]
+    codes: Tensor
+    scales: Tensor | None = None
+    zeros: Tensor | None = None
+    table: Tensor | None = None
+    group: int = 32
+    """The columns that share a scale."""
+    group_rows: int = 1
+    """The rows that share a scale."""
+
+
+class _Weight(ctypes.Structure):
+    """`Weight` of `kernels.cpp`."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("codes", "scales", "zeros", "table")),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("out", "in_", "row_bytes", "group_inverse", "group_rows_inverse", "groups_per_row")
+        ),
+        *((name, ctypes.c_int32) for name in ("form", "scales_dtype")),
+    )
+
+
+class _Native:
+    """A kernel of `kernels.cpp`."""
+
+    def __init__(self, packed: _Packed):
+        self.packed = packed
+        parts = {name: getattr(packed, name) for name in ("codes", "scales", "zeros", "table")}
+        self._tensors = {name: tensor for name, tensor in parts.items() if tensor is not None}
+        self.nbytes = sum(tensor.nbytes for tensor in self._tensors.values())
+        out, in_ = packed.shape
+        scales = packed.scales
+        self._weight = _Weight(
+            out=out,
+            in_=in_,
+            row_bytes=packed.codes.nbytes // out,
+            group_inverse=2**32 // (packed.group // _HALVES) + 1,
+            group_rows_inverse=2**32 // packed.group_rows + 1,
+            groups_per_row=-(-in_ // packed.group),
+            form=packed.number,
+            scales_dtype=0 if scales is None else _DTYPES[scales.dtype],
+        )
+        functions = library()
+        assert functions is not None
+        self._product, self._dequantize = functions.partita_product, functions.partita_dequantize
+        self._product.argtypes = (_POINTER, _POINTER, ctypes.c_int64, _POINTER, ctypes.c_int, ctypes.c_int)
+        self._dequantize.argtypes = (_POINTER, ctypes.c_int64, ctypes.c_int64, _POINTER, ctypes.c_int, ctypes.c_int)
+
+    def __reduce__(self) -> tuple[type[_Native], tuple[_Packed]]:
+        return _Native, (self.packed,)  # without the addresses, which are this process's
+
+    def __call__(self, x: Tensor) -> Tensor:
+        out, in_ = self.packed.shape
+        if x.shape[-1] != in_ or x.dtype not in _DTYPES or x.device.type != "cpu":
+            raise ValueError(
+                f"x must be [..., {in_}] in float32, bfloat16 or float16 on the CPU; got {list(x.shape)} in {x.dtype} on "
+                f"{x.device}"
+            )
+        x = x.detach().contiguous()
+        y = x.new_empty((*x.shape[:-1], out))
+        rows = x.numel() // in_
+        if rows > FEW[x.dtype]:
+            self._by_tiles(x.view(rows, in_), y.view(rows, out))
+        elif rows and self._product(self._address(), x.data_ptr(), rows, y.data_ptr(), _DTYPES[x.dtype], _threads()):
+            raise MemoryError(f"{rows * in_ * 4} bytes for the input of a quantized product could not be allocated")
+        return y
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        if not 0 <= start <= stop <= self.packed.shape[0]:
+            raise IndexError(f"rows must be a range within 0 to {self.packed.shape[0]}; got {start} to {stop}")
+        rows = torch.empty(stop - start, self.packed.shape[1], dtype=torch.float32)
+        self._write_rows(start, stop, rows)
+        return rows
+
+    def _by_tiles(self, x: Tensor, y: Tensor) -> None:
+        out, in_ = self.packed.shape
+        dtype = x.dtype if x.dtype in _fast_dtypes() else torch.float32
+        count = min(out, max(16, TILE_BYTES // (in_ * dtype.itemsize)))
+        x, tile = x.to(dtype), x.new_empty((count, in_), dtype=dtype)
+        for start in range(0, out, count):
+            stop = min(out, start + count)
+            self._write_rows(start, stop, tile)
+            if dtype == y.dtype:
+                torch.mm(x, tile[: stop - start].T, out=y[:, start:stop])
+            else:
+                y[:, start:stop] = x @ tile[: stop - start].T
+
+    def _write_rows(self, start: int, stop: int, to: Tensor) -> None:
+        self._dequantize(self._address(), start, stop, to.data_ptr(), _DTYPES[to.dtype], _threads())
+
+    def _address(self) -> Any:
+        for (
+            name,
+            tensor,
+        ) in self._tensors.items():  # again for every call: `share_memory_` and others move a tensor's memory
+            setattr(self._weight, name, tensor.data_ptr())
+        return ctypes.byref(self._weight)
+
+
+_POINTER = ctypes.c_void_p
+
+
+@functools.cache
+def _fast_dtypes() -> frozenset[torch.dtype]:
+    """The dtypes of many rows that this CPU does not multiply faster in float32."""
+    has_bfloat16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return frozenset({torch.float32, torch.bfloat16} if has_bfloat16 else {torch.float32})
+
+
+def _threads() -> int:
+    return 1 if _forked else torch.get_num_threads()
+
+
+_forked = False
+
+
+def _after_fork() -> None:
+    global _forked
+    _forked = True  # an OpenMP runtime whose threads the parent has used waits for ever for them in the child
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+def _gguf(number: int, weights_of_block: int, bytes_of_block: int) -> _Pack:
+    def pack(parts: Mapping[str, Tensor], shape: tuple[int, int]) -> _Packed | None:
+        blocks = parts["blocks"]
+        row_bytes = shape[1] // weights_of_block * bytes_of_block
+        if shape[1] % weights_of_block or blocks.dtype != torch.uint8 or blocks.shape != (shape[0], row_bytes):
+            return None
+        return _Packed(number, shape, blocks.contiguous())
+
+    return pack
+
+
+def _int4(parts: Mapping[str, Tensor], shape: tuple[int, int]) -> _Packed | None:
+    codes, scales, zeros = parts["codes"], parts["scales"], parts.get("zeros")
+    group = shape[1] // scales.shape[1]
+    fits = codes.dtype == torch.uint8 and codes.shape == shape and scales.shape == (shape[0], shape[1] // group)
+    if not fits or shape[1] % group or group % _HALVES or scales.dtype not in _DTYPES:
+        return None
+    if zeros is not None and (zeros.dtype != torch.uint8 or zeros.shape != scales.shape):
+        return None
+    return _Packed(
+        5, shape, _nibbles(codes), scales.contiguous(), None if zeros is None else zeros.contiguous(), group=group
+    )
+
+
+def _nf4(parts: Mapping[str, Tensor], shape: tuple[int, int]) -> _Packed | None:
+    codes, scales, table = parts["codes"], parts["scales"], parts["table"]
+    group = shape[0] * shape[1] // scales.numel()
+    fits = codes.dtype == torch.uint8 and codes.numel() * 2 == shape[0] * shape[1] and table.numel() == 16
+    if not fits or shape[1] % group or group % _HALVES or scales.dtype not in _DTYPES:
+        return None
+    pairs = codes.reshape(shape[0], -1)
+    unpacked = torch.stack((pairs >> 4, pairs & 15), -1).view(shape)
+    return _Packed(
+        6,
+        shape,
+        _nibbles(unpacked),
+        scales.reshape(shape[0], -1).contiguous(),
+        table=table.float().contiguous(),
+        group=group,
+    )
+
+
+def _fp8(parts: Mapping[str, Tensor], shape: tuple[int, int]) -> _Packed | None:
+    codes, scales = parts["codes"], parts["scales"]
+    out, in_ = shape
+    blocks = {(-(-out // 128), -(-in_ // 128)): (128, 128), (out, 1): (1, in_), (1, 1): (out, in_)}
+    if (
+        codes.dtype != torch.float8_e4m3fn
+        or codes.shape != torch.Size(shape)
+        or in_ % _HALVES
+        or scales.dtype not in _DTYPES
+    ):
+        return None
+    block = next((block for size, block in blocks.items() if size == scales.shape), None)
+    if block is None or bool(codes.isnan().any()):
+        return None
+    group_rows, group = block
+    return _Packed(7, shape, codes.contiguous(), scales.contiguous(), group=group, group_rows=group_rows)
+
+
+_HALVES = 32
+"""The codes of which the first half is stored in low bits and the second in high bits."""
+
+
+def _nibbles(codes: Tensor) -> Tensor:
+    """Codes `[out, in]` of 4 bits as `[out, in / 2]` bytes, in the order of `kernels.cpp`."""
+    low, high = codes.view(codes.shape[0], -1, 2, _HALVES // 2).unbind(2)
+    return (low | high << 4).view(codes.shape[0], -1)
+
+
+_Pack = Callable[[Mapping[str, Tensor], tuple[int, int]], _Packed | None]
+
+_FORMS: dict[str, _Pack] = {
+    "Q4_0": _gguf(0, 32, 18),
+    "Q4_1": _gguf(1, 32, 20),
+    "Q8_0": _gguf(2, 32, 34),
+    "Q4_K": _gguf(3, 256, 144),
+    "Q6_K": _gguf(4, 256, 210),
+    "int4": _int4,
+    "nf4": _nf4,
+    "fp8": _fp8,
+}
