@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 from partita.quantized.array import Encoding, QuantizedArray, Raw, numbers
 from partita.quantized.bits import pack_bits, packed_bytes, unpack_bits
 from partita.torch.quantized.part import Part
+from partita.torch.quantized.products import PartProduct
 
 TABLE = tuple(float(x) for x in np.linspace(-1, 1, 16))
 ENCODINGS = [
@@ -84,3 +87,41 @@ def test_eight_bit_floats_are_those_of_torch(name: str, dtype: torch.dtype) -> N
 def test_bfloat16_is_exact() -> None:
     values = torch.randn(1000).bfloat16()
     assert np.array_equal(numbers(values.view(torch.uint16).numpy(), "BF16"), values.float().numpy())
+
+
+@pytest.mark.parametrize("rows", [1, 3, 40])
+@pytest.mark.parametrize("grid", [(0, 0), (1, 0), (1, 32), (16, 32), (24, 64)])
+@pytest.mark.parametrize("encoding", ENCODINGS, ids=lambda e: f"{e.kind}{e.bits}{e.dtype}")
+def test_products_are_those_of_the_values(encoding: Encoding, grid: tuple[int, int], rows: int) -> None:
+    random = np.random.default_rng(1)
+    whole = made(encoding, (72, 192), grid, 3)
+    row_of = None if not grid[0] else np.arange(72, dtype=np.int32) // grid[0]
+    column_of = None if not grid[1] else np.arange(192, dtype=np.int32) // grid[1]
+    whole = replace(whole, row_of=row_of, column_of=column_of, biases=None, factor=1.0)
+    assert whole.scales is not None
+    zeros = Raw(random.integers(0, 16, whole.scales.data.shape).astype(np.uint8), "U8")
+    for array in (replace(whole, zeros=None), replace(whole, zeros=zeros)):
+        # A part that begins inside a block of scales.
+        for part in (array, array.take([(8, 65)], [(32, 160)]), array.take([(3, 9), (20, 61)], [(5, 100)])):
+            product = PartProduct(Part.of(part))
+            x = torch.randn(rows, part.shape[1], generator=torch.Generator().manual_seed(0))
+            values = torch.from_numpy(part.dense()).double()
+            exact = x.double() @ values.T
+            # The largest error of a sum in float32, relative to its terms without their signs.
+            allowed = 1e-6 * (x.double().abs() @ values.abs().T)
+            assert bool(((product(x).double() - exact).abs() <= allowed).all())
+            narrow = product(x.bfloat16()).double()
+            exact = x.bfloat16().double() @ values.T
+            assert bool(((narrow - exact).abs() <= 2**-7 * (x.double().abs() @ values.abs().T)).all())
+            grad = torch.randn(rows, part.shape[0], dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+            assert torch.allclose(product.input_gradient(grad), grad @ values, rtol=1e-12, atol=1e-10)
+
+
+def test_there_are_kernels_for_the_common_forms() -> None:
+    whole = made(Encoding("bytes", dtype="F8_E4M3"), (64, 128), (16, 32), 0)
+    blocks = replace(whole, zeros=None, biases=None, factor=1.0, column_of=np.arange(128, dtype=np.int32) // 32)
+    fours = made(Encoding("ints", bits=4), (64, 128), (1, 32), 0)
+    zeros = Raw(np.full((64, 4), 7, np.uint8), "U8")
+    groups = replace(fours, zeros=zeros, biases=None, factor=1.0, column_of=np.arange(128, dtype=np.int32) // 32)
+    for array in (blocks, blocks.take([(8, 40)], [(0, 128)]), groups, groups.take([(3, 50)], [(32, 96)])):
+        assert PartProduct(Part.of(array))._prepared() is not None

@@ -7,7 +7,7 @@ the weight after the other, since a tile costs little beside its product.
 The forms, for a weight `[out, in]`, and the tensors that make them up:
 
     Q4_0 Q4_1 Q8_0 Q4_K Q6_K   blocks  uint8 [out, bytes of a row]    as ggml defines them, little-endian
-    int4                       codes   uint8 [out, in], 0 to 15       (code - zero) * scale
+    int4                       codes   uint8 [out, in], 0 to 15       (code - zero) * scale; or as `Part` has them
                                scales  [out, in / group]
                                zeros   uint8 [out, in / group]        optional; 8 if left out
     nf4                        codes   uint8 of out * in / 2          table[code] * scale, high bits first (bitsandbytes)
@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from partita.torch.quantized.native import library
+from partita.torch.quantized.part import HALVES
 
 FEW = {torch.float32: 64, torch.bfloat16: 16, torch.float16: 64}
 """Up to this many rows of x, decoding the weight again for every 8 of them takes less time than a product of torch."""
@@ -60,19 +61,31 @@ class Kernel(Protocol):
         """
 
 
-def kernel_for(form: str, parts: Mapping[str, Tensor], shape: tuple[int, int], dtype: torch.dtype) -> Kernel | None:
+def kernel_for(
+    form: str,
+    parts: Mapping[str, Tensor],
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    block: tuple[int, int] | None = None,
+) -> Kernel | None:
     """A kernel for a packed weight, or None where the weight must be dequantized for each product.
 
     It is None if the form, a part's dtype or shape, or the device has no kernel, or if no compiler is installed (the first
-    rank then prints a note). The kernel of `int4` and `nf4` holds a copy with 4 bits a code, so that the caller may drop the
-    parts; the others share memory with `parts`.
+    rank then prints a note). A kernel shares memory with `parts`; only codes of `int4` and `nf4` in another order are copied.
 
     Args:
         form: A form of this module's table.
         parts: Its tensors.
         shape: (out, in) of the weight.
         dtype: The dtype of x: float32, bfloat16 or float16.
+        block: Rows and columns of a scale of `fp8` (default: what its number of scales says, if that is certain).
     """
+    if form == "fp8" and block is not None:
+        scales = parts["scales"]
+        if scales.shape != (-(-shape[0] // block[0]), -(-shape[1] // block[1])) or block[1] % HALVES:
+            return None
+        packed = _blocks(parts, shape, block) if dtype in _DTYPES and _on_cpu(parts) else None
+        return None if packed is None or library() is None else _Native(packed)
     packed = _FORMS[form](parts, shape) if form in _FORMS and dtype in _DTYPES and _on_cpu(parts) else None
     return None if packed is None or library() is None else _Native(packed)
 
@@ -127,7 +140,7 @@ class _Native:
             out=out,
             in_=in_,
             row_bytes=packed.codes.nbytes // out,
-            group_inverse=2**32 // (packed.group // _HALVES) + 1,
+            group_inverse=2**32 // (packed.group // HALVES) + 1,
             group_rows_inverse=2**32 // packed.group_rows + 1,
             groups_per_row=-(-in_ // packed.group),
             form=packed.number,
@@ -229,28 +242,28 @@ def _gguf(number: int, weights_of_block: int, bytes_of_block: int) -> _Pack:
 def _int4(parts: Mapping[str, Tensor], shape: tuple[int, int]) -> _Packed | None:
     codes, scales, zeros = parts["codes"], parts["scales"], parts.get("zeros")
     group = shape[1] // scales.shape[1]
-    fits = codes.dtype == torch.uint8 and codes.shape == shape and scales.shape == (shape[0], shape[1] // group)
-    if not fits or shape[1] % group or group % _HALVES or scales.dtype not in _DTYPES:
+    codes = codes if codes.shape[1] * 2 == shape[1] else _nibbles(codes)
+    fits = codes.dtype == torch.uint8 and codes.shape == (shape[0], shape[1] // 2) and len(scales) == shape[0]
+    if not fits or shape[1] % group or group % HALVES or scales.dtype not in _DTYPES:
         return None
     if zeros is not None and (zeros.dtype != torch.uint8 or zeros.shape != scales.shape):
         return None
-    return _Packed(
-        5, shape, _nibbles(codes), scales.contiguous(), None if zeros is None else zeros.contiguous(), group=group
-    )
+    return _Packed(5, shape, codes, scales.contiguous(), None if zeros is None else zeros.contiguous(), group=group)
 
 
 def _nf4(parts: Mapping[str, Tensor], shape: tuple[int, int]) -> _Packed | None:
     codes, scales, table = parts["codes"], parts["scales"], parts["table"]
     group = shape[0] * shape[1] // scales.numel()
     fits = codes.dtype == torch.uint8 and codes.numel() * 2 == shape[0] * shape[1] and table.numel() == 16
-    if not fits or shape[1] % group or group % _HALVES or scales.dtype not in _DTYPES:
+    if not fits or shape[1] % group or group % HALVES or scales.dtype not in _DTYPES:
         return None
-    pairs = codes.reshape(shape[0], -1)
-    unpacked = torch.stack((pairs >> 4, pairs & 15), -1).view(shape)
+    if codes.shape != (shape[0], shape[1] // 2):
+        pairs = codes.reshape(shape[0], -1)
+        codes = _nibbles(torch.stack((pairs >> 4, pairs & 15), -1).view(shape))
     return _Packed(
         6,
         shape,
-        _nibbles(unpacked),
+        codes,
         scales.reshape(shape[0], -1).contiguous(),
         table=table.float().contiguous(),
         group=group,
@@ -258,30 +271,30 @@ def _nf4(parts: Mapping[str, Tensor], shape: tuple[int, int]) -> _Packed | None:
 
 
 def _fp8(parts: Mapping[str, Tensor], shape: tuple[int, int]) -> _Packed | None:
-    codes, scales = parts["codes"], parts["scales"]
     out, in_ = shape
     blocks = {(-(-out // 128), -(-in_ // 128)): (128, 128), (out, 1): (1, in_), (1, 1): (out, in_)}
+    block = next((block for size, block in blocks.items() if size == parts["scales"].shape), None)
+    return None if block is None else _blocks(parts, shape, block)
+
+
+def _blocks(parts: Mapping[str, Tensor], shape: tuple[int, int], block: tuple[int, int]) -> _Packed | None:
+    codes, scales = parts["codes"], parts["scales"]
     if (
         codes.dtype != torch.float8_e4m3fn
         or codes.shape != torch.Size(shape)
-        or in_ % _HALVES
+        or shape[1] % HALVES
         or scales.dtype not in _DTYPES
     ):
         return None
-    block = next((block for size, block in blocks.items() if size == scales.shape), None)
-    if block is None or bool(codes.isnan().any()):
+    if bool(codes.isnan().any()):
         return None
     group_rows, group = block
     return _Packed(7, shape, codes.contiguous(), scales.contiguous(), group=group, group_rows=group_rows)
 
 
-_HALVES = 32
-"""The codes of which the first half is stored in low bits and the second in high bits."""
-
-
 def _nibbles(codes: Tensor) -> Tensor:
     """Codes `[out, in]` of 4 bits as `[out, in / 2]` bytes, in the order of `kernels.cpp`."""
-    low, high = codes.view(codes.shape[0], -1, 2, _HALVES // 2).unbind(2)
+    low, high = codes.view(codes.shape[0], -1, 2, HALVES // 2).unbind(2)
     return (low | high << 4).view(codes.shape[0], -1)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from partita.checkpoint.read import Range
 from partita.quantized.array import Encoding, QuantizedArray, Raw
+from partita.quantized.weight import CHUNK_BYTES
 from partita.torch.quantized.ggml import decode
 
 TORCH_DTYPES = {
@@ -27,6 +28,8 @@ class Part:
 
     Attributes:
         group: Inputs of a column of `scales` if all groups are whole, else 0 and `column_of` says it.
+        is_halved: Whether the codes of 4 bits are in the order of the kernels: of each 32, the first 16 in the low halves of 16
+            bytes and the others in the high halves.
     """
 
     encoding: Encoding
@@ -42,10 +45,11 @@ class Part:
     offset: int = 0
     picks: Tensor | None = field(default=None, repr=False)
     group: int = 0
+    is_halved: bool = False
 
     @classmethod
-    def of(cls, array: QuantizedArray, device: torch.device | str = "cpu") -> Part:
-        """The tensors of an array on `device`, without a copy on the CPU."""
+    def of(cls, array: QuantizedArray, device: torch.device | str = "cpu", *, keep: bool = True) -> Part:
+        """The tensors of an array on `device`; on the CPU without a copy unless `keep`, which leaves the array as it is."""
         grids = {
             name: _tensor(raw) for name in ("scales", "zeros", "biases") if (raw := getattr(array, name)) is not None
         }
@@ -62,10 +66,17 @@ class Part:
             else:
                 group = 0
         table = torch.tensor(array.encoding.table, dtype=torch.float32) if array.encoding.table else None
+        codes = torch.from_numpy(array.codes)
+        is_halved = (
+            array.encoding.kind in ("ints", "table") and array.encoding.bits == 4 and array.shape[1] % HALVES == 0
+        )
+        if is_halved:
+            codes = codes.clone() if keep else codes
+            _in_place(codes, _halved)
         part = cls(
-            array.encoding, array.shape, torch.from_numpy(array.codes), **grids, row_of=row_of, column_of=column_of,
+            array.encoding, array.shape, codes, **grids, row_of=row_of, column_of=column_of,
             table=table, factor=array.factor, offset=array.offset, group=group,
-            picks=None if array.picks is None else torch.from_numpy(array.picks),
+            picks=None if array.picks is None else torch.from_numpy(array.picks), is_halved=is_halved,
         )  # fmt: skip
         return part if torch.device(device).type == "cpu" else part.mapped(lambda tensor: tensor.to(device))
 
@@ -78,8 +89,12 @@ class Part:
             row_of = torch.arange(self.shape[0], dtype=torch.int32)
         if self.group:
             column_of = torch.arange(self.shape[1], dtype=torch.int32) // self.group
+        codes = self.codes.cpu()
+        if self.is_halved:
+            codes = codes.clone()
+            _in_place(codes, _paired)
         return QuantizedArray(
-            self.encoding, self.shape, self.codes.cpu().numpy(), **grids,
+            self.encoding, self.shape, codes.numpy(), **grids,
             row_of=None if row_of is None else row_of.cpu().numpy(),
             column_of=None if column_of is None else column_of.cpu().numpy(),
             factor=self.factor, offset=self.offset, picks=None if self.picks is None else self.picks.cpu().numpy(),
@@ -94,7 +109,7 @@ class Part:
 
     def take(self, rows: list[Range], columns: list[Range]) -> Part:
         """Ranges of its outputs and inputs, in their order."""
-        return Part.of(self.array().take(rows, columns), self.codes.device)
+        return Part.of(self.array().take(rows, columns), self.codes.device, keep=False)
 
     @property
     def nbytes(self) -> int:
@@ -130,13 +145,46 @@ class Part:
         return combine(values, grid if self.column_of is None else grid[:, self.column_of.long()])
 
 
+HALVES = 32
+"""Codes of 4 bits of which the kernels keep the first half in the low bits of bytes and the second in the high bits."""
+
+
+def _in_place(codes: Tensor, change: Callable[[Tensor], Tensor]) -> None:
+    """Change the order of codes, some rows at a time."""
+    step = max(1, CHUNK_BYTES // max(1, codes.shape[1]))
+    for start in range(0, codes.shape[0], step):
+        codes[start : start + step] = change(codes[start : start + step])
+
+
+def _halved(codes: Tensor) -> Tensor:
+    """Bytes of two neighbouring codes, the first in the low half, in the order of the kernels."""
+    unpacked = torch.stack((codes & 15, codes >> 4), -1).view(codes.shape[0], -1, 2, HALVES // 2)
+    return (unpacked[:, :, 0] | unpacked[:, :, 1] << 4).view(codes.shape)
+
+
+def _paired(codes: Tensor) -> Tensor:
+    """The inverse of `_halved`."""
+    unpacked = _unhalved(codes).view(codes.shape[0], -1, 2)
+    return unpacked[..., 0] | unpacked[..., 1] << 4
+
+
+def _unhalved(codes: Tensor) -> Tensor:
+    """The codes, uint8 `[n, inputs]`, of bytes in the order of the kernels, `[n, inputs / 2]`."""
+    bytes_of = codes.view(codes.shape[0], -1, HALVES // 2)
+    return torch.stack((bytes_of & 15, bytes_of >> 4), 2).view(codes.shape[0], -1)
+
+
+def _codes(part: Part, codes: Tensor) -> Tensor:
+    return _unhalved(codes) if part.is_halved else _unpacked(codes, part.encoding.bits, part.shape[1])
+
+
 def _ints(part: Part, codes: Tensor) -> Tensor:
-    return _unpacked(codes, part.encoding.bits, part.shape[1]).to(torch.float32)
+    return _codes(part, codes).to(torch.float32)
 
 
 def _table(part: Part, codes: Tensor) -> Tensor:
     assert part.table is not None
-    return part.table[_unpacked(codes, part.encoding.bits, part.shape[1]).int()]
+    return part.table[_codes(part, codes).int()]
 
 
 def _bytes(part: Part, codes: Tensor) -> Tensor:

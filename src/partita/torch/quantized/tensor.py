@@ -7,7 +7,6 @@ An operation that is not known here computes with the values of the whole weight
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,9 +18,7 @@ from torch.nn import functional as F
 from partita.checkpoint.read import Range
 from partita.errors import ModelError
 from partita.torch.quantized.part import Part
-
-TILE_ELEMENTS = 1 << 21
-"""Elements of a weight whose values exist at once in a product."""
+from partita.torch.quantized.products import PartProduct
 
 FROZEN = (
     "the weight is quantized, and its values cannot change. Train adapters (--lora-rank, or peft); to train or merge into the "
@@ -39,6 +36,8 @@ class QuantizedTensor(torch.Tensor):
 
     experts: tuple[tuple[Part, ...], ...]
     turned: bool
+    _products: tuple[PartProduct, ...] | None
+    _matrices: dict[int, QuantizedTensor]
 
     @staticmethod
     def __new__(
@@ -50,6 +49,7 @@ class QuantizedTensor(torch.Tensor):
         shape = [len(experts)] * stacked + (matrix[::-1] if turned else matrix)
         made: Any = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=first[0].codes.device)
         made.experts, made.turned = tuple(tuple(parts) for parts in experts), turned
+        made._products, made._matrices = None, {}
         return made  # type: ignore[no-any-return]
 
     @property
@@ -85,6 +85,14 @@ class QuantizedTensor(torch.Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             Tensor.data.__set__(self, value)  # type: ignore[attr-defined]
         self.experts, self.turned = value.experts, value.turned
+        self._products, self._matrices = value._products, value._matrices
+
+    @property
+    def products(self) -> tuple[PartProduct, ...]:
+        """The products with the parts of a matrix."""
+        if self._products is None:
+            self._products = tuple(PartProduct(part) for part in self.experts[0])
+        return self._products
 
     def values(self, rows: slice = slice(None)) -> Tensor:
         """Its values; with `rows`, those of some outputs of a matrix."""
@@ -114,7 +122,10 @@ class QuantizedTensor(torch.Tensor):
 
     def expert(self, index: int) -> QuantizedTensor:
         """The matrix of one expert."""
-        return QuantizedTensor([self.experts[index]], self.dtype, turned=self.turned)
+        index = range(len(self.experts))[index]
+        if index not in self._matrices:
+            self._matrices[index] = QuantizedTensor([self.experts[index]], self.dtype, turned=self.turned)
+        return self._matrices[index]
 
     def part(self, ranges: Sequence[Sequence[Range]]) -> QuantizedTensor:
         """Ranges of each dim, in their order, still quantized."""
@@ -244,27 +255,17 @@ class _Product(Function):
 
 def product(x: Tensor, weight: QuantizedTensor) -> Tensor:
     """`x [..., inputs] @ weight.T`, `[..., outputs]`, without gradients."""
-    tiles = [F.linear(x, weight._matrix(0, rows)) for rows in _tiles(weight)]
-    return tiles[0] if len(tiles) == 1 else torch.cat(tiles, -1)
+    parts = [one(x) for one in weight.products]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
 
 def input_gradient(grad: Tensor, weight: QuantizedTensor) -> Tensor:
-    """`grad [..., outputs] @ weight`, `[..., inputs]`; tiles are added in float32 or wider."""
-    tiles = [grad[..., rows] @ weight._matrix(0, rows) for rows in _tiles(weight)]
-    if len(tiles) == 1:
-        return tiles[0]
-    wide = torch.promote_types(grad.dtype, torch.float32)
-    total = tiles[0].to(wide)
-    for tile in tiles[1:]:
-        total += tile
-    return total.to(grad.dtype)
-
-
-def _tiles(weight: QuantizedTensor) -> list[slice]:
-    outputs, inputs = (weight.shape[1], weight.shape[0]) if weight.turned else weight.shape
-    step = max(1, TILE_ELEMENTS // max(1, inputs))
-    step = outputs if step >= outputs else math.ceil(outputs / math.ceil(outputs / step))
-    return [slice(start, min(start + step, outputs)) for start in range(0, max(outputs, 1), max(step, 1))]
+    """`grad [..., outputs] @ weight`, `[..., inputs]`."""
+    if len(weight.products) == 1:
+        return weight.products[0].input_gradient(grad)
+    sizes = [one.part.shape[0] for one in weight.products]
+    parts = [one.input_gradient(part) for one, part in zip(weight.products, grad.split(sizes, -1), strict=True)]
+    return torch.stack(parts).sum(0)
 
 
 def _linear(x: Any, weight: Any, bias: Tensor | None = None) -> Any:

@@ -79,7 +79,7 @@ class CheckpointFill:
             inside = [expert for start, stop in which[0] for expert in range(start, stop)] if which else [0]
             for place, expert in enumerate(inside, put[0][0] if len(put) == 3 else 0):
                 array = weight.read(self.reader, rows, columns, expert)
-                experts.setdefault(place, []).append(Part.of(array))
+                experts.setdefault(place, []).append(Part.of(array, keep=False))
         parts = [experts[place] for place in sorted(experts)]
         turned = self.quantized[pieces[0].name].transposed
         made = QuantizedTensor(parts, like.dtype, stacked=like.dim() == 3, turned=turned)
@@ -168,7 +168,7 @@ class CheckpointFill:
             matrix = into[place].T if weight.transposed else into[place]
             done = 0
             for piece in in_steps(rows, step):
-                part = Part.of(weight.read(self.reader, piece, columns, expert))
+                part = Part.of(weight.read(self.reader, piece, columns, expert), keep=False)
                 count = part.shape[0]
                 matrix[done : done + count].copy_(part.rows(slice(None), torch.float32))
                 done += count
