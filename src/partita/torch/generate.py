@@ -28,7 +28,7 @@ from partita.torch.layers.decode_matmul import decoding
 from partita.torch.model.balance import SWITCH, asks_for_balance
 from partita.torch.model.cache_buffers import reserve
 from partita.torch.model.head import local_logits, most_likely
-from partita.torch.model.modes import mode_set
+from partita.torch.model.modes import attributes_at_hand, mode_set
 from partita.torch.model.parts import plan_of
 from partita.torch.model.towers import refuse_forbidden
 from partita.torch.proof.stages import refuse_undecodable
@@ -121,7 +121,11 @@ def generate(
             together = max(1, len(batch) // plan.mesh.pp)
             forget_lengths(model)
             timed.append((time.perf_counter(), batch))
-            with decoding(model, together, max(s.limit for s in batch)), torch.inference_mode():
+            with (
+                decoding(model, together, max(s.limit for s in batch)),
+                attributes_at_hand(model),
+                torch.inference_mode(),
+            ):
                 _Run(model, batch, choice, tokenizer, listener, more).run()
             if any(s.failure for s in batch):
                 break

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from partita.core.plan import Plan
 from partita.errors import ModelError
+from partita.torch.layers.compiled import compiled_parts
 
 
 @contextmanager
@@ -25,6 +26,31 @@ def mode_set(model: nn.Module, *, training: bool) -> Iterator[None]:
     finally:
         for module, flag in before:
             module.training = flag
+
+
+@contextmanager
+def attributes_at_hand(model: nn.Module) -> Iterator[None]:
+    """Make every module find its submodules and parameters as ordinary attributes inside the context.
+
+    `nn.Module` finds them by `__getattr__`, after the usual search has failed, which is a twentieth of what a small layer takes
+    for a token. Buffers are not included, since a forward may register them again. Compiled modules have guards on their
+    attributes and stay as they are.
+    """
+    compiled = compiled_parts(model)
+    added: list[tuple[nn.Module, str]] = []
+    for module in model.modules():
+        if module in compiled:
+            continue
+        for name, value in (*module._modules.items(), *module._parameters.items()):
+            if value is not None and name not in vars(module):
+                vars(module)[name] = value
+                added.append((module, name))
+    try:
+        yield
+    finally:
+        for module, name in added:
+            # It is gone if the attribute was set meanwhile.
+            vars(module).pop(name, None)
 
 
 @contextmanager
