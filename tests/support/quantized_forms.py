@@ -193,6 +193,19 @@ def compressed_bytes(
     return Form(make, config, group=(max(group, block[1], 1), max(block[0], 1)))
 
 
+def fp8(block: int) -> Form:
+    """FP8 as DeepSeek publishes it: the scales of blocks, which the values are multiplied with."""
+
+    def make(outputs: int, inputs: int) -> tuple[Tensors, Tensor]:
+        weight = torch.randn(outputs, inputs).to(torch.float8_e4m3fn)
+        scales = _scales(math.ceil(outputs / block), math.ceil(inputs / block), dtype=torch.float32)
+        wide = scales.repeat_interleave(block, 0)[:outputs].repeat_interleave(block, 1)[:, :inputs]
+        return {"weight": weight, "weight_scale_inv": scales, "input_scale": _scales(1)}, weight.float() * wide
+
+    config = {"quant_method": "fp8", "weight_block_size": [block, block], "activation_scheme": "static"}
+    return Form(make, config, group=(block, block))
+
+
 FP4 = torch.tensor([0.0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
 
 
@@ -296,6 +309,7 @@ def bitsandbytes(kind: str, *, nested: bool = False, block: int = 64) -> Form:
 
 
 FORMS: dict[str, Form] = {
+    "fp8": fp8(40),
     "gptq-2": gptq(2, 32),
     "gptq-3": gptq(3, 32),
     "gptq-3-order": gptq(3, 32, order=True),
@@ -362,6 +376,12 @@ QWEN3_MOE = {
 MIXTRAL = {
     **LLAMA, "model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "intermediate_size": 96, "num_local_experts": 4,
     "num_experts_per_tok": 2, "head_dim": 16,
+}  # fmt: skip
+DEEPSEEK = {
+    **LLAMA, "model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"], "intermediate_size": 160,
+    "num_key_value_heads": 6, "n_routed_experts": 8, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2,
+    "moe_intermediate_size": 96, "first_k_dense_replace": 1, "q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8, "v_head_dim": 16,
 }  # fmt: skip
 GPT_OSS = {
     **LLAMA, "model_type": "gpt_oss", "architectures": ["GptOssForCausalLM"], "intermediate_size": 160, "head_dim": 16,

@@ -16,6 +16,7 @@ from partita.torch.model.float64 import Float64Everywhere
 from partita.torch.quantized.tensor import QuantizedTensor
 from tests.support.compare import EXACT
 from tests.support.quantized_forms import (
+    DEEPSEEK,
     FORMS,
     GPT2,
     GPT_OSS,
@@ -69,12 +70,22 @@ def test_conv1d(name: str, tmp_path: Path) -> None:
     _compare(tmp_path, GPT2)
 
 
-@pytest.mark.parametrize("name", ["gptq-4", "gptq-4-order", "awq", "packed-4-zeros", "float-block", "mlx-4"])
-@pytest.mark.parametrize("config", [QWEN3_MOE, MIXTRAL], ids=["qwen3-moe", "mixtral"])
-def test_experts(name: str, config: Mapping[str, Any], tmp_path: Path) -> None:
+EXPERTS: dict[str, tuple[str, Mapping[str, Any]]] = {
+    f"{family}-{name}": (name, config)
+    for family, config in (("qwen3-moe", QWEN3_MOE), ("mixtral", MIXTRAL), ("deepseek", DEEPSEEK))
+    for name in ("fp8", "gptq-4", "gptq-4-order", "awq", "packed-4-zeros", "mlx-4")
+}
+
+
+@pytest.mark.parametrize("case", EXPERTS)
+def test_experts(case: str, tmp_path: Path) -> None:
     """Experts that are separate on disk and one tensor in the model stay quantized."""
+    name, config = EXPERTS[case]
     write_experts(tmp_path, FORMS[name], config)
-    _compare(tmp_path, config)
+    for tp, pp in SPLITS:
+        found = on(tp * pp, measure, tmp_path, config, tp, pp)
+        assert max(error for error, *_ in found) <= EXACT, (tp, pp, found)
+        assert sum(elements for _, _, elements, _ in found)
 
 
 def test_gpt_oss(tmp_path: Path) -> None:
