@@ -159,7 +159,7 @@ def _compressed(weights: Mapping[str, Any], name: str, **more: Any) -> dict[str,
 
 
 def compressed_bytes(
-    kind: str, strategy: str, *, sym: bool = True, block: tuple[int, int] = (0, 0), group: int = 0
+    kind: str, strategy: str, *, sym: bool = True, block: tuple[int, int] = (0, 0), group: int = 0, order: bool = False
 ) -> Form:
     """`int-quantized`, `float-quantized` and `naive-quantized`: a byte an element."""
 
@@ -174,14 +174,19 @@ def compressed_bytes(
         shape = (1,) if strategy == "tensor" else (math.ceil(outputs / rows), math.ceil(inputs / columns))
         scales = _scales(*shape, dtype=torch.bfloat16)
         zeros = torch.zeros(shape) if sym else (_draw(256, *shape) - 128).to(torch.int8)
+        column_of = torch.arange(inputs) // columns
+        if order:
+            column_of = column_of[torch.randperm(inputs)]
 
         def spread(grid: Tensor) -> Tensor:
             grid = grid.float().reshape(shape if len(shape) == 2 else (1, 1))
-            return grid.repeat_interleave(rows, 0)[:outputs].repeat_interleave(columns, 1)[:, :inputs]
+            return grid.repeat_interleave(rows, 0)[:outputs][:, column_of]
 
         tensors = {"weight": weight, "weight_scale": scales, "input_scale": _scales(1)}
         if not sym:
             tensors["weight_zero_point"] = zeros
+        if order:
+            tensors["weight_g_idx"] = column_of.int()
         return tensors, (weight.float() - spread(zeros)) * spread(scales)
 
     weights = {
@@ -190,7 +195,7 @@ def compressed_bytes(
     }  # fmt: skip
     activations = {"num_bits": 8, "type": kind, "strategy": "token", "dynamic": True}
     config = _compressed(weights, "naive-quantized" if group else f"{kind}-quantized", input_activations=activations)
-    return Form(make, config, group=(max(group, block[1], 1), max(block[0], 1)))
+    return Form(make, config, group=(max(group, block[1], 1), max(block[0], 1)), whole=order)
 
 
 def fp8(block: int) -> Form:
@@ -337,6 +342,7 @@ FORMS: dict[str, Form] = {
     "float-channel": compressed_bytes("float", "channel"),
     "float-block": compressed_bytes("float", "block", block=(40, 25)),
     "naive-groups": compressed_bytes("int", "group", sym=False, group=32),
+    "naive-groups-order": compressed_bytes("int", "group", sym=False, group=32, order=True),
     "nvfp4": compressed_fp4(16),
     "mxfp4": compressed_fp4(32),
     "nf4": bitsandbytes("nf4"),

@@ -88,6 +88,17 @@ def test_experts(case: str, tmp_path: Path) -> None:
         assert sum(elements for _, _, elements, _ in found)
 
 
+def test_experts_of_which_one_is_plain(tmp_path: Path) -> None:
+    """A fused tensor of which one expert was left out of the quantization is held plain."""
+    write_experts(tmp_path, FORMS["awq"], QWEN3_MOE)
+    path = "model.layers.0.mlp.experts"
+    values = torch.load(tmp_path / "plain.pt")[f"{path}.down_proj"][1]
+    tensors = load_file(tmp_path / "model.safetensors")
+    kept = {n: t for n, t in tensors.items() if not n.startswith(f"{path}.1.down_proj.")}
+    save_file({**kept, f"{path}.1.down_proj.weight": values.contiguous()}, tmp_path / "model.safetensors")
+    _compare(tmp_path, QWEN3_MOE)
+
+
 def test_gpt_oss(tmp_path: Path) -> None:
     write_gpt_oss(tmp_path)
     _compare(tmp_path, GPT_OSS)

@@ -177,10 +177,7 @@ def _packed(infos: Infos, info: TensorInfo, path: str, groups: _Groups) -> Quant
     bits, group = _number(weights, "num_bits", 4), _number(weights, "group_size", -1)
     scales, shape = _tensor(infos, path, "weight_scale", info), _tensor(infos, path, "weight_shape", info)
     sizes = read_small(shape).astype(int).reshape(-1).tolist()
-    words = (math.ceil(sizes[-1] * bits / 32), math.ceil(sizes[-1] / (32 // bits)) if bits <= 32 else 0)
-    # Releases that did not divide an element between words wrote other words for bits that do not divide 32.
-    dense = 32 % bits == 0 or words[0] != words[1]
-    if len(sizes) != 2 or not 1 <= bits <= 8 or info.dtype != "I32" or info.shape != (sizes[0], words[0]) or not dense:
+    if len(sizes) != 2 or not 1 <= bits <= 8 or not _is_dense(info, sizes, bits):
         raise CheckpointError(
             f"{info.file}: {brief(info.name)} of {info.dtype} {info.shape} cannot be {tuple(sizes)} elements of {bits} bits in "
             "dense words. Quantize the model with compressed-tensors 0.20 or newer, or correct num_bits in config.json."
@@ -198,6 +195,12 @@ def _packed(infos: Infos, info: TensorInfo, path: str, groups: _Groups) -> Quant
         (info.name, *_names(infos, path, "weight_scale", "weight_zero_point")), group=max(group, 0),
         zeros=_packed_zeros(zeros, size, scales, bits), index=index if group > 0 else None,
     )  # fmt: skip
+
+
+def _is_dense(info: TensorInfo, sizes: list[int], bits: int) -> bool:
+    """Whether words hold all bits. Before 0.20 no element was in two words, so bits that do not divide 32 left some unused."""
+    dense, sparse = math.ceil(sizes[1] * bits / 32), math.ceil(sizes[1] / (32 // bits))
+    return info.dtype == "I32" and info.shape == (sizes[0], dense) and (32 % bits == 0 or dense != sparse)
 
 
 def _packed_zeros(zeros: TensorInfo | None, size: tuple[int, int], scales: TensorInfo, bits: int) -> Packed | int:
