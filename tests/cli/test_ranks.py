@@ -125,11 +125,12 @@ def test_adapters_are_merged_into_what_is_saved(trained: tuple[Path, dict[str, A
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(480)
 def test_the_demo(tmp_path: Path) -> None:
     command = (*PARTITA, "demo", "--steps", "5", "--out", str(tmp_path / "demo"))
-    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=290)
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=470)
     assert ended.returncode == 0, ended.stderr
     assert len(re.findall(r"generated the same \d+ tokens as four ranks", ended.stdout)) >= 3
     assert "Split equals unsplit" in ended.stdout
     assert "All checks passed" in ended.stdout
+    assert "Paris" in ended.stdout or "cannot be fetched" in ended.stdout

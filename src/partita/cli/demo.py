@@ -40,7 +40,7 @@ CONFIG: dict[str, Any] = {
 }
 """A small Llama whose tokens are bytes."""
 
-QUESTION = "What is the capital of France, and which river flows through it?"
+QUESTIONS = ("What is the capital of France?", "Name the three primary colors.")
 
 PROMPTS = ("def __init__(self, ", "        return ", "class ", "import ")
 NEW_TOKENS = 40
@@ -195,21 +195,10 @@ class _Story:
         except ModelError as error:
             _say(f"  Left out, since the model is not on this machine and cannot be fetched: {error}", "yellow")
             return
-        command = (
-            "generate",
-            str(file),
-            QUESTION,
-            "--chat",
-            "--tp",
-            "2",
-            "--temperature",
-            "0",
-            "--max-new-tokens",
-            "48",
-        )
-        [written] = json.loads(self._run(2, *command, "--json"))["generations"]
-        _say(f"  Question: {written['prompt']}", "bold")
-        _say(f"  Answer:   {written['text'].strip()}", "italic")
+        options = ("--chat", "--temperature", "0", "--max-new-tokens", "32", "--tp", "2", "--json")
+        for written in json.loads(self._run(2, "generate", str(file), *QUESTIONS, *options))["generations"]:
+            _say(f"  Question: {written['prompt']}", "bold")
+            _say(f"  Answer:   {written['text'].strip()}", "italic")
 
     def _run(self, ranks: int, *arguments: str, silent: bool = False, backend: str | None = None) -> str:
         """Run a command on that many ranks. Returns its output if that is JSON, else prints it."""
