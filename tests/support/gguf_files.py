@@ -72,12 +72,19 @@ def random_model(data: Mapping[str, Any], seed: int = 0) -> Any:
     return model
 
 
-def write_model(file: Path, model: Any, kinds: tuple[str, ...], seed: int = 0) -> None:
-    """Write a model as a GGUF file whose matrices take the types `kinds` in turn, and give the model the values in the file."""
+def write_model(
+    file: Path, model: Any, kinds: tuple[str, ...], seed: int = 0, extra: Callable[[GGUFWriter], None] | None = None
+) -> None:
+    """Write a model as a GGUF file whose matrices take the types `kinds` in turn, and give the model the values in the file.
+
+    `extra` adds metadata and tensors.
+    """
     config = model.config.get_text_config()
     architecture = _ARCHITECTURES.get(config.model_type, config.model_type)
     writer = GGUFWriter(file, architecture)
     _write_metadata(writer, config, model)
+    if extra is not None:
+        extra(writer)
     rng, places = np.random.default_rng(seed), 0
     with torch.no_grad():
         for name, values, put in _tensors(model, architecture):

@@ -199,7 +199,11 @@ def _phi3(facts: Facts) -> Config:
         original = facts.size("rope.scaling.original_context_length")
         config |= {
             "original_max_position_embeddings": original,
-            "rope_scaling": {"rope_type": "longrope", "long_factor": long, "short_factor": short},
+            "rope_scaling": {
+                "rope_type": "longrope",
+                "long_factor": [*map(shortest, long)],
+                "short_factor": [*map(shortest, short)],
+            },
         }
         if facts.get("rope.scaling.attn_factor") is not None:
             config["rope_scaling"]["attention_factor"] = facts.number("rope.scaling.attn_factor")
