@@ -77,7 +77,7 @@ def is_local(model: str | os.PathLike[str]) -> bool:
     ):
         raise ModelError(
             f"{text.strip() or repr(text)} does not exist. Give a folder with a config.json, a config file or a hub id "
-            "(owner/name), or a GGUF file."
+            "(owner/name)."
         )
     return False
 
