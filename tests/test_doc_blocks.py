@@ -48,6 +48,13 @@ import partita.torch as pt
 model = pt.load("./model", tp=2)
 tokens, settings = torch.arange(900) % 257, pt.TrainSettings(steps=2, batch_size=2, sequence_length=8)
 """,
+    "docs/guide/gguf.md": """
+from pathlib import Path
+from tests.support.gguf_files import CONFIGS, random_model, write_model
+if torch.distributed.get_rank() == 0:
+    write_model(Path("model.Q4_K_M.gguf"), random_model(CONFIGS["llama"]), ("Q4_0",))
+torch.distributed.barrier()
+""",
     "docs/guide/mlx.md": "import numpy; prompt = [1, 2, 3]; tokens = numpy.arange(900) % 257",
     "docs/guide/own-loop.md": "batches = [torch.arange(10)[None]] * 2; dataset = range(8)",
     "docs/guide/own-modules.md": """

@@ -34,6 +34,8 @@ def test_a_model_has_its_tokenizer_and_template(tmp_path: Path) -> None:
     assert tokenizer.eos_ids == {257}
     text = tokenizer.inner.decode(tokenizer.encode_chat("the"))
     assert text == "user: the<eos>assistant:"
+    with pytest.raises(CheckpointError, match=r"model\.gguf is a file, but a tokenizer is read from a folder"):
+        load_tokenizer(tmp_path / "model.gguf")
     # The second time it is the saved one.
     assert load_tokenizer(find_model(tmp_path / "model.gguf")).encode(TEXTS[2]) == tokenizer.encode(TEXTS[2])
 

@@ -146,14 +146,19 @@ def load_tokenizer(folder: str | os.PathLike[str], *, trust_remote_code: bool = 
     """Load the tokenizer of a checkpoint, or the byte-level one if the checkpoint has none.
 
     Args:
-        folder: The checkpoint's folder.
+        folder: The checkpoint's folder; for a GGUF file the one that `partita.checkpoint.find.find_model` returns.
         trust_remote_code: Whether to run code that comes with the tokenizer. Read it before you do.
 
     Raises:
-        CheckpointError: The tokenizer cannot be read, or needs code of its own.
+        CheckpointError: The tokenizer cannot be read, or needs code of its own; or `folder` is a GGUF file.
     """
     path = Path(folder)
     names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+    if path.suffix.lower() == ".gguf" and path.is_file():
+        raise CheckpointError(
+            f"{path} is a file, but a tokenizer is read from a folder. Give the folder that stands for the file: "
+            "partita.checkpoint.find.find_model(file)."
+        )
     if (path / _GGUF).exists():
         _keep_gguf(path)
         path = path / _KEPT
