@@ -30,6 +30,11 @@ GPT_OSS = {
         "modules_to_not_convert": ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"],
     },
 }  # fmt: skip
+LLAMA4 = {
+    "model_type": "llama4_text", "architectures": ["Llama4ForCausalLM"], "hidden_size": 5120, "intermediate_size": 8192,
+    "intermediate_size_mlp": 16384, "num_hidden_layers": 48, "num_attention_heads": 40, "num_key_value_heads": 8,
+    "head_dim": 128, "vocab_size": 202048, "num_local_experts": 16, "interleave_moe_layer_step": 1, "dtype": "bfloat16",
+}  # fmt: skip
 
 Stored = tuple[str, str, tuple[int, ...]]
 
@@ -208,13 +213,14 @@ def test_what_is_not_the_models_is_not_counted() -> None:
 
 
 def test_most_of_a_model_on_every_rank_is_reported(partita: Run, tmp_path: Path) -> None:
-    model = write(tmp_path, GPT_OSS)
+    model = write(tmp_path, LLAMA4)
     warning = (
-        "--tp 4 does not split 114.72 B of 116.83 B parameters (98%): every tensor rank holds mlp.experts.gate_up_proj and "
-        "mlp.experts.down_proj unsplit. Use --pp 4 instead, which distributes the layers."
+        "--tp 4 does not split 96.64 B of 107.77 B parameters (90%): every tensor rank holds feed_forward.experts.gate_up_proj "
+        "and feed_forward.experts.down_proj unsplit. Use --pp 4 instead, which distributes the layers."
     )
     said = partita("plan", model, "--tp", "4")
     assert warning in " ".join(said.out.split())
-    assert json.loads(partita("plan", model, "--tp", "4", "--json").out)["replicated_parameters"] == 114_715_188_288
+    assert json.loads(partita("plan", model, "--tp", "4", "--json").out)["replicated_parameters"] == 96_641_192_960
     assert "does not split" not in partita("plan", model, "--pp", "4").out
-    assert "does not split" not in partita("plan", write(tmp_path, LLAMA), "--tp", "4").out
+    for split in (LLAMA, GPT_OSS):
+        assert "does not split" not in partita("plan", write(tmp_path, split), "--tp", "4").out
