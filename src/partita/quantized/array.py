@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from partita.checkpoint.read import Range
+from partita.dependencies import find
 from partita.quantized.bits import pack_bits, packed_bytes, unpack_bits
 
 if TYPE_CHECKING:
@@ -170,11 +171,11 @@ class QuantizedArray:
         """The values as float32 `[outputs, inputs]` (float64 if the scales are): the definition, computed plainly.
 
         Raises:
-            NotImplementedError: It has blocks of ggml, which an engine decodes.
+            DependencyError: It has blocks of ggml, and the package gguf is missing.
         """
         encoding = self.encoding
         if encoding.kind == "ggml":
-            raise NotImplementedError("blocks of ggml")
+            return self._of_blocks()
         if encoding.kind == "bytes":
             values = numbers(self.codes, encoding.dtype)
         else:
@@ -190,6 +191,20 @@ class QuantizedArray:
         if self.factor != 1.0:
             values = values * values.dtype.type(self.factor)
         return values if self.biases is None else values + self._spread(self.biases)
+
+    def _of_blocks(self) -> np.ndarray:
+        import numpy as np
+
+        purpose = "read blocks of ggml without torch"
+        dequantize = find("gguf", "gguf.quants", "dequantize", purpose)
+        kinds = find("gguf", "gguf", "GGMLQuantizationType", purpose)
+        values = dequantize(self.codes, kinds[self.encoding.dtype]).astype(np.float32)
+        found: np.ndarray
+        if self.picks is None:
+            found = values[:, self.offset : self.offset + self.shape[1]]
+        else:
+            found = values[:, self.picks]
+        return found
 
     def _spread(self, raw: Raw) -> np.ndarray:
         values = raw.numbers()

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from partita.checkpoint.find import find_model
+from partita.checkpoint.gguf.view import gguf_of
 from partita.checkpoint.header import TensorInfo, open_regular, read_bytes
 from partita.checkpoint.index import open_checkpoint
 from partita.core.model.spec import read_config
@@ -72,7 +73,10 @@ def place_of(model: str | os.PathLike[str]) -> str:
     Raises:
         PartitaError: The model does not exist.
     """
-    return os.path.realpath(find_model(model)) if Path(model).exists() else str(model)
+    if not Path(model).exists():
+        return str(model)
+    # What a GGUF file stands for is in a cache, which may be removed.
+    return os.path.realpath(gguf_of(Path(model)) or find_model(model))
 
 
 def _digest(folder: Path) -> str:

@@ -248,11 +248,6 @@ def _name_quantization(config: dict[str, Any]) -> None:
     method = quantized.get("quant_method")
     if method in FORMATS:
         config["quantization"] = dict(FORMATS[method])
-    elif method == "gguf":
-        raise ModelError(
-            "MLX does not read GGUF files. Make a folder of it with `partita convert FILE FOLDER` and use that, or "
-            "quantize it with mlx_lm.convert; or use --engine torch."
-        )
     elif method not in METHODS:
         raise ModelError(
             f"the model is quantized by {method or 'an unknown method'}, which MLX does not support. Convert it with "

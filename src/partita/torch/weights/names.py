@@ -120,7 +120,7 @@ def sources_for_reading(
 def in_model_order(model: nn.Module, quantized: Mapping[str, QuantizedWeight]) -> Mapping[str, QuantizedWeight]:
     """The quantized weights of a checkpoint as `model` stores them.
 
-    Every form is stored as [outputs, inputs], but transformers' Conv1D has its weight as [inputs, outputs].
+    Every form but GGUF's is found as [outputs, inputs], but transformers' Conv1D has its weight as [inputs, outputs].
     """
     turned = {f"{path}.weight" for path, module in model.named_modules() if type(module).__name__ == "Conv1D"}
     if not turned or not quantized:
@@ -129,7 +129,7 @@ def in_model_order(model: nn.Module, quantized: Mapping[str, QuantizedWeight]) -
     targets = {name: tuple(t.shape) for name, t in model.state_dict(keep_vars=True).items()}
     made: dict[str, Any] = dict(quantized)
     for name in made:
-        if conversion.rename(name, targets)[0] in turned:
+        if conversion.rename(name, targets)[0] in turned and not made[name].transposed:
             made[name] = replace(made[name], transposed=True)
     return made
 
