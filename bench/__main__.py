@@ -25,6 +25,7 @@ from bench import (
     mlx_load,
     pipeline,
     pipeline_decode,
+    quantized,
     startup,
     waiting,
 )
@@ -38,6 +39,7 @@ COMPARISONS = {
     "waiting": waiting.run,
     "block": block.run,
     "decode": decode.run,
+    "quantized": quantized.run,
     "compile": compile.run,
     "pipeline": pipeline.run,
     "pipeline-decode": pipeline_decode.run,
