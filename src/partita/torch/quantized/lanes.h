@@ -211,6 +211,15 @@ static INLINE Floats16 look_up(Floats16 table, Ints16 codes) {
 #endif
 }
 
+#if !defined(__F16C__)
+static const struct E4m3Table {
+  float values[256];
+  E4m3Table() {
+    for (int i = 0; i < 256; i++) values[i] = from_half((uint16_t)((i & 0x80) << 8 | (i & 0x7f) << 7)) * 256.0f;
+  }
+} E4M3;
+#endif
+
 // Sixteen float8_e4m3fn as floats. NaN is not among them.
 static INLINE Floats16 from_e4m3(const uint8_t* from) {
 #if defined(__F16C__)
@@ -227,8 +236,7 @@ static INLINE Floats16 from_e4m3(const uint8_t* from) {
   return out * 256.0f;
 #else
   float values[16];
-  for (int i = 0; i < 16; i++)
-    values[i] = from_half((uint16_t)((from[i] & 0x80) << 8 | (from[i] & 0x7f) << 7)) * 256.0f;
+  for (int i = 0; i < 16; i++) values[i] = E4M3.values[from[i]];
   return Floats16::load(values);
 #endif
 }
