@@ -262,7 +262,7 @@ def test_the_table_of_mlx(partita: Run, tmp_path: Path) -> None:
     ("change", "arguments", "message"),
     [
         ({"model_type": "biogpt"}, (), "the installed mlx-lm has no model for biogpt"),
-        ({"quantization_config": {"quant_method": "gptq"}}, (), "quantized by gptq, which MLX does not support"),
+        ({"quantization_config": {"quant_method": "aqlm"}}, (), "quantized by aqlm, which MLX does not support"),
         ({"hidden_size": None}, (), "mlx-lm cannot build llama from its config"),
         ({}, ("--pp", "33"), "Use --pp 32 or less"),
         ({}, ("--pp", "2", "--layout", "Et*32|mL"), "multi-token prediction"),

@@ -157,7 +157,7 @@ def test_the_plan_shows_both_sizes_and_saves_them(partita: Run, tmp_path: Path) 
     folder, _ = write_folder(tmp_path, LLAMA, "gptq")
     file = tmp_path / "plan.json"
     said = partita("plan", str(folder), "--tp", "2", "--save", str(file))
-    assert "on disk (gptq, 4 bits, groups of 64)" in said.out
+    assert "on disk and in memory (gptq, 4 bits, groups of 64)" in said.out
     assert "if unpacked to bfloat16" in said.out
     plan = Plan.from_json(file.read_text())
     assert 2 * plan.rank_bytes(0) < plan.rank_bytes(0, unpacked=True)

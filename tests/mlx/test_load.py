@@ -248,8 +248,8 @@ def test_models_that_cannot_be_built(config: dict[str, Any], reason: str) -> Non
 
 
 def test_foreign_quantizations_are_refused_by_name() -> None:
-    with pytest.raises(ModelError, match=r"quantized by gptq.*mlx_lm\.convert"):
-        read_mlx_config({"model_type": "llama", "quantization_config": {"quant_method": "gptq"}})
+    with pytest.raises(ModelError, match=r"quantized by aqlm.*mlx_lm\.convert"):
+        read_mlx_config({"model_type": "llama", "quantization_config": {"quant_method": "aqlm"}})
 
 
 def test_dtypes() -> None:
