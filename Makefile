@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 LOCK := requirements.lock
 STAMP := $(VENV)/.installed
-PACKAGE := .[torch,mlx,mpi,lora,dev]
+PACKAGE := .[torch,mlx,mpi,lora,serve,dev]
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .PHONY: install lock demo test test-sweeps test-slow test-all test-gpu test-versions test-oldest test-newest bench docs lint clean

@@ -34,8 +34,9 @@ SHORTER = {
     "max_new_tokens=64": "max_new_tokens=4",
     "pt.byte_tokenizer())": "pt.byte_tokenizer(), limit_bytes=50_000)",
 }
-FRAGMENTS = ("inputs=[processor(...), ...]", 'pt.load_tokens("corpus.txt"')
-"""Blocks that are compiled only: a call whose arguments are left out, and one that `tests/cli/test_train_data.py` runs."""
+FRAGMENTS = ("inputs=[processor(...), ...]", 'pt.load_tokens("corpus.txt"', "from openai import OpenAI")
+"""Blocks that are compiled only: a call whose arguments are left out, and those that `tests/cli/test_train_data.py` and
+`tests/serve/test_docs.py` run."""
 
 PREPARED: dict[str, str] = {
     "docs/guide/adapters.md": """

@@ -11,7 +11,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
-EXTRAS = ("torch", "mlx", "mpi", "lora", "dev")
+EXTRAS = ("torch", "mlx", "mpi", "lora", "serve", "dev")
 LOCK = [Requirement(line) for line in (ROOT / "requirements.lock").read_text().splitlines() if re.match(r"\w", line)]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, Unpack, cast
@@ -10,12 +11,14 @@ from typing import TYPE_CHECKING, Any, Protocol, Unpack, cast
 from partita.core.mesh import Mesh
 from partita.core.plan import Plan
 from partita.core.request import SplitArguments
+from partita.errors import ModelError
 from partita.generation import Generation, GenerationReport, OnText, Sampling, Tokenizer
 from partita.generation.prompts import Prompts
 from partita.proof.report import Report
 from partita.ranks.environment import EngineName
 from partita.ranks.groups import AxisGroups, Communicator
 from partita.schedule import Timeline
+from partita.serving import ServeSettings, ServingLoop
 from partita.training import Follow, SaveReport, Saves, StepReport, TrainSettings
 
 Model = Any
@@ -159,6 +162,27 @@ def open_engine(name: EngineName) -> Engine:
         ModuleNotFoundError: The engine is not installed.
     """
     return cast("Engine", importlib.import_module(f"partita.{name}"))
+
+
+def serving_loop(name: EngineName, model: Model, settings: ServeSettings, *, tokenizer: Tokenizer) -> ServingLoop:
+    """A loop of the engine `name` that serves requests with a split model.
+
+    Raises:
+        ModelError: The engine has none.
+    """
+    check_serves(name)
+    loop: ServingLoop = importlib.import_module(f"partita.{name}.serving").serving_loop(
+        model, settings, tokenizer=tokenizer
+    )
+    return loop
+
+
+def check_serves(name: EngineName) -> None:
+    """Raise `ModelError` if the engine `name` does not serve requests."""
+    if importlib.util.find_spec(f"partita.{name}.serving") is None:
+        raise ModelError(
+            f"--engine {name} does not serve yet. Use --engine torch, or `partita generate --engine {name}`."
+        )
 
 
 if TYPE_CHECKING:

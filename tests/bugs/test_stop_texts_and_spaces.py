@@ -20,7 +20,7 @@ from tokenizers import Tokenizer as Fast
 from partita.generation import Sampling, Sequence, Tokenizer, load_tokenizer
 from partita.generation.choice import Choice
 from partita.generation.new_text import NewText
-from partita.generation.tokenizer import _byte_characters
+from partita.generation.tokenizer import byte_characters
 from tests.support.ranks import on
 
 SPECIAL = "<|im_end|>"
@@ -172,7 +172,7 @@ def test_any_ids_stream_their_final_text_and_stop_at_once(kind: str, corpus: lis
 
 def lossy(tok: Tokenizer, ids: list[int]) -> Iterator[str]:
     """The texts of byte-level ids between special tokens, as Python decodes their bytes."""
-    byte_of = {character: byte for byte, character in enumerate(_byte_characters())}
+    byte_of = {character: byte for byte, character in enumerate(byte_characters())}
     run = bytearray()
     for token in ids:
         if token in tok.special_ids:
@@ -194,7 +194,7 @@ def test_a_stray_byte_behind_a_character_of_bytes() -> None:
 def test_a_byte_behind_a_prompt_that_ends_inside_a_character() -> None:
     """The prompt's own byte is no part of the new text, even if the new byte continues it."""
     tok = tokenizer("byte-level", ["a a"])
-    byte_of = {character: byte for byte, character in enumerate(_byte_characters())}
+    byte_of = {character: byte for byte, character in enumerate(byte_characters())}
     token_of = {byte_of[tok.name(token)]: token for token in range(len(tok.inner)) if tok.name(token) in byte_of}
     heard, sequence = streamed(tok, [token_of[0xE2]], [token_of[0x82]])
     assert heard == sequence.text == "\ufffd"

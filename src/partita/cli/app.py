@@ -12,6 +12,7 @@ import typer
 from partita import __version__
 from partita.cli import launch
 from partita.cli.arguments.command import add_command
+from partita.cli.chat import ChatOptions, chat, chat_server
 from partita.cli.convert import ConvertOptions, convert
 from partita.cli.demo import DemoOptions, demo
 from partita.cli.generate import GenerateJob, GenerateOptions, generate
@@ -20,6 +21,7 @@ from partita.cli.layout import LayoutOptions, layout
 from partita.cli.plan import PlanCommandOptions, plan
 from partita.cli.reference import reference
 from partita.cli.schedule import ScheduleOptions, schedule
+from partita.cli.serve import ServeJob, ServeOptions, serve
 from partita.cli.terminal import interrupt
 from partita.cli.terminal.console import OutputClosed, examples, replace_unprintable
 from partita.cli.terminal.failure import fail
@@ -129,6 +131,22 @@ add_command(
     ),
 )  # fmt: skip
 add_command(
+    app, serve, ServeOptions, name="serve",
+    epilog=examples(
+        "partita serve ./my-model --tp 2",
+        "partita serve ./my-model --pp 2 --host 0.0.0.0 --api-key secret --cache-bytes 8GiB",
+    ),
+)  # fmt: skip
+add_command(
+    app, chat, ChatOptions, name="chat",
+    epilog=examples(
+        "partita chat ./my-model --tp 2",
+        'partita chat ./my-model --system "Answer in one sentence." --temperature 0.7',
+        'echo "What is a fugue?" | partita chat ./my-model',
+    ),
+)  # fmt: skip
+add_command(app, chat_server, ChatOptions, name="chat-server", hidden=True)
+add_command(
     app, train, TrainOptions, name="train",
     epilog=examples(
         "partita train --config config.json --data stdlib --tp 2 --steps 200 --out runs/first",
@@ -156,7 +174,7 @@ add_command(
 )  # fmt: skip
 app.command("reference", hidden=True)(reference)
 
-JOBS: dict[str, type[Job]] = {job.__name__: job for job in (GenerateJob, TrainJob, VerifyJob)}
+JOBS: dict[str, type[Job]] = {job.__name__: job for job in (GenerateJob, ServeJob, TrainJob, VerifyJob)}
 """The jobs that a launcher sends to its ranks."""
 
 

@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Union, get_args, get_origin, get_type_hints
 
 from partita.core.plan import Plan
 from partita.core.request import PlanRequest
@@ -26,7 +26,10 @@ class Job(ABC):
         plan: The plan, if the launcher could make it; else the ranks make it from the request.
         backend: How the ranks communicate; None for the default.
         device: The device of the model; None for the engine's default.
+        drains: Whether rank 0 ends the run itself on the first SIGTERM.
     """
+
+    drains: ClassVar[bool] = False
 
     request: PlanRequest
     plan: Plan | None = None

@@ -57,7 +57,8 @@ def _start(job: Job) -> int:
         file = Path(folder) / "job.json"
         file.write_text(to_json(job, debug=debug), encoding="utf-8")
         outcome = start(
-            sys.argv[1:], mesh.size, backend=backend, instead=_instead(mesh, engine, job.backend), settings={JOB: str(file)}
+            sys.argv[1:], mesh.size, backend=backend, instead=_instead(mesh, engine, job.backend), drains=job.drains,
+            settings={JOB: str(file)},
         )  # fmt: skip
         if _marker_of(file).exists():  # rank 0 was ended before it could end its line
             _end_line()

@@ -6,8 +6,9 @@ import functools
 import json
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from partita.dependencies import reading_code
@@ -45,9 +46,11 @@ class Tokenizer:
         self.special_ids = frozenset(inner.all_special_ids) | {i for i, token in added.items() if token.special}
         self.vocab_size = len(inner)
 
-    def encode(self, text: str) -> list[int]:
-        """The ids of a text, with the special tokens that the tokenizer adds."""
-        return _ids_of_bytes(text) if self._is_of_bytes else [int(i) for i in self.inner.encode(text)]
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """The ids of a text, by default with the special tokens that the tokenizer adds."""
+        if self._is_of_bytes:
+            return _ids_of_bytes(text)
+        return [int(i) for i in self.inner.encode(text, add_special_tokens=add_special_tokens)]
 
     def encode_each(self, texts: Sequence[str], *, special: bool = True) -> list[list[int]]:
         """The ids of each text, computed in parallel; the bytes of long texts are not searched for merges.
@@ -81,10 +84,35 @@ class Tokenizer:
         """
         if not self.has_chat_template:
             raise CheckpointError("the model's tokenizer has no chat template, which --chat applies. Leave --chat out.")
-        messages = [{"role": "system", "content": system}] if system is not None else []
-        messages.append({"role": "user", "content": text})
+        messages: list[Mapping[str, Any]] = [{"role": "system", "content": system}] if system is not None else []
+        return self.encode_messages([*messages, {"role": "user", "content": text}])
+
+    def encode_messages(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        settings: Mapping[str, Any] = MappingProxyType({}),
+    ) -> list[int]:
+        """The ids of a chat.
+
+        Args:
+            messages: The messages, as transformers' chat templates take them.
+            tools: The functions that the model may call, as OpenAI's JSON describes them.
+            add_generation_prompt: Whether the ids end where the next answer begins.
+            settings: Variables for the template, such as `enable_thinking`.
+
+        Raises:
+            CheckpointError: There is no chat template, or it does not take these messages.
+        """
+        if not self.has_chat_template:
+            raise CheckpointError("the model's tokenizer has no chat template, so it takes no messages.")
         try:
-            ids = self.inner.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+            ids = self.inner.apply_chat_template(
+                list(messages), tools=list(tools) if tools else None, add_generation_prompt=add_generation_prompt,
+                return_dict=False, **settings,
+            )  # fmt: skip
         except Exception as error:
             why = " ".join(str(error).split()) or type(error).__name__
             raise CheckpointError(f"the model's chat template does not take these messages: {why[:300]}") from error
@@ -114,7 +142,7 @@ def byte_tokenizer() -> Tokenizer:
     from tokenizers import Tokenizer as Fast
     from transformers import PreTrainedTokenizerFast
 
-    vocabulary = {character: byte for byte, character in enumerate(_byte_characters())}
+    vocabulary = {character: byte for byte, character in enumerate(byte_characters())}
     fast = Fast(models.BPE(vocab=vocabulary, merges=[]))
     fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     fast.decoder = decoders.ByteLevel()
@@ -132,7 +160,7 @@ def _ids_of_bytes(text: str) -> list[int]:
     return ids
 
 
-def _byte_characters() -> list[str]:
+def byte_characters() -> list[str]:
     """The character that byte-level tokenizers write for each byte: itself if printable, else one from U+0100 on.
 
     Source: GPT-2's `bytes_to_unicode`.

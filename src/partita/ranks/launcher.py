@@ -24,7 +24,7 @@ from partita.errors import DistributedError
 from partita.ranks import rank_process
 from partita.ranks.backends import local_torch_backend
 from partita.ranks.failure import Failure
-from partita.ranks.liveness import LOST, STARTING, Lines, Peer, Uptime, beat_s, lost_after_s, silence
+from partita.ranks.liveness import LOST, STARTING, WORDS_S, Lines, Peer, Uptime, beat_s, line_of, lost_after_s, silence
 from partita.ranks.rendezvous import Environments, Helper, rendezvous
 from partita.ranks.waiting import cores
 
@@ -75,6 +75,7 @@ def start(
     instead: str | None = None,
     tell: Callable[[str], None] = lambda line: None,
     settings: Mapping[str, str] = MappingProxyType({}),
+    drains: bool = False,
 ) -> Outcome:
     """Run `python *program *arguments` on that many ranks of this machine and wait for all of them.
 
@@ -90,12 +91,20 @@ def start(
         instead: The backend to use if that one fails, which is reported.
         tell: Callback for each line to print to the user.
         settings: Variables to add to the environment of each rank.
+        drains: Whether the first SIGTERM is passed on to rank 0, which then ends the run itself, and rank 0 is told of a lost
+            rank before it is ended (see `liveness.on_loss`).
 
     Raises:
         DistributedError: mpiexec fails and no other backend was given, or `PARTITA_LOST_AFTER` is not a number.
     """
     limit_s = lost_after_s()
-    with _signals_as_exceptions() as received:
+    processes: _Ranks | None = None
+
+    def drain() -> bool:
+        """Ask rank 0 to end the run. False if it was asked before, or if there is none that can be asked."""
+        return drains and processes is not None and processes.drain()
+
+    with _signals_as_exceptions(drain) as received:
         try:
             with _connected(
                 backend or (local_torch_backend() if ranks > 1 else "gloo"), ranks, instead, tell
@@ -104,10 +113,13 @@ def start(
                 try:
                     processes.start(Environments(({**one, **settings} for one in environments), environments.helpers))
                     processes.wait(received)
+                    if drains:
+                        processes.tell_first()
                 finally:
                     processes.end()
         except _Signalled as signalled:
             return Outcome(128 + signalled.number, failure=Failure(Failure.INTERRUPTED, "interrupted"))
+    assert processes is not None
     return processes.outcome()
 
 
@@ -205,6 +217,7 @@ class _Ranks:
         self.ranks: list[_Rank] = []
         self.output = bytearray()
         self.lost_helper: Helper | None = None
+        self.is_draining = False
         self.selector = selectors.DefaultSelector()
 
     def start(self, environments: Environments) -> None:
@@ -271,6 +284,26 @@ class _Ranks:
                 if all(rank.is_echo or rank.lacks_helper for rank in failed) and not is_starting:
                     self._receive_until(lambda: self._cause_is_known() or not self._alive(), ECHO_S)
                 return
+
+    def drain(self) -> bool:
+        """Send SIGTERM to rank 0 alone. False if that was done before, or if rank 0 has not started."""
+        if self.is_draining or not self.ranks:
+            return False
+        self.is_draining = True
+        with contextlib.suppress(ProcessLookupError):
+            self.ranks[0].process.send_signal(signal.SIGTERM)
+        return True
+
+    def tell_first(self) -> None:
+        """Tell rank 0 which rank has failed, and give it time to tell its clients."""
+        failed = self._first_failed()
+        if failed is None or failed.number == 0 or not self._alive():
+            return
+        text = (_outcome_of(failed, b"").failure or Failure(LOST, "a rank was lost")).message
+        who = "" if text.startswith("rank ") else f"rank {failed.number} failed: "
+        with contextlib.suppress(OSError):
+            self.ranks[0].line.sendall(line_of({"end": f"{who}{text}"}))
+        self._receive_until(lambda: self.ranks[0].process.poll() is not None, WORDS_S)
 
     def _find_silent(self) -> None:
         """Mark ranks as lost that have sent nothing for too long, and all that are silent with them."""
@@ -386,13 +419,17 @@ class _Signalled(BaseException):
 
 
 @contextlib.contextmanager
-def _signals_as_exceptions() -> Iterator[Sequence[int]]:
-    """A context in which a signal raises `_Signalled`. Yields the numbers of the signals that have arrived."""
+def _signals_as_exceptions(drain: Callable[[], bool]) -> Iterator[Sequence[int]]:
+    """A context in which a signal raises `_Signalled`, unless it is a SIGTERM that `drain` accepts.
+
+    Yields the numbers of the signals that have arrived and were not accepted.
+    """
     received: list[int] = []
 
     def raise_it(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-        raise _Signalled(number)
+        if number != signal.SIGTERM or not drain():
+            received.append(number)
+            raise _Signalled(number)
 
     before = {}
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):

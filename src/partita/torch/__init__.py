@@ -31,6 +31,7 @@ from partita.torch.new import fresh
 from partita.torch.peft_hooks import join_peft, when_imported
 from partita.torch.quantized.tensor import dequantize
 from partita.torch.seed import mp_copy, mp_gather, mp_reduce, mp_scatter
+from partita.torch.serving import serving_loop
 from partita.torch.stages.pipeline import Pipeline
 from partita.torch.train import StepReport, TrainSettings, train
 from partita.torch.trainer import split_trainer
@@ -93,6 +94,7 @@ __all__ = [
     "reset_parallelism",
     "save",
     "save_adapters",
+    "serving_loop",
     "set_adapter",
     "shard",
     "split_trainer",

@@ -115,6 +115,26 @@ def new_cache(config: Any) -> Any:
     return find(LIBRARY, "transformers.cache_utils", "DynamicCache", "generate text")(config=config)
 
 
+def cache_of_entries(entries: Sequence[Any]) -> Any:
+    """A cache with these entries, one per layer."""
+    return find(LIBRARY, "transformers.cache_utils", "Cache", "serve requests")(layers=list(entries))
+
+
+def growing_entry() -> Any:
+    """The class of cache entries that hold the keys and values of every token."""
+    return find(LIBRARY, "transformers.cache_utils", "DynamicLayer", "serve requests")
+
+
+def holds_plain_tokens(entry: Any) -> bool:
+    """Whether a layer's entry of a cache holds keys and values of tokens, all or the last ones, and nothing else."""
+    return type(entry) in _cache_layer("DynamicLayer") + _cache_layer("DynamicSlidingWindowLayer")
+
+
+def attends_by_chunks(config: Any) -> bool:
+    """Whether some layers attend within fixed chunks of a text, whose borders padding would move."""
+    return getattr(text_config_of(config), "attention_chunk_size", None) is not None
+
+
 @functools.cache
 def _cache_layer(name: str) -> tuple[type, ...]:
     """A class of entries of a cache; none if the installed transformers has no such entries."""

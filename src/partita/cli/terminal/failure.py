@@ -19,16 +19,10 @@ from partita.ranks.failure import Failure
 from partita.ranks.liveness import is_echo, wait_for_verdict
 
 _OUT_OF_MEMORY = re.compile(r"can't allocate memory|unable to allocate|out of memory|bad_alloc", re.IGNORECASE)
+_SERVING = ("starlette", "uvicorn", "pydantic", "prometheus_client", "llguidance", "anyio")
 _MISSING_EXTRA = (
-    "torch",
-    "transformers",
-    "numpy",
-    "safetensors",
-    "tokenizers",
-    "huggingface_hub",
-    "peft",
-    "mlx",
-    "mlx_lm",
+    *("torch", "transformers", "numpy", "safetensors", "tokenizers", "huggingface_hub", "peft", "mlx", "mlx_lm"),
+    *_SERVING,
 )
 
 
@@ -45,7 +39,7 @@ def explain(error: BaseException) -> Failure | None:
     if not isinstance(error, Exception) or isinstance(error, typer.Exit | typer.Abort) or hasattr(error, "exit_code"):
         return None
     if isinstance(error, ModuleNotFoundError) and (package := (error.name or "").split(".")[0]) in _MISSING_EXTRA:
-        extra = "mlx" if package.startswith("mlx") else "torch"
+        extra = "serve" if package in _SERVING else "mlx" if package.startswith("mlx") else "torch"
         return Failure(
             Failure.MISUSED, f"{error.name} is not installed, but this command needs it: pip install 'partita[{extra}]'"
         )

@@ -63,6 +63,33 @@ def held_bytes(plan: Plan, rank: int) -> dict[tuple[str, bool], float]:
     return held
 
 
+def as_data(plan: Plan) -> dict[str, Any]:
+    """What each rank of the first replica holds, as data for a picture that something else draws."""
+    spec, mesh = plan.spec, plan.mesh
+    ranks = []
+    for row in _rows(plan):
+        held = sorted(held_bytes(plan, row[0]).items(), key=lambda one: (list(PARTS).index(one[0][0]), one[0][1]))
+        parts = [
+            {"name": part, "is_copy": is_copy, "bytes": round(number), "size": size(number)}
+            for (part, is_copy), number in held
+        ]
+        bytes_ = plan.rank_bytes(row[0])
+        ranks.append(
+            {
+                "name": _row_name(row), "stage": _stage_name(plan, mesh.coordinate(row[0]).pp), "bytes": round(bytes_),
+                "size": size(bytes_), "parts": parts,
+            }
+        )  # fmt: skip
+    return {
+        "title": f"{spec.architecture or spec.family}: {count(spec.parameters)} parameters, {mesh}", "ranks": ranks,
+        "colours": PARTS,
+    }  # fmt: skip
+
+
+def _row_name(ranks: list[int]) -> str:
+    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]}-{ranks[-1]}"
+
+
 def picture(plan: Plan, path: Path) -> None:
     """Draw what each rank of the first replica holds into a .svg or .png file."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -130,7 +157,7 @@ def _draw(axes: Axes, plan: Plan, rows: list[list[int]]) -> set[tuple[str, bool]
         each = " each" if len(ranks) > 1 else ""
         axes.text(x + room * 0.008, y + 0.4, f"{size(plan.rank_bytes(ranks[0]))}{each}", fontsize=8, va="center")
         places.append(y + 0.4)
-        labels.append(f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]}-{ranks[-1]}")
+        labels.append(_row_name(ranks))
         y += 1.0
     axes.set_xlim(0, room)
     axes.set_ylim(y + 0.1, 0)

@@ -13,12 +13,14 @@ the run. This package imports no framework.
 from partita.ranks.liveness.activity import ME, STARTING, Activity, doing, waits_in
 from partita.ranks.liveness.heartbeat import (
     VERDICT_S,
+    WORDS_S,
     attach,
     failure_was_printed,
     farewell,
     has_joined,
     is_echo,
     join,
+    on_loss,
     send_failure,
     wait_for_verdict,
 )
@@ -30,6 +32,7 @@ __all__ = [
     "ME",
     "STARTING",
     "VERDICT_S",
+    "WORDS_S",
     "Activity",
     "Lines",
     "Peer",
@@ -44,6 +47,7 @@ __all__ = [
     "join",
     "line_of",
     "lost_after_s",
+    "on_loss",
     "send_failure",
     "silence",
     "wait_for_verdict",

@@ -31,6 +31,9 @@ CONNECT_S = 5.0
 VERDICT_S = 5.0
 """Seconds for which a rank whose connections break waits for the reason."""
 
+WORDS_S = 3.0
+"""Seconds that a rank has to tell its clients why it ends."""
+
 
 class _Heartbeat(threading.Thread):
     """Sends and receives messages over one channel, to the launcher or to the coordinator.
@@ -94,8 +97,12 @@ class _Heartbeat(threading.Thread):
                 self._stalled()
 
     def _take(self, message: dict[str, Any], now_s: float) -> None:
-        if "lost" in message:
+        if "end" in message:  # of the launcher, which prints the reason itself
+            _last_words(message["end"])
+            os._exit(LOST)
+        elif "lost" in message:
             self._say(message["lost"])
+            _last_words(message["lost"])
             for rank, pids, pid in message.get("silent", ()):
                 Peer(rank, pids=pids, pid=pid).kill_if_stopped(self.first["pids"])
             os._exit(LOST)
@@ -121,6 +128,7 @@ class _Heartbeat(threading.Thread):
             return
         is_shown = failed.get("machine") == self.first["machine"]
         text = f"{failed['who']} failed while {failed['doing']}: {failed.get('message', '')}"
+        _last_words(text)
         self._end("" if is_shown else text, int(failed.get("code", 1)) or 1)
 
     def _stalled(self) -> None:
@@ -146,6 +154,20 @@ class _Heartbeat(threading.Thread):
         """Send a message. Errors are ignored here: the receiving side detects a closed channel."""
         with self.sending, contextlib.suppress(OSError):
             self.channel.sendall(line_of(message))
+
+
+_listener: Callable[[str], None] | None = None
+
+
+def on_loss(call: Callable[[str], None] | None) -> None:
+    """Call `call` with the reason before another rank's loss ends this process; it must return within `WORDS_S`."""
+    global _listener
+    _listener = call
+
+
+def _last_words(message: str) -> None:
+    if _listener is not None:
+        _listener(message)
 
 
 _heartbeat: _Heartbeat | None = None

@@ -1,0 +1,252 @@
+"""`partita serve`: answer OpenAI's clients and a chat page with a model split over ranks."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import re
+import signal
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NoReturn
+
+import typer
+
+from partita.checkpoint.find import find_model, is_local
+from partita.checkpoint.index import open_checkpoint
+from partita.cli import launch
+from partita.cli.arguments.engine import choose_engine
+from partita.cli.arguments.model import plan_early, read_tokenizer, refuse_device, request_of
+from partita.cli.arguments.options import WEIGHTS, ModelArgument, PlanOptions, RunOptions, WeightsDtype
+from partita.cli.job import Job
+from partita.cli.terminal.console import mesh_name, out, write
+from partita.cli.terminal.plan_figure import as_data
+from partita.cli.terminal.progress import loading
+from partita.core.model.spec import config_number, text_config
+from partita.core.plan import Plan
+from partita.engine import check_serves, open_engine, serving_loop
+from partita.errors import ModelError
+from partita.notes import note
+from partita.ranks import environment, liveness
+from partita.serving import ServeSettings
+
+if TYPE_CHECKING:
+    from partita.generation import Tokenizer
+
+SERVER, CACHE = "Server", "Requests and cache"
+"""Panels of options in `--help`."""
+
+DEFAULT_CONTEXT = 4096
+"""The largest number of tokens of a prompt and its answer, for a model whose config names none."""
+
+
+def _bytes(text: str | int) -> int:
+    """A number of bytes: `4GiB`, `500MB`, `1000000`.
+
+    Raises:
+        BadParameter: It is none.
+    """
+    matched = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT])(I?)B?|B)?\s*", str(text).upper())
+    number = 0.0
+    if matched:
+        exponent = " KMGT".index(matched[2] or " ")
+        number = float(matched[1]) * (1024 if matched[3] else 1000) ** exponent
+    if number < 1:
+        raise typer.BadParameter(f"must be a number of bytes, as in 4GiB or 500MB, but is {text!r}.")
+    return int(number)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServingOptions(RunOptions, PlanOptions):
+    """Options of a served model."""
+
+    model: ModelArgument
+    max_sequences: Annotated[
+        int, typer.Option(min=1, help="Answer at most this many requests at once; others wait.", rich_help_panel=CACHE)
+    ] = 16  # fmt: skip
+    max_tokens: Annotated[
+        int, typer.Option(min=1, help="End answers whose request sets no limit after this many tokens.", rich_help_panel=CACHE)
+    ] = 512  # fmt: skip
+    prefill_chunk: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Compute at most this many prompt tokens between two tokens of answers.", rich_help_panel=CACHE
+        ),
+    ] = 256  # fmt: skip
+    cache_bytes: Annotated[
+        int,
+        typer.Option(
+            metavar="BYTES",
+            help="Memory of each rank for keys and values, as in 4GiB.",
+            parser=_bytes,
+            rich_help_panel=CACHE,
+        ),
+    ] = 1 << 30
+    no_verify: Annotated[
+        bool,
+        typer.Option(
+            "--no-verify",
+            help="Do not compare the files of a training checkpoint with their checksums.",
+            rich_help_panel=WEIGHTS,
+        ),
+    ] = False
+    dtype: WeightsDtype = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeOptions(ServingOptions):
+    """The options of `partita serve`."""
+
+    host: Annotated[str, typer.Option(help="Listen at this address.", rich_help_panel=SERVER)] = "127.0.0.1"
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Listen at this port; 0 for any that is free.", rich_help_panel=SERVER)
+    ] = 8080
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            "--api-key",
+            metavar="KEY",
+            envvar="PARTITA_API_KEY",
+            help="Answer only requests with this bearer token.",
+            show_default=False,
+            rich_help_panel=SERVER,
+        ),
+    ] = None
+    served_model_name: Annotated[
+        str | None,
+        typer.Option(
+            "--served-model-name",
+            metavar="NAME",
+            help="Name of the model in requests (default: the last part of MODEL).",
+            show_default=False,
+            rich_help_panel=SERVER,
+        ),
+    ] = None
+
+
+def serve(options: ServeOptions) -> None:
+    """Serve a model split over ranks to OpenAI's clients and, at `/`, to a browser, until Ctrl-C or SIGTERM."""
+    if options.api_key is not None and not options.api_key.strip():
+        raise ModelError("--api-key is empty, so every request would have it. Give a key, or leave it out.")
+    if not _is_loopback(options.host) and not options.api_key and environment.is_first():
+        note(
+            f"--host {options.host} lets other machines in, and without --api-key everyone who reaches this one can use the "
+            "server."
+        )
+    name = options.served_model_name or (
+        Path(options.model).resolve().name if is_local(options.model) else options.model
+    )
+    start(options, host=options.host, port=options.port, api_key=options.api_key or "", name=name)
+
+
+def start(options: ServingOptions, **where: Any) -> NoReturn:
+    """Serve a model until the server is ended; `where` is the address, the key and the name of `ServeJob`."""
+    import partita.serving.http.app  # noqa: F401  # an extra that is missing is reported before anything starts
+
+    engine = choose_engine(options.engine)
+    check_serves(engine)
+    request, given = request_of(options.model, options, engine=engine, trust_remote_code=options.trust_remote_code)
+    request = replace(request, dtype=options.dtype and options.dtype.value)
+    plan = plan_early(request, given)
+    refuse_device(engine, options.device)
+    if is_local(options.model):
+        open_checkpoint(find_model(options.model))
+    settings = ServeSettings(options.max_sequences, options.prefill_chunk, options.cache_bytes)
+    launch.run(
+        ServeJob(
+            request=request, plan=plan, backend=options.backend, device=options.device, settings=settings,
+            max_tokens=options.max_tokens, verify=not options.no_verify, as_json=options.as_json, **where,
+        )
+    )  # fmt: skip
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+@dataclass(kw_only=True)
+class ServeJob(Job):
+    """The work of each rank of `serve`.
+
+    Attributes:
+        host: The address to listen at.
+        port: The port; 0 for any that is free.
+        api_key: What requests must have; empty for nothing.
+        name: The name of the model in requests.
+        max_tokens: The largest number of tokens of an answer whose request sets none.
+        settings: The limits of the step loop.
+        verify: Whether the files of a training checkpoint are compared with their checksums.
+        as_json: Whether the address is printed as JSON.
+    """
+
+    drains: ClassVar[bool] = True
+
+    host: str
+    port: int
+    api_key: str
+    name: str
+    max_tokens: int
+    settings: ServeSettings
+    verify: bool
+    as_json: bool
+
+    def work(self) -> int:
+        """Load the model and serve it. The first rank answers HTTP requests."""
+        from partita.serving.http.server import bind
+
+        asked, engine = self.request, open_engine(self.request.engine)
+        bound = bind(self.host, self.port) if environment.is_first() else None
+        folder = find_model(asked.model, code=asked.trust_remote_code)
+        tokenizers = [read_tokenizer(folder, trust_remote_code=asked.trust_remote_code) for _ in range(2)]
+        with loading(f"loading, {mesh_name(asked.mesh)}") as progress:
+            split = engine.load(folder, **self.split, dtype=asked.dtype, verify=self.verify, progress=progress)
+        loop = serving_loop(asked.engine, split, self.settings, tokenizer=tokenizers[0])
+        if bound is None:
+            loop.run()
+            return 0
+        with self._answering(bound, loop.inbox, tokenizers[1], engine.plan_of(split)[0]):
+            loop.run()
+        return 0
+
+    @contextmanager
+    def _answering(self, bound: socket.socket, inbox: Any, tokenizer: Tokenizer, plan: Plan) -> Iterator[None]:
+        """A context in which HTTP requests are answered, and SIGTERM ends the loop after the requests that it has."""
+        from partita.serving.http.app import make_app
+        from partita.serving.http.server import Server, url_of
+        from partita.serving.http.service import Service
+
+        spec = plan.spec
+        named = config_number(text_config(spec.config), "max_position_embeddings", "n_positions")
+        service = Service(
+            inbox, tokenizer, self.name, spec.positions or named or DEFAULT_CONTEXT, spec.vocab_size,
+            max_tokens=self.max_tokens, api_key=self.api_key, plan=as_data(plan),
+        )  # fmt: skip
+        server = Server(make_app(service), bound)
+
+        def tell(message: str) -> None:
+            """End every answer with the rank that was lost, before this process is ended."""
+            service.loss.tell(message)
+            server.close(liveness.WORDS_S / 2)
+
+        liveness.on_loss(tell)
+        before = signal.signal(signal.SIGTERM, lambda number, frame: inbox.shutdown())
+        server.start()
+        self._announce(url_of(bound))
+        try:
+            yield
+        finally:
+            liveness.on_loss(None)
+            server.close()
+            signal.signal(signal.SIGTERM, before)
+
+    def _announce(self, url: str) -> None:
+        if self.as_json:
+            write(json.dumps({"url": url, "model": self.name}) + "\n")
+        else:
+            out().print(f"{self.name} is served at {url} (OpenAI's API at {url}/v1). Ctrl-C ends it.", soft_wrap=True)

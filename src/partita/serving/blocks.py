@@ -1,0 +1,132 @@
+"""Cache blocks: who holds which, and which ones keep the beginning of earlier texts.
+
+A block holds the keys and values of `block_tokens` tokens in every layer. Full blocks are found again by a digest of all
+tokens up to their end, so a block is shared only between texts that are equal up to there. Block 0 is never given away:
+rows of a batch are padded with it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class CacheLayout:
+    """The cache of one replica.
+
+    Attributes:
+        num_blocks: Blocks that requests can hold.
+        block_tokens: Tokens of a block.
+        state_blocks: Blocks that each request needs beside those of its tokens, for state of fixed size.
+        batched: Whether rows of several requests run in one forward, and prompts in chunks. If not, each request runs alone.
+        block_bytes: Bytes of a block on the rank where it takes most.
+    """
+
+    num_blocks: int
+    block_tokens: int
+    state_blocks: int = 0
+    batched: bool = True
+    block_bytes: int = 0
+
+    def blocks_for(self, tokens: int) -> int:
+        """The number of blocks for a text of `tokens` tokens."""
+        return self.state_blocks + -(-tokens // self.block_tokens)
+
+
+class BlockPool:
+    """The blocks of one replica: free, held by requests, or kept for prompts to come and evicted when blocks are needed."""
+
+    def __init__(self, layout: CacheLayout, *, keeps_prefixes: bool) -> None:
+        """Create a pool in which all blocks are free."""
+        self.layout = layout
+        self.keeps_prefixes = keeps_prefixes and layout.batched
+        self._free = list(range(layout.num_blocks, 0, -1))
+        self._holders: dict[int, int] = {}
+        self._digest_of: dict[int, bytes] = {}
+        self._block_of: dict[bytes, int] = {}
+        self._unused: OrderedDict[int, None] = OrderedDict()
+
+    @property
+    def used(self) -> int:
+        """Blocks that requests hold."""
+        return len(self._holders)
+
+    @property
+    def kept(self) -> int:
+        """Blocks that no request holds, and that keep the beginning of an earlier text."""
+        return len(self._unused)
+
+    @property
+    def available(self) -> int:
+        """Blocks that `take` can give, those that it has to evict included."""
+        return len(self._free) + len(self._unused)
+
+    def match(self, ids: Sequence[int]) -> list[int]:
+        """The blocks that hold the beginning of `ids`; at least one token of `ids` is left to compute."""
+        found: list[int] = []
+        if self.keeps_prefixes:
+            for digest in self._digests(ids[: len(ids) - 1]):
+                if digest not in self._block_of:
+                    break
+                found.append(self._block_of[digest])
+        return found
+
+    def take(self, count: int, shared: Sequence[int] = ()) -> list[int] | None:
+        """Hold the blocks `shared`, from `match`, and others up to `count`; None, and nothing is held, if too few are left."""
+        unused = sum(block in self._unused for block in shared)
+        if count - len(shared) > self.available - unused:
+            return None
+        for block in shared:
+            self._unused.pop(block, None)
+            self._holders[block] = self._holders.get(block, 0) + 1
+        taken = [self._next() for _ in range(count - len(shared))]
+        self._holders.update(dict.fromkeys(taken, 1))
+        return [*shared, *taken]
+
+    def _next(self) -> int:
+        if self._free:
+            return self._free.pop()
+        block, _ = self._unused.popitem(last=False)
+        self._forget(block)
+        return block
+
+    def release(self, blocks: Sequence[int]) -> None:
+        """Give back the blocks of a request. Those that keep a text are evicted later, the end of the text first."""
+        for block in reversed(blocks):
+            self._holders[block] -= 1
+            if self._holders[block]:
+                continue
+            del self._holders[block]
+            if block in self._digest_of:
+                self._unused[block] = None
+            else:
+                self._free.append(block)
+
+    def keep(self, ids: Sequence[int], blocks: Sequence[int]) -> None:
+        """Record that the first of `blocks` hold the tokens `ids`, all of which have been computed."""
+        if not self.keeps_prefixes:
+            return
+        for block, digest in zip(blocks, self._digests(ids), strict=False):
+            if digest not in self._block_of and block not in self._digest_of:
+                self._block_of[digest], self._digest_of[block] = block, digest
+
+    def truncate(self, blocks: Sequence[int], tokens: int) -> list[int]:
+        """Give back the blocks after the first `tokens` tokens of a text; returns those that are left."""
+        left = self.layout.blocks_for(tokens)
+        self.release(blocks[left:])
+        return list(blocks[:left])
+
+    def _forget(self, block: int) -> None:
+        del self._block_of[self._digest_of.pop(block)]
+
+    def _digests(self, ids: Sequence[int]) -> list[bytes]:
+        """For each full block of `ids`, a digest of all tokens up to its end."""
+        size, before, found = self.layout.block_tokens, b"", []
+        for start in range(0, len(ids) - size + 1, size):
+            text = ",".join(map(str, ids[start : start + size]))
+            before = hashlib.sha256(before + text.encode()).digest()
+            found.append(before)
+        return found

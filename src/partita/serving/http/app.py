@@ -1,0 +1,121 @@
+"""The routes of the server."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from importlib.resources import files
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp
+
+from partita.serving.http.errors import ApiError, as_api_error
+from partita.serving.http.gate import Gate
+from partita.serving.http.openai import tools as chat_tools
+from partita.serving.http.openai.bodies import TokenizeBody, parse
+from partita.serving.http.openai.chat import chat
+from partita.serving.http.openai.completions import completions
+from partita.serving.http.service import Service
+
+Handler = Callable[[Request, Service], Awaitable[Response]]
+NOTHING_ELSE = (
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
+)
+"""The page loads nothing, neither from this server nor from others; it only asks this server's API."""
+
+
+def make_app(service: Service) -> ASGIApp:
+    """The server of a model, as an ASGI application."""
+    table: tuple[tuple[str, str, Handler], ...] = (
+        ("GET", "/", _page),
+        ("GET", "/health", _health),
+        ("GET", "/metrics", _metrics),
+        ("GET", "/plan", _plan),
+        ("GET", "/v1/models", _models),
+        ("GET", "/v1/models/{model:path}", _model),
+        ("POST", "/tokenize", _tokenize),
+        ("POST", "/v1/chat/completions", chat),
+        ("POST", "/v1/completions", completions),
+    )
+
+    def bound(handler: Handler) -> Callable[[Request], Awaitable[Response]]:
+        async def handle(request: Request) -> Response:
+            return await handler(request, service)
+
+        return handle
+
+    routes = [Route(path, bound(handler), methods=[method]) for method, path, handler in table]
+    handlers = {ApiError: _api_error, HTTPException: _http_error, Exception: _failure}
+    return Gate(Starlette(routes=routes, exception_handlers=handlers), service, {path for _, path, _ in table})  # type: ignore[arg-type]
+
+
+async def _api_error(request: Request, error: ApiError) -> Response:
+    return error.response()
+
+
+async def _http_error(request: Request, error: HTTPException) -> Response:
+    text = f"{request.method} {request.url.path:.200}: {error.detail}."
+    response = ApiError(error.status_code, text, code="not_found" if error.status_code == 404 else None).response()
+    response.headers.update(error.headers or {})
+    return response
+
+
+async def _failure(request: Request, error: Exception) -> Response:
+    return as_api_error(error).response()
+
+
+async def _page(request: Request, service: Service) -> Response:
+    text = files("partita.serving.http").joinpath("page.html").read_text(encoding="utf-8")
+    return HTMLResponse(text, headers={"content-security-policy": NOTHING_ELSE})
+
+
+async def _health(request: Request, service: Service) -> Response:
+    why = service.closed
+    return JSONResponse({"status": "unavailable", "reason": why} if why else {"status": "ok"}, 503 if why else 200)
+
+
+async def _metrics(request: Request, service: Service) -> Response:
+    return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
+
+
+async def _plan(request: Request, service: Service) -> Response:
+    return JSONResponse(service.plan)
+
+
+def _described(service: Service) -> dict[str, object]:
+    return {
+        "id": service.model, "object": "model", "created": service.created_s, "owned_by": "partita",
+        "max_model_len": service.context,
+    }  # fmt: skip
+
+
+async def _models(request: Request, service: Service) -> Response:
+    return JSONResponse({"object": "list", "data": [_described(service)]})
+
+
+async def _model(request: Request, service: Service) -> Response:
+    service.check_model(request.path_params["model"])
+    return JSONResponse(_described(service))
+
+
+async def _tokenize(request: Request, service: Service) -> Response:
+    body = parse(TokenizeBody, await request.body())
+    service.check_model(body.model)
+    if (body.prompt is None) == (body.messages is None):
+        raise ApiError(400, "give one of prompt and messages.", param="prompt")
+    settings = chat_tools.template_settings(body.chat_template_kwargs, service.tokenizer)
+    messages = chat_tools.as_template_messages(body.messages or ())
+
+    def encode() -> list[int]:
+        if body.prompt is not None:
+            return service.tokenizer.encode(body.prompt, add_special_tokens=body.add_special_tokens)
+        return service.tokenizer.encode_messages(
+            messages, tools=chat_tools.described(body.tools), settings=settings,
+            add_generation_prompt=body.add_generation_prompt,
+        )  # fmt: skip
+
+    ids = await service.encode(encode, "prompt" if body.messages is None else "messages")
+    return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": service.context})

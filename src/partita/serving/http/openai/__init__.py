@@ -1,0 +1,1 @@
+"""OpenAI's protocol: bodies of requests, and answers as JSON and as events."""

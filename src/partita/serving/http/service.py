@@ -1,0 +1,128 @@
+"""What the routes share: the step loop's inbox, the model's tokenizer and limits, and the metrics."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Any, TypeVar
+
+import anyio.to_thread
+
+from partita.generation import Sampling, Tokenizer
+from partita.serving.http.answers import Answers, Loss
+from partita.serving.http.errors import ApiError, as_api_error
+from partita.serving.http.inbox import Inbox
+from partita.serving.http.metrics import Metrics
+from partita.serving.http.openai.logprobs import TokenBytes
+from partita.serving.http.openai.tools import template_of
+from partita.serving.requests import ServeRequest
+
+MAX_BODY_BYTES = 8 << 20
+"""The largest body of a request."""
+
+DEFAULT_TOKENS = 512
+"""The largest number of tokens of an answer whose request sets none."""
+
+Result = TypeVar("Result")
+
+
+@dataclass
+class Service:
+    """A served model.
+
+    Attributes:
+        inbox: The entrance to the step loop.
+        tokenizer: The model's tokenizer, used by one thread at a time; not the one that the step loop uses.
+        model: The name that clients call the model by.
+        context: The largest number of tokens of a prompt and its answer together.
+        vocab_size: Number of ids.
+        max_tokens: The largest number of tokens of an answer whose request sets none; at most what the context leaves.
+        api_key: What clients must send as a bearer token; empty to let everyone in.
+        max_body_bytes: The largest body.
+        plan: What each rank holds, for the page.
+    """
+
+    inbox: Inbox
+    tokenizer: Tokenizer
+    model: str
+    context: int
+    vocab_size: int
+    max_tokens: int = DEFAULT_TOKENS
+    api_key: str = ""
+    max_body_bytes: int = MAX_BODY_BYTES
+    plan: dict[str, Any] = field(default_factory=dict)
+    created_s: int = field(default_factory=lambda: int(time.time()))
+
+    def __post_init__(self) -> None:
+        self.metrics = Metrics(self.inbox)
+        self.bytes_of = TokenBytes(self.tokenizer)
+        self.template = template_of(self.tokenizer)
+        self._ids = count(1)
+        self.loss = Loss()
+        self._lock = threading.Lock()
+
+    @property
+    def closed(self) -> str:
+        """Why no request is accepted any more; empty while requests are."""
+        return self.loss.message or self.inbox.closed
+
+    async def encode(self, work: Callable[[], Result], param: str) -> Result:
+        """The result of `work`, which uses the tokenizer, from a thread of its own.
+
+        Raises:
+            ApiError: The tokenizer or its chat template refuses the text; `param` is the field with it.
+        """
+
+        def locked() -> Result:
+            with self._lock:
+                return work()
+
+        try:
+            return await anyio.to_thread.run_sync(locked)
+        except Exception as error:
+            raise as_api_error(error, param) from error
+
+    def check_model(self, name: str | None) -> None:
+        """Raise `ApiError` if a request names a model that is not served."""
+        if name and name != self.model:
+            text = f"the model {name!r:.100} is not served here. This server has {self.model!r}."
+            raise ApiError(404, text, param="model", code="model_not_found")
+
+    def new_tokens(self, prompt: Sequence[int], wanted: int | None, param: str) -> int:
+        """The largest number of tokens of the answer to a prompt.
+
+        Raises:
+            ApiError: The prompt is empty, or it and its answer are longer than the context.
+        """
+        if not prompt:
+            raise ApiError(400, f"{param} has no tokens. Give at least one.", param=param)
+        room = self.context - len(prompt)
+        if room < 1 or (wanted or 1) > room:
+            asked = f" and {wanted} new ones" if wanted else ""
+            raise ApiError(
+                400,
+                f"this model's context has {self.context} tokens, but the prompt has {len(prompt)}{asked}. Shorten the "
+                "prompt, or ask for fewer tokens.",
+                param=param,
+                code="context_length_exceeded",
+            )
+        return wanted or min(room, self.max_tokens)
+
+    def answers(
+        self, prompts: Sequence[tuple[Sequence[int], Sampling]], logprobs: int | None, grammar: str = ""
+    ) -> Answers:
+        """The requests for the answers to prompts, not submitted yet.
+
+        Raises:
+            ApiError: The server is shutting down, or no step can be made.
+        """
+        if why := self.closed:
+            raise ApiError(503, f"no request is accepted any more: {why}.", code="unavailable")
+        requests = [
+            ServeRequest(next(self._ids), tuple(prompt), sampling, logprobs is not None, logprobs or 0, grammar)
+            for prompt, sampling in prompts
+        ]
+        return Answers(self.inbox, self.metrics, self.loss, requests)

@@ -1,0 +1,300 @@
+"""The loop over steps. One rank decides each step and sends it to all others; no rank decides anything by itself.
+
+any thread of the first rank     inbox.submit, cancel, shutdown
+first rank, before a step        schedulers -> Step for each replica -> bytes -> all ranks
+every rank                       Rows.run: ended, admitted, forwards, tokens
+first rank, after a step         tokens -> texts -> ends -> events
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from partita.errors import ModelError, PlanError
+from partita.generation import Sequence
+from partita.generation.choice import Choice
+from partita.generation.sample import failure_of
+from partita.notes import note
+from partita.ranks.liveness import doing
+from partita.serving.blocks import BlockPool
+from partita.serving.message import Row, Step, decode, encode
+from partita.serving.requests import Finished, OnEvent, Reason, ServeRequest, ServeSettings, Token
+from partita.serving.rows import Picked, Rows
+from partita.serving.scheduler import Running, Scheduler
+
+IDLE_S = 5.0
+"""The longest time between two steps, so that no rank waits longer for one than its backend's time limit."""
+
+
+@dataclass(frozen=True)
+class Stats:
+    """The state of a loop, summed over replicas.
+
+    Attributes:
+        queued: Requests that wait for a place or for cache blocks.
+        running: Requests that run.
+        blocks_used: Cache blocks that running requests hold.
+        blocks_kept: Cache blocks that keep the beginning of earlier texts, and are evicted when they are needed.
+        blocks_free: Empty cache blocks.
+        block_tokens: Tokens of a block.
+        tokens: New tokens so far.
+        prompt_tokens: Tokens of the prompts of finished requests so far.
+        cached_tokens: Those of them that were in the prefix cache.
+        finished: Finished requests so far.
+        steps: Steps so far.
+    """
+
+    queued: int = 0
+    running: int = 0
+    blocks_used: int = 0
+    blocks_kept: int = 0
+    blocks_free: int = 0
+    block_tokens: int = 0
+    tokens: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    finished: int = 0
+    steps: int = 0
+
+
+class Inbox:
+    """Requests on their way to the loop; any thread of the first rank may call these methods."""
+
+    def __init__(self, check: Callable[[ServeRequest], Choice], stats: Callable[[], Stats]) -> None:
+        """Create an inbox whose requests `check` accepts or refuses."""
+        self._check, self._stats = check, stats
+        self._changed = threading.Condition()
+        self._submitted: list[tuple[ServeRequest, Choice, OnEvent]] = []
+        self._cancelled: list[int] = []
+        self._known: set[int] = set()
+        self._closed = ""
+        self._drains = True
+
+    def submit(self, request: ServeRequest, on_event: OnEvent) -> None:
+        """Add a request. `on_event` receives its tokens and its end, from the loop's thread.
+
+        Raises:
+            PartitaError: The request can never be served (the message has its numbers), its id is in use, or the loop has
+                ended or is about to.
+        """
+        choice = self._check(request)
+        with self._changed:
+            if self._closed:
+                raise ModelError(f"no request is accepted any more: {self._closed}.")
+            if request.id in self._known:
+                raise PlanError(f"a request with id {request.id} is being served. Use an id of its own.")
+            self._known.add(request.id)
+            self._submitted.append((request, choice, on_event))
+            self._changed.notify()
+
+    def cancel(self, number: int) -> None:
+        """End a request within a step; nothing happens if it has ended."""
+        with self._changed:
+            if number in self._known:
+                self._cancelled.append(number)
+                self._changed.notify()
+
+    def shutdown(self, *, drain: bool = True) -> None:
+        """End the loop on every rank: after all requests are finished, or with `drain=False` after cancelling them."""
+        with self._changed:
+            self._closed = self._closed or "the server is shutting down"
+            self._drains = self._drains and drain
+            self._changed.notify()
+
+    @property
+    def closed(self) -> str:
+        """Why no request is accepted any more; empty while requests are."""
+        return self._closed
+
+    def stats(self) -> Stats:
+        """The state of the loop."""
+        return self._stats()
+
+    def take(self, timeout_s: float) -> tuple[list[tuple[ServeRequest, Choice, OnEvent]], list[int], bool, bool]:
+        """Wait up to `timeout_s` for anything new: requests, cancelled ids, whether to end, whether to drain first."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._submitted or self._cancelled or self._closed, timeout_s)
+            found = self._submitted, self._cancelled, bool(self._closed), self._drains
+            self._submitted, self._cancelled = [], []
+            return found
+
+    def forget(self, number: int) -> None:
+        """Let the id of an ended request be used again."""
+        with self._changed:
+            self._known.discard(number)
+
+    def close(self, why: str) -> list[tuple[ServeRequest, Choice, OnEvent]]:
+        """Accept no more requests; returns those that the loop has not taken."""
+        with self._changed:
+            self._closed = why
+            left, self._submitted = self._submitted, []
+            return left
+
+
+@dataclass
+class _Client:
+    """A request on the deciding rank: its scheduler, its text, and who hears of it."""
+
+    request: ServeRequest
+    choice: Choice
+    on_event: OnEvent
+    scheduler: Scheduler
+    sequence: Sequence
+    texts: list[str] = field(default_factory=list)
+
+    def text_of(self, token: int, rows: Rows) -> str:
+        """Add a token; the text that becomes final with it."""
+        self.sequence.accept(token, self.choice, rows.tokenizer)
+        self.sequence.show(lambda _, text: self.texts.append(text), self.choice.stop)
+        text = "".join(self.texts)
+        self.texts.clear()
+        return text
+
+
+_REASONS: dict[str, Reason] = {"eos": "stop", "stop": "stop", "length": "length"}
+
+
+class ServingLoop:
+    """Serves requests on all ranks of a run.
+
+    Attributes:
+        inbox: Where requests arrive; used on the first rank only.
+    """
+
+    def __init__(self, rows: Rows, settings: ServeSettings) -> None:
+        """Create a loop over the engine's `rows`, on every rank with the same settings."""
+        self.rows, self.settings = rows, settings
+        self.schedulers = [
+            Scheduler(settings, BlockPool(rows.layout, keeps_prefixes=settings.keep_prefixes), groups=rows.plan.mesh.pp)
+            for _ in range(rows.plan.mesh.dp)
+        ]
+        self._clients: dict[int, _Client] = {}
+        self._counts = dict.fromkeys(("tokens", "prompt_tokens", "cached_tokens", "finished", "steps"), 0)
+        self.inbox = Inbox(self._settled, self._stats)
+
+    @doing("serving")
+    def run(self) -> None:
+        """Serve until `inbox.shutdown()` on the first rank. Blocks; every rank must call it.
+
+        Raises:
+            Exception: What a step raised, after every request has ended with an error.
+        """
+        try:
+            with self.rows.session():
+                while self._step():
+                    pass
+        except BaseException as error:
+            self._end_all(str(error) or type(error).__name__)
+            raise
+        self._end_all("the server is shutting down")
+
+    def _step(self) -> bool:
+        """Run one step. Whether another one follows."""
+        steps = decode(self.rows.share(encode(self._decide()) if self.rows.decides else None))
+        picked = self.rows.run(steps)
+        if self.rows.decides:
+            self._report(steps, picked)
+        return not any(step.ends for step in steps)
+
+    def _settled(self, request: ServeRequest) -> Choice:
+        """A request's settings; raises `PartitaError` if it can never be served."""
+        choice = self.rows.settle(request)
+        layout, limit = self.rows.layout, choice.limit(len(request.prompt))
+        needed = layout.blocks_for(len(request.prompt) + limit - 1)
+        if needed > layout.num_blocks:
+            raise PlanError(
+                f"a prompt of {len(request.prompt)} tokens with {limit} new ones needs {needed} cache blocks of "
+                f"{layout.block_tokens} tokens, but the cache has {layout.num_blocks} ({self.settings.cache_bytes} bytes, "
+                f"{layout.block_bytes} a block). Ask for fewer tokens, or give the server a larger cache (cache_bytes, "
+                "--cache-bytes)."
+            )
+        return choice
+
+    def _decide(self) -> list[Step]:
+        """The next step of each replica."""
+        idle = all(scheduler.is_idle for scheduler in self.schedulers)
+        submitted, cancelled, closed, drains = self.inbox.take(IDLE_S if idle else 0.0)
+        for request, choice, on_event in submitted:
+            scheduler = min(self.schedulers, key=lambda one: one.load - self._cached(one, request))
+            limit = choice.limit(len(request.prompt))
+            sequence = Sequence(0, list(request.prompt), limit)
+            self._clients[request.id] = _Client(request, choice, on_event, scheduler, sequence)
+            scheduler.submit(request, limit)
+        for number in [*self._clients] if closed and not drains else cancelled:
+            if number in self._clients:
+                self._finish(self._clients[number], "cancelled")
+        ends = closed and not self._clients
+        self._counts["steps"] += 1
+        return [scheduler.plan(ends=ends) for scheduler in self.schedulers]
+
+    def _cached(self, scheduler: Scheduler, request: ServeRequest) -> int:
+        if len(self.schedulers) == 1:
+            return 0
+        return len(scheduler.pool.match(request.prompt)) * self.rows.layout.block_tokens
+
+    def _report(self, steps: list[Step], picked: list[list[Picked]]) -> None:
+        """Emit the events of a step."""
+        for replica, (step, results) in enumerate(zip(steps, picked, strict=True)):
+            for row, one in zip(_choosing(step), results, strict=True):
+                self._took(self._clients[row.id], one, replica)
+
+    def _took(self, client: _Client, one: Picked, replica: int) -> None:
+        request, sequence = client.request, client.sequence
+        text = client.text_of(one.token, self.rows)
+        if sequence.failure:
+            self._finish(client, "error", failure_of([sequence], self.rows.plan, replica))
+            return
+        self._counts["tokens"] += 1
+        client.scheduler.took(request.id, one.token)
+        heard = self._tell(
+            client, Token(request.id, one.token, text, one.logprob if request.logprobs else None, one.top)
+        )
+        if sequence.finish_reason:
+            self._finish(client, _REASONS[sequence.finish_reason])
+        elif not heard:
+            self._finish(client, "cancelled")
+
+    def _finish(self, client: _Client, reason: Reason, error: str = "") -> None:
+        number = client.request.id
+        running: Running | None = client.scheduler.end(number)
+        del self._clients[number]
+        self.inbox.forget(number)
+        prompt, cached = len(client.request.prompt), running.cached if running is not None else 0
+        self._counts["finished"] += 1
+        self._counts["prompt_tokens"] += prompt
+        self._counts["cached_tokens"] += cached
+        self._tell(client, Finished(number, reason, error, prompt, cached, len(client.sequence.tokens)))
+
+    def _tell(self, client: _Client, event: Token | Finished) -> bool:
+        """Pass an event on. False if the client raised an error, which ends its request and no other."""
+        try:
+            client.on_event(event)
+        except Exception as error:
+            note(f"request {event.id} ends, because its on_event raised {type(error).__name__}: {error}")
+            return False
+        return True
+
+    def _end_all(self, why: str) -> None:
+        for request, choice, on_event in self.inbox.close(why):
+            sequence = Sequence(0, list(request.prompt), 1)
+            self._clients[request.id] = _Client(request, choice, on_event, self.schedulers[0], sequence)
+        for client in [*self._clients.values()]:
+            self._finish(client, "error", why)
+
+    def _stats(self) -> Stats:
+        pools = [scheduler.pool for scheduler in self.schedulers]
+        return Stats(
+            queued=sum(len(scheduler.waiting) for scheduler in self.schedulers),
+            running=sum(len(scheduler.running) for scheduler in self.schedulers),
+            blocks_used=sum(pool.used for pool in pools),
+            blocks_kept=sum(pool.kept for pool in pools),
+            blocks_free=sum(pool.available - pool.kept for pool in pools),
+            block_tokens=self.rows.layout.block_tokens,
+            **self._counts,
+        )
+
+
+def _choosing(step: Step) -> Iterator[Row]:
+    return (row for batch in step.batches for row in batch if row.chooses)

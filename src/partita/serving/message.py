@@ -1,0 +1,101 @@
+"""A step as bytes: all that ranks are told, decided on one rank and broadcast before each step. Nothing is pickled."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from partita.generation import Sampling
+from partita.serving.requests import ServeRequest
+
+
+@dataclass(frozen=True)
+class Admission:
+    """A request that starts to run.
+
+    Attributes:
+        request: The request.
+        blocks: Its cache blocks, in order of its tokens; enough for all tokens that it may get.
+    """
+
+    request: ServeRequest
+    blocks: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Row:
+    """Tokens of one request that a forward computes.
+
+    Attributes:
+        id: The request.
+        start: The index of the first token, prompt included.
+        count: The number of tokens.
+        chooses: Whether the next token is chosen after the last of them.
+    """
+
+    id: int
+    start: int
+    count: int
+    chooses: bool
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a replica does in one step.
+
+    Attributes:
+        ended: Requests whose state is released, before anything else.
+        admitted: Requests that start.
+        batches: The forwards, each of rows with the same number of tokens.
+        ends: Whether the loop ends after this step.
+    """
+
+    ended: tuple[int, ...] = ()
+    admitted: tuple[Admission, ...] = ()
+    batches: tuple[tuple[Row, ...], ...] = ()
+    ends: bool = False
+
+
+def encode(steps: Sequence[Step]) -> bytes:
+    """The steps of all replicas as bytes, which `decode` reads."""
+    return json.dumps([_plain(step) for step in steps], separators=(",", ":"), allow_nan=False).encode()
+
+
+def decode(data: bytes) -> list[Step]:
+    """The steps of all replicas, from the bytes of `encode`."""
+    return [_step(*one) for one in json.loads(data)]
+
+
+def _plain(step: Step) -> list[Any]:
+    batches = [[[row.id, row.start, row.count, row.chooses] for row in batch] for batch in step.batches]
+    admitted = [[_request(one.request), one.blocks] for one in step.admitted]
+    return [step.ended, admitted, batches, step.ends]
+
+
+def _step(ended: Any, admitted: Any, batches: Any, ends: bool) -> Step:
+    return Step(
+        tuple(ended),
+        tuple(Admission(_read_request(*request), tuple(blocks)) for request, blocks in admitted),
+        tuple(tuple(Row(*row) for row in batch) for batch in batches),
+        ends,
+    )
+
+
+def _request(request: ServeRequest) -> list[Any]:
+    default = Sampling()
+    given = {name: value for name, value in asdict(request.sampling).items() if value != getattr(default, name)}
+    return [request.id, request.prompt, given, request.logprobs, request.top_logprobs, request.grammar]
+
+
+def _read_request(
+    number: int, prompt: list[int], sampling: dict[str, Any], logprobs: bool, top: int, grammar: str
+) -> ServeRequest:
+    known = {field.name for field in fields(Sampling)}
+    given = {name: _tuples(value) for name, value in sampling.items() if name in known}
+    return ServeRequest(number, tuple(prompt), Sampling(**given), logprobs, top, grammar)
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value

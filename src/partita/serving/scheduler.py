@@ -1,0 +1,136 @@
+"""The scheduler of one replica: which requests run, and what each step computes. Plain data in and out; no engine.
+
+Requests are admitted in order of arrival, when a place and blocks for all the tokens that they may get are free: a running
+request never waits for memory. A step computes one token of every running request, and up to `prefill_chunk` tokens of
+prompts.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+from partita.serving.blocks import BlockPool
+from partita.serving.message import Admission, Row, Step
+from partita.serving.requests import ServeRequest, ServeSettings
+
+
+@dataclass
+class Running:
+    """A request that runs.
+
+    Attributes:
+        request: The request.
+        limit: The largest number of new tokens.
+        blocks: Its cache blocks.
+        cached: Tokens of the prompt that were in the prefix cache.
+        computed: Tokens, prompt included, whose keys and values are stored.
+        tokens: New tokens.
+    """
+
+    request: ServeRequest
+    limit: int
+    blocks: list[int]
+    cached: int
+    computed: int
+    tokens: list[int] = field(default_factory=list)
+
+    @property
+    def is_prefilled(self) -> bool:
+        """Whether the whole prompt has been computed, so that each step adds a token."""
+        return self.computed >= len(self.request.prompt)
+
+
+class Scheduler:
+    """The requests of one replica, on the rank that decides.
+
+    Attributes:
+        pool: The cache blocks.
+        waiting: Requests that have not been admitted, with their largest numbers of new tokens.
+        running: Those that have, by id.
+    """
+
+    def __init__(self, settings: ServeSettings, pool: BlockPool, *, groups: int = 1) -> None:
+        """Create a scheduler; running requests form `groups` forwards a step, one per pipeline stage."""
+        self.settings, self.pool, self.groups = settings, pool, groups
+        self.waiting: deque[tuple[ServeRequest, int]] = deque()
+        self.running: dict[int, Running] = {}
+        self._ended: list[int] = []
+
+    @property
+    def load(self) -> int:
+        """The number of tokens that are still to be computed at most, by which requests are distributed."""
+        waiting = sum(len(request.prompt) + limit for request, limit in self.waiting)
+        running = sum(len(r.request.prompt) + r.limit - r.computed for r in self.running.values())
+        return waiting + running
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether there is nothing to do."""
+        return not (self.waiting or self.running or self._ended)
+
+    def submit(self, request: ServeRequest, limit: int) -> None:
+        """Add a request of at most `limit` new tokens, which fits the cache."""
+        self.waiting.append((request, limit))
+
+    def end(self, number: int) -> Running | None:
+        """End a request, waiting or running; its state is released by the next step. None if it was not running."""
+        self.waiting = deque(entry for entry in self.waiting if entry[0].id != number)
+        one = self.running.pop(number, None)
+        if one is not None:
+            self._ended.append(number)
+            self.pool.keep([*one.request.prompt, *one.tokens][: one.computed], one.blocks)
+            self.pool.release(one.blocks)
+        return one
+
+    def took(self, number: int, token: int) -> None:
+        """Add the token that a step chose for a request."""
+        self.running[number].tokens.append(token)
+
+    def plan(self, *, ends: bool = False) -> Step:
+        """The next step."""
+        ended, self._ended = tuple(self._ended), []
+        admitted = tuple(self._admit())
+        batches = [*self._decodes(), *self._chunks()]
+        for row in (row for batch in batches for row in batch):
+            one = self.running[row.id]
+            one.computed += row.count
+            if one.computed == len(one.request.prompt):
+                self.pool.keep(one.request.prompt, one.blocks)
+        return Step(ended, admitted, tuple(batches), ends)
+
+    def _admit(self) -> Iterable[Admission]:
+        layout = self.pool.layout
+        while self.waiting and len(self.running) < self.settings.max_sequences:
+            request, limit = self.waiting[0]
+            shared = self.pool.match(request.prompt)
+            # The last new token is not fed back to the model.
+            blocks = self.pool.take(layout.blocks_for(len(request.prompt) + limit - 1), shared)
+            if blocks is None:
+                return
+            self.waiting.popleft()
+            cached = len(shared) * layout.block_tokens
+            self.running[request.id] = Running(request, limit, blocks, cached, cached)
+            yield Admission(request, tuple(blocks))
+
+    def _decodes(self) -> list[tuple[Row, ...]]:
+        rows = [Row(number, one.computed, 1, True) for number, one in self.running.items() if one.is_prefilled]
+        count = min(self.groups, len(rows)) if self.pool.layout.batched else len(rows)
+        edges = [i * len(rows) // count for i in range(count + 1)] if rows else []
+        return [tuple(rows[a:b]) for a, b in pairwise(edges)]
+
+    def _chunks(self) -> list[tuple[Row, ...]]:
+        """Parts of prompts; those of the same start and length are one batch, which needs no padding."""
+        left = self.settings.prefill_chunk
+        batches: dict[tuple[int, ...], list[Row]] = {}
+        for number, one in self.running.items():
+            if one.is_prefilled or left <= 0:
+                continue
+            rest = len(one.request.prompt) - one.computed
+            count = min(rest, left) if self.pool.layout.batched else rest
+            left -= count
+            key = (one.computed, count) if self.pool.layout.batched else (number,)
+            batches.setdefault(key, []).append(Row(number, one.computed, count, count == rest))
+        return [tuple(rows) for rows in batches.values()]

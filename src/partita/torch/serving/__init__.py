@@ -1,0 +1,40 @@
+"""Serving with the torch engine: rows of many requests in one forward, their keys and values in one pool of blocks."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from partita.generation import Tokenizer
+from partita.serving import ServeSettings, ServingLoop
+from partita.torch.serving.rows import TorchRows
+
+__all__ = ["serving_loop"]
+
+
+def serving_loop(
+    model: nn.Module, settings: ServeSettings | None = None, *, tokenizer: Tokenizer | None = None
+) -> ServingLoop:
+    """A loop that serves requests with a split model; every rank of the run calls it, then `run()`.
+
+    Requests join and leave the running batch at any step. In float64 each gets the tokens that `generate` gives for it alone;
+    in narrower dtypes the number of rows changes the rounding of sums. Measured with a random Llama of 8 layers, 16 requests at
+    once against each alone: in float32 all of 384 greedy tokens were the same, and log probabilities differed by at most 2e-6;
+    in bfloat16 by at most 8e-3, and 10 of 16 texts took another token somewhere. `max_sequences=1` runs one request at a time.
+
+    Args:
+        model: A split causal language model.
+        settings: The limits of the loop, the same on every rank.
+        tokenizer: Decodes text, finds stop texts and names end tokens; the same on every rank.
+
+    Raises:
+        ModelError: The model does not generate, or the cache budget has no room for a single block.
+
+    Examples:
+        >>> model = pt.load("./model", tp=2)
+        >>> loop = pt.serving_loop(model)
+        >>> if is_first:
+        ...     loop.inbox.submit(ServeRequest(0, (7, 8, 9)), print)
+        >>> loop.run()  # on every rank, until loop.inbox.shutdown()
+    """
+    settings = settings or ServeSettings()
+    return ServingLoop(TorchRows(model, settings, tokenizer), settings)

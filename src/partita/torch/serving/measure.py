@@ -1,0 +1,168 @@
+"""What a model's cache takes, and whether its rows may share a forward: measured with a few short texts before serving."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from partita.errors import ModelError
+from partita.generation import Sequence
+from partita.notes import note
+from partita.serving import ServeSettings
+from partita.serving.blocks import CacheLayout
+from partita.torch.generate import _takes
+from partita.torch.model.block_cache import Form, Pools, entries_of
+from partita.torch.model.parts import plan_of
+from partita.torch.serving.forwards import Alone, BlockForward, Through, own_entries
+from partita.torch.transformers_internals import attends_by_chunks, is_stateful, misplaces_padding
+
+_LONG, _SHORT = 9, 6
+"""The lengths of two short texts."""
+
+_SLOTS = 32
+_CLOSE = {torch.float64: 1e-9, torch.float32: 1e-3}
+"""By dtype, the largest difference of logits that is rounding, relative to the largest logit; 0.1 for narrower dtypes."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The cache of a replica, and this rank's part of it; no pools where each request has a cache of its own."""
+
+    layout: CacheLayout
+    pools: Pools | None
+
+
+def measure(model: nn.Module, stages: Through, settings: ServeSettings) -> Measured:
+    """Measure the cache of `model` and divide the budget into blocks. Every rank calls it, in inference mode.
+
+    Raises:
+        ModelError: The budget has no room for a block.
+    """
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    texts = [_text(model, _LONG), _text(model, _SHORT)]
+    alone = [Alone(model, Sequence(0, text, 1)) for text in texts]
+    expected: dict[int, Tensor] = {}
+    stages.run(alone, lambda output, place: expected.update({place: output.logits[:, -1].clone()}))
+    found = _pools_of(model, alone[0].caches)
+    size = settings.block_tokens
+    if _agree(model, found is not None):
+        entries, forms = found or ([], {})
+        trial = Pools(entries, forms, _SLOTS, device)
+        if _agree(model, _is_equal(model, stages, trial, texts, expected)):
+            layout = _layout(model, settings, sum(form.bytes for form in forms.values()) * size, 1)
+            return Measured(layout, Pools(entries, forms, (layout.num_blocks + 1) * size, device))
+    if plan_of(model)[1].rank == 0:
+        note(
+            f"{type(model).__name__} cannot share forwards between requests exactly, so each runs in forwards of its own."
+        )
+    bytes_of = [sum(_bytes(cache) for cache in one.caches.values()) for one in alone]
+    token = -(-(bytes_of[0] - bytes_of[1]) // (_LONG - _SHORT))
+    state = max(0, bytes_of[0] - _LONG * token)
+    block = max(1, token * size, state // 64)
+    return Measured(_layout(model, settings, block, 0, state_blocks=-(-state // block)), None)
+
+
+def _layout(
+    model: nn.Module, settings: ServeSettings, block_bytes: int, reserved: int, state_blocks: int = 0
+) -> CacheLayout:
+    """The layout in which the rank whose blocks are the largest keeps its budget."""
+    largest = _largest(model, block_bytes)
+    count = settings.cache_bytes // max(1, largest) - reserved
+    if count < 1:
+        raise ModelError(
+            f"cache_bytes={settings.cache_bytes} has no room for a request: a block of {settings.block_tokens} tokens needs "
+            f"{largest} bytes. Give at least {(1 + reserved) * largest} bytes (--cache-bytes)."
+        )
+    return CacheLayout(
+        count, settings.block_tokens, _largest(model, state_blocks), batched=reserved > 0, block_bytes=largest
+    )
+
+
+def _pools_of(model: nn.Module, caches: dict[int, Any]) -> tuple[list[bool], dict[int, Form]] | None:
+    """The entries of the model's cache and the forms of this rank's layers; None if rows cannot share a forward."""
+    if not {"attention_mask", "position_ids"} <= _takes(model):
+        return None
+    if is_stateful(model) or misplaces_padding(model) or attends_by_chunks(model.config):
+        return None
+    entries: list[bool] = []
+    forms: dict[int, Form] = {}
+    for stage, cache in caches.items():
+        found = entries_of(cache) if cache is not None and hasattr(cache, "layers") else None
+        if found is None or (entries and found != entries):
+            return None
+        entries = found
+        for index in own_entries(model, stage, len(entries)):
+            if index < len(entries) and cache.layers[index].is_initialized:
+                if cache.layers[index].keys.dim() != 4:
+                    return None
+                forms[index] = Form.of(cache.layers[index])
+    return (entries, forms) if entries else None
+
+
+def _is_equal(
+    model: nn.Module, stages: Through, pools: Pools, texts: list[list[int]], expected: dict[int, Tensor]
+) -> bool:
+    """Whether both texts in chunks, and then in one batch, give the logits of each alone; true where no logits are."""
+    slots = [torch.arange(_SLOTS - 1, _SLOTS - 1 - _LONG, -1), torch.arange(1, 1 + 2 * _SHORT, 2)]
+    steps = [
+        [(0, 0, 5)], [(1, 0, _SHORT - 1)], [(0, 5, _LONG - 6)], [(0, _LONG - 1, 1), (1, _SHORT - 1, 1)],
+    ]  # fmt: skip
+    found: dict[int, Tensor] = {}
+    try:
+        for step in steps:
+            ids = [texts[text][start : start + count] for text, start, count in step]
+            forward = BlockForward(model, pools, ids, [(slots[text], start) for text, start, _ in step])
+            stages.run([forward], lambda output, place: found.update({place: output.logits[:, -1].clone()}))
+    except Exception:
+        # With stages, the others would wait for this one.
+        if plan_of(model)[0].num_stages > 1:
+            raise
+        return False
+    if not expected:
+        return True
+    close = _CLOSE.get(found[0].dtype, 0.1)
+    both = torch.cat([expected[0], expected[1]]).double()
+    return bool((found[0].double() - both).abs().max() <= close * both.abs().max())
+
+
+def _text(model: nn.Module, length: int) -> list[int]:
+    vocabulary = plan_of(model)[0].spec.vocab_size or length + 1
+    return [1 + (3 * i + length) % max(1, min(vocabulary - 1, 24)) for i in range(length)]
+
+
+def _bytes(cache: Any) -> int:
+    """The bytes of all tensors that a cache refers to."""
+    found: dict[int, int] = {}
+    pending: list[Any] = [cache]
+    seen: set[int] = set()
+    while pending:
+        value = pending.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, Tensor):
+            found[id(value)] = value.numel() * value.itemsize
+        elif isinstance(value, dict):
+            pending += value.values()
+        elif isinstance(value, (list, tuple)):
+            pending += value
+        elif type(value).__module__.startswith("transformers") and hasattr(value, "__dict__"):
+            pending += vars(value).values()
+    return sum(found.values())
+
+
+def _agree(model: nn.Module, value: bool) -> bool:
+    """Whether `value` is true on every rank."""
+    return _largest(model, int(not value)) == 0
+
+
+def _largest(model: nn.Module, value: int) -> int:
+    """The largest value of any rank."""
+    number = torch.tensor([value], dtype=torch.int64)
+    for comm in plan_of(model)[1].axes:
+        comm.all_reduce_(number, dist.ReduceOp.MAX)
+    return int(number)

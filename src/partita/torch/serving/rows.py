@@ -1,0 +1,252 @@
+"""The torch engine's part of a serving loop: forwards of rows, and the choice of their next tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from collections.abc import Sequence as SequenceOf
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from partita.errors import PlanError
+from partita.generation import Tokenizer
+from partita.generation.choice import Choice, settle
+from partita.generation.generation_config import end_tokens
+from partita.generation.prompts import check_ids
+from partita.generation.sample import Columns
+from partita.serving import ServeRequest, ServeSettings
+from partita.serving.blocks import CacheLayout
+from partita.serving.choosing import Served, chosen, log_probabilities
+from partita.serving.grammar import Grammars, Matcher
+from partita.serving.message import Row, Step
+from partita.serving.rows import Picked
+from partita.torch.generate import _check, generation_of
+from partita.torch.layers.decode_matmul import PAYS_AFTER_TOKENS, decoding
+from partita.torch.model.block_cache import Pools
+from partita.torch.model.head import local_logits, most_likely
+from partita.torch.model.modes import mode_set
+from partita.torch.model.parts import plan_of
+from partita.torch.proof.stages import refuse_undecodable
+from partita.torch.serving.forwards import Alone, BlockForward, Forward, Through
+from partita.torch.serving.measure import measure
+from partita.torch.transformers_internals import fixed_positions
+
+MESSAGE_BYTES = 4096
+"""The size of a step's broadcast; a longer message is followed by a second one."""
+
+
+class TorchRows:
+    """Runs rows of requests on this rank.
+
+    Attributes:
+        layout: The cache of a replica, the same on every rank.
+        plan: The plan of the model.
+        decides: Whether this is the first rank of the run.
+        tokenizer: The tokenizer.
+    """
+
+    def __init__(self, model: nn.Module, settings: ServeSettings, tokenizer: Tokenizer | None) -> None:
+        """Measure the model's cache with a few short forwards, and allocate blocks."""
+        self.plan, self.groups = plan_of(model)
+        refuse_undecodable(model, self.plan)
+        _check(model)
+        self.model, self.tokenizer = model, tokenizer
+        self.decides = self.groups.rank == 0
+        self._generation = generation_of(model)
+        self._fixed = fixed_positions(model.config)
+        self._picker = self.plan.stage_rank(self.plan.loss_stage)
+        self._served: dict[int, Served] = {}
+        self._slots: dict[int, Tensor] = {}
+        self._alone: dict[int, Alone] = {}
+        self._wants: dict[int, int] = {}
+        self._grammars: Grammars | None = None
+        with decoding(model, 1, PAYS_AFTER_TOKENS):
+            pass
+        self._stages = Through(model)
+        with mode_set(model, training=False), torch.inference_mode():
+            measured = measure(model, self._stages, settings)
+        self.layout: CacheLayout = measured.layout
+        self._pools: Pools | None = measured.pools
+
+    def settle(self, request: ServeRequest) -> Choice:
+        """The request's settings; see `Rows`."""
+        choice = self._choice(request)
+        self._matcher(request)
+        check_ids([request.prompt], choice, self.tokenizer, self.plan.spec.vocab_size)
+        length, new = len(request.prompt), choice.limit(len(request.prompt))
+        self.plan.spec.refuse_beyond_positions(length + new - 1, f"a prompt of {length} tokens with {new} new ones")
+        if self._fixed is not None and length + new > self._fixed:
+            raise PlanError(
+                f"a prompt of {length} tokens with {new} new ones is longer than {self._fixed} tokens, from where the model's "
+                "rotary frequencies depend on the length of the text, so that it cannot be served beside others. Shorten "
+                "it, or use `partita generate`."
+            )
+        return choice
+
+    def _choice(self, request: ServeRequest) -> Choice:
+        return settle(
+            request.sampling, self._generation, self.tokenizer.eos_ids if self.tokenizer is not None else frozenset()
+        )
+
+    def _matcher(self, request: ServeRequest) -> Matcher | None:
+        if not request.grammar:
+            return None
+        if self._grammars is None:
+            if self.tokenizer is None:
+                raise PlanError("grammar needs a tokenizer. Give serving_loop one (tokenizer=).")
+            ends = end_tokens(self._generation) or self.tokenizer.eos_ids
+            self._grammars = Grammars(self.tokenizer, ends, self.plan.spec.vocab_size)
+        return self._grammars.matcher(request.grammar)
+
+    def share(self, data: bytes | None) -> bytes:
+        """The bytes of the deciding rank, on every rank: along each axis in turn they reach all."""
+        if self.plan.mesh.size == 1:
+            return data or b""
+        first = _words(data or b"", MESSAGE_BYTES)
+        for comm in self.groups.axes:
+            comm.broadcast_(first)
+        size = int(first[0])
+        if size > MESSAGE_BYTES - 8:
+            first = _words(data or b"", 8 + size)
+            for comm in self.groups.axes:
+                comm.broadcast_(first)
+        return first[1:].numpy().tobytes()[:size]
+
+    @contextmanager
+    def session(self) -> Iterator[None]:
+        """Evaluate, without gradients; see `Rows`."""
+        with mode_set(self.model, training=False), torch.inference_mode():
+            yield
+
+    def run(self, steps: SequenceOf[Step]) -> list[list[Picked]]:
+        """Execute the step of this rank's replica; see `Rows`."""
+        for step in steps:
+            for number in step.ended:
+                for known in (self._wants, self._served, self._slots, self._alone):
+                    known.pop(number, None)
+            for one in step.admitted:
+                self._wants[one.request.id] = one.request.top_logprobs if one.request.logprobs else -1
+        step = steps[self.groups.dp.rank]
+        for admission in step.admitted:
+            self._admit(Served(admission, self._choice(admission.request), self._matcher(admission.request)))
+        counts = [sum(row.chooses for batch in one.batches for row in batch) for one in steps]
+        tops = [self._wants[row.id] for one in steps for batch in one.batches for row in batch]
+        picked = torch.zeros(max(counts), 2 + 2 * max(0, *tops, 0), dtype=torch.float64)
+        if step.batches:
+            self._forward(step, picked)
+        mine = picked[: counts[self.groups.dp.rank]]
+        if len(mine) and self.groups.pp.size > 1:
+            self.groups.pp.broadcast_(mine, self._picker)
+        self._take(step, mine)
+        if not any(counts):
+            return [[] for _ in steps]
+        gathered = self.groups.dp.all_gather(picked[None], 0)
+        return [self._unpacked(*one) for one in zip(steps, gathered, counts, strict=True)]
+
+    def _admit(self, served: Served) -> None:
+        number = served.admission.request.id
+        self._served[number] = served
+        if self.layout.batched:
+            blocks, size = torch.tensor(served.admission.blocks, dtype=torch.int64), self.layout.block_tokens
+            self._slots[number] = (blocks[:, None] * size + torch.arange(size)).view(-1)
+        else:
+            self._alone[number] = Alone(self.model, served.sequence)
+
+    def _take(self, step: Step, picked: Tensor) -> None:
+        """Append the chosen tokens, the same on every rank of the replica."""
+        for row, token in zip(_choosing(step.batches), picked[:, 0].long().tolist(), strict=True):
+            if token >= 0:
+                self._served[row.id].sequence.tokens.append(token)
+            if row.id in self._alone:
+                self._alone[row.id].advance(token)
+
+    def _unpacked(self, step: Step, picked: Tensor, count: int) -> list[Picked]:
+        found = []
+        most = (picked.shape[1] - 2) // 2
+        for row, values in zip(_choosing(step.batches), picked[:count].tolist(), strict=True):
+            top = max(0, self._wants[row.id])
+            names, scores = values[2 : 2 + top], values[2 + most : 2 + most + top]
+            pairs = tuple((int(name), score) for name, score in zip(names, scores, strict=True) if name >= 0)
+            found.append(Picked(int(values[0]), values[1], pairs))
+        return found
+
+    def _forward(self, step: Step, picked: Tensor) -> None:
+        """Run the step's batches through the stages, and write what the last one chooses to `picked`."""
+        starts = [0]
+        for batch in step.batches:
+            starts.append(starts[-1] + sum(row.chooses for row in batch))
+        forwards = [self._batch(batch) for batch in step.batches]
+        with local_logits(self.model) as split:
+
+            def pick(output: Any, place: int) -> None:
+                batch = step.batches[place]
+                forwards[place].keep_output(output if self.plan.num_stages == 1 else None)
+                if any(row.chooses for row in batch):
+                    self._pick(output.logits[:, -1], batch, split, picked[starts[place] : starts[place + 1]])
+
+            self._stages.run(forwards, pick)
+
+    def _batch(self, rows: tuple[Row, ...]) -> Forward:
+        if not self.layout.batched:
+            return self._alone[rows[0].id]
+        ids = [self._served[row.id].ids(row.start, row.count) for row in rows]
+        assert self._pools is not None
+        return BlockForward(self.model, self._pools, ids, [(self._slots[row.id], row.start) for row in rows])
+
+    def _pick(self, logits: Tensor, rows: tuple[Row, ...], split: Any, picked: Tensor) -> None:
+        """Choose the next token of each row that wants one, the same on every tensor rank, into `picked`."""
+        places = [place for place, row in enumerate(rows) if row.chooses]
+        served = [self._served[rows[place].id] for place in places]
+        logits = logits[places] if len(places) < len(rows) else logits
+        plain = [i for i, one in enumerate(served) if one.is_plain]
+        other = [i for i, one in enumerate(served) if not one.is_plain]
+        if plain:
+            picked[plain, 0] = most_likely(logits[plain] if other else logits, split, self.groups.tp).cpu().double()
+        tops = [self._wants[one.admission.request.id] for one in served]
+        if not other and max(tops) < 0:
+            return
+        wide = logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32).cpu().numpy()
+        columns = None if split is None else self._columns(split)
+        if other:
+            picked[other, 0] = self._chosen(wide[other], [served[i] for i in other], columns)
+        wanting = [i for i, top in enumerate(tops) if top >= 0]
+        if wanting:
+            most = max(tops)
+            found = log_probabilities(wide[wanting], picked[wanting, 0].long().tolist(), most, columns)
+            width = (picked.shape[1] - 2) // 2
+            for i, (logprob, top) in zip(wanting, found, strict=True):
+                names = [name for name, _ in top] + [-1] * (width - len(top))
+                scores = [score for _, score in top] + [0.0] * (width - len(top))
+                picked[i, 1:] = torch.tensor([logprob, *names, *scores], dtype=torch.float64)
+
+    def _chosen(self, wide: Any, served: list[Served], columns: Columns | None) -> Tensor:
+        if columns is not None or self.groups.tp.size == 1:
+            return torch.tensor(chosen(wide, served, columns), dtype=torch.float64)
+        # All tensor ranks have the same logits; the first rank decides.
+        ids = torch.zeros(len(served), dtype=torch.float64)
+        if self.groups.tp.rank == 0:
+            ids = torch.tensor(chosen(wide, served, None), dtype=torch.float64)
+        return self.groups.tp.broadcast_(ids)
+
+    def _columns(self, split: Any) -> Columns:
+        def gather(mine: Any) -> Any:
+            return self.groups.tp.all_gather(torch.from_numpy(mine)[None], 0).numpy()
+
+        rank = self.groups.tp.rank
+        return Columns(split.ranges(rank)[0][0], max(split.local_sizes), rank, gather)
+
+
+def _words(data: bytes, size: int) -> Tensor:
+    """`data` as int64 words after its length, with room for `size` bytes in all."""
+    room = -(-max(size, 8) // 8)
+    words = torch.zeros(room, dtype=torch.int64)
+    words[0] = len(data)
+    part = data[: 8 * (room - 1)]
+    words[1:].numpy().view("u1")[: len(part)] = memoryview(part)
+    return words
+
+
+def _choosing(batches: SequenceOf[tuple[Row, ...]]) -> Iterable[Row]:
+    return (row for batch in batches for row in batch if row.chooses)

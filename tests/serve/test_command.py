@@ -1,0 +1,200 @@
+"""`partita serve` and `partita chat` as users start them: real ranks, real signals, and no process that stays."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import termios
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import openai
+import pytest
+
+from tests.support.served import save_model, serving
+
+PARTITA = (sys.executable, "-m", "partita")
+HI = [{"role": "user", "content": "Hi"}]
+
+
+def processes_of(folder: Path) -> list[int]:
+    """The processes with a path in their command lines."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError, ValueError):
+            if str(folder).encode() in (entry / "cmdline").read_bytes() and int(entry.name) != os.getpid():
+                found.append(int(entry.name))
+    return found
+
+
+def wait_until_gone(folder: Path) -> None:
+    deadline = time.monotonic() + 10
+    while processes_of(folder):
+        assert time.monotonic() < deadline, processes_of(folder)
+        time.sleep(0.05)
+
+
+@dataclass
+class Server:
+    process: subprocess.Popen[str]
+    url: str
+
+    def client(self) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60)
+
+    def end(self, number: int) -> tuple[int, str]:
+        """The exit code after a signal, and what was printed on stderr."""
+        self.process.send_signal(number)
+        return self.ended()
+
+    def ended(self) -> tuple[int, str]:
+        _, err = self.process.communicate(timeout=60)
+        return self.process.returncode, err
+
+
+@contextlib.contextmanager
+def started(folder: Path, *options: str) -> Iterator[Server]:
+    process = subprocess.Popen(
+        [*PARTITA, "serve", str(folder), "--port", "0", "--json", *options], stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    try:
+        line = process.stdout.readline()
+        assert line, process.communicate()[1]
+        yield Server(process, json.loads(line)["url"])
+    finally:
+        process.kill()
+        process.communicate()
+    wait_until_gone(folder)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("commands") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def alone(model: Path) -> str:
+    with serving(model) as served:
+        return served.alone(served.chat_ids("Hi"), max_new_tokens=40, temperature=1.0, seed=6).text
+
+
+@pytest.mark.parametrize("axis", ["tp", *(pytest.param(axis, marks=pytest.mark.slow) for axis in ("pp", "dp"))])
+def test_sigterm_drains_and_exits_with_0(model: Path, alone: str, axis: str) -> None:
+    with started(model, f"--{axis}", "2", "--served-model-name", "mine") as server:
+        assert [one.id for one in server.client().models.list()] == ["mine"]
+        stream = server.client().chat.completions.create(
+            model="mine", messages=HI, max_tokens=40, temperature=1.0, seed=6, stream=True  # type: ignore[arg-type]
+        )  # fmt: skip
+        chunks = [next(iter(stream))]
+        server.process.send_signal(signal.SIGTERM)
+        chunks += stream
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == alone
+        assert chunks[-1].choices[0].finish_reason is not None
+        assert server.ended() == (0, "")
+
+
+def test_ctrl_c_and_what_is_warned_of(model: Path) -> None:
+    with started(model, "--host", "0.0.0.0") as server:
+        port = server.url.rpartition(":")[2]
+        second = subprocess.run(
+            [*PARTITA, "serve", str(model), "--port", port], capture_output=True, text=True, timeout=60
+        )
+        assert second.returncode == 2
+        assert second.stderr.startswith(
+            f"error: --host 127.0.0.1 --port {port} cannot be used: Address already in use."
+        )
+        code, err = server.end(signal.SIGINT)
+        assert code == 130
+        assert err.startswith("note: --host 0.0.0.0 lets other machines in, and without --api-key")
+        assert err.endswith("\ninterrupted\n")
+
+
+@pytest.mark.slow
+def test_a_killed_rank_is_named_to_its_clients(model: Path) -> None:
+    with started(model, "--tp", "2") as server:
+        stream = server.client().completions.create(
+            model="tiny", prompt="Hi", max_tokens=900, stream=True, extra_body={"ignore_eos": True}
+        )
+        next(iter(stream))
+        names = (b"\0RANK=1\0", b"\0OMPI_COMM_WORLD_RANK=1\0")
+        variables = {pid: Path(f"/proc/{pid}/environ").read_bytes() for pid in processes_of(model)}
+        (rank,) = [pid for pid, data in variables.items() if any(name in data for name in names)]
+        os.kill(rank, signal.SIGKILL)
+        with pytest.raises(openai.APIError, match="rank 1"):
+            for _ in stream:
+                pass
+        code, err = server.ended()
+        assert code == 75
+        assert "rank 1" in err
+
+
+def test_a_chat_through_a_pipe(model: Path, tmp_path: Path, alone: str) -> None:
+    file = tmp_path / "chat.json"
+    lines = ["Hi", f"/save {file}", "/what", '"""', "two", "lines", '"""', "/clear", "on \\", "two", f"/save {file}.2"]
+    ended = subprocess.run(
+        [*PARTITA, "chat", str(model), "--max-tokens", "40", "--temperature", "1", "--seed", "6"],
+        input="\n".join(lines), capture_output=True, text=True, timeout=100,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.startswith(f"{alone}\n")
+    assert "/what is no command" in ended.stderr
+    assert json.loads(file.read_text())["messages"] == [*HI, {"role": "assistant", "content": alone}]
+    assert json.loads(Path(f"{file}.2").read_text())["messages"][0]["content"] == "on \ntwo"
+    wait_until_gone(model)
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_the_answer_and_not_the_chat(model: Path, tmp_path: Path) -> None:
+    controller, terminal = pty.openpty()
+    process = subprocess.Popen(
+        [*PARTITA, "chat", str(model), "--max-tokens", "900"], stdin=terminal, stdout=terminal,
+        stderr=terminal, start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )  # fmt: skip
+    os.close(terminal)
+    shown = ""
+
+    def wait_for(text: str, limit_s: float = 60) -> None:
+        nonlocal shown
+        deadline = time.monotonic() + limit_s
+        while text not in shown:
+            assert time.monotonic() < deadline, shown
+            if select.select([controller], [], [], 0.1)[0]:
+                shown += os.read(controller, 4096).decode(errors="replace")
+
+    try:
+        wait_for("> ")
+        os.write(controller, b"Hi\n")
+        deadline = time.monotonic() + 60
+        wait_for("Hi\r\n")
+        while len(shown.partition("Hi\r\n")[2]) < 40:
+            assert time.monotonic() < deadline, shown
+            shown += os.read(controller, 4096).decode(errors="replace")
+        os.write(controller, b"\x03")
+        shown = ""
+        wait_for("> ")
+        os.write(controller, f"/save {tmp_path / 'chat.json'}\n".encode())
+        wait_for("saved 2 messages")
+        answer = json.loads((tmp_path / "chat.json").read_text())["messages"][1]["content"]
+        assert 0 < len(answer) < 900
+        os.write(controller, b"\x04")
+        while process.poll() is None:
+            with contextlib.suppress(OSError):
+                os.read(controller, 4096)
+        assert process.returncode == 0
+    finally:
+        process.kill()
+        process.wait()
+        os.close(controller)
+    wait_until_gone(model)

@@ -1,0 +1,121 @@
+"""Wrong requests: OpenAI's error form, a 4xx status, and a server that continues."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import openai
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.support.served import Served
+
+CHAT = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}
+TOOL = {"type": "function", "function": {"name": "f"}}
+
+
+@pytest.mark.parametrize(
+    ("change", "param", "text"),
+    [
+        ({"temperature": "hot"}, "temperature", "valid number, but is 'hot'"),
+        ({"temperature": -1}, "temperature", "greater than or equal to 0, but is -1"),
+        ({"temperature": True}, "temperature", "but is True"),
+        ({"top_p": 0}, "top_p", "greater than 0"),
+        ({"n": 0}, "n", "greater than or equal to 1"),
+        ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
+        ({"max_tokens": 2000}, "messages", "context has 1024 tokens, but the prompt has 20 and 2000 new ones"),
+        ({"min_tokens": 3}, "min_tokens", "must be at most the largest number of tokens, 2; got 3"),
+        ({"messages": []}, "messages", "at least 1 item"),
+        ({"messages": [{"role": "king", "content": ""}]}, "messages.0.role", "but is 'king'"),
+        ({"messages": [{"role": "function", "content": "x"}]}, "messages", "does not take these messages: no functions"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content", "got 'image_url'"),
+        ({"stop": [""]}, "stop", "at least one character"),
+        ({"logit_bias": {"257": 1}}, "logit_bias", "ids 0 to 256; got 257"),
+        ({"logit_bias": {"x": 1}}, "logit_bias.x", "valid integer"),
+        ({"top_logprobs": 21}, "top_logprobs", "less than or equal to 20"),
+        ({"tool_choice": "required"}, "tool_choice", "there are no tools"),
+        (
+            {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice",
+            "names 'g', which is not among tools",
+        ),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "missing"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "strange"}}}},
+            "response_format.json_schema.schema", "cannot be used as a grammar",
+        ),
+        ({"chat_template_kwargs": {"chat_template": "x"}}, "chat_template_kwargs", "set by the server"),
+    ],
+)  # fmt: skip
+def test_a_wrong_field_is_named(served: Served, change: dict[str, Any], param: str, text: str) -> None:
+    status, body = served.call("/v1/chat/completions", {**CHAT, **change})
+    assert (status, body["error"]["type"], body["error"]["param"]) == (400, "invalid_request_error", param)
+    assert text in body["error"]["message"]
+
+
+def test_errors_as_the_client_raises_them(served: Served) -> None:
+    client = served.client()
+    with pytest.raises(openai.NotFoundError, match="'other' is not served here"):
+        client.chat.completions.create(model="other", messages=CHAT["messages"])  # type: ignore[arg-type]
+    with pytest.raises(openai.BadRequestError, match="has no tokens"):
+        client.completions.create(model="tiny", prompt=[[]])
+    with pytest.raises(openai.BadRequestError, match="ids 0 to 256; got 900"):
+        client.completions.create(model="tiny", prompt=[900])
+
+
+def test_paths_and_methods(served: Served) -> None:
+    assert served.call("/v1/nothing")[0] == 404
+    status, body = served.call("/v1/chat/completions")
+    assert (status, body["error"]["message"]) == (405, "GET /v1/chat/completions: Method Not Allowed.")
+
+
+def test_what_is_null_or_unknown_is_ignored(served: Served) -> None:
+    fields = dict.fromkeys(
+        ("temperature", "top_p", "n", "stop", "seed", "tools", "tool_choice", "logit_bias", "response_format", "stream")
+    )
+    status, body = served.call("/v1/chat/completions", {**CHAT, **fields, "user": "me", "nonsense": [1]})
+    assert status == 200
+    assert body["choices"][0]["message"]["content"] == served.alone(served.chat_ids("Hi"), max_new_tokens=2).text
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=8,
+)
+FIELDS = (
+    "messages", "prompt", "temperature", "top_p", "top_k", "min_p", "logit_bias", "seed", "stop", "n", "stream", "logprobs",
+    "top_logprobs", "tools", "tool_choice", "response_format", "chat_template_kwargs", "stream_options", "model", "echo",
+)  # fmt: skip
+
+
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.sampled_from(["/v1/chat/completions", "/v1/completions", "/tokenize"]), st.sampled_from(FIELDS), JSON)
+def test_any_value_of_any_field_is_answered(served: Served, path: str, field: str, value: Any) -> None:
+    body = {**CHAT, "prompt": "Hi", field: value}
+    if path == "/tokenize":
+        body.pop("prompt" if field != "prompt" else "messages")
+    status, answer = served.call(path, body)
+    assert status in (200, 400, 404), answer
+    if status != 200:
+        assert set(answer["error"]) == {"message", "type", "param", "code"}
+
+
+@settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.binary(max_size=60))
+def test_any_bytes_are_answered(served: Served, data: bytes) -> None:
+    status, answer = served.call("/v1/chat/completions", data)
+    assert status == 400
+    assert answer["error"]["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b'{"messages":' + b"[" * 100_000, b'{"messages": [{"role": "user", "content": "\\ud800"}]}',
+        b'{"temperature": NaN, ' + json.dumps(CHAT).encode()[1:], b"[]", b"\xff\xfe", b'{"a":' * 5000,
+    ],
+)  # fmt: skip
+def test_malformed_bodies(served: Served, data: bytes) -> None:
+    assert served.call("/v1/chat/completions", data)[0] == 400
