@@ -11,7 +11,7 @@ import pytest
 from partita.checkpoint.find import find_model
 from partita.errors import CheckpointError
 from partita.generation import load_tokenizer
-from partita.generation.tokenizer import _byte_characters
+from partita.generation.tokenizer import byte_characters
 from tests.support.gguf_files import CONFIGS, random_model, write_model
 
 TEXTS = ("the thing", " a  b\n\n c", "Zoë 東京 12345 don't", "<think>the<eos>", "")
@@ -40,7 +40,7 @@ def test_a_model_has_its_tokenizer_and_template(tmp_path: Path) -> None:
     assert load_tokenizer(find_model(tmp_path / "model.gguf")).encode(TEXTS[2]) == tokenizer.encode(TEXTS[2])
 
 
-BYTES = [*_byte_characters(), "<s>", "</s>", "12", "Ġt", "Ġth", "he"]
+BYTES = [*byte_characters(), "<s>", "</s>", "12", "Ġt", "Ġth", "he"]
 MERGES = ["1 2", "Ġ t", "Ġt h", "h e"]
 
 

@@ -12,7 +12,7 @@ import torch
 from gguf import MODEL_ARCH_NAMES, GGMLQuantizationType, GGUFWriter, TokenType, get_tensor_name_map, quants
 
 from partita.checkpoint.gguf.file import BLOCKS
-from partita.generation.tokenizer import _byte_characters
+from partita.generation.tokenizer import byte_characters
 
 VOCAB = 262
 _SIZES = {
@@ -222,7 +222,7 @@ def _write_metadata(writer: GGUFWriter, config: Any, model: Any) -> None:
 
 def write_tokenizer(writer: GGUFWriter, size: int) -> None:
     """A byte-level tokenizer: the bytes, a first and a last token, a merge, a token of the user, unused ones."""
-    tokens = [*_byte_characters(), "<bos>", "<eos>", "th", "the", "<think>"]
+    tokens = [*byte_characters(), "<bos>", "<eos>", "th", "the", "<think>"]
     tokens += [f"[PAD{place}]" for place in range(len(tokens), size)]
     kinds = [TokenType.NORMAL] * 256 + [TokenType.CONTROL] * 2 + [TokenType.NORMAL] * 2 + [TokenType.USER_DEFINED]
     kinds += [TokenType.UNUSED] * (size - len(kinds))
