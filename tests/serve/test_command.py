@@ -21,6 +21,7 @@ import openai
 import pytest
 
 from tests.support.served import save_model, serving
+from tests.support.signals import take_signals
 
 PARTITA = (sys.executable, "-m", "partita")
 HI = [{"role": "user", "content": "Hi"}]
@@ -65,7 +66,7 @@ class Server:
 def started(folder: Path, *options: str) -> Iterator[Server]:
     process = subprocess.Popen(
         [*PARTITA, "serve", str(folder), "--port", "0", "--json", *options], stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, text=True,
+        stderr=subprocess.PIPE, text=True, preexec_fn=take_signals,
     )  # fmt: skip
     assert process.stdout is not None
     try:

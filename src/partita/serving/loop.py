@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from partita.errors import ModelError, PlanError
 from partita.generation import Sequence
 from partita.generation.choice import Choice
-from partita.generation.sample import failure_of
 from partita.notes import note
 from partita.ranks.liveness import doing
 from partita.serving.blocks import BlockPool
@@ -244,6 +243,8 @@ class ServingLoop:
         request, sequence = client.request, client.sequence
         text = client.text_of(one.token, self.rows)
         if sequence.failure:
+            from partita.generation.sample import failure_of  # needs numpy, which the command line does without
+
             self._finish(client, "error", failure_of([sequence], self.rows.plan, replica))
             return
         self._counts["tokens"] += 1
