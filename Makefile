@@ -36,8 +36,8 @@ lock: | $(BIN)/python
 demo: install
 	$(BIN)/python -m partita demo
 
-# Two workers, since many tests wait for processes that start or for limits that pass.
-WORKERS ?= 2
+# Three workers, since many tests wait for processes that start or for limits that pass.
+WORKERS ?= 3
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
 
 test: install
@@ -48,7 +48,7 @@ test: install
 SWEEPS := tests/torch/test_sweep.py tests/mlx/test_sweep.py tests/mlx/test_stage_sweep.py
 
 test-sweeps: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist load -m 'slow or not slow' $(SWEEPS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist load -m 'slow or not slow' $(SWEEPS)
 
 test-slow: install
 	$(PYTEST) -m slow

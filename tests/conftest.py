@@ -20,8 +20,8 @@ settings.load_profile("tests")
 ROOT = Path(__file__).resolve().parent
 SLOW: dict[str, list[str] | int] = tomllib.loads((ROOT / "slow.toml").read_text())["kept"]
 
-POOLS = ("mlx_ranks", "on_mlx", "ranks", "on")
-"""The functions that a test module takes ranks of a shared pool from."""
+POOLS = {"ranks": "torch ranks", "on": "torch ranks", "mlx_ranks": "mlx ranks", "on_mlx": "mlx ranks"}
+"""The functions that a test module takes ranks of a shared pool from, and the tests that run on one worker for that."""
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -64,14 +64,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                     f"tests/slow.toml keeps {sorted(set(kept) - set(found))} of {function}, which has {sorted(found)}."
                 )
     if config.pluginmanager.hasplugin("xdist"):
-        # Ranks of a pool fill the cores by themselves. So one worker runs all tests that use them, first, and the other workers
-        # run the tests that compute in one process or wait for processes of their own, a file at a time.
-        groups = {item: "ranks" if _uses_a_pool(item) else str(item.path) for item in items}
-        items.sort(key=lambda item: groups[item] != "ranks")
+        # A pool belongs to one worker. So one worker runs all tests with ranks of torch, and one those with ranks of MLX, both
+        # first; the others run the tests that compute in one process or wait for processes of their own, a file at a time.
+        groups = {item: _pool_of(item) or str(item.path) for item in items}
+        items.sort(key=lambda item: (groups[item] != "torch ranks", groups[item] != "mlx ranks"))
         for item in items:
             item.add_marker(pytest.mark.xdist_group(groups[item]))
 
 
-def _uses_a_pool(item: pytest.Item) -> bool:
+def _pool_of(item: pytest.Item) -> str | None:
+    """The group of a test whose module uses ranks of a pool: torch's if it uses both."""
     names = vars(item.module)  # type: ignore[attr-defined]
-    return any(getattr(names.get(name), "__module__", "").startswith("tests.support") for name in POOLS)
+    used = {POOLS[n] for n in POOLS if getattr(names.get(n), "__module__", "").startswith("tests.support")}
+    return max(used, default=None)
