@@ -6,25 +6,20 @@ longest. Such rows are grouped by length.
 
 from __future__ import annotations
 
-import copy
 import warnings
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from partita.core.mesh import Mesh
 from partita.errors import PartitaError
 from partita.torch import Sampling, generate
-from partita.torch.collectives.groups import make_groups, single_groups
 from partita.torch.model.transformers_models import quiet
-from partita.torch.proof.family import plan_of_model, small_model
-from partita.torch.split.apply import apply_plan
-from partita.torch.split.finish import finish
 from tests.support.ranks import ranks
+from tests.support.serving import split_model, unsplit_model
 
 PROMPTS = [[3, 1, 4], [2, 7, 1, 8, 2, 8, 1], [5, 9, 6, 5, 3]]
 SAMPLING = Sampling(8, ignore_eos=True, use_generation_config=False)
@@ -41,34 +36,13 @@ FORMS: dict[str, dict[str, Any]] = {
 """By family, what differs from the defaults of its config."""
 
 
-def _unsplit(family: str, changes: dict[str, Any], dtype: torch.dtype) -> nn.Module:
-    """A small model of a family; its large weights leave no doubt which token is the most likely."""
-    config = AutoConfig.for_model(family, **changes)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    unsplit = small_model(model, plan_of_model(model, Mesh()).spec.num_heads, dtype=dtype).eval()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in unsplit.named_parameters():
-            if parameter.dim() > 1:
-                std = 0.7 if "emb" in name or "wte" in name else 1.5 / parameter.shape[-1] ** 0.5
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
-    return unsplit
-
-
-def _split(unsplit: nn.Module, where: dict[str, int]) -> nn.Module:
-    plan = plan_of_model(unsplit, Mesh(**where))
-    groups = make_groups(plan.mesh) if where else single_groups()
-    return finish(apply_plan(copy.deepcopy(unsplit), plan, groups), plan, groups)
-
-
 def _tokens(family: str, changes: dict[str, Any], where: dict[str, int], dtype: torch.dtype) -> tuple[Any, Any]:
     """What each prompt is continued with alone, by a model of its own, and all of them in one call, by one model."""
     with warnings.catch_warnings(), quiet():
         warnings.simplefilter("ignore")
-        unsplit = _unsplit(family, changes, dtype)
-        expected = [generate(_split(unsplit, {}), [prompt], SAMPLING)[0].tokens for prompt in PROMPTS]
-        split = _split(unsplit, where)
+        unsplit = unsplit_model(family, changes, dtype)
+        expected = [generate(split_model(unsplit, {}), [prompt], SAMPLING)[0].tokens for prompt in PROMPTS]
+        split = split_model(unsplit, where)
         found = [[g.tokens for g in generate(split, PROMPTS, SAMPLING)] for _ in range(2)]
     assert found[0] == found[1]
     return expected, found[0]

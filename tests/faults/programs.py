@@ -58,7 +58,7 @@ def torch_work(work: str, folder: Path) -> None:
 
 
 def compiled_again(model: Any, fails: Callable[[], bool]) -> Callable[[], object]:
-    """A forward that compiles the layers anew each time, in which the compiler of a rank fails once `fails` says so."""
+    """A forward that compiles the layers again each time, in which the compiler of a rank fails once `fails` says so."""
     import torch
 
     def backend(graph: Any, inputs: object) -> Any:

@@ -16,7 +16,15 @@ from partita.cli import launch
 from partita.cli.arguments import inputs
 from partita.cli.arguments.engine import choose_engine
 from partita.cli.arguments.model import plan_early, read_tokenizer, refuse_compile, refuse_device, request_of
-from partita.cli.arguments.options import OUTPUT, WEIGHTS, ModelArgument, PlanOptions, RunOptions, WeightsDtype
+from partita.cli.arguments.options import (
+    OUTPUT,
+    WEIGHTS,
+    ModelArgument,
+    NoVerify,
+    PlanOptions,
+    RunOptions,
+    WeightsDtype,
+)
 from partita.cli.job import Job, compile_layers
 from partita.cli.terminal.console import err, mesh_name, out, plural, print_json, size, write
 from partita.cli.terminal.messages import hold, release
@@ -218,14 +226,7 @@ class TextOptions(PlanOptions):
             rich_help_panel=WEIGHTS,
         ),
     ] = None
-    no_verify: Annotated[
-        bool,
-        typer.Option(
-            "--no-verify",
-            help="Do not compare the files of a training checkpoint with their checksums.",
-            rich_help_panel=WEIGHTS,
-        ),
-    ] = False
+    no_verify: NoVerify = False
     compile: Annotated[
         bool,
         typer.Option(

@@ -20,7 +20,7 @@ from partita.checkpoint.index import open_checkpoint
 from partita.cli import launch
 from partita.cli.arguments.engine import choose_engine
 from partita.cli.arguments.model import plan_early, read_tokenizer, refuse_device, request_of
-from partita.cli.arguments.options import WEIGHTS, ModelArgument, PlanOptions, RunOptions, WeightsDtype
+from partita.cli.arguments.options import ModelArgument, NoVerify, PlanOptions, RunOptions, WeightsDtype
 from partita.cli.job import Job
 from partita.cli.terminal.console import mesh_name, out, write
 from partita.cli.terminal.plan_figure import as_data
@@ -85,14 +85,7 @@ class ServingOptions(RunOptions, PlanOptions):
             rich_help_panel=CACHE,
         ),
     ] = 1 << 30
-    no_verify: Annotated[
-        bool,
-        typer.Option(
-            "--no-verify",
-            help="Do not compare the files of a training checkpoint with their checksums.",
-            rich_help_panel=WEIGHTS,
-        ),
-    ] = False
+    no_verify: NoVerify = False
     dtype: WeightsDtype = None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -158,7 +159,7 @@ class TrainJob(Job):
         )  # fmt: skip
         step = read_state(found).step
         # A run with adapters may have been ended while it wrote the model with the merged adapters.
-        result = self.out / ADAPTERS if self._keeps_adapters() else self.out
+        result = self.out / ADAPTERS if self._keeps_adapters else self.out
         lacks_result = self.lora_rank is not None and not any(result.glob("*.safetensors"))
         # With epochs, the number of steps follows from the data.
         is_done = self.options["epochs"] is None and step >= self.options["steps"]
@@ -215,6 +216,7 @@ class TrainJob(Job):
             self.options |= {"steps": samples.steps(settings.epochs, settings.batch_size), "epochs": None}
         return samples, evaluated
 
+    @functools.cached_property
     def _keeps_adapters(self) -> bool:
         """Whether the result is adapters alone: quantized weights on torch cannot change, so none are merged into them."""
         from partita.core.model.quantization import method_of
@@ -245,7 +247,7 @@ class TrainJob(Job):
                 _remove_result(folder)
             base = None if self.new else place_of(self.request.model)
             self.engine.save_adapters(split, folder / ADAPTERS, base=base)
-            if self._keeps_adapters():
+            if self._keeps_adapters:
                 self.saved = folder / ADAPTERS
                 return
             self.engine.merge_lora(split)

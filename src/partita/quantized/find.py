@@ -10,8 +10,7 @@ from typing import Any
 from partita.checkpoint.header import brief
 from partita.checkpoint.index import Checkpoint
 from partita.checkpoint.unused import Unused
-from partita.core.model.quantization import method_of
-from partita.core.model.spec import text_config
+from partita.core.model.quantization import method_of, settings_of
 from partita.errors import ModelError
 from partita.quantized.bitsandbytes import bitsandbytes_weights
 from partita.quantized.compressed import compressed_weights, has_activations
@@ -62,13 +61,9 @@ def quantized_weights(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Mapp
 
 
 def _settings(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The quantization that a config names."""
-    given = (
-        config.get("quantization")
-        or config.get("quantization_config")
-        or text_config(config).get("quantization_config")
-    )
-    return given if isinstance(given, Mapping) else {}
+    """The quantization that a config names, MLX's first."""
+    mlx = config.get("quantization")
+    return mlx if isinstance(mlx, Mapping) and mlx else settings_of(config) or {}
 
 
 def quantization_note(config: Mapping[str, Any]) -> str:

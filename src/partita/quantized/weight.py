@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from partita.checkpoint.header import TensorInfo
 from partita.checkpoint.read import Range, Reader
-from partita.quantized.array import Encoding, QuantizedArray, Raw, storage
+from partita.quantized.array import Encoding, QuantizedArray, Raw, indexes, storage
 
 if TYPE_CHECKING:
     import numpy as np
@@ -86,8 +86,6 @@ def cover(ranges: Sequence[Range], unit: int, size: int) -> list[Range]:
 def unit_of(ranges: Sequence[Range], unit: int, covered: Sequence[Range]) -> np.ndarray:
     """For each element of `ranges`, the place of its unit among the units of `covered`, int32."""
     import numpy as np
-
-    from partita.quantized.array import indexes
 
     units = indexes(covered)
     return np.searchsorted(units, indexes(ranges) // unit).astype(np.int32)

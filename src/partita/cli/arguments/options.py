@@ -137,6 +137,14 @@ WeightsDtype = Annotated[
         rich_help_panel=WEIGHTS,
     ),
 ]
+NoVerify = Annotated[
+    bool,
+    typer.Option(
+        "--no-verify",
+        help="Do not compare the files of a training checkpoint with their checksums.",
+        rich_help_panel=WEIGHTS,
+    ),
+]
 Device = Annotated[
     str | None,
     typer.Option(

@@ -82,8 +82,8 @@ def read_quantization(config: Mapping[str, Any]) -> Quantization | None:
     mlx = config.get("quantization")
     if isinstance(mlx, Mapping) and isinstance(mlx.get("bits"), int):
         return _mlx(mlx)
-    given = config.get("quantization_config") or text_config(config).get("quantization_config")
-    if not isinstance(given, Mapping):
+    given = settings_of(config)
+    if given is None:
         return None
     method = str(given.get("quant_method") or ("bitsandbytes" if "load_in_4bit" in given else ""))
     reader = _METHODS.get(method)
@@ -107,12 +107,18 @@ def _check_pattern(pattern: str) -> None:
         ) from error
 
 
+def settings_of(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The `quantization_config` of a config or of its text part; None if neither has one."""
+    given = config.get("quantization_config") or text_config(config).get("quantization_config")
+    return given if isinstance(given, Mapping) else None
+
+
 def method_of(config: Mapping[str, Any]) -> str:
     """The name of the method that a config gives for its quantized weights; empty if it gives none."""
     if isinstance(config.get("quantization"), Mapping):
         return "MLX"  # which repeats it as quantization_config, without a method
-    given = config.get("quantization_config") or text_config(config).get("quantization_config")
-    if not isinstance(given, Mapping):
+    given = settings_of(config)
+    if given is None:
         return ""
     unnamed = "bitsandbytes" if "load_in_4bit" in given or "load_in_8bit" in given else "an unnamed method"
     return str(given.get("quant_method") or unnamed)

@@ -14,13 +14,13 @@ from partita.mlx.collectives.mappings import copy_to, reduce_from
 from partita.mlx.mlx_lm_internals import last_of_stack
 
 
-class _Around(nn.Module):
+class Around(nn.Module):
     """A wrapper of a module `inner`, which provides all attributes except the call."""
 
-    def __init__(self, inner: nn.Module, comm: Communicator) -> None:
+    def __init__(self, inner: nn.Module) -> None:
+        """Wrap `inner`."""
         super().__init__()
         self.inner = inner
-        self.comm = comm
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -31,7 +31,13 @@ class _Around(nn.Module):
             return getattr(self["inner"], name)
 
 
-class InsideRegion(_Around):
+class _OfRegion(Around):
+    def __init__(self, inner: nn.Module, comm: Communicator) -> None:
+        super().__init__(inner)
+        self.comm = comm
+
+
+class InsideRegion(_OfRegion):
     """A replicated module that receives only its rank's part (a norm of each head).
 
     Forward as it is. The gradient of each of its parameters, of which a rank has a part, is summed over the ranks.
@@ -43,7 +49,7 @@ class InsideRegion(_Around):
             return self["inner"](*args, **kwargs)
 
 
-class EntersRegion(_Around):
+class EntersRegion(_OfRegion):
     """A replicated module whose last `count` outputs directly enter a split region.
 
     Forward as it is. Their gradient, of which each rank has a part, is summed over the ranks.
@@ -62,7 +68,7 @@ class EntersRegion(_Around):
         return mx.concatenate([y[..., :rest], copy_to(y[..., rest:], self.comm)], axis=-1)
 
 
-class SplitExperts(_Around):
+class SplitExperts(_OfRegion):
     """mlx-lm's stacked experts, whose inner width I is split over the ranks.
 
     Rank r holds of E experts `gate_proj` and `up_proj [E, I_r, H]` and `down_proj [E, H, I_r]`.

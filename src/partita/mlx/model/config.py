@@ -19,6 +19,7 @@ from types import MappingProxyType
 from typing import Any
 
 from partita.checkpoint.index import Checkpoint, open_checkpoint
+from partita.core.model.quantization import settings_of
 from partita.core.model.spec import read_config, text_config
 from partita.errors import CheckpointError, DependencyError, ModelError
 from partita.mlx.mlx_lm_internals import config_class, quiet
@@ -242,10 +243,10 @@ def _alike(activation: str) -> str:
 
 
 def _name_quantization(config: dict[str, Any]) -> None:
-    quantized = config.get("quantization_config") or text_config(config).get("quantization_config")
+    quantized = settings_of(config)
     if not quantized or "quantization" in config:
         return
-    method = quantized.get("quant_method")
+    method = str(quantized.get("quant_method") or "")
     if method in FORMATS:
         config["quantization"] = dict(FORMATS[method])
     elif method not in METHODS:

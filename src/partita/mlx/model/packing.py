@@ -14,6 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from partita.errors import ModelError
+from partita.mlx.layers.region_parts import Around
 from partita.mlx.mlx_lm_internals import rotated_dims
 from partita.mlx.model.rotary import RotaryEmbedding
 from partita.mlx.model.tree import named_modules, set_module
@@ -48,20 +49,8 @@ class PackedRows:
         return (seen & (document[:, :, None] == document[:, None, :]))[:, None]
 
 
-class RotaryByToken(nn.Module):
+class RotaryByToken(Around):
     """A rotary module that also takes a position for each token."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name.startswith("_") or "inner" not in self:
-                raise
-            return getattr(self["inner"], name)
 
     def __call__(self, x: mx.array, offset: int | mx.array = 0) -> mx.array:
         """Rotate `x` `[batch, heads, tokens, head_dim]`; `offset` may be `[batch, tokens]`."""

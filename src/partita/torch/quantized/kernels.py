@@ -84,13 +84,13 @@ def kernel_for(
         scales = parts["scales"]
         if scales.shape != (-(-shape[0] // block[0]), -(-shape[1] // block[1])) or block[1] % HALVES:
             return None
-        packed = _blocks(parts, shape, block) if dtype in _DTYPES and _on_cpu(parts) else None
+        packed = _blocks(parts, shape, block) if dtype in DTYPES and _on_cpu(parts) else None
         return None if packed is None or library() is None else _Native(packed)
-    packed = _FORMS[form](parts, shape) if form in _FORMS and dtype in _DTYPES and _on_cpu(parts) else None
+    packed = _FORMS[form](parts, shape) if form in _FORMS and dtype in DTYPES and _on_cpu(parts) else None
     return None if packed is None or library() is None else _Native(packed)
 
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 def _on_cpu(parts: Mapping[str, Tensor]) -> bool:
@@ -144,7 +144,7 @@ class _Native:
             group_rows_inverse=2**32 // packed.group_rows + 1,
             groups_per_row=-(-in_ // packed.group),
             form=packed.number,
-            scales_dtype=0 if scales is None else _DTYPES[scales.dtype],
+            scales_dtype=0 if scales is None else DTYPES[scales.dtype],
         )
         functions = library()
         assert functions is not None
@@ -157,7 +157,7 @@ class _Native:
 
     def __call__(self, x: Tensor) -> Tensor:
         out, in_ = self.packed.shape
-        if x.shape[-1] != in_ or x.dtype not in _DTYPES or x.device.type != "cpu":
+        if x.shape[-1] != in_ or x.dtype not in DTYPES or x.device.type != "cpu":
             raise ValueError(
                 f"x must be [..., {in_}] in float32, bfloat16 or float16 on the CPU; got {list(x.shape)} in {x.dtype} on "
                 f"{x.device}"
@@ -167,7 +167,7 @@ class _Native:
         rows = x.numel() // in_
         if rows > FEW[x.dtype]:
             self._by_tiles(x.view(rows, in_), y.view(rows, out))
-        elif rows and self._product(self._address(), x.data_ptr(), rows, y.data_ptr(), _DTYPES[x.dtype], _threads()):
+        elif rows and self._product(self._address(), x.data_ptr(), rows, y.data_ptr(), DTYPES[x.dtype], _threads()):
             raise MemoryError(f"{rows * in_ * 4} bytes for the input of a quantized product could not be allocated")
         return y
 
@@ -192,7 +192,7 @@ class _Native:
                 y[:, start:stop] = x @ tile[: stop - start].T
 
     def _write_rows(self, start: int, stop: int, to: Tensor) -> None:
-        self._dequantize(self._address(), start, stop, to.data_ptr(), _DTYPES[to.dtype], _threads())
+        self._dequantize(self._address(), start, stop, to.data_ptr(), DTYPES[to.dtype], _threads())
 
     def _address(self) -> Any:
         for (
@@ -244,7 +244,7 @@ def _int4(parts: Mapping[str, Tensor], shape: tuple[int, int]) -> _Packed | None
     group = shape[1] // scales.shape[1]
     codes = codes if codes.shape[1] * 2 == shape[1] else _nibbles(codes)
     fits = codes.dtype == torch.uint8 and codes.shape == (shape[0], shape[1] // 2) and len(scales) == shape[0]
-    if not fits or shape[1] % group or group % HALVES or scales.dtype not in _DTYPES:
+    if not fits or shape[1] % group or group % HALVES or scales.dtype not in DTYPES:
         return None
     if zeros is not None and (zeros.dtype != torch.uint8 or zeros.shape != scales.shape):
         return None
@@ -255,7 +255,7 @@ def _nf4(parts: Mapping[str, Tensor], shape: tuple[int, int]) -> _Packed | None:
     codes, scales, table = parts["codes"], parts["scales"], parts["table"]
     group = shape[0] * shape[1] // scales.numel()
     fits = codes.dtype == torch.uint8 and codes.numel() * 2 == shape[0] * shape[1] and table.numel() == 16
-    if not fits or shape[1] % group or group % HALVES or scales.dtype not in _DTYPES:
+    if not fits or shape[1] % group or group % HALVES or scales.dtype not in DTYPES:
         return None
     if codes.shape != (shape[0], shape[1] // 2):
         pairs = codes.reshape(shape[0], -1)
@@ -283,7 +283,7 @@ def _blocks(parts: Mapping[str, Tensor], shape: tuple[int, int], block: tuple[in
         codes.dtype != torch.float8_e4m3fn
         or codes.shape != torch.Size(shape)
         or shape[1] % HALVES
-        or scales.dtype not in _DTYPES
+        or scales.dtype not in DTYPES
     ):
         return None
     if bool(codes.isnan().any()):

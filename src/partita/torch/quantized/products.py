@@ -9,13 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from partita.torch.quantized.kernels import Kernel, kernel_for
+from partita.torch.quantized.kernels import DTYPES, Kernel, kernel_for
 from partita.torch.quantized.part import Part
 
 TILE_ELEMENTS = 1 << 21
 """Elements of a weight whose values exist at once in a product."""
-
-_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class PartProduct:
@@ -29,7 +27,7 @@ class PartProduct:
     def __call__(self, x: Tensor) -> Tensor:
         """`[..., inputs]` to `[..., outputs]`, without gradients."""
         # A tensor of no rows has no product to speed up.
-        kernel = self._prepared() if x.dtype in _KERNEL_DTYPES and x.device.type == "cpu" and x.numel() else None
+        kernel = self._prepared() if x.dtype in DTYPES and x.device.type == "cpu" and x.numel() else None
         if kernel is not None:
             return kernel(self._spread(x))
         tiles = [F.linear(x, self.part.rows(rows, x.dtype)) for rows in self._tiles()]

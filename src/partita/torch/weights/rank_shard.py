@@ -158,7 +158,7 @@ class RankShard:
                     yield f"{kind}.{piece}", take, part, one
 
     def _own_state(self) -> Iterator[_Place]:
-        """The state of the caller's optimizer as it is now; its files are planned anew."""
+        """The state of the caller's optimizer as it is now; its files are planned again."""
         assert self.optimizer is not None
         state = optimizer_on_disk(self.model, self.optimizer, self.disk, self.saves.max_shard_bytes)
         self.files = {**self.files, OPTIMIZER: state.files}
