@@ -3,6 +3,7 @@ the streamed text was not the final one."""
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterator
 from itertools import pairwise
@@ -93,7 +94,13 @@ KINDS = {
 
 
 def tokenizer(kind: str, corpus: list[str]) -> Tokenizer:
-    fast = KINDS[kind](corpus)
+    return _trained(kind, tuple(corpus))
+
+
+@functools.cache
+def _trained(kind: str, corpus: tuple[str, ...]) -> Tokenizer:
+    """Trained once for a corpus: the vocabulary of a second training may differ, since equal counts have no order."""
+    fast = KINDS[kind](list(corpus))
     fast.add_special_tokens([AddedToken(SPECIAL, special=True, normalized=False)])
     return Tokenizer(transformers.PreTrainedTokenizerFast(tokenizer_object=fast, eos_token=SPECIAL))
 
