@@ -96,10 +96,10 @@ def attention_s(attention: Attention, device: Device, kernels: Kernels, shape: S
     operations = 2.0 * pairs * widths
     if past:
         cached = shape.batch * context * attention.cached(latent=kernels.caches_latent) * shape.item
-        computing = operations / (device.peak(shape.dtype) * value_at(device.attention_efficiency, operations))
+        computing = operations / (device.peak(shape.dtype) * kernels.attention_speed * value_at(device.attention_efficiency, operations))
         return max(computing, move_s(device, cached, 0)) + 2 * device.operation_s
     if not kernels.stores_scores:
-        computing = operations / (device.peak(shape.dtype) * value_at(device.attention_efficiency, operations))
+        computing = operations / (device.peak(shape.dtype) * kernels.attention_speed * value_at(device.attention_efficiency, operations))
         read = shape.tokens * (attention.heads + attention.kv_heads) * widths * shape.item
         return max(computing, move_s(device, read, 0)) + device.operation_s
     scores = pairs * shape.item
@@ -142,15 +142,22 @@ def layer_s(layer: Layer, model: ModelCost, shape: Shape, setting: Setting, past
         again = forward + device.layer_s
         backward += device.layer_backward_s
     forward = again
-    weights = products if setting.trains_weights else 0.0
+    weights = products + _accumulating(layer, device, kernels) if setting.trains_weights else 0.0
     tp_f, tp_b, hidden = _tensor_ranks(layer, model, shape, setting)
-    exposed = max(0.0, hidden - weights) + hidden * setting.hardware.link_inside().occupies if hidden else 0.0
+    beside = weights if kernels.overlaps_tensor else 0.0
+    exposed = max(0.0, hidden - beside) + hidden * setting.hardware.link_inside().occupies if hidden else 0.0
     if setting.recompute == "full":
-        backward += forward + tp_f
+        backward += forward
         tp_b += tp_f
     elif setting.recompute == "selective":
         backward += core
     return Seconds(forward + tp_f, backward + tp_b + exposed, weights, tp_f, tp_b + exposed)
+
+
+def _accumulating(layer: Layer, device: Device, kernels: Kernels) -> float:
+    """Seconds in which a micro-batch's weight gradients are added to those before."""
+    elements = sum(product.inputs * product.outputs * product.experts for product in layer.products)
+    return move_s(device, kernels.accumulated_bytes * elements, 0)
 
 
 def _others(layer: Layer, model: ModelCost, shape: Shape, setting: Setting) -> float:

@@ -245,7 +245,8 @@ def _end_of_step(
             beside = sum(stages[i].b + stages[i].w for i in _of_rank(arrangement, pp))
             dp = max(0.0, dp - beside) + hardware.link_between().occupies * dp
     shards = degrees.dp if arrangement.zero >= 1 else 1
-    moved = (2 * optimizer_bytes(work, held, trained, item) + trained * (item + gradient)) / shards
+    passes = kernels_of(hardware.kernels).optimizer_passes
+    moved = (2 * optimizer_bytes(work, held, trained, item) + trained * (item + passes * gradient)) / shards
     device = hardware.devices[0] if hardware.is_uniform else min(hardware.devices, key=lambda d: d.memory_bandwidth)
     return dp, move_s(device, moved) if trained else 0.0
 
