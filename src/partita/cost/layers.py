@@ -15,7 +15,7 @@ from partita.cost.activations import Shape, context_of
 from partita.cost.collectives import seconds
 from partita.cost.hardware import Device, Group, Hardware, value_at
 from partita.cost.kernels import Kernels
-from partita.cost.model import Attention, Layer, ModelCost, Product
+from partita.cost.model import Attention, Layer, ModelCost, Product, is_in_attention
 from partita.cost.work import Recompute
 
 
@@ -52,6 +52,10 @@ class Seconds:
         return self.f + self.b + self.w
 
 
+FEW_ROWS = 8
+"""Rows up to which reading the weights limits a product."""
+
+
 def product_s(device: Device, dtype: str, rows: float, product: Product) -> float:
     """Seconds of a product whose inputs have `rows` rows."""
     item = DTYPE_BYTES[dtype]
@@ -69,7 +73,8 @@ def product_s(device: Device, dtype: str, rows: float, product: Product) -> floa
     one = operations / (count * visited)
     share = value_at(device.product_efficiency, one) * value_at(device.narrow_efficiency, min(each, inputs, outputs))
     computing = operations / (device.peak(dtype) * share)
-    moving = moved / (device.memory_bandwidth * value_at(device.memory_efficiency, moved))
+    few = device.vector_efficiency if device.vector_efficiency and each <= FEW_ROWS else device.memory_efficiency
+    moving = moved / (device.memory_bandwidth * value_at(few, moved))
     unpacking = 0.0
     if product.bits is not None and device.unpack_flops:
         unpacking = inputs * outputs * count * visited / device.unpack_flops
@@ -94,12 +99,13 @@ def attention_s(attention: Attention, device: Device, kernels: Kernels, shape: S
     pairs = shape.batch * attention.heads * shape.length * context * share
     widths = attention.key_width + attention.value_width
     operations = 2.0 * pairs * widths
+    speed = device.peak(shape.dtype) * kernels.attention_speed * value_at(device.attention_efficiency, operations)
     if past:
         cached = shape.batch * context * attention.cached(latent=kernels.caches_latent) * shape.item
-        computing = operations / (device.peak(shape.dtype) * kernels.attention_speed * value_at(device.attention_efficiency, operations))
+        computing = operations / speed
         return max(computing, move_s(device, cached, 0)) + 2 * device.operation_s
     if not kernels.stores_scores:
-        computing = operations / (device.peak(shape.dtype) * kernels.attention_speed * value_at(device.attention_efficiency, operations))
+        computing = operations / speed
         read = shape.tokens * (attention.heads + attention.kv_heads) * widths * shape.item
         return max(computing, move_s(device, read, 0)) + device.operation_s
     scores = pairs * shape.item
@@ -133,15 +139,13 @@ def layer_s(layer: Layer, model: ModelCost, shape: Shape, setting: Setting, past
     products = math.fsum(product_s(device, shape.dtype, shape.tokens, product) for product in layer.products)
     core: float = attention_s(layer.attention, device, kernels, shape, past) if layer.attention is not None else 0.0
     others = _others(layer, model, shape, setting)
-    forward = products + core + others
-    backward = products + core * kernels.attention_backward + others * kernels.backward
+    again = products + core + others / device.others_share
+    backward = products + core * kernels.attention_backward + others * kernels.backward / device.others_backward_share
+    fixed = device.decode_layer_s if past else device.layer_s
     if device.is_asynchronous:
-        again = max(forward, device.layer_s)
-        backward = max(backward, device.layer_backward_s)
+        forward, backward = max(again, fixed), max(backward, device.layer_backward_s)
     else:
-        again = forward + device.layer_s
-        backward += device.layer_backward_s
-    forward = again
+        forward, backward = again + fixed, backward + device.layer_backward_s
     weights = products + _accumulating(layer, device, kernels) if setting.trains_weights else 0.0
     tp_f, tp_b, hidden = _tensor_ranks(layer, model, shape, setting)
     beside = weights if kernels.overlaps_tensor else 0.0
@@ -151,6 +155,9 @@ def layer_s(layer: Layer, model: ModelCost, shape: Shape, setting: Setting, past
         tp_b += tp_f
     elif setting.recompute == "selective":
         backward += core
+        if kernels.recomputes_attention:
+            inside = (p for p in layer.products if is_in_attention(p))
+            backward += math.fsum(product_s(device, shape.dtype, shape.tokens, product) for product in inside)
     return Seconds(forward + tp_f, backward + tp_b + exposed, weights, tp_f, tp_b + exposed)
 
 

@@ -163,7 +163,7 @@ def _training(
     layers = [sliced.layers[tp][kind] for stage in stages for kind, _ in stage.kinds]
     inside = 0.0
     if any(stage.loss for stage in stages):
-        kept = head_bytes(model, columns, shape, kernels, sliced.ends[tp].norm)
+        kept = head_bytes(model, columns, shape, kernels, sliced.ends[tp].norm, is_rms=sliced.ends[tp].is_rms)
         activations += kept
         inside = shape.tokens * columns * (shape.item + kernels.logit_bytes)
     if layers:

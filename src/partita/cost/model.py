@@ -41,6 +41,7 @@ class Product:
         chosen: For each token, the experts that it visits.
         bits: Bits of a weight's element; None in the model's dtype.
         unsplit: Inputs and outputs of the unsplit product.
+        style_in: The style that its rule has, also where nothing is split.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Product:
     chosen: int = 1
     bits: float | None = None
     unsplit: tuple[int, int] = (0, 0)
+    style_in: str = "replicate"
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,8 @@ class Attention:
         latent: Elements of a token's latent (kv_lora_rank + qk_rope_head_dim), which no rank splits; 0 without.
         is_causal: Whether tokens attend to earlier ones only.
         has_rotary: Whether queries and keys are rotated.
+        is_fused: Whether one product computes queries, keys and values.
+        is_partial: Whether only a part of each head is rotated.
     """
 
     heads: int
@@ -77,6 +81,8 @@ class Attention:
     latent: int = 0
     is_causal: bool = True
     has_rotary: bool = True
+    is_fused: bool = False
+    is_partial: bool = False
 
     def cached(self, *, latent: bool) -> int:
         """Elements of a token in the cache."""
@@ -85,11 +91,12 @@ class Attention:
 
 @dataclass(frozen=True)
 class Mlp:
-    """The activation between the products of an MLP on a rank: its width, whether it is gated, rows for each token."""
+    """The activation between the products of an MLP on a rank: width, whether it is gated, rows for each token, its name."""
 
     inner: int
     is_gated: bool
     rows: int = 1
+    activation: str = "silu"
 
 
 @dataclass(frozen=True)
@@ -143,6 +150,8 @@ class Layer:
         head_norms: Elements of the norms inside a split region.
         reduces: All-reduces of [tokens, hidden] in the forward.
         entries: The same in the backward.
+        is_rms: Whether its norms are RMS norms.
+        is_parallel: Whether all of its norms read the same tensor (attention and MLP side by side).
         gathers: Elements of a token that are gathered in the forward: the outputs of layers that are split by themselves.
     """
 
@@ -155,6 +164,8 @@ class Layer:
     reduces: int
     entries: int
     gathers: int
+    is_rms: bool = True
+    is_parallel: bool = False
 
 
 @dataclass(frozen=True)
@@ -168,6 +179,7 @@ class Ends:
     mtp_and_loss: Part
     head: Product | None
     norm: int
+    is_rms: bool
 
 
 @dataclass(frozen=True)
@@ -274,6 +286,31 @@ class ModelCost:
         """Whether positions are rotations of queries and keys."""
         return not self.spec.positions and self.spec.family not in ("bloom", "mpt", "bert", "opt", "gpt2")
 
+    @cached_property
+    def is_parallel(self) -> bool:
+        """Whether attention and MLP of a layer read the same hidden state."""
+        default = self.spec.family in ("gpt_neox", "gptj", "phi", "cohere", "cohere2", "codegen")
+        return bool(self.config.get("use_parallel_residual", self.config.get("parallel_attn", default)))
+
+    @cached_property
+    def is_partial(self) -> bool:
+        """Whether only a part of each head is rotated."""
+        share = self.config.get("partial_rotary_factor", self.config.get("rotary_pct"))
+        share = {"gpt_neox": 0.25, "phi": 0.5, "stablelm": 0.25}.get(self.spec.family) if share is None else share
+        return isinstance(share, int | float) and share < 1
+
+    @cached_property
+    def activation(self) -> str:
+        """The name of the activation."""
+        default = {"gpt2": "gelu_new", "opt": "relu", "gptj": "gelu_new", "phi": "gelu_new"}.get(
+            self.spec.family, "silu"
+        )
+        named = next(
+            (self.config[k] for k in ("hidden_act", "activation_function", "hidden_activation") if self.config.get(k)),
+            0,
+        )
+        return str(named or default)
+
     def with_mtp(self, count: int) -> ModelCost:
         """The facts of the model with `count` prediction layers."""
         if count == 0 or mtp_count(self.spec) == count:
@@ -341,15 +378,19 @@ class ModelCost:
             elif len(tensor.shape) >= 2 and not tensor.is_buffer and (leaf == "weight" or leaf.endswith("_proj")):
                 products += self._product(tensor, inner, leaf, rank, modules.get(path), cuts[tensor.name])
         reduces, entries, gathers = self._collectives(products, prefix, modules, tensors)
+        biased = any(t.name.endswith("bias") and len(t.shape) == 1 and _NORM.search(t.name) for t in tensors)
         return Layer(
-            held, tuple(products), here, self._mlps(products), tuple(norms), head_norms, reduces, entries, gathers
-        )
+            held, tuple(products), here, self._mlps(products), tuple(norms), head_norms, reduces, entries, gathers,
+            not biased, self.is_parallel,
+        )  # fmt: skip
 
     def _product(
         self, tensor: TensorSpec, inner: str, leaf: str, rank: int, module: ModulePlan | None, cut: TensorPlan
     ) -> list[Product]:
         shape, local = tensor.shape, cut.local_shape(rank)
         style = module.style if module is not None else "replicate"
+        rule = self.rules.find(tensor.name.rpartition(".")[0])
+        style_in = rule.style if rule is not None else "replicate"
         if len(shape) == 3 and (leaf.startswith(("gate_up", "down", "up", "w1", "w2", "w3")) or "experts" in inner):
             # Fused experts: [E, 2 I, H] and [E, H, I], or with the last two dimensions exchanged.
             down = "down" in leaf
@@ -361,7 +402,7 @@ class ModelCost:
             return [
                 Product(
                     f"{inner}.{leaf}", inputs, outputs, style, f"{inner}.{'inner' if down else 'hidden'}",
-                    local[0], self.chosen_experts, tensor.packed_bits, whole,
+                    local[0], self.chosen_experts, tensor.packed_bits, whole, "row" if down else "column",
                 )
             ]  # fmt: skip
         if len(shape) != 2:
@@ -370,11 +411,11 @@ class ModelCost:
         outputs, inputs = (local[1], local[0]) if transposed else (local[0], local[1])
         whole = (shape[0], shape[1]) if transposed else (shape[1], shape[0])
         parent = inner.rpartition(".")[0]
-        if style == "row":
+        if "row" in (style, style_in):
             source = f"{inner}.inner"
         else:
             source = f"{parent if _ATTENTION.search(inner) else 'mlp'}.{whole[0]}"
-        return [Product(inner, inputs, outputs, style, source, 1, 1, tensor.packed_bits, whole)]
+        return [Product(inner, inputs, outputs, style, source, 1, 1, tensor.packed_bits, whole, style_in)]
 
     def _is_transposed(self, inner: str) -> bool:
         """Whether a weight is [in, out] (transformers' Conv1D), for modules that no rank splits."""
@@ -410,7 +451,19 @@ class ModelCost:
             and tensors[queries or ""].shape[0] == 2 * self.head_width * self.spec.num_heads
         ):
             width = self.head_width  # half of the outputs are a gate (Qwen3-Next)
-        return Attention(heads, kv_heads, width, width, self.window_of(layer), 0, self.is_causal, self.has_rotary)
+        fused = queries is None and not any("k_proj" in name or "key.weight" in name for name in paths)
+        return Attention(
+            heads,
+            kv_heads,
+            width,
+            width,
+            self.window_of(layer),
+            0,
+            self.is_causal,
+            self.has_rotary,
+            fused,
+            self.is_partial,
+        )
 
     def _mlps(self, products: list[Product]) -> tuple[Mlp, ...]:
         """The activations: before each product that reads what another of its parent computes."""
@@ -426,7 +479,7 @@ class ModelCost:
             ]
             outputs = sum(p.outputs for p in ups if p.unsplit[0] == self.hidden and p.unsplit[1] >= down.unsplit[0])
             if outputs >= down.inputs:
-                found.append(Mlp(down.inputs, outputs >= 2 * down.inputs, down.chosen))
+                found.append(Mlp(down.inputs, outputs >= 2 * down.inputs, down.chosen, self.activation))
         return tuple(found)
 
     def _collectives(
@@ -487,6 +540,7 @@ class ModelCost:
             part([t for t in placed["embedding"] if not self.spec.is_in_tower(t.name)], placed["loss"]),
             self._head(rank, modules, cuts),
             sum(t.shape[0] for t in placed["loss"] if len(t.shape) == 1 and t.name.endswith(".weight")),
+            not any(len(t.shape) == 1 and t.name.endswith(".bias") and _NORM.search(t.name) for t in placed["loss"]),
         )
 
     def _head(self, rank: int, modules: Mapping[str, ModulePlan], cuts: Mapping[str, TensorPlan]) -> Product | None:
@@ -514,6 +568,11 @@ class ModelCost:
 @lru_cache(maxsize=32)
 def _model_cost(spec: ModelSpec) -> ModelCost:
     return ModelCost(spec)
+
+
+def is_in_attention(product: Product) -> bool:
+    """Whether a product is part of the attention."""
+    return _ATTENTION.search(product.name) is not None
 
 
 def _hidden_of(spec: ModelSpec) -> int:

@@ -203,7 +203,7 @@ def _head(model: ModelCost, shape: Shape, setting: Setting, degrees: Degrees, tp
     if head is None:
         return Seconds()
     product = product_s(setting.device, shape.dtype, shape.tokens, head)
-    logits = move_s(setting.device, 4.0 * shape.tokens * head.outputs * 4)
+    logits = move_s(setting.device, 4.0 * shape.tokens * head.outputs * 4) / setting.device.others_share
     message = shape.tokens * model.hidden * shape.item
     gather = seconds(setting.hardware, setting.tp, "all_gather", message) if shape.sequence_parallel else 0.0
     back = seconds(setting.hardware, setting.tp, "reduce_scatter" if shape.sequence_parallel else "all_reduce", message)
@@ -248,7 +248,9 @@ def _end_of_step(
     passes = kernels_of(hardware.kernels).optimizer_passes
     moved = (2 * optimizer_bytes(work, held, trained, item) + trained * (item + passes * gradient)) / shards
     device = hardware.devices[0] if hardware.is_uniform else min(hardware.devices, key=lambda d: d.memory_bandwidth)
-    return dp, move_s(device, moved) if trained else 0.0
+    layers = sum(stage.layers for stage in stages_of(model, arrangement)[pp])
+    loops = device.update_layer_s * layers
+    return dp, (move_s(device, moved) / device.optimizer_share + loops) if trained else 0.0
 
 
 # --- generating ---------------------------------------------------------------------------------------------------------
@@ -284,7 +286,7 @@ def _passes(
     ]
     comm = _transfer(model, shape, hardware, groups)
     by_rank = [sum(stages[i].f for i in _of_rank(arrangement, pp)) for pp in range(degrees.pp)]
-    other = max(device.step_s for device in hardware.devices)
+    other = max(device.token_s if past else device.step_s for device in hardware.devices)
     hops = comm * len(stages) if degrees.pp > 1 else 0.0
     through = sum(one.f for one in stages) + hops
     groups_of = arrangement.microbatches
@@ -319,7 +321,7 @@ def _forward_of_rank(
     sliced = model.sliced(degrees.tp)
     kernels: Kernels = kernels_of(hardware.kernels)
     setting = Setting(device, hardware, kernels, degrees.groups(hardware).tp)
-    total = Seconds(device.microbatch_s)
+    total = Seconds(0.0 if past else device.microbatch_s)
     for kind, count in stage.kinds:
         total += layer_s(sliced.layers[tp][kind], model, shape, setting, past).times(count)
     if stage.embedding:
