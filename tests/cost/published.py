@@ -228,21 +228,26 @@ def _llama3() -> list[Row]:
     """2407.21783, table 4: teraflop/s of a GPU while Llama 3 405B trained, as seconds of a step (6 N and the attention)."""
     config = llama(16384, 128, 8, 126, 53248)
     rows = []
-    for gpus, dp, batch, teraflops, calibrated in ((8192, 64, 32, 430, True), (16384, 128, 16, 400, False)):
+    table = (
+        (8192, 64, 1, 32, 8192, 430, True),
+        (16384, 128, 1, 16, 8192, 400, False),
+        (16384, 8, 16, 16, 131072, 380, False),
+    )
+    for gpus, dp, cp, batch, length, teraflops, calibrated in table:
         sequences = batch * dp
         layers = (0, *(1,) * 126, 0)
         model = ModelCost.of(spec_from_config(config))
-        tokens = sequences * 8192
-        flops = (6 * model.spec.parameters + 6 * 126 * 16384 * 8192) * tokens
-        work = Work(batch_size=sequences, sequence_length=8192, gradient_dtype="float32")
+        tokens = sequences * length
+        flops = (6 * model.spec.parameters + 6 * 126 * 16384 * length) * tokens
+        work = Work(batch_size=sequences, sequence_length=length, gradient_dtype="float32")
         arrangement = Arrangement(
-            mesh=Mesh(dp=dp, pp=16, tp=8), layers=layers, microbatches=batch, zero=2, sequence_parallel=True,
+            mesh=Mesh(dp=dp, pp=16, tp=8, cp=cp), layers=layers, microbatches=batch, zero=2, sequence_parallel=True,
             overlap_gradients=True, schedule="interleaved-1f1b",
         )  # fmt: skip
         rows.append(
             Row(
                 "2407.21783 table 4",
-                f"405B on {gpus}",
+                f"405B on {gpus}, cp {cp}",
                 "s",
                 flops / (gpus * teraflops * 1e12),
                 calibrated,

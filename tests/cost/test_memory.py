@@ -79,7 +79,7 @@ def test_ranks_hold_what_the_plan_says(case) -> None:
     for rank in range(mesh.size):
         place = mesh.coordinate(rank)
         assert uses[rank].weights == plan.rank_bytes(rank)
-        held = held_by(model, stages_of(model, arrangement)[place.pp], mesh.tp, place.tp)
+        held = held_by(model, stages_of(model, arrangement)[place.pp], degrees_of(mesh), place.tp)
         assert held.parameters == plan.rank_parameters(rank)
         if place.dp == 0:
             owned += sum(
@@ -130,3 +130,27 @@ def test_layers_that_are_not_the_models_are_refused() -> None:
     model = ModelCost.of(spec_from_config(_config("llama", 4, 4, tied=False)))
     with pytest.raises(PlanError, match="come to the 4 layers"):
         memory(model, Work(), Arrangement(mesh=Mesh(pp=2), layers=(2, 3)))
+
+
+@pytest.mark.parametrize(("mesh", "copies"), [
+    (Mesh(dp=2, ep=2), 1), (Mesh(dp=4, ep=2), 2), (Mesh(dp=2, tp=2, ep=4), 1), (Mesh(dp=2, tp=2, ep=2), 1), (Mesh(cp=2, tp=2, ep=2), 1),
+])  # fmt: skip
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
+def test_experts_fold_over_the_ranks_of_a_stage(family: str, mesh: Mesh, copies: int) -> None:
+    spec = spec_from_config(_config(family, 3, 4, tied=False))
+    model, degrees = ModelCost.of(spec), degrees_of(mesh)
+    stages = stages_of(model, Arrangement(mesh=mesh))[0]
+    held = [held_by(model, stages, degrees, mesh.coordinate(rank).tp) for rank in range(mesh.size)]
+    routed = sum(t.numel for name, t in spec.tensors.items() if ".experts." in name)
+    assert degrees.expert_replicas == copies
+    assert sum(one.experts for one in held) == copies * routed
+    whole = ModelCost.of(spec).sliced(mesh.tp)
+    dense = [held_by(model, stages, degrees_of(Mesh(tp=mesh.tp)), tp) for tp in range(mesh.tp)]
+    assert len(whole.layers) == mesh.tp
+    assert [one.parameters - one.experts for one in held[: mesh.tp]] == [one.parameters - one.experts for one in dense]
+
+
+def test_more_experts_groups_than_experts_are_refused() -> None:
+    model = ModelCost.of(spec_from_config(_config("mixtral", 3, 4, tied=False)))
+    with pytest.raises(PlanError, match="more than the 4 experts"):
+        memory(model, Work(), Arrangement(mesh=Mesh(dp=8, ep=8)))

@@ -89,7 +89,7 @@ def _elements(layer: Layer, shape: Shape, kernels: Kernels) -> tuple[float, floa
         if product.source in seen:
             continue
         seen.add(product.source)
-        rows = product.chosen if product.experts > 1 else 1
+        rows = product.chosen * product.share if product.experts > 1 else 1
         if product.style == "row" or (product.style_in == "row" and shape.tp == 1):
             split += product.inputs * rows
         else:

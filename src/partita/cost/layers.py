@@ -64,8 +64,8 @@ def product_s(device: Device, dtype: str, rows: float, product: Product) -> floa
         return 0.0
     visited = 1.0
     if count > 1:
-        rows = rows * product.chosen
-        visited = 1 - (1 - min(1.0, product.chosen / count)) ** (rows / product.chosen)
+        rows = rows * product.chosen * product.share
+        visited = 1 - (1 - min(1.0, product.chosen / count)) ** max(1.0, rows / product.chosen)
     each = rows / (count * visited)
     operations = 2.0 * rows * inputs * outputs
     bits = 8 * item if product.bits is None else product.bits
@@ -121,14 +121,19 @@ def attention_s(attention: Attention, device: Device, kernels: Kernels, shape: S
     return 2 * product + move_s(device, kernels.score_passes * scores, 2)
 
 
+ALONE = Group(1, 1)
+
+
 @dataclass(frozen=True)
 class Setting:
-    """What a layer runs in: the device, kernels, links between tensor ranks, and what is computed again."""
+    """What a layer runs in: the device, kernels, groups of tensor, context and expert ranks, and what is computed again."""
 
     device: Device
     hardware: Hardware
     kernels: Kernels
     tp: Group
+    cp: Group = ALONE
+    ep: Group = ALONE
     recompute: Recompute = "none"
     trains_weights: bool = True
 
@@ -148,6 +153,9 @@ def layer_s(layer: Layer, model: ModelCost, shape: Shape, setting: Setting, past
         forward, backward = again + fixed, backward + device.layer_backward_s
     weights = products + _accumulating(layer, device, kernels) if setting.trains_weights else 0.0
     tp_f, tp_b, hidden = _tensor_ranks(layer, model, shape, setting)
+    cp_f, cp_b = _context_ranks(layer, shape, setting, core)
+    sent = _expert_ranks(layer, shape, setting)
+    tp_f, tp_b = tp_f + cp_f + sent, tp_b + cp_b + sent
     beside = weights if kernels.overlaps_tensor else 0.0
     exposed = max(0.0, hidden - beside) + hidden * setting.hardware.link_inside().occupies if hidden else 0.0
     if setting.recompute == "full":
@@ -203,3 +211,24 @@ def _tensor_ranks(layer: Layer, model: ModelCost, shape: Shape, setting: Setting
         again = layer.entries * of("all_gather") if setting.kernels.gathers_again else 0.0
         return forward + gathered, backward + gathered, again + layer.entries * of("reduce_scatter")
     return layer.reduces * of("all_reduce") + gathered, gathered, layer.entries * of("all_reduce")
+
+
+def _context_ranks(layer: Layer, shape: Shape, setting: Setting, core: float) -> tuple[float, float]:
+    """Seconds in which keys and values pass between the ranks that share sequences, beyond those of the attention."""
+    if setting.cp.size == 1 or layer.attention is None:
+        return 0.0, 0.0
+    attention = layer.attention
+    widths = attention.kv_heads * (attention.key_width + attention.value_width)
+    message = shape.tokens * setting.cp.size * widths * shape.item
+    gather = seconds(setting.hardware, setting.cp, "all_gather", message)
+    scatter = seconds(setting.hardware, setting.cp, "reduce_scatter", message)
+    later = core * setting.kernels.attention_backward
+    return max(0.0, gather - core), max(0.0, gather + scatter - later)
+
+
+def _expert_ranks(layer: Layer, shape: Shape, setting: Setting) -> float:
+    """Seconds in which tokens are sent to the ranks with their experts, and back."""
+    if setting.ep.size == 1 or not layer.dispatched:
+        return 0.0
+    message = shape.tokens * shape.whole * layer.dispatched * shape.item
+    return 2 * seconds(setting.hardware, setting.ep, "all_to_all", message)

@@ -21,6 +21,8 @@ from partita.core.plan import Plan
 from partita.core.sharding.cuts import AttentionPlan, ModulePlan, TensorPlan
 from partita.core.sharding.resolve import resolve
 from partita.core.sharding.rules import Rules, rules_for
+from partita.core.sharding.split import Split
+from partita.errors import PlanError
 
 _NORM = re.compile(r"(^|[._])(norm|layernorm|layer_norm|rmsnorm|ln|ln_\w+|\w*norm\w*)($|[._\d])", re.IGNORECASE)
 _ATTENTION = re.compile(r"(^|[._])(self_)?(attn|attention)([._]|$)|(^|\.)attention\.")
@@ -39,6 +41,7 @@ class Product:
         source: What names the tensor that it reads; products of one source share it.
         experts: The number of matrices, each for a part of the rows; 1 for a plain product.
         chosen: For each token, the experts that it visits.
+        share: Rows on this rank for one of the replica's: experts that are elsewhere see other ranks' tokens instead.
         bits: Bits of a weight's element; None in the model's dtype.
         unsplit: Inputs and outputs of the unsplit product.
         style_in: The style that its rule has, also where nothing is split.
@@ -51,6 +54,7 @@ class Product:
     source: str
     experts: int = 1
     chosen: int = 1
+    share: float = 1.0
     bits: float | None = None
     unsplit: tuple[int, int] = (0, 0)
     style_in: str = "replicate"
@@ -95,7 +99,7 @@ class Mlp:
 
     inner: int
     is_gated: bool
-    rows: int = 1
+    rows: float = 1.0
     activation: str = "silu"
 
 
@@ -109,6 +113,7 @@ class Part:
         unpacked_bits: The same with quantized weights in the model's dtype.
         matrices: Parameters that Muon updates, which keep one moment.
         lora: For each rank of an adapter, its parameters.
+        experts: Of `parameters`, those of routed experts, of which there are other numbers of copies.
     """
 
     parameters: int = 0
@@ -116,6 +121,7 @@ class Part:
     unpacked_bits: float = 0.0
     matrices: int = 0
     lora: int = 0
+    experts: int = 0
 
     def __add__(self, other: Part) -> Part:
         return Part(
@@ -124,6 +130,7 @@ class Part:
             self.unpacked_bits + other.unpacked_bits,
             self.matrices + other.matrices,
             self.lora + other.lora,
+            self.experts + other.experts,
         )
 
     def times(self, count: int) -> Part:
@@ -134,6 +141,7 @@ class Part:
             self.unpacked_bits * count,
             self.matrices * count,
             self.lora * count,
+            self.experts * count,
         )
 
 
@@ -152,6 +160,7 @@ class Layer:
         entries: The same in the backward.
         is_rms: Whether its norms are RMS norms.
         is_parallel: Whether all of its norms read the same tensor (attention and MLP side by side).
+        dispatched: Elements of a token that are sent to the ranks with its experts, and back.
         gathers: Elements of a token that are gathered in the forward: the outputs of layers that are split by themselves.
     """
 
@@ -166,6 +175,7 @@ class Layer:
     gathers: int
     is_rms: bool = True
     is_parallel: bool = False
+    dispatched: int = 0
 
 
 @dataclass(frozen=True)
@@ -237,7 +247,7 @@ class ModelCost:
             for layer in range(spec.num_layers)
         )
         self.first = tuple(self.kinds.index(kind) for kind in range(len(found)))
-        self._sliced: dict[int, Sliced] = {}
+        self._sliced: dict[tuple[int, int, int], Sliced] = {}
         self.cache: dict[Any, Any] = {}
         """Costs that were computed before; for the other modules of this package."""
 
@@ -326,17 +336,20 @@ class ModelCost:
         """Prediction layers among the tensors."""
         return mtp_count(self.spec)
 
-    def sliced(self, tp: int) -> Sliced:
-        """The model over `tp` tensor ranks.
+    def sliced(self, tp: int, ep: int = 1, etp: int | None = None) -> Sliced:
+        """The model over `tp` tensor ranks, and its experts over `ep` groups of `etp` ranks.
+
+        Experts that `ep` does not divide count as on the ranks with the most.
 
         Raises:
             PlanError: The model cannot be split so.
         """
-        if tp not in self._sliced:
-            self._sliced[tp] = self._slice(tp)
-        return self._sliced[tp]
+        key = (tp, ep, tp if etp is None else etp)
+        if key not in self._sliced:
+            self._sliced[key] = self._slice(*key)
+        return self._sliced[key]
 
-    def _slice(self, tp: int) -> Sliced:
+    def _slice(self, tp: int, ep: int, etp: int) -> Sliced:
         shown = [*self.first, *range(self.spec.num_layers, self.spec.num_layers + self.mtp)]
         tensors = {t.name: t for layer in shown for t in self._by_layer.get(layer, [])}
         tensors |= {t.name: t for t in self._outside}
@@ -344,10 +357,37 @@ class ModelCost:
             self.spec, tensors=MappingProxyType({n: t for n, t in self.spec.tensors.items() if n in tensors})
         )
         modules, attention, cuts = resolve(spec, tp, self.rules)
+        if (ep, etp) != (1, tp):
+            if ep > 1 and self.num_experts < ep:
+                raise PlanError(
+                    f"ep={ep} is more than the {self.num_experts} experts of {self.spec.family}. Use fewer."
+                )
+            cuts, modules = dict(cuts), dict(modules)
+            others = resolve(spec, etp, self.rules) if etp > 1 else None
+            for name in cuts:
+                if self._is_expert(name):
+                    path = name.rpartition(".")[0]
+                    cuts[name] = self._expert_cut(
+                        cuts[name] if others is None else others[2][name], tp, ep, others is None
+                    )
+                    modules.pop(path, None)
+                    if others is not None and path in others[0]:
+                        modules[path] = others[0][path]
         layers = tuple(
-            tuple(self._layer(layer, rank, modules, attention, cuts) for layer in shown) for rank in range(tp)
+            tuple(self._layer(layer, rank, modules, attention, cuts, etp / tp) for layer in shown) for rank in range(tp)
         )
         return Sliced(layers, tuple(self._ends(rank, modules, cuts) for rank in range(tp)))
+
+    def _is_expert(self, name: str) -> bool:
+        return ".experts." in name and len(self.spec.tensors[name].shape) >= 2
+
+    def _expert_cut(self, cut: TensorPlan, tp: int, ep: int, whole: bool) -> TensorPlan:
+        """The part of stacked experts that a rank holds: `1 / ep` of them, each split as `cut` says or `whole`."""
+        shape = (ceil_div(self.spec.tensors[cut.name].shape[0], ep), *cut.shape[1:])
+        if whole or cut.split is None:
+            return TensorPlan(cut.name, shape)
+        by_rank = tuple(cut.split.by_rank[rank % cut.split.parts] for rank in range(max(tp, cut.split.parts)))
+        return TensorPlan(cut.name, shape, cut.dim, Split(cut.split.size, by_rank))
 
     # --- a layer ------------------------------------------------------------------------------------------------------
 
@@ -358,6 +398,7 @@ class ModelCost:
         modules: Mapping[str, ModulePlan],
         attention: Mapping[str, AttentionPlan],
         cuts: Mapping[str, TensorPlan],
+        share: float,
     ) -> Layer:
         prefix = f"{self.spec.layers}.{layer}."
         tensors = self._by_layer.get(layer, [])
@@ -376,16 +417,23 @@ class ModelCost:
                 elif _NORM.search(inner):
                     norms.append(tensor.shape[0])
             elif len(tensor.shape) >= 2 and not tensor.is_buffer and (leaf == "weight" or leaf.endswith("_proj")):
-                products += self._product(tensor, inner, leaf, rank, modules.get(path), cuts[tensor.name])
+                products += self._product(tensor, inner, leaf, rank, modules.get(path), cuts[tensor.name], share)
         reduces, entries, gathers = self._collectives(products, prefix, modules, tensors)
         biased = any(t.name.endswith("bias") and len(t.shape) == 1 and _NORM.search(t.name) for t in tensors)
         return Layer(
             held, tuple(products), here, self._mlps(products), tuple(norms), head_norms, reduces, entries, gathers,
-            not biased, self.is_parallel,
+            not biased, self.is_parallel, self.hidden * self.chosen_experts * any(p.experts > 1 for p in products),
         )  # fmt: skip
 
     def _product(
-        self, tensor: TensorSpec, inner: str, leaf: str, rank: int, module: ModulePlan | None, cut: TensorPlan
+        self,
+        tensor: TensorSpec,
+        inner: str,
+        leaf: str,
+        rank: int,
+        module: ModulePlan | None,
+        cut: TensorPlan,
+        share: float,
     ) -> list[Product]:
         shape, local = tensor.shape, cut.local_shape(rank)
         style = module.style if module is not None else "replicate"
@@ -402,7 +450,7 @@ class ModelCost:
             return [
                 Product(
                     f"{inner}.{leaf}", inputs, outputs, style, f"{inner}.{'inner' if down else 'hidden'}",
-                    local[0], self.chosen_experts, tensor.packed_bits, whole, "row" if down else "column",
+                    local[0], self.chosen_experts, share, tensor.packed_bits, whole, "row" if down else "column",
                 )
             ]  # fmt: skip
         if len(shape) != 2:
@@ -415,7 +463,7 @@ class ModelCost:
             source = f"{inner}.inner"
         else:
             source = f"{parent if _ATTENTION.search(inner) else 'mlp'}.{whole[0]}"
-        return [Product(inner, inputs, outputs, style, source, 1, 1, tensor.packed_bits, whole, style_in)]
+        return [Product(inner, inputs, outputs, style, source, 1, 1, 1.0, tensor.packed_bits, whole, style_in)]
 
     def _is_transposed(self, inner: str) -> bool:
         """Whether a weight is [in, out] (transformers' Conv1D), for modules that no rank splits."""
@@ -479,7 +527,7 @@ class ModelCost:
             ]
             outputs = sum(p.outputs for p in ups if p.unsplit[0] == self.hidden and p.unsplit[1] >= down.unsplit[0])
             if outputs >= down.inputs:
-                found.append(Mlp(down.inputs, outputs >= 2 * down.inputs, down.chosen, self.activation))
+                found.append(Mlp(down.inputs, outputs >= 2 * down.inputs, down.chosen * down.share, self.activation))
         return tuple(found)
 
     def _collectives(
@@ -506,7 +554,7 @@ class ModelCost:
     # --- what a rank holds --------------------------------------------------------------------------------------------
 
     def _part(self, tensors: Iterable[TensorSpec], rank: int, cuts: Mapping[str, TensorPlan]) -> Part:
-        parameters = matrices = lora = 0
+        parameters = matrices = lora = experts = 0
         bits = unpacked = 0.0
         for tensor in tensors:
             numel = cuts[tensor.name].local_numel(rank)
@@ -515,13 +563,14 @@ class ModelCost:
             if tensor.is_buffer:
                 continue
             parameters += numel
+            experts += numel if self._is_expert(tensor.name) else 0
             shape = cuts[tensor.name].local_shape(rank)
             if self.spec.layer_of(tensor.name) is not None:
                 if len(shape) == 2 or (len(shape) == 3 and ".experts." in tensor.name):
                     matrices += numel
                 if len(shape) == 2 and tensor.name.endswith(".weight"):
                     lora += sum(shape)
-        return Part(parameters, bits, unpacked, matrices, lora)
+        return Part(parameters, bits, unpacked, matrices, lora, experts)
 
     def _ends(self, rank: int, modules: Mapping[str, ModulePlan], cuts: Mapping[str, TensorPlan]) -> Ends:
         placed = self._placed
