@@ -11,6 +11,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -141,9 +142,7 @@ class _Measurement:
             for rows, inputs, outputs in PRODUCTS if name == self.dtypes[0] else PRODUCTS[5:8]:
                 x = torch.randn(rows, inputs, device=self.device).to(dtype)
                 w = torch.randn(outputs, inputs, device=self.device).to(dtype)
-                speeds[rows, inputs, outputs] = (
-                    2.0 * rows * inputs * outputs / self._time(lambda x=x, w=w: F.linear(x, w))
-                )
+                speeds[rows, inputs, outputs] = 2.0 * rows * inputs * outputs / self._time(partial(F.linear, x, w))
             peaks[name] = max(speeds.values())
             if name != self.dtypes[0]:
                 continue
@@ -164,7 +163,7 @@ class _Measurement:
         for numel in MOVED:
             a, b = torch.randn(numel, device=self.device), torch.randn(numel, device=self.device)
             out = torch.empty_like(a)
-            speeds[12.0 * numel] = 12.0 * numel / self._time(lambda a=a, b=b, out=out: torch.add(a, b, out=out))
+            speeds[12.0 * numel] = 12.0 * numel / self._time(partial(torch.add, a, b, out=out))
         last = speeds[12.0 * MOVED[-1]]
         return {"memory_bandwidth": last, "memory_efficiency": _curve({k: v / last for k, v in speeds.items()})}
 
@@ -173,7 +172,7 @@ class _Measurement:
         peak = tables["peak_flops"][self.dtypes[0]]
         for batch, length in ATTENTIONS:
             q, k, v = (torch.randn(batch, 8, length, 64, device=self.device) for _ in range(3))
-            seconds = self._time(lambda q=q, k=k, v=v: F.scaled_dot_product_attention(q, k, v, is_causal=True))
+            seconds = self._time(partial(F.scaled_dot_product_attention, q, k, v, is_causal=True))
             operations = 2.0 * batch * 8 * length * length * 0.5 * 128
             shares[operations] = min(1.0, operations / seconds / peak)
         return {"attention_efficiency": _curve(shares)}
@@ -243,12 +242,12 @@ class _Measurement:
             rows = {}
             for size in MESSAGES:
                 x = torch.zeros(size // 4, device=self.device)
-                seconds = self._time(lambda x=x, call=call: call(x), together=True)
+                seconds = self._time(partial(call, x), together=True)
                 rows[float(size)] = seconds / 2 if name == "send" else seconds  # there and back
             measured[name] = _curve(rows)
-        latency, (size, seconds) = measured["send"][0][1], measured["send"][-1]
+        latency, (last, slowest) = measured["send"][0][1], measured["send"][-1]
         return {
-            "latency_s": latency, "bandwidth": size / max(1e-9, seconds - latency), "algorithms": ["ring"],
+            "latency_s": latency, "bandwidth": last / max(1e-9, slowest - latency), "algorithms": ["ring"],
             "measured": measured,
         }  # fmt: skip
 
