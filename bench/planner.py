@@ -5,7 +5,9 @@ The machine is measured once (as `partita measure` does), by the ranks that then
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from bench.results import Row, Setting, Table, Target, percentiles
@@ -38,10 +40,11 @@ class Case:
     work: Work
     arrangement: Arrangement = field(default_factory=Arrangement)
 
-    def predicted_s(self, hardware: Hardware) -> float:
-        """Seconds of a step, or of a decoded token."""
+    def predicted_s(self, hardware: Hardware) -> tuple[float, float]:
+        """Seconds of a step or of a decoded token, and those of them in which the slowest rank computes."""
         model = ModelCost.of(spec_from_config(self.config))
-        return estimate(model, self.work, self.arrangement, hardware, simulated=True).step_s
+        found = estimate(model, self.work, self.arrangement, hardware, simulated=True)
+        return found.step_s, sum(found.parts_s[name] for name in ("compute", "optimizer", "other"))
 
 
 def _config(family: str, hidden: int, layers: int, heads: int, **more: Any) -> dict[str, Any]:
@@ -65,9 +68,11 @@ def _decode(prompt: int) -> Work:
 TP, PP, DP = Mesh(tp=2), Mesh(pp=2), Mesh(dp=2)
 CASES = (
     Case("Llama 384 x 6, tp 2, step", _config("llama", 384, 6, 6), _train(4, 128), Arrangement(mesh=TP)),
-    Case("Llama 768 x 4, tp 2, step, recomputed", _config("llama", 768, 4, 12), _train(2, 256), Arrangement(mesh=TP, recompute="full")),
+    Case("Llama 768 x 4, tp 2, step, recomputed", _config("llama", 768, 4, 12), _train(2, 256),
+         Arrangement(mesh=TP, recompute="full")),
     Case("GPT-2 512 x 6, tp 2, step", _config("gpt2", 512, 6, 8), _train(4, 128), Arrangement(mesh=TP)),
-    Case("Llama 640 x 4, pp 2, 1F1B", _config("llama", 640, 4, 10), _train(4, 128), Arrangement(mesh=PP, layers=(2, 2), microbatches=4)),
+    Case("Llama 640 x 4, pp 2, 1F1B", _config("llama", 640, 4, 10), _train(4, 128),
+         Arrangement(mesh=PP, layers=(2, 2), microbatches=4)),
     Case("Qwen3 512 x 6, pp 2, 1F1B, uneven", _config("qwen3", 512, 6, 8, head_dim=64, num_key_value_heads=4), _train(8, 64),
          Arrangement(mesh=PP, layers=(4, 2), microbatches=4)),
     Case("GPT-NeoX 512 x 6, pp 2, ZB-H1", _config("gpt_neox", 512, 6, 8), _train(4, 128),
@@ -84,26 +89,39 @@ CASES = (
 
 def run(setting: Setting) -> list[Table]:
     """Measure the machine, then every case."""
-    rounds = 3 if setting.quick else 8
+    rounds = 2 if setting.quick else 8
     with setting.work("Predicted and measured") as progress, setting.ranks(RANKS) as ranks:
         hardware = _hardware(ranks.call(measure_machine)[0])
         progress(0.3)
-        measured: dict[str, list[float]] = {case.name: [] for case in CASES}
+        measured: dict[str, list[tuple[float, float]]] = {case.name: [] for case in CASES}
         for number in range(rounds):
             for case in CASES:
-                measured[case.name].append(max(ranks.call(seconds, case.name)))
+                found = ranks.call(seconds, case.name)
+                measured[case.name].append((max(wall for wall, _ in found), max(busy for _, busy in found)))
             progress(0.3 + 0.7 * (number + 1) / rounds)
+    return [
+        _table("planner", "Predicted and measured time", hardware, measured, 0),
+        _table(
+            "planner-busy", "Predicted and measured computing of the slowest rank (CPU time)", hardware, measured, 1
+        ),
+    ]
+
+
+def _table(
+    name: str, title: str, hardware: Hardware, measured: dict[str, list[tuple[float, float]]], which: int
+) -> Table:
     rows = []
     for case in CASES:
-        low, median, high = percentiles([1e3 * one for one in measured[case.name]])
-        # What no other process interrupts: the lower quartile, as the machine was measured.
-        typical, predicted = sorted(measured[case.name])[rounds // 4], case.predicted_s(hardware)
-        name = f"{case.name}: {1e3 * predicted:.1f} ms predicted"
-        ratios = sorted(predicted / one for one in measured[case.name])
-        rows.append(Row(name, median, low, high, rounds, predicted / typical, ratios[0], ratios[-1], WITHIN))
+        values = sorted(found[which] for found in measured[case.name])
+        low, median, high = percentiles([1e3 * one for one in values])
+        # What other processes interrupt the least: the lower quartile, as the machine was measured.
+        typical, predicted = values[len(values) // 4], case.predicted_s(hardware)[which]
+        label = f"{case.name}: {1e3 * predicted:.1f} ms predicted"
+        ratio, first, last = (predicted / one for one in (typical, values[-1], values[0]))
+        rows.append(Row(label, median, low, high, len(values), ratio, first, last, WITHIN))
     errors = [abs(row.ratio - 1) for row in rows]
-    title = f"Predicted and measured time (mean error {sum(errors) / len(errors):.1%}, worst {max(errors):.1%}; x: predicted over measured)"
-    return [Table("planner", title, "ms", tuple(rows))]
+    error = f"mean error {sum(errors) / len(errors):.1%}, worst {max(errors):.1%}; x: predicted over measured"
+    return Table(name, f"{title} ({error})", "ms", tuple(rows))
 
 
 def _hardware(tables: dict[str, Any]) -> Hardware:
@@ -121,8 +139,8 @@ def measure_machine() -> dict[str, Any]:
 _models: dict[str, Any] = {}
 
 
-def seconds(name: str) -> float:
-    """On every rank: seconds of a step or a token of a case."""
+def seconds(name: str) -> tuple[float, float]:
+    """On every rank: seconds of a step or a token of a case, and those of them in which its thread computed."""
     import torch
 
     import partita.torch as pt
@@ -139,14 +157,22 @@ def seconds(name: str) -> float:
         )  # fmt: skip
     model, work = _models[name], case.work
     if work.purpose == "generate":
-        sampling = pt.Sampling(max_new_tokens=NEW_TOKENS, ignore_eos=True)
-        found: list[Any] = []
-        pt.generate(model, [list(range(1, work.sequence_length + 1))], sampling, on_report=found.append)
-        return float(found[0].decode_s / found[0].decode_tokens)
+        prompt = [list(range(1, work.sequence_length + 1))]
+
+        def generate(new_tokens: int) -> tuple[float, float]:
+            begin = time.perf_counter(), time.thread_time()
+            pt.generate(model, prompt, pt.Sampling(max_new_tokens=new_tokens, ignore_eos=True))
+            return time.perf_counter() - begin[0], time.thread_time() - begin[1]
+
+        few, more = generate(2), generate(2 + NEW_TOKENS)
+        return (more[0] - few[0]) / NEW_TOKENS, (more[1] - few[1]) / NEW_TOKENS
     tokens = torch.randint(2000, (work.batch_size * (work.sequence_length + 1) * 4,))
     settings = pt.TrainSettings(
         steps=4, batch_size=work.batch_size, sequence_length=work.sequence_length, microbatches=arrangement.microbatches,
         warmup_steps=0, schedule=None if arrangement.mesh.pp == 1 else arrangement.schedule,
         checkpointing=False if arrangement.recompute == "none" else arrangement.recompute,
     )  # fmt: skip
-    return min(report.seconds for report in pt.train(model, tokens, settings)[1:])
+    ends: list[tuple[float, float]] = []
+    pt.train(model, tokens, settings, on_step=lambda report: ends.append((time.perf_counter(), time.thread_time())))
+    steps = [(b[0] - a[0], b[1] - a[1]) for a, b in pairwise(ends)]
+    return min(wall for wall, _ in steps), min(busy for _, busy in steps)

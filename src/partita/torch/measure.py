@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -209,9 +210,11 @@ class _Measurement:
         steps = {}
         for layers in (FEW, MORE):
             model = self._model(SMALL, layers)
+            spans: list[float] = []
             settings = TrainSettings(steps=9, batch_size=self.comm.size, sequence_length=16, warmup_steps=0)
-            reports = train(model, torch.randint(256, (self.comm.size * 17 * 9,)), settings)
-            steps[layers] = self._agree(_typical([report.seconds for report in reports[2:]]))
+            tokens = torch.randint(256, (self.comm.size * 17 * 9,))
+            train(model, tokens, settings, on_step=lambda report, spans=spans: spans.append(self._now()))
+            steps[layers] = self._agree(_typical([b - a for a, b in pairwise(spans)]))
         fixed = tables["layer_s"] + tables["layer_backward_s"]
         layer = (steps[MORE] - steps[FEW]) / (MORE - FEW) - fixed
         rest = steps[FEW] - FEW * (fixed + max(0.0, layer)) - tables["microbatch_s"]
@@ -288,17 +291,15 @@ class _Measurement:
     def _token(self, model: nn.Module) -> float:
         """Seconds of a decoded token of one sequence on each rank."""
         prompts = [[1 + rank, 2, 3, 4] for rank in range(self.comm.size)]
-        found = []
 
-        def keep(report: Any) -> None:
-            found.append(report.decode_s / max(1, report.decode_tokens) * self.comm.size)
+        def seconds(new_tokens: int) -> float:
+            settings = Sampling(max_new_tokens=new_tokens, temperature=0.0, ignore_eos=True)
+            return _span(self._now, partial(generate, model, prompts, settings, tokenizer=tokenizer), 1)
 
-        for _ in range(3):
-            generate(
-                model, prompts, Sampling(max_new_tokens=16, temperature=0.0, ignore_eos=True), tokenizer=byte_tokenizer(),
-                on_report=keep,
-            )  # fmt: skip
-        return self._agree(_typical(found[1:]))
+        tokenizer = byte_tokenizer()
+        seconds(2)
+        few, more = (_typical([seconds(count) for _ in range(3)]) for count in (2, 18))
+        return self._agree(max(0.0, more - few) / 16)
 
     def _layer(self, sizes: Mapping[str, int], batch: int, length: int, tables: Mapping[str, Any], share: float) -> Any:
         """What the formulas say of a layer, if everything beside products ran at `share` of the bandwidth."""
@@ -316,25 +317,21 @@ class _Measurement:
     # --- clocks --------------------------------------------------------------------------------------------------------
 
     def _now(self) -> float:
+        """A clock of this rank's own work: where it computes on one thread, other processes do not count."""
         if not self.is_cpu:
             torch.cuda.synchronize(self.device)
-        return time.perf_counter()
+        return time.thread_time() if self.is_cpu and torch.get_num_threads() == 1 else time.perf_counter()
 
     def _time(self, call: Callable[[], object], *, together: bool = False) -> float:
         """Typical seconds of a call; with `together` all ranks make the same number of calls."""
         call()
-        one = max(1e-7, self._span(call, 1))
+        clock = time.perf_counter if together else self._now
+        one = max(1e-7, _span(clock, call, 1))
         if together:
             one = self._agree(one)
         repeats = max(1, min(200, int(0.004 / one)))
         rounds = max(3, min(15, int(0.12 / (one * repeats))))
-        return self._agree(_typical([self._span(call, repeats) for _ in range(rounds)]))
-
-    def _span(self, call: Callable[[], object], repeats: int) -> float:
-        begin = self._now()
-        for _ in range(repeats):
-            call()
-        return (self._now() - begin) / repeats
+        return self._agree(_typical([_span(clock, call, repeats) for _ in range(rounds)]))
 
     def _agree(self, value: float) -> float:
         """The median over the ranks."""
@@ -366,6 +363,14 @@ def _calls(comm: Communicator) -> dict[str, Callable[[Tensor], object]]:
         "broadcast": comm.broadcast_,
         "send": send,
     }
+
+
+def _span(clock: Callable[[], float], call: Callable[[], object], repeats: int) -> float:
+    """Mean seconds of a call."""
+    begin = clock()
+    for _ in range(repeats):
+        call()
+    return (clock() - begin) / repeats
 
 
 def _typical(values: Sequence[float]) -> float:
