@@ -34,7 +34,7 @@ from partita.torch.generate import generate
 from partita.torch.new import fresh
 from partita.torch.train import train
 from partita.torch.weights.fill import as_device
-from partita.training import TrainSettings
+from partita.training import StepReport, TrainSettings
 
 PRODUCTS = (
     (4, 256, 256), (16, 256, 256), (64, 256, 256), (256, 256, 256), (64, 512, 1408), (256, 512, 512), (512, 512, 1408),
@@ -54,7 +54,7 @@ MESSAGES = (1 << 12, 1 << 14, 1 << 16, 1 << 18, 1 << 20, 1 << 22, 1 << 24)
 SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 4}
 MIDDLE = {"hidden_size": 512, "intermediate_size": 1408, "num_attention_heads": 8, "num_key_value_heads": 8}
 LARGE = {"hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 16, "num_key_value_heads": 16}
-FEW, MORE = 2, 6
+FEW, MORE = 2, 4
 """Layers of two models whose difference is that of their layers."""
 
 VOCABULARY = 260
@@ -210,11 +210,9 @@ class _Measurement:
         steps = {}
         for layers in (FEW, MORE):
             model = self._model(SMALL, layers)
-            spans: list[float] = []
             settings = TrainSettings(steps=9, batch_size=self.comm.size, sequence_length=16, warmup_steps=0)
             tokens = torch.randint(256, (self.comm.size * 17 * 9,))
-            train(model, tokens, settings, on_step=lambda report, spans=spans: spans.append(self._now()))
-            steps[layers] = self._agree(_typical([b - a for a, b in pairwise(spans)]))
+            steps[layers] = self._agree(_typical(self._steps(model, tokens, settings)))
         fixed = tables["layer_s"] + tables["layer_backward_s"]
         layer = (steps[MORE] - steps[FEW]) / (MORE - FEW) - fixed
         rest = steps[FEW] - FEW * (fixed + max(0.0, layer)) - tables["microbatch_s"]
@@ -287,6 +285,16 @@ class _Measurement:
             once()
         f, b = (self._agree(_typical([span[i] for span in spans])) for i in range(2))
         return f, b
+
+    def _steps(self, model: nn.Module, tokens: Tensor, settings: TrainSettings) -> list[float]:
+        """Seconds between the ends of the steps of `train`."""
+        ends: list[float] = []
+
+        def keep(report: StepReport) -> None:
+            ends.append(self._now())
+
+        train(model, tokens, settings, on_step=keep)
+        return [end - begin for begin, end in pairwise(ends)]
 
     def _token(self, model: nn.Module) -> float:
         """Seconds of a decoded token of one sequence on each rank."""
