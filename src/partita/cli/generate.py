@@ -15,7 +15,14 @@ from partita.checkpoint.index import open_checkpoint
 from partita.cli import launch
 from partita.cli.arguments import inputs
 from partita.cli.arguments.engine import choose_engine
-from partita.cli.arguments.model import plan_early, read_tokenizer, refuse_compile, refuse_device, request_of
+from partita.cli.arguments.model import (
+    plan_early,
+    read_tokenizer,
+    refuse_compile,
+    refuse_context,
+    refuse_device,
+    request_of,
+)
 from partita.cli.arguments.options import (
     OUTPUT,
     WEIGHTS,
@@ -262,6 +269,7 @@ def generate(options: GenerateOptions) -> None:
     request, given = request_of(options.model, options, engine=name, trust_remote_code=options.trust_remote_code)
     request = replace(request, dtype=options.dtype and options.dtype.value)
     plan = plan_early(request, given)
+    refuse_context(request)
     refuse_device(name, options.device)
     if options.compile:
         refuse_compile(name)

@@ -19,7 +19,7 @@ from partita.checkpoint.find import find_model, is_local
 from partita.checkpoint.index import open_checkpoint
 from partita.cli import launch
 from partita.cli.arguments.engine import choose_engine
-from partita.cli.arguments.model import plan_early, read_tokenizer, refuse_device, request_of
+from partita.cli.arguments.model import plan_early, read_tokenizer, refuse_context, refuse_device, request_of
 from partita.cli.arguments.options import ModelArgument, NoVerify, PlanOptions, RunOptions, WeightsDtype
 from partita.cli.job import Job
 from partita.cli.terminal.console import mesh_name, out, write
@@ -144,6 +144,7 @@ def start(options: ServingOptions, **where: Any) -> NoReturn:
     request, given = request_of(options.model, options, engine=engine, trust_remote_code=options.trust_remote_code)
     request = replace(request, dtype=options.dtype and options.dtype.value)
     plan = plan_early(request, given)
+    refuse_context(request)
     refuse_device(engine, options.device)
     if is_local(options.model):
         open_checkpoint(find_model(options.model))

@@ -362,15 +362,6 @@ class Plan:
         return hash((self.spec.family, self.mesh, self.layout, len(self.cuts)))
 
 
-def mesh_of(plan: Plan | None, dp: int, pp: int, tp: int) -> Mesh:
-    """The mesh of `plan`, or of the sizes if it is None. Raises `PlanError` if `plan` is something else."""
-    if plan is None:
-        return Mesh(dp, pp, tp)
-    if not isinstance(plan, Plan):
-        raise PlanError(f"plan must be a Plan, but is {plan!r:.100}. Read a file with Plan.from_json(text).")
-    return plan.mesh
-
-
 _AT_THE_START = re.compile(r"embed|wte|wpe|project_in|word_embeddings")
 _AT_THE_END = re.compile(
     r"lm_head|embed_out|project_out|final|ln_f|(^|\.)norm\.|\bhead\b|cls\.|pooler|classifier|score"
