@@ -226,7 +226,7 @@ class TextOptions(PlanOptions):
         typer.Option(
             "--adapters",
             metavar="DIR",
-            help="Apply LoRA adapters in peft's format, as `train --lora-rank` saves them.",
+            help="Apply LoRA adapters in peft's format, or those of a run of `train --lora-rank`.",
             exists=True,
             file_okay=False,
             show_default=False,
@@ -277,13 +277,10 @@ def generate(options: GenerateOptions) -> None:
     if is_local(options.model):
         open_checkpoint(find_model(options.model))
     if options.adapters is not None:
-        from partita.training.adapter_files import check_readable
+        from partita.training.adapter_files import check_readable, find_adapters
         from partita.training.adapter_patterns import read_adapter_config
 
-        if request.engine == "mlx":
-            read_adapter_config(options.adapters)
-        else:
-            check_readable(options.adapters)
+        (read_adapter_config if request.engine == "mlx" else check_readable)(find_adapters(options.adapters))
     launch.run(
         GenerateJob(
             request=request, plan=plan, backend=options.backend, device=options.device, texts=texts, sampling=sampling,
