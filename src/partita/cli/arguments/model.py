@@ -220,9 +220,14 @@ def find_config(model: str) -> Path:
     near = hub_is_near()
     adopt("huggingface_hub")
     from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
 
+    if ":" in model:
+        return find_model(model)
     try:
         return Path(hf_hub_download(model, "config.json", local_files_only=not near))
+    except (RemoteEntryNotFoundError, LocalEntryNotFoundError):  # a repository of GGUF files has none
+        return find_model(model, weights=False)
     except Exception as error:
         raise not_fetched(model, error) from error
 
