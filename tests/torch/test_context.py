@@ -25,7 +25,8 @@ _TOKENS = torch.arange(900) ** 2 % 23
 AUXILIARY = {**CONFIGS["qwen3-moe"], "output_router_logits": True}
 CONVOLUTIONS = {
     "model_type": "lfm2", "vocab_size": 101, "hidden_size": 56, "intermediate_size": 37, "num_hidden_layers": 2,
-    "num_attention_heads": 7, "num_key_value_heads": 7, "layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False,
+    "num_attention_heads": 7, "num_key_value_heads": 7, "layer_types": ["conv", "full_attention"],
+    "block_auto_adjust_ff_dim": False,
 }  # fmt: skip
 BLOOM = {"model_type": "bloom", "vocab_size": 101, "hidden_size": 56, "n_layer": 2, "n_head": 7}
 _BERT_DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob")
