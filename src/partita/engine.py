@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, Unpack, cast
 
 from partita.core.mesh import Mesh
@@ -164,15 +164,22 @@ def open_engine(name: EngineName) -> Engine:
     return cast("Engine", importlib.import_module(f"partita.{name}"))
 
 
-def serving_loop(name: EngineName, model: Model, settings: ServeSettings, *, tokenizer: Tokenizer) -> ServingLoop:
-    """A loop of the engine `name` that serves requests with a split model.
+def serving_loop(
+    name: EngineName,
+    model: Model,
+    settings: ServeSettings,
+    *,
+    tokenizer: Tokenizer,
+    adapters: Mapping[str, str] | None = None,
+) -> ServingLoop:
+    """A loop of the engine `name` that serves requests with a split model, and with `adapters` on torch.
 
     Raises:
         ModelError: The engine has none.
     """
     check_serves(name)
     loop: ServingLoop = importlib.import_module(f"partita.{name}.serving").serving_loop(
-        model, settings, tokenizer=tokenizer
+        model, settings, tokenizer=tokenizer, **({"adapters": adapters} if adapters else {})
     )
     return loop
 

@@ -85,18 +85,25 @@ class Served:
 
 
 @contextlib.contextmanager
-def serving(folder: Path, settings: ServeSettings | None = None, **options: Any) -> Iterator[Served]:
-    """A running server of the model in `folder`."""
+def serving(
+    folder: Path, settings: ServeSettings | None = None, adapters: dict[str, Path] | None = None, **options: Any
+) -> Iterator[Served]:
+    """A running server of the model in `folder`, also with each of `adapters`."""
     from partita.generation import load_tokenizer
     from partita.torch.collectives.groups import single_groups
     from partita.torch.load import load
     from partita.torch.serving import serving_loop
 
     model, tokenizer = load(folder, groups=single_groups()), load_tokenizer(folder)
-    loop = serving_loop(model, settings or ServeSettings(cache_bytes=16 << 20), tokenizer=load_tokenizer(folder))
+    loop = serving_loop(
+        model, settings or ServeSettings(cache_bytes=16 << 20), tokenizer=load_tokenizer(folder), adapters=adapters
+    )
     thread = threading.Thread(target=loop.run)
     thread.start()
-    service = Service(loop.inbox, tokenizer, "tiny", TINY["max_position_embeddings"], TINY["vocab_size"], **options)
+    service = Service(
+        loop.inbox, tokenizer, "tiny", TINY["max_position_embeddings"], TINY["vocab_size"],
+        adapters=tuple(adapters or ()), **options,
+    )  # fmt: skip
     bound = bind("127.0.0.1", 0)
     server = Server(make_app(service), bound)
     url = url_of(bound)

@@ -1,8 +1,8 @@
 """Cache blocks: who holds which, and which ones keep the beginning of earlier texts.
 
-A block holds the keys and values of `block_tokens` tokens in every layer. Full blocks are found again by a digest of all
-tokens up to their end, so a block is shared only between texts that are equal up to there. Block 0 is never given away:
-rows of a batch are padded with it.
+A block holds the keys and values of `block_tokens` tokens in every layer. Full blocks are found again by a digest of the
+adapters that computed them and of all tokens up to their end, so a block is shared only between texts that are equal up to
+there and have the same adapters. Block 0 is never given away: rows of a batch are padded with it.
 """
 
 from __future__ import annotations
@@ -64,11 +64,11 @@ class BlockPool:
         """Blocks that `take` can give, those that it has to evict included."""
         return len(self._free) + len(self._unused)
 
-    def match(self, ids: Sequence[int]) -> list[int]:
-        """The blocks that hold the beginning of `ids`; at least one token of `ids` is left to compute."""
+    def match(self, ids: Sequence[int], adapter: str = "") -> list[int]:
+        """The blocks in which `adapter` computed the beginning of `ids`; at least one token of `ids` is left to compute."""
         found: list[int] = []
         if self.keeps_prefixes:
-            for digest in self._digests(ids[: len(ids) - 1]):
+            for digest in self._digests(ids[: len(ids) - 1], adapter):
                 if digest not in self._block_of:
                     break
                 found.append(self._block_of[digest])
@@ -105,11 +105,11 @@ class BlockPool:
             else:
                 self._free.append(block)
 
-    def keep(self, ids: Sequence[int], blocks: Sequence[int]) -> None:
-        """Record that the first of `blocks` hold the tokens `ids`, all of which have been computed."""
+    def keep(self, ids: Sequence[int], blocks: Sequence[int], adapter: str = "") -> None:
+        """Record that the first of `blocks` hold the tokens `ids`, all of which `adapter` has computed."""
         if not self.keeps_prefixes:
             return
-        for block, digest in zip(blocks, self._digests(ids), strict=False):
+        for block, digest in zip(blocks, self._digests(ids, adapter), strict=False):
             if digest not in self._block_of and block not in self._digest_of:
                 self._block_of[digest], self._digest_of[block] = block, digest
 
@@ -122,9 +122,9 @@ class BlockPool:
     def _forget(self, block: int) -> None:
         del self._block_of[self._digest_of.pop(block)]
 
-    def _digests(self, ids: Sequence[int]) -> list[bytes]:
-        """For each full block of `ids`, a digest of all tokens up to its end."""
-        size, before, found = self.layout.block_tokens, b"", []
+    def _digests(self, ids: Sequence[int], adapter: str) -> list[bytes]:
+        """For each full block of `ids`, a digest of the adapters and of all tokens up to its end."""
+        size, before, found = self.layout.block_tokens, hashlib.sha256(adapter.encode()).digest(), []
         for start in range(0, len(ids) - size + 1, size):
             text = ",".join(map(str, ids[start : start + size]))
             before = hashlib.sha256(before + text.encode()).digest()

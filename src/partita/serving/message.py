@@ -48,7 +48,7 @@ class Step:
     Attributes:
         ended: Requests whose state is released, before anything else.
         admitted: Requests that start.
-        batches: The forwards, each of rows with the same number of tokens.
+        batches: The forwards, each of rows with the same number of tokens and the same adapters.
         ends: Whether the loop ends after this step.
     """
 
@@ -86,15 +86,15 @@ def _step(ended: Any, admitted: Any, batches: Any, ends: bool) -> Step:
 def _request(request: ServeRequest) -> list[Any]:
     default = Sampling()
     given = {name: value for name, value in asdict(request.sampling).items() if value != getattr(default, name)}
-    return [request.id, request.prompt, given, request.logprobs, request.top_logprobs, request.grammar]
+    return [request.id, request.prompt, given, request.logprobs, request.top_logprobs, request.grammar, request.adapter]
 
 
 def _read_request(
-    number: int, prompt: list[int], sampling: dict[str, Any], logprobs: bool, top: int, grammar: str
+    number: int, prompt: list[int], sampling: dict[str, Any], logprobs: bool, top: int, grammar: str, adapter: str
 ) -> ServeRequest:
     known = {field.name for field in fields(Sampling)}
     given = {name: _tuples(value) for name, value in sampling.items() if name in known}
-    return ServeRequest(number, tuple(prompt), Sampling(**given), logprobs, top, grammar)
+    return ServeRequest(number, tuple(prompt), Sampling(**given), logprobs, top, grammar, adapter)
 
 
 def _tuples(value: Any) -> Any:

@@ -85,25 +85,24 @@ async def _plan(request: Request, service: Service) -> Response:
     return JSONResponse(service.plan)
 
 
-def _described(service: Service) -> dict[str, object]:
+def _described(service: Service, name: str) -> dict[str, object]:
     return {
-        "id": service.model, "object": "model", "created": service.created_s, "owned_by": "partita",
-        "max_model_len": service.context,
+        "id": name, "object": "model", "created": service.created_s, "owned_by": "partita",
+        "parent": service.model if name in service.adapters else None, "max_model_len": service.context,
     }  # fmt: skip
 
 
 async def _models(request: Request, service: Service) -> Response:
-    return JSONResponse({"object": "list", "data": [_described(service)]})
+    return JSONResponse({"object": "list", "data": [_described(service, name) for name in service.names]})
 
 
 async def _model(request: Request, service: Service) -> Response:
-    service.check_model(request.path_params["model"])
-    return JSONResponse(_described(service))
+    return JSONResponse(_described(service, service.model_of(request.path_params["model"])))
 
 
 async def _tokenize(request: Request, service: Service) -> Response:
     body = parse(TokenizeBody, await request.body())
-    service.check_model(body.model)
+    service.model_of(body.model)
     if (body.prompt is None) == (body.messages is None):
         raise ApiError(400, "give one of prompt and messages.", param="prompt")
     settings = chat_tools.template_settings(body.chat_template_kwargs, service.tokenizer)

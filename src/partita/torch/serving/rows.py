@@ -29,6 +29,7 @@ from partita.torch.model.head import local_logits, most_likely
 from partita.torch.model.modes import mode_set
 from partita.torch.model.parts import plan_of
 from partita.torch.proof.stages import refuse_undecodable
+from partita.torch.serving.adapters import ServedAdapters
 from partita.torch.serving.forwards import Alone, BlockForward, Forward, Through
 from partita.torch.serving.measure import measure
 from partita.torch.transformers_internals import fixed_positions
@@ -45,14 +46,17 @@ class TorchRows:
         plan: The plan of the model.
         decides: Whether this is the first rank of the run.
         tokenizer: The tokenizer.
+        adapters: The adapters that requests choose.
     """
 
-    def __init__(self, model: nn.Module, settings: ServeSettings, tokenizer: Tokenizer | None) -> None:
+    def __init__(
+        self, model: nn.Module, settings: ServeSettings, tokenizer: Tokenizer | None, adapters: ServedAdapters
+    ) -> None:
         """Measure the model's cache with a few short forwards, and allocate blocks."""
         self.plan, self.groups = plan_of(model)
         refuse_undecodable(model, self.plan)
         _check(model)
-        self.model, self.tokenizer = model, tokenizer
+        self.model, self.tokenizer, self.adapters = model, tokenizer, adapters
         self.decides = self.groups.rank == 0
         self._generation = generation_of(model)
         self._fixed = fixed_positions(model.config)
@@ -73,6 +77,7 @@ class TorchRows:
     def settle(self, request: ServeRequest) -> Choice:
         """The request's settings; see `Rows`."""
         choice = self._choice(request)
+        self.adapters.check(request.adapter)
         self._matcher(request)
         check_ids([request.prompt], choice, self.tokenizer, self.plan.spec.vocab_size)
         length, new = len(request.prompt), choice.limit(len(request.prompt))
@@ -118,7 +123,10 @@ class TorchRows:
     def session(self) -> Iterator[None]:
         """Evaluate, without gradients; see `Rows`."""
         with mode_set(self.model, training=False), torch.inference_mode():
-            yield
+            try:
+                yield
+            finally:
+                self.adapters.choose("")
 
     def run(self, steps: SequenceOf[Step]) -> list[list[Picked]]:
         """Execute the step of this rank's replica; see `Rows`."""
@@ -177,14 +185,23 @@ class TorchRows:
         starts = [0]
         for batch in step.batches:
             starts.append(starts[-1] + sum(row.chooses for row in batch))
-        forwards = [self._batch(batch) for batch in step.batches]
+        sets: dict[str, list[int]] = {}
+        for place, batch in enumerate(step.batches):
+            sets.setdefault(self._served[batch[0].id].admission.request.adapter, []).append(place)
+        for name, places in sets.items():
+            self.adapters.choose(name)
+            batches = [step.batches[place] for place in places]
+            self._run(batches, [picked[starts[place] : starts[place + 1]] for place in places])
+
+    def _run(self, batches: list[tuple[Row, ...]], picked: list[Tensor]) -> None:
+        """Run batches of the same adapters through the stages, and write what is chosen in each to its part of `picked`."""
+        forwards = [self._batch(batch) for batch in batches]
         with local_logits(self.model) as split:
 
             def pick(output: Any, place: int) -> None:
-                batch = step.batches[place]
                 forwards[place].keep_output(output if self.plan.num_stages == 1 else None)
-                if any(row.chooses for row in batch):
-                    self._pick(output.logits[:, -1], batch, split, picked[starts[place] : starts[place + 1]])
+                if any(row.chooses for row in batches[place]):
+                    self._pick(output.logits[:, -1], batches[place], split, picked[place])
 
             self._stages.run(forwards, pick)
 
