@@ -18,6 +18,7 @@ from partita.serving.http.openai import tools as chat_tools
 from partita.serving.http.openai.bodies import TokenizeBody, parse
 from partita.serving.http.openai.chat import chat
 from partita.serving.http.openai.completions import completions
+from partita.serving.http.openai.responses import delete_response, response, responses
 from partita.serving.http.service import Service
 
 Handler = Callable[[Request, Service], Awaitable[Response]]
@@ -39,6 +40,9 @@ def make_app(service: Service) -> ASGIApp:
         ("POST", "/tokenize", _tokenize),
         ("POST", "/v1/chat/completions", chat),
         ("POST", "/v1/completions", completions),
+        ("POST", "/v1/responses", responses),
+        ("GET", "/v1/responses/{id}", response),
+        ("DELETE", "/v1/responses/{id}", delete_response),
     )
 
     def bound(handler: Handler) -> Callable[[Request], Awaitable[Response]]:

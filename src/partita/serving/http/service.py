@@ -17,6 +17,7 @@ from partita.serving.http.errors import ApiError, as_api_error
 from partita.serving.http.inbox import Inbox
 from partita.serving.http.metrics import Metrics
 from partita.serving.http.openai.logprobs import TokenBytes
+from partita.serving.http.openai.response_store import ResponseStore
 from partita.serving.http.openai.tools import template_of
 from partita.serving.requests import ServeRequest
 
@@ -62,6 +63,7 @@ class Service:
         self.metrics = Metrics(self.inbox)
         self.bytes_of = TokenBytes(self.tokenizer)
         self.template = template_of(self.tokenizer)
+        self.responses = ResponseStore()
         self._ids = count(1)
         self.loss = Loss()
         self._lock = threading.Lock()

@@ -232,7 +232,10 @@ def parse(kind: type[AnyBody], data: bytes) -> AnyBody:
     try:
         return kind.model_validate_json(data)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False)[0]
+        found = error.errors(include_url=False, include_context=False)
+        # Of a field that is a text or a list, the error inside the form that was meant is the deepest.
+        forms = [one for one in found if one["loc"][:1] == found[0]["loc"][:1]]
+        first = max(forms, key=lambda one: len(one["loc"])) if "str" in found[0]["loc"] else found[0]
         if first["type"] == "json_invalid":
             raise ApiError(400, f"the body is not JSON: {first['msg']}") from error
         param = ".".join(str(part) for part in first["loc"] if not _is_of_union(part)) or None
