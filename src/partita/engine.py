@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Unpack, cast
 
 from partita.core.mesh import Mesh
@@ -20,6 +21,9 @@ from partita.ranks.groups import AxisGroups, Communicator
 from partita.schedule import Timeline
 from partita.serving import ServeSettings, ServingLoop
 from partita.training import Follow, SaveReport, Saves, StepReport, TrainSettings
+
+if TYPE_CHECKING:
+    from partita.serving.embedding import EmbeddingLoop
 
 Model = Any
 """A torch or MLX module, opaque outside the engine that created it."""
@@ -182,6 +186,27 @@ def serving_loop(
         model, settings, tokenizer=tokenizer, **({"adapters": adapters} if adapters else {})
     )
     return loop
+
+
+def embedding_loop(name: EngineName, model: Model, settings: ServeSettings, *, folder: Path) -> EmbeddingLoop | None:
+    """A loop of the engine `name` that computes vectors with the split model of `folder`; None if the model continues text.
+
+    Raises:
+        ModelError: The folder's pooling cannot be used, or the engine gives no vectors.
+    """
+    from partita.serving.pooling import read_pooling  # needs numpy, which the command line does without
+
+    pooling = read_pooling(folder)
+    if name == "torch":
+        found: EmbeddingLoop | None = importlib.import_module("partita.torch.serving").embedding_loop(
+            model, pooling, settings
+        )
+        return found
+    if pooling.is_given:
+        raise ModelError(
+            f"{folder} is a model for embeddings (modules.json), which --engine {name} does not serve. Use torch."
+        )
+    return None
 
 
 def check_serves(name: EngineName) -> None:

@@ -19,7 +19,11 @@ from pathlib import Path
 
 import openai
 import pytest
+import torch
 
+from partita.torch import add_lora, load, save_adapters
+from partita.torch.collectives.groups import single_groups
+from tests.serve.test_embeddings_route import BERT
 from tests.support.served import save_model, serving
 from tests.support.signals import take_signals
 
@@ -103,6 +107,38 @@ def test_sigterm_drains_and_exits_with_0(model: Path, alone: str, axis: str) -> 
         assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == alone
         assert chunks[-1].choices[0].finish_reason is not None
         assert server.ended() == (0, "")
+
+
+@pytest.mark.slow
+def test_an_encoder_is_served(tmp_path: Path) -> None:
+    encoder = save_model(tmp_path / "encoder", None, BERT)
+    with started(encoder, "--tp", "2") as server:
+        assert len(server.client().embeddings.create(model="encoder", input=["Hi"]).data[0].embedding) == 24
+        assert server.end(signal.SIGTERM) == (0, "")
+
+
+@pytest.mark.slow
+def test_adapters_are_served(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "tiny")
+    with started(model, "--tp", "2", "--adapters", f"a={_adapters(model, tmp_path)}") as server:
+        answers = [
+            server.client().completions.create(model=name, prompt="Hi", max_tokens=20).choices[0].text
+            for name in ("tiny", "a", "tiny")
+        ]
+        assert answers[0] == answers[2] != answers[1]
+        assert server.end(signal.SIGTERM) == (0, "")
+
+
+def _adapters(model: Path, folder: Path) -> Path:
+    """Adapters of a model that change what it writes."""
+    split = load(model, groups=single_groups())
+    add_lora(split, 2, seed=0)
+    with torch.no_grad():
+        for name, parameter in split.named_parameters():
+            if "lora_B" in name:
+                parameter.fill_(0.3)
+    save_adapters(split, folder / "adapters")
+    return folder / "adapters"
 
 
 def test_ctrl_c_and_what_is_warned_of(model: Path) -> None:

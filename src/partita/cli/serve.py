@@ -27,15 +27,16 @@ from partita.cli.terminal.plan_figure import as_data
 from partita.cli.terminal.progress import loading
 from partita.core.model.spec import config_number, text_config
 from partita.core.plan import Plan
-from partita.engine import check_serves, open_engine, serving_loop
+from partita.engine import check_serves, embedding_loop, open_engine, serving_loop
 from partita.errors import ModelError
 from partita.notes import note
 from partita.ranks import environment, liveness
-from partita.serving import ServeSettings
+from partita.serving import ServeSettings, ServingLoop
 from partita.training.adapter_files import check_readable
 
 if TYPE_CHECKING:
     from partita.generation import Tokenizer
+    from partita.serving.embedding import EmbeddingLoop
 
 SERVER, CACHE = "Server", "Requests and cache"
 """Panels of options in `--help`."""
@@ -238,25 +239,36 @@ class ServeJob(Job):
         tokenizers = [read_tokenizer(folder, trust_remote_code=asked.trust_remote_code) for _ in range(2)]
         with loading(f"loading, {mesh_name(asked.mesh)}") as progress:
             split = engine.load(folder, **self.split, dtype=asked.dtype, verify=self.verify, progress=progress)
-        loop = serving_loop(asked.engine, split, self.settings, tokenizer=tokenizers[0], adapters=self.adapters)
+        loop: ServingLoop | EmbeddingLoop | None = embedding_loop(asked.engine, split, self.settings, folder=folder)
+        if loop is not None and self.adapters:
+            raise ModelError(
+                "--adapters is for models that continue text, but this one gives embeddings. Leave it out."
+            )
+        if loop is None:
+            loop = serving_loop(asked.engine, split, self.settings, tokenizer=tokenizers[0], adapters=self.adapters)
         if bound is None:
             loop.run()
             return 0
-        with self._answering(bound, loop.inbox, tokenizers[1], engine.plan_of(split)[0]):
+        with self._answering(bound, loop, tokenizers[1], engine.plan_of(split)[0]):
             loop.run()
         return 0
 
     @contextmanager
-    def _answering(self, bound: socket.socket, inbox: Any, tokenizer: Tokenizer, plan: Plan) -> Iterator[None]:
+    def _answering(
+        self, bound: socket.socket, loop: ServingLoop | EmbeddingLoop, tokenizer: Tokenizer, plan: Plan
+    ) -> Iterator[None]:
         """A context in which HTTP requests are answered, and SIGTERM ends the loop after the requests that it has."""
         from partita.serving.http.app import make_app
         from partita.serving.http.server import Server, url_of
         from partita.serving.http.service import Service
 
-        spec = plan.spec
+        spec, inbox = plan.spec, loop.inbox
         named = config_number(text_config(spec.config), "max_position_embeddings", "n_positions")
+        context, embeds = spec.positions or named or DEFAULT_CONTEXT, dict[str, Any]()
+        if not isinstance(loop, ServingLoop):
+            context, embeds = loop.most_tokens or context, {"embeddings": loop.inbox, "pooling": loop.pooling}
         service = Service(
-            inbox, tokenizer, self.name, spec.positions or named or DEFAULT_CONTEXT, spec.vocab_size,
+            inbox, tokenizer, self.name, context, spec.vocab_size, **embeds,
             adapters=tuple(self.adapters), max_tokens=self.max_tokens, api_key=self.api_key, plan=as_data(plan),
         )  # fmt: skip
         server = Server(make_app(service), bound)

@@ -252,6 +252,15 @@ def is_stateful(model: nn.Module) -> bool:
     return bool(getattr(model, "_is_stateful", False))
 
 
+def fills_masks(config: Any) -> bool:
+    """Whether a config is that of a family which fills in masked words, and not of its variant that continues text."""
+    names = find(
+        "transformers", "transformers.models.auto.modeling_auto", "MODEL_FOR_MASKED_LM_MAPPING_NAMES", "find encoders"
+    )
+    is_decoder = getattr(config, "is_decoder", False) or getattr(config, "is_encoder_decoder", False)
+    return getattr(config, "model_type", None) in names and not is_decoder
+
+
 def text_config_of(config: Any) -> Any:
     """The part of a model's config that describes its text decoder; the config itself if it has no parts."""
     return config.get_text_config() if hasattr(config, "get_text_config") else config

@@ -12,14 +12,19 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
+from partita.serving.embedding import NO_TEXT
 from partita.serving.http.errors import ApiError, as_api_error
 from partita.serving.http.gate import Gate
 from partita.serving.http.openai import tools as chat_tools
 from partita.serving.http.openai.bodies import TokenizeBody, parse
 from partita.serving.http.openai.chat import chat
 from partita.serving.http.openai.completions import completions
+from partita.serving.http.openai.embeddings import embeddings
 from partita.serving.http.openai.responses import delete_response, response, responses
 from partita.serving.http.service import Service
+
+CONTINUE = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
+"""The paths that continue a text."""
 
 Handler = Callable[[Request, Service], Awaitable[Response]]
 NOTHING_ELSE = (
@@ -40,18 +45,21 @@ def make_app(service: Service) -> ASGIApp:
         ("POST", "/tokenize", _tokenize),
         ("POST", "/v1/chat/completions", chat),
         ("POST", "/v1/completions", completions),
+        ("POST", "/v1/embeddings", embeddings),
         ("POST", "/v1/responses", responses),
         ("GET", "/v1/responses/{id}", response),
         ("DELETE", "/v1/responses/{id}", delete_response),
     )
 
-    def bound(handler: Handler) -> Callable[[Request], Awaitable[Response]]:
+    def bound(path: str, handler: Handler) -> Callable[[Request], Awaitable[Response]]:
         async def handle(request: Request) -> Response:
+            if path in CONTINUE and service.embeddings is not None:
+                raise ApiError(400, NO_TEXT, param="model")
             return await handler(request, service)
 
         return handle
 
-    routes = [Route(path, bound(handler), methods=[method]) for method, path, handler in table]
+    routes = [Route(path, bound(path, handler), methods=[method]) for method, path, handler in table]
     handlers = {ApiError: _api_error, HTTPException: _http_error, Exception: _failure}
     return Gate(Starlette(routes=routes, exception_handlers=handlers), service, {path for _, path, _ in table})  # type: ignore[arg-type]
 

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import anyio.to_thread
 
 from partita.generation import Sampling, Tokenizer
+from partita.serving.embedding import EmbeddingInbox
 from partita.serving.http.answers import Answers, Loss
 from partita.serving.http.errors import ApiError, as_api_error
 from partita.serving.http.inbox import Inbox
@@ -19,6 +20,7 @@ from partita.serving.http.metrics import Metrics
 from partita.serving.http.openai.logprobs import TokenBytes
 from partita.serving.http.openai.response_store import ResponseStore
 from partita.serving.http.openai.tools import template_of
+from partita.serving.pooling import Pooling
 from partita.serving.requests import ServeRequest
 
 MAX_BODY_BYTES = 8 << 20
@@ -41,6 +43,8 @@ class Service:
         adapters: The names that clients call the model with one of its adapters by.
         context: The largest number of tokens of a prompt and its answer together.
         vocab_size: Number of ids.
+        embeddings: The entrance to the loop that computes vectors; None for a model that continues text.
+        pooling: How that loop makes vectors.
         max_tokens: The largest number of tokens of an answer whose request sets none; at most what the context leaves.
         api_key: What clients must send as a bearer token; empty to let everyone in.
         max_body_bytes: The largest body.
@@ -53,6 +57,8 @@ class Service:
     context: int
     vocab_size: int
     adapters: tuple[str, ...] = ()
+    embeddings: EmbeddingInbox | None = None
+    pooling: Pooling = field(default_factory=Pooling)
     max_tokens: int = DEFAULT_TOKENS
     api_key: str = ""
     max_body_bytes: int = MAX_BODY_BYTES

@@ -32,10 +32,8 @@ from partita.torch.proof.stages import refuse_undecodable
 from partita.torch.serving.adapters import ServedAdapters
 from partita.torch.serving.forwards import Alone, BlockForward, Forward, Through
 from partita.torch.serving.measure import measure
+from partita.torch.serving.sharing import shared
 from partita.torch.transformers_internals import fixed_positions
-
-MESSAGE_BYTES = 4096
-"""The size of a step's broadcast; a longer message is followed by a second one."""
 
 
 class TorchRows:
@@ -106,18 +104,8 @@ class TorchRows:
         return self._grammars.matcher(request.grammar)
 
     def share(self, data: bytes | None) -> bytes:
-        """The bytes of the deciding rank, on every rank: along each axis in turn they reach all."""
-        if self.plan.mesh.size == 1:
-            return data or b""
-        first = _words(data or b"", MESSAGE_BYTES)
-        for comm in self.groups.axes:
-            comm.broadcast_(first)
-        size = int(first[0])
-        if size > MESSAGE_BYTES - 8:
-            first = _words(data or b"", 8 + size)
-            for comm in self.groups.axes:
-                comm.broadcast_(first)
-        return first[1:].numpy().tobytes()[:size]
+        """The bytes of the deciding rank, on every rank."""
+        return shared(self.groups, data)
 
     @contextmanager
     def session(self) -> Iterator[None]:
@@ -253,16 +241,6 @@ class TorchRows:
 
         rank = self.groups.tp.rank
         return Columns(split.ranges(rank)[0][0], max(split.local_sizes), rank, gather)
-
-
-def _words(data: bytes, size: int) -> Tensor:
-    """`data` as int64 words after its length, with room for `size` bytes in all."""
-    room = -(-max(size, 8) // 8)
-    words = torch.zeros(room, dtype=torch.int64)
-    words[0] = len(data)
-    part = data[: 8 * (room - 1)]
-    words[1:].numpy().view("u1")[: len(part)] = memoryview(part)
-    return words
 
 
 def _choosing(batches: SequenceOf[tuple[Row, ...]]) -> Iterable[Row]:

@@ -208,6 +208,15 @@ class CompletionBody(SamplingBody):
         return prompt
 
 
+class EmbeddingsBody(Body):
+    """The body of `/v1/embeddings`."""
+
+    model: str | None = None
+    input: str | list[str] | list[int] | list[list[int]]
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: Annotated[int, Field(ge=1)] | None = None
+
+
 class TokenizeBody(Body):
     """The body of `/tokenize`."""
 
