@@ -105,6 +105,7 @@ def test_ranks(saved: Path, where: dict[str, int]) -> None:
         assert wrong == []
 
 
+@pytest.mark.slow
 def test_one_rank(saved: Path) -> None:
     assert compare(str(saved), "llama", {}) == []
 

@@ -229,6 +229,18 @@ class TokenizeBody(Body):
     chat_template_kwargs: dict[str, Any] | None = None
 
 
+def part_error(kind: str, where: str) -> ApiError:
+    """The error for a part of a message, of the type `kind`, that has no text."""
+    if kind in ("image_url", "input_image", "image"):
+        text = (
+            f"{where}: {kind!r} is an image, and this server takes text only, also for models with a vision tower: a step "
+            "sends token ids to the ranks and no pixels. Leave it out, or use partita.torch.generate(inputs=...)."
+        )
+    else:
+        text = f"{where}: this server takes parts with a text ('text', 'input_text'); got {kind!r:.60}."
+    return ApiError(400, text, param=where)
+
+
 AnyBody = TypeVar("AnyBody", bound=Body)
 
 

@@ -21,6 +21,7 @@ from partita.serving.http.openai.bodies import (
     SamplingBody,
     Tool,
     ToolCall,
+    part_error,
 )
 
 TEXTS = ("input_text", "output_text", "text", "reasoning_text", "summary_text")
@@ -198,7 +199,5 @@ def _text(content: str | Sequence[Part], where: str) -> str:
         return content
     for part in content:
         if part.type not in TEXTS or part.text is None:
-            raise ApiError(
-                400, f"{where}: this server takes parts with a text ('input_text'); got {part.type!r:.60}.", param=where
-            )
+            raise part_error(part.type, where)
     return "".join(part.text or "" for part in content)

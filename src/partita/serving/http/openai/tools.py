@@ -11,7 +11,7 @@ from partita.errors import PartitaError
 from partita.generation import Tokenizer
 from partita.serving.grammar import of_schema
 from partita.serving.http.errors import ApiError, as_api_error
-from partita.serving.http.openai.bodies import ChatBody, Message, NamedTool, ResponseFormat, Tool
+from partita.serving.http.openai.bodies import ChatBody, Message, NamedTool, ResponseFormat, Tool, part_error
 from partita.serving.http.openai.reader import END_THINK, THINK, Marks
 
 
@@ -141,8 +141,7 @@ def _text(message: Message, place: int) -> str:
         return message.content or ""
     for part in message.content:
         if part.type != "text" or part.text is None:
-            text = f"messages.{place}.content: this server takes parts of the type 'text'; got {part.type!r:.60}."
-            raise ApiError(400, text, param=f"messages.{place}.content")
+            raise part_error(part.type, f"messages.{place}.content")
     return "".join(part.text or "" for part in message.content)
 
 
