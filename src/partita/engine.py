@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -12,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Protocol, Unpack, cast
 from partita.core.mesh import Mesh
 from partita.core.plan import Plan
 from partita.core.request import SplitArguments
-from partita.errors import ModelError
 from partita.generation import Generation, GenerationReport, OnText, Sampling, Tokenizer
 from partita.generation.prompts import Prompts
 from partita.proof.report import Report
@@ -176,12 +174,8 @@ def serving_loop(
     tokenizer: Tokenizer,
     adapters: Mapping[str, str] | None = None,
 ) -> ServingLoop:
-    """A loop of the engine `name` that serves requests with a split model, and with `adapters` on torch.
-
-    Raises:
-        ModelError: The engine has none.
-    """
-    check_serves(name)
+    """A loop of the engine `name` that serves requests with a split model, and with `adapters` on torch."""
+    # Imported apart from the engine: serving needs an extra.
     loop: ServingLoop = importlib.import_module(f"partita.{name}.serving").serving_loop(
         model, settings, tokenizer=tokenizer, **({"adapters": adapters} if adapters else {})
     )
@@ -207,14 +201,6 @@ def embedding_loop(name: EngineName, model: Model, settings: ServeSettings, *, f
             f"{folder} is a model for embeddings (modules.json), which --engine {name} does not serve. Use torch."
         )
     return None
-
-
-def check_serves(name: EngineName) -> None:
-    """Raise `ModelError` if the engine `name` does not serve requests."""
-    if importlib.util.find_spec(f"partita.{name}.serving") is None:
-        raise ModelError(
-            f"--engine {name} does not serve yet. Use --engine torch, or `partita generate --engine {name}`."
-        )
 
 
 if TYPE_CHECKING:

@@ -27,7 +27,7 @@ from partita.cli.terminal.plan_figure import as_data
 from partita.cli.terminal.progress import loading
 from partita.core.model.spec import config_number, text_config
 from partita.core.plan import Plan
-from partita.engine import check_serves, embedding_loop, open_engine, serving_loop
+from partita.engine import embedding_loop, open_engine, serving_loop
 from partita.errors import ModelError
 from partita.notes import note
 from partita.ranks import environment, liveness
@@ -171,11 +171,10 @@ def start(options: ServingOptions, *, adapters: dict[str, str] | None = None, **
     import partita.serving.http.app  # noqa: F401  # an extra that is missing is reported before anything starts
 
     engine = choose_engine(options.engine)
-    check_serves(engine)
     if adapters and engine != "torch":
         raise ModelError(
-            f"--adapters works with --engine torch; on {engine} the requests of a step share one forward, whose model has one "
-            "set of adapters. Use --engine torch, or serve the model with the adapters merged."
+            f"--adapters works with --engine torch; on {engine} a model has one set of adapters. Use --engine torch, or serve the "
+            "model with the adapters merged."
         )
     request, given = request_of(options.model, options, engine=engine, trust_remote_code=options.trust_remote_code)
     request = replace(request, dtype=options.dtype and options.dtype.value)

@@ -21,7 +21,10 @@ class CacheLayout:
         num_blocks: Blocks that requests can hold.
         block_tokens: Tokens of a block.
         state_blocks: Blocks that each request needs beside those of its tokens, for state of fixed size.
-        batched: Whether rows of several requests run in one forward, and prompts in chunks. If not, each request runs alone.
+        batched: Whether rows of several requests run in one forward. If not, each request runs in forwards of its own.
+        chunked: Whether prompts are computed in chunks.
+        reused: Whether blocks of earlier texts can be used for other requests.
+        copied: Whether a request has a copy of the blocks that it shares, and so needs memory for these too.
         block_bytes: Bytes of a block on the rank where it takes most.
     """
 
@@ -29,6 +32,9 @@ class CacheLayout:
     block_tokens: int
     state_blocks: int = 0
     batched: bool = True
+    chunked: bool = True
+    reused: bool = True
+    copied: bool = False
     block_bytes: int = 0
 
     def blocks_for(self, tokens: int) -> int:
@@ -42,7 +48,7 @@ class BlockPool:
     def __init__(self, layout: CacheLayout, *, keeps_prefixes: bool) -> None:
         """Create a pool in which all blocks are free."""
         self.layout = layout
-        self.keeps_prefixes = keeps_prefixes and layout.batched
+        self.keeps_prefixes = keeps_prefixes and layout.reused
         self._free = list(range(layout.num_blocks, 0, -1))
         self._holders: dict[int, int] = {}
         self._digest_of: dict[int, bytes] = {}

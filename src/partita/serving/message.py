@@ -18,10 +18,12 @@ class Admission:
     Attributes:
         request: The request.
         blocks: Its cache blocks, in order of its tokens; enough for all tokens that it may get.
+        cached: Tokens of its prompt that are in the first of its blocks already.
     """
 
     request: ServeRequest
     blocks: tuple[int, ...]
+    cached: int = 0
 
 
 @dataclass(frozen=True)
@@ -70,14 +72,14 @@ def decode(data: bytes) -> list[Step]:
 
 def _plain(step: Step) -> list[Any]:
     batches = [[[row.id, row.start, row.count, row.chooses] for row in batch] for batch in step.batches]
-    admitted = [[_request(one.request), one.blocks] for one in step.admitted]
+    admitted = [[_request(one.request), one.blocks, one.cached] for one in step.admitted]
     return [step.ended, admitted, batches, step.ends]
 
 
 def _step(ended: Any, admitted: Any, batches: Any, ends: bool) -> Step:
     return Step(
         tuple(ended),
-        tuple(Admission(_read_request(*request), tuple(blocks)) for request, blocks in admitted),
+        tuple(Admission(_read_request(*request), tuple(blocks), cached) for request, blocks, cached in admitted),
         tuple(tuple(Row(*row) for row in batch) for batch in batches),
         ends,
     )

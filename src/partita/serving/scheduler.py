@@ -107,13 +107,17 @@ class Scheduler:
             request, limit = self.waiting[0]
             shared = self.pool.match(request.prompt, request.adapter)
             # The last new token is not fed back to the model.
-            blocks = self.pool.take(layout.blocks_for(len(request.prompt) + limit - 1), shared)
+            needed = layout.blocks_for(len(request.prompt) + limit - 1)
+            blocks = self.pool.take(needed + len(shared) * layout.copied, shared)
+            if blocks is None and layout.copied and shared:
+                shared = []
+                blocks = self.pool.take(needed)
             if blocks is None:
                 return
             self.waiting.popleft()
             cached = len(shared) * layout.block_tokens
             self.running[request.id] = Running(request, limit, blocks, cached, cached)
-            yield Admission(request, tuple(blocks))
+            yield Admission(request, tuple(blocks), cached)
 
     def _decodes(self) -> list[tuple[Row, ...]]:
         """The next token of each running request; those of the same adapters share `groups` forwards."""
@@ -136,7 +140,7 @@ class Scheduler:
             if one.is_prefilled or left <= 0:
                 continue
             rest = len(one.request.prompt) - one.computed
-            count = min(rest, left) if self.pool.layout.batched else rest
+            count = min(rest, left) if self.pool.layout.chunked else rest
             left -= count
             key = (one.computed, count, one.request.adapter) if self.pool.layout.batched else (number,)
             batches.setdefault(key, []).append(Row(number, one.computed, count, count == rest))
