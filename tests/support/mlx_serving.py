@@ -15,7 +15,7 @@ from partita.mlx.load import shard
 from partita.mlx.model.mlx_lm_models import build
 from partita.mlx.proof.family import fill
 from partita.mlx.serving import serving_loop
-from partita.serving import ServeRequest, ServeSettings
+from partita.serving import ServeSettings
 from tests.support.mlx_models import tiny_config
 from tests.support.serving import VOCABULARY, random_requests, served
 
@@ -24,6 +24,8 @@ def unsplit_model(family: str, changes: dict[str, Any], dtype: str) -> nn.Module
     """A small model of a family over bytes."""
     mx.random.seed(2)
     config = {**tiny_config(family), **changes, "vocab_size": VOCABULARY}
+    if "text_config" in config:
+        config["text_config"] = {**config["text_config"], "vocab_size": VOCABULARY}
     return fill(build(config), getattr(mx, dtype))
 
 
@@ -72,7 +74,3 @@ def compare(
     if stats.running or stats.queued or stats.blocks_used:
         wrong.append(f"left behind: {stats}")
     return wrong, stats.cached_tokens
-
-
-def requests_of(prompts: list[tuple[int, ...]], sampling: Sampling) -> list[ServeRequest]:
-    return [ServeRequest(number, prompt, sampling) for number, prompt in enumerate(prompts)]
