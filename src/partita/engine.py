@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Unpack, cast
 from partita.core.mesh import Mesh
 from partita.core.plan import Plan
 from partita.core.request import SplitArguments
+from partita.errors import ModelError
 from partita.generation import Generation, GenerationReport, OnText, Sampling, Tokenizer
 from partita.generation.prompts import Prompts
 from partita.proof.report import Report

@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+pytest.importorskip("mlx.core")
+
 from partita.core.mesh import Mesh
 from partita.errors import ModelError, PlanError
 from partita.generation import Sampling, byte_tokenizer
@@ -61,6 +63,13 @@ def test_one_rank(family: str) -> None:
 )  # fmt: skip
 def test_ranks(family: str, where: dict[str, int]) -> None:
     for wrong, _ in on_mlx(Mesh(**where).size, compare, family, {}, where, SMALL, 12, 2):
+        assert wrong == []
+
+
+@pytest.mark.parametrize("where", [{}, pytest.param({"tp": 2}, marks=pytest.mark.slow)])
+def test_quantized_weights(where: dict[str, int]) -> None:
+    changes = {"intermediate_size": 64, "tie_word_embeddings": False}
+    for wrong, _ in on_mlx(Mesh(**where).size, compare, "llama", changes, where, SMALL, 12, 2, "float32", 4):
         assert wrong == []
 
 

@@ -48,6 +48,7 @@ def compare(
     count: int,
     seed: int,
     dtype: str = "float64",
+    bits: int = 0,
 ) -> tuple[list[str], int]:
     """Serve random requests. The first rank describes each whose answer is not the one that it gets alone.
 
@@ -55,6 +56,8 @@ def compare(
         The descriptions, and the number of prompt tokens that were taken from earlier requests.
     """
     unsplit = unsplit_model(family, changes, dtype)
+    if bits:
+        nn.quantize(unsplit, group_size=32, bits=bits)
     loop = serving_loop(split_model(unsplit, where), settings, tokenizer=byte_tokenizer())
     requests = random_requests(count, seed)
     cancelled = tuple(request.id for request in requests[::7])

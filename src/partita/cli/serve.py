@@ -173,8 +173,8 @@ def start(options: ServingOptions, *, adapters: dict[str, str] | None = None, **
     engine = choose_engine(options.engine)
     if adapters and engine != "torch":
         raise ModelError(
-            f"--adapters works with --engine torch; on {engine} a model has one set of adapters. Use --engine torch, or serve the "
-            "model with the adapters merged."
+            f"--adapters works with --engine torch; on {engine} a model has one set of adapters. Use --engine torch, or serve "
+            "the model with the adapters merged."
         )
     request, given = request_of(options.model, options, engine=engine, trust_remote_code=options.trust_remote_code)
     request = replace(request, dtype=options.dtype and options.dtype.value)
