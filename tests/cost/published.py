@@ -6,6 +6,7 @@ of `calibrated` alone; docs/planning.md lists them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import mean
 from typing import Any
@@ -283,10 +284,10 @@ def _llama_cpp() -> list[Row]:
 ROWS = (*_selective(), *_foundry(), *_sc21(), *_llama3(), *_llama_cpp())
 
 
-def main() -> None:
+def show(every: Sequence[Row]) -> None:
     """Print every row with its error."""
-    for source, calibrated in dict.fromkeys((row.source, row.calibrated) for row in ROWS):
-        rows = [row for row in ROWS if (row.source, row.calibrated) == (source, calibrated)]
+    for source, calibrated in dict.fromkeys((row.source, row.calibrated) for row in every):
+        rows = [row for row in every if (row.source, row.calibrated) == (source, calibrated)]
         errors = [row.error() for row in rows]
         print(f"{source}, {'calibrated' if calibrated else 'held out'}: mean {mean(map(abs, errors)):.2%}, "
               f"worst {max(map(abs, errors)):.2%}")  # fmt: skip
@@ -295,4 +296,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    show(ROWS)

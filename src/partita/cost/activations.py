@@ -31,6 +31,7 @@ class Shape:
         dtype: The dtype of the activations.
         tp: Tensor ranks.
         sequence_parallel: Whether what all of them would hold is split over the tokens.
+        product_dtype: The narrower dtype in which the layers' products compute; None for `dtype`.
     """
 
     batch: int
@@ -39,6 +40,7 @@ class Shape:
     dtype: str
     tp: int = 1
     sequence_parallel: bool = False
+    product_dtype: str | None = None
 
     @property
     def tokens(self) -> int:

@@ -1,7 +1,8 @@
 """Kernels: what an implementation of a layer keeps for its backward, and how often it reads and writes its tensors.
 
 The formulas of memory and time ask these facts instead of an engine's name. `megatron` is the implementation that the
-closed forms of 2205.05198 describe, `megatron-2021` the one before it (2104.04473). `fused` has a fused attention, norms and
+closed forms of 2205.05198 describe, `megatron-2021` the one before it (2104.04473), `megatron-core` that of Megatron-Core with
+`--tp-comm-overlap`. `fused` has a fused attention, norms and
 activations, `eager` only a fused attention, and mixes float32 into the rest. `torch` is what this package's torch engine runs
 (transformers' modules, one kernel an operation), `mlx` its MLX engine.
 """
@@ -45,6 +46,7 @@ class Kernels:
         caches_latent: Whether a latent attention caches its latent, rather than keys and values.
         gathers_again: Whether sequence parallelism gathers a layer's input again in the backward, which keeps its part only.
         overlaps_tensor: Whether the all-reduce of a layer's input gradient runs beside its weight gradients.
+        hides_tensor: Whether all collectives between tensor ranks run beside the layer's products.
         splits_messages: Whether each tensor rank sends its part of a message between stages, which is gathered again there
             (2104.04473, section 4.1).
         sends_block: Whether a message between stages keeps its rank from computing.
@@ -75,6 +77,7 @@ class Kernels:
     caches_latent: bool = True
     gathers_again: bool = True
     overlaps_tensor: bool = True
+    hides_tensor: bool = False
     splits_messages: bool = True
     sends_block: bool = True
 
@@ -96,6 +99,7 @@ KERNELS = MappingProxyType(
                 norm_passes=12.0, activation_passes=4.0, residual_passes=6.5, rotary_passes=9.0, attention_speed=0.6,
             ),
             Kernels(name="fused", stores_scores=False, causal_share=0.5),
+            Kernels(name="megatron-core", stores_scores=False, causal_share=0.5, hides_tensor=True, sends_block=False),
             Kernels(
                 name="torch", stores_scores=False, causal_share=0.5, recomputes_attention=True,
                 eager_norms=True, eager_gelu=True, keeps_views=True, gated_saved=3.0,

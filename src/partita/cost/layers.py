@@ -141,11 +141,18 @@ class Setting:
 def layer_s(layer: Layer, model: ModelCost, shape: Shape, setting: Setting, past: int = 0) -> Seconds:
     """Seconds of a layer for a micro-batch; with `past` for one decoded token of each sequence."""
     device, kernels = setting.device, setting.kernels
-    products = math.fsum(product_s(device, shape.dtype, shape.tokens, product) for product in layer.products)
+    dtype = shape.product_dtype or shape.dtype
+    products = math.fsum(product_s(device, dtype, shape.tokens, product) for product in layer.products)
+    casts_f, casts_b = _casts(layer, shape, device)
     core: float = attention_s(layer.attention, device, kernels, shape, past) if layer.attention is not None else 0.0
     others = _others(layer, model, shape, setting)
-    again = products + core + others / device.others_share
-    backward = products + core * kernels.attention_backward + others * kernels.backward / device.others_backward_share
+    again = products + casts_f + core + others / device.others_share
+    backward = (
+        products
+        + casts_b
+        + core * kernels.attention_backward
+        + others * kernels.backward / device.others_backward_share
+    )
     fixed = device.decode_layer_s if past else device.layer_s
     if device.is_asynchronous:
         forward, backward = max(again, fixed), max(backward, device.layer_backward_s)
@@ -153,11 +160,13 @@ def layer_s(layer: Layer, model: ModelCost, shape: Shape, setting: Setting, past
         forward, backward = again + fixed, backward + device.layer_backward_s
     weights = products + _accumulating(layer, device, kernels) if setting.trains_weights else 0.0
     tp_f, tp_b, hidden = _tensor_ranks(layer, model, shape, setting)
+    if kernels.hides_tensor:
+        tp_f, tp_b = (_beside(one, products, setting) for one in (tp_f, tp_b))
     cp_f, cp_b = _context_ranks(layer, shape, setting, core)
     sent = _expert_ranks(layer, shape, setting)
     tp_f, tp_b = tp_f + cp_f + sent, tp_b + cp_b + sent
     beside = weights if kernels.overlaps_tensor else 0.0
-    exposed = max(0.0, hidden - beside) + hidden * setting.hardware.link_inside().occupies if hidden else 0.0
+    exposed = _beside(hidden, beside, setting)
     if setting.recompute == "full":
         backward += forward
         tp_b += tp_f
@@ -165,8 +174,26 @@ def layer_s(layer: Layer, model: ModelCost, shape: Shape, setting: Setting, past
         backward += core
         if kernels.recomputes_attention:
             inside = (p for p in layer.products if is_in_attention(p))
-            backward += math.fsum(product_s(device, shape.dtype, shape.tokens, product) for product in inside)
+            backward += math.fsum(product_s(device, dtype, shape.tokens, product) for product in inside)
     return Seconds(forward + tp_f, backward + tp_b + exposed, weights, tp_f, tp_b + exposed)
+
+
+def _beside(collective: float, computing: float, setting: Setting) -> float:
+    """Seconds that a collective of tensor ranks adds to the computing beside which it runs."""
+    if not collective:
+        return 0.0
+    return max(0.0, collective - computing) + collective * setting.hardware.link_inside().occupies
+
+
+def _casts(layer: Layer, shape: Shape, device: Device) -> tuple[float, float]:
+    """Seconds in which what products read is cast to their dtype, as it is and transposed: forward, backward."""
+    if shape.product_dtype is None:
+        return 0.0, 0.0
+    moved = shape.item + 2 * DTYPE_BYTES[shape.product_dtype]
+    rows = {p.name: shape.tokens * (p.chosen * p.share if p.experts > 1 else 1) for p in layer.products}
+    read = {p.source: rows[p.name] * p.inputs for p in layer.products}
+    forward = math.fsum(move_s(device, moved * size) for size in read.values())
+    return forward, math.fsum(move_s(device, moved * rows[p.name] * p.outputs) for p in layer.products)
 
 
 def _accumulating(layer: Layer, device: Device, kernels: Kernels) -> float:

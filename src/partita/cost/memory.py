@@ -137,6 +137,7 @@ def training_shape(work: Work, arrangement: Arrangement, degrees: Degrees, dtype
         dtype,
         degrees.tp,
         arrangement.sequence_parallel and degrees.tp > 1,
+        work.product_dtype,
     )
 
 

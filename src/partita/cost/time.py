@@ -247,15 +247,21 @@ def _end_of_step(
         experts = replace(
             groups.dp, size=degrees.expert_replicas, per_node=min(groups.dp.per_node, degrees.expert_replicas)
         )
+        summed = gathered = 0.0
         for elements, group in ((dense, groups.dp), (trained - dense, experts)):
+            summed += seconds(
+                hardware, group, "reduce_scatter" if arrangement.zero else "all_reduce", elements * gradient
+            )
             if arrangement.zero:
-                dp += seconds(hardware, group, "reduce_scatter", elements * gradient)
-                dp += seconds(hardware, group, "all_gather", elements * item)
-            else:
-                dp += seconds(hardware, group, "all_reduce", elements * gradient)
+                gathered += seconds(hardware, group, "all_gather", elements * item)
+        dp = summed + gathered
         if arrangement.overlap_gradients:
-            beside = sum(stages[i].b + stages[i].w for i in _of_rank(arrangement, pp))
-            dp = max(0.0, dp - beside) + hardware.link_between().occupies * dp
+            # Gradients are complete, and weights needed, while the last and the first micro-batches pass; virtual stages work
+            # on groups of pp micro-batches, so that one is complete long before the next.
+            own = [stages[i] for i in _of_rank(arrangement, pp)]
+            count = min(arrangement.microbatches, degrees.pp if arrangement.vpp > 1 else 1)
+            backward, forward = (count * sum(one) for one in zip(*((s.b + s.w, s.f) for s in own), strict=True))
+            dp = max(0.0, summed - backward) + max(0.0, gathered - forward) + hardware.link_between().occupies * dp
     shards = degrees.replicas if arrangement.zero >= 1 else 1
     passes = kernels_of(hardware.kernels).optimizer_passes
     moved = (2 * optimizer_bytes(work, held, trained, item) + trained * (item + passes * gradient)) / shards
