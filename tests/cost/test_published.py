@@ -24,8 +24,8 @@ LIMITS = {
 }
 
 LIMITS_UNSEEN = {
-    # The same of rows that were entered after all numbers had been chosen. Those of A100 ran on DeepSpeed and FSDP, whose own costs
-    # the kernels of Megatron do not have.
+    # The same of rows that were entered after all numbers had been chosen. Those of A100 ran on DeepSpeed and FSDP, whose own
+    # costs the kernels of Megatron do not have.
     "NeMo, FP8": (0.05, 0.10),
     "Megatron-Core": (0.10, 0.23),
     "MT-NLG": (0.22, 0.25),

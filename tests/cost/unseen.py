@@ -1,8 +1,8 @@
 """Published measurements that were entered after all numbers had been chosen: no number was calibrated with them.
 
 Where a source does not print a number, the row's docstring says what we assume, and by which rule; no assumption was varied to
-reduce an error. Their first errors showed what the formulas lacked: products in FP8, collectives of tensor ranks beside products
-(`megatron-core`), and gradients that are summed while several micro-batches pass (interleaved stages).
+reduce an error. Their first errors showed what the formulas lacked: products in FP8, collectives of tensor ranks beside
+products (`megatron-core`), and gradients that are summed while several micro-batches pass (interleaved stages).
 """
 
 from __future__ import annotations
