@@ -43,6 +43,7 @@ class Kernels:
         optimizer_passes: How often a step of the optimizer reads or writes a gradient: norm, scaling, update, zeroing.
         logit_bytes: Bytes of a logit that a training step keeps, beside those in the model's dtype.
         keeps_logits: Whether logits in the model's dtype are kept too.
+        frees_gradients: Whether gradients exist only from a step's first backward to its end, rather than in a fixed buffer.
         caches_latent: Whether a latent attention caches its latent, rather than keys and values.
         gathers_again: Whether sequence parallelism gathers a layer's input again in the backward, which keeps its part only.
         overlaps_tensor: Whether the all-reduce of a layer's input gradient runs beside its weight gradients.
@@ -74,6 +75,7 @@ class Kernels:
     optimizer_passes: float = 5.0
     logit_bytes: float = 4.0
     keeps_logits: bool = False
+    frees_gradients: bool = False
     caches_latent: bool = True
     gathers_again: bool = True
     overlaps_tensor: bool = True
@@ -104,7 +106,7 @@ KERNELS = MappingProxyType(
                 name="torch", stores_scores=False, causal_share=0.5, recomputes_attention=True,
                 eager_norms=True, eager_gelu=True, keeps_views=True, gated_saved=3.0,
                 norm_passes=8.0, activation_passes=1.7, rotary_passes=9.0, backward=1.5, keeps_logits=True,
-                caches_latent=False, splits_messages=False, sends_block=False,
+                frees_gradients=True, caches_latent=False, splits_messages=False, sends_block=False,
             ),
             Kernels(
                 name="mlx", stores_scores=False, causal_share=0.5, gated_saved=3.0, activation_passes=1.7, backward=1.5,

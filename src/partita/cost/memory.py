@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 from partita.core.model.spec import DTYPE_BYTES
 from partita.core.optimizers import check_optimizer
@@ -69,13 +70,15 @@ def _of_rank(
         return math.ceil(size if arrangement.zero < stage else size * ((1 - apart) / dense + apart / experts))
 
     optimizer = optimizer_bytes(work, held, trained, item)
-    activations, buffers = _training(model, work, arrangement, degrees, kernels, stages, counts, tp)
+    gradients = sharded(trained * gradient, 2)
+    moments = _training(model, work, arrangement, degrees, kernels, stages, counts, tp)
+    peak = max(moments, key=lambda one: one.activations + one.buffers + one.has_gradients * gradients)
     return MemoryUse(
         weights=sharded(weights, 3) + (item * trained if work.lora_rank else 0),
-        gradients=sharded(trained * gradient, 2),
+        gradients=gradients if peak.has_gradients else 0,
         optimizer=sharded(optimizer, 1),
-        activations=activations,
-        buffers=buffers,
+        activations=math.ceil(peak.activations),
+        buffers=math.ceil(peak.buffers),
     )
 
 
@@ -154,11 +157,20 @@ def stage_activations(
     return kept
 
 
+@dataclass(frozen=True)
+class _Moment:
+    """A moment of a step at which memory may be largest: bytes of activations and buffers, and whether gradients exist."""
+
+    activations: float
+    buffers: float
+    has_gradients: bool = True
+
+
 def _training(
     model: ModelCost, work: Work, arrangement: Arrangement, degrees: Degrees, kernels: Kernels,
     stages: tuple[StageCost, ...], counts: tuple[Counts, ...], tp: int,
-) -> tuple[int, int]:  # fmt: skip
-    """Bytes of activations and of buffers."""
+) -> tuple[_Moment, ...]:  # fmt: skip
+    """The moments of a step at which memory may be largest."""
     shape = training_shape(work, arrangement, degrees, weight_dtype(model, work))
     sizes = [stage_activations(model, stage, shape, kernels, arrangement, tp) for stage in stages]
     activations = max(sum(n * size for n, size in zip(one, sizes, strict=True)) for one in counts)
@@ -168,18 +180,30 @@ def _training(
     head = sliced.ends[tp].head
     columns = head.outputs if head is not None else 0
     layers = [sliced.layers[tp][kind] for stage in stages for kind, _ in stage.kinds]
-    inside = 0.0
+    loss = kept = layer = buckets = 0.0
     if any(stage.loss for stage in stages):
         kept = head_bytes(model, columns, shape, kernels, sliced.ends[tp].norm, is_rms=sliced.ends[tp].is_rms)
-        activations += kept
-        inside = shape.tokens * columns * (shape.item + kernels.logit_bytes)
+        beside = shape.item + kernels.logit_bytes
+        if kernels.frees_gradients:  # three copies in float32: logits, less their maximum, and their exponentials
+            beside = 2 * kernels.logit_bytes - shape.item
+        loss = shape.tokens * columns * beside
     if layers:
-        inside = max(inside, max(_inside_layer(layer, model, shape, kernels, arrangement) for layer in layers))
+        layer = max(_inside_layer(one, model, shape, kernels, arrangement) for one in layers)
         if arrangement.zero >= 3:
-            buffers += 2 * max(layer.held.bits for layer in layers) / 8
+            buffers += 2 * max(one.held.bits for one in layers) / 8
     if degrees.replicas > 1:
-        buffers += 2 * 4 * min(BUCKET_BYTES / shape.item, held_by(model, stages, degrees, tp).parameters)
-    return math.ceil(activations), math.ceil(buffers + inside)
+        # One buffer in float32, to which that of a narrower dtype is cast.
+        copies = 4 + (shape.item if shape.item < 4 else 0) if kernels.frees_gradients else 2 * 4
+        buckets = copies * min(BUCKET_BYTES / shape.item, held_by(model, stages, degrees, tp).parameters)
+    if not kernels.frees_gradients:
+        return (_Moment(activations + kept, buffers + max(loss, layer) + buckets),)
+    most = max(sum(one) for one in counts)
+    return (
+        _Moment(activations + kept, buffers + loss, has_gradients=arrangement.microbatches * len(stages) > most),
+        # The last layer of a backward, when all gradients exist: other micro-batches' activations, and this layer's.
+        _Moment(max(0.0, activations - sum(sizes)), buffers + layer),
+        _Moment(0.0, buckets),
+    )
 
 
 BUCKET_BYTES = 25 << 20
@@ -235,7 +259,9 @@ def _generating(
         for kind, _ in stage.kinds:
             layer = sliced.layers[tp][kind]
             widest = max((p.outputs * (p.chosen if p.experts > 1 else 1) for p in layer.products), default=0)
-            inside = max(inside, shape.tokens * shape.item * (2.0 * model.hidden + 2 * widest))
+            # A gated activation, what it multiplies and the result; the residual stream and what a norm makes of it.
+            gated = max((3 * mlp.inner * mlp.rows for mlp in layer.mlps if mlp.is_gated), default=0.0)
+            inside = max(inside, shape.tokens * shape.item * (4.0 * model.hidden + max(gated, 2 * widest)))
     head = sliced.ends[tp].head
     if any(stage.loss for stage in stages) and head is not None:
         inside = max(inside, shape.batch * head.outputs * (shape.item + 4.0))
