@@ -27,6 +27,8 @@ class Work:
         context: Generating and serving: the largest number of tokens, prompt included, that a cache holds for a sequence.
         sequences: Generating and serving: sequences that are decoded at once, over all replicas.
         dtype: The dtype of weights and products; None for the model's own.
+        product_dtype: Training: the narrower dtype in which the layers' products compute (`float8_e4m3fn`), to which their
+            inputs are cast; None for that of the weights.
         optimizer: Training: the optimizer, by the name that `partita train --optimizer` has.
         master_dtype: Training: `float32` updates float32 copies of narrower weights, `model` the weights themselves.
         gradient_dtype: Training: the dtype in which gradients are summed; None for that of the weights.
@@ -42,6 +44,7 @@ class Work:
     context: int = 4096
     sequences: int = 1
     dtype: str | None = None
+    product_dtype: str | None = None
     optimizer: str = "adamw"
     master_dtype: Literal["float32", "model"] = "float32"
     gradient_dtype: str | None = None
@@ -52,7 +55,7 @@ class Work:
         for name in ("batch_size", "sequence_length", "context", "sequences"):
             _check_count(name, getattr(self, name), 1)
         _check_count("lora_rank", self.lora_rank, 0)
-        for name in ("dtype", "gradient_dtype"):
+        for name in ("dtype", "product_dtype", "gradient_dtype"):
             if getattr(self, name) is not None:
                 _check_name(name, getattr(self, name), tuple(DTYPE_BYTES))
 

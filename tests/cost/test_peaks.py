@@ -1,0 +1,83 @@
+"""The largest bytes of tensors at once, measured while ranks train and generate, are those that are predicted."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+import partita.torch as pt
+from partita.core.mesh import Mesh
+from partita.core.model.families import spec_from_config
+from partita.cost.memory import memory
+from partita.cost.model import ModelCost
+from partita.cost.work import Arrangement, MemoryUse, Work
+from tests.support.ranks import on
+
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": {
+        "model_type": "llama", "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 4,
+        "num_key_value_heads": 4, "vocab_size": 6000, "max_position_embeddings": 512, "tie_word_embeddings": False,
+    },
+}  # fmt: skip
+LENGTH, BATCH, NEW_TOKENS = 128, 4, 4
+TRAINING: dict[str, Arrangement] = {
+    "one rank": Arrangement(),
+    "tp 2": Arrangement(mesh=Mesh(tp=2)),
+    "pp 2": Arrangement(mesh=Mesh(pp=2), microbatches=4),
+    "zero 1": Arrangement(mesh=Mesh(dp=2), zero=1),
+    "recomputed": Arrangement(recompute="full"),
+}
+GENERATING: dict[str, Arrangement] = {
+    "one rank": Arrangement(),
+    "tp 2": Arrangement(mesh=Mesh(tp=2)),
+    "pp 2": Arrangement(mesh=Mesh(pp=2), microbatches=2),
+}
+CASES = [*(("train", name) for name in TRAINING), *(("generate", name) for name in GENERATING)]
+
+
+def _run(config: dict[str, Any], dtype: str, arrangement: Arrangement, purpose: str) -> int:
+    """On a rank: the largest bytes of its tensors at once."""
+    torch.set_num_threads(1)
+    gc.collect()
+    mesh = arrangement.mesh
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        model = pt.fresh({**config, "dtype": dtype}, dtype=dtype, tp=mesh.tp, pp=mesh.pp, dp=mesh.dp)
+        if purpose == "train":
+            settings = pt.TrainSettings(
+                steps=2, batch_size=BATCH, sequence_length=LENGTH, microbatches=arrangement.microbatches,
+                zero=arrangement.zero == 1, warmup_steps=0,
+                checkpointing=False if arrangement.recompute == "none" else arrangement.recompute,
+            )  # fmt: skip
+            pt.train(model, torch.randint(6000, (BATCH * (LENGTH + 1) * 2,)), settings)
+        else:
+            prompts = [[1 + (i * k) % 1000 for i in range(LENGTH)] for k in range(BATCH)]
+            pt.generate(model, prompts, pt.Sampling(max_new_tokens=NEW_TOKENS, ignore_eos=True))
+    used = peak = 0
+    for event in profiler.profiler.kineto_results.events():  # type: ignore[union-attr]
+        if event.name() == "[memory]":
+            used += event.nbytes()
+            peak = max(peak, used)
+    return peak
+
+
+def _predicted(config: dict[str, Any], dtype: str, arrangement: Arrangement, purpose: str) -> tuple[MemoryUse, ...]:
+    model = ModelCost.of(spec_from_config({**config, "dtype": dtype}))
+    if purpose == "train":
+        return memory(model, Work(batch_size=BATCH, sequence_length=LENGTH), arrangement)
+    work = Work(purpose="generate", sequences=BATCH, sequence_length=LENGTH, context=LENGTH + NEW_TOKENS)
+    return memory(model, work, arrangement)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(("purpose", "name"), CASES)
+def test_tensors_take_what_is_predicted(purpose: str, name: str) -> None:
+    arrangement = (TRAINING if purpose == "train" else GENERATING)[name]
+    config = MODELS["llama"]
+    measured = on(arrangement.mesh.size, _run, config, "float32", arrangement, purpose)
+    predicted = [use.total for use in _predicted(config, "float32", arrangement, purpose)]
+    assert predicted == pytest.approx(measured, rel=0.05)
