@@ -1,0 +1,46 @@
+"""What each engine of Partita executes of an arrangement, and what only other engines do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from partita.cost.work import RECOMPUTE, Arrangement, Recompute
+
+
+@dataclass(frozen=True, kw_only=True)
+class Features:
+    """The values of an arrangement's settings that an engine executes.
+
+    Attributes:
+        zero: Stages of ZeRO.
+        recompute: What is recomputed.
+        sequence_parallel: Whether activations between products can be split over the tokens.
+        overlap_gradients: Whether gradients can be summed over replicas while the backward runs.
+    """
+
+    zero: tuple[int, ...] = (0, 1, 2, 3)
+    recompute: tuple[Recompute, ...] = RECOMPUTE
+    sequence_parallel: tuple[bool, ...] = (False, True)
+    overlap_gradients: tuple[bool, ...] = (False, True)
+
+
+ENGINES: Mapping[str, Features] = {
+    "torch": Features(zero=(0, 1), sequence_parallel=(False,), overlap_gradients=(False,)),
+    "mlx": Features(zero=(0,), recompute=("none", "full"), sequence_parallel=(False,), overlap_gradients=(False,)),
+}
+"""What `partita train` executes on each engine."""
+
+
+def unsupported(arrangement: Arrangement, features: Features) -> tuple[str, ...]:
+    """The settings of an arrangement that an engine with these features does not execute, as options of the command line."""
+    found = []
+    if arrangement.zero not in features.zero:
+        found.append(f"--zero {arrangement.zero}")
+    if arrangement.recompute not in features.recompute:
+        found.append(f"--recompute {arrangement.recompute}")
+    if arrangement.sequence_parallel not in features.sequence_parallel:
+        found.append("--sequence-parallel")
+    if arrangement.overlap_gradients not in features.overlap_gradients:
+        found.append("--overlap-gradients")
+    return tuple(found)

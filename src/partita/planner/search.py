@@ -1,0 +1,208 @@
+"""The best arrangements of a model over ranks, by branch and bound.
+
+Meshes are visited in the order of a bound on their time (or bytes), then the groups of a mesh in the order of their own bounds.
+The search ends when no bound is below the value of the worst plan that would be listed, so what it finds is the best of all.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import count as counter
+from typing import Literal, get_args
+
+from partita.core.mesh import Mesh
+from partita.cost.work import Arrangement, Estimate, Recompute, Work
+from partita.errors import PlanError
+from partita.planner.costs import Bound, Costs
+from partita.planner.engines import ENGINES, Features
+from partita.planner.layers import Amounts, Memory, place
+from partita.planner.space import Fixed, Group, Settings, divisors, groups, meshes, recomputes, settings
+
+Optimize = Literal["time", "memory", "cost"]
+OPTIMIZE: tuple[Optimize, ...] = get_args(Optimize)
+
+LARGEST_ONLY = 1 << 40
+"""A number of micro-batches beside which only the largest stage counts."""
+
+Value = tuple[float, float]
+Key = tuple[Mesh, str, int]
+
+
+class Search:
+    """The search for one piece of work on one machine. Estimates are kept, so that further questions about it are cheap."""
+
+    def __init__(self, work: Work, costs: Costs, ranks: int, features: Features = ENGINES["torch"]) -> None:
+        self.work, self.costs, self.ranks, self.features = work, costs, ranks, features
+        self._estimates: dict[Arrangement, Estimate] = {}
+        self._bounds: dict[Mesh, Bound | None] = {}
+        self._places: dict[tuple[Amounts, tuple[int, ...], int, Memory | None], tuple[int, ...] | None] = {}
+
+    @property
+    def evaluated(self) -> int:
+        """The number of estimates so far."""
+        return len(self._estimates)
+
+    def run(
+        self, fixed: Fixed, *, optimize: Optimize = "time", count: int = 10, features: Features | None = None
+    ) -> Found:
+        """The best plans.
+
+        Raises:
+            PlanError: No mesh of the ranks has the sizes that are fixed.
+        """
+        return Found(self, fixed, optimize, count, features or self.features)
+
+    def meshes(self, fixed: Fixed, optimize: Optimize) -> Iterator[Mesh]:
+        """Every mesh; if cost is to be minimized, also those of fewer ranks, which divide all."""
+        many = {"num_layers": self.costs.num_layers, "max_tp": self.costs.max_tp}
+        yield from meshes(self.ranks, fixed, **many)
+        for ranks in divisors(self.ranks)[:-1] if optimize == "cost" else ():
+            try:
+                yield from meshes(ranks, fixed, **many)
+            except PlanError:
+                continue
+
+    def bound(self, mesh: Mesh) -> Bound | None:
+        """The bound of a mesh; None for one that cannot split the model."""
+        if mesh not in self._bounds:
+            try:
+                self._bounds[mesh] = self.costs.bound(mesh)
+            except PlanError:
+                self._bounds[mesh] = None
+        return self._bounds[mesh]
+
+    def estimate(self, arrangement: Arrangement) -> Estimate:
+        """What an arrangement costs."""
+        found = self._estimates.get(arrangement)
+        if found is None:
+            found = self._estimates[arrangement] = self.costs.estimate(arrangement)
+        return found
+
+    def placed(self, bare: Arrangement, group: Group, optimize: Optimize) -> tuple[Estimate, bool]:
+        """The best arrangement of the layers, or one that does not fit if none does; and whether memory did not limit it."""
+        if optimize == "memory":
+            held = self.costs.stage_bytes(bare).bytes
+            layers = self._place(held, replace(group, microbatches=LARGEST_ONLY), None)
+            assert layers is not None
+            return self.estimate(replace(bare, layers=layers)), False
+        seconds = self.costs.stage_seconds(bare)
+        layers = self._place(seconds, group, None)
+        assert layers is not None
+        fastest = self.estimate(replace(bare, layers=layers))
+        if fastest.fits:
+            return fastest, True
+        fitted = self._place(seconds, group, self.costs.stage_bytes(bare))
+        return fastest if fitted is None else self.estimate(replace(bare, layers=fitted)), False
+
+    def _place(self, seconds: Amounts, group: Group, memory: Memory | None) -> tuple[int, ...] | None:
+        key = seconds, group.homes, group.microbatches, memory
+        if key not in self._places:
+            self._places[key] = place(seconds, group.homes, group.microbatches, memory)
+        return self._places[key]
+
+
+class Found:
+    """The best plans of one question.
+
+    Attributes:
+        closest: Of the estimates that do not fit, the one that needs the smallest share of its memory.
+        least: The same of the meshes that cannot fit.
+    """
+
+    def __init__(self, search: Search, fixed: Fixed, optimize: Optimize, count: int, features: Features) -> None:
+        self._search, self._fixed, self._optimize, self._count = search, fixed, optimize, count
+        self._features = features
+        self._best: dict[Key, tuple[Value, Estimate]] = {}
+        self.closest: Estimate | None = None
+        self.least: Bound | None = None
+        self._run()
+
+    @property
+    def plans(self) -> tuple[Estimate, ...]:
+        """The best plans, the best first."""
+        return tuple(estimate for _, estimate in sorted(self._best.values(), key=lambda one: one[0])[: self._count])
+
+    def _run(self) -> None:
+        search, number = self._search, counter()
+        heap: list[tuple[float, int, Mesh | Group]] = []
+        for mesh in search.meshes(self._fixed, self._optimize):
+            bound = search.bound(mesh)
+            if bound is None:
+                continue
+            if not bound.can_fit:
+                self._note_bound(bound)
+                continue
+            heapq.heappush(heap, (self._least(mesh, bound.seconds, bound.bytes), next(number), mesh))
+        while heap and heap[0][0] < self._worst():
+            _, _, item = heapq.heappop(heap)
+            if isinstance(item, Group):
+                self._try(item)
+                continue
+            bound = search.bound(item)
+            assert bound is not None
+            for group in groups(item, search.work, self._fixed, search.costs.num_layers):
+                seconds = search.costs.least_seconds(group)
+                heapq.heappush(heap, (self._least(item, seconds, bound.bytes), next(number), group))
+
+    def _least(self, mesh: Mesh, seconds: float, bytes_: int) -> float:
+        if self._optimize == "memory":
+            return float(bytes_)
+        return seconds * mesh.size if self._optimize == "cost" else seconds
+
+    def _value(self, estimate: Estimate) -> Value:
+        seconds, most = self._search.costs.seconds_of(estimate), max(use.total for use in estimate.memory)
+        if self._optimize == "memory":
+            return most, seconds
+        return (seconds * estimate.arrangement.mesh.size if self._optimize == "cost" else seconds), most
+
+    def _worst(self) -> float:
+        """The value that a plan must be below, or reach, to be listed."""
+        if len(self._best) < self._count:
+            return float("inf")
+        return sorted(value for value, _ in self._best.values())[self._count - 1][0]
+
+    def _try(self, group: Group) -> None:
+        search = self._search
+        levels = recomputes(search.work, self._fixed, self._features)
+        for chosen in settings(group.mesh, search.work, self._fixed, self._features):
+            for recompute in levels:
+                bare = _bare(group, chosen, recompute)
+                if self._fixed.layers is not None:
+                    estimate, is_fastest = search.estimate(replace(bare, layers=self._fixed.layers)), True
+                else:
+                    estimate, is_fastest = search.placed(bare, group, self._optimize)
+                if not estimate.fits:
+                    self._note_closest(estimate)
+                    continue
+                self._note(group, estimate)
+                if is_fastest and self._optimize != "memory":
+                    break  # to compute more again takes longer; it may only help where memory decides the layers
+
+    def _note(self, group: Group, estimate: Estimate) -> None:
+        key, value = (group.mesh, group.schedule, group.vpp), self._value(estimate)
+        if key not in self._best or value < self._best[key][0]:
+            self._best[key] = value, estimate
+
+    def _note_closest(self, estimate: Estimate) -> None:
+        if self.closest is None or excess(estimate) < excess(self.closest):
+            self.closest = estimate
+
+    def _note_bound(self, bound: Bound) -> None:
+        if self.least is None or bound.bytes / bound.limit < self.least.bytes / self.least.limit:
+            self.least = bound
+
+
+def _bare(group: Group, chosen: Settings, recompute: Recompute) -> Arrangement:
+    """An arrangement whose layers are not placed yet; it has as many stages as the group."""
+    return Arrangement(
+        mesh=group.mesh, layers=(0,) * (group.mesh.pp * group.vpp), placement=group.placement, schedule=group.schedule,
+        microbatches=group.microbatches, zero=chosen.zero, recompute=recompute, sequence_parallel=chosen.sequence_parallel,
+        overlap_gradients=chosen.overlap_gradients,
+    )  # fmt: skip
+
+
+def excess(estimate: Estimate) -> float:
+    """The largest share of its memory that a rank needs."""
+    return max(use.total / limit for use, limit in zip(estimate.memory, estimate.limit, strict=True))
