@@ -13,10 +13,10 @@ import pytest
 from partita.cli.arguments.command import completed
 from partita.cli.terminal.progress import Recent
 from partita.core.model.families import spec_from_config
+from partita.cost.flops import flops_per_token, peak_flops
 from partita.errors import DependencyError, ModelError, PlanError
 from partita.training import Profile, StepReport, TrainSettings
 from partita.training.finite import Fault, diverged
-from partita.training.flops import flops_per_token, peak_flops
 from partita.training.reporting import JsonLines, TensorBoard, open_reporters, recording
 
 CONFIG: dict[str, Any] = {

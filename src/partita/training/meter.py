@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from partita.core.plan import Plan
+from partita.cost.flops import flops_per_token
 from partita.ranks.agreement import Gathers
-from partita.training.flops import flops_per_token
 from partita.training.settings import TrainSettings
 
 EVERY = 10

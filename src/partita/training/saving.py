@@ -19,6 +19,7 @@ from partita.checkpoint.index import Checkpoint
 from partita.checkpoint.run_folder import RunFolder
 from partita.checkpoint.run_lock import RunLock
 from partita.checkpoint.write import FilePlan
+from partita.core.optimizers import ALL_MOMENTS
 from partita.errors import CheckpointError, ModelError
 from partita.generation import Tokenizer
 from partita.ranks.agreement import agreed_state, first_text
@@ -26,7 +27,6 @@ from partita.ranks.groups import AxisGroups, Communicator
 from partita.training.background import POLL_S, BackgroundWrite, Job, Part
 from partita.training.base import Base
 from partita.training.data.samples import TrainingData
-from partita.training.optimizers import ALL_MOMENTS
 from partita.training.settings import TrainSettings
 from partita.training.state import STATE_NAME, TrainingState
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from partita.core.optimizers import check_optimizer
 from partita.core.plan import Plan
 from partita.errors import PlanError
 from partita.schedule import Schedule, build, check_kind, placement_of, vpp_of
-from partita.training.optimizers import check_optimizer
 from partita.training.rates import LR_SCHEDULES, rate_at
 
 _NOT_NEGATIVE = (

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from partita.checkpoint.durable import failing_as
+from partita.cost.flops import peak_flops
 from partita.ranks.memory import peak_resident_bytes
 from partita.torch.collectives.groups import ParallelGroups
 from partita.training.finite import Fault
-from partita.training.flops import peak_flops
 
 
 @dataclass

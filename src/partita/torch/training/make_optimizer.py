@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from partita.core.optimizers import is_hidden_matrix
 from partita.core.sharding.cuts import TensorPlan
 from partita.errors import ModelError, PlanError
 from partita.torch.collectives.groups import ParallelGroups
@@ -15,7 +16,6 @@ from partita.torch.layers.inner import take_ranges
 from partita.torch.model.parts import local_tensors, plan_of
 from partita.torch.training.momentum import Gather, MasterSGD, SplitMuon
 from partita.torch.training.optimizer import MasterAdamW, state_dtype
-from partita.training.optimizers import is_hidden_matrix
 from partita.training.settings import TrainSettings
 
 

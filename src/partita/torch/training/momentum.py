@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from partita.core.optimizers import MOMENTUM
 from partita.torch.training.optimizer import MasterAdamW, Mastered
-from partita.training.optimizers import MOMENTUM
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 """Coefficients of the quintic iteration, chosen by its author for the steepest slope at zero."""

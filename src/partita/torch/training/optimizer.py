@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from partita.training.optimizers import ADAM_MOMENTS
+from partita.core.optimizers import ADAM_MOMENTS
 from partita.training.saving import MASTER
 
 

@@ -14,6 +14,7 @@ from partita.checkpoint.header import TensorInfo
 from partita.checkpoint.index import Checkpoint, open_checkpoint
 from partita.checkpoint.manifest import OPTIMIZER
 from partita.checkpoint.read import Range, Reader
+from partita.core.optimizers import ALL_MOMENTS, moments_of
 from partita.core.plan import Plan
 from partita.errors import CheckpointError
 from partita.torch.collectives.collective_errors import collective_errors
@@ -23,7 +24,6 @@ from partita.torch.weights.adapter_parts import AdapterPart, adapter_name, adapt
 from partita.torch.weights.fill import DTYPES, CheckpointFill
 from partita.torch.weights.names import Source, pieces_for_writing, repeated_pieces, sources_for_reading
 from partita.torch.weights.save import unsplit_on_meta
-from partita.training.optimizers import ALL_MOMENTS, moments_of
 from partita.training.resume import refuse_left_out
 from partita.training.saving import HAS_MASTER, MASTER, OTHER_DTYPE, moments_in, trained_in
 from partita.training.state import read_state

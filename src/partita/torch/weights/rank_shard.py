@@ -12,6 +12,7 @@ from partita.checkpoint.index import MODEL
 from partita.checkpoint.manifest import OPTIMIZER
 from partita.checkpoint.unused import Unused
 from partita.checkpoint.write import FilePlan, plan_files
+from partita.core.optimizers import ALL_MOMENTS, moments_of
 from partita.errors import ModelError
 from partita.torch.collectives.collective_errors import collective_errors
 from partita.torch.model.parts import plan_of
@@ -25,7 +26,6 @@ from partita.torch.weights.save import DTYPE_NAMES, OnDisk, on_disk
 from partita.training.adapter_files import STEM
 from partita.training.background import Part
 from partita.training.base import place_of
-from partita.training.optimizers import ALL_MOMENTS, moments_of
 from partita.training.saving import MASTER, Saves, check_base, files_beside
 from partita.training.settings import TrainSettings
 

@@ -1,0 +1,129 @@
+"""Activations: the bytes of a layer, and of the ends of the model, that a micro-batch keeps for its backward.
+
+The closed forms of Korthikanti et al. 2022 (2205.05198, table 2), in bytes of a layer with two bytes an element, s tokens, b
+sequences, h hidden, a heads, t tensor ranks, follow from the same counts with the kernels `megatron`:
+
+    none                       s b h (10 + 24 / t + 5 a s / (h t))
+    sequence parallel          s b h / t (34 + 5 a s / h)
+    selective                  s b h (10 + 24 / t), with sequence parallel s b h / t * 34
+    full                       2 s b h
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from partita.core.model.spec import DTYPE_BYTES
+from partita.cost.kernels import Kernels
+from partita.cost.model import Attention, Layer, ModelCost
+from partita.cost.work import Recompute
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A micro-batch on a rank.
+
+    Attributes:
+        batch: Its sequences.
+        length: Tokens of each that the rank has (its part, with context parallelism).
+        context: Tokens that each of them may attend to.
+        dtype: The dtype of the activations.
+        tp: Tensor ranks.
+        sequence_parallel: Whether what all of them would hold is split over the tokens.
+    """
+
+    batch: int
+    length: int
+    context: int
+    dtype: str
+    tp: int = 1
+    sequence_parallel: bool = False
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all sequences."""
+        return self.batch * self.length
+
+    @property
+    def item(self) -> int:
+        """Bytes of an element."""
+        return DTYPE_BYTES[self.dtype]
+
+    @property
+    def whole(self) -> float:
+        """The share of what no product splits that this rank holds."""
+        return 1 / self.tp if self.sequence_parallel else 1.0
+
+
+def layer_bytes(layer: Layer, model: ModelCost, shape: Shape, kernels: Kernels, recompute: Recompute) -> float:
+    """Bytes that a layer keeps of a micro-batch."""
+    if recompute == "full":
+        return shape.tokens * model.hidden * shape.item * shape.whole
+    split, whole, flat = _elements(layer, shape, kernels)
+    kept = shape.tokens * (split + whole * shape.whole) * shape.item + shape.tokens * flat
+    if layer.attention is not None and recompute == "none" and kernels.stores_scores:
+        kept += score_bytes(layer.attention, shape, kernels)
+    return kept
+
+
+def score_bytes(attention: Attention, shape: Shape, kernels: Kernels) -> float:
+    """Bytes of a layer's stored scores: their softmax, and with dropout its mask and what is left."""
+    scores = shape.batch * attention.heads * shape.length * context_of(attention, shape)
+    return scores * (2 * shape.item + 1 if kernels.dropout else shape.item)
+
+
+def context_of(attention: Attention, shape: Shape) -> int:
+    """Tokens that a token attends to at most."""
+    return min(shape.context, attention.window) if attention.window else shape.context
+
+
+def _elements(layer: Layer, shape: Shape, kernels: Kernels) -> tuple[float, float, float]:
+    """Of a token: elements that products split, elements that they do not, and bytes of masks and statistics."""
+    split = whole = flat = 0.0
+    seen: set[str] = set()
+    for product in layer.products:
+        if product.source in seen:
+            continue
+        seen.add(product.source)
+        rows = product.chosen if product.experts > 1 else 1
+        if product.style == "row":
+            split += product.inputs * rows
+        else:
+            whole += product.inputs * rows
+    attention = layer.attention
+    if attention is not None:
+        split += attention.heads * attention.key_width + attention.kv_heads * (
+            attention.key_width + attention.value_width
+        )
+        if not kernels.stores_scores:
+            flat += 4 * attention.heads
+    for mlp in layer.mlps:
+        split += mlp.inner * mlp.rows * (kernels.gated_saved if mlp.is_gated else kernels.plain_saved)
+    narrow = shape.item < 4
+    saved = kernels.norm_saved + (kernels.norm_saved_float32 * 4 / shape.item if narrow else 0)
+    whole += saved * sum(layer.norms)
+    split += saved * layer.head_norms
+    if kernels.dropout:
+        flat += shape.whole * sum(layer.norms[:2])
+    return split, whole, flat
+
+
+def head_bytes(model: ModelCost, columns: int, shape: Shape, kernels: Kernels, norm: int) -> float:
+    """Bytes that the head and the loss keep of a micro-batch; `columns` are this rank's logits of a token."""
+    narrow = shape.item < 4
+    saved = kernels.norm_saved + (kernels.norm_saved_float32 * 4 / shape.item if narrow else 0)
+    whole = shape.tokens * shape.whole * (saved * norm + model.hidden) * shape.item
+    logits = columns * (kernels.logit_bytes + (shape.item if kernels.keeps_logits else 0))
+    return whole + shape.tokens * logits
+
+
+def embedding_bytes(model: ModelCost, shape: Shape, kernels: Kernels) -> float:
+    """Bytes that the embedding keeps of a micro-batch: the mask of its dropout, and the ids."""
+    mask = model.hidden * shape.whole if kernels.dropout else 0.0
+    return shape.tokens * (mask + 8)
+
+
+def micro_batch(batch: int, dp: int, microbatches: int) -> int:
+    """Sequences of a replica's largest micro-batch."""
+    return math.ceil(math.ceil(batch / dp) / microbatches)

@@ -1,0 +1,54 @@
+"""How many micro-batches of each virtual stage a schedule keeps alive at once."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from partita.core.layout.placement import home_of
+from partita.schedule import Kind, build, placement_of, vpp_of
+
+Counts = tuple[int, ...]
+
+
+@lru_cache(maxsize=1024)
+def alive(kind: str, pp: int, microbatches: int, vpp: int) -> tuple[tuple[Counts, ...], ...]:
+    """For each pipeline rank the counts, by virtual stage, that it reaches and that no other of its counts exceeds everywhere.
+
+    The peak of a rank is the largest of them, weighted by the bytes of its stages. It follows from the order of the
+    actions alone (`Timeline.peak_activations` for equal stages).
+    """
+    placement = placement_of(kind)
+    last = Kind.F if kind == "forward-only" else None
+    found = []
+    for row in build(
+        kind, pp, _enough(kind, pp, microbatches, vpp), vpp if vpp_of(kind, None) > 1 or vpp > 1 else None
+    ).ranks:
+        counts = [0] * vpp
+        seen: set[Counts] = {(0,) * vpp}
+        grew = False
+        for stage, action, _ in row:
+            place = home_of(placement, pp, stage)[1]
+            if action is Kind.F:
+                counts[place] += 1
+                grew = True
+            if action is last or (last is None and action in (Kind.BW, Kind.W)):
+                if grew:
+                    seen.add(tuple(counts))
+                    grew = False
+                counts[place] -= 1
+        found.append(_largest(seen))
+    return tuple(found)
+
+
+def _enough(kind: str, pp: int, microbatches: int, vpp: int) -> int:
+    """Fewer micro-batches with the same peak: a schedule repeats itself once it is warm."""
+    return microbatches if kind == "gpipe" else min(microbatches, 4 * pp * vpp)
+
+
+def _largest(seen: set[Counts]) -> tuple[Counts, ...]:
+    return tuple(
+        sorted(
+            one for one in seen
+            if not any(other != one and all(a >= b for a, b in zip(other, one, strict=True)) for other in seen)
+        )
+    )  # fmt: skip

@@ -1,0 +1,99 @@
+"""Kernels: what an implementation of a layer keeps for its backward, and how often it reads and writes its tensors.
+
+The formulas of memory and time ask these facts instead of an engine's name. `megatron` is the implementation that the
+closed forms of 2205.05198 describe; `fused` has a fused attention, norms and activations; `torch` is what this package's torch
+engine runs (transformers' modules, one kernel an operation), `mlx` its MLX engine.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from partita.errors import PlanError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kernels:
+    """The implementation of a layer. Sizes count elements of a tensor's width per token, unless they say otherwise.
+
+    Attributes:
+        name: Its name.
+        stores_scores: Whether the attention stores its scores [heads, length, length] for the backward.
+        causal_share: The share of the scores that a causal attention computes.
+        dropout: Whether it drops elements, and stores the masks (one byte an element).
+        norm_saved: Tensors in the model's dtype that a norm keeps, its input counted.
+        norm_saved_float32: Float32 tensors that a norm keeps of a narrower model.
+        gated_saved: Tensors of the inner width that a gated activation keeps, the next product's input not counted.
+        plain_saved: The same of a plain activation.
+        norm_passes: How often a norm reads or writes a tensor, forward.
+        activation_passes: The same for an activation, per width of its inputs and outputs.
+        residual_passes: The same for adding to the residual stream.
+        rotary_passes: The same for rotary positions.
+        score_passes: The same for scaling, masking and normalizing stored scores.
+        backward: Reads and writes of the backward for one of the forward.
+        attention_backward: Operations of an attention's backward for one of its forward.
+        logit_bytes: Bytes of a logit that a training step keeps, beside those in the model's dtype.
+        keeps_logits: Whether logits in the model's dtype are kept too.
+        caches_latent: Whether a latent attention caches its latent, rather than keys and values.
+        gathers_again: Whether sequence parallelism gathers a layer's input again in the backward, which keeps its part only.
+        splits_messages: Whether each tensor rank sends its part of a message between stages, which is gathered again there
+            (2104.04473, section 4.1).
+        sends_block: Whether a message between stages keeps its rank from computing.
+    """
+
+    name: str
+    stores_scores: bool
+    causal_share: float
+    dropout: bool = False
+    norm_saved: float = 1.0
+    norm_saved_float32: float = 0.0
+    gated_saved: float = 2.0
+    plain_saved: float = 1.0
+    norm_passes: float = 2.0
+    activation_passes: float = 1.0
+    residual_passes: float = 3.0
+    rotary_passes: float = 2.0
+    score_passes: float = 0.0
+    backward: float = 1.5
+    attention_backward: float = 2.5
+    logit_bytes: float = 4.0
+    keeps_logits: bool = False
+    caches_latent: bool = True
+    gathers_again: bool = True
+    splits_messages: bool = True
+    sends_block: bool = True
+
+
+KERNELS = MappingProxyType(
+    {
+        kernels.name: kernels
+        for kernels in (
+            Kernels(
+                name="megatron", stores_scores=True, causal_share=1.0, dropout=True, score_passes=5.0, residual_passes=4.5,
+                attention_backward=2.0,
+            ),
+            Kernels(name="fused", stores_scores=False, causal_share=0.5),
+            Kernels(
+                name="torch", stores_scores=False, causal_share=0.5, norm_saved=2.0, norm_saved_float32=1.0, gated_saved=3.0,
+                norm_passes=8.0, activation_passes=1.7, rotary_passes=9.0, backward=1.5, keeps_logits=True,
+                caches_latent=False, splits_messages=False, sends_block=False,
+            ),
+            Kernels(
+                name="mlx", stores_scores=False, causal_share=0.5, gated_saved=3.0, activation_passes=1.7, backward=1.5,
+                keeps_logits=True, splits_messages=False, sends_block=False,
+            ),
+        )
+    }
+)  # fmt: skip
+
+
+def kernels_of(name: str) -> Kernels:
+    """The kernels of a name.
+
+    Raises:
+        PlanError: The name is unknown.
+    """
+    if name not in KERNELS:
+        raise PlanError(f"kernels must be one of {', '.join(KERNELS)}, but is {name!r}.")
+    return KERNELS[name]

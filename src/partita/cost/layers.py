@@ -1,0 +1,191 @@
+"""The seconds of a layer: a roofline for each operation, and the collectives between its tensor ranks.
+
+product      max(2 m k n / (peak x efficiency), bytes / (bandwidth x efficiency)) + start
+attention    2 products of the scores, [length, width] x [width, context] and back; fused, or each with its bytes
+others       bytes / (bandwidth x efficiency) + start
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from partita.core.model.spec import DTYPE_BYTES
+from partita.cost.activations import Shape, context_of
+from partita.cost.collectives import seconds
+from partita.cost.hardware import Device, Group, Hardware, value_at
+from partita.cost.kernels import Kernels
+from partita.cost.model import Attention, Layer, ModelCost, Product
+from partita.cost.work import Recompute
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Seconds of a layer or a stage for one micro-batch.
+
+    Attributes:
+        f: Its forward.
+        b: Its input gradient, with what is computed again.
+        w: Its weight gradient.
+        tp_f: Of `f`, what passes in collectives between tensor ranks.
+        tp_b: The same of `b`.
+    """
+
+    f: float = 0.0
+    b: float = 0.0
+    w: float = 0.0
+    tp_f: float = 0.0
+    tp_b: float = 0.0
+
+    def __add__(self, other: Seconds) -> Seconds:
+        return Seconds(
+            self.f + other.f, self.b + other.b, self.w + other.w, self.tp_f + other.tp_f, self.tp_b + other.tp_b
+        )
+
+    def times(self, count: float) -> Seconds:
+        """`count` of them."""
+        return Seconds(self.f * count, self.b * count, self.w * count, self.tp_f * count, self.tp_b * count)
+
+    @property
+    def total(self) -> float:
+        """Forward and backward."""
+        return self.f + self.b + self.w
+
+
+def product_s(device: Device, dtype: str, rows: float, product: Product) -> float:
+    """Seconds of a product whose inputs have `rows` rows."""
+    item = DTYPE_BYTES[dtype]
+    count, inputs, outputs = product.experts, product.inputs, product.outputs
+    if not rows or not inputs or not outputs:
+        return 0.0
+    visited = 1.0
+    if count > 1:
+        rows = rows * product.chosen
+        visited = 1 - (1 - min(1.0, product.chosen / count)) ** (rows / product.chosen)
+    each = rows / (count * visited)
+    operations = 2.0 * rows * inputs * outputs
+    bits = 8 * item if product.bits is None else product.bits
+    moved = inputs * outputs * count * visited * bits / 8 + rows * (inputs + outputs) * item
+    one = operations / (count * visited)
+    share = value_at(device.product_efficiency, one) * value_at(device.narrow_efficiency, min(each, inputs, outputs))
+    computing = operations / (device.peak(dtype) * share)
+    moving = moved / (device.memory_bandwidth * value_at(device.memory_efficiency, moved))
+    unpacking = 0.0
+    if product.bits is not None and device.unpack_flops:
+        unpacking = inputs * outputs * count * visited / device.unpack_flops
+    return max(computing, moving) + unpacking + device.operation_s
+
+
+def move_s(device: Device, moved: float, operations: int = 1) -> float:
+    """Seconds of operations that move bytes and compute little."""
+    if moved <= 0:
+        return 0.0
+    return (
+        moved / (device.memory_bandwidth * value_at(device.memory_efficiency, moved)) + operations * device.operation_s
+    )
+
+
+def attention_s(attention: Attention, device: Device, kernels: Kernels, shape: Shape, past: int = 0) -> float:
+    """Seconds of the attention core, forward; with `past` tokens in the cache for a token that is decoded."""
+    context = context_of(attention, shape) if not past else min(past, attention.window or past)
+    share = kernels.causal_share if attention.is_causal and not past else 1.0
+    if attention.window and attention.window < shape.context and not past:
+        share = 1.0
+    pairs = shape.batch * attention.heads * shape.length * context * share
+    widths = attention.key_width + attention.value_width
+    operations = 2.0 * pairs * widths
+    if past:
+        cached = shape.batch * context * attention.cached(latent=kernels.caches_latent) * shape.item
+        computing = operations / (device.peak(shape.dtype) * value_at(device.attention_efficiency, operations))
+        return max(computing, move_s(device, cached, 0)) + 2 * device.operation_s
+    if not kernels.stores_scores:
+        computing = operations / (device.peak(shape.dtype) * value_at(device.attention_efficiency, operations))
+        read = shape.tokens * (attention.heads + attention.kv_heads) * widths * shape.item
+        return max(computing, move_s(device, read, 0)) + device.operation_s
+    scores = pairs * shape.item
+    one = 2.0 * shape.length * context * attention.key_width
+    narrow = min(shape.length, attention.key_width, context)
+    efficiency = value_at(device.product_efficiency, one * shape.batch * attention.heads) * value_at(
+        device.narrow_efficiency, narrow
+    )
+    moved = scores + shape.tokens * attention.heads * attention.key_width * 2 * shape.item
+    product = max(
+        operations / 2 / (device.peak(shape.dtype) * efficiency), move_s(device, moved, 0)
+    ) + device.operation_s  # fmt: skip
+    return 2 * product + move_s(device, kernels.score_passes * scores, 2)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a layer runs in: the device, kernels, links between tensor ranks, and what is computed again."""
+
+    device: Device
+    hardware: Hardware
+    kernels: Kernels
+    tp: Group
+    recompute: Recompute = "none"
+    trains_weights: bool = True
+
+
+def layer_s(layer: Layer, model: ModelCost, shape: Shape, setting: Setting, past: int = 0) -> Seconds:
+    """Seconds of a layer for a micro-batch; with `past` for one decoded token of each sequence."""
+    device, kernels = setting.device, setting.kernels
+    products = math.fsum(product_s(device, shape.dtype, shape.tokens, product) for product in layer.products)
+    core: float = attention_s(layer.attention, device, kernels, shape, past) if layer.attention is not None else 0.0
+    others = _others(layer, model, shape, setting)
+    forward = products + core + others
+    backward = products + core * kernels.attention_backward + others * kernels.backward
+    if device.is_asynchronous:
+        again = max(forward, device.layer_s)
+        backward = max(backward, device.layer_backward_s)
+    else:
+        again = forward + device.layer_s
+        backward += device.layer_backward_s
+    forward = again
+    weights = products if setting.trains_weights else 0.0
+    tp_f, tp_b, hidden = _tensor_ranks(layer, model, shape, setting)
+    exposed = max(0.0, hidden - weights) + hidden * setting.hardware.link_inside().occupies if hidden else 0.0
+    if setting.recompute == "full":
+        backward += forward + tp_f
+        tp_b += tp_f
+    elif setting.recompute == "selective":
+        backward += core
+    return Seconds(forward + tp_f, backward + tp_b + exposed, weights, tp_f, tp_b + exposed)
+
+
+def _others(layer: Layer, model: ModelCost, shape: Shape, setting: Setting) -> float:
+    """Seconds of norms, activations, positions and the residual stream, forward."""
+    kernels, device, item = setting.kernels, setting.device, shape.item
+    tokens = shape.tokens
+    total = 0.0
+    for width in layer.norms:
+        total += move_s(device, kernels.norm_passes * tokens * width * shape.whole * item)
+    total += 2 * move_s(device, kernels.residual_passes * tokens * model.hidden * shape.whole * item)
+    if layer.head_norms:
+        total += move_s(device, kernels.norm_passes * tokens * layer.head_norms * item, 2)
+    for mlp in layer.mlps:
+        widths = (3 if mlp.is_gated else 2) * mlp.inner * mlp.rows
+        total += move_s(device, kernels.activation_passes * tokens * widths * item)
+    attention = layer.attention
+    if attention is not None and attention.has_rotary:
+        rotated = (attention.heads + attention.kv_heads) * attention.key_width
+        total += move_s(device, kernels.rotary_passes * tokens * rotated * item, 2)
+    return total
+
+
+def _tensor_ranks(layer: Layer, model: ModelCost, shape: Shape, setting: Setting) -> tuple[float, float, float]:
+    """Seconds of collectives between tensor ranks: of the forward, of the backward, and of the backward beside weights."""
+    if setting.tp.size == 1:
+        return 0.0, 0.0, 0.0
+    message = shape.tokens * model.hidden * shape.item
+
+    def of(name: str, size: float = message) -> float:
+        return seconds(setting.hardware, setting.tp, name, size)
+
+    gathered = of("all_gather", shape.tokens * layer.gathers * shape.item) if layer.gathers else 0.0
+    if shape.sequence_parallel:
+        forward = layer.entries * of("all_gather") + layer.reduces * of("reduce_scatter")
+        backward = layer.reduces * of("all_gather")
+        again = layer.entries * of("all_gather") if setting.kernels.gathers_again else 0.0
+        return forward + gathered, backward + gathered, again + layer.entries * of("reduce_scatter")
+    return layer.reduces * of("all_reduce") + gathered, gathered, layer.entries * of("all_reduce")

@@ -1,0 +1,236 @@
+"""Memory: the bytes of every rank at its peak, by what they are for."""
+
+from __future__ import annotations
+
+import math
+
+from partita.core.model.spec import DTYPE_BYTES
+from partita.core.optimizers import check_optimizer
+from partita.cost.activations import Shape, embedding_bytes, head_bytes, layer_bytes, micro_batch
+from partita.cost.alive import Counts, alive
+from partita.cost.degrees import Degrees, degrees_of
+from partita.cost.kernels import Kernels, kernels_of
+from partita.cost.model import Layer, ModelCost, Part, bytes_of_bits
+from partita.cost.stages import StageCost, stages_of
+from partita.cost.work import Arrangement, MemoryUse, Work
+
+
+def memory(model: ModelCost, work: Work, arrangement: Arrangement, kernels: str = "torch") -> tuple[MemoryUse, ...]:
+    """The bytes of every global rank.
+
+    Args:
+        model: The model.
+        work: What is done with it.
+        arrangement: How.
+        kernels: What computes its layers; that of a hardware file is `hardware.kernels`.
+
+    Raises:
+        PlanError: The model cannot be arranged so.
+    """
+    check_optimizer(work.optimizer)
+    degrees = degrees_of(arrangement.mesh)
+    key = ("memory", work, arrangement.microbatches, arrangement.zero, arrangement.recompute, arrangement.sequence_parallel,
+           degrees, kernels)  # fmt: skip
+    known: dict[object, tuple[MemoryUse, ...]] = model.cache.setdefault(key, {})
+    stages = stages_of(model, arrangement)
+    counts: tuple[tuple[Counts, ...], ...] = ((),) * degrees.pp
+    if work.purpose == "train":
+        counts = alive(arrangement.schedule, degrees.pp, arrangement.microbatches, arrangement.vpp)
+    replica: list[MemoryUse] = []
+    for place in zip(stages, counts, strict=True):
+        if place not in known:
+            sliced = model.sliced(degrees.tp)
+            uses = {
+                tp: _of_rank(model, work, arrangement, degrees, kernels_of(kernels), *place, tp)
+                for tp in sliced.distinct
+            }
+            known[place] = tuple(uses[tp] for tp in sliced.same_as)
+        replica += known[place] * degrees.cp
+    return tuple(replica) * degrees.dp
+
+
+def _of_rank(
+    model: ModelCost, work: Work, arrangement: Arrangement, degrees: Degrees, kernels: Kernels,
+    stages: tuple[StageCost, ...], counts: tuple[Counts, ...], tp: int,
+) -> MemoryUse:  # fmt: skip
+    held = held_by(model, stages, degrees.tp, tp)
+    weights = weight_bytes(model, work, held)
+    if work.purpose != "train":
+        cache, buffers = _generating(model, work, arrangement, degrees, kernels, stages, tp)
+        return MemoryUse(weights=weights, cache=cache, buffers=buffers)
+    trained = _trained(model, work, held)
+    item = DTYPE_BYTES[weight_dtype(model, work)]
+    gradient = DTYPE_BYTES[work.gradient_dtype] if work.gradient_dtype else item
+    shards = degrees.dp
+    optimizer = optimizer_bytes(work, held, trained, item)
+    activations, buffers = _training(model, work, arrangement, degrees, kernels, stages, counts, tp)
+    return MemoryUse(
+        weights=math.ceil(weights / (shards if arrangement.zero >= 3 else 1)) + (2 * trained if work.lora_rank else 0),
+        gradients=math.ceil(trained * gradient / (shards if arrangement.zero >= 2 else 1)),
+        optimizer=math.ceil(optimizer / (shards if arrangement.zero >= 1 else 1)),
+        activations=activations,
+        buffers=buffers,
+    )
+
+
+def weight_dtype(model: ModelCost, work: Work) -> str:
+    """The dtype of weights and products."""
+    return work.dtype or model.spec.dtype
+
+
+def held_by(model: ModelCost, stages: tuple[StageCost, ...], tp: int, rank: int) -> Part:
+    """What tensor rank `rank` holds of the stages of a pipeline rank."""
+    sliced = model.sliced(tp)
+    layers, ends = sliced.layers[rank], sliced.ends[rank]
+    held = Part()
+    for stage in stages:
+        for kind, count in stage.kinds:
+            held += layers[kind].held.times(count)
+        for k in range(stage.mtp):
+            held += layers[len(model.first) + k].held
+    first, last = any(s.embedding for s in stages), any(s.loss for s in stages)
+    mtp = any(s.mtp for s in stages)
+    if first and last:
+        return held + ends.both
+    if first:
+        return held + ends.embedding
+    if last:
+        return held + (ends.mtp_and_loss if mtp else ends.loss)
+    return held + ends.mtp if mtp else held
+
+
+def weight_bytes(model: ModelCost, work: Work, held: Part) -> int:
+    """Bytes of the weights that a rank holds; quantized ones are packed unless `work` names a dtype."""
+    if work.dtype is None or work.dtype == model.spec.dtype:
+        return bytes_of_bits(held.bits)
+    return bytes_of_bits(held.unpacked_bits * DTYPE_BYTES[work.dtype] / model.spec.dtype_bytes)
+
+
+def _trained(model: ModelCost, work: Work, held: Part) -> int:
+    return held.lora * work.lora_rank if work.lora_rank else held.parameters
+
+
+def optimizer_bytes(work: Work, held: Part, trained: int, item: int) -> int:
+    """Bytes of moments and master copies of all trained parameters that a rank holds."""
+    master = work.master_dtype == "float32" and item < 4
+    state = 4 if master else item
+    matrices = held.matrices if work.optimizer == "muon" and not work.lora_rank else 0
+    moments = {"sgd": trained, "muon": 2 * trained - matrices}.get(work.optimizer, 2 * trained)
+    return moments * state + (4 * trained if master else 0)
+
+
+# --- activations ------------------------------------------------------------------------------------------------------
+
+
+def training_shape(work: Work, arrangement: Arrangement, degrees: Degrees, dtype: str) -> Shape:
+    """A micro-batch of training on a rank."""
+    return Shape(
+        micro_batch(work.batch_size, degrees.dp, arrangement.microbatches),
+        math.ceil(work.sequence_length / degrees.cp),
+        work.sequence_length,
+        dtype,
+        degrees.tp,
+        arrangement.sequence_parallel and degrees.tp > 1,
+    )
+
+
+def stage_activations(
+    model: ModelCost, stage: StageCost, shape: Shape, kernels: Kernels, arrangement: Arrangement, tp: int
+) -> float:
+    """Bytes that a stage keeps of a micro-batch, the loss not counted: no schedule keeps more than one of those alive."""
+    layers = model.sliced(shape.tp).layers[tp]
+    kept = embedding_bytes(model, shape, kernels) if stage.embedding else 0.0
+    for kind, count in stage.kinds:
+        kept += count * layer_bytes(layers[kind], model, shape, kernels, arrangement.recompute)
+    for k in range(stage.mtp):
+        kept += layer_bytes(layers[len(model.first) + k], model, shape, kernels, arrangement.recompute)
+    return kept
+
+
+def _training(
+    model: ModelCost, work: Work, arrangement: Arrangement, degrees: Degrees, kernels: Kernels,
+    stages: tuple[StageCost, ...], counts: tuple[Counts, ...], tp: int,
+) -> tuple[int, int]:  # fmt: skip
+    """Bytes of activations and of buffers."""
+    shape = training_shape(work, arrangement, degrees, weight_dtype(model, work))
+    sizes = [stage_activations(model, stage, shape, kernels, arrangement, tp) for stage in stages]
+    activations = max(sum(n * size for n, size in zip(one, sizes, strict=True)) for one in counts)
+    sliced = model.sliced(degrees.tp)
+    message = shape.tokens * model.hidden * shape.item * shape.whole
+    buffers = 2 * message if degrees.pp > 1 else 0.0
+    head = sliced.ends[tp].head
+    columns = head.outputs if head is not None else 0
+    layers = [sliced.layers[tp][kind] for stage in stages for kind, _ in stage.kinds]
+    inside = 0.0
+    if any(stage.loss for stage in stages):
+        kept = head_bytes(model, columns, shape, kernels, sliced.ends[tp].norm)
+        activations += kept
+        inside = shape.tokens * columns * (shape.item + kernels.logit_bytes)
+    if layers:
+        inside = max(inside, max(_inside_layer(layer, model, shape, kernels, arrangement) for layer in layers))
+        if arrangement.zero >= 3:
+            buffers += 2 * max(layer.held.bits for layer in layers) / 8
+    if degrees.dp > 1:
+        buffers += 2 * 4 * min(BUCKET_BYTES / shape.item, held_by(model, stages, degrees.tp, tp).parameters)
+    return math.ceil(activations), math.ceil(buffers + inside)
+
+
+BUCKET_BYTES = 25 << 20
+"""Bytes of gradients that replicas exchange at once."""
+
+
+def _inside_layer(layer: Layer, model: ModelCost, shape: Shape, kernels: Kernels, arrangement: Arrangement) -> float:
+    """Bytes that are alive within a layer's backward: all that it keeps if it is computed again, and gradients."""
+    inside = shape.tokens * model.hidden * shape.item * 2.0
+    if layer.mlps:
+        inside += (
+            shape.tokens * shape.item * max(mlp.inner * mlp.rows * (3 if mlp.is_gated else 1) for mlp in layer.mlps)
+        )
+    if arrangement.recompute != "none":
+        everything = layer_bytes(layer, model, shape, kernels, "none")
+        inside += everything - layer_bytes(layer, model, shape, kernels, arrangement.recompute)
+    return inside
+
+
+# --- generating ---------------------------------------------------------------------------------------------------------
+
+
+def cache_bytes(
+    model: ModelCost, work: Work, arrangement: Arrangement, degrees: Degrees, kernels: Kernels,
+    stages: tuple[StageCost, ...], tp: int, context: int | None = None,
+) -> int:  # fmt: skip
+    """Bytes of the cache of a rank for all sequences of its replica, each of `context` tokens."""
+    sequences = math.ceil(work.sequences / degrees.dp)
+    length = work.context if context is None else context
+    item = DTYPE_BYTES[weight_dtype(model, work)]
+    layers = model.sliced(degrees.tp).layers[tp]
+    total = 0
+    for stage in stages:
+        for kind, count in stage.kinds:
+            attention = layers[kind].attention
+            if attention is not None:
+                tokens = math.ceil(min(length, attention.window or length) / degrees.cp)
+                total += count * tokens * attention.cached(latent=kernels.caches_latent) * item
+    return total * sequences
+
+
+def _generating(
+    model: ModelCost, work: Work, arrangement: Arrangement, degrees: Degrees, kernels: Kernels,
+    stages: tuple[StageCost, ...], tp: int,
+) -> tuple[int, int]:  # fmt: skip
+    """Bytes of the cache, and of what a prompt's forward keeps alive."""
+    sequences = math.ceil(math.ceil(work.sequences / degrees.dp) / arrangement.microbatches)
+    shape = Shape(sequences, work.sequence_length, work.sequence_length, weight_dtype(model, work), degrees.tp)
+    sliced = model.sliced(degrees.tp)
+    cache = cache_bytes(model, work, arrangement, degrees, kernels, stages, tp)
+    inside = 0.0
+    for stage in stages:
+        for kind, _ in stage.kinds:
+            layer = sliced.layers[tp][kind]
+            widest = max((p.outputs * (p.chosen if p.experts > 1 else 1) for p in layer.products), default=0)
+            inside = max(inside, shape.tokens * shape.item * (2.0 * model.hidden + 2 * widest))
+    head = sliced.ends[tp].head
+    if any(stage.loss for stage in stages) and head is not None:
+        inside = max(inside, shape.batch * head.outputs * (shape.item + 4.0))
+    message = shape.tokens * model.hidden * shape.item if degrees.pp > 1 else 0
+    return cache, math.ceil(inside + 2 * message)

@@ -1,0 +1,532 @@
+"""ModelCost: the facts of a model that its costs need, for each kind of layer and each tensor rank.
+
+One layer of each kind is resolved, not each layer, so that a model of 671 B parameters takes milliseconds for each `tp`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from types import MappingProxyType
+from typing import Any
+
+from partita.core.layout.layout import PipelineParallelLayerLayout
+from partita.core.mesh import Mesh
+from partita.core.model.mtp import mtp_count, with_mtp
+from partita.core.model.spec import ModelSpec, TensorSpec, config_number, text_config
+from partita.core.plan import Plan
+from partita.core.sharding.cuts import AttentionPlan, ModulePlan, TensorPlan
+from partita.core.sharding.resolve import resolve
+from partita.core.sharding.rules import Rules, rules_for
+
+_NORM = re.compile(r"(^|[._])(norm|layernorm|layer_norm|rmsnorm|ln|ln_\w+|\w*norm\w*)($|[._\d])", re.IGNORECASE)
+_ATTENTION = re.compile(r"(^|[._])(self_)?(attn|attention)([._]|$)|(^|\.)attention\.")
+_HEAD_NORM = re.compile(r"(q|k|query|key)_?(layer)?norm$")
+
+
+@dataclass(frozen=True)
+class Product:
+    """A matrix product of a layer on a rank: [rows, inputs] x [inputs, outputs].
+
+    Attributes:
+        name: The path of its module within the layer.
+        inputs: Inputs on this rank.
+        outputs: Outputs on this rank.
+        style: How it is split: `column`, `row` or `replicate`.
+        source: What names the tensor that it reads; products of one source share it.
+        experts: The number of matrices, each for a part of the rows; 1 for a plain product.
+        chosen: For each token, the experts that it visits.
+        bits: Bits of a weight's element; None in the model's dtype.
+        unsplit: Inputs and outputs of the unsplit product.
+    """
+
+    name: str
+    inputs: int
+    outputs: int
+    style: str
+    source: str
+    experts: int = 1
+    chosen: int = 1
+    bits: float | None = None
+    unsplit: tuple[int, int] = (0, 0)
+
+
+@dataclass(frozen=True)
+class Attention:
+    """The attention of a layer on a rank.
+
+    Attributes:
+        heads: Query heads on this rank.
+        kv_heads: Key and value heads on this rank.
+        key_width: Elements of a query or key of a head.
+        value_width: Elements of a value of a head.
+        window: Tokens that a token attends to at most; 0 for all.
+        latent: Elements of a token's latent (kv_lora_rank + qk_rope_head_dim), which no rank splits; 0 without.
+        is_causal: Whether tokens attend to earlier ones only.
+        has_rotary: Whether queries and keys are rotated.
+    """
+
+    heads: int
+    kv_heads: int
+    key_width: int
+    value_width: int
+    window: int = 0
+    latent: int = 0
+    is_causal: bool = True
+    has_rotary: bool = True
+
+    def cached(self, *, latent: bool) -> int:
+        """Elements of a token in the cache."""
+        return self.latent if latent and self.latent else self.kv_heads * (self.key_width + self.value_width)
+
+
+@dataclass(frozen=True)
+class Mlp:
+    """The activation between the products of an MLP on a rank: its width, whether it is gated, rows for each token."""
+
+    inner: int
+    is_gated: bool
+    rows: int = 1
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a rank holds of a part of the model (a layer, or what is outside the layers).
+
+    Attributes:
+        parameters: Parameters, which are trained.
+        bits: Bits of parameters and saved buffers as they are stored.
+        unpacked_bits: The same with quantized weights in the model's dtype.
+        matrices: Parameters that Muon updates, which keep one moment.
+        lora: For each rank of an adapter, its parameters.
+    """
+
+    parameters: int = 0
+    bits: float = 0.0
+    unpacked_bits: float = 0.0
+    matrices: int = 0
+    lora: int = 0
+
+    def __add__(self, other: Part) -> Part:
+        return Part(
+            self.parameters + other.parameters,
+            self.bits + other.bits,
+            self.unpacked_bits + other.unpacked_bits,
+            self.matrices + other.matrices,
+            self.lora + other.lora,
+        )
+
+    def times(self, count: int) -> Part:
+        """`count` of them."""
+        return Part(
+            self.parameters * count,
+            self.bits * count,
+            self.unpacked_bits * count,
+            self.matrices * count,
+            self.lora * count,
+        )
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A kind of layer on a tensor rank.
+
+    Attributes:
+        held: What the rank holds.
+        products: Its matrix products.
+        attention: Its attention, if it has one.
+        mlps: Its activations.
+        norms: Widths of the norms that all ranks compute.
+        head_norms: Elements of the norms inside a split region.
+        reduces: All-reduces of [tokens, hidden] in the forward.
+        entries: The same in the backward.
+        gathers: Elements of a token that are gathered in the forward: the outputs of layers that are split by themselves.
+    """
+
+    held: Part
+    products: tuple[Product, ...]
+    attention: Attention | None
+    mlps: tuple[Mlp, ...]
+    norms: tuple[int, ...]
+    head_norms: int
+    reduces: int
+    entries: int
+    gathers: int
+
+
+@dataclass(frozen=True)
+class Ends:
+    """What a tensor rank holds outside the layers: at the embedding, at the loss, and if both are on one pipeline rank."""
+
+    embedding: Part
+    loss: Part
+    both: Part
+    mtp: Part
+    mtp_and_loss: Part
+    head: Product | None
+    norm: int
+
+
+@dataclass(frozen=True)
+class Sliced:
+    """The model over `tp` tensor ranks: by tensor rank, each kind of layer and the ends."""
+
+    layers: tuple[tuple[Layer, ...], ...]
+    ends: tuple[Ends, ...]
+
+    @cached_property
+    def distinct(self) -> tuple[int, ...]:
+        """The first of each set of tensor ranks that hold the same."""
+        first: dict[Any, int] = {}
+        for rank, held in enumerate(zip(self.layers, self.ends, strict=True)):
+            first.setdefault(held, rank)
+        return tuple(first.values())
+
+    @cached_property
+    def same_as(self) -> tuple[int, ...]:
+        """For each tensor rank the first one that holds the same."""
+        first: dict[Any, int] = {}
+        return tuple(first.setdefault(held, rank) for rank, held in enumerate(zip(self.layers, self.ends, strict=True)))
+
+
+class ModelCost:
+    """The facts of a model that its costs need. Make one with `ModelCost.of`.
+
+    Attributes:
+        spec: The model.
+        kinds: For each decoder layer, then each prediction layer that the checkpoint has, the number of its kind.
+        first: For each kind, the first layer of it.
+        hidden: The width of the hidden state.
+        head_width: Elements of a head.
+    """
+
+    def __init__(self, spec: ModelSpec, rules: Rules | None = None) -> None:
+        self.spec = spec
+        self.rules = rules or rules_for(spec)
+        config = text_config(spec.config)
+        self.config = config
+        self.hidden = config_number(config, "hidden_size", "n_embd", "d_model", "hidden_dim") or _hidden_of(spec)
+        self.head_width = config_number(config, "head_dim") or self.hidden // max(1, spec.num_heads)
+        by_layer: dict[int, list[TensorSpec]] = {}
+        self._outside: list[TensorSpec] = []
+        for name, tensor in spec.tensors.items():
+            layer = spec.layer_of(name)
+            if layer is None:
+                self._outside.append(tensor)
+            else:
+                by_layer.setdefault(layer, []).append(tensor)
+        self._by_layer = by_layer
+        found: dict[Any, int] = {}
+        self.kinds = tuple(
+            found.setdefault(self._signature(layer, by_layer.get(layer, [])), len(found))
+            for layer in range(spec.num_layers)
+        )
+        self.first = tuple(self.kinds.index(kind) for kind in range(len(found)))
+        self._sliced: dict[int, Sliced] = {}
+        self.cache: dict[Any, Any] = {}
+        """Costs that were computed before; for the other modules of this package."""
+
+    @classmethod
+    def of(cls, spec: ModelSpec) -> ModelCost:
+        """The facts of `spec`, computed once."""
+        return _model_cost(spec)
+
+    def _signature(self, layer: int, tensors: Iterable[TensorSpec]) -> Any:
+        prefix = len(f"{self.spec.layers}.{layer}.")
+        shapes = tuple((t.name[prefix:], t.shape, t.packed_bits, t.is_buffer, t.tied_to) for t in tensors)
+        return shapes, self.window_of(layer)
+
+    def window_of(self, layer: int) -> int:
+        """Tokens that a token of a layer attends to at most; 0 for all."""
+        window = config_number(self.config, "sliding_window", "attention_window")
+        if not window or self.config.get("use_sliding_window") is False:
+            return 0
+        types = self.config.get("layer_types")
+        if isinstance(types, (list, tuple)) and layer < len(types):
+            return window if "sliding" in str(types[layer]) else 0
+        pattern = config_number(self.config, "sliding_window_pattern")
+        if pattern:
+            return 0 if (layer + 1) % pattern == 0 else window
+        if self.spec.family == "gemma2":
+            return window if layer % 2 == 0 else 0
+        return window
+
+    @cached_property
+    def num_experts(self) -> int:
+        """Routed experts of a layer; 0 without."""
+        return config_number(self.config, "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+
+    @cached_property
+    def chosen_experts(self) -> int:
+        """Routed experts that a token visits."""
+        return config_number(self.config, "num_experts_per_tok", "moe_top_k", "num_experts_per_token") or 1
+
+    @cached_property
+    def is_causal(self) -> bool:
+        """Whether tokens attend to earlier ones only."""
+        return "MaskedLM" not in self.spec.architecture and not self.spec.family.startswith(("bert", "roberta"))
+
+    @cached_property
+    def has_rotary(self) -> bool:
+        """Whether positions are rotations of queries and keys."""
+        return not self.spec.positions and self.spec.family not in ("bloom", "mpt", "bert", "opt", "gpt2")
+
+    def with_mtp(self, count: int) -> ModelCost:
+        """The facts of the model with `count` prediction layers."""
+        if count == 0 or mtp_count(self.spec) == count:
+            return self
+        key = ("mtp", count)
+        if key not in self.cache:
+            self.cache[key] = ModelCost(with_mtp(self.spec, count), self.rules)
+        result: ModelCost = self.cache[key]
+        return result
+
+    @cached_property
+    def mtp(self) -> int:
+        """Prediction layers among the tensors."""
+        return mtp_count(self.spec)
+
+    def sliced(self, tp: int) -> Sliced:
+        """The model over `tp` tensor ranks.
+
+        Raises:
+            PlanError: The model cannot be split so.
+        """
+        if tp not in self._sliced:
+            self._sliced[tp] = self._slice(tp)
+        return self._sliced[tp]
+
+    def _slice(self, tp: int) -> Sliced:
+        shown = [*self.first, *range(self.spec.num_layers, self.spec.num_layers + self.mtp)]
+        tensors = {t.name: t for layer in shown for t in self._by_layer.get(layer, [])}
+        tensors |= {t.name: t for t in self._outside}
+        spec = replace(
+            self.spec, tensors=MappingProxyType({n: t for n, t in self.spec.tensors.items() if n in tensors})
+        )
+        modules, attention, cuts = resolve(spec, tp, self.rules)
+        layers = tuple(
+            tuple(self._layer(layer, rank, modules, attention, cuts) for layer in shown) for rank in range(tp)
+        )
+        return Sliced(layers, tuple(self._ends(rank, modules, cuts) for rank in range(tp)))
+
+    # --- a layer ------------------------------------------------------------------------------------------------------
+
+    def _layer(
+        self,
+        layer: int,
+        rank: int,
+        modules: Mapping[str, ModulePlan],
+        attention: Mapping[str, AttentionPlan],
+        cuts: Mapping[str, TensorPlan],
+    ) -> Layer:
+        prefix = f"{self.spec.layers}.{layer}."
+        tensors = self._by_layer.get(layer, [])
+        held = self._part(tensors, rank, cuts)
+        products: list[Product] = []
+        norms: list[int] = []
+        head_norms = 0
+        here = self._attention(layer, rank, prefix, attention, cuts)
+        for tensor in tensors:
+            path, _, leaf = tensor.name.rpartition(".")
+            inner = path.removeprefix(prefix)
+            if len(tensor.shape) == 1 and leaf == "weight":
+                if _HEAD_NORM.search(inner) and here is not None and tensor.shape[0] <= here.key_width:
+                    heads = here.heads if inner.rpartition(".")[2].startswith("q") else here.kv_heads
+                    head_norms += heads * tensor.shape[0]
+                elif _NORM.search(inner):
+                    norms.append(tensor.shape[0])
+            elif len(tensor.shape) >= 2 and not tensor.is_buffer and (leaf == "weight" or leaf.endswith("_proj")):
+                products += self._product(tensor, inner, leaf, rank, modules.get(path), cuts[tensor.name])
+        reduces, entries, gathers = self._collectives(products, prefix, modules, tensors)
+        return Layer(
+            held, tuple(products), here, self._mlps(products), tuple(norms), head_norms, reduces, entries, gathers
+        )
+
+    def _product(
+        self, tensor: TensorSpec, inner: str, leaf: str, rank: int, module: ModulePlan | None, cut: TensorPlan
+    ) -> list[Product]:
+        shape, local = tensor.shape, cut.local_shape(rank)
+        style = module.style if module is not None else "replicate"
+        if len(shape) == 3 and (leaf.startswith(("gate_up", "down", "up", "w1", "w2", "w3")) or "experts" in inner):
+            # Fused experts: [E, 2 I, H] and [E, H, I], or with the last two dimensions exchanged.
+            down = "down" in leaf
+            hidden = self.hidden
+            flip = (shape[1] == hidden) == down
+            outputs, inputs = (local[1], local[2]) if flip else (local[2], local[1])
+            whole = (shape[2], shape[1]) if flip else (shape[1], shape[2])
+            style = ("row" if down else "column") if module is not None else "replicate"
+            return [
+                Product(
+                    f"{inner}.{leaf}", inputs, outputs, style, f"{inner}.{'inner' if down else 'hidden'}",
+                    local[0], self.chosen_experts, tensor.packed_bits, whole,
+                )
+            ]  # fmt: skip
+        if len(shape) != 2:
+            return []
+        transposed = module.transposed if module is not None else self._is_transposed(inner)
+        outputs, inputs = (local[1], local[0]) if transposed else (local[0], local[1])
+        whole = (shape[0], shape[1]) if transposed else (shape[1], shape[0])
+        parent = inner.rpartition(".")[0]
+        if style == "row":
+            source = f"{inner}.inner"
+        else:
+            source = f"{parent if _ATTENTION.search(inner) else 'mlp'}.{whole[0]}"
+        return [Product(inner, inputs, outputs, style, source, 1, 1, tensor.packed_bits, whole)]
+
+    def _is_transposed(self, inner: str) -> bool:
+        """Whether a weight is [in, out] (transformers' Conv1D), for modules that no rank splits."""
+        return self.spec.family == "gpt2" and inner.endswith(("c_attn", "c_proj", "c_fc"))
+
+    def _attention(
+        self,
+        layer: int,
+        rank: int,
+        prefix: str,
+        attention: Mapping[str, AttentionPlan],
+        cuts: Mapping[str, TensorPlan],
+    ) -> Attention | None:
+        tensors = self.spec.tensors
+        paths = [name for name in (t.name for t in self._by_layer.get(layer, [])) if _ATTENTION.search(name)]
+        if not paths or not self.spec.num_heads:
+            return None
+        plan = next((found for path, found in attention.items() if path.startswith(prefix)), None)
+        heads = plan.local_heads(rank) if plan else self.spec.num_heads
+        kv_heads = plan.local_kv_heads(rank) if plan else self.spec.num_kv_heads
+        latent_rank = config_number(self.config, "kv_lora_rank")
+        rope = config_number(self.config, "qk_rope_head_dim")
+        if latent_rank and any("kv_a_proj" in name for name in paths):
+            key = rope + config_number(self.config, "qk_nope_head_dim")
+            value = config_number(self.config, "v_head_dim")
+            return Attention(heads, heads, key, value, self.window_of(layer), latent_rank + rope, self.is_causal)
+        width = self.head_width
+        queries = next((n for n in paths if n.endswith(("q_proj.weight", "query.weight"))), None)
+        if queries is not None and len(tensors[queries].shape) == 2:
+            width = tensors[queries].shape[0] // self.spec.num_heads
+        if (
+            f"{'q_proj'}" in (queries or "")
+            and tensors[queries or ""].shape[0] == 2 * self.head_width * self.spec.num_heads
+        ):
+            width = self.head_width  # half of the outputs are a gate (Qwen3-Next)
+        return Attention(heads, kv_heads, width, width, self.window_of(layer), 0, self.is_causal, self.has_rotary)
+
+    def _mlps(self, products: list[Product]) -> tuple[Mlp, ...]:
+        """The activations: before each product that reads what another of its parent computes."""
+        found = []
+        for down in products:
+            if _ATTENTION.search(down.name) or down.outputs != self.hidden or down.unsplit[1] != self.hidden:
+                continue
+            parent = down.name.rpartition(".")[0]
+            ups = [
+                p
+                for p in products
+                if p is not down and p.name.rpartition(".")[0] == parent and p.experts == down.experts
+            ]
+            outputs = sum(p.outputs for p in ups if p.unsplit[0] == self.hidden and p.unsplit[1] >= down.unsplit[0])
+            if outputs >= down.inputs:
+                found.append(Mlp(down.inputs, outputs >= 2 * down.inputs, down.chosen))
+        return tuple(found)
+
+    def _collectives(
+        self, products: list[Product], prefix: str, modules: Mapping[str, ModulePlan], tensors: list[TensorSpec]
+    ) -> tuple[int, int, int]:
+        rows = {p.name.rpartition(".")[0] if p.experts > 1 else p.name for p in products if p.style == "row"}
+        entries = {p.source for p in products if p.style == "column" and not self._gathers(prefix, p, modules)}
+        gathers = sum(p.unsplit[1] for p in products if self._gathers(prefix, p, modules))
+        split_inputs = sum(
+            p.unsplit[0] for p in products if p.style == "row" and self._splits_input(prefix, p, modules)
+        )
+        return len(rows), len(entries), gathers + split_inputs * 0
+
+    @staticmethod
+    def _gathers(prefix: str, product: Product, modules: Mapping[str, ModulePlan]) -> bool:
+        module = modules.get(prefix + product.name)
+        return module is not None and module.gather_output
+
+    @staticmethod
+    def _splits_input(prefix: str, product: Product, modules: Mapping[str, ModulePlan]) -> bool:
+        module = modules.get(prefix + product.name)
+        return module is not None and module.split_input
+
+    # --- what a rank holds --------------------------------------------------------------------------------------------
+
+    def _part(self, tensors: Iterable[TensorSpec], rank: int, cuts: Mapping[str, TensorPlan]) -> Part:
+        parameters = matrices = lora = 0
+        bits = unpacked = 0.0
+        for tensor in tensors:
+            numel = cuts[tensor.name].local_numel(rank)
+            bits += numel * self.spec.bits_of(tensor)
+            unpacked += numel * self.spec.bits_of(tensor, unpacked=True)
+            if tensor.is_buffer:
+                continue
+            parameters += numel
+            shape = cuts[tensor.name].local_shape(rank)
+            if self.spec.layer_of(tensor.name) is not None:
+                if len(shape) == 2 or (len(shape) == 3 and ".experts." in tensor.name):
+                    matrices += numel
+                if len(shape) == 2 and tensor.name.endswith(".weight"):
+                    lora += sum(shape)
+        return Part(parameters, bits, unpacked, matrices, lora)
+
+    def _ends(self, rank: int, modules: Mapping[str, ModulePlan], cuts: Mapping[str, TensorPlan]) -> Ends:
+        placed = self._placed
+        norm = [t for t in placed["loss"] if self.spec.prefix and t.name.startswith(self.spec.prefix)]
+
+        def part(*groups: list[TensorSpec]) -> Part:
+            tensors = list({t.name: t for group in groups for t in group}.values())
+            names = {t.name for t in tensors}
+            return self._part([t for t in tensors if t.tied_to not in names], rank, cuts)
+
+        return Ends(
+            part(placed["embedding"]),
+            part(placed["loss"]),
+            part(placed["embedding"], placed["loss"]),
+            part([t for t in placed["embedding"] if not self.spec.is_in_tower(t.name)], norm),
+            part([t for t in placed["embedding"] if not self.spec.is_in_tower(t.name)], placed["loss"]),
+            self._head(rank, modules, cuts),
+            sum(t.shape[0] for t in placed["loss"] if len(t.shape) == 1 and t.name.endswith(".weight")),
+        )
+
+    def _head(self, rank: int, modules: Mapping[str, ModulePlan], cuts: Mapping[str, TensorPlan]) -> Product | None:
+        vocabulary = self.spec.vocab_size
+        for tensor in reversed(self._placed["loss"]):
+            if len(tensor.shape) == 2 and tensor.shape[0] >= vocabulary > 0:
+                local = cuts[tensor.name].local_shape(rank)
+                style = "column" if local != tensor.shape else "replicate"
+                whole = (tensor.shape[1], tensor.shape[0])
+                return Product("head", local[1], local[0], style, "head", bits=tensor.packed_bits, unsplit=whole)
+        return None
+
+    @cached_property
+    def _placed(self) -> dict[str, list[TensorSpec]]:
+        """Tensors outside the layers: with the embedding or with the loss."""
+        layout = PipelineParallelLayerLayout("E" + "t" * self.spec.num_layers + "L", 1)
+        plan = Plan(self.spec, Mesh(), layout, Rules(()), {}, {}, {})
+        found: dict[str, list[TensorSpec]] = {"embedding": [], "loss": []}
+        for tensor in self._outside:
+            first = self.spec.is_in_tower(tensor.name) or plan.is_before_layers(tensor.name)
+            found["embedding" if first else "loss"].append(tensor)
+        return found
+
+
+@lru_cache(maxsize=32)
+def _model_cost(spec: ModelSpec) -> ModelCost:
+    return ModelCost(spec)
+
+
+def _hidden_of(spec: ModelSpec) -> int:
+    """The width of the hidden state, from the widest norm of a model without a config."""
+    widths = [t.shape[0] for t in spec.tensors.values() if len(t.shape) == 1]
+    return max(widths, default=0)
+
+
+def ceil_div(value: int, by: int) -> int:
+    """`value / by`, rounded up."""
+    return -(-value // by)
+
+
+def bytes_of_bits(bits: float) -> int:
+    """Whole bytes of bits."""
+    return math.ceil(bits / 8)
