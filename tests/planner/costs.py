@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator
 from functools import cached_property
 
 from partita.core.layout.placement import home_of
 from partita.core.mesh import Mesh
-from partita.cost.work import RECOMPUTE, Arrangement, Estimate, MemoryUse, Work
+from partita.cost.work import RECOMPUTE, Arrangement, Estimate, MemoryUse, Recompute, Work
 from partita.errors import PlanError, ScheduleError
 from partita.planner import Bound
 from partita.planner.layers import Amounts, Memory, compositions, seconds_of
+from partita.planner.model_costs import ModelCosts
 from partita.planner.space import SCHEDULES, Group
 from partita.schedule import check_kind, placement_of
 
@@ -47,11 +49,14 @@ class RandomCosts:
         bytes_ = round(1e6 * sum(self.sizes) * (4 + 12 / mesh.dp) / (mesh.tp * mesh.pp) * 0.999)
         return Bound(min(self.factor.values()) * total * share, bytes_, max(self.limits))
 
-    def least_seconds(self, group: Group) -> float:
+    def least_seconds(self, group: Group, recompute: Recompute = "none") -> float:
         sequences = self.work.batch_size // (group.mesh.dp * group.microbatches)
         total = sum(self._layer(group.mesh.tp, sequences, size) for size in self.sizes) * min(self.slowness)
         least = total / group.vpp + (group.microbatches - 1 / group.vpp) * total / group.mesh.pp
-        return self.factor[group.schedule] * least * (1 - 1e-9)
+        return self.factor[group.schedule] * least * (1 + self.again[recompute]) * (1 - 1e-9)
+
+    def least_seconds_of(self, arrangement: Arrangement) -> float:
+        return 0.9 * self.estimate(arrangement).step_s
 
     def stage_seconds(self, arrangement: Arrangement) -> Amounts:
         mesh = arrangement.mesh
@@ -90,6 +95,12 @@ class RandomCosts:
             parts_s={"compute": step_s}, memory=memory, limit=tuple(self.limits[: mesh.size]),
         )  # fmt: skip
 
+    def memory(self, arrangement: Arrangement) -> tuple[MemoryUse, ...]:
+        return self.estimate(arrangement).memory
+
+    def limit(self, mesh: Mesh) -> tuple[int, ...]:
+        return tuple(self.limits[: mesh.size])
+
     def seconds_of(self, estimate: Estimate) -> float:
         return estimate.step_s
 
@@ -123,28 +134,29 @@ class RandomCosts:
 class AllArrangements:
     """Every arrangement of the work, written down without the search's own enumeration."""
 
-    def __init__(self, costs: RandomCosts) -> None:
-        self.costs = costs
+    def __init__(self, costs: RandomCosts | ModelCosts, batch_size: int, ranks: int) -> None:
+        self.costs, self.batch_size, self.ranks = costs, batch_size, ranks
 
     @cached_property
     def estimates(self) -> list[Estimate]:
         return [self.costs.estimate(one) for one in self._arrangements()]
 
     def _arrangements(self) -> Iterator[Arrangement]:
-        ranks, layers = self.costs.ranks, self.costs.num_layers
+        ranks, layers = self.ranks, self.costs.num_layers
         for tp in range(1, min(ranks, self.costs.max_tp) + 1):
             for pp in range(1, min(ranks, layers) + 1):
                 if ranks % (tp * pp) == 0 and tp != 7:
                     yield from self._of(Mesh(dp=ranks // (tp * pp), pp=pp, tp=tp))
 
     def _of(self, mesh: Mesh) -> Iterator[Arrangement]:
-        batch = self.costs.work.batch_size
+        batch = self.batch_size
         for microbatches in range(1, batch + 1):
             if batch % (mesh.dp * microbatches):
                 continue
             for schedule in SCHEDULES if mesh.pp > 1 else ("1f1b",):
                 for vpp in range(1, self.costs.num_layers // mesh.pp + 1):
-                    if self._exists(schedule, mesh.pp, microbatches, vpp):
+                    is_new = not self._is_repeated(mesh, schedule, vpp)
+                    if is_new and self._exists(schedule, mesh.pp, microbatches, vpp):
                         yield from self._with(mesh, microbatches, schedule, vpp)
 
     @staticmethod
@@ -156,6 +168,12 @@ class AllArrangements:
         except ScheduleError:
             return False
         return not (schedule == "interleaved-1f1b" and vpp == 1)
+
+    def _is_repeated(self, mesh: Mesh, schedule: str, vpp: int) -> bool:
+        """Whether fewer virtual stages, but more than one, have as many layers in their largest one."""
+        largest = math.ceil(self.costs.num_layers / (mesh.pp * vpp))
+        fewer = [math.ceil(self.costs.num_layers / (mesh.pp * other)) for other in range(2, vpp)]
+        return schedule == "interleaved-1f1b" and largest in fewer
 
     def _with(self, mesh: Mesh, microbatches: int, schedule: str, vpp: int) -> Iterator[Arrangement]:
         for layers in compositions(self.costs.num_layers, mesh.pp * vpp):

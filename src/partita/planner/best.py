@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 from partita.cost.work import RECOMPUTE, Estimate, Work
 from partita.errors import PlanError
-from partita.planner.costs import Bound, Costs
+from partita.planner.costs import CostsOf
 from partita.planner.engines import ENGINES, Features, unsupported
 from partita.planner.search import Found, Optimize, Search
-from partita.planner.space import SCHEDULES, Fixed
-
-CostsOf = Callable[[Work, int], Costs]
-"""The costs of a piece of work on a number of ranks; raises `PlanError` if the machine has fewer."""
+from partita.planner.space import SCHEDULES, Bound, Fixed
 
 MORE_RANKS = 10
 """How often the number of ranks is doubled to find one that suffices."""
@@ -55,7 +52,7 @@ class Result:
     """The answer.
 
     Attributes:
-        plans: The best plans that fit, the best first: for each mesh, schedule and number of stages the best one.
+        plans: The best plans that fit, the best first: for each mesh and schedule the best one.
         losers: Classes of other plans.
         external: The best plan for an engine that executes all settings, if it is better than `plans`.
         nearest: If nothing fits, plans of similar questions that do.

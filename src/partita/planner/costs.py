@@ -2,33 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Protocol
 
 from partita.core.mesh import Mesh
-from partita.cost.work import Arrangement, Estimate
+from partita.cost.work import Arrangement, Estimate, MemoryUse, Recompute, Work
 from partita.planner.layers import Amounts, Memory
-from partita.planner.space import Group
-
-
-@dataclass(frozen=True)
-class Bound:
-    """What no arrangement of a mesh goes below.
-
-    Attributes:
-        seconds: Seconds of the work (see `Costs.seconds_of`).
-        bytes: Bytes of the rank that needs most of its memory.
-        limit: Bytes that this rank may use.
-    """
-
-    seconds: float
-    bytes: int
-    limit: int
-
-    @property
-    def can_fit(self) -> bool:
-        """Whether an arrangement of the mesh may fit."""
-        return self.bytes <= self.limit
+from partita.planner.space import Bound, Group
 
 
 class Costs(Protocol):
@@ -40,8 +20,14 @@ class Costs(Protocol):
     def bound(self, mesh: Mesh) -> Bound:
         """What all arrangements of a mesh need at least. Raises `PlanError` for a mesh that cannot split the model."""
 
-    def least_seconds(self, group: Group) -> float:
-        """The seconds that all arrangements of a group need at least."""
+    def least_seconds(self, group: Group, recompute: Recompute = "none") -> float:
+        """The seconds that all arrangements of a group that recompute so much, or more, need at least.
+
+        Raises `PlanError` as `bound` does.
+        """
+
+    def least_seconds_of(self, arrangement: Arrangement) -> float:
+        """The seconds that a complete arrangement needs at least; 0 if `estimate` says so as fast."""
 
     def stage_seconds(self, arrangement: Arrangement) -> Amounts:
         """Seconds of a micro-batch, forward and backward, by stage and layer; `arrangement.layers` does not count."""
@@ -49,8 +35,18 @@ class Costs(Protocol):
     def stage_bytes(self, arrangement: Arrangement) -> Memory:
         """Bytes by stage and layer, which come to at least those of `estimate`, and the limits of the pipeline ranks."""
 
+    def memory(self, arrangement: Arrangement) -> tuple[MemoryUse, ...]:
+        """The bytes of every rank of a complete arrangement."""
+
+    def limit(self, mesh: Mesh) -> tuple[int, ...]:
+        """The bytes that every rank may use."""
+
     def estimate(self, arrangement: Arrangement) -> Estimate:
         """What a complete arrangement costs."""
 
     def seconds_of(self, estimate: Estimate) -> float:
         """Seconds of the work: of a training step, or of reading the prompts and decoding all tokens."""
+
+
+CostsOf = Callable[[Work, int], Costs]
+"""The costs of a piece of work on a number of ranks; raises `PlanError` if the machine has fewer."""

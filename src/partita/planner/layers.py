@@ -28,6 +28,9 @@ EXHAUSTIVE = 2_000
 PRECISION = 1e-12
 """The relative difference below which two times are equal."""
 
+SLACK = 0.02
+"""The share by which the bytes of stages may exceed those of an estimate."""
+
 TAKERS = 4
 """With more assignments, a layer moves to one of that many ranks with the least to compute."""
 
@@ -71,11 +74,22 @@ class Memory:
     bytes: Amounts
     limit: tuple[float, ...]
 
+    def share(self, counts: Sequence[int], homes: Sequence[int]) -> float:
+        """The largest share of its memory that a rank needs."""
+        return max(held / limit for held, limit in zip(loads_of(self.bytes.of(counts), homes), self.limit, strict=True))
+
+    @cached_property
+    def may_suffice(self) -> bool:
+        """Whether the memory of all ranks together suffices for all layers, each where it needs the fewest bytes."""
+        rows = set(self.bytes.layers)
+        least = sum(min(row[layer] for row in rows) for layer in range(len(self.bytes.layers[0])))
+        return least + sum(self.bytes.outside) <= sum(self.limit) * (1 + SLACK)
+
 
 def seconds_of(times: Sequence[float], homes: Sequence[int], microbatches: int) -> float:
     """The seconds of a step whose stages take these `times` for a micro-batch; `homes` is the rank of each stage."""
     vpp = len(times) // (max(homes) + 1)
-    return sum(times) / vpp + (microbatches - 1 / vpp) * max(_loads(times, homes))
+    return sum(times) / vpp + (microbatches - 1 / vpp) * max(loads_of(times, homes))
 
 
 def place(
@@ -91,6 +105,8 @@ def place(
         microbatches: Micro-batches of a step.
         memory: The memory of every rank; None if it is not a limit.
     """
+    if memory is not None and not memory.may_suffice:
+        return None
     if len(homes) > max(homes) + 1:
         return _place_several(seconds, homes, microbatches, memory)
     return _Chain(seconds, microbatches, memory).best()
@@ -230,13 +246,13 @@ def _place_several(
     """Several stages on each rank: all assignments if they are few, else from an even one by moving single layers."""
     stages, layers = len(homes), len(seconds.layers[0])
 
-    def rating(counts: Sequence[int]) -> tuple[float, float]:
-        """Bytes beyond the limits, and the seconds of a step."""
+    def rating(counts: Sequence[int]) -> tuple[float, float, int]:
+        """Bytes beyond the limits, the seconds of a step, and how unequal the stages are."""
         over = 0.0
         if memory is not None:
-            held = _loads(memory.bytes.of(counts), homes)
+            held = loads_of(memory.bytes.of(counts), homes)
             over = sum(max(0.0, used - limit) for used, limit in zip(held, memory.limit, strict=True))
-        return over, seconds_of(seconds.of(counts), homes, microbatches)
+        return over, seconds_of(seconds.of(counts), homes, microbatches), sum(count * count for count in counts)
 
     even = deal(layers, stages, allow_empty=True)
     if math.comb(layers + stages - 1, stages - 1) <= EXHAUSTIVE:
@@ -251,23 +267,27 @@ def _improved(
     homes: Sequence[int],
     seconds: Amounts,
     memory: Memory | None,
-    rating: Callable[[Sequence[int]], tuple[float, float]],
+    rating: Callable[[Sequence[int]], tuple[float, float, int]],
 ) -> list[int]:
     """Move single layers from the rank that is over its limit, or else has the most to compute, to others while that helps."""
     best, least = list(counts), rating(counts)
     while True:
-        loads = _loads(seconds.of(best), homes)
+        loads = loads_of(seconds.of(best), homes)
         if memory is not None and least[0] > 0:
-            used = _loads(memory.bytes.of(best), homes)
+            used = loads_of(memory.bytes.of(best), homes)
             loads = [held - limit for held, limit in zip(used, memory.limit, strict=True)]
         order = sorted(range(len(loads)), key=loads.__getitem__)
-        givers = [stage for stage, home in enumerate(homes) if home == order[-1] and best[stage] > 0]
-        takers = [stage for stage, home in enumerate(homes) if home in order[: min(TAKERS, len(order) - 1)]]
-        moves = ((_moved(best, giver, taker)) for giver in givers for taker in takers)
+        giver = max(_of_rank(homes, order[-1]), key=best.__getitem__)
+        takers = order[: min(TAKERS, len(order) - 1)] if best[giver] else []
+        moves = (_moved(best, giver, min(_of_rank(homes, rank), key=best.__getitem__)) for rank in takers)
         found = min(((rating(move), move) for move in moves), default=(least, best))
         if found[0] >= least:
             return best
         least, best = found
+
+
+def _of_rank(homes: Sequence[int], rank: int) -> Iterator[int]:
+    return (stage for stage, home in enumerate(homes) if home == rank)
 
 
 def _moved(counts: Sequence[int], giver: int, taker: int) -> list[int]:
@@ -283,7 +303,7 @@ def compositions(total: int, parts: int) -> Iterator[tuple[int, ...]]:
         yield tuple(end - start - 1 for start, end in pairwise((-1, *bars, total + parts - 1)))
 
 
-def _loads(amounts: Sequence[float], homes: Sequence[int]) -> list[float]:
+def loads_of(amounts: Sequence[float], homes: Sequence[int]) -> list[float]:
     """The sum over the stages of each rank."""
     loads = [0.0] * (max(homes) + 1)
     for amount, home in zip(amounts, homes, strict=True):

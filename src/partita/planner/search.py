@@ -10,24 +10,35 @@ import heapq
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import count as counter
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 from partita.core.mesh import Mesh
 from partita.cost.work import Arrangement, Estimate, Recompute, Work
 from partita.errors import PlanError
-from partita.planner.costs import Bound, Costs
+from partita.planner.costs import Costs
 from partita.planner.engines import ENGINES, Features
 from partita.planner.layers import Amounts, Memory, place
-from partita.planner.space import Fixed, Group, Settings, divisors, groups, meshes, recomputes, settings
+from partita.planner.space import Bound, Fixed, Group, Settings, divisors, groups, meshes, recomputes, settings
 
 Optimize = Literal["time", "memory", "cost"]
 OPTIMIZE: tuple[Optimize, ...] = get_args(Optimize)
+
+SURELY = 1.1
+"""A rank whose stages need so much of its memory, by the sum of their parts, has too little."""
 
 LARGEST_ONLY = 1 << 40
 """A number of micro-batches beside which only the largest stage counts."""
 
 Value = tuple[float, float]
-Key = tuple[Mesh, str, int]
+Key = tuple[Mesh, str]
+
+
+class Placed(NamedTuple):
+    """An arrangement with its layers, the largest share of its memory that a rank needs, and whether only time decided."""
+
+    arrangement: Arrangement
+    share: float
+    is_free: bool
 
 
 class Search:
@@ -36,8 +47,21 @@ class Search:
     def __init__(self, work: Work, costs: Costs, ranks: int, features: Features = ENGINES["torch"]) -> None:
         self.work, self.costs, self.ranks, self.features = work, costs, ranks, features
         self._estimates: dict[Arrangement, Estimate] = {}
+        self._shares: dict[Arrangement, float] = {}
         self._bounds: dict[Mesh, Bound | None] = {}
-        self._places: dict[tuple[Amounts, tuple[int, ...], int, Memory | None], tuple[int, ...] | None] = {}
+        self._places: dict[
+            tuple[int, tuple[int, ...], int, int], tuple[Amounts, Memory | None, tuple[int, ...] | None]
+        ] = {}
+
+    def share(self, arrangement: Arrangement) -> float:
+        """The largest share of its memory that a rank needs."""
+        found = self._shares.get(arrangement)
+        if found is None:
+            uses, limit = self.costs.memory(arrangement), self.costs.limit(arrangement.mesh)
+            found = self._shares[arrangement] = max(
+                use.total / limit for use, limit in set(zip(uses, limit, strict=True))
+            )
+        return found
 
     @property
     def evaluated(self) -> int:
@@ -80,44 +104,56 @@ class Search:
             found = self._estimates[arrangement] = self.costs.estimate(arrangement)
         return found
 
-    def placed(self, bare: Arrangement, group: Group, optimize: Optimize) -> tuple[Estimate, bool]:
-        """The best arrangement of the layers, or one that does not fit if none does; and whether memory did not limit it."""
+    def placed(self, bare: Arrangement, group: Group, optimize: Optimize) -> Placed:
+        """The best assignment of the layers that fits, or one that does not if none does."""
+        memory = self.costs.stage_bytes(bare)
         if optimize == "memory":
-            held = self.costs.stage_bytes(bare).bytes
-            layers = self._place(held, replace(group, microbatches=LARGEST_ONLY), None)
+            layers = self._place(memory.bytes, replace(group, microbatches=LARGEST_ONLY), None)
             assert layers is not None
-            return self.estimate(replace(bare, layers=layers)), False
+            return self._with(bare, layers, memory, group, is_free=False)
         seconds = self.costs.stage_seconds(bare)
         layers = self._place(seconds, group, None)
         assert layers is not None
-        fastest = self.estimate(replace(bare, layers=layers))
-        if fastest.fits:
-            return fastest, True
-        fitted = self._place(seconds, group, self.costs.stage_bytes(bare))
-        return fastest if fitted is None else self.estimate(replace(bare, layers=fitted)), False
+        fastest = self._with(bare, layers, memory, group, is_free=True)
+        if fastest.share <= 1 or not memory.may_suffice:
+            return fastest
+        fitted = self._place(seconds, group, memory)
+        return fastest if fitted is None else self._with(bare, fitted, memory, group, is_free=False)
+
+    def _with(
+        self, bare: Arrangement, layers: tuple[int, ...], memory: Memory, group: Group, *, is_free: bool
+    ) -> Placed:
+        """The arrangement with these layers. The sum of parts is its share of memory, unless that decides whether it fits."""
+        made, share = replace(bare, layers=layers), memory.share(layers, group.homes)
+        return Placed(made, self.share(made) if 1 < share <= SURELY else share, is_free)
 
     def _place(self, seconds: Amounts, group: Group, memory: Memory | None) -> tuple[int, ...] | None:
-        key = seconds, group.homes, group.microbatches, memory
+        """`place`, once for the same amounts, which `costs` keeps."""
+        key = id(seconds), group.homes, group.microbatches, id(memory)
         if key not in self._places:
-            self._places[key] = place(seconds, group.homes, group.microbatches, memory)
-        return self._places[key]
+            self._places[key] = seconds, memory, place(seconds, group.homes, group.microbatches, memory)
+        return self._places[key][2]
 
 
 class Found:
     """The best plans of one question.
 
     Attributes:
-        closest: Of the estimates that do not fit, the one that needs the smallest share of its memory.
-        least: The same of the meshes that cannot fit.
+        least: Of the meshes that cannot fit, the bound of the one that needs the smallest share of its memory.
     """
 
     def __init__(self, search: Search, fixed: Fixed, optimize: Optimize, count: int, features: Features) -> None:
         self._search, self._fixed, self._optimize, self._count = search, fixed, optimize, count
         self._features = features
         self._best: dict[Key, tuple[Value, Estimate]] = {}
-        self.closest: Estimate | None = None
+        self._closest: Placed | None = None
         self.least: Bound | None = None
         self._run()
+
+    @property
+    def closest(self) -> Estimate | None:
+        """Of the arrangements that do not fit, the one whose fullest rank needs the smallest share of its memory."""
+        return None if self._closest is None else self._search.estimate(self._closest.arrangement)
 
     @property
     def plans(self) -> tuple[Estimate, ...]:
@@ -143,7 +179,10 @@ class Found:
             bound = search.bound(item)
             assert bound is not None
             for group in groups(item, search.work, self._fixed, search.costs.num_layers):
-                seconds = search.costs.least_seconds(group)
+                try:
+                    seconds = search.costs.least_seconds(group)
+                except PlanError:
+                    break  # the model cannot be split so
                 heapq.heappush(heap, (self._least(item, seconds, bound.bytes), next(number), group))
 
     def _least(self, mesh: Mesh, seconds: float, bytes_: int) -> float:
@@ -168,26 +207,39 @@ class Found:
         levels = recomputes(search.work, self._fixed, self._features)
         for chosen in settings(group.mesh, search.work, self._fixed, self._features):
             for recompute in levels:
+                if self._optimize != "memory" and not self._may_be_better(
+                    group, search.costs.least_seconds(group, recompute)
+                ):
+                    break
                 bare = _bare(group, chosen, recompute)
                 if self._fixed.layers is not None:
-                    estimate, is_fastest = search.estimate(replace(bare, layers=self._fixed.layers)), True
+                    fixed = replace(bare, layers=self._fixed.layers)
+                    placed = Placed(fixed, search.share(fixed), is_free=True)
                 else:
-                    estimate, is_fastest = search.placed(bare, group, self._optimize)
-                if not estimate.fits:
-                    self._note_closest(estimate)
+                    placed = search.placed(bare, group, self._optimize)
+                if placed.share > 1:
+                    self._note_closest(placed)
                     continue
-                self._note(group, estimate)
-                if is_fastest and self._optimize != "memory":
+                made = placed.arrangement
+                if self._optimize == "memory" or self._may_be_better(group, search.costs.least_seconds_of(made)):
+                    self._note(group, search.estimate(made))
+                if placed.is_free and self._optimize != "memory":
                     break  # to compute more again takes longer; it may only help where memory decides the layers
 
+    def _may_be_better(self, group: Group, seconds: float) -> bool:
+        """Whether what takes `seconds` at least may be better than the best of its mesh and schedule, and be listed."""
+        least = seconds * (group.mesh.size if self._optimize == "cost" else 1)
+        own = self._best.get((group.mesh, group.schedule))
+        return least < self._worst() and (own is None or least < own[0][0])
+
     def _note(self, group: Group, estimate: Estimate) -> None:
-        key, value = (group.mesh, group.schedule, group.vpp), self._value(estimate)
+        key, value = (group.mesh, group.schedule), self._value(estimate)
         if key not in self._best or value < self._best[key][0]:
             self._best[key] = value, estimate
 
-    def _note_closest(self, estimate: Estimate) -> None:
-        if self.closest is None or excess(estimate) < excess(self.closest):
-            self.closest = estimate
+    def _note_closest(self, placed: Placed) -> None:
+        if self._closest is None or placed.share < self._closest.share:
+            self._closest = placed
 
     def _note_bound(self, bound: Bound) -> None:
         if self.least is None or bound.bytes / bound.limit < self.least.bytes / self.least.limit:

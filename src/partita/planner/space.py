@@ -93,6 +93,26 @@ class Settings:
     overlap_gradients: bool
 
 
+@dataclass(frozen=True)
+class Bound:
+    """What no arrangement of a mesh goes below.
+
+    Attributes:
+        seconds: Seconds of the work (see `Costs.seconds_of`).
+        bytes: Bytes of the rank that needs most of its memory.
+        limit: Bytes that this rank may use.
+    """
+
+    seconds: float
+    bytes: int
+    limit: int
+
+    @property
+    def can_fit(self) -> bool:
+        """Whether an arrangement of the mesh may fit."""
+        return self.bytes <= self.limit
+
+
 def meshes(ranks: int, fixed: Fixed, *, num_layers: int, max_tp: int) -> Iterator[Mesh]:
     """Every mesh of that many ranks. More tensor ranks than heads, and more stages than layers, must be fixed.
 
@@ -191,7 +211,11 @@ def _stages(mesh: Mesh, schedule: str, fixed: Fixed, num_layers: int) -> Sequenc
     if fixed.vpp is not None:
         return (fixed.vpp,)
     if schedule == "interleaved-1f1b":
-        return range(2, num_layers // mesh.pp + 1) if mesh.pp > 1 else (1,)
+        if mesh.pp == 1:
+            return (1,)
+        # Of the numbers with the same largest stage, the smallest: more stages are then no shorter.
+        largest = {vpp: -(-num_layers // (mesh.pp * vpp)) for vpp in range(num_layers // mesh.pp, 1, -1)}
+        return sorted({layers: vpp for vpp, layers in largest.items()}.values())
     if schedule == "zb-v":
         return (2,) if 2 * mesh.pp <= num_layers else ()
     return (1,)
