@@ -177,6 +177,25 @@ def serving_loop(name: EngineName, model: Model, settings: ServeSettings, *, tok
     return loop
 
 
+def measure_machine(name: EngineName, **options: Any) -> dict[str, Any]:
+    """Measure this machine with the engine `name`: `device` and `link` as the tables of a hardware file. Every rank calls it.
+
+    Raises:
+        ModelError: The engine measures nothing.
+    """
+    check_measures(name)
+    found: dict[str, Any] = importlib.import_module(f"partita.{name}.measure").measure(**options)
+    return found
+
+
+def check_measures(name: EngineName) -> None:
+    """Raise `ModelError` if the engine `name` does not measure a machine."""
+    if importlib.util.find_spec(f"partita.{name}.measure") is None:
+        raise ModelError(
+            f"--engine {name} does not measure yet. Use --engine torch, or describe the machine in a hardware file."
+        )
+
+
 def check_serves(name: EngineName) -> None:
     """Raise `ModelError` if the engine `name` does not serve requests."""
     if importlib.util.find_spec(f"partita.{name}.serving") is None:

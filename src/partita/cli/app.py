@@ -18,6 +18,7 @@ from partita.cli.demo import DemoOptions, demo
 from partita.cli.generate import GenerateJob, GenerateOptions, generate
 from partita.cli.job import Job
 from partita.cli.layout import LayoutOptions, layout
+from partita.cli.measure import MeasureJob, MeasureOptions, measure
 from partita.cli.plan import PlanCommandOptions, plan
 from partita.cli.reference import reference
 from partita.cli.schedule import ScheduleOptions, schedule
@@ -122,6 +123,10 @@ add_command(
     ),
 )  # fmt: skip
 add_command(
+    app, measure, MeasureOptions, name="measure",
+    epilog=examples("partita measure", "partita measure --ranks 4 --out machine.toml", "partita measure --ranks 1 --json"),
+)  # fmt: skip
+add_command(
     app, generate, GenerateOptions, name="generate",
     epilog=examples(
         'partita generate ./my-model "Once upon a time" --tp 2',
@@ -174,7 +179,7 @@ add_command(
 )  # fmt: skip
 app.command("reference", hidden=True)(reference)
 
-JOBS: dict[str, type[Job]] = {job.__name__: job for job in (GenerateJob, ServeJob, TrainJob, VerifyJob)}
+JOBS: dict[str, type[Job]] = {job.__name__: job for job in (GenerateJob, MeasureJob, ServeJob, TrainJob, VerifyJob)}
 """The jobs that a launcher sends to its ranks."""
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -445,7 +445,7 @@ def _print_json(run: _Run, stream: bool) -> None:
     print_json(
         {
             "model": run.model,
-            "mesh": asdict(run.mesh),
+            "mesh": run.mesh.to_data(),
             "generations": [
                 {
                     "prompt": text,

@@ -40,7 +40,7 @@ def run(job: Job) -> NoReturn:
     request, world = job.request, environment.world()
     mesh = request.mesh
     if world is None and mesh.size > 1:
-        raise typer.Exit(_start(job))
+        raise typer.Exit(start_job(job))
     if world is not None and world != mesh.size:
         raise DistributedError(
             f"the mesh {mesh} has {plural(mesh.size, 'rank')}, but {environment.launcher()} started {world}. "
@@ -49,7 +49,8 @@ def run(job: Job) -> NoReturn:
     raise typer.Exit(work_together(job.work, request.engine, job.backend))
 
 
-def _start(job: Job) -> int:
+def start_job(job: Job) -> int:
+    """Run `job` on ranks of this machine that this process starts. Returns the exit code."""
     mesh, engine = job.request.mesh, job.request.engine
     backend = local_mlx_backend(mesh, job.backend) if engine == "mlx" else local_torch_backend(job.backend)
     debug = "--debug" in sys.argv

@@ -335,7 +335,7 @@ def _print_end(reports: list[StepReport], mesh: Mesh, folder: Path | None) -> No
 def _print_json(reports: list[StepReport], mesh: Mesh, folder: Path | None, checkpoints: list[SaveReport]) -> None:
     print_json(
         {
-            "mesh": asdict(mesh),
+            "mesh": mesh.to_data(),
             "out": str(folder) if folder is not None else None,
             "loss": reports[-1].loss if reports else None,
             "eval_loss": reports[-1].eval_loss if reports else None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal, TypedDict
 
 from partita.core.layout.layout import PipelineParallelLayerLayout
@@ -110,7 +110,7 @@ class PlanRequest:
         """Plain data for JSON; `from_data` reads it back."""
         rules = None if self.rules is None else self.rules.to_data()
         layout = None if self.layout is None else str(self.layout)
-        return {**vars(self), "mesh": asdict(self.mesh), "layout": layout, "rules": rules}
+        return {**vars(self), "mesh": self.mesh.to_data(), "layout": layout, "rules": rules}
 
     @classmethod
     def from_data(cls, data: Mapping[str, Any]) -> PlanRequest:

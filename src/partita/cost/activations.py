@@ -12,11 +12,11 @@ sequences, h hidden, a heads, t tensor ranks, follow from the same counts with t
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from partita.core.model.spec import DTYPE_BYTES
 from partita.cost.kernels import Kernels
-from partita.cost.model import Attention, Layer, ModelCost
+from partita.cost.model import Attention, Layer, ModelCost, is_in_attention
 from partita.cost.work import Recompute
 
 
@@ -60,6 +60,9 @@ def layer_bytes(layer: Layer, model: ModelCost, shape: Shape, kernels: Kernels, 
     """Bytes that a layer keeps of a micro-batch."""
     if recompute == "full":
         return shape.tokens * model.hidden * shape.item * shape.whole
+    if recompute == "selective" and kernels.recomputes_attention:
+        products = tuple(p for p in layer.products if not is_in_attention(p) or p.source.endswith(f".{model.hidden}"))
+        layer = replace(layer, products=products, attention=None, head_norms=0)
     split, whole, flat = _elements(layer, shape, kernels)
     kept = shape.tokens * (split + whole * shape.whole) * shape.item + shape.tokens * flat
     if layer.attention is not None and recompute == "none" and kernels.stores_scores:
@@ -86,33 +89,57 @@ def _elements(layer: Layer, shape: Shape, kernels: Kernels) -> tuple[float, floa
         if product.source in seen:
             continue
         seen.add(product.source)
-        rows = product.chosen if product.experts > 1 else 1
-        if product.style == "row":
+        rows = product.chosen * product.share if product.experts > 1 else 1
+        if product.style == "row" or (product.style_in == "row" and shape.tp == 1):
             split += product.inputs * rows
         else:
             whole += product.inputs * rows
+    for product in layer.products:
+        if product.experts > 1 and product.style_in == "row" and kernels.keeps_views:
+            # The outputs that are weighted, and what the router chose.
+            whole += product.outputs * product.chosen
+            flat += 4 * product.experts + 40 * product.chosen + 4
     attention = layer.attention
     if attention is not None:
-        split += attention.heads * attention.key_width + attention.kv_heads * (
-            attention.key_width + attention.value_width
-        )
+        queries, keys = attention.heads * attention.key_width, attention.kv_heads * attention.key_width
+        values = attention.kv_heads * attention.value_width
+        split += queries + keys + values
+        if kernels.keeps_views and attention.has_rotary:
+            split += (
+                queries + keys
+            ) * attention.is_fused + attention.heads * attention.value_width * attention.is_partial
         if not kernels.stores_scores:
             flat += 4 * attention.heads
+        if layer.head_norms:
+            more, statistics = _norm_elements(layer.is_rms, shape, kernels)
+            split += more * layer.head_norms
+            flat += statistics * (attention.heads + attention.kv_heads)
     for mlp in layer.mlps:
-        split += mlp.inner * mlp.rows * (kernels.gated_saved if mlp.is_gated else kernels.plain_saved)
-    narrow = shape.item < 4
-    saved = kernels.norm_saved + (kernels.norm_saved_float32 * 4 / shape.item if narrow else 0)
-    whole += saved * sum(layer.norms)
-    split += saved * layer.head_norms
+        plain = (4.0 if mlp.activation in EAGER_GELU else 0.0 if mlp.activation == "relu" else 1.0) if kernels.eager_gelu else (
+            kernels.plain_saved)  # fmt: skip
+        split += mlp.inner * mlp.rows * (kernels.gated_saved if mlp.is_gated else plain)
+    more, statistics = _norm_elements(layer.is_rms, shape, kernels)
+    whole += more * sum(layer.norms) - (sum(layer.norms[1:]) if layer.is_parallel else 0)
+    flat += statistics * len(layer.norms)
     if kernels.dropout:
         flat += shape.whole * sum(layer.norms[:2])
     return split, whole, flat
 
 
-def head_bytes(model: ModelCost, columns: int, shape: Shape, kernels: Kernels, norm: int) -> float:
+EAGER_GELU = ("gelu_new", "gelu_fast", "gelu_python", "quick_gelu", "gelu_accurate")
+"""Activations that transformers computes in several operations."""
+
+
+def _norm_elements(is_rms: bool, shape: Shape, kernels: Kernels) -> tuple[float, float]:
+    """For each element of a norm's input the elements that it keeps; and bytes of its statistics of a token."""
+    if not kernels.eager_norms:
+        return 1.0, 0.0
+    return (1 + 4 / shape.item, 4.0) if is_rms else (1.0, 2.0 * shape.item)
+
+
+def head_bytes(model: ModelCost, columns: int, shape: Shape, kernels: Kernels, norm: int, *, is_rms: bool) -> float:
     """Bytes that the head and the loss keep of a micro-batch; `columns` are this rank's logits of a token."""
-    narrow = shape.item < 4
-    saved = kernels.norm_saved + (kernels.norm_saved_float32 * 4 / shape.item if narrow else 0)
+    saved, _ = _norm_elements(is_rms, shape, kernels)
     whole = shape.tokens * shape.whole * (saved * norm + model.hidden) * shape.item
     logits = columns * (kernels.logit_bytes + (shape.item if kernels.keeps_logits else 0))
     return whole + shape.tokens * logits

@@ -35,9 +35,19 @@ class Degrees:
         return self.dp * self.pp * self.cp * self.tp
 
     @property
-    def expert_dp(self) -> int:
-        """Copies of an expert's weights: experts fold over the ranks of a stage (dp x cp x tp)."""
+    def replicas(self) -> int:
+        """Ranks that hold the same weights, and sum their gradients: dp x cp."""
+        return self.dp * self.cp
+
+    @property
+    def expert_replicas(self) -> int:
+        """Ranks that hold the same experts: experts fold over the ranks of a stage (dp x cp x tp)."""
         return max(1, self.dp * self.cp * self.tp // (self.ep * self.etp))
+
+    @property
+    def split(self) -> tuple[int, int, int]:
+        """What decides a rank's part of a layer: tp, ep and etp."""
+        return self.tp, self.ep, self.etp
 
     def groups(self, hardware: Hardware) -> Groups:
         """The groups along each axis: tp is innermost, then cp, pp and dp."""
@@ -47,25 +57,29 @@ class Degrees:
             tp=hardware.group(1, self.tp, n),
             cp=hardware.group(self.tp, self.cp, n),
             pp=hardware.group(stage, self.pp, n),
-            dp=hardware.group(stage * self.pp, self.dp, n),
-            sharded=hardware.group(stage * self.pp, self.dp, n),
+            dp=self._replicas(hardware),
             ep=hardware.group(self.etp, self.ep, n),
         )
+
+    def _replicas(self, hardware: Hardware) -> Group:
+        """The ranks along cp and dp together, between which the pipeline ranks are."""
+        inner = hardware.group(self.tp, self.cp, self.ranks)
+        outer = hardware.group(self.tp * self.cp * self.pp, self.dp, self.ranks)
+        return Group(self.replicas, inner.per_node * (outer.per_node if inner.is_inside else 1))
 
 
 @dataclass(frozen=True)
 class Groups:
-    """A group along each axis; `sharded` is the one over which ZeRO distributes."""
+    """A group along each axis; `dp` has the ranks along cp too, over which gradients are summed and ZeRO distributes."""
 
     tp: Group
     cp: Group
     pp: Group
     dp: Group
-    sharded: Group
     ep: Group
 
 
 @lru_cache(maxsize=4096)
 def degrees_of(mesh: Mesh) -> Degrees:
     """The degrees of a mesh."""
-    return Degrees(dp=mesh.dp, pp=mesh.pp, tp=mesh.tp)
+    return Degrees(dp=mesh.dp, pp=mesh.pp, cp=mesh.cp, tp=mesh.tp, ep=mesh.ep, etp=mesh.expert_tp)

@@ -81,6 +81,7 @@ def lower_bound(model: ModelCost, work: Work, mesh: Mesh, hardware: Hardware) ->
     speed = sum(1 / least_flops_s(device, dtype, 1.0) for device in devices) * (ranks if len(devices) == 1 else 1)
     spec = model.spec
     item = DTYPE_BYTES[dtype]
+    parts = degrees.pp * degrees.tp * (degrees.ep if model.num_experts else 1)
     weights = spec.parameter_bytes if work.dtype in (None, spec.dtype) else spec.parameters * item
     if work.purpose != "train":
         bandwidth = sum(device.memory_bandwidth for device in devices) * (ranks if len(devices) == 1 else 1)
@@ -91,5 +92,5 @@ def lower_bound(model: ModelCost, work: Work, mesh: Mesh, hardware: Hardware) ->
         )
     trained = spec.parameters if not work.lora_rank else 0
     held = Part(parameters=trained, matrices=trained if work.optimizer == "muon" else 0)
-    state = optimizer_bytes(work, held, trained, item) // degrees.dp if trained else 0
-    return model_flops(model, work) / speed, (weights // degrees.dp + state) // (degrees.pp * degrees.tp)
+    state = optimizer_bytes(work, held, trained, item) // degrees.replicas if trained else 0
+    return model_flops(model, work) / speed, (weights // degrees.replicas + state) // parts

@@ -7,6 +7,7 @@ machines). docs/planning.md describes every key.
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import tomllib
@@ -21,6 +22,7 @@ from typing import Any
 
 from partita.core.model.spec import DTYPE_BYTES
 from partita.errors import PlanError
+from partita.user_cache import cache_folder
 
 Curve = tuple[tuple[float, float], ...]
 """Points (size, value) in ascending order; between two, values are interpolated over the logarithm of the size."""
@@ -54,12 +56,19 @@ class Device:
         narrow_efficiency: By the smallest dimension of a product, a factor of that share.
         attention_efficiency: By the operations of an attention, the share of the peak that a fused kernel reaches.
         memory_efficiency: By the bytes that an operation moves, the share of the bandwidth that it reaches; above 1 in caches.
+        vector_efficiency: The same for the weights of a product with few rows, as in decoding; without, that of any memory.
+        others_share: The share of that bandwidth that norms, activations and positions reach, where computing limits them.
+        others_backward_share: The same of their backward.
+        optimizer_share: The same of a step of the optimizer.
         unpack_flops: Quantized weights: elements per second that are unpacked, 0 if unpacking costs nothing.
         operation_s: Seconds to start an operation.
         layer_s: Seconds of a layer's forward that no operation accounts for (Python, dispatch).
         layer_backward_s: The same of its backward.
+        decode_layer_s: The same of a decoded token.
+        update_layer_s: Seconds of a layer's part of the optimizer's step (norms, loops over tensors) beside its bytes.
         microbatch_s: Seconds of a micro-batch that no layer accounts for.
-        step_s: Seconds of a step, or of a decoded token, that no micro-batch accounts for.
+        step_s: Seconds of a training step that no micro-batch accounts for.
+        token_s: Seconds of a decoded token that no layer accounts for (the choice of the token, the loop).
         is_asynchronous: Whether the fixed costs run beside the operations, as where a GPU works through a queue.
         reserved_bytes: Memory that the framework and its libraries take.
         price_per_hour: The price of an hour, in any currency; 0 if unknown.
@@ -73,12 +82,19 @@ class Device:
     narrow_efficiency: Curve = ((1.0, 1.0),)
     attention_efficiency: Curve = ((1.0, 0.5),)
     memory_efficiency: Curve = ((1.0, 0.8),)
+    vector_efficiency: Curve = ()
+    others_share: float = 1.0
+    others_backward_share: float = 1.0
+    optimizer_share: float = 1.0
     unpack_flops: float = 0.0
     operation_s: float = 0.0
     layer_s: float = 0.0
     layer_backward_s: float = 0.0
+    decode_layer_s: float = 0.0
+    update_layer_s: float = 0.0
     microbatch_s: float = 0.0
     step_s: float = 0.0
+    token_s: float = 0.0
     is_asynchronous: bool = True
     reserved_bytes: int = 0
     price_per_hour: float = 0.0
@@ -130,6 +146,7 @@ class Hardware:
         devices_per_node: Neighbouring ranks on one machine.
         links: Links by class.
         kernels: The name of the kernels that compute a layer; see `partita.cost.kernels`.
+        backends: By the name of a backend, the link between ranks of one machine over it; `links` has that of the default one.
         source: Where the numbers come from.
     """
 
@@ -138,18 +155,19 @@ class Hardware:
     devices_per_node: int
     links: Mapping[str, Link]
     kernels: str = "fused"
+    backends: Mapping[str, Link] = field(default_factory=dict)
     source: str = ""
 
     @classmethod
     def read(cls, name_or_path: str | os.PathLike[str]) -> Hardware:
-        """The hardware of a packaged file, by its name, or of any file.
+        """The hardware of a packaged file, by its name, of this machine (`this`) as it was measured, or of any file.
 
         Raises:
             PlanError: There is no such file, or it is malformed.
         """
         if isinstance(name_or_path, str) and name_or_path in names():
             return _packaged(name_or_path)
-        path = Path(name_or_path)
+        path = measured_file() if name_or_path == "this" else Path(name_or_path)
         try:
             text = path.read_text(encoding="utf-8")
         except FileNotFoundError as error:
@@ -179,6 +197,13 @@ class Hardware:
     def with_kernels(self, kernels: str) -> Hardware:
         """The same hardware with other kernels."""
         return replace(self, kernels=kernels)
+
+    def with_backend(self, backend: str) -> Hardware:
+        """The same hardware whose ranks of one machine communicate over another backend that was measured."""
+        if backend not in self.backends:
+            known = ", ".join(self.backends) or "none: the file has no [backends]"
+            raise PlanError(f"backend must be one of those of {self.name} ({known}), but is {backend!r}.")
+        return replace(self, links=MappingProxyType({**self.links, "shared": self.backends[backend]}))
 
     def _with_devices(self, **changed: Any) -> Hardware:
         new = {id(device): replace(device, **changed) for device in self.devices}
@@ -228,6 +253,11 @@ class Group:
         return self.per_node >= self.size
 
 
+def measured_file() -> Path:
+    """Where `partita measure` writes what it finds of this machine."""
+    return cache_folder() / "hardware.toml"
+
+
 @cache
 def names() -> tuple[str, ...]:
     """The names of the packaged hardware files."""
@@ -250,6 +280,22 @@ def parse(text: str, origin: str) -> Hardware:
     return _Reader(origin).hardware(data)
 
 
+def write(data: Mapping[str, Any], comment: str = "") -> str:
+    """The text of a TOML file with nested tables of numbers, texts, truths and lists."""
+    lines = [f"# {line}" for line in comment.splitlines()]
+
+    def table(path: str, values: Mapping[str, Any]) -> None:
+        if path:
+            lines.extend(("", f"[{path}]"))
+        inner = {key: value for key, value in values.items() if isinstance(value, Mapping)}
+        lines.extend(f"{key} = {json.dumps(value)}" for key, value in values.items() if key not in inner)
+        for key, value in inner.items():
+            table(f"{path}.{key}" if path else key, value)
+
+    table("", data)
+    return "\n".join(lines) + "\n"
+
+
 class _Reader:
     """Reads the tables of a file; an error names the file and the key."""
 
@@ -257,7 +303,9 @@ class _Reader:
         self.origin = origin
 
     def hardware(self, data: Mapping[str, Any]) -> Hardware:
-        self._known(data, "", ("name", "source", "devices_per_node", "kernels", "device", "devices", "links"))
+        self._known(
+            data, "", ("name", "source", "devices_per_node", "kernels", "device", "devices", "links", "backends")
+        )
         if ("device" in data) == ("devices" in data):
             raise self._error("device", "it needs one [device] for all ranks, or [[devices]] with a count each")
         one = data.get("device")
@@ -274,6 +322,9 @@ class _Reader:
             devices_per_node=self._count(data, "", "devices_per_node", 1),
             links=MappingProxyType({name: self._link(name, links[name]) for name in links}),
             kernels=str(data.get("kernels", "fused")),
+            backends=MappingProxyType(
+                {name: self._link(name, one, "backends") for name, one in self._table(data, "", "backends").items()}
+            ),
             source=str(data.get("source", "")),
         )
 
@@ -312,8 +363,8 @@ class _Reader:
                 given[key] = self._number(table, dot, key, 0.0)
         return Device(**given)
 
-    def _link(self, name: str, table: Any) -> Link:
-        dot = f"links.{name}."
+    def _link(self, name: str, table: Any, where: str = "links") -> Link:
+        dot = f"{where}.{name}."
         if not isinstance(table, Mapping):
             raise self._error(dot[:-1], "it must be a table")
         self._known(table, dot, tuple(key for key in Link.__dataclass_fields__ if key != "name"))

@@ -1,8 +1,9 @@
 """Kernels: what an implementation of a layer keeps for its backward, and how often it reads and writes its tensors.
 
 The formulas of memory and time ask these facts instead of an engine's name. `megatron` is the implementation that the
-closed forms of 2205.05198 describe; `fused` has a fused attention, norms and activations; `torch` is what this package's torch
-engine runs (transformers' modules, one kernel an operation), `mlx` its MLX engine.
+closed forms of 2205.05198 describe, `megatron-2021` the one before it (2104.04473). `fused` has a fused attention, norms and
+activations, `eager` only a fused attention, and mixes float32 into the rest. `torch` is what this package's torch engine runs
+(transformers' modules, one kernel an operation), `mlx` its MLX engine.
 """
 
 from __future__ import annotations
@@ -21,9 +22,12 @@ class Kernels:
         name: Its name.
         stores_scores: Whether the attention stores its scores [heads, length, length] for the backward.
         causal_share: The share of the scores that a causal attention computes.
+        recomputes_attention: Whether the policy `selective` computes the attention with its projections again, rather than its
+            core alone.
         dropout: Whether it drops elements, and stores the masks (one byte an element).
-        norm_saved: Tensors in the model's dtype that a norm keeps, its input counted.
-        norm_saved_float32: Float32 tensors that a norm keeps of a narrower model.
+        eager_norms: Whether an RMS norm keeps its input in float32 and what it normalized, rather than its input alone.
+        eager_gelu: Whether `gelu_new` and its like keep what each of their operations needs.
+        keeps_views: Whether a part of a tensor that is kept keeps all of it: a value within a fused projection.
         gated_saved: Tensors of the inner width that a gated activation keeps, the next product's input not counted.
         plain_saved: The same of a plain activation.
         norm_passes: How often a norm reads or writes a tensor, forward.
@@ -32,11 +36,15 @@ class Kernels:
         rotary_passes: The same for rotary positions.
         score_passes: The same for scaling, masking and normalizing stored scores.
         backward: Reads and writes of the backward for one of the forward.
+        attention_speed: The share of a device's speed of fused attentions that this one reaches.
         attention_backward: Operations of an attention's backward for one of its forward.
+        accumulated_bytes: Bytes that move for an element of a weight gradient, to add it to the other micro-batches'.
+        optimizer_passes: How often a step of the optimizer reads or writes a gradient: norm, scaling, update, zeroing.
         logit_bytes: Bytes of a logit that a training step keeps, beside those in the model's dtype.
         keeps_logits: Whether logits in the model's dtype are kept too.
         caches_latent: Whether a latent attention caches its latent, rather than keys and values.
         gathers_again: Whether sequence parallelism gathers a layer's input again in the backward, which keeps its part only.
+        overlaps_tensor: Whether the all-reduce of a layer's input gradient runs beside its weight gradients.
         splits_messages: Whether each tensor rank sends its part of a message between stages, which is gathered again there
             (2104.04473, section 4.1).
         sends_block: Whether a message between stages keeps its rank from computing.
@@ -45,9 +53,11 @@ class Kernels:
     name: str
     stores_scores: bool
     causal_share: float
+    recomputes_attention: bool = False
     dropout: bool = False
-    norm_saved: float = 1.0
-    norm_saved_float32: float = 0.0
+    eager_norms: bool = False
+    eager_gelu: bool = False
+    keeps_views: bool = False
     gated_saved: float = 2.0
     plain_saved: float = 1.0
     norm_passes: float = 2.0
@@ -56,11 +66,15 @@ class Kernels:
     rotary_passes: float = 2.0
     score_passes: float = 0.0
     backward: float = 1.5
+    attention_speed: float = 1.0
     attention_backward: float = 2.5
+    accumulated_bytes: float = 8.0
+    optimizer_passes: float = 5.0
     logit_bytes: float = 4.0
     keeps_logits: bool = False
     caches_latent: bool = True
     gathers_again: bool = True
+    overlaps_tensor: bool = True
     splits_messages: bool = True
     sends_block: bool = True
 
@@ -70,12 +84,21 @@ KERNELS = MappingProxyType(
         kernels.name: kernels
         for kernels in (
             Kernels(
-                name="megatron", stores_scores=True, causal_share=1.0, dropout=True, score_passes=5.0, residual_passes=4.5,
+                name="megatron", stores_scores=True, causal_share=1.0, dropout=True, score_passes=6.5, residual_passes=4.5,
                 attention_backward=2.0,
+            ),
+            Kernels(
+                name="megatron-2021", stores_scores=True, causal_share=1.0, dropout=True, score_passes=7.0, residual_passes=6.0,
+                norm_passes=3.0, activation_passes=1.2, attention_backward=2.0, overlaps_tensor=False,
+            ),
+            Kernels(
+                name="eager", stores_scores=False, causal_share=0.5, eager_norms=True, gated_saved=3.0,
+                norm_passes=12.0, activation_passes=4.0, residual_passes=6.5, rotary_passes=9.0, attention_speed=0.6,
             ),
             Kernels(name="fused", stores_scores=False, causal_share=0.5),
             Kernels(
-                name="torch", stores_scores=False, causal_share=0.5, norm_saved=2.0, norm_saved_float32=1.0, gated_saved=3.0,
+                name="torch", stores_scores=False, causal_share=0.5, recomputes_attention=True,
+                eager_norms=True, eager_gelu=True, keeps_views=True, gated_saved=3.0,
                 norm_passes=8.0, activation_passes=1.7, rotary_passes=9.0, backward=1.5, keeps_logits=True,
                 caches_latent=False, splits_messages=False, sends_block=False,
             ),

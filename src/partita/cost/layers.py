@@ -15,7 +15,7 @@ from partita.cost.activations import Shape, context_of
 from partita.cost.collectives import seconds
 from partita.cost.hardware import Device, Group, Hardware, value_at
 from partita.cost.kernels import Kernels
-from partita.cost.model import Attention, Layer, ModelCost, Product
+from partita.cost.model import Attention, Layer, ModelCost, Product, is_in_attention
 from partita.cost.work import Recompute
 
 
@@ -52,6 +52,10 @@ class Seconds:
         return self.f + self.b + self.w
 
 
+FEW_ROWS = 8
+"""Rows up to which reading the weights limits a product."""
+
+
 def product_s(device: Device, dtype: str, rows: float, product: Product) -> float:
     """Seconds of a product whose inputs have `rows` rows."""
     item = DTYPE_BYTES[dtype]
@@ -60,8 +64,8 @@ def product_s(device: Device, dtype: str, rows: float, product: Product) -> floa
         return 0.0
     visited = 1.0
     if count > 1:
-        rows = rows * product.chosen
-        visited = 1 - (1 - min(1.0, product.chosen / count)) ** (rows / product.chosen)
+        rows = rows * product.chosen * product.share
+        visited = 1 - (1 - min(1.0, product.chosen / count)) ** max(1.0, rows / product.chosen)
     each = rows / (count * visited)
     operations = 2.0 * rows * inputs * outputs
     bits = 8 * item if product.bits is None else product.bits
@@ -69,7 +73,8 @@ def product_s(device: Device, dtype: str, rows: float, product: Product) -> floa
     one = operations / (count * visited)
     share = value_at(device.product_efficiency, one) * value_at(device.narrow_efficiency, min(each, inputs, outputs))
     computing = operations / (device.peak(dtype) * share)
-    moving = moved / (device.memory_bandwidth * value_at(device.memory_efficiency, moved))
+    few = device.vector_efficiency if device.vector_efficiency and each <= FEW_ROWS else device.memory_efficiency
+    moving = moved / (device.memory_bandwidth * value_at(few, moved))
     unpacking = 0.0
     if product.bits is not None and device.unpack_flops:
         unpacking = inputs * outputs * count * visited / device.unpack_flops
@@ -94,12 +99,13 @@ def attention_s(attention: Attention, device: Device, kernels: Kernels, shape: S
     pairs = shape.batch * attention.heads * shape.length * context * share
     widths = attention.key_width + attention.value_width
     operations = 2.0 * pairs * widths
+    speed = device.peak(shape.dtype) * kernels.attention_speed * value_at(device.attention_efficiency, operations)
     if past:
         cached = shape.batch * context * attention.cached(latent=kernels.caches_latent) * shape.item
-        computing = operations / (device.peak(shape.dtype) * value_at(device.attention_efficiency, operations))
+        computing = operations / speed
         return max(computing, move_s(device, cached, 0)) + 2 * device.operation_s
     if not kernels.stores_scores:
-        computing = operations / (device.peak(shape.dtype) * value_at(device.attention_efficiency, operations))
+        computing = operations / speed
         read = shape.tokens * (attention.heads + attention.kv_heads) * widths * shape.item
         return max(computing, move_s(device, read, 0)) + device.operation_s
     scores = pairs * shape.item
@@ -115,14 +121,19 @@ def attention_s(attention: Attention, device: Device, kernels: Kernels, shape: S
     return 2 * product + move_s(device, kernels.score_passes * scores, 2)
 
 
+ALONE = Group(1, 1)
+
+
 @dataclass(frozen=True)
 class Setting:
-    """What a layer runs in: the device, kernels, links between tensor ranks, and what is computed again."""
+    """What a layer runs in: the device, kernels, groups of tensor, context and expert ranks, and what is computed again."""
 
     device: Device
     hardware: Hardware
     kernels: Kernels
     tp: Group
+    cp: Group = ALONE
+    ep: Group = ALONE
     recompute: Recompute = "none"
     trains_weights: bool = True
 
@@ -133,24 +144,35 @@ def layer_s(layer: Layer, model: ModelCost, shape: Shape, setting: Setting, past
     products = math.fsum(product_s(device, shape.dtype, shape.tokens, product) for product in layer.products)
     core: float = attention_s(layer.attention, device, kernels, shape, past) if layer.attention is not None else 0.0
     others = _others(layer, model, shape, setting)
-    forward = products + core + others
-    backward = products + core * kernels.attention_backward + others * kernels.backward
+    again = products + core + others / device.others_share
+    backward = products + core * kernels.attention_backward + others * kernels.backward / device.others_backward_share
+    fixed = device.decode_layer_s if past else device.layer_s
     if device.is_asynchronous:
-        again = max(forward, device.layer_s)
-        backward = max(backward, device.layer_backward_s)
+        forward, backward = max(again, fixed), max(backward, device.layer_backward_s)
     else:
-        again = forward + device.layer_s
-        backward += device.layer_backward_s
-    forward = again
-    weights = products if setting.trains_weights else 0.0
+        forward, backward = again + fixed, backward + device.layer_backward_s
+    weights = products + _accumulating(layer, device, kernels) if setting.trains_weights else 0.0
     tp_f, tp_b, hidden = _tensor_ranks(layer, model, shape, setting)
-    exposed = max(0.0, hidden - weights) + hidden * setting.hardware.link_inside().occupies if hidden else 0.0
+    cp_f, cp_b = _context_ranks(layer, shape, setting, core)
+    sent = _expert_ranks(layer, shape, setting)
+    tp_f, tp_b = tp_f + cp_f + sent, tp_b + cp_b + sent
+    beside = weights if kernels.overlaps_tensor else 0.0
+    exposed = max(0.0, hidden - beside) + hidden * setting.hardware.link_inside().occupies if hidden else 0.0
     if setting.recompute == "full":
-        backward += forward + tp_f
+        backward += forward
         tp_b += tp_f
     elif setting.recompute == "selective":
         backward += core
+        if kernels.recomputes_attention:
+            inside = (p for p in layer.products if is_in_attention(p))
+            backward += math.fsum(product_s(device, shape.dtype, shape.tokens, product) for product in inside)
     return Seconds(forward + tp_f, backward + tp_b + exposed, weights, tp_f, tp_b + exposed)
+
+
+def _accumulating(layer: Layer, device: Device, kernels: Kernels) -> float:
+    """Seconds in which a micro-batch's weight gradients are added to those before."""
+    elements = sum(product.inputs * product.outputs * product.experts for product in layer.products)
+    return move_s(device, kernels.accumulated_bytes * elements, 0)
 
 
 def _others(layer: Layer, model: ModelCost, shape: Shape, setting: Setting) -> float:
@@ -189,3 +211,24 @@ def _tensor_ranks(layer: Layer, model: ModelCost, shape: Shape, setting: Setting
         again = layer.entries * of("all_gather") if setting.kernels.gathers_again else 0.0
         return forward + gathered, backward + gathered, again + layer.entries * of("reduce_scatter")
     return layer.reduces * of("all_reduce") + gathered, gathered, layer.entries * of("all_reduce")
+
+
+def _context_ranks(layer: Layer, shape: Shape, setting: Setting, core: float) -> tuple[float, float]:
+    """Seconds in which keys and values pass between the ranks that share sequences, beyond those of the attention."""
+    if setting.cp.size == 1 or layer.attention is None:
+        return 0.0, 0.0
+    attention = layer.attention
+    widths = attention.kv_heads * (attention.key_width + attention.value_width)
+    message = shape.tokens * setting.cp.size * widths * shape.item
+    gather = seconds(setting.hardware, setting.cp, "all_gather", message)
+    scatter = seconds(setting.hardware, setting.cp, "reduce_scatter", message)
+    later = core * setting.kernels.attention_backward
+    return max(0.0, gather - core), max(0.0, gather + scatter - later)
+
+
+def _expert_ranks(layer: Layer, shape: Shape, setting: Setting) -> float:
+    """Seconds in which tokens are sent to the ranks with their experts, and back."""
+    if setting.ep.size == 1 or not layer.dispatched:
+        return 0.0
+    message = shape.tokens * shape.whole * layer.dispatched * shape.item
+    return 2 * seconds(setting.hardware, setting.ep, "all_to_all", message)

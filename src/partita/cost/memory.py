@@ -39,7 +39,7 @@ def memory(model: ModelCost, work: Work, arrangement: Arrangement, kernels: str 
     replica: list[MemoryUse] = []
     for place in zip(stages, counts, strict=True):
         if place not in known:
-            sliced = model.sliced(degrees.tp)
+            sliced = model.sliced(*degrees.split)
             uses = {
                 tp: _of_rank(model, work, arrangement, degrees, kernels_of(kernels), *place, tp)
                 for tp in sliced.distinct
@@ -53,7 +53,7 @@ def _of_rank(
     model: ModelCost, work: Work, arrangement: Arrangement, degrees: Degrees, kernels: Kernels,
     stages: tuple[StageCost, ...], counts: tuple[Counts, ...], tp: int,
 ) -> MemoryUse:  # fmt: skip
-    held = held_by(model, stages, degrees.tp, tp)
+    held = held_by(model, stages, degrees, tp)
     weights = weight_bytes(model, work, held)
     if work.purpose != "train":
         cache, buffers = _generating(model, work, arrangement, degrees, kernels, stages, tp)
@@ -61,13 +61,19 @@ def _of_rank(
     trained = _trained(model, work, held)
     item = DTYPE_BYTES[weight_dtype(model, work)]
     gradient = DTYPE_BYTES[work.gradient_dtype] if work.gradient_dtype else item
-    shards = degrees.dp
+    dense, experts = degrees.replicas, degrees.expert_replicas
+    apart = held.experts / held.parameters if held.parameters and not work.lora_rank else 0.0
+
+    def sharded(size: float, stage: int) -> int:
+        """Bytes of a rank's shard, if ZeRO distributes them from `stage` on."""
+        return math.ceil(size if arrangement.zero < stage else size * ((1 - apart) / dense + apart / experts))
+
     optimizer = optimizer_bytes(work, held, trained, item)
     activations, buffers = _training(model, work, arrangement, degrees, kernels, stages, counts, tp)
     return MemoryUse(
-        weights=math.ceil(weights / (shards if arrangement.zero >= 3 else 1)) + (2 * trained if work.lora_rank else 0),
-        gradients=math.ceil(trained * gradient / (shards if arrangement.zero >= 2 else 1)),
-        optimizer=math.ceil(optimizer / (shards if arrangement.zero >= 1 else 1)),
+        weights=sharded(weights, 3) + (item * trained if work.lora_rank else 0),
+        gradients=sharded(trained * gradient, 2),
+        optimizer=sharded(optimizer, 1),
         activations=activations,
         buffers=buffers,
     )
@@ -78,9 +84,9 @@ def weight_dtype(model: ModelCost, work: Work) -> str:
     return work.dtype or model.spec.dtype
 
 
-def held_by(model: ModelCost, stages: tuple[StageCost, ...], tp: int, rank: int) -> Part:
+def held_by(model: ModelCost, stages: tuple[StageCost, ...], degrees: Degrees, rank: int) -> Part:
     """What tensor rank `rank` holds of the stages of a pipeline rank."""
-    sliced = model.sliced(tp)
+    sliced = model.sliced(*degrees.split)
     layers, ends = sliced.layers[rank], sliced.ends[rank]
     held = Part()
     for stage in stages:
@@ -138,7 +144,7 @@ def stage_activations(
     model: ModelCost, stage: StageCost, shape: Shape, kernels: Kernels, arrangement: Arrangement, tp: int
 ) -> float:
     """Bytes that a stage keeps of a micro-batch, the loss not counted: no schedule keeps more than one of those alive."""
-    layers = model.sliced(shape.tp).layers[tp]
+    layers = model.sliced(*degrees_of(arrangement.mesh).split).layers[tp]
     kept = embedding_bytes(model, shape, kernels) if stage.embedding else 0.0
     for kind, count in stage.kinds:
         kept += count * layer_bytes(layers[kind], model, shape, kernels, arrangement.recompute)
@@ -155,7 +161,7 @@ def _training(
     shape = training_shape(work, arrangement, degrees, weight_dtype(model, work))
     sizes = [stage_activations(model, stage, shape, kernels, arrangement, tp) for stage in stages]
     activations = max(sum(n * size for n, size in zip(one, sizes, strict=True)) for one in counts)
-    sliced = model.sliced(degrees.tp)
+    sliced = model.sliced(*degrees.split)
     message = shape.tokens * model.hidden * shape.item * shape.whole
     buffers = 2 * message if degrees.pp > 1 else 0.0
     head = sliced.ends[tp].head
@@ -163,15 +169,15 @@ def _training(
     layers = [sliced.layers[tp][kind] for stage in stages for kind, _ in stage.kinds]
     inside = 0.0
     if any(stage.loss for stage in stages):
-        kept = head_bytes(model, columns, shape, kernels, sliced.ends[tp].norm)
+        kept = head_bytes(model, columns, shape, kernels, sliced.ends[tp].norm, is_rms=sliced.ends[tp].is_rms)
         activations += kept
         inside = shape.tokens * columns * (shape.item + kernels.logit_bytes)
     if layers:
         inside = max(inside, max(_inside_layer(layer, model, shape, kernels, arrangement) for layer in layers))
         if arrangement.zero >= 3:
             buffers += 2 * max(layer.held.bits for layer in layers) / 8
-    if degrees.dp > 1:
-        buffers += 2 * 4 * min(BUCKET_BYTES / shape.item, held_by(model, stages, degrees.tp, tp).parameters)
+    if degrees.replicas > 1:
+        buffers += 2 * 4 * min(BUCKET_BYTES / shape.item, held_by(model, stages, degrees, tp).parameters)
     return math.ceil(activations), math.ceil(buffers + inside)
 
 
@@ -203,7 +209,7 @@ def cache_bytes(
     sequences = math.ceil(work.sequences / degrees.dp)
     length = work.context if context is None else context
     item = DTYPE_BYTES[weight_dtype(model, work)]
-    layers = model.sliced(degrees.tp).layers[tp]
+    layers = model.sliced(*degrees.split).layers[tp]
     total = 0
     for stage in stages:
         for kind, count in stage.kinds:
@@ -221,7 +227,7 @@ def _generating(
     """Bytes of the cache, and of what a prompt's forward keeps alive."""
     sequences = math.ceil(math.ceil(work.sequences / degrees.dp) / arrangement.microbatches)
     shape = Shape(sequences, work.sequence_length, work.sequence_length, weight_dtype(model, work), degrees.tp)
-    sliced = model.sliced(degrees.tp)
+    sliced = model.sliced(*degrees.split)
     cache = cache_bytes(model, work, arrangement, degrees, kernels, stages, tp)
     inside = 0.0
     for stage in stages:

@@ -21,6 +21,8 @@ from partita.core.plan import Plan
 from partita.core.sharding.cuts import AttentionPlan, ModulePlan, TensorPlan
 from partita.core.sharding.resolve import resolve
 from partita.core.sharding.rules import Rules, rules_for
+from partita.core.sharding.split import Split
+from partita.errors import PlanError
 
 _NORM = re.compile(r"(^|[._])(norm|layernorm|layer_norm|rmsnorm|ln|ln_\w+|\w*norm\w*)($|[._\d])", re.IGNORECASE)
 _ATTENTION = re.compile(r"(^|[._])(self_)?(attn|attention)([._]|$)|(^|\.)attention\.")
@@ -39,8 +41,10 @@ class Product:
         source: What names the tensor that it reads; products of one source share it.
         experts: The number of matrices, each for a part of the rows; 1 for a plain product.
         chosen: For each token, the experts that it visits.
+        share: Rows on this rank for one of the replica's: experts that are elsewhere see other ranks' tokens instead.
         bits: Bits of a weight's element; None in the model's dtype.
         unsplit: Inputs and outputs of the unsplit product.
+        style_in: The style that its rule has, also where nothing is split.
     """
 
     name: str
@@ -50,8 +54,10 @@ class Product:
     source: str
     experts: int = 1
     chosen: int = 1
+    share: float = 1.0
     bits: float | None = None
     unsplit: tuple[int, int] = (0, 0)
+    style_in: str = "replicate"
 
 
 @dataclass(frozen=True)
@@ -67,6 +73,8 @@ class Attention:
         latent: Elements of a token's latent (kv_lora_rank + qk_rope_head_dim), which no rank splits; 0 without.
         is_causal: Whether tokens attend to earlier ones only.
         has_rotary: Whether queries and keys are rotated.
+        is_fused: Whether one product computes queries, keys and values.
+        is_partial: Whether only a part of each head is rotated.
     """
 
     heads: int
@@ -77,6 +85,8 @@ class Attention:
     latent: int = 0
     is_causal: bool = True
     has_rotary: bool = True
+    is_fused: bool = False
+    is_partial: bool = False
 
     def cached(self, *, latent: bool) -> int:
         """Elements of a token in the cache."""
@@ -85,11 +95,12 @@ class Attention:
 
 @dataclass(frozen=True)
 class Mlp:
-    """The activation between the products of an MLP on a rank: its width, whether it is gated, rows for each token."""
+    """The activation between the products of an MLP on a rank: width, whether it is gated, rows for each token, its name."""
 
     inner: int
     is_gated: bool
-    rows: int = 1
+    rows: float = 1.0
+    activation: str = "silu"
 
 
 @dataclass(frozen=True)
@@ -102,6 +113,7 @@ class Part:
         unpacked_bits: The same with quantized weights in the model's dtype.
         matrices: Parameters that Muon updates, which keep one moment.
         lora: For each rank of an adapter, its parameters.
+        experts: Of `parameters`, those of routed experts, of which there are other numbers of copies.
     """
 
     parameters: int = 0
@@ -109,6 +121,7 @@ class Part:
     unpacked_bits: float = 0.0
     matrices: int = 0
     lora: int = 0
+    experts: int = 0
 
     def __add__(self, other: Part) -> Part:
         return Part(
@@ -117,6 +130,7 @@ class Part:
             self.unpacked_bits + other.unpacked_bits,
             self.matrices + other.matrices,
             self.lora + other.lora,
+            self.experts + other.experts,
         )
 
     def times(self, count: int) -> Part:
@@ -127,6 +141,7 @@ class Part:
             self.unpacked_bits * count,
             self.matrices * count,
             self.lora * count,
+            self.experts * count,
         )
 
 
@@ -143,6 +158,9 @@ class Layer:
         head_norms: Elements of the norms inside a split region.
         reduces: All-reduces of [tokens, hidden] in the forward.
         entries: The same in the backward.
+        is_rms: Whether its norms are RMS norms.
+        is_parallel: Whether all of its norms read the same tensor (attention and MLP side by side).
+        dispatched: Elements of a token that are sent to the ranks with its experts, and back.
         gathers: Elements of a token that are gathered in the forward: the outputs of layers that are split by themselves.
     """
 
@@ -155,6 +173,9 @@ class Layer:
     reduces: int
     entries: int
     gathers: int
+    is_rms: bool = True
+    is_parallel: bool = False
+    dispatched: int = 0
 
 
 @dataclass(frozen=True)
@@ -168,6 +189,7 @@ class Ends:
     mtp_and_loss: Part
     head: Product | None
     norm: int
+    is_rms: bool
 
 
 @dataclass(frozen=True)
@@ -225,7 +247,7 @@ class ModelCost:
             for layer in range(spec.num_layers)
         )
         self.first = tuple(self.kinds.index(kind) for kind in range(len(found)))
-        self._sliced: dict[int, Sliced] = {}
+        self._sliced: dict[tuple[int, int, int], Sliced] = {}
         self.cache: dict[Any, Any] = {}
         """Costs that were computed before; for the other modules of this package."""
 
@@ -274,6 +296,31 @@ class ModelCost:
         """Whether positions are rotations of queries and keys."""
         return not self.spec.positions and self.spec.family not in ("bloom", "mpt", "bert", "opt", "gpt2")
 
+    @cached_property
+    def is_parallel(self) -> bool:
+        """Whether attention and MLP of a layer read the same hidden state."""
+        default = self.spec.family in ("gpt_neox", "gptj", "phi", "cohere", "cohere2", "codegen")
+        return bool(self.config.get("use_parallel_residual", self.config.get("parallel_attn", default)))
+
+    @cached_property
+    def is_partial(self) -> bool:
+        """Whether only a part of each head is rotated."""
+        share = self.config.get("partial_rotary_factor", self.config.get("rotary_pct"))
+        share = {"gpt_neox": 0.25, "phi": 0.5, "stablelm": 0.25}.get(self.spec.family) if share is None else share
+        return isinstance(share, int | float) and share < 1
+
+    @cached_property
+    def activation(self) -> str:
+        """The name of the activation."""
+        default = {"gpt2": "gelu_new", "opt": "relu", "gptj": "gelu_new", "phi": "gelu_new"}.get(
+            self.spec.family, "silu"
+        )
+        named = next(
+            (self.config[k] for k in ("hidden_act", "activation_function", "hidden_activation") if self.config.get(k)),
+            0,
+        )
+        return str(named or default)
+
     def with_mtp(self, count: int) -> ModelCost:
         """The facts of the model with `count` prediction layers."""
         if count == 0 or mtp_count(self.spec) == count:
@@ -289,17 +336,20 @@ class ModelCost:
         """Prediction layers among the tensors."""
         return mtp_count(self.spec)
 
-    def sliced(self, tp: int) -> Sliced:
-        """The model over `tp` tensor ranks.
+    def sliced(self, tp: int, ep: int = 1, etp: int | None = None) -> Sliced:
+        """The model over `tp` tensor ranks, and its experts over `ep` groups of `etp` ranks.
+
+        Experts that `ep` does not divide count as on the ranks with the most.
 
         Raises:
             PlanError: The model cannot be split so.
         """
-        if tp not in self._sliced:
-            self._sliced[tp] = self._slice(tp)
-        return self._sliced[tp]
+        key = (tp, ep, tp if etp is None else etp)
+        if key not in self._sliced:
+            self._sliced[key] = self._slice(*key)
+        return self._sliced[key]
 
-    def _slice(self, tp: int) -> Sliced:
+    def _slice(self, tp: int, ep: int, etp: int) -> Sliced:
         shown = [*self.first, *range(self.spec.num_layers, self.spec.num_layers + self.mtp)]
         tensors = {t.name: t for layer in shown for t in self._by_layer.get(layer, [])}
         tensors |= {t.name: t for t in self._outside}
@@ -307,10 +357,37 @@ class ModelCost:
             self.spec, tensors=MappingProxyType({n: t for n, t in self.spec.tensors.items() if n in tensors})
         )
         modules, attention, cuts = resolve(spec, tp, self.rules)
+        if (ep, etp) != (1, tp):
+            if ep > 1 and self.num_experts < ep:
+                raise PlanError(
+                    f"ep={ep} is more than the {self.num_experts} experts of {self.spec.family}. Use fewer."
+                )
+            cuts, modules = dict(cuts), dict(modules)
+            others = resolve(spec, etp, self.rules) if etp > 1 else None
+            for name in cuts:
+                if self._is_expert(name):
+                    path = name.rpartition(".")[0]
+                    cuts[name] = self._expert_cut(
+                        cuts[name] if others is None else others[2][name], tp, ep, others is None
+                    )
+                    modules.pop(path, None)
+                    if others is not None and path in others[0]:
+                        modules[path] = others[0][path]
         layers = tuple(
-            tuple(self._layer(layer, rank, modules, attention, cuts) for layer in shown) for rank in range(tp)
+            tuple(self._layer(layer, rank, modules, attention, cuts, etp / tp) for layer in shown) for rank in range(tp)
         )
         return Sliced(layers, tuple(self._ends(rank, modules, cuts) for rank in range(tp)))
+
+    def _is_expert(self, name: str) -> bool:
+        return ".experts." in name and len(self.spec.tensors[name].shape) >= 2
+
+    def _expert_cut(self, cut: TensorPlan, tp: int, ep: int, whole: bool) -> TensorPlan:
+        """The part of stacked experts that a rank holds: `1 / ep` of them, each split as `cut` says or `whole`."""
+        shape = (ceil_div(self.spec.tensors[cut.name].shape[0], ep), *cut.shape[1:])
+        if whole or cut.split is None:
+            return TensorPlan(cut.name, shape)
+        by_rank = tuple(cut.split.by_rank[rank % cut.split.parts] for rank in range(max(tp, cut.split.parts)))
+        return TensorPlan(cut.name, shape, cut.dim, Split(cut.split.size, by_rank))
 
     # --- a layer ------------------------------------------------------------------------------------------------------
 
@@ -321,6 +398,7 @@ class ModelCost:
         modules: Mapping[str, ModulePlan],
         attention: Mapping[str, AttentionPlan],
         cuts: Mapping[str, TensorPlan],
+        share: float,
     ) -> Layer:
         prefix = f"{self.spec.layers}.{layer}."
         tensors = self._by_layer.get(layer, [])
@@ -339,17 +417,28 @@ class ModelCost:
                 elif _NORM.search(inner):
                     norms.append(tensor.shape[0])
             elif len(tensor.shape) >= 2 and not tensor.is_buffer and (leaf == "weight" or leaf.endswith("_proj")):
-                products += self._product(tensor, inner, leaf, rank, modules.get(path), cuts[tensor.name])
+                products += self._product(tensor, inner, leaf, rank, modules.get(path), cuts[tensor.name], share)
         reduces, entries, gathers = self._collectives(products, prefix, modules, tensors)
+        biased = any(t.name.endswith("bias") and len(t.shape) == 1 and _NORM.search(t.name) for t in tensors)
         return Layer(
-            held, tuple(products), here, self._mlps(products), tuple(norms), head_norms, reduces, entries, gathers
-        )
+            held, tuple(products), here, self._mlps(products), tuple(norms), head_norms, reduces, entries, gathers,
+            not biased, self.is_parallel, self.hidden * self.chosen_experts * any(p.experts > 1 for p in products),
+        )  # fmt: skip
 
     def _product(
-        self, tensor: TensorSpec, inner: str, leaf: str, rank: int, module: ModulePlan | None, cut: TensorPlan
+        self,
+        tensor: TensorSpec,
+        inner: str,
+        leaf: str,
+        rank: int,
+        module: ModulePlan | None,
+        cut: TensorPlan,
+        share: float,
     ) -> list[Product]:
         shape, local = tensor.shape, cut.local_shape(rank)
         style = module.style if module is not None else "replicate"
+        rule = self.rules.find(tensor.name.rpartition(".")[0])
+        style_in = rule.style if rule is not None else "replicate"
         if len(shape) == 3 and (leaf.startswith(("gate_up", "down", "up", "w1", "w2", "w3")) or "experts" in inner):
             # Fused experts: [E, 2 I, H] and [E, H, I], or with the last two dimensions exchanged.
             down = "down" in leaf
@@ -361,7 +450,7 @@ class ModelCost:
             return [
                 Product(
                     f"{inner}.{leaf}", inputs, outputs, style, f"{inner}.{'inner' if down else 'hidden'}",
-                    local[0], self.chosen_experts, tensor.packed_bits, whole,
+                    local[0], self.chosen_experts, share, tensor.packed_bits, whole, "row" if down else "column",
                 )
             ]  # fmt: skip
         if len(shape) != 2:
@@ -370,11 +459,11 @@ class ModelCost:
         outputs, inputs = (local[1], local[0]) if transposed else (local[0], local[1])
         whole = (shape[0], shape[1]) if transposed else (shape[1], shape[0])
         parent = inner.rpartition(".")[0]
-        if style == "row":
+        if "row" in (style, style_in):
             source = f"{inner}.inner"
         else:
             source = f"{parent if _ATTENTION.search(inner) else 'mlp'}.{whole[0]}"
-        return [Product(inner, inputs, outputs, style, source, 1, 1, tensor.packed_bits, whole)]
+        return [Product(inner, inputs, outputs, style, source, 1, 1, 1.0, tensor.packed_bits, whole, style_in)]
 
     def _is_transposed(self, inner: str) -> bool:
         """Whether a weight is [in, out] (transformers' Conv1D), for modules that no rank splits."""
@@ -410,7 +499,19 @@ class ModelCost:
             and tensors[queries or ""].shape[0] == 2 * self.head_width * self.spec.num_heads
         ):
             width = self.head_width  # half of the outputs are a gate (Qwen3-Next)
-        return Attention(heads, kv_heads, width, width, self.window_of(layer), 0, self.is_causal, self.has_rotary)
+        fused = queries is None and not any("k_proj" in name or "key.weight" in name for name in paths)
+        return Attention(
+            heads,
+            kv_heads,
+            width,
+            width,
+            self.window_of(layer),
+            0,
+            self.is_causal,
+            self.has_rotary,
+            fused,
+            self.is_partial,
+        )
 
     def _mlps(self, products: list[Product]) -> tuple[Mlp, ...]:
         """The activations: before each product that reads what another of its parent computes."""
@@ -426,7 +527,7 @@ class ModelCost:
             ]
             outputs = sum(p.outputs for p in ups if p.unsplit[0] == self.hidden and p.unsplit[1] >= down.unsplit[0])
             if outputs >= down.inputs:
-                found.append(Mlp(down.inputs, outputs >= 2 * down.inputs, down.chosen))
+                found.append(Mlp(down.inputs, outputs >= 2 * down.inputs, down.chosen * down.share, self.activation))
         return tuple(found)
 
     def _collectives(
@@ -453,7 +554,7 @@ class ModelCost:
     # --- what a rank holds --------------------------------------------------------------------------------------------
 
     def _part(self, tensors: Iterable[TensorSpec], rank: int, cuts: Mapping[str, TensorPlan]) -> Part:
-        parameters = matrices = lora = 0
+        parameters = matrices = lora = experts = 0
         bits = unpacked = 0.0
         for tensor in tensors:
             numel = cuts[tensor.name].local_numel(rank)
@@ -462,13 +563,14 @@ class ModelCost:
             if tensor.is_buffer:
                 continue
             parameters += numel
+            experts += numel if self._is_expert(tensor.name) else 0
             shape = cuts[tensor.name].local_shape(rank)
             if self.spec.layer_of(tensor.name) is not None:
                 if len(shape) == 2 or (len(shape) == 3 and ".experts." in tensor.name):
                     matrices += numel
                 if len(shape) == 2 and tensor.name.endswith(".weight"):
                     lora += sum(shape)
-        return Part(parameters, bits, unpacked, matrices, lora)
+        return Part(parameters, bits, unpacked, matrices, lora, experts)
 
     def _ends(self, rank: int, modules: Mapping[str, ModulePlan], cuts: Mapping[str, TensorPlan]) -> Ends:
         placed = self._placed
@@ -487,6 +589,7 @@ class ModelCost:
             part([t for t in placed["embedding"] if not self.spec.is_in_tower(t.name)], placed["loss"]),
             self._head(rank, modules, cuts),
             sum(t.shape[0] for t in placed["loss"] if len(t.shape) == 1 and t.name.endswith(".weight")),
+            not any(len(t.shape) == 1 and t.name.endswith(".bias") and _NORM.search(t.name) for t in placed["loss"]),
         )
 
     def _head(self, rank: int, modules: Mapping[str, ModulePlan], cuts: Mapping[str, TensorPlan]) -> Product | None:
@@ -514,6 +617,11 @@ class ModelCost:
 @lru_cache(maxsize=32)
 def _model_cost(spec: ModelSpec) -> ModelCost:
     return ModelCost(spec)
+
+
+def is_in_attention(product: Product) -> bool:
+    """Whether a product is part of the attention."""
+    return _ATTENTION.search(product.name) is not None
 
 
 def _hidden_of(spec: ModelSpec) -> int:

@@ -130,7 +130,7 @@ def _stage(
     degrees: Degrees, device: Device,
 ) -> Seconds:  # fmt: skip
     """Seconds of a micro-batch on a stage."""
-    sliced = model.sliced(degrees.tp)
+    sliced = model.sliced(*degrees.split)
     key = (
         "stage",
         stage,
@@ -156,20 +156,27 @@ def _stage_of_rank(
     model: ModelCost, stage: StageCost, shape: Shape, work: Work, arrangement: Arrangement, hardware: Hardware,
     device: Device, degrees: Degrees, tp: int,
 ) -> Seconds:  # fmt: skip
-    sliced = model.sliced(degrees.tp)
+    sliced = model.sliced(*degrees.split)
     groups = degrees.groups(hardware)
     setting = Setting(
-        device, hardware, kernels_of(hardware.kernels), groups.tp, arrangement.recompute, work.lora_rank == 0
+        device,
+        hardware,
+        kernels_of(hardware.kernels),
+        groups.tp,
+        groups.cp,
+        groups.ep,
+        arrangement.recompute,
+        not work.lora_rank,
     )
     total = Seconds(device.microbatch_s / 3, device.microbatch_s * 2 / 3)
     kinds = [*stage.kinds, *((len(model.first) + k, 1) for k in range(stage.mtp))]
     for kind, count in kinds:
         layer = sliced.layers[tp][kind]
-        key = ("layer", kind, tp, shape, setting)
+        key = ("layer", kind, tp, shape, setting, degrees.split, arrangement.zero >= 3)
         one: Seconds | None = model.cache.get(key)
         if one is None:
             one = layer_s(layer, model, shape, setting)
-            if arrangement.zero >= 3 and degrees.dp > 1:
+            if arrangement.zero >= 3 and degrees.replicas > 1:
                 one = _gathered(one, layer.held.bits / 8, hardware, groups)
             model.cache[key] = one
         total += one.times(count)
@@ -182,9 +189,9 @@ def _stage_of_rank(
 
 def _gathered(one: Seconds, weight_bytes: float, hardware: Hardware, groups: Groups) -> Seconds:
     """A layer whose weights are gathered over the replicas beside its products, and whose gradients are scattered."""
-    gather = seconds(hardware, groups.sharded, "all_gather", weight_bytes)
-    scatter = seconds(hardware, groups.sharded, "reduce_scatter", weight_bytes)
-    link = hardware.link_inside() if groups.sharded.is_inside else hardware.link_between()
+    gather = seconds(hardware, groups.dp, "all_gather", weight_bytes)
+    scatter = seconds(hardware, groups.dp, "reduce_scatter", weight_bytes)
+    link = hardware.link_inside() if groups.dp.is_inside else hardware.link_between()
     f = max(one.f + link.occupies * gather, gather)
     back = one.b + one.w
     slower = max(back + link.occupies * (gather + scatter), gather + scatter) - back
@@ -199,11 +206,11 @@ def _embedding(model: ModelCost, shape: Shape, setting: Setting) -> Seconds:
 
 
 def _head(model: ModelCost, shape: Shape, setting: Setting, degrees: Degrees, tp: int) -> Seconds:
-    head = model.sliced(degrees.tp).ends[tp].head
+    head = model.sliced(*degrees.split).ends[tp].head
     if head is None:
         return Seconds()
     product = product_s(setting.device, shape.dtype, shape.tokens, head)
-    logits = move_s(setting.device, 4.0 * shape.tokens * head.outputs * 4)
+    logits = move_s(setting.device, 4.0 * shape.tokens * head.outputs * 4) / setting.device.others_share
     message = shape.tokens * model.hidden * shape.item
     gather = seconds(setting.hardware, setting.tp, "all_gather", message) if shape.sequence_parallel else 0.0
     back = seconds(setting.hardware, setting.tp, "reduce_scatter" if shape.sequence_parallel else "all_reduce", message)
@@ -230,24 +237,32 @@ def _end_of_step(
     pp: int, stages: list[Seconds],
 ) -> tuple[float, float]:  # fmt: skip
     """Seconds in which a pipeline rank sums its gradients over replicas, and updates its weights."""
-    held = held_by(model, stages_of(model, arrangement)[pp], degrees.tp, model.sliced(degrees.tp).distinct[0])
+    held = held_by(model, stages_of(model, arrangement)[pp], degrees, model.sliced(*degrees.split).distinct[0])
     trained = held.lora * work.lora_rank if work.lora_rank else held.parameters
     item = DTYPE_BYTES[weight_dtype(model, work)]
     gradient = DTYPE_BYTES[work.gradient_dtype] if work.gradient_dtype else max(4, item)
     dp = 0.0
-    if degrees.dp * degrees.cp > 1 and arrangement.zero < 3:
-        if arrangement.zero:
-            dp = seconds(hardware, groups.dp, "reduce_scatter", trained * gradient)
-            dp += seconds(hardware, groups.dp, "all_gather", trained * item)
-        else:
-            dp = seconds(hardware, groups.dp, "all_reduce", trained * gradient)
+    if degrees.replicas > 1 and arrangement.zero < 3:
+        dense = trained - (0 if work.lora_rank else held.experts)
+        experts = replace(
+            groups.dp, size=degrees.expert_replicas, per_node=min(groups.dp.per_node, degrees.expert_replicas)
+        )
+        for elements, group in ((dense, groups.dp), (trained - dense, experts)):
+            if arrangement.zero:
+                dp += seconds(hardware, group, "reduce_scatter", elements * gradient)
+                dp += seconds(hardware, group, "all_gather", elements * item)
+            else:
+                dp += seconds(hardware, group, "all_reduce", elements * gradient)
         if arrangement.overlap_gradients:
             beside = sum(stages[i].b + stages[i].w for i in _of_rank(arrangement, pp))
             dp = max(0.0, dp - beside) + hardware.link_between().occupies * dp
-    shards = degrees.dp if arrangement.zero >= 1 else 1
-    moved = (2 * optimizer_bytes(work, held, trained, item) + trained * (item + gradient)) / shards
+    shards = degrees.replicas if arrangement.zero >= 1 else 1
+    passes = kernels_of(hardware.kernels).optimizer_passes
+    moved = (2 * optimizer_bytes(work, held, trained, item) + trained * (item + passes * gradient)) / shards
     device = hardware.devices[0] if hardware.is_uniform else min(hardware.devices, key=lambda d: d.memory_bandwidth)
-    return dp, move_s(device, moved) if trained else 0.0
+    layers = sum(stage.layers for stage in stages_of(model, arrangement)[pp])
+    loops = device.update_layer_s * layers
+    return dp, (move_s(device, moved) / device.optimizer_share + loops) if trained else 0.0
 
 
 # --- generating ---------------------------------------------------------------------------------------------------------
@@ -283,7 +298,7 @@ def _passes(
     ]
     comm = _transfer(model, shape, hardware, groups)
     by_rank = [sum(stages[i].f for i in _of_rank(arrangement, pp)) for pp in range(degrees.pp)]
-    other = max(device.step_s for device in hardware.devices)
+    other = max(device.token_s if past else device.step_s for device in hardware.devices)
     hops = comm * len(stages) if degrees.pp > 1 else 0.0
     through = sum(one.f for one in stages) + hops
     groups_of = arrangement.microbatches
@@ -305,7 +320,7 @@ def _forward(
     key = ("forward", stage, shape, hardware, device, degrees, past)
     found: Seconds | None = model.cache.get(key)
     if found is None:
-        sliced = model.sliced(degrees.tp)
+        sliced = model.sliced(*degrees.split)
         ranks = [_forward_of_rank(model, stage, shape, hardware, device, degrees, past, tp) for tp in sliced.distinct]
         found = model.cache[key] = max(ranks, key=lambda one: one.f)
     return found
@@ -315,10 +330,11 @@ def _forward_of_rank(
     model: ModelCost, stage: StageCost, shape: Shape, hardware: Hardware, device: Device, degrees: Degrees, past: int,
     tp: int,
 ) -> Seconds:  # fmt: skip
-    sliced = model.sliced(degrees.tp)
+    sliced = model.sliced(*degrees.split)
     kernels: Kernels = kernels_of(hardware.kernels)
-    setting = Setting(device, hardware, kernels, degrees.groups(hardware).tp)
-    total = Seconds(device.microbatch_s)
+    groups = degrees.groups(hardware)
+    setting = Setting(device, hardware, kernels, groups.tp, groups.cp, groups.ep)
+    total = Seconds(0.0 if past else device.microbatch_s)
     for kind, count in stage.kinds:
         total += layer_s(sliced.layers[tp][kind], model, shape, setting, past).times(count)
     if stage.embedding:

@@ -1,0 +1,383 @@
+"""Measure this machine: products, memory, attentions, layers, the optimizer and collectives, as a hardware file has them.
+
+All ranks measure at once, since they share memory and cores when they run; every number is the median over the ranks. The
+factors that no separate operation shows (what a layer takes beside its products) come from small Llamas that are run as
+`train` and `generate` run them; docs/planning.md explains each.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from partita.core.mesh import Mesh
+from partita.core.model.families import spec_from_config
+from partita.cost.activations import Shape
+from partita.cost.hardware import Device, Group, Hardware, Link
+from partita.cost.kernels import KERNELS
+from partita.cost.layers import Setting, layer_s
+from partita.cost.model import ModelCost
+from partita.generation import Sampling, byte_tokenizer
+from partita.ranks.memory import peak_resident_bytes
+from partita.torch.collectives.comm import Communicator
+from partita.torch.collectives.groups import ParallelGroups, init_process_group, make_groups
+from partita.torch.generate import generate
+from partita.torch.new import fresh
+from partita.torch.train import train
+from partita.torch.weights.fill import as_device
+from partita.training import TrainSettings
+
+PRODUCTS = (
+    (4, 256, 256), (16, 256, 256), (64, 256, 256), (256, 256, 256), (64, 512, 1408), (256, 512, 512), (512, 512, 1408),
+    (256, 1024, 1024), (16, 1024, 1024), (64, 1024, 4096), (512, 1024, 4096), (1024, 2048, 2048),
+)  # fmt: skip
+"""Rows, inputs and outputs of the products."""
+
+MOVED = (1 << 12, 1 << 15, 1 << 18, 1 << 21, 1 << 24, 1 << 26)
+"""Elements of the tensors that are added."""
+
+ATTENTIONS = ((4, 64), (2, 256), (1, 768))
+"""Sequences and their tokens, 8 heads of 64."""
+
+MESSAGES = (1 << 12, 1 << 14, 1 << 16, 1 << 18, 1 << 20, 1 << 22, 1 << 24)
+"""Bytes of the collectives."""
+
+SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 4}
+MIDDLE = {"hidden_size": 512, "intermediate_size": 1408, "num_attention_heads": 8, "num_key_value_heads": 8}
+LARGE = {"hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 16, "num_key_value_heads": 16}
+FEW, MORE = 2, 6
+"""Layers of two models whose difference is that of their layers."""
+
+VOCABULARY = 260
+"""Tokens of these models."""
+
+OnProgress = Callable[[float, str], None]
+
+
+def measure(
+    *,
+    dtypes: tuple[str, ...] = ("float32", "bfloat16"),
+    device: str | None = None,
+    links_only: bool = False,
+    on_progress: OnProgress | None = None,
+) -> dict[str, Any]:
+    """Measure the device of this rank and the links between the ranks. Every rank calls it.
+
+    Args:
+        dtypes: The dtypes of products; the first is also that of the layers.
+        device: The device (default: this rank's CUDA device, else the CPU).
+        links_only: Whether only the links are measured.
+        on_progress: Called with the fraction that is done, and what comes next.
+
+    Returns:
+        `device` and `link` as the tables of a hardware file, for `partita.cost.hardware.parse`.
+    """
+    init_process_group()
+    groups = make_groups(Mesh(dp=torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1))
+    measurement = _Measurement(groups, as_device(device), dtypes, on_progress or (lambda done, what: None))
+    return {"link": measurement.collectives()} if links_only else measurement.run()
+
+
+class _Measurement:
+    def __init__(
+        self, groups: ParallelGroups, device: torch.device, dtypes: tuple[str, ...], on_progress: OnProgress
+    ) -> None:
+        self.groups, self.comm, self.device = groups, groups.dp, device
+        self.dtypes, self.on_progress = dtypes, on_progress
+        self.is_cpu = device.type == "cpu"
+        self.models: dict[tuple[int, int], nn.Module] = {}
+
+    def run(self) -> dict[str, Any]:
+        tables: dict[str, Any] = {
+            "name": self._name(),
+            "memory_bytes": self._memory(),
+            "is_asynchronous": not self.is_cpu,
+        }
+        self.on_progress(0.0, "matrix products")
+        tables |= self._products()
+        self.on_progress(0.3, "memory")
+        tables |= self._bandwidth()
+        self.on_progress(0.4, "attention")
+        tables |= self._attention(tables)
+        self.on_progress(0.5, "layers")
+        tables |= self._fixed()
+        tables |= self._others(tables)
+        self.on_progress(0.7, "optimizer")
+        tables |= self._update(tables)
+        self.on_progress(0.8, "decoding")
+        tables |= self._decoding(tables)
+        self.on_progress(0.9, "collectives")
+        link = self.collectives()
+        tables["reserved_bytes"] = int(self._agree(min(peak_resident_bytes(), 700_000_000)))
+        self.on_progress(1.0, "done")
+        return {"device": tables, "link": link}
+
+    # --- the tables ---------------------------------------------------------------------------------------------------
+
+    def _name(self) -> str:
+        if not self.is_cpu:
+            return torch.cuda.get_device_name(self.device)
+        return f"CPU, {torch.get_num_threads()} threads a rank, {self.comm.size} ranks"
+
+    def _memory(self) -> int:
+        if not self.is_cpu:
+            return int(torch.cuda.get_device_properties(self.device).total_memory)
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // self.comm.size
+
+    def _products(self) -> dict[str, Any]:
+        peaks: dict[str, float] = {}
+        curve: dict[float, float] = {}
+        narrow: dict[float, float] = {}
+        for name in self.dtypes:
+            dtype = getattr(torch, name)
+            speeds = {}
+            for rows, inputs, outputs in PRODUCTS if name == self.dtypes[0] else PRODUCTS[5:8]:
+                x = torch.randn(rows, inputs, device=self.device).to(dtype)
+                w = torch.randn(outputs, inputs, device=self.device).to(dtype)
+                speeds[rows, inputs, outputs] = (
+                    2.0 * rows * inputs * outputs / self._time(lambda x=x, w=w: F.linear(x, w))
+                )
+            peaks[name] = max(speeds.values())
+            if name != self.dtypes[0]:
+                continue
+            for (rows, inputs, outputs), speed in speeds.items():
+                if rows >= 64:
+                    size = 2.0 * rows * inputs * outputs
+                    curve[size] = max(curve.get(size, 0.0), speed / peaks[name])
+            wide = speeds[256, 256, 256]
+            for rows in (4, 16, 64):
+                narrow[float(rows)] = min(1.0, speeds[rows, 256, 256] / wide)
+            narrow[256.0] = 1.0
+        return {
+            "peak_flops": peaks, "product_efficiency": _curve(curve), "narrow_efficiency": _curve(narrow),
+        }  # fmt: skip
+
+    def _bandwidth(self) -> dict[str, Any]:
+        speeds: dict[float, float] = {}
+        for numel in MOVED:
+            a, b = torch.randn(numel, device=self.device), torch.randn(numel, device=self.device)
+            out = torch.empty_like(a)
+            speeds[12.0 * numel] = 12.0 * numel / self._time(lambda a=a, b=b, out=out: torch.add(a, b, out=out))
+        last = speeds[12.0 * MOVED[-1]]
+        return {"memory_bandwidth": last, "memory_efficiency": _curve({k: v / last for k, v in speeds.items()})}
+
+    def _attention(self, tables: Mapping[str, Any]) -> dict[str, Any]:
+        shares: dict[float, float] = {}
+        peak = tables["peak_flops"][self.dtypes[0]]
+        for batch, length in ATTENTIONS:
+            q, k, v = (torch.randn(batch, 8, length, 64, device=self.device) for _ in range(3))
+            seconds = self._time(lambda q=q, k=k, v=v: F.scaled_dot_product_attention(q, k, v, is_causal=True))
+            operations = 2.0 * batch * 8 * length * length * 0.5 * 128
+            shares[operations] = min(1.0, operations / seconds / peak)
+        return {"attention_efficiency": _curve(shares)}
+
+    def _fixed(self) -> dict[str, Any]:
+        """Seconds that a layer and a micro-batch take however small they are."""
+        times = {layers: self._passes(self._model(SMALL, layers), 1, 16) for layers in (FEW, MORE)}
+        f, b = ((times[MORE][i] - times[FEW][i]) / (MORE - FEW) for i in range(2))
+        rest = sum(times[FEW]) - FEW * (f + b)
+        return {"layer_s": max(0.0, f), "layer_backward_s": max(0.0, b), "microbatch_s": max(0.0, rest)}
+
+    def _others(self, tables: Mapping[str, Any]) -> dict[str, Any]:
+        """What a layer takes beside its products, its attention and its fixed time."""
+        forwards, backwards = [], []
+        for batch, length in ((1, 256), (4, 128)):
+            times = {layers: self._passes(self._model(MIDDLE, layers), batch, length) for layers in (FEW, MORE)}
+            measured = [(times[MORE][i] - times[FEW][i]) / (MORE - FEW) for i in range(2)]
+            bare, full = (self._layer(MIDDLE, batch, length, tables, share) for share in (1e9, 1.0))
+            forwards.append((full.f - bare.f) / max(1e-9, measured[0] - bare.f))
+            backwards.append((full.b + full.w - bare.b - bare.w) / max(1e-9, measured[1] - bare.b - bare.w))
+        return {
+            "others_share": _within(statistics.median(forwards)),
+            "others_backward_share": _within(statistics.median(backwards)),
+        }  # fmt: skip
+
+    def _update(self, tables: Mapping[str, Any]) -> dict[str, Any]:
+        """Seconds of `train` beside the micro-batches of its step."""
+        parameter = nn.Parameter(torch.randn(2, 1 << 20, device=self.device))
+        parameter.grad = torch.randn_like(parameter)
+        optimizer = torch.optim.AdamW([parameter])
+        seconds = self._time(optimizer.step)
+        moved = parameter.numel() * (2 * 8 + 4 + KERNELS["torch"].optimizer_passes * 4.0)
+        share = moved / seconds / tables["memory_bandwidth"]
+        steps = {}
+        for layers in (FEW, MORE):
+            model = self._model(SMALL, layers)
+            settings = TrainSettings(steps=9, batch_size=self.comm.size, sequence_length=16, warmup_steps=0)
+            reports = train(model, torch.randint(256, (self.comm.size * 17 * 9,)), settings)
+            steps[layers] = self._agree(_typical([report.seconds for report in reports[2:]]))
+        fixed = tables["layer_s"] + tables["layer_backward_s"]
+        layer = (steps[MORE] - steps[FEW]) / (MORE - FEW) - fixed
+        rest = steps[FEW] - FEW * (fixed + max(0.0, layer)) - tables["microbatch_s"]
+        return {
+            "optimizer_share": _within(share), "update_layer_s": max(0.0, layer), "step_s": max(0.0, rest),
+        }  # fmt: skip
+
+    def _decoding(self, tables: Mapping[str, Any]) -> dict[str, Any]:
+        """Seconds of a token that is decoded, and the bandwidth at which its weights are read."""
+        small = {layers: self._token(self._model(SMALL, layers)) for layers in (FEW, MORE)}
+        layer = max(0.0, (small[MORE] - small[FEW]) / (MORE - FEW))
+        found: dict[float, float] = {}
+        for sizes in (MIDDLE, LARGE):
+            times = {layers: self._token(self._model(sizes, layers)) for layers in (FEW, MORE)}
+            weights = 4.0 * (4 * sizes["hidden_size"] ** 2 + 3 * sizes["hidden_size"] * sizes["intermediate_size"])
+            seconds = max(1e-7, (times[MORE] - times[FEW]) / (MORE - FEW) - layer)
+            found[weights / 7] = weights / seconds / tables["memory_bandwidth"]
+        return {
+            "decode_layer_s": layer, "token_s": max(0.0, small[FEW] - FEW * layer), "vector_efficiency": _curve(found),
+        }  # fmt: skip
+
+    def collectives(self) -> dict[str, Any]:
+        """Seconds of the collectives by their bytes; nothing of a single rank."""
+        if self.comm.size == 1:
+            return {}
+        measured: dict[str, list[list[float]]] = {}
+        for name, call in _calls(self.comm).items():
+            rows = {}
+            for size in MESSAGES:
+                x = torch.zeros(size // 4, device=self.device)
+                seconds = self._time(lambda x=x, call=call: call(x), together=True)
+                rows[float(size)] = seconds / 2 if name == "send" else seconds  # there and back
+            measured[name] = _curve(rows)
+        latency, (size, seconds) = measured["send"][0][1], measured["send"][-1]
+        return {
+            "latency_s": latency, "bandwidth": size / max(1e-9, seconds - latency), "algorithms": ["ring"],
+            "measured": measured,
+        }  # fmt: skip
+
+    # --- models --------------------------------------------------------------------------------------------------------
+
+    def _model(self, sizes: Mapping[str, int], layers: int) -> nn.Module:
+        key = (sizes["hidden_size"], layers)
+        if key not in self.models:
+            config = _config(sizes, layers)
+            self.models[key] = fresh(
+                config, dtype=self.dtypes[0], device=str(self.device), groups=self.groups, dp=self.comm.size
+            )
+        return self.models[key]
+
+    def _passes(self, model: nn.Module, batch: int, length: int) -> tuple[float, float]:
+        """Seconds of a forward with loss, and of its backward."""
+        ids = torch.randint(256, (batch, length), device=self.device)
+        model.train()
+        spans: list[tuple[float, float]] = []
+
+        def once() -> None:
+            begin = self._now()
+            logits = model(input_ids=ids, use_cache=False).logits
+            loss = F.cross_entropy(logits.flatten(0, 1).float(), ids.flatten())
+            middle = self._now()
+            loss.backward()
+            spans.append((middle - begin, self._now() - middle))
+
+        for _ in range(2):
+            once()
+        spans.clear()
+        start = time.perf_counter()
+        while len(spans) < 4 or (time.perf_counter() - start < 0.6 and len(spans) < 30):
+            once()
+        f, b = (self._agree(_typical([span[i] for span in spans])) for i in range(2))
+        return f, b
+
+    def _token(self, model: nn.Module) -> float:
+        """Seconds of a decoded token of one sequence on each rank."""
+        prompts = [[1 + rank, 2, 3, 4] for rank in range(self.comm.size)]
+        found = []
+
+        def keep(report: Any) -> None:
+            found.append(report.decode_s / max(1, report.decode_tokens) * self.comm.size)
+
+        for _ in range(3):
+            generate(
+                model, prompts, Sampling(max_new_tokens=16, temperature=0.0, ignore_eos=True), tokenizer=byte_tokenizer(),
+                on_report=keep,
+            )  # fmt: skip
+        return self._agree(_typical(found[1:]))
+
+    def _layer(self, sizes: Mapping[str, int], batch: int, length: int, tables: Mapping[str, Any], share: float) -> Any:
+        """What the formulas say of a layer, if everything beside products ran at `share` of the bandwidth."""
+        curves = {name: tuple(map(tuple, value)) for name, value in tables.items() if name.endswith("_efficiency")}
+        plain = {name: value for name, value in tables.items() if name not in curves}
+        device = Device(**{**plain, **curves, "others_share": share, "others_backward_share": share})
+        hardware = Hardware(
+            name="", devices=(device,), devices_per_node=1, kernels="torch",
+            links={"shared": Link(name="shared", latency_s=0.0, bandwidth=1.0)},
+        )  # fmt: skip
+        setting = Setting(device, hardware, KERNELS["torch"], Group(1, 1))
+        model = ModelCost.of(spec_from_config(_config(sizes, FEW)))
+        return layer_s(model.sliced(1).layers[0][0], model, Shape(batch, length, length, self.dtypes[0]), setting)
+
+    # --- clocks --------------------------------------------------------------------------------------------------------
+
+    def _now(self) -> float:
+        if not self.is_cpu:
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def _time(self, call: Callable[[], object], *, together: bool = False) -> float:
+        """Typical seconds of a call; with `together` all ranks make the same number of calls."""
+        call()
+        one = max(1e-7, self._span(call, 1))
+        if together:
+            one = self._agree(one)
+        repeats = max(1, min(200, int(0.004 / one)))
+        rounds = max(3, min(15, int(0.12 / (one * repeats))))
+        return self._agree(_typical([self._span(call, repeats) for _ in range(rounds)]))
+
+    def _span(self, call: Callable[[], object], repeats: int) -> float:
+        begin = self._now()
+        for _ in range(repeats):
+            call()
+        return (self._now() - begin) / repeats
+
+    def _agree(self, value: float) -> float:
+        """The median over the ranks."""
+        return statistics.median(float(one) for one in self.comm.all_gather_object(value))  # type: ignore[arg-type]
+
+
+def _config(sizes: Mapping[str, int], layers: int) -> dict[str, Any]:
+    return {
+        **sizes, "model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_hidden_layers": layers,
+        "vocab_size": VOCABULARY, "max_position_embeddings": 2048, "tie_word_embeddings": False,
+    }  # fmt: skip
+
+
+def _calls(comm: Communicator) -> dict[str, Callable[[Tensor], object]]:
+    """The collectives by name; each takes the unsplit tensor."""
+    n, other = comm.size, comm.rank ^ 1
+
+    def send(x: Tensor) -> None:
+        if other >= n:
+            return
+        first, then = (comm.send, comm.recv_) if comm.rank < other else (comm.recv_, comm.send)
+        first(x, other)
+        then(x, other)
+
+    return {
+        "all_reduce": comm.all_reduce_,
+        "all_gather": lambda x: comm.all_gather(x[: len(x) // n], 0),
+        "reduce_scatter": lambda x: comm.reduce_scatter(x[: len(x) // n * n], 0),
+        "broadcast": comm.broadcast_,
+        "send": send,
+    }
+
+
+def _typical(values: Sequence[float]) -> float:
+    """The lower quartile: what a call takes where no other process interrupts it."""
+    return sorted(values)[len(values) // 4]
+
+
+def _curve(points: Mapping[float, float]) -> list[list[float]]:
+    return [[size, float(f"{value:.4g}")] for size, value in sorted(points.items())]
+
+
+def _within(share: float) -> float:
+    """A share of the bandwidth that noise cannot make absurd."""
+    return float(f"{min(20.0, max(0.02, share)):.4g}")
