@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ipaddress
 import json
-import re
 import signal
 import socket
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from partita.checkpoint.find import find_model, is_local
 from partita.checkpoint.index import open_checkpoint
 from partita.cli import launch
 from partita.cli.arguments.engine import choose_engine
+from partita.cli.arguments.inputs import parse_bytes
 from partita.cli.arguments.model import plan_early, read_tokenizer, refuse_device, request_of
 from partita.cli.arguments.options import ModelArgument, NoVerify, PlanOptions, RunOptions, WeightsDtype
 from partita.cli.job import Job
@@ -43,22 +43,6 @@ DEFAULT_CONTEXT = 4096
 """The largest number of tokens of a prompt and its answer, for a model whose config names none."""
 
 
-def _bytes(text: str | int) -> int:
-    """A number of bytes: `4GiB`, `500MB`, `1000000`.
-
-    Raises:
-        BadParameter: It is none.
-    """
-    matched = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT])(I?)B?|B)?\s*", str(text).upper())
-    number = 0.0
-    if matched:
-        exponent = " KMGT".index(matched[2] or " ")
-        number = float(matched[1]) * (1024 if matched[3] else 1000) ** exponent
-    if number < 1:
-        raise typer.BadParameter(f"must be a number of bytes, as in 4GiB or 500MB, but is {text!r}.")
-    return int(number)
-
-
 @dataclass(frozen=True, kw_only=True)
 class ServingOptions(RunOptions, PlanOptions):
     """Options of a served model."""
@@ -81,7 +65,7 @@ class ServingOptions(RunOptions, PlanOptions):
         typer.Option(
             metavar="BYTES",
             help="Memory of each rank for keys and values, as in 4GiB.",
-            parser=_bytes,
+            parser=parse_bytes,
             rich_help_panel=CACHE,
         ),
     ] = 1 << 30

@@ -28,6 +28,7 @@ from partita.cli.arguments.options import (
     ScheduleKind,
     WeightsDtype,
 )
+from partita.cli.arguments.planned import use_settings
 from partita.cli.arguments.resume import (
     LAYOUT,
     LORA,
@@ -444,6 +445,8 @@ def _request(options: TrainOptions, run: _Run, *, is_restarted: bool) -> tuple[P
     resumes_unsplit = run.state is not None and run.notes["lora_rank"] is None
     run.places.update({name: getattr(request.mesh, name) for name in ("tp", "pp")})
     if given is not None:
+        if given.settings is not None:
+            use_settings(given.settings, request.engine, options.given, run.places, run.settings, run.notes)
         # A resumed run has no plan file: its layout comes from the checkpoint.
         run.places["layout"] = str(given.layout)
         if given.placement == "v":
