@@ -17,16 +17,18 @@ import typer
 from partita.checkpoint.find import find_model, is_local
 from partita.checkpoint.index import open_checkpoint
 from partita.cli import launch
+from partita.cli.arguments.auto import PROMPT, planned
 from partita.cli.arguments.engine import choose_engine
 from partita.cli.arguments.inputs import parse_bytes
 from partita.cli.arguments.model import plan_early, read_tokenizer, refuse_device, request_of
-from partita.cli.arguments.options import ModelArgument, NoVerify, PlanOptions, RunOptions, WeightsDtype
+from partita.cli.arguments.options import Auto, ModelArgument, NoVerify, PlanOptions, RunOptions, WeightsDtype
 from partita.cli.job import Job
 from partita.cli.terminal.console import mesh_name, out, write
 from partita.cli.terminal.plan_figure import as_data
 from partita.cli.terminal.progress import loading
 from partita.core.model.spec import config_number, text_config
 from partita.core.plan import Plan
+from partita.cost.work import Work
 from partita.engine import check_serves, open_engine, serving_loop
 from partita.errors import ModelError
 from partita.notes import note
@@ -48,6 +50,7 @@ class ServingOptions(RunOptions, PlanOptions):
     """Options of a served model."""
 
     model: ModelArgument
+    auto: Auto = False
     max_sequences: Annotated[
         int, typer.Option(min=1, help="Answer at most this many requests at once; others wait.", rich_help_panel=CACHE)
     ] = 16  # fmt: skip
@@ -127,6 +130,11 @@ def start(options: ServingOptions, **where: Any) -> NoReturn:
     check_serves(engine)
     request, given = request_of(options.model, options, engine=engine, trust_remote_code=options.trust_remote_code)
     request = replace(request, dtype=options.dtype and options.dtype.value)
+    work = Work(
+        purpose="serve", sequences=options.max_sequences, sequence_length=PROMPT, context=DEFAULT_CONTEXT,
+        dtype=request.dtype,
+    )  # fmt: skip
+    request, given = planned(request, given, options, work, auto=options.auto)
     plan = plan_early(request, given)
     refuse_device(engine, options.device)
     if is_local(options.model):

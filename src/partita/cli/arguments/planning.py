@@ -15,6 +15,7 @@ from partita.cost.hardware import Hardware, measured_file
 from partita.cost.work import Purpose, Recompute, Work
 from partita.errors import PlanError
 from partita.planner import Fixed, Optimize
+from partita.schedule import check_kind
 
 SEARCH, WORK, FIXED = "Choose a plan", "Work to plan for", "Fix parts of the plan"
 
@@ -51,8 +52,8 @@ class PlanningOptions(PlanOptions):
         WorkFor | None,
         typer.Option(
             "--for",
-            metavar="train|serve|generate",
-            help="Choose the best plan for this work (default: train, with any of the options here).",
+            metavar="WORK",
+            help="Choose the best plan for this work: train (default), serve or generate.",
             show_default=False,
             rich_help_panel=SEARCH,
         ),
@@ -102,8 +103,8 @@ class PlanningOptions(PlanOptions):
         Optimized,
         typer.Option(
             "--optimize",
-            metavar="time|memory|cost",
-            help="Minimize the time, the memory of the fullest rank, or the time multiplied by the ranks that are used.",
+            metavar="WHAT",
+            help="Minimize the `time`, the `memory` of the fullest rank, or the `cost`: the time multiplied by the ranks used.",
             rich_help_panel=SEARCH,
         ),
     ] = Optimized.time
@@ -163,8 +164,8 @@ class PlanningOptions(PlanOptions):
         Recomputed | None,
         typer.Option(
             "--recompute",
-            metavar="none|selective|full",
-            help="Compute again in backward: nothing, the attention core, or all of a layer.",
+            metavar="WHAT",
+            help="Compute again in backward: `none`, the attention core (`selective`), or all of a layer (`full`).",
             show_default=False,
             rich_help_panel=FIXED,
         ),
@@ -284,6 +285,10 @@ def _fixed_of(options: PlanningOptions) -> Fixed:
             raise PlanError(f"--layout {options.layout} has multi-token-prediction layers, whose place is not planned.")
         layers = tuple(sum(kind == LayerType.decoder for kind in stage) for stage in layout.stages)
         sizes["vpp"] = layout.virtual_pipeline_model_parallel_size
+    if options.schedule is not None:
+        check_kind(options.schedule, options.pp, 1)
+        if options.schedule == "forward-only":
+            raise PlanError("--schedule forward-only has no backward, so it cannot train. Use 1f1b.")
     recompute: Recompute | None = options.recompute.value if options.recompute is not None else None
     return Fixed(
         **sizes, layers=layers, schedule=options.schedule, microbatches=options.microbatches, zero=options.zero,

@@ -90,7 +90,7 @@ def _table(plans: tuple[Estimate, ...], question: Question, width: int) -> Table
     from rich import box
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold", padding=(0, 1, 0, 0))
     for name in kinds:
         table.add_column(name, no_wrap=True, justify="left" if name in ("schedule", "recompute") else "right")
     for row in rows:
@@ -100,7 +100,7 @@ def _table(plans: tuple[Estimate, ...], question: Question, width: int) -> Table
 
 SHORT = {
     "weights": "weights", "gradients": "grads", "optimizer": "optim", "activations": "activ", "cache": "cache",
-    "buffers": "buffers",
+    "buffers": "buff",
 }  # fmt: skip
 """The parts of memory as heads of columns."""
 
