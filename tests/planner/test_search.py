@@ -48,6 +48,7 @@ def test_the_ten_best_are_those_of_all_arrangements(seed: int, optimize: str) ->
     assert values == pytest.approx(wanted, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_deepseek_v3_on_1024_ranks_needs_few_estimates() -> None:
     costs = costs_of(spec_from_config(DEEPSEEK_V3), Hardware.read("h100"))
     found = best(costs, Work(batch_size=4096, sequence_length=4096), 1024, explain=False)
