@@ -123,15 +123,15 @@ def summarize(
     """The table of `samples`, whose values times `scale` are in `unit`."""
     rows = []
     for contestant, values in samples.values.items():
-        low, median, high = _percentiles([value * scale for value in values])
+        low, median, high = percentiles([value * scale for value in values])
         ratios = [theirs / mine for theirs, mine in zip(values, samples.values[ours], strict=True)]
-        ratio_low, ratio, ratio_high = _percentiles(ratios)
+        ratio_low, ratio, ratio_high = percentiles(ratios)
         target = targets.get(contestant)
         rows.append(Row(contestant, median, low, high, len(values), ratio, ratio_low, ratio_high, target))
     return Table(name, title, unit, tuple(rows))
 
 
-def _percentiles(values: list[float]) -> tuple[float, float, float]:
+def percentiles(values: list[float]) -> tuple[float, float, float]:
     """The 10th, 50th and 90th."""
     if len(values) == 1:
         return values[0], values[0], values[0]

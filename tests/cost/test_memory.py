@@ -133,7 +133,8 @@ def test_layers_that_are_not_the_models_are_refused() -> None:
 
 
 @pytest.mark.parametrize(("mesh", "copies"), [
-    (Mesh(dp=2, ep=2), 1), (Mesh(dp=4, ep=2), 2), (Mesh(dp=2, tp=2, ep=4), 1), (Mesh(dp=2, tp=2, ep=2), 1), (Mesh(cp=2, tp=2, ep=2), 1),
+    (Mesh(dp=2, ep=2), 1), (Mesh(dp=4, ep=2), 2), (Mesh(dp=2, tp=2, ep=4), 1), (Mesh(dp=2, tp=2, ep=2), 1),
+    (Mesh(cp=2, tp=2, ep=2), 1),
 ])  # fmt: skip
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
 def test_experts_fold_over_the_ranks_of_a_stage(family: str, mesh: Mesh, copies: int) -> None:

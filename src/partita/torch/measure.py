@@ -11,6 +11,8 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -32,7 +34,7 @@ from partita.torch.generate import generate
 from partita.torch.new import fresh
 from partita.torch.train import train
 from partita.torch.weights.fill import as_device
-from partita.training import TrainSettings
+from partita.training import StepReport, TrainSettings
 
 PRODUCTS = (
     (4, 256, 256), (16, 256, 256), (64, 256, 256), (256, 256, 256), (64, 512, 1408), (256, 512, 512), (512, 512, 1408),
@@ -52,7 +54,7 @@ MESSAGES = (1 << 12, 1 << 14, 1 << 16, 1 << 18, 1 << 20, 1 << 22, 1 << 24)
 SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 4}
 MIDDLE = {"hidden_size": 512, "intermediate_size": 1408, "num_attention_heads": 8, "num_key_value_heads": 8}
 LARGE = {"hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 16, "num_key_value_heads": 16}
-FEW, MORE = 2, 6
+FEW, MORE = 2, 4
 """Layers of two models whose difference is that of their layers."""
 
 VOCABULARY = 260
@@ -141,9 +143,7 @@ class _Measurement:
             for rows, inputs, outputs in PRODUCTS if name == self.dtypes[0] else PRODUCTS[5:8]:
                 x = torch.randn(rows, inputs, device=self.device).to(dtype)
                 w = torch.randn(outputs, inputs, device=self.device).to(dtype)
-                speeds[rows, inputs, outputs] = (
-                    2.0 * rows * inputs * outputs / self._time(lambda x=x, w=w: F.linear(x, w))
-                )
+                speeds[rows, inputs, outputs] = 2.0 * rows * inputs * outputs / self._time(partial(F.linear, x, w))
             peaks[name] = max(speeds.values())
             if name != self.dtypes[0]:
                 continue
@@ -164,7 +164,7 @@ class _Measurement:
         for numel in MOVED:
             a, b = torch.randn(numel, device=self.device), torch.randn(numel, device=self.device)
             out = torch.empty_like(a)
-            speeds[12.0 * numel] = 12.0 * numel / self._time(lambda a=a, b=b, out=out: torch.add(a, b, out=out))
+            speeds[12.0 * numel] = 12.0 * numel / self._time(partial(torch.add, a, b, out=out))
         last = speeds[12.0 * MOVED[-1]]
         return {"memory_bandwidth": last, "memory_efficiency": _curve({k: v / last for k, v in speeds.items()})}
 
@@ -173,7 +173,7 @@ class _Measurement:
         peak = tables["peak_flops"][self.dtypes[0]]
         for batch, length in ATTENTIONS:
             q, k, v = (torch.randn(batch, 8, length, 64, device=self.device) for _ in range(3))
-            seconds = self._time(lambda q=q, k=k, v=v: F.scaled_dot_product_attention(q, k, v, is_causal=True))
+            seconds = self._time(partial(F.scaled_dot_product_attention, q, k, v, is_causal=True))
             operations = 2.0 * batch * 8 * length * length * 0.5 * 128
             shares[operations] = min(1.0, operations / seconds / peak)
         return {"attention_efficiency": _curve(shares)}
@@ -211,8 +211,8 @@ class _Measurement:
         for layers in (FEW, MORE):
             model = self._model(SMALL, layers)
             settings = TrainSettings(steps=9, batch_size=self.comm.size, sequence_length=16, warmup_steps=0)
-            reports = train(model, torch.randint(256, (self.comm.size * 17 * 9,)), settings)
-            steps[layers] = self._agree(_typical([report.seconds for report in reports[2:]]))
+            tokens = torch.randint(256, (self.comm.size * 17 * 9,))
+            steps[layers] = self._agree(_typical(self._steps(model, tokens, settings)))
         fixed = tables["layer_s"] + tables["layer_backward_s"]
         layer = (steps[MORE] - steps[FEW]) / (MORE - FEW) - fixed
         rest = steps[FEW] - FEW * (fixed + max(0.0, layer)) - tables["microbatch_s"]
@@ -243,12 +243,12 @@ class _Measurement:
             rows = {}
             for size in MESSAGES:
                 x = torch.zeros(size // 4, device=self.device)
-                seconds = self._time(lambda x=x, call=call: call(x), together=True)
+                seconds = self._time(partial(call, x), together=True)
                 rows[float(size)] = seconds / 2 if name == "send" else seconds  # there and back
             measured[name] = _curve(rows)
-        latency, (size, seconds) = measured["send"][0][1], measured["send"][-1]
+        latency, (last, slowest) = measured["send"][0][1], measured["send"][-1]
         return {
-            "latency_s": latency, "bandwidth": size / max(1e-9, seconds - latency), "algorithms": ["ring"],
+            "latency_s": latency, "bandwidth": last / max(1e-9, slowest - latency), "algorithms": ["ring"],
             "measured": measured,
         }  # fmt: skip
 
@@ -286,20 +286,28 @@ class _Measurement:
         f, b = (self._agree(_typical([span[i] for span in spans])) for i in range(2))
         return f, b
 
+    def _steps(self, model: nn.Module, tokens: Tensor, settings: TrainSettings) -> list[float]:
+        """Seconds between the ends of the steps of `train`."""
+        ends: list[float] = []
+
+        def keep(report: StepReport) -> None:
+            ends.append(self._now())
+
+        train(model, tokens, settings, on_step=keep)
+        return [end - begin for begin, end in pairwise(ends)]
+
     def _token(self, model: nn.Module) -> float:
         """Seconds of a decoded token of one sequence on each rank."""
         prompts = [[1 + rank, 2, 3, 4] for rank in range(self.comm.size)]
-        found = []
 
-        def keep(report: Any) -> None:
-            found.append(report.decode_s / max(1, report.decode_tokens) * self.comm.size)
+        def seconds(new_tokens: int) -> float:
+            settings = Sampling(max_new_tokens=new_tokens, temperature=0.0, ignore_eos=True)
+            return _span(self._now, partial(generate, model, prompts, settings, tokenizer=tokenizer), 1)
 
-        for _ in range(3):
-            generate(
-                model, prompts, Sampling(max_new_tokens=16, temperature=0.0, ignore_eos=True), tokenizer=byte_tokenizer(),
-                on_report=keep,
-            )  # fmt: skip
-        return self._agree(_typical(found[1:]))
+        tokenizer = byte_tokenizer()
+        seconds(2)
+        few, more = (_typical([seconds(count) for _ in range(3)]) for count in (2, 18))
+        return self._agree(max(0.0, more - few) / 16)
 
     def _layer(self, sizes: Mapping[str, int], batch: int, length: int, tables: Mapping[str, Any], share: float) -> Any:
         """What the formulas say of a layer, if everything beside products ran at `share` of the bandwidth."""
@@ -317,25 +325,21 @@ class _Measurement:
     # --- clocks --------------------------------------------------------------------------------------------------------
 
     def _now(self) -> float:
+        """A clock of this rank's own work: where it computes on one thread, other processes do not count."""
         if not self.is_cpu:
             torch.cuda.synchronize(self.device)
-        return time.perf_counter()
+        return time.thread_time() if self.is_cpu and torch.get_num_threads() == 1 else time.perf_counter()
 
     def _time(self, call: Callable[[], object], *, together: bool = False) -> float:
         """Typical seconds of a call; with `together` all ranks make the same number of calls."""
         call()
-        one = max(1e-7, self._span(call, 1))
+        clock = time.perf_counter if together else self._now
+        one = max(1e-7, _span(clock, call, 1))
         if together:
             one = self._agree(one)
         repeats = max(1, min(200, int(0.004 / one)))
         rounds = max(3, min(15, int(0.12 / (one * repeats))))
-        return self._agree(_typical([self._span(call, repeats) for _ in range(rounds)]))
-
-    def _span(self, call: Callable[[], object], repeats: int) -> float:
-        begin = self._now()
-        for _ in range(repeats):
-            call()
-        return (self._now() - begin) / repeats
+        return self._agree(_typical([_span(clock, call, repeats) for _ in range(rounds)]))
 
     def _agree(self, value: float) -> float:
         """The median over the ranks."""
@@ -367,6 +371,14 @@ def _calls(comm: Communicator) -> dict[str, Callable[[Tensor], object]]:
         "broadcast": comm.broadcast_,
         "send": send,
     }
+
+
+def _span(clock: Callable[[], float], call: Callable[[], object], repeats: int) -> float:
+    """Mean seconds of a call."""
+    begin = clock()
+    for _ in range(repeats):
+        call()
+    return (clock() - begin) / repeats
 
 
 def _typical(values: Sequence[float]) -> float:
