@@ -110,7 +110,7 @@ def best(
 
 
 def _losers(search: Search, fixed: Fixed, winner: Estimate, optimize: Optimize) -> Iterator[Loser]:
-    for change, other in _classes(search.work, fixed, winner):
+    for change, other in _classes(search, fixed, winner):
         try:
             found = search.run(other, optimize=optimize, count=1)
         except PlanError:
@@ -128,37 +128,58 @@ def _loser(change: str, found: Found) -> Loser | None:
     return Loser(change, None, found.closest, found.least)
 
 
-def _classes(work: Work, fixed: Fixed, winner: Estimate) -> Iterator[tuple[str, Fixed]]:
-    """The classes of plans to compare the best one with: other sizes of the mesh, schedules and settings."""
-    arrangement = winner.arrangement
-    for axis in ("tp", "pp", "dp"):
-        size = int(getattr(arrangement.mesh, axis))
+def _classes(search: Search, fixed: Fixed, winner: Estimate) -> Iterator[tuple[str, Fixed]]:
+    """The classes of plans to compare the best one with: other sizes of the mesh with its schedule, other settings of its mesh.
+
+    Sizes that the search leaves out unless they are fixed are left out here too.
+    """
+    made, mesh = winner.arrangement, winner.arrangement.mesh
+    trains = search.work.purpose == "train"
+    schedule = fixed.schedule or (made.schedule if trains and mesh.pp > 1 else None)
+    for axis, most in (("tp", search.costs.max_tp), ("pp", search.costs.num_layers), ("dp", search.ranks)):
+        size = int(getattr(mesh, axis))
         for other in dict.fromkeys((1, size // 2, size * 2)):
-            if other >= 1 and other != size and getattr(fixed, axis) is None and fixed.layers is None:
+            if 1 <= other <= most and other != size and getattr(fixed, axis) is None and fixed.layers is None:
                 sizes: dict[str, Any] = {axis: other}
-                yield f"{axis} {other}", replace(fixed, **sizes)
-    if work.purpose != "train":
+                kept = fixed.schedule if axis == "pp" and other == 1 else schedule
+                yield f"{axis} {other}", replace(fixed, **sizes, schedule=kept)
+    if not trains:
         return
-    if arrangement.mesh.pp > 1 and fixed.schedule is None:
-        for schedule in SCHEDULES:
-            if schedule != arrangement.schedule:
-                yield schedule, replace(fixed, schedule=schedule)
+    here = replace(fixed, tp=mesh.tp, pp=mesh.pp, dp=mesh.dp)
+    if mesh.pp > 1 and fixed.schedule is None:
+        for kind in SCHEDULES:
+            if kind != made.schedule:
+                yield kind, replace(here, schedule=kind)
+    here = replace(here, schedule=made.schedule)
     if fixed.microbatches is None:
-        for number in (arrangement.microbatches // 2, arrangement.microbatches * 2):
+        for number in (made.microbatches // 2, made.microbatches * 2):
             if number >= 1:
-                yield f"microbatches {number}", replace(fixed, microbatches=number)
+                yield f"microbatches {number}", replace(here, microbatches=number)
+    here = replace(here, microbatches=made.microbatches)
     if fixed.recompute is None:
         for recompute in RECOMPUTE:
-            if recompute != arrangement.recompute:
-                yield f"recompute {recompute}", replace(fixed, recompute=recompute)
-    if fixed.zero is None and arrangement.mesh.dp > 1:
-        yield f"zero {1 - min(arrangement.zero, 1)}", replace(fixed, zero=1 - min(arrangement.zero, 1))
+            if recompute != made.recompute:
+                yield f"recompute {recompute}", replace(here, recompute=recompute)
+    if fixed.zero is None and mesh.dp > 1:
+        yield f"zero {1 - min(made.zero, 1)}", replace(here, zero=1 - min(made.zero, 1))
+
+
+EXTERNAL = Features(zero=(1, 2, 3), overlap_gradients=(True,))
+"""What other engines execute, but for what is never better."""
 
 
 def _external(search: Search, fixed: Fixed, winner: Estimate, optimize: Optimize) -> Estimate | None:
-    """The best plan for an engine that executes all settings, if it is better."""
-    found = search.run(fixed, optimize=optimize, count=1, features=Features()).plans
-    return found[0] if found and found[0] != winner else None
+    """The best plan with this schedule for an engine that executes all settings, if it is better."""
+    if search.work.purpose != "train":
+        return None
+    schedule = fixed.schedule or (winner.arrangement.schedule if winner.arrangement.mesh.pp > 1 else None)
+    found = search.run(replace(fixed, schedule=schedule), optimize=optimize, count=1, features=EXTERNAL).plans
+    if not found or not unsupported(found[0].arrangement, search.features):
+        return None
+    values = [search.costs.seconds_of(one) for one in (found[0], winner)]
+    if optimize == "memory":
+        values = [float(max(use.total for use in one.memory)) for one in (found[0], winner)]
+    return found[0] if values[0] < values[1] else None
 
 
 def _nearest(costs_of: CostsOf, work: Work, ranks: int, fixed: Fixed, features: Features) -> Iterator[Nearest]:

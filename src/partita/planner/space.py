@@ -161,9 +161,9 @@ def settings(mesh: Mesh, work: Work, fixed: Fixed, features: Features) -> list[S
     if work.purpose != "train":
         sequence = fixed.sequence_parallel or False
         return [Settings(0, sequence, False)]
-    zeros = _choices(fixed.zero, features.zero, matters=mesh.dp > 1)
-    sequences = _choices(fixed.sequence_parallel, features.sequence_parallel, matters=mesh.tp > 1)
-    overlaps = _choices(fixed.overlap_gradients, features.overlap_gradients, matters=mesh.dp > 1)
+    zeros = _choices(fixed.zero, features.zero, matters=mesh.dp > 1, without=0)
+    sequences = _choices(fixed.sequence_parallel, features.sequence_parallel, matters=mesh.tp > 1, without=False)
+    overlaps = _choices(fixed.overlap_gradients, features.overlap_gradients, matters=mesh.dp > 1, without=False)
     return [Settings(zero, sequence, overlap) for zero in zeros for sequence in sequences for overlap in overlaps]
 
 
@@ -180,11 +180,11 @@ def divisors(number: int) -> list[int]:
     return small + [number // n for n in reversed(small) if n * n != number]
 
 
-def _choices(fixed: _T | None, possible: Sequence[_T], *, matters: bool) -> Sequence[_T]:
-    """The fixed value, or all possible ones; only the first where the mesh makes no difference between them."""
+def _choices(fixed: _T | None, possible: Sequence[_T], *, matters: bool, without: _T) -> Sequence[_T]:
+    """The fixed value, or all possible ones; only `without` where the mesh makes no difference between them."""
     if fixed is not None:
         return (fixed,)
-    return possible if matters else possible[:1]
+    return possible if matters else (without,)
 
 
 def _inference_group(mesh: Mesh, work: Work, fixed: Fixed) -> Iterator[Group]:
