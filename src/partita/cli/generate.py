@@ -16,7 +16,14 @@ from partita.cli import launch
 from partita.cli.arguments import inputs
 from partita.cli.arguments.auto import PROMPT, planned
 from partita.cli.arguments.engine import choose_engine
-from partita.cli.arguments.model import plan_early, read_tokenizer, refuse_compile, refuse_device, request_of
+from partita.cli.arguments.model import (
+    plan_early,
+    read_tokenizer,
+    refuse_compile,
+    refuse_context,
+    refuse_device,
+    request_of,
+)
 from partita.cli.arguments.options import (
     OUTPUT,
     WEIGHTS,
@@ -222,7 +229,7 @@ class TextOptions(PlanOptions):
         typer.Option(
             "--adapters",
             metavar="DIR",
-            help="Apply LoRA adapters in peft's format, as `train --lora-rank` saves them.",
+            help="Apply LoRA adapters in peft's format, or those of a run of `train --lora-rank`.",
             exists=True,
             file_okay=False,
             show_default=False,
@@ -271,6 +278,7 @@ def generate(options: GenerateOptions) -> None:
     )  # fmt: skip
     request, given = planned(request, given, options, work, auto=options.auto)
     plan = plan_early(request, given)
+    refuse_context(request)
     refuse_device(name, options.device)
     if options.compile:
         refuse_compile(name)
@@ -278,13 +286,10 @@ def generate(options: GenerateOptions) -> None:
     if is_local(options.model):
         open_checkpoint(find_model(options.model))
     if options.adapters is not None:
-        from partita.training.adapter_files import check_readable
+        from partita.training.adapter_files import check_readable, find_adapters
         from partita.training.adapter_patterns import read_adapter_config
 
-        if request.engine == "mlx":
-            read_adapter_config(options.adapters)
-        else:
-            check_readable(options.adapters)
+        (read_adapter_config if request.engine == "mlx" else check_readable)(find_adapters(options.adapters))
     launch.run(
         GenerateJob(
             request=request, plan=plan, backend=options.backend, device=options.device, texts=texts, sampling=sampling,
