@@ -39,7 +39,7 @@ MESH = [
     Case(
         "a hundred million replicas",
         "plan config.json --dp 100000000",
-        "dp x pp x tp must come to at most 1,048,576 ranks, but dp 100000000 x pp 1 x tp 1 are 100,000,000.",
+        "dp x pp x cp x tp must come to at most 1,048,576 ranks, but dp 100000000 x pp 1 x tp 1 are 100,000,000.",
     ),
     Case(
         "vpp against the layout",
