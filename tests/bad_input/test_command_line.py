@@ -102,7 +102,11 @@ MODEL = [
         "plan nowhere.json",
         "nowhere.json does not exist. Give a folder with a config.json",
     ),
-    Case("too many slashes", "plan a/b/c", "a/b/c does not exist. Give a folder...or a hub id (owner/name)."),
+    Case(
+        "too many slashes",
+        "plan a/b/c",
+        "a/b/c does not exist. Give a folder...or a hub id (owner/name, or owner/name:Q4_K_M",
+    ),
     Case("a hub id that cannot be", "plan 'a b!'", "a b! is not a local folder...Repo id must use alphanumeric chars"),
     Case(
         "a hub that cannot be reached",
