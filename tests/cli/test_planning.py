@@ -12,6 +12,7 @@ from partita.core.plan import Plan
 from partita.core.plan_settings import PlanSettings
 from tests.cli.conftest import Run
 from tests.cli.models import DEEPSEEK_V3, LLAMA_8B, TINY, write
+from tests.cost.published import ROWS
 
 LLAMA_70B: dict[str, Any] = {
     **LLAMA_8B, "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
@@ -88,6 +89,16 @@ def test_with_everything_fixed_it_predicts_only_that(partita: Run, tmp_path: Pat
     assert (only["microbatches"], only["zero"], only["recompute"], only["schedule"]) == (16, 0, "selective", "1f1b")
 
 
+def test_a_published_row_is_predicted_from_the_command_line(partita: Run, tmp_path: Path) -> None:
+    row = next(row for row in ROWS if row.name == "175B full")
+    options = (
+        "--hardware a100 --kernels megatron --ranks 64 --tp 8 --pp 8 --vpp 3 --dp 1 --batch-size 64 --sequence-length 2048 "
+        "--microbatches 64 --schedule interleaved-1f1b --recompute full"
+    )
+    found = _plans(partita, tmp_path, row.config, *options.split())
+    assert found[0]["step_s"] == pytest.approx(row.predicted(), rel=1e-9)
+
+
 def test_what_partita_does_not_execute_is_marked(partita: Run, tmp_path: Path) -> None:
     external = ("--tp", "2", "--dp", "4", "--ranks", "8", "--zero", "2", "--sequence-parallel")
     for one in _plans(partita, tmp_path, LLAMA_8B, *FIXED, *external):
@@ -129,7 +140,7 @@ def test_a_fixed_part_that_is_the_cause_is_named(partita: Run, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--ranks", "8", "--hardware", "h10"), "hardware must be one of a100-40gb"),
+        (("--ranks", "8", "--hardware", "h10"), "hardware must be one of a100, a100-40gb"),
         (
             ("--ranks", "9", "--nodes", "2", "--hardware", "h100"),
             "--ranks must be a multiple of --nodes (2), but is 9.",

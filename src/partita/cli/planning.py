@@ -140,6 +140,7 @@ def as_data(model: str, question: Question, result: Result, features: Features) 
         "model": model,
         "work": asdict(question.work),
         "hardware": question.hardware.name,
+        "kernels": question.hardware.kernels,
         "ranks": question.ranks,
         "optimize": question.optimize,
         "plans": [_plan_data(one, features) for one in result.plans],

@@ -9,9 +9,10 @@ from typing import Annotated
 import typer
 
 from partita.cli.arguments.inputs import parse_bytes
-from partita.cli.arguments.options import PlanOptions, WeightsDtype
+from partita.cli.arguments.options import Dtype, PlanOptions, WeightsDtype
 from partita.core.layout.layout import LayerType, PipelineParallelLayerLayout
 from partita.cost.hardware import Hardware, measured_file
+from partita.cost.kernels import KERNELS, Kernels, kernels_of
 from partita.cost.work import Purpose, Recompute, Work
 from partita.errors import PlanError
 from partita.planner import Fixed, Optimize
@@ -99,6 +100,16 @@ class PlanningOptions(PlanOptions):
             rich_help_panel=SEARCH,
         ),
     ] = None
+    kernels: Annotated[
+        str | None,
+        typer.Option(
+            "--kernels",
+            metavar="NAME",
+            help=f"Implementation of the layers to predict: {', '.join(KERNELS)} (default: the hardware file's).",
+            show_default=False,
+            rich_help_panel=SEARCH,
+        ),
+    ] = None
     optimize: Annotated[
         Optimized,
         typer.Option(
@@ -129,6 +140,15 @@ class PlanningOptions(PlanOptions):
         typer.Option("--sequences", min=1, help="Serving: sequences that are decoded at once.", rich_help_panel=WORK),
     ] = 1
     dtype: WeightsDtype = None
+    gradient_dtype: Annotated[
+        Dtype | None,
+        typer.Option(
+            "--gradient-dtype",
+            help="Training: dtype in which gradients are summed (default: the weights'; float32 for Megatron's kernels).",
+            show_default=False,
+            rich_help_panel=WORK,
+        ),
+    ] = None
     microbatches: Annotated[
         int | None,
         typer.Option(
@@ -210,8 +230,10 @@ def question_of(options: PlanningOptions) -> Question:
     Raises:
         PlanError: Options contradict each other, or there is no such hardware.
     """
-    work = _work_of(options)
     hardware = hardware_of(options.hardware)
+    if options.kernels is not None:
+        hardware = hardware.with_kernels(kernels_of(options.kernels).name)
+    work = _work_of(options, kernels_of(hardware.kernels))
     if options.memory is not None:
         hardware = hardware.with_memory(options.memory)
     hardware, ranks = _ranks_of(options, hardware)
@@ -231,12 +253,12 @@ def hardware_of(name: str | None) -> Hardware:
     return Hardware.read(name or "this")
 
 
-def _work_of(options: PlanningOptions) -> Work:
+def _work_of(options: PlanningOptions, kernels: Kernels) -> Work:
     purpose: Purpose = options.work_for.value if options.work_for is not None else "train"
     other = (
         ("context", "sequences")
         if purpose == "train"
-        else ("batch_size", "microbatches", "zero", "recompute", "schedule")
+        else ("batch_size", "microbatches", "zero", "recompute", "schedule", "gradient_dtype")
     )
     for name in other:
         if name in options.given:
@@ -249,9 +271,11 @@ def _work_of(options: PlanningOptions) -> Work:
             f"--sequence-length must be less than --context, which has the prompt and the answer, but is "
             f"{options.sequence_length} of {options.context}."
         )
+    gradient_dtype = options.gradient_dtype.value if options.gradient_dtype is not None else kernels.gradient_dtype
     return Work(
         purpose=purpose, batch_size=options.batch_size, sequence_length=options.sequence_length, context=options.context,
         sequences=options.sequences, dtype=options.dtype.value if options.dtype is not None else None,
+        gradient_dtype=gradient_dtype if purpose == "train" else None,
     )  # fmt: skip
 
 
