@@ -98,6 +98,11 @@ class RandomCosts:
     def memory(self, arrangement: Arrangement) -> tuple[MemoryUse, ...]:
         return self.estimate(arrangement).memory
 
+    def least_share(self, arrangement: Arrangement) -> float:
+        memory = self.stage_bytes(arrangement)
+        least = sum(map(min, zip(*memory.bytes.layers, strict=True))) + sum(memory.bytes.outside)
+        return least / sum(memory.limit)
+
     def limit(self, mesh: Mesh) -> tuple[int, ...]:
         return tuple(self.limits[: mesh.size])
 

@@ -16,7 +16,11 @@ def alive(kind: str, pp: int, microbatches: int, vpp: int) -> tuple[tuple[Counts
     The peak of a rank is the largest of them, weighted by the bytes of its stages. It follows from the order of the
     actions alone (`Timeline.peak_activations` for equal stages).
     """
-    return _alive(kind, pp, _enough(kind, pp, microbatches), vpp)
+    if kind == "gpipe":
+        return (((microbatches,) * vpp,),) * pp
+    if kind == "1f1b" and vpp == 1:
+        return tuple(((min(microbatches, pp - rank),),) for rank in range(pp))
+    return _alive(kind, pp, _enough(pp, microbatches), vpp)
 
 
 @lru_cache(maxsize=1024)
@@ -42,9 +46,9 @@ def _alive(kind: str, pp: int, microbatches: int, vpp: int) -> tuple[tuple[Count
     return tuple(found)
 
 
-def _enough(kind: str, pp: int, microbatches: int) -> int:
+def _enough(pp: int, microbatches: int) -> int:
     """Fewer micro-batches with the same peak: a schedule repeats itself, pp micro-batches at a time, once it is warm."""
-    if kind == "gpipe" or microbatches <= 3 * pp:
+    if microbatches <= 3 * pp:
         return microbatches
     return 2 * pp + (microbatches - 1) % pp + 1
 

@@ -82,7 +82,7 @@ def stage_bytes(model: ModelCost, work: Work, arrangement: Arrangement, hardware
     kernels = kernels_of(hardware.kernels)
     trains = work.purpose == "train"
     shape = training_shape(work, arrangement, degrees, weight_dtype(model, work))
-    ranks = model.sliced(degrees.tp).distinct
+    ranks = model.sliced(*degrees.split).distinct
     kinds = range(len(model.first))
 
     def use(stage: StageCost) -> list[int]:

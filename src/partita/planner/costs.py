@@ -35,6 +35,9 @@ class Costs(Protocol):
     def stage_bytes(self, arrangement: Arrangement) -> Memory:
         """Bytes by stage and layer, which come to at least those of `estimate`, and the limits of the pipeline ranks."""
 
+    def least_share(self, arrangement: Arrangement) -> float:
+        """The share of the memory of all ranks together that an arrangement needs at least, by the sums of `stage_bytes`."""
+
     def memory(self, arrangement: Arrangement) -> tuple[MemoryUse, ...]:
         """The bytes of every rank of a complete arrangement."""
 

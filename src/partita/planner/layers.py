@@ -81,8 +81,7 @@ class Memory:
     @cached_property
     def may_suffice(self) -> bool:
         """Whether the memory of all ranks together suffices for all layers, each where it needs the fewest bytes."""
-        rows = set(self.bytes.layers)
-        least = sum(min(row[layer] for row in rows) for layer in range(len(self.bytes.layers[0])))
+        least = sum(map(min, zip(*set(self.bytes.layers), strict=True)))
         return least + sum(self.bytes.outside) <= sum(self.limit) * (1 + SLACK)
 
 
@@ -164,15 +163,31 @@ class _Chain:
             return None
         counts = [end - start for start, end in pairwise([0, *ends])]
         low, high = 0.0, max(self._seconds.of(counts))
-        while True:
+        while high - low > PRECISION * high:
             middle = (low + high) / 2
-            if high - low <= PRECISION * high:
-                return high
             ends = self._ends(middle)
+            if ends is None:
+                middle = self._next(middle)
+                if middle >= high:
+                    return high
+                ends = self._ends(middle)
             if ends is None:
                 low = middle
             else:
                 high = max(self._seconds.of([end - start for start, end in pairwise([0, *ends])]))
+        return high
+
+    def _next(self, largest: float) -> float:
+        """The smallest time above `largest` with which a stage may be longer than with it; infinite if memory is the limit."""
+        found, start = math.inf, 0
+        for stage, outside in enumerate(self._seconds.outside):
+            sums, end = self._seconds.sums[stage], self._end(stage, start, largest)
+            if end < 0:
+                return min(found, outside) if outside > largest else found
+            if end == self._reach(self._seconds, stage, start, largest) and end < self._count:
+                found = min(found, sums[end + 1] - sums[start] + outside)
+            start = end
+        return found
 
     def _near_even(self, largest: float) -> tuple[int, ...]:
         """Of the assignments with that largest stage one that is near to equal numbers of layers."""

@@ -48,8 +48,11 @@ class ModelCosts:
         self._seconds: dict[tuple[object, ...], Amounts] = {}
         self._found: dict[tuple[object, ...], _Parts] = {}
         self._wholes: dict[tuple[object, ...], tuple[float, float]] = {}
+        self._leasts: dict[tuple[object, ...], tuple[float, float]] = {}
+        self._counts = Counter(model.kinds)
         self._parts_of: dict[Arrangement, StageBytes] = {}
         self._bytes: dict[Arrangement, Memory] = {}
+        self._kept: dict[tuple[object, ...], tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]] = {}
         self._limits: dict[int, tuple[int, ...]] = {}
 
     def bound(self, mesh: Mesh) -> Bound:
@@ -67,7 +70,7 @@ class ModelCosts:
         t = (T - q times what they have) / m, and all ranks together have S = T / q (1 - (1 - q / m)^p).
         """
         p, v, m = group.mesh.pp, group.vpp, group.microbatches
-        total, forward = min(self._whole(bare) for bare in self._both(group, recompute))
+        total, forward = self._least(group, recompute)
         if p == 1:
             return m * total * _BELOW
         if group.schedule == "interleaved-1f1b":
@@ -130,6 +133,15 @@ class ModelCosts:
         """Seconds of the work."""
         return seconds_of(self._work, estimate)
 
+    def least_share(self, arrangement: Arrangement) -> float:
+        """The share of the memory of all ranks together that all layers need at least."""
+        parts, alive, mesh = self._parts_bytes(arrangement), self._alive(arrangement), arrangement.mesh
+        kept, last = min(min(most) for _, most in alive), len(arrangement.layers) - 1
+        held = sum(n * (parts.kinds[kind] + kept * parts.kept[kind]) for kind, n in self._counts.items())
+        held += sum(parts.rank[(0 in indexes) + 2 * (last in indexes)] for indexes, _ in alive)
+        held += parts.embedding * alive[0][1][0]
+        return held / sum(self._limits_of(mesh))
+
     # --- the terms ----------------------------------------------------------------------------------------------------
 
     def _both(self, group: Group, recompute: Recompute = "none") -> Iterator[Arrangement]:
@@ -141,18 +153,24 @@ class ModelCosts:
                 sequence_parallel=sequence_parallel, recompute=recompute,
             )  # fmt: skip
 
+    def _least(self, group: Group, recompute: Recompute) -> tuple[float, float]:
+        """The smaller of `_whole` with and without sequence parallelism."""
+        key = group.mesh, group.microbatches, group.vpp, recompute
+        if key not in self._leasts:
+            self._leasts[key] = min(self._whole(bare) for bare in self._both(group, recompute))
+        return self._leasts[key]
+
     def _whole(self, bare: Arrangement) -> tuple[float, float]:
         """Seconds of all stages for a micro-batch on the fastest rank, and those of the forwards."""
         key = bare.mesh, bare.microbatches, bare.sequence_parallel, bare.recompute, len(bare.layers)
         if key not in self._wholes:
-            kinds, stages = Counter(self._model.kinds), len(bare.layers)
             ranks = range(1 if self._hardware.is_uniform else bare.mesh.pp)
-            self._wholes[key] = min(self._sum_on(bare, pp, kinds, stages) for pp in ranks)
+            self._wholes[key] = min(self._sum_on(bare, pp) for pp in ranks)
         return self._wholes[key]
 
-    def _sum_on(self, bare: Arrangement, pp: int, kinds: Counter[int], stages: int) -> tuple[float, float]:
-        seconds = self._parts(bare, pp)
-        counts = [kinds[kind] for kind in range(len(self._model.first))]
+    def _sum_on(self, bare: Arrangement, pp: int) -> tuple[float, float]:
+        seconds, stages = self._parts(bare, pp), len(bare.layers)
+        counts = [self._counts[kind] for kind in range(len(self._model.first))]
         sums = [
             sum(one[i] * count for one, count in zip(seconds.kinds, counts, strict=True))
             + stages * seconds.empty[i] + seconds.embedding[i] + seconds.loss[i]
@@ -202,30 +220,47 @@ class ModelCosts:
         """What a rank has once belongs to its first stage."""
         mesh, count = arrangement.mesh, len(arrangement.layers)
         parts = self._parts_bytes(arrangement)
-        alive = alive_of(self._work, arrangement)
         rows: list[tuple[float, ...]] = [()] * count
         outside = [0.0] * count
         made: dict[int, tuple[float, ...]] = {}
-        for pp in range(mesh.pp):
-            indexes = [stage_at(arrangement.placement, mesh.pp, pp, place) for place in range(arrangement.vpp)]
-            most = [max(one[place] for one in alive[pp]) for place in range(arrangement.vpp)]
+        for indexes, most in self._alive(arrangement):
             for index, kept in zip(indexes, most, strict=True):
                 if kept not in made:
                     each = [own + kept * one for own, one in zip(parts.kinds, parts.kept, strict=True)]
-                    made[kept] = tuple(each[kind] for kind in self._model.kinds)
+                    made[kept] = tuple(map(each.__getitem__, self._model.kinds))
                 rows[index] = made[kept]
                 outside[index] += kept * parts.embedding if index == 0 else 0.0
             outside[indexes[0]] += parts.rank[(0 in indexes) + 2 * (count - 1 in indexes)]
+        return Memory(Amounts(tuple(rows), tuple(outside)), self._limits_of(mesh))
+
+    def _limits_of(self, mesh: Mesh) -> tuple[float, ...]:
+        """The bytes that each pipeline rank may use: those of its smallest device."""
         limit = self.limit(mesh)
-        of_ranks = [
-            min(limit[mesh.rank(dp=dp, pp=pp, tp=tp)] for dp in range(mesh.dp) for tp in range(mesh.tp))
-            if not self._hardware.is_uniform else limit[0]
+        if self._hardware.is_uniform:
+            return (float(limit[0]),) * mesh.pp
+        inner = mesh.cp * mesh.tp
+        return tuple(
+            float(min(limit[(dp * mesh.pp + pp) * inner + rank] for dp in range(mesh.dp) for rank in range(inner)))
             for pp in range(mesh.pp)
-        ]  # fmt: skip
-        return Memory(Amounts(tuple(rows), tuple(outside)), tuple(map(float, of_ranks)))
+        )
+
+    def _alive(self, arrangement: Arrangement) -> tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]:
+        """For each pipeline rank its stages, and the largest number of micro-batches that each keeps alive."""
+        pp, vpp = arrangement.mesh.pp, arrangement.vpp
+        key = arrangement.schedule, arrangement.placement, pp, arrangement.microbatches, vpp
+        if key not in self._kept:
+            alive = alive_of(self._work, arrangement)
+            self._kept[key] = tuple(
+                (
+                    tuple(stage_at(arrangement.placement, pp, rank, place) for place in range(vpp)),
+                    tuple(max(one[place] for one in alive[rank]) for place in range(vpp)),
+                )
+                for rank in range(pp)
+            )
+        return self._kept[key]
 
     def _parts_bytes(self, arrangement: Arrangement) -> StageBytes:
-        one = replace(arrangement, schedule="1f1b", layers=(), placement="loop")
+        one = replace(arrangement, schedule="1f1b", layers=(), placement="loop", overlap_gradients=False)
         if one not in self._parts_of:
             self._parts_of[one] = stage_bytes(self._model, self._work, one, self._hardware)
         return self._parts_of[one]

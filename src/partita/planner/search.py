@@ -17,7 +17,7 @@ from partita.cost.work import Arrangement, Estimate, Recompute, Work
 from partita.errors import PlanError
 from partita.planner.costs import Costs
 from partita.planner.engines import ENGINES, Features
-from partita.planner.layers import Amounts, Memory, place
+from partita.planner.layers import SLACK, Amounts, Memory, place
 from partita.planner.space import Bound, Fixed, Group, Settings, divisors, groups, meshes, recomputes, settings
 
 Optimize = Literal["time", "memory", "cost"]
@@ -34,11 +34,19 @@ Key = tuple[Mesh, str]
 
 
 class Placed(NamedTuple):
-    """An arrangement with its layers, the largest share of its memory that a rank needs, and whether only time decided."""
+    """An arrangement with its layers.
+
+    Attributes:
+        arrangement: The arrangement.
+        share: The largest share of its memory that a rank needs.
+        is_free: Whether only time decided about the layers.
+        group: If the layers are not placed, since no assignment fits: the group; the share is a bound then.
+    """
 
     arrangement: Arrangement
     share: float
     is_free: bool
+    group: Group | None = None
 
 
 class Search:
@@ -104,21 +112,34 @@ class Search:
             found = self._estimates[arrangement] = self.costs.estimate(arrangement)
         return found
 
+    def value(self, estimate: Estimate, optimize: Optimize) -> Value:
+        """What plans are compared by; the smallest is the best."""
+        seconds, most = self.costs.seconds_of(estimate), max(use.total for use in set(estimate.memory))
+        if optimize == "memory":
+            return most, seconds
+        return (seconds * estimate.arrangement.mesh.size if optimize == "cost" else seconds), most
+
     def placed(self, bare: Arrangement, group: Group, optimize: Optimize) -> Placed:
-        """The best assignment of the layers that fits, or one that does not if none does."""
+        """The best assignment of the layers that fits; if none does, one that does not, or none."""
+        least = self.costs.least_share(bare)
+        if least > 1 + SLACK:
+            return Placed(bare, least, is_free=False, group=group)
         memory = self.costs.stage_bytes(bare)
         if optimize == "memory":
             layers = self._place(memory.bytes, replace(group, microbatches=LARGEST_ONLY), None)
             assert layers is not None
             return self._with(bare, layers, memory, group, is_free=False)
-        seconds = self.costs.stage_seconds(bare)
-        layers = self._place(seconds, group, None)
-        assert layers is not None
-        fastest = self._with(bare, layers, memory, group, is_free=True)
-        if fastest.share <= 1 or not memory.may_suffice:
+        fastest = self.fastest(bare, group)
+        if fastest.share <= 1:
             return fastest
-        fitted = self._place(seconds, group, memory)
+        fitted = self._place(self.costs.stage_seconds(bare), group, memory)
         return fastest if fitted is None else self._with(bare, fitted, memory, group, is_free=False)
+
+    def fastest(self, bare: Arrangement, group: Group) -> Placed:
+        """The best assignment of the layers, whether it fits or not."""
+        layers = self._place(self.costs.stage_seconds(bare), group, None)
+        assert layers is not None
+        return self._with(bare, layers, self.costs.stage_bytes(bare), group, is_free=True)
 
     def _with(
         self, bare: Arrangement, layers: tuple[int, ...], memory: Memory, group: Group, *, is_free: bool
@@ -146,14 +167,21 @@ class Found:
         self._search, self._fixed, self._optimize, self._count = search, fixed, optimize, count
         self._features = features
         self._best: dict[Key, tuple[Value, Estimate]] = {}
-        self._closest: Placed | None = None
+        self._rejected: list[tuple[float, int, Placed]] = []
+        self._number = counter()
         self.least: Bound | None = None
         self._run()
 
     @property
     def closest(self) -> Estimate | None:
         """Of the arrangements that do not fit, the one whose fullest rank needs the smallest share of its memory."""
-        return None if self._closest is None else self._search.estimate(self._closest.arrangement)
+        while self._rejected:
+            placed = self._rejected[0][2]
+            if placed.group is None:
+                return self._search.estimate(placed.arrangement)
+            heapq.heappop(self._rejected)
+            self._note_closest(self._search.fastest(placed.arrangement, placed.group))
+        return None
 
     @property
     def plans(self) -> tuple[Estimate, ...]:
@@ -161,7 +189,7 @@ class Found:
         return tuple(estimate for _, estimate in sorted(self._best.values(), key=lambda one: one[0])[: self._count])
 
     def _run(self) -> None:
-        search, number = self._search, counter()
+        search, number = self._search, self._number
         heap: list[tuple[float, int, Mesh | Group]] = []
         for mesh in search.meshes(self._fixed, self._optimize):
             bound = search.bound(mesh)
@@ -189,12 +217,6 @@ class Found:
         if self._optimize == "memory":
             return float(bytes_)
         return seconds * mesh.size if self._optimize == "cost" else seconds
-
-    def _value(self, estimate: Estimate) -> Value:
-        seconds, most = self._search.costs.seconds_of(estimate), max(use.total for use in estimate.memory)
-        if self._optimize == "memory":
-            return most, seconds
-        return (seconds * estimate.arrangement.mesh.size if self._optimize == "cost" else seconds), most
 
     def _worst(self) -> float:
         """The value that a plan must be below, or reach, to be listed."""
@@ -233,13 +255,12 @@ class Found:
         return least < self._worst() and (own is None or least < own[0][0])
 
     def _note(self, group: Group, estimate: Estimate) -> None:
-        key, value = (group.mesh, group.schedule), self._value(estimate)
+        key, value = (group.mesh, group.schedule), self._search.value(estimate, self._optimize)
         if key not in self._best or value < self._best[key][0]:
             self._best[key] = value, estimate
 
     def _note_closest(self, placed: Placed) -> None:
-        if self._closest is None or placed.share < self._closest.share:
-            self._closest = placed
+        heapq.heappush(self._rejected, (placed.share, next(self._number), placed))
 
     def _note_bound(self, bound: Bound) -> None:
         if self.least is None or bound.bytes / bound.limit < self.least.bytes / self.least.limit:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from typing import TypeVar
 
 from partita.core.layout.placement import Placement, home_of
@@ -81,7 +82,12 @@ class Group:
     @property
     def homes(self) -> tuple[int, ...]:
         """The pipeline rank of each stage."""
-        return tuple(home_of(self.placement, self.mesh.pp, stage)[0] for stage in range(self.mesh.pp * self.vpp))
+        return _homes(self.placement, self.mesh.pp, self.mesh.pp * self.vpp)
+
+
+@lru_cache(maxsize=1024)
+def _homes(placement: Placement, pp: int, stages: int) -> tuple[int, ...]:
+    return tuple(home_of(placement, pp, stage)[0] for stage in range(stages))
 
 
 @dataclass(frozen=True)
