@@ -99,6 +99,30 @@ def test_a_published_row_is_predicted_from_the_command_line(partita: Run, tmp_pa
     assert found[0]["step_s"] == pytest.approx(row.predicted(), rel=1e-9)
 
 
+@pytest.mark.parametrize(
+    ("config", "option", "missing"),
+    [(LLAMA_8B, ("--cp", "2"), []), (MIXTRAL, ("--ep", "4"), ["--ep 4"])],
+    ids=["cp", "ep"],
+)
+def test_sequences_and_experts_over_ranks(
+    partita: Run, tmp_path: Path, config: dict[str, Any], option: tuple[str, str], missing: list[str]
+) -> None:
+    options = (*FIXED, *option, "--ranks", "16", "--tp", "4", "--recompute", "full")
+    found = _plans(partita, tmp_path, config, *options)
+    assert {one[option[0].strip("-")] for one in found} == {int(option[1])}
+    assert all(one["dp"] * one["pp"] * one["tp"] * one.get("cp", 1) == 16 for one in found)
+    assert all(one["unsupported"] == missing for one in found)
+
+
+def test_the_best_plan_is_shown_first_and_no_other_is_faster(partita: Run, tmp_path: Path) -> None:
+    options = ("--hardware", "h100", "--ranks", "8", "--batch-size", "64", "--sequence-length", "4096")
+    said = json.loads(partita("plan", write(tmp_path, LLAMA_8B), *options, "--json").out)
+    best = said["plans"][0]["step_s"]
+    times = [one["plan"]["step_s"] for one in said["others"] if one["plan"] is not None]
+    assert times and min(times) >= best
+    assert all(plan["step_s"] >= best for plan in said["plans"])
+
+
 def test_what_partita_does_not_execute_is_marked(partita: Run, tmp_path: Path) -> None:
     external = ("--tp", "2", "--dp", "4", "--ranks", "8", "--zero", "2", "--sequence-parallel")
     for one in _plans(partita, tmp_path, LLAMA_8B, *FIXED, *external):

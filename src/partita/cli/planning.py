@@ -109,7 +109,7 @@ def _brief(one: Nearest, work: Work) -> str:
 def options_of(made: Arrangement) -> str:
     """An arrangement as options of the command line; those without an effect are left out."""
     mesh = made.mesh
-    parts = [f"--{axis} {getattr(mesh, axis)}" for axis in ("tp", "pp", "dp") if getattr(mesh, axis) > 1]
+    parts = [f"--{axis} {getattr(mesh, axis)}" for axis in ("tp", "pp", "dp", "cp", "ep") if getattr(mesh, axis) > 1]
     parts += [f"--vpp {made.vpp}"] if made.vpp > 1 and made.schedule != "zb-v" else []
     if made.schedule != "forward-only":
         parts += [f"--schedule {made.schedule}"] if mesh.pp > 1 else []

@@ -11,7 +11,7 @@ from partita.errors import PlanError
 from partita.planner.costs import CostsOf
 from partita.planner.engines import ENGINES, Features, unsupported
 from partita.planner.search import Found, Optimize, Search
-from partita.planner.space import SCHEDULES, Bound, Fixed
+from partita.planner.space import SCHEDULES, Bound, Fixed, divisors
 
 MORE_RANKS = 10
 """How often the number of ranks is doubled to find one that suffices."""
@@ -104,9 +104,29 @@ def best(
     if not plans:
         nearest = tuple(_nearest(costs_of, work, ranks, fixed, features)) if explain else ()
         return Result((), (), None, nearest, found.closest, found.least, search.evaluated)
-    losers = tuple(_losers(search, fixed, plans[0], optimize)) if explain else ()
+    losers: tuple[Loser, ...] = ()
+    if explain:
+        plans, losers = _explained(search, fixed, plans, optimize)
     external = _external(search, fixed, plans[0], optimize) if explain else None
     return Result(plans, losers, external, evaluated=search.evaluated)
+
+
+def _explained(
+    search: Search, fixed: Fixed, plans: tuple[Estimate, ...], optimize: Optimize
+) -> tuple[tuple[Estimate, ...], tuple[Loser, ...]]:
+    """The plans and the losers. A class that has a better plan than the best, as a local search may miss one, puts it first."""
+    while True:
+        losers = tuple(_losers(search, fixed, plans[0], optimize))
+        found = [loser.estimate for loser in losers if loser.estimate is not None]
+        first = min((plans[0], *found), key=lambda one: search.value(one, optimize)[0])
+        if first is plans[0]:
+            return plans, losers
+        made = first.arrangement
+        others = (
+            one for one in plans
+            if (one.arrangement.mesh, one.arrangement.schedule) != (made.mesh, made.schedule)
+        )  # fmt: skip
+        plans = (first, *others)[: len(plans)]
 
 
 def _losers(search: Search, fixed: Fixed, winner: Estimate, optimize: Optimize) -> Iterator[Loser]:
@@ -176,9 +196,7 @@ def _external(search: Search, fixed: Fixed, winner: Estimate, optimize: Optimize
     found = search.run(replace(fixed, schedule=schedule), optimize=optimize, count=1, features=EXTERNAL).plans
     if not found or not unsupported(found[0].arrangement, search.features):
         return None
-    values = [search.costs.seconds_of(one) for one in (found[0], winner)]
-    if optimize == "memory":
-        values = [float(max(use.total for use in one.memory)) for one in (found[0], winner)]
+    values = [search.value(one, optimize)[0] for one in (found[0], winner)]
     return found[0] if values[0] < values[1] else None
 
 
@@ -194,6 +212,10 @@ def _nearest(costs_of: CostsOf, work: Work, ranks: int, fixed: Fixed, features: 
             yield Nearest(f"without {change}", found)
     if not freed and len(fixed.given) > 1 and (found := _first(search, Fixed())):
         yield Nearest("without all that is fixed", found)
+    for cp in divisors(ranks)[1:] if work.purpose == "train" and fixed.cp is None and features.context else ():
+        if found := _first(search, replace(fixed, cp=cp)):
+            yield Nearest(f"cp {cp}", found)
+            break
     for power in range(1, MORE_RANKS + 1):
         more = ranks << power
         try:
@@ -219,7 +241,20 @@ def _first(search: Search, fixed: Fixed) -> Estimate | None:
 
 def _freed(fixed: Fixed) -> Iterator[tuple[str, Fixed]]:
     """Each of the fixed parts free, first those that are easily changed."""
-    order = ("recompute", "zero", "microbatches", "sequence_parallel", "schedule", "layers", "vpp", "dp", "pp", "tp")
+    order = (
+        "recompute",
+        "zero",
+        "microbatches",
+        "sequence_parallel",
+        "schedule",
+        "layers",
+        "vpp",
+        "ep",
+        "cp",
+        "dp",
+        "pp",
+        "tp",
+    )
     for name in order:
         if name in fixed.given:
             yield f"{name} {fixed.given[name]}", replace(fixed, **{name: None})

@@ -81,7 +81,7 @@ class Memory:
     @cached_property
     def may_suffice(self) -> bool:
         """Whether the memory of all ranks together suffices for all layers, each where it needs the fewest bytes."""
-        least = sum(map(min, zip(*set(self.bytes.layers), strict=True)))
+        least: float = sum(map(min, zip(*set(self.bytes.layers), strict=True)))
         return least + sum(self.bytes.outside) <= sum(self.limit) * (1 + SLACK)
 
 

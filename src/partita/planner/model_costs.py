@@ -183,7 +183,8 @@ class ModelCosts:
         mesh, microbatches = arrangement.mesh, arrangement.microbatches
         work = self._work.batch_size if self._work.purpose == "train" else self._work.sequences
         sequences = math.ceil(math.ceil(work / mesh.dp) / microbatches)
-        where = (mesh.tp,) if self._hardware.is_uniform and arrangement.zero < 3 else (mesh, pp)
+        split = (mesh.size, mesh.tp, mesh.cp, mesh.ep, mesh.etp)
+        where = split if self._hardware.is_uniform and arrangement.zero < 3 else (mesh, pp)
         key = where, sequences, arrangement.recompute, arrangement.sequence_parallel, arrangement.zero >= 3
         if key not in self._found:
             self._found[key] = self._parts_on(arrangement, pp)

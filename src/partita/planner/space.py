@@ -29,6 +29,8 @@ class Fixed:
         tp: Tensor parallel ranks.
         pp: Pipeline ranks.
         dp: Replicas.
+        cp: Ranks over which every sequence is split; 1 unless it is fixed.
+        ep: Groups of ranks over which experts are distributed; 1 unless it is fixed.
         vpp: Stages on each pipeline rank.
         layers: Decoder layers of each stage.
         schedule: The pipeline schedule.
@@ -42,6 +44,8 @@ class Fixed:
     tp: int | None = None
     pp: int | None = None
     dp: int | None = None
+    cp: int | None = None
+    ep: int | None = None
     vpp: int | None = None
     layers: tuple[int, ...] | None = None
     schedule: str | None = None
@@ -125,14 +129,17 @@ def meshes(ranks: int, fixed: Fixed, *, num_layers: int, max_tp: int) -> Iterato
     Raises:
         PlanError: No mesh of `ranks` ranks has the sizes that are fixed.
     """
-    sizes = [size for size in (fixed.tp, fixed.pp, fixed.dp) if size is not None]
-    taken = math.prod(sizes)
-    if ranks % taken or (len(sizes) == 3 and taken != ranks):
-        named = " x ".join(f"{name} {value}" for name, value in fixed.given.items() if name in ("tp", "pp", "dp"))
-        rule = "be" if len(sizes) == 3 else "divide"
+    named_sizes = (("tp", fixed.tp), ("pp", fixed.pp), ("dp", fixed.dp), ("cp", fixed.cp))
+    sizes = {name: size for name, size in named_sizes if size is not None}
+    taken, is_whole = math.prod(sizes.values()), {"tp", "pp", "dp"} <= sizes.keys()
+    if ranks % taken or (is_whole and taken != ranks):
+        named = " x ".join(f"{name} {value}" for name, value in sizes.items())
+        rule = "be" if is_whole else "divide"
         raise PlanError(
             f"the fixed sizes {named} must {rule} the {ranks} ranks, but come to {taken}. Change one of them."
         )
+    cp, ep = fixed.cp or 1, fixed.ep or 1
+    ranks //= cp
     for tp in [fixed.tp] if fixed.tp is not None else divisors(ranks):
         if fixed.tp is None and tp > max_tp:
             continue
@@ -140,8 +147,12 @@ def meshes(ranks: int, fixed: Fixed, *, num_layers: int, max_tp: int) -> Iterato
             if ranks % (tp * pp) or (fixed.pp is None and pp > num_layers):
                 continue
             dp = ranks // (tp * pp)
-            if fixed.dp in (None, dp):
-                yield Mesh(dp=dp, pp=pp, tp=tp)
+            if fixed.dp not in (None, dp):
+                continue
+            try:
+                yield Mesh(dp=dp, pp=pp, tp=tp, cp=cp, ep=ep)
+            except PlanError:
+                continue  # ep does not divide the ranks of a stage
 
 
 def groups(mesh: Mesh, work: Work, fixed: Fixed, num_layers: int) -> Iterator[Group]:

@@ -46,7 +46,7 @@ def auto_plan(request: PlanRequest, options: PlanOptions, work: Work, fixed: Map
         raise PlanError(f"--auto chooses the layout, but --layout {options.layout} is given. Leave one out.")
     hardware = hardware_of(None)
     ranks = environment.world() or _ranks_of(hardware)
-    sizes = {name: getattr(options, name) for name in ("tp", "pp", "dp", "vpp") if name in options.given}
+    sizes = {name: getattr(options, name) for name in ("tp", "pp", "dp", "cp", "vpp") if name in options.given}
     question = Question(work, ranks, hardware.for_ranks(ranks), Fixed(**sizes, **fixed))
     spec, _ = read_spec(request.model, trust_remote_code=request.trust_remote_code)
     result = ask(spec, question, ENGINES[request.engine], explain=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
 from typing import Annotated
@@ -149,6 +150,16 @@ class PlanningOptions(PlanOptions):
             rich_help_panel=WORK,
         ),
     ] = None
+    ep: Annotated[
+        int | None,
+        typer.Option(
+            "--ep",
+            min=1,
+            help="Predict experts that are distributed over this many groups of ranks; no engine executes it yet.",
+            show_default=False,
+            rich_help_panel=FIXED,
+        ),
+    ] = None
     microbatches: Annotated[
         int | None,
         typer.Option(
@@ -258,7 +269,7 @@ def _work_of(options: PlanningOptions, kernels: Kernels) -> Work:
     other = (
         ("context", "sequences")
         if purpose == "train"
-        else ("batch_size", "microbatches", "zero", "recompute", "schedule", "gradient_dtype")
+        else ("batch_size", "microbatches", "zero", "recompute", "schedule", "gradient_dtype", "cp")
     )
     for name in other:
         if name in options.given:
@@ -281,7 +292,10 @@ def _work_of(options: PlanningOptions, kernels: Kernels) -> Work:
 
 def _ranks_of(options: PlanningOptions, hardware: Hardware) -> tuple[Hardware, int]:
     """The hardware with as many ranks on a machine as the options say, and the number of ranks."""
-    fixed, nodes = [getattr(options, name) for name in ("tp", "pp", "dp") if name in options.given], options.nodes
+    fixed, nodes = (
+        {name: getattr(options, name) for name in ("tp", "pp", "dp", "cp") if name in options.given},
+        options.nodes,
+    )
     ranks = options.ranks
     if ranks is not None and nodes is not None:
         if ranks % nodes:
@@ -289,8 +303,8 @@ def _ranks_of(options: PlanningOptions, hardware: Hardware) -> tuple[Hardware, i
         return replace(hardware, devices_per_node=ranks // nodes), ranks
     if ranks is None and nodes is not None:
         ranks = nodes * hardware.devices_per_node
-    if ranks is None and len(fixed) == 3:
-        ranks = fixed[0] * fixed[1] * fixed[2]
+    if ranks is None and {"tp", "pp", "dp"} <= fixed.keys():
+        ranks = math.prod(fixed.values())
     if ranks is None and len(hardware.devices) > 1:
         ranks = len(hardware.devices)
     if ranks is None:
@@ -299,7 +313,7 @@ def _ranks_of(options: PlanningOptions, hardware: Hardware) -> tuple[Hardware, i
 
 
 def _fixed_of(options: PlanningOptions) -> Fixed:
-    sizes = {name: getattr(options, name) for name in ("tp", "pp", "dp", "vpp") if name in options.given}
+    sizes = {name: getattr(options, name) for name in ("tp", "pp", "dp", "cp", "ep", "vpp") if name in options.given}
     layers = None
     if options.layout is not None:
         if "pp" not in options.given:

@@ -109,6 +109,7 @@ def _row(one: Estimate, question: Question) -> dict[str, str]:
     """A plan's column by the head: sizes, settings, time, and the memory of its fullest rank by part."""
     made, mesh = one.arrangement, one.arrangement.mesh
     row = {"tp": str(mesh.tp), "pp": str(mesh.pp), "dp": str(mesh.dp)}
+    row |= {axis: str(getattr(mesh, axis)) for axis in ("cp", "ep") if getattr(mesh, axis) > 1}
     if question.work.purpose == "train":
         row |= {
             "vpp": str(made.vpp),
