@@ -39,7 +39,7 @@ MESH = [
     Case(
         "a hundred million replicas",
         "plan config.json --dp 100000000",
-        "dp x pp x tp must come to at most 1,048,576 ranks, but dp 100000000 x pp 1 x tp 1 are 100,000,000.",
+        "dp x pp x cp x tp must come to at most 1,048,576 ranks, but dp 100000000 x pp 1 x tp 1 are 100,000,000.",
     ),
     Case(
         "vpp against the layout",
@@ -102,7 +102,11 @@ MODEL = [
         "plan nowhere.json",
         "nowhere.json does not exist. Give a folder with a config.json",
     ),
-    Case("too many slashes", "plan a/b/c", "a/b/c does not exist. Give a folder...or a hub id (owner/name)."),
+    Case(
+        "too many slashes",
+        "plan a/b/c",
+        "a/b/c does not exist. Give a folder...or a hub id (owner/name, or owner/name:Q4_K_M",
+    ),
     Case("a hub id that cannot be", "plan 'a b!'", "a b! is not a local folder...Repo id must use alphanumeric chars"),
     Case(
         "a hub that cannot be reached",

@@ -89,6 +89,20 @@ def test_an_unknown_name_is_answered_with_the_known_ones(tmp_path: Path) -> None
         Hardware.read(str(tmp_path / "h9000"))
 
 
+@pytest.mark.parametrize(
+    ("alias", "name"),
+    [
+        ("a100", "a100-80gb"),
+        ("H100-80GB", "h100"),
+        ("h200-141gb", "h200"),
+        ("b200-192gb", "b200"),
+        ("mi300x-192gb", "mi300x"),
+    ],
+)
+def test_names_with_the_size_of_the_memory(alias: str, name: str) -> None:
+    assert Hardware.read(alias) is Hardware.read(name)
+
+
 def test_what_is_written_reads_back(tmp_path: Path) -> None:
     data = {
         "name": "x", "devices_per_node": 2,

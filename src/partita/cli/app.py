@@ -110,6 +110,8 @@ add_command(
         "partita plan ./my-model --tp 3 --tensors",
         "partita plan ./my-model --tp 2 --save plan.json",
         "partita plan --plan plan.json",
+        "partita plan ./my-model --ranks 64 --hardware h100 --batch-size 512 --sequence-length 4096",
+        "partita plan ./my-model --for serve --ranks 8 --hardware h100 --sequences 64 --context 8192",
     ),
 )  # fmt: skip
 add_command(

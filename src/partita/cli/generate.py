@@ -14,6 +14,7 @@ from partita.checkpoint.find import find_model, is_local
 from partita.checkpoint.index import open_checkpoint
 from partita.cli import launch
 from partita.cli.arguments import inputs
+from partita.cli.arguments.auto import PROMPT, planned
 from partita.cli.arguments.engine import choose_engine
 from partita.cli.arguments.model import (
     plan_early,
@@ -26,6 +27,7 @@ from partita.cli.arguments.model import (
 from partita.cli.arguments.options import (
     OUTPUT,
     WEIGHTS,
+    Auto,
     ModelArgument,
     NoVerify,
     PlanOptions,
@@ -37,6 +39,7 @@ from partita.cli.terminal.console import err, mesh_name, out, plural, print_json
 from partita.cli.terminal.messages import hold, release
 from partita.cli.terminal.progress import loading
 from partita.core.mesh import Mesh
+from partita.cost.work import Work
 from partita.engine import open_engine
 from partita.errors import ModelError, PlanError
 from partita.generation import Generation, GenerationReport, Sampling, Tokenizer
@@ -249,6 +252,7 @@ class TextOptions(PlanOptions):
 class GenerateOptions(RunOptions, TextOptions):
     """The options of `partita generate`."""
 
+    auto: Auto = False
     no_stream: Annotated[
         bool, typer.Option("--no-stream", help="Print each text only when it is complete.", rich_help_panel=OUTPUT)
     ] = False
@@ -268,6 +272,11 @@ def generate(options: GenerateOptions) -> None:
     name = choose_engine(options.engine)
     request, given = request_of(options.model, options, engine=name, trust_remote_code=options.trust_remote_code)
     request = replace(request, dtype=options.dtype and options.dtype.value)
+    work = Work(
+        purpose="generate", sequences=len(texts), sequence_length=PROMPT, context=PROMPT + (options.max_new_tokens or PROMPT),
+        dtype=request.dtype,
+    )  # fmt: skip
+    request, given = planned(request, given, options, work, auto=options.auto)
     plan = plan_early(request, given)
     refuse_context(request)
     refuse_device(name, options.device)

@@ -11,7 +11,8 @@ import typer
 from partita.checkpoint.facts import dtype_note, quantization_note, stored_dtype_at
 from partita.cli.arguments.engine import EngineChoice, choose_engine
 from partita.cli.arguments.model import find_config, make_plan, refuse_other_model, request_of
-from partita.cli.arguments.options import OUTPUT, WEIGHTS, AsJson, PlanOptions, TrustRemoteCode
+from partita.cli.arguments.options import OUTPUT, WEIGHTS, AsJson, TrustRemoteCode
+from partita.cli.arguments.planning import STARTS, PlanningOptions
 from partita.cli.terminal.console import err, print_json
 from partita.cli.terminal.timeline import check_file
 from partita.core.model.quantization import quantization_name
@@ -22,7 +23,7 @@ from partita.ranks.environment import EngineName
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlanCommandOptions(PlanOptions):
+class PlanCommandOptions(PlanningOptions):
     """The options of `partita plan`."""
 
     model: Annotated[
@@ -72,12 +73,27 @@ class PlanCommandOptions(PlanOptions):
 def plan(options: PlanCommandOptions) -> None:
     """Show what each rank of a split model holds: layers, parameters, bytes, and the split of tensors. Needs no weights.
 
+    With --ranks, --hardware, --for or another option of these panels: choose the best plan, and predict its time and memory.
+
     With --plan FILE: show the plan in the file, and compare it with MODEL if that is given.
     """
     if options.save is not None:
         check_file("--save", options.save)
     if options.picture is not None:
         check_file("--picture", options.picture, ".svg", ".png")
+    if STARTS & options.given:
+        if options.model is None or options.plan is not None:
+            raise typer.BadParameter(
+                "Give a folder, a config file or a hub id, without --plan FILE, to choose a plan.", param_hint="MODEL"
+            )
+        from partita.cli.planning import answer
+
+        answer(
+            options.model, options, engine="mlx" if options.engine == EngineChoice.mlx else "torch",
+            trust_remote_code=options.trust_remote_code, save=options.save, picture=options.picture,
+            as_json=options.as_json,
+        )  # fmt: skip
+        return
     name = choose_engine(options.engine) if options.engine == EngineChoice.mlx else "torch"
     if options.plan is not None and options.model is None:
         made = request_of("", options)[1]

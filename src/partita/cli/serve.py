@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ipaddress
 import json
-import re
 import signal
 import socket
 from collections.abc import Iterator
@@ -18,15 +17,18 @@ import typer
 from partita.checkpoint.find import find_model, is_local
 from partita.checkpoint.index import open_checkpoint
 from partita.cli import launch
+from partita.cli.arguments.auto import PROMPT, planned
 from partita.cli.arguments.engine import choose_engine
+from partita.cli.arguments.inputs import parse_bytes
 from partita.cli.arguments.model import plan_early, read_tokenizer, refuse_context, refuse_device, request_of
-from partita.cli.arguments.options import ModelArgument, NoVerify, PlanOptions, RunOptions, WeightsDtype
+from partita.cli.arguments.options import Auto, ModelArgument, NoVerify, PlanOptions, RunOptions, WeightsDtype
 from partita.cli.job import Job
 from partita.cli.terminal.console import mesh_name, out, write
 from partita.cli.terminal.plan_figure import as_data
 from partita.cli.terminal.progress import loading
 from partita.core.model.spec import config_number, text_config
 from partita.core.plan import Plan
+from partita.cost.work import Work
 from partita.engine import embedding_loop, open_engine, serving_loop
 from partita.errors import ModelError
 from partita.notes import note
@@ -45,27 +47,12 @@ DEFAULT_CONTEXT = 4096
 """The largest number of tokens of a prompt and its answer, for a model whose config names none."""
 
 
-def _bytes(text: str | int) -> int:
-    """A number of bytes: `4GiB`, `500MB`, `1000000`.
-
-    Raises:
-        BadParameter: It is none.
-    """
-    matched = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT])(I?)B?|B)?\s*", str(text).upper())
-    number = 0.0
-    if matched:
-        exponent = " KMGT".index(matched[2] or " ")
-        number = float(matched[1]) * (1024 if matched[3] else 1000) ** exponent
-    if number < 1:
-        raise typer.BadParameter(f"must be a number of bytes, as in 4GiB or 500MB, but is {text!r}.")
-    return int(number)
-
-
 @dataclass(frozen=True, kw_only=True)
 class ServingOptions(RunOptions, PlanOptions):
     """Options of a served model."""
 
     model: ModelArgument
+    auto: Auto = False
     max_sequences: Annotated[
         int, typer.Option(min=1, help="Answer at most this many requests at once; others wait.", rich_help_panel=CACHE)
     ] = 16  # fmt: skip
@@ -83,7 +70,7 @@ class ServingOptions(RunOptions, PlanOptions):
         typer.Option(
             metavar="BYTES",
             help="Memory of each rank for keys and values, as in 4GiB.",
-            parser=_bytes,
+            parser=parse_bytes,
             rich_help_panel=CACHE,
         ),
     ] = 1 << 30
@@ -178,6 +165,11 @@ def start(options: ServingOptions, *, adapters: dict[str, str] | None = None, **
         )
     request, given = request_of(options.model, options, engine=engine, trust_remote_code=options.trust_remote_code)
     request = replace(request, dtype=options.dtype and options.dtype.value)
+    work = Work(
+        purpose="serve", sequences=options.max_sequences, sequence_length=PROMPT, context=DEFAULT_CONTEXT,
+        dtype=request.dtype,
+    )  # fmt: skip
+    request, given = planned(request, given, options, work, auto=options.auto)
     plan = plan_early(request, given)
     refuse_context(request)
     refuse_device(engine, options.device)

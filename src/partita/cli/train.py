@@ -13,6 +13,7 @@ import typer
 from partita.checkpoint.run_folder import RunFolder
 from partita.cli import launch
 from partita.cli.arguments import elastic
+from partita.cli.arguments.auto import auto_plan, recompute_of, refuse_too_large
 from partita.cli.arguments.data import DataOptions, read_sources
 from partita.cli.arguments.engine import EngineChoice, choose_engine
 from partita.cli.arguments.follow import FollowOptions, check_follow
@@ -22,12 +23,14 @@ from partita.cli.arguments.options import (
     OUTPUT,
     PIPELINE,
     WEIGHTS,
+    Auto,
     Microbatches,
     PlanOptions,
     RunOptions,
     ScheduleKind,
     WeightsDtype,
 )
+from partita.cli.arguments.planned import use_settings
 from partita.cli.arguments.resume import (
     LAYOUT,
     LORA,
@@ -45,9 +48,11 @@ from partita.cli.terminal.timeline import check_file
 from partita.cli.train_job import TrainJob
 from partita.core.plan import Plan
 from partita.core.request import PlanRequest
+from partita.cost.work import Work
 from partita.errors import CheckpointError, ModelError
 from partita.ranks import environment
 from partita.training import TrainSettings
+from partita.training.settings import default_schedule
 
 if TYPE_CHECKING:
     from partita.training.state import TrainingState
@@ -103,6 +108,7 @@ class TrainingOptions(FollowOptions, OptimizerOptions, DataOptions, PlanOptions)
         int, typer.Option(min=1, help="Sequences per step, over all replicas.", rich_help_panel=DATA)
     ] = 8
     sequence_length: Annotated[int, typer.Option(min=1, help="Tokens per sequence.", rich_help_panel=DATA)] = 128
+    auto: Auto = False
     microbatches: Microbatches = None
     seed: Annotated[
         int, typer.Option(help="Random seed of new weights and of the data order.", rich_help_panel=DATA)
@@ -314,6 +320,10 @@ def train(options: TrainOptions) -> None:
         group_size=run.places["group_size"], is_planned=given is not None,
     )  # fmt: skip
     plan = plan_early(stages.request, given)
+    if plan is not None and options.plan is not None:
+        how = {"schedule": stages.schedule or default_schedule(plan), "microbatches": stages.microbatches}
+        how |= {"zero": int(run.notes["zero"]), "recompute": recompute_of(run.notes["checkpointing"])}
+        refuse_too_large(plan, request, _work_of(run), how)
     refuse_device(request.engine, options.device)
     if run.notes["compile"]:
         refuse_compile(request.engine)
@@ -437,6 +447,9 @@ def _request(options: TrainOptions, run: _Run, *, is_restarted: bool) -> tuple[P
         run.source, where, engine=choose_engine(run.notes["engine"] and EngineChoice(run.notes["engine"])),
         trust_remote_code=options.trust_remote_code,
     )  # fmt: skip
+    if options.auto:
+        given = auto_plan(request, options, _work_of(run), _fixed_of(options, run))
+        request = replace(request, mesh=given.mesh, layout=given.layout, vpp=None, placement=given.placement)
     if is_restarted:
         request = replace(request, mesh=elastic.fitted(request.mesh))
         if given is not None and given.mesh != request.mesh:
@@ -444,11 +457,34 @@ def _request(options: TrainOptions, run: _Run, *, is_restarted: bool) -> tuple[P
     resumes_unsplit = run.state is not None and run.notes["lora_rank"] is None
     run.places.update({name: getattr(request.mesh, name) for name in ("tp", "pp")})
     if given is not None:
+        if given.settings is not None:
+            use_settings(given.settings, request.engine, options.given, run.places, run.settings, run.notes)
         # A resumed run has no plan file: its layout comes from the checkpoint.
         run.places["layout"] = str(given.layout)
         if given.placement == "v":
             run.places["schedule"] = run.places["schedule"] or "zb-v"
     return replace(request, dtype=None if resumes_unsplit else run.notes["dtype"]), given
+
+
+def _work_of(run: _Run) -> Work:
+    """What the run does, for predictions."""
+    settings = run.settings
+    return Work(
+        batch_size=settings["batch_size"], sequence_length=settings["sequence_length"], dtype=run.notes["dtype"],
+        optimizer=settings["optimizer"], master_dtype=settings["master_dtype"], lora_rank=run.notes["lora_rank"] or 0,
+    )  # fmt: skip
+
+
+def _fixed_of(options: TrainOptions, run: _Run) -> dict[str, Any]:
+    """The settings that are given, and that the planner leaves as they are."""
+    fixed: dict[str, Any] = {
+        name: run.places[name] for name in ("schedule", "microbatches") if name in options.given
+    }  # fmt: skip
+    if "zero" in options.given:
+        fixed["zero"] = int(run.notes["zero"])
+    if "checkpointing" in options.given:
+        fixed["recompute"] = recompute_of(run.notes["checkpointing"])
+    return fixed
 
 
 def _source(config: str | None, model: str | None) -> str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -17,6 +17,7 @@ from partita.core.layout.placement import PLACEMENTS, Placement, home_of, stage_
 from partita.core.mesh import Mesh
 from partita.core.model.mtp import with_mtp
 from partita.core.model.spec import ModelSpec, config_number, text_config
+from partita.core.plan_settings import PlanSettings
 from partita.core.sharding.cuts import AttentionPlan, ModulePlan, TensorPlan
 from partita.core.sharding.resolve import resolve
 from partita.core.sharding.rules import Rules, rules_for
@@ -49,6 +50,7 @@ class Plan:
     attention: Mapping[str, AttentionPlan] = field(repr=False)
     cuts: Mapping[str, TensorPlan] = field(repr=False)
     placement: Placement = "loop"
+    settings: PlanSettings | None = None
 
     @classmethod
     def make(
@@ -129,6 +131,10 @@ class Plan:
             return self.cuts[name]
         except KeyError:
             raise PlanError(f"the plan's model ({self.spec.family}) has no tensor {name!r}.") from None
+
+    def with_settings(self, settings: PlanSettings) -> Plan:
+        """The same plan with these settings."""
+        return replace(self, settings=settings)
 
     def check_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Raise `ModelError` unless a model has the tensors of the plan's model, in these `shapes` by name."""
@@ -406,13 +412,13 @@ def default_layout(spec: ModelSpec, pp: int, vpp: int = 1) -> PipelineParallelLa
     even = deal(spec.num_layers, count, allow_empty=True)
     layers = spec.layer_bytes if count > 1 else ()
     if len(set(layers)) <= 1:
-        return _layout_of(even, pp)
-    two = Plan(spec, Mesh(pp=2), _layout_of([1, spec.num_layers - 1], 2), Rules(()), {}, {}, {})
+        return layout_of(even, pp)
+    two = Plan(spec, Mesh(pp=2), layout_of([1, spec.num_layers - 1], 2), Rules(()), {}, {}, {})
     first, last = (two.bytes_outside_layers(stage) for stage in range(2))
-    return _layout_of(balance(layers, even, first, last), pp)
+    return layout_of(balance(layers, even, first, last), pp)
 
 
-def _layout_of(counts: list[int], pp: int) -> PipelineParallelLayerLayout:
+def layout_of(counts: Sequence[int], pp: int) -> PipelineParallelLayerLayout:
     """The layout with these numbers of decoder layers in its stages."""
     stages = [[LayerType.decoder] * n for n in counts]
     stages[0] = [LayerType.embedding, *stages[0]]

@@ -12,6 +12,7 @@ from partita.core.layout.layout import PipelineParallelLayerLayout
 from partita.core.layout.placement import PLACEMENTS, Placement
 from partita.core.mesh import Mesh
 from partita.core.model.spec import DTYPE_BYTES, ModelSpec, TensorSpec
+from partita.core.plan_settings import PlanSettings
 from partita.core.sharding.cuts import AttentionPlan, ModulePlan, TensorPlan
 from partita.core.sharding.rules import STYLES, Rules
 from partita.core.sharding.split import Split
@@ -30,6 +31,7 @@ class PlanFacts:
     attention: Mapping[str, AttentionPlan]
     cuts: Mapping[str, TensorPlan]
     placement: Placement
+    settings: PlanSettings | None = None
 
 
 def as_data(plan: PlanFacts) -> dict[str, Any]:
@@ -81,6 +83,7 @@ def as_data(plan: PlanFacts) -> dict[str, Any]:
         "attention": attention,
         "tensors": cuts,
         "splits": [split.to_data() for split in splits],
+        **({} if plan.settings is None else {"settings": plan.settings.given}),
     }  # fmt: skip
 
 
@@ -120,9 +123,10 @@ def from_data(data: dict[str, Any]) -> PlanFacts:
         raise PlanError(f"placement must be one of {', '.join(PLACEMENTS)}, but is {placement!r:.100}.")
     rules = Rules.from_data(data)
     _is(bool, "proven", rules.proven)
+    settings = PlanSettings.from_data(data["settings"]) if data.get("settings") is not None else None
     return PlanFacts(
         spec, mesh, layout, rules,
-        MappingProxyType(modules), MappingProxyType(attention), MappingProxyType(cuts), placement,
+        MappingProxyType(modules), MappingProxyType(attention), MappingProxyType(cuts), placement, settings,
     )  # fmt: skip
 
 

@@ -10,19 +10,25 @@ from partita.schedule import Kind, build, placement_of, vpp_of
 Counts = tuple[int, ...]
 
 
-@lru_cache(maxsize=1024)
 def alive(kind: str, pp: int, microbatches: int, vpp: int) -> tuple[tuple[Counts, ...], ...]:
     """For each pipeline rank the counts, by virtual stage, that it reaches and that no other of its counts exceeds everywhere.
 
     The peak of a rank is the largest of them, weighted by the bytes of its stages. It follows from the order of the
     actions alone (`Timeline.peak_activations` for equal stages).
     """
+    if kind == "gpipe":
+        return (((microbatches,) * vpp,),) * pp
+    if kind == "1f1b" and vpp == 1:
+        return tuple(((min(microbatches, pp - rank),),) for rank in range(pp))
+    return _alive(kind, pp, _enough(pp, microbatches), vpp)
+
+
+@lru_cache(maxsize=1024)
+def _alive(kind: str, pp: int, microbatches: int, vpp: int) -> tuple[tuple[Counts, ...], ...]:
     placement = placement_of(kind)
     last = Kind.F if kind == "forward-only" else None
     found = []
-    for row in build(
-        kind, pp, _enough(kind, pp, microbatches, vpp), vpp if vpp_of(kind, None) > 1 or vpp > 1 else None
-    ).ranks:
+    for row in build(kind, pp, microbatches, vpp if vpp_of(kind, None) > 1 or vpp > 1 else None).ranks:
         counts = [0] * vpp
         seen: set[Counts] = {(0,) * vpp}
         grew = False
@@ -40,9 +46,11 @@ def alive(kind: str, pp: int, microbatches: int, vpp: int) -> tuple[tuple[Counts
     return tuple(found)
 
 
-def _enough(kind: str, pp: int, microbatches: int, vpp: int) -> int:
-    """Fewer micro-batches with the same peak: a schedule repeats itself once it is warm."""
-    return microbatches if kind == "gpipe" else min(microbatches, 4 * pp * vpp)
+def _enough(pp: int, microbatches: int) -> int:
+    """Fewer micro-batches with the same peak: a schedule repeats itself, pp micro-batches at a time, once it is warm."""
+    if microbatches <= 3 * pp:
+        return microbatches
+    return 2 * pp + (microbatches - 1) % pp + 1
 
 
 def _largest(seen: set[Counts]) -> tuple[Counts, ...]:

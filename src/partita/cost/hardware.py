@@ -30,6 +30,14 @@ Curve = tuple[tuple[float, float], ...]
 LINK_CLASSES = ("shared", "node", "network")
 COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "send")
 _SUFFIX = ".toml"
+ALIASES = MappingProxyType(
+    {
+        "a100": "a100-80gb", "h100-80gb": "h100", "h200-141gb": "h200", "b200-192gb": "b200", "mi300x-192gb": "mi300x",
+        "m2-max-96gb": "m2-max", "m2-ultra-192gb": "m2-ultra", "m3-max-128gb": "m3-max", "m3-ultra-512gb": "m3-ultra",
+        "m4-max-128gb": "m4-max",
+    }
+)  # fmt: skip
+"""Other names of packaged files, mostly with the size of the memory."""
 
 
 def value_at(curve: Curve, size: float) -> float:
@@ -160,19 +168,22 @@ class Hardware:
 
     @classmethod
     def read(cls, name_or_path: str | os.PathLike[str]) -> Hardware:
-        """The hardware of a packaged file, by its name, of this machine (`this`) as it was measured, or of any file.
+        """The hardware of a packaged file, by its name or alias, of this machine (`this`) as it was measured, or of any file.
 
         Raises:
             PlanError: There is no such file, or it is malformed.
         """
-        if isinstance(name_or_path, str) and name_or_path in names():
-            return _packaged(name_or_path)
+        if isinstance(name_or_path, str):
+            name = ALIASES.get(name_or_path.lower(), name_or_path.lower())
+            if name in names():
+                return _packaged(name)
         path = measured_file() if name_or_path == "this" else Path(name_or_path)
         try:
             text = path.read_text(encoding="utf-8")
         except FileNotFoundError as error:
             raise PlanError(
-                f"hardware must be one of {', '.join(names())}, or a TOML file, but {str(name_or_path)!r} is neither. "
+                f"hardware must be one of {', '.join(sorted((*names(), *ALIASES)))}, or a TOML file, but "
+                f"{str(name_or_path)!r} is neither. "
                 "`partita measure` writes a file for this machine."
             ) from error
         except (OSError, UnicodeDecodeError) as error:

@@ -51,6 +51,7 @@ class Kernels:
         splits_messages: Whether each tensor rank sends its part of a message between stages, which is gathered again there
             (2104.04473, section 4.1).
         sends_block: Whether a message between stages keeps its rank from computing.
+        gradient_dtype: The dtype in which gradients are summed unless the work names one; None for that of the weights.
     """
 
     name: str
@@ -82,6 +83,7 @@ class Kernels:
     hides_tensor: bool = False
     splits_messages: bool = True
     sends_block: bool = True
+    gradient_dtype: str | None = None
 
 
 KERNELS = MappingProxyType(
@@ -90,11 +92,12 @@ KERNELS = MappingProxyType(
         for kernels in (
             Kernels(
                 name="megatron", stores_scores=True, causal_share=1.0, dropout=True, score_passes=6.5, residual_passes=4.5,
-                attention_backward=2.0,
+                attention_backward=2.0, gradient_dtype="float32",
             ),
             Kernels(
                 name="megatron-2021", stores_scores=True, causal_share=1.0, dropout=True, score_passes=7.0, residual_passes=6.0,
                 norm_passes=3.0, activation_passes=1.2, attention_backward=2.0, overlaps_tensor=False,
+                gradient_dtype="float32",
             ),
             Kernels(
                 name="eager", stores_scores=False, causal_share=0.5, eager_norms=True, gated_saved=3.0,

@@ -11,10 +11,11 @@ Letters: p ranks, v virtual stages of a rank, m micro-batches, f, b, w the secon
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import accumulate
 
 from partita.core.layout.placement import home_of
-from partita.schedule import Costs, build, placement_of, simulate
+from partita.schedule import Costs, Schedule, build, placement_of, simulate
 
 MAX_SIMULATED = 400_000
 """Actions at most that `exact` simulates."""
@@ -54,7 +55,7 @@ def makespan(
     if kind == "interleaved-1f1b":
         largest = max(ranks)
         return m * largest + (p - 1) * largest / vpp + 2 * (p - 1) * comm
-    return _simulated(kind, p, m, vpp, f, b, w, comm)
+    return _simulated(kind, p, m, vpp, tuple(f), tuple(b), tuple(w), comm)
 
 
 def exact(
@@ -65,12 +66,13 @@ def exact(
     if pp == 1:
         return makespan(kind, pp, microbatches, vpp, f, b, w, comm)
     if 3 * pp * vpp * microbatches > MAX_SIMULATED:
-        return _simulated(kind, pp, microbatches, vpp, f, b, w, comm)
+        return _simulated(kind, pp, microbatches, vpp, tuple(f), tuple(b), tuple(w), comm)
     return _run(kind, pp, microbatches, vpp, f, b, w, comm)
 
 
+@lru_cache(maxsize=4096)
 def _simulated(
-    kind: str, p: int, m: int, v: int, f: Sequence[float], b: Sequence[float], w: Sequence[float], comm: float
+    kind: str, p: int, m: int, v: int, f: tuple[float, ...], b: tuple[float, ...], w: tuple[float, ...], comm: float
 ) -> float:
     """A simulation of some micro-batches, continued at the pace of its last p."""
     warm = 4 * p
@@ -83,8 +85,12 @@ def _simulated(
 def _run(
     kind: str, p: int, m: int, v: int, f: Sequence[float], b: Sequence[float], w: Sequence[float], comm: float
 ) -> float:
-    schedule = build(kind, p, m, v if v > 1 else None)
-    return simulate(schedule, Costs(tuple(f), tuple(b), tuple(w), comm)).makespan
+    return simulate(_schedule(kind, p, m, v), Costs(tuple(f), tuple(b), tuple(w), comm)).makespan
+
+
+@lru_cache(maxsize=16)
+def _schedule(kind: str, p: int, m: int, v: int) -> Schedule:
+    return build(kind, p, m, v if v > 1 else None)
 
 
 def _by_rank(kind: str, p: int, values: Sequence[float]) -> list[float]:

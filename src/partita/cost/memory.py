@@ -89,6 +89,14 @@ def weight_dtype(model: ModelCost, work: Work) -> str:
 
 def held_by(model: ModelCost, stages: tuple[StageCost, ...], degrees: Degrees, rank: int) -> Part:
     """What tensor rank `rank` holds of the stages of a pipeline rank."""
+    key = "held", stages, degrees.split, rank
+    found: Part | None = model.cache.get(key)
+    if found is None:
+        found = model.cache[key] = _held_by(model, stages, degrees, rank)
+    return found
+
+
+def _held_by(model: ModelCost, stages: tuple[StageCost, ...], degrees: Degrees, rank: int) -> Part:
     sliced = model.sliced(*degrees.split)
     layers, ends = sliced.layers[rank], sliced.ends[rank]
     held = Part()
@@ -172,6 +180,20 @@ def _training(
 ) -> tuple[_Moment, ...]:  # fmt: skip
     """The moments of a step at which memory may be largest."""
     shape = training_shape(work, arrangement, degrees, weight_dtype(model, work))
+    key = (
+        "training", shape, arrangement.recompute, arrangement.zero >= 3, degrees.pp > 1, degrees.replicas > 1, degrees.split,
+        kernels.name, stages, counts, tp,
+    )  # fmt: skip
+    found: tuple[int, int] | None = model.cache.get(key)
+    if found is None:
+        found = model.cache[key] = _kept_and_buffers(model, shape, arrangement, degrees, kernels, stages, counts, tp)
+    return found
+
+
+def _kept_and_buffers(
+    model: ModelCost, shape: Shape, arrangement: Arrangement, degrees: Degrees, kernels: Kernels,
+    stages: tuple[StageCost, ...], counts: tuple[Counts, ...], tp: int,
+) -> tuple[int, int]:  # fmt: skip
     sizes = [stage_activations(model, stage, shape, kernels, arrangement, tp) for stage in stages]
     activations = max(sum(n * size for n, size in zip(one, sizes, strict=True)) for one in counts)
     sliced = model.sliced(*degrees.split)

@@ -67,7 +67,7 @@ def picture(timelines: Mapping[str, Timeline], path: str | Path, title: str = ""
     for (name, line), height in zip(timelines.items(), heights, strict=True):
         box = (_LEFT / _WIDTH, (top - height) / total, 1 - (_LEFT + _RIGHT) / _WIDTH, height / total)
         axes = figure.add_axes(box)
-        _draw(axes, line, longest, height)
+        draw_timeline(axes, line, longest, height)
         axes.set_title(name, loc="left", fontsize=10, fontweight="bold", pad=5)
         axes.set_title(_numbers(line), loc="right", fontsize=9, color="0.25", pad=5)
         top -= height + _BETWEEN
@@ -116,8 +116,8 @@ def chrome_trace(timelines: Mapping[str, Timeline], unit_us: float = 1_000_000.0
     return {"traceEvents": events, "displayTimeUnit": "ms"}
 
 
-def _draw(axes: Axes, line: Timeline, longest: float, height: float) -> None:
-    """One timeline: a bar an action, ranks from the top."""
+def draw_timeline(axes: Axes, line: Timeline, longest: float, height: float) -> None:
+    """Draw a timeline of at most `longest` into axes `height` inches high: a bar an action, ranks from the top."""
     from matplotlib.collections import PolyCollection
 
     schedule = line.schedule

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 import sys
 import tempfile
@@ -87,3 +88,19 @@ def is_stream(path: Path) -> bool:
 @cache
 def _folder() -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(prefix="partita-input-")
+
+
+def parse_bytes(text: str | int) -> int:
+    """A number of bytes: `4GiB`, `500MB`, `1000000`.
+
+    Raises:
+        BadParameter: It is none.
+    """
+    matched = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT])(I?)B?|B)?\s*", str(text).upper())
+    number = 0.0
+    if matched:
+        exponent = " KMGT".index(matched[2] or " ")
+        number = float(matched[1]) * (1024 if matched[3] else 1000) ** exponent
+    if number < 1:
+        raise typer.BadParameter(f"must be a number of bytes, as in 4GiB or 500MB, but is {text!r}.")
+    return int(number)

@@ -75,6 +75,14 @@ PlanFile = Annotated[
         rich_help_panel=SPLIT,
     ),
 ]
+Auto = Annotated[
+    bool,
+    typer.Option(
+        "--auto",
+        help="Choose the best plan for this machine's ranks, as `partita measure` found them. Sizes that are given stay fixed.",
+        rich_help_panel=SPLIT,
+    ),
+]
 ScheduleKind = Annotated[
     str | None,
     typer.Option(

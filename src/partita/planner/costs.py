@@ -1,0 +1,55 @@
+"""What the search asks of the costs of arrangements."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from partita.core.mesh import Mesh
+from partita.cost.work import Arrangement, Estimate, MemoryUse, Recompute, Work
+from partita.planner.layers import Amounts, Memory
+from partita.planner.space import Bound, Group
+
+
+class Costs(Protocol):
+    """The costs of one piece of work with one model on one machine."""
+
+    num_layers: int
+    max_tp: int
+
+    def bound(self, mesh: Mesh) -> Bound:
+        """What all arrangements of a mesh need at least. Raises `PlanError` for a mesh that cannot split the model."""
+
+    def least_seconds(self, group: Group, recompute: Recompute = "none") -> float:
+        """The seconds that all arrangements of a group that recompute so much, or more, need at least.
+
+        Raises `PlanError` as `bound` does.
+        """
+
+    def least_seconds_of(self, arrangement: Arrangement) -> float:
+        """The seconds that a complete arrangement needs at least; 0 if `estimate` says so as fast."""
+
+    def stage_seconds(self, arrangement: Arrangement) -> Amounts:
+        """Seconds of a micro-batch, forward and backward, by stage and layer; `arrangement.layers` does not count."""
+
+    def stage_bytes(self, arrangement: Arrangement) -> Memory:
+        """Bytes by stage and layer, which come to at least those of `estimate`, and the limits of the pipeline ranks."""
+
+    def least_share(self, arrangement: Arrangement) -> float:
+        """The share of the memory of all ranks together that an arrangement needs at least, by the sums of `stage_bytes`."""
+
+    def memory(self, arrangement: Arrangement) -> tuple[MemoryUse, ...]:
+        """The bytes of every rank of a complete arrangement."""
+
+    def limit(self, mesh: Mesh) -> tuple[int, ...]:
+        """The bytes that every rank may use."""
+
+    def estimate(self, arrangement: Arrangement) -> Estimate:
+        """What a complete arrangement costs."""
+
+    def seconds_of(self, estimate: Estimate) -> float:
+        """Seconds of the work: of a training step, or of reading the prompts and decoding all tokens."""
+
+
+CostsOf = Callable[[Work, int], Costs]
+"""The costs of a piece of work on a number of ranks; raises `PlanError` if the machine has fewer."""

@@ -1,0 +1,246 @@
+"""The arrangements that there are: meshes, groups of arrangements with the same pipeline, and their settings."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from typing import TypeVar
+
+from partita.core.layout.placement import Placement, home_of
+from partita.core.mesh import Mesh
+from partita.cost.work import Recompute, Work
+from partita.errors import PlanError, ScheduleError
+from partita.planner.engines import Features
+from partita.schedule import KINDS, check_kind, placement_of
+
+_T = TypeVar("_T")
+
+SCHEDULES = tuple(kind for kind in KINDS if kind != "forward-only")
+"""The schedules that train."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fixed:
+    """The parts of an arrangement that are not for the planner to choose; None for those that are.
+
+    Attributes:
+        tp: Tensor parallel ranks.
+        pp: Pipeline ranks.
+        dp: Replicas.
+        cp: Ranks over which every sequence is split; 1 unless it is fixed.
+        ep: Groups of ranks over which experts are distributed; 1 unless it is fixed.
+        vpp: Stages on each pipeline rank.
+        layers: Decoder layers of each stage.
+        schedule: The pipeline schedule.
+        microbatches: Micro-batches of a replica's share of a step.
+        zero: The stage of ZeRO.
+        recompute: What is recomputed.
+        sequence_parallel: Whether activations between products are split over the tokens.
+        overlap_gradients: Whether gradients are summed over replicas while the backward runs.
+    """
+
+    tp: int | None = None
+    pp: int | None = None
+    dp: int | None = None
+    cp: int | None = None
+    ep: int | None = None
+    vpp: int | None = None
+    layers: tuple[int, ...] | None = None
+    schedule: str | None = None
+    microbatches: int | None = None
+    zero: int | None = None
+    recompute: Recompute | None = None
+    sequence_parallel: bool | None = None
+    overlap_gradients: bool | None = None
+
+    @property
+    def given(self) -> dict[str, object]:
+        """The parts that are fixed, by name."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Group:
+    """Arrangements that differ only in layers and settings.
+
+    Attributes:
+        mesh: The ranks.
+        microbatches: Micro-batches of a replica's share of a step.
+        schedule: The pipeline schedule.
+        vpp: Stages on each pipeline rank.
+    """
+
+    mesh: Mesh
+    microbatches: int
+    schedule: str
+    vpp: int
+
+    @property
+    def placement(self) -> Placement:
+        """The placement of the stages."""
+        return placement_of(self.schedule) if self.mesh.pp > 1 else "loop"
+
+    @property
+    def homes(self) -> tuple[int, ...]:
+        """The pipeline rank of each stage."""
+        return _homes(self.placement, self.mesh.pp, self.mesh.pp * self.vpp)
+
+
+@lru_cache(maxsize=1024)
+def _homes(placement: Placement, pp: int, stages: int) -> tuple[int, ...]:
+    return tuple(home_of(placement, pp, stage)[0] for stage in range(stages))
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What each arrangement of a group chooses besides its layers, but for what it recomputes."""
+
+    zero: int
+    sequence_parallel: bool
+    overlap_gradients: bool
+
+
+@dataclass(frozen=True)
+class Bound:
+    """What no arrangement of a mesh goes below.
+
+    Attributes:
+        seconds: Seconds of the work (see `Costs.seconds_of`).
+        bytes: Bytes of the rank that needs most of its memory.
+        limit: Bytes that this rank may use.
+    """
+
+    seconds: float
+    bytes: int
+    limit: int
+
+    @property
+    def can_fit(self) -> bool:
+        """Whether an arrangement of the mesh may fit."""
+        return self.bytes <= self.limit
+
+
+def meshes(ranks: int, fixed: Fixed, *, num_layers: int, max_tp: int) -> Iterator[Mesh]:
+    """Every mesh of that many ranks. More tensor ranks than heads, and more stages than layers, must be fixed.
+
+    Raises:
+        PlanError: No mesh of `ranks` ranks has the sizes that are fixed.
+    """
+    named_sizes = (("tp", fixed.tp), ("pp", fixed.pp), ("dp", fixed.dp), ("cp", fixed.cp))
+    sizes = {name: size for name, size in named_sizes if size is not None}
+    taken, is_whole = math.prod(sizes.values()), {"tp", "pp", "dp"} <= sizes.keys()
+    if ranks % taken or (is_whole and taken != ranks):
+        named = " x ".join(f"{name} {value}" for name, value in sizes.items())
+        rule = "be" if is_whole else "divide"
+        raise PlanError(
+            f"the fixed sizes {named} must {rule} the {ranks} ranks, but come to {taken}. Change one of them."
+        )
+    cp, ep = fixed.cp or 1, fixed.ep or 1
+    ranks //= cp
+    for tp in [fixed.tp] if fixed.tp is not None else divisors(ranks):
+        if fixed.tp is None and tp > max_tp:
+            continue
+        for pp in [fixed.pp] if fixed.pp is not None else divisors(ranks // tp if ranks % tp == 0 else 1):
+            if ranks % (tp * pp) or (fixed.pp is None and pp > num_layers):
+                continue
+            dp = ranks // (tp * pp)
+            if fixed.dp not in (None, dp):
+                continue
+            try:
+                yield Mesh(dp=dp, pp=pp, tp=tp, cp=cp, ep=ep)
+            except PlanError:
+                continue  # ep does not divide the ranks of a stage
+
+
+def groups(mesh: Mesh, work: Work, fixed: Fixed, num_layers: int) -> Iterator[Group]:
+    """Every group of a mesh: the micro-batches, schedules and numbers of stages that `partita train` accepts for it."""
+    if work.purpose != "train":
+        yield from _inference_group(mesh, work, fixed)
+        return
+    if work.batch_size % mesh.dp:
+        return
+    share = work.batch_size // mesh.dp
+    for microbatches in divisors(share) if fixed.microbatches is None else [fixed.microbatches]:
+        if share % microbatches:
+            continue
+        for schedule in _schedules(mesh, fixed):
+            for vpp in _stages(mesh, schedule, fixed, num_layers):
+                is_twin = schedule == "interleaved-1f1b" and vpp == 1 and fixed.schedule is None  # that is 1f1b
+                if not is_twin and _exists(schedule, mesh.pp, microbatches, vpp):
+                    yield Group(mesh, microbatches, schedule, vpp)
+
+
+def settings(mesh: Mesh, work: Work, fixed: Fixed, features: Features) -> list[Settings]:
+    """Every combination of settings of a mesh that an engine executes, and those that are fixed."""
+    if work.purpose != "train":
+        sequence = fixed.sequence_parallel or False
+        return [Settings(0, sequence, False)]
+    zeros = _choices(fixed.zero, features.zero, matters=mesh.dp > 1, without=0)
+    sequences = _choices(fixed.sequence_parallel, features.sequence_parallel, matters=mesh.tp > 1, without=False)
+    overlaps = _choices(fixed.overlap_gradients, features.overlap_gradients, matters=mesh.dp > 1, without=False)
+    return [Settings(zero, sequence, overlap) for zero in zeros for sequence in sequences for overlap in overlaps]
+
+
+def recomputes(work: Work, fixed: Fixed, features: Features) -> tuple[Recompute, ...]:
+    """What may be recomputed, from the fastest to what needs the least memory."""
+    if work.purpose != "train":
+        return ("none",)
+    return features.recompute if fixed.recompute is None else (fixed.recompute,)
+
+
+def divisors(number: int) -> list[int]:
+    """The divisors of a number, the smallest first."""
+    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    return small + [number // n for n in reversed(small) if n * n != number]
+
+
+def _choices(fixed: _T | None, possible: Sequence[_T], *, matters: bool, without: _T) -> Sequence[_T]:
+    """The fixed value, or all possible ones; only `without` where the mesh makes no difference between them."""
+    if fixed is not None:
+        return (fixed,)
+    return possible if matters else (without,)
+
+
+def _inference_group(mesh: Mesh, work: Work, fixed: Fixed) -> Iterator[Group]:
+    """The one group of a mesh: as many groups of sequences circulate as there are pipeline ranks."""
+    if mesh.dp > work.sequences:
+        return
+    share = -(-work.sequences // mesh.dp)
+    microbatches = fixed.microbatches or min(share, mesh.pp)
+    vpp = fixed.vpp or (len(fixed.layers) // mesh.pp if fixed.layers else 1)
+    if microbatches <= share and (fixed.layers is None or len(fixed.layers) == mesh.pp * vpp):
+        yield Group(mesh, microbatches, "forward-only", vpp)
+
+
+def _schedules(mesh: Mesh, fixed: Fixed) -> Sequence[str]:
+    if mesh.pp == 1:
+        return () if fixed.schedule == "zb-v" else (fixed.schedule or "1f1b",)
+    return SCHEDULES if fixed.schedule is None else (fixed.schedule,)
+
+
+def _stages(mesh: Mesh, schedule: str, fixed: Fixed, num_layers: int) -> Sequence[int]:
+    """The numbers of stages on a rank to choose from."""
+    if fixed.layers is not None:
+        return () if len(fixed.layers) % mesh.pp else (len(fixed.layers) // mesh.pp,)
+    if fixed.vpp is not None:
+        return (fixed.vpp,)
+    if schedule == "interleaved-1f1b":
+        if mesh.pp == 1:
+            return (1,)
+        # Of the numbers with the same largest stage, the smallest: more stages are then no shorter.
+        largest = {vpp: -(-num_layers // (mesh.pp * vpp)) for vpp in range(num_layers // mesh.pp, 1, -1)}
+        return sorted({layers: vpp for vpp, layers in largest.items()}.values())
+    if schedule == "zb-v":
+        return (2,) if 2 * mesh.pp <= num_layers else ()
+    return (1,)
+
+
+def _exists(schedule: str, pp: int, microbatches: int, vpp: int) -> bool:
+    try:
+        check_kind(schedule, pp, microbatches, vpp)
+    except ScheduleError:
+        return False
+    return True
