@@ -182,18 +182,23 @@ def _training(
     shape = training_shape(work, arrangement, degrees, weight_dtype(model, work))
     key = (
         "training", shape, arrangement.recompute, arrangement.zero >= 3, degrees.pp > 1, degrees.replicas > 1, degrees.split,
-        kernels.name, stages, counts, tp,
+        kernels.name, stages, counts, tp, _accumulates(arrangement, stages, counts),
     )  # fmt: skip
-    found: tuple[int, int] | None = model.cache.get(key)
+    found: tuple[_Moment, ...] | None = model.cache.get(key)
     if found is None:
-        found = model.cache[key] = _kept_and_buffers(model, shape, arrangement, degrees, kernels, stages, counts, tp)
+        found = model.cache[key] = _moments(model, shape, arrangement, degrees, kernels, stages, counts, tp)
     return found
 
 
-def _kept_and_buffers(
+def _accumulates(arrangement: Arrangement, stages: tuple[StageCost, ...], counts: tuple[Counts, ...]) -> bool:
+    """Whether a rank has gradients of earlier micro-batches when its activations are the most."""
+    return arrangement.microbatches * len(stages) > max(sum(one) for one in counts)
+
+
+def _moments(
     model: ModelCost, shape: Shape, arrangement: Arrangement, degrees: Degrees, kernels: Kernels,
     stages: tuple[StageCost, ...], counts: tuple[Counts, ...], tp: int,
-) -> tuple[int, int]:  # fmt: skip
+) -> tuple[_Moment, ...]:  # fmt: skip
     sizes = [stage_activations(model, stage, shape, kernels, arrangement, tp) for stage in stages]
     activations = max(sum(n * size for n, size in zip(one, sizes, strict=True)) for one in counts)
     sliced = model.sliced(*degrees.split)
@@ -219,9 +224,8 @@ def _kept_and_buffers(
         buckets = copies * min(BUCKET_BYTES / shape.item, held_by(model, stages, degrees, tp).parameters)
     if not kernels.frees_gradients:
         return (_Moment(activations + kept, buffers + max(loss, layer) + buckets),)
-    most = max(sum(one) for one in counts)
     return (
-        _Moment(activations + kept, buffers + loss, has_gradients=arrangement.microbatches * len(stages) > most),
+        _Moment(activations + kept, buffers + loss, has_gradients=_accumulates(arrangement, stages, counts)),
         # The last layer of a backward, when all gradients exist: other micro-batches' activations, and this layer's.
         _Moment(max(0.0, activations - sum(sizes)), buffers + layer),
         _Moment(0.0, buckets),
