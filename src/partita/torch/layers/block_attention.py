@@ -113,11 +113,13 @@ def _scores(query: Tensor, key: Tensor, causal: bool, visible: Tensor | None, sc
     scores: Tensor = (query * scale) @ key[:, :, None].mT
     if causal:
         visible = visible_pairs(query.shape[-2], key.shape[-2], 0, key.shape[-2], query.device)
-    return scores if visible is None else scores.masked_fill(~visible, _HIDDEN)
+    hidden: Tensor = scores if visible is None else scores.masked_fill(~visible, _HIDDEN)
+    return hidden
 
 
 def _grouped(query: Tensor, key: Tensor) -> Tensor:
-    return query.to(wide(query.dtype)).unflatten(1, (key.shape[1], -1))
+    grouped: Tensor = query.to(wide(query.dtype)).unflatten(1, (key.shape[1], -1))  # type: ignore[no-untyped-call]
+    return grouped
 
 
 def _plain_forward(
