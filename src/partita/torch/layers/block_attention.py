@@ -118,7 +118,7 @@ def _scores(query: Tensor, key: Tensor, causal: bool, visible: Tensor | None, sc
 
 
 def _grouped(query: Tensor, key: Tensor) -> Tensor:
-    grouped: Tensor = query.to(wide(query.dtype)).unflatten(1, (key.shape[1], -1))  # type: ignore[no-untyped-call]
+    grouped: Tensor = query.to(wide(query.dtype)).unflatten(1, (key.shape[1], -1))
     return grouped
 
 
