@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from partita.core.sharding.context import chunks_of, positions_of
 from partita.errors import ModelError, PlanError
+from partita.torch.collectives.comm import Communicator
 from partita.torch.collectives.groups import single_groups
+from partita.torch.collectives.threads import run_as_threads
+from partita.torch.layers import ring_attention as ring_module
+from partita.torch.layers.block_attention import CPU_FLASH, PLAIN, Kernel, _equals_plain, _kernel, visible_pairs
+from partita.torch.layers.ring_attention import Ring, ring_attention
 from partita.torch.load import load
+from partita.torch.model import context as context_module
+from partita.torch.model.context import Context, context_of
 from partita.torch.model.parts import local_tensors, plan_of
 from partita.torch.new import fresh
 from partita.torch.train import TrainSettings, train
@@ -83,6 +92,84 @@ def test_trains_as_with_whole_sequences(case: str) -> None:
         assert theirs[3] == tokens
         for parameter, value in theirs[2].items():
             assert value == pytest.approx(weights[parameter], rel=tolerance), parameter
+
+
+def _ring_calls(data: dict[str, Any], packing: bool) -> tuple[int, int, int]:
+    """Attentions in a ring, masks that were made, and layers, of a forward of one long sequence."""
+    model: Any = fresh(data, dtype="float32", seed=3, cp=2)
+    ids = _TOKENS[None, :90]
+    restarting = {"position_ids": torch.arange(90)[None] % 45} if packing else {}
+    context = Context.of({"input_ids": ids, **restarting}, plan_of(model)[1].cp)
+    calls: list[str] = []
+    ring, made = context_module.ring_attention, context_module._whole_mask
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(context_module, "ring_attention", lambda *args: calls.append("ring") or ring(*args))
+        patch.setattr(context_module, "_whole_mask", lambda *args: calls.append("mask") or made(*args))
+        with context_of(context.split({"input_ids": ids, **restarting})) as given:
+            model(**given, use_cache=False)
+    return calls.count("ring"), calls.count("mask"), model.config.num_hidden_layers
+
+
+@pytest.mark.parametrize("name", ["llama-7-heads-1-kv", "mistral"])
+def test_makes_no_mask_where_it_would_be_plainly_causal(name: str) -> None:
+    for rings, masks, layers in ranks(2).run(_ring_calls, CONFIGS[name], False):
+        assert (rings, masks) == (layers, 0)
+    for rings, masks, _ in ranks(2).run(_ring_calls, CONFIGS[name], True):
+        assert (rings, masks) == (0, 1)
+
+
+def _ring_differences(case: tuple[int, int, int | None, int, int], dtype: torch.dtype) -> float:
+    """Largest difference from torch's attention to whole sequences: output and gradients, relative to the largest magnitude."""
+    length, size, window, groups, width = case
+    generator = torch.Generator().manual_seed(1)
+    shapes = ((2, 2 * groups, length, 8), (2, 2, length, 8), (2, 2, length, width), (2, length, 2 * groups, width))
+    *inputs, grad = (torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes)
+    query, key, value = (one.double().requires_grad_() for one in inputs)
+    mask = visible_pairs(length, length, 0, window or length, query.device)
+    whole = torch.nn.functional.scaled_dot_product_attention(query, key, value, mask, scale=0.4, enable_gqa=True)
+    wanted = whole.transpose(1, 2), *torch.autograd.grad(whole.transpose(1, 2), (query, key, value), grad.double())
+    chunks = chunks_of(length, size)
+
+    def one(comm: Communicator) -> float:
+        own = torch.tensor(positions_of(chunks[comm.rank]))
+        parts = [tensor[:, :, own].requires_grad_() for tensor in inputs]
+        output = ring_attention(*parts, Ring(comm, chunks, window, 0.4))
+        found = output, *torch.autograd.grad(output, parts, grad[:, own])
+        places = [tensor.index_select(dim, own) for tensor, dim in zip(wanted, (1, 2, 2, 2), strict=True)]
+        return max(
+            float((a.detach().double() - b.detach()).abs().max() / tensor.detach().abs().max())
+            for a, b, tensor in zip(found, places, wanted, strict=True)
+        )
+
+    return max(run_as_threads(size, one))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        (16, 2, None, 1, 8),
+        (7, 4, None, 3, 8),  # a rank with one position
+        (13, 3, 4, 2, 8),
+        (41, 2, 7, 1, 8),  # several tiles of rows, a window wider than one
+        (41, 2, None, 2, 6),  # values of another width, which the fused kernel does not take
+    ],
+)
+def test_ring_attention_is_attention(
+    case: tuple[int, int, int | None, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ring_module, "TILE", 4)
+    if case[-1] != 8:
+        monkeypatch.setattr(ring_module, "kernel_of", lambda *_: replace(PLAIN, tile=4))
+    assert _ring_differences(case, torch.float64) < 1e-12
+    assert _ring_differences(case, torch.float32) < 1e-5
+    assert _ring_differences(case, torch.bfloat16) < 2e-2
+
+
+def test_the_fused_kernel_is_used_where_it_is_right() -> None:
+    assert _kernel("cpu", torch.float64, 16, 16, 2) is CPU_FLASH
+    wrong = Kernel(lambda *args: (PLAIN.forward(*args)[0] * 1.01, PLAIN.forward(*args)[1]), PLAIN.backward)
+    assert not _equals_plain(wrong, "cpu", torch.float64, 16, 2)
+    assert _kernel("cpu", torch.float64, 16, 8, 2) is PLAIN
 
 
 def _refused(data: dict[str, Any], mesh: dict[str, int], more: dict[str, Any]) -> str:

@@ -194,6 +194,9 @@ def attention_of(model: nn.Module) -> str | None:
 
 
 _attention_hooks: list[Any] = []
+_WINDOW = "_partita_window"
+SDPA = "sdpa"
+"""The attention that calls torch's scaled_dot_product_attention."""
 
 
 def hook_attention(
@@ -205,10 +208,10 @@ def hook_attention(
     """Let every family's attention and masks go through functions of ours, from now on.
 
     Args:
-        attention: Called with a family's attention function and its arguments.
+        attention: Called with the name of an attention, a family's function for it, and the function's arguments.
         arguments: Called with the embeddings and positions from which a mask is made; returns others in their place.
         positions: Called with the positions that tell the documents of a packed row.
-        mask: Called with transformers' function for a mask, and its arguments by name.
+        mask: Called with the name of an attention, transformers' function for its masks, and the function's arguments by name.
     """
     if _attention_hooks:
         return
@@ -219,9 +222,15 @@ def hook_attention(
     prepare = find(LIBRARY, "transformers.masking_utils", "_preprocess_mask_arguments", why)
     remap = getattr(module, "remap_positions_for_packed_sequence", None)
     named, found = attentions.get_interface, masks.__getitem__
+    windowed = getattr(module, "sliding_window_causal_mask_function", None)
 
-    def get_interface(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return functools.partial(attention, named(self, *args, **kwargs))
+    def get_interface(self: Any, name: Any, *args: Any, **kwargs: Any) -> Any:
+        return functools.partial(attention, name, named(self, name, *args, **kwargs))
+
+    def with_window(sliding_window: int) -> Any:
+        made = windowed(sliding_window)  # type: ignore[misc]
+        setattr(made, _WINDOW, sliding_window)
+        return made
 
     def prepared(
         config: Any, inputs_embeds: Tensor, attention_mask: Any, cache: Any, position_ids: Any, *more: Any
@@ -230,11 +239,30 @@ def hook_attention(
         return prepare(config, inputs_embeds, attention_mask, cache, position_ids, *more)
 
     attentions.get_interface = get_interface
-    masks.__getitem__ = lambda self, key: functools.partial(mask, found(self, key))
+    masks.__getitem__ = lambda self, key: functools.partial(mask, key, found(self, key))
     module._preprocess_mask_arguments = prepared  # type: ignore[union-attr]
     if remap is not None:
         module.remap_positions_for_packed_sequence = lambda one, ids: remap(one, positions(ids))  # type: ignore[union-attr]
+    if windowed is not None:
+        module.sliding_window_causal_mask_function = with_window  # type: ignore[union-attr]
     _attention_hooks.append(attention)
+
+
+def is_causal_mask(function: Any) -> bool:
+    """Whether a mask function lets each token see all tokens before it and itself, of its window if it has one."""
+    causal = find(LIBRARY, "transformers.masking_utils", "causal_mask_function", "split sequences over ranks (cp)")
+    return function is causal or mask_window(function) is not None
+
+
+def mask_window(function: Any) -> int | None:
+    """How many tokens a mask function lets each token see at most, if it is that of a sliding window and nothing else."""
+    return getattr(function, _WINDOW, None)
+
+
+def is_plain_sdpa(name: str, options: Mapping[str, Any]) -> bool:
+    """Whether an attention of this name and options is softmax(scale x query x key + mask) x value and nothing else."""
+    changing = ("position_bias", "softcap", "output_attentions", "s_aux")
+    return name == SDPA and not options.get("dropout") and not any(options.get(one) is not None for one in changing)
 
 
 def is_plain_attention(model: nn.Module) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -28,6 +29,7 @@ class _Exchange:
     def __init__(self, size: int) -> None:
         self.barrier = threading.Barrier(size)
         self.slots: list[Any] = [None] * size
+        self.boxes = {(source, to): queue.SimpleQueue[Tensor]() for source in range(size) for to in range(size)}
 
     def swap(self, rank: int, value: Any) -> list[Any]:
         self.slots[rank] = value
@@ -35,6 +37,25 @@ class _Exchange:
         values = list(self.slots)
         self.barrier.wait()
         return values
+
+
+class _Arrival:
+    """A tensor that another thread sends, in the order in which it sends to this one."""
+
+    def __init__(self, exchange: _Exchange, box: queue.SimpleQueue[Tensor], into: Tensor) -> None:
+        self.exchange, self.box, self.into = exchange, box, into
+
+    def wait(self) -> None:
+        while True:
+            try:
+                sent = self.box.get(timeout=0.1)
+            except queue.Empty:
+                if self.exchange.barrier.broken:
+                    raise threading.BrokenBarrierError from None
+                continue
+            with torch.no_grad():
+                self.into.copy_(sent)
+            return
 
 
 class ThreadCommunicator(Communicator):
@@ -81,6 +102,15 @@ class ThreadCommunicator(Communicator):
     def all_gather_object(self, value: object) -> list[object]:
         """See `Communicator.all_gather_object`."""
         return self._board.swap(self.rank, value)
+
+    def start_send(self, tensor: Tensor, to: int, tag: int = 0) -> Work:
+        """See `Communicator.start_send`; as with NCCL, tags do not count."""
+        self._board.boxes[self.rank, to].put(tensor.detach().clone())
+        return Communicator.single().start_all_reduce_(tensor)
+
+    def start_recv_(self, tensor: Tensor, source: int, tag: int = 0) -> Work:
+        """See `Communicator.start_recv_`."""
+        return _Arrival(self._board, self._board.boxes[source, self.rank], tensor)
 
     def barrier(self) -> None:
         """See `Communicator.barrier`."""

@@ -2,7 +2,10 @@
 
     [1] the ids are those of the rank's chunks, with their true positions
     [2] the family's own functions make the mask of these rows over the keys of all ranks
-    [3] keys and values are gathered before the family's own attention, and their gradients reduce-scattered after it
+    [3] where the mask is causal, perhaps in a window, and nothing else, keys and values travel around the ranks
+        (`layers.ring_attention`), and no mask is in memory
+    [4] elsewhere they are gathered before the family's own attention, and their gradients reduce-scattered after it; backward
+        gathers again and recomputes the attention
 
 Everything else of a transformer treats each token by itself. What does not, such as a convolution or a recurrence, is found
 before use (`proof.context`).
@@ -19,12 +22,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+from torch.utils.checkpoint import checkpoint
 
 from partita.core.sharding.context import Chunks, chunks_of, positions_of
 from partita.errors import ModelError
 from partita.torch.collectives.comm import Communicator
 from partita.torch.collectives.mappings import all_gather
-from partita.torch.transformers_internals import hook_attention
+from partita.torch.layers.ring_attention import Ring, ring_attention
+from partita.torch.transformers_internals import SDPA, hook_attention, is_causal_mask, is_plain_sdpa, mask_window
 
 CONTEXT = "partita_context"
 """The entry of a forward's inputs that holds its `Context`, if the other inputs are those of this rank's positions."""
@@ -123,7 +129,14 @@ def _order(chunks: tuple[Chunks, ...], device: torch.device) -> Tensor:
 
 
 def _attention(
-    compute: Callable[..., Any], module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+    name: str,
+    compute: Callable[..., Any],
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *args: Any,
+    **kwargs: Any,
 ) -> Any:
     """The attention `compute` of a family, with the keys and values of all ranks `[n, heads, length, width]`.
 
@@ -132,16 +145,40 @@ def _attention(
     comm: Communicator | None = module.__dict__.get(_HERE)
     if comm is None:
         return compute(module, query, key, value, *args, **kwargs)
-    mask = args[0] if args else kwargs.get("attention_mask")
+    mask, *more = args or (kwargs.pop("attention_mask", None),)
+    if isinstance(mask, DeferredMask):
+        if not more and is_plain_sdpa(name, kwargs) and _fits_ring(module, query, key, value, mask.shape[2]):
+            scaling = kwargs.get("scaling")
+            scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+            return ring_attention(
+                query, key, value, Ring(comm, _chunks(mask.shape[-1], comm.size), mask.window, scale)
+            ), None
+        mask = mask.whole()
     if isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[-1] > key.shape[2]:
         sizes = _sizes(_chunks(mask.shape[-1], comm.size))
-        key, value = (all_gather(one.contiguous(), comm, 2, sizes) for one in (key, value))
-    elif _current.get() is not None:
+
+        def gathered(query: Tensor, key: Tensor, value: Tensor) -> Any:
+            key, value = (all_gather(one.contiguous(), comm, 2, sizes) for one in (key, value))
+            return compute(module, query, key, value, mask, *more, **kwargs)
+
+        if not torch.is_grad_enabled():
+            return gathered(query, key, value)
+        # Gathered again in backward: all keys of every layer at once would take the memory that cp saves.
+        return checkpoint(gathered, query, key, value, use_reentrant=False)
+    if _current.get() is not None:
         raise ModelError(
             f"{type(module).__name__} attends without a mask over the keys of all ranks, so its sequences cannot be split. Use "
             "cp=1."
         )
-    return compute(module, query, key, value, *args, **kwargs)
+    return compute(module, query, key, value, mask, *more, **kwargs)
+
+
+def _fits_ring(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, rows: int) -> bool:
+    """Whether these are the queries, keys and values of the same `rows`, whose heads are grouped as the module says."""
+    groups = getattr(module, "num_key_value_groups", 1)
+    same = query.dim() == 4 and key.shape[:3] == value.shape[:3] and key.shape[0] == query.shape[0]
+    shaped = same and key.shape[2] == query.shape[2] == rows and query.shape[1] == groups * key.shape[1]
+    return shaped and key.shape[3] == query.shape[3] and query.is_floating_point()
 
 
 def _mask_arguments(inputs_embeds: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -160,12 +197,27 @@ def _positions(positions: Tensor) -> Tensor:
     return positions if context is None else context.positions.expand(positions.shape[0], -1)
 
 
-def _mask(make: Callable[..., Any], **given: Any) -> Any:
+def _mask(name: str, make: Callable[..., Any], **given: Any) -> Any:
     """The mask that `make` returns for this rank's rows, its columns in the order of the gathered keys."""
     context = _current.get()
     if context is None:
         return make(**given)
-    given |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+    whole = functools.partial(_whole_mask, make, context, given)
+    return DeferredMask(context, given, whole) if name == SDPA and _is_plainly_causal(context, given) else whole()
+
+
+def _is_plainly_causal(context: Context, given: Mapping[str, Any]) -> bool:
+    """Whether a mask is causal, perhaps in a window, and nothing else: no padding, no documents, no cache."""
+    length, padding = context.positions.shape[1], given.get("attention_mask")
+    square = given["q_length"] == given["kv_length"] == length
+    offset = bool(given.get("q_offset", 0)) or bool(given.get("kv_offset", 0)) or given.get("use_vmap", False)
+    if not square or offset or not is_causal_mask(given.get("mask_function")):
+        return False
+    return padding is None or (padding.shape[-1] == length and bool(padding.all()))
+
+
+def _whole_mask(make: Callable[..., Any], context: Context, given: Mapping[str, Any]) -> Tensor:
+    given = {**given, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
     rows = [
         make(**{**given, "q_length": stop - start, "q_offset": given.get("q_offset", 0) + start})
         for start, stop in context.chunks[context.comm.rank]
@@ -175,3 +227,45 @@ def _mask(make: Callable[..., Any], **given: Any) -> Any:
             "the model's attention takes no mask of rows and keys, so cp must be 1. Use attention sdpa or eager."
         )
     return torch.cat(rows, 2)[..., _order(context.chunks, rows[0].device)]
+
+
+class DeferredMask(Tensor):
+    """A causal mask `[n, 1, own rows, length]` that takes memory only if its values are used.
+
+    Attributes:
+        window: How many tokens each token sees at most (default: all before it).
+    """
+
+    window: int | None
+    _make: Callable[[], Tensor]
+    _made: Tensor | None
+
+    @staticmethod
+    def __new__(cls, context: Context, given: Mapping[str, Any], make: Callable[[], Tensor]) -> DeferredMask:
+        """The mask that `make` returns, whose arguments are `given`."""
+        rows = _sizes(context.chunks)[context.comm.rank]
+        nothing = torch.empty((), dtype=torch.bool, device=given.get("device", "cpu"))
+        self = nothing.expand(given["batch_size"], 1, rows, given["kv_length"]).as_subclass(cls)
+        self.window, self._make, self._made = mask_window(given["mask_function"]), make, None
+        return self
+
+    def whole(self) -> Tensor:
+        """The mask itself."""
+        if self._made is None:
+            self._made = self._make()
+        return self._made
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Answer what needs no values, and replace the mask by its values in all other calls."""
+        kwargs = kwargs or {}
+        if func in _NEEDS_NO_VALUES:
+            return super().__torch_function__(func, types, args, kwargs)
+        args, kwargs = tree_map(lambda one: one.whole() if isinstance(one, DeferredMask) else one, (args, kwargs))
+        return func(*args, **kwargs)
+
+
+_NEEDS_NO_VALUES = {
+    Tensor.dim, Tensor.size, Tensor.is_floating_point,
+    *(getattr(Tensor, name).__get__ for name in ("shape", "ndim", "dtype", "device", "requires_grad", "is_cuda", "layout")),
+}  # fmt: skip
