@@ -30,6 +30,8 @@ from torch.nn import functional as F
 from partita.torch.layers.compiled import compiled_parts
 from partita.torch.layers.inner import has_no_hooks
 from partita.torch.layers.linear import ColumnParallelLinear, RowParallelLinear
+from partita.torch.quantized.kernels import DTYPES, Kernel, Products
+from partita.torch.quantized.kernels import FEW as FEW_ROWS
 from partita.torch.quantized.tensor import QuantizedTensor, with_bias
 
 PAYS_AFTER_TOKENS = 32
@@ -68,8 +70,9 @@ def decoding(model: nn.Module, rows: int, tokens: int) -> Iterator[None]:
                 layer.weight.data = layer.weight.data.T.contiguous().T
     compiled = compiled_parts(model)
     changed: list[nn.Module] = []
+    together = _siblings(model)
     for layer in model.modules():
-        forward = None if layer in compiled else _faster_forward(layer, rows)
+        forward = None if layer in compiled else _faster_forward(layer, rows, together.get(layer))
         if forward is not None:
             layer.forward = forward
             changed.append(layer)
@@ -94,19 +97,99 @@ def _has_bags() -> bool:
     return "fbgemm" in torch.backends.quantized.supported_engines
 
 
-def _faster_forward(layer: nn.Module, rows: int) -> Product | None:
-    """A forward of `layer` for `rows` rows with the same results, without gradients; None if it has none."""
+def _faster_forward(layer: nn.Module, rows: int, together: Product | None) -> Product | None:
+    """A forward of `layer` for `rows` rows with the same results, without gradients; None if it has none.
+
+    `together` is its product with those of its siblings, if it has one.
+    """
     if not has_no_hooks(layer):
         return None
     if type(layer) is nn.Linear:
-        return _product(layer, rows)
+        return together or _product(layer, rows)
     if not isinstance(layer, ColumnParallelLinear | RowParallelLinear) or layer.sequence_parallel:
         return None
     inner = layer.linear
     if type(inner) is not nn.Linear or not has_no_hooks(inner) or inner.weight.device.type != "cpu":
         return None
-    product = _product(inner, rows) or functools.partial(F.linear, weight=inner.weight, bias=inner.bias)
+    product = together or _product(inner, rows) or functools.partial(F.linear, weight=inner.weight, bias=inner.bias)
     return _column(layer, product) if isinstance(layer, ColumnParallelLinear) else _row(layer, product)
+
+
+def _siblings(model: nn.Module) -> dict[nn.Module, Product]:
+    """The products of layers with native kernels; the children of a module with as many inputs share calls of C++."""
+    found: dict[nn.Module, Product] = {}
+    for parent in model.modules():
+        groups: dict[tuple[int, torch.dtype], list[tuple[nn.Module, nn.Linear, Kernel]]] = {}
+        for layer in parent.children():
+            inner = getattr(layer, "linear", None) if isinstance(layer, ColumnParallelLinear) else layer
+            if type(inner) is not nn.Linear or layer in found or not (has_no_hooks(layer) and has_no_hooks(inner)):
+                continue
+            kernel = _kernel(inner)
+            if kernel is not None:
+                groups.setdefault((kernel.shape[1], inner.weight.dtype), []).append((layer, inner, kernel))
+        for (_, dtype), members in groups.items():
+            products = _Siblings([inner for _, inner, _ in members], [kernel for _, _, kernel in members], dtype)
+            for place, (layer, _, _) in enumerate(members):
+                found[layer] = functools.partial(products.output, place)
+    return found
+
+
+def _kernel(layer: nn.Linear) -> Kernel | None:
+    """The kernel that computes all products with the weight of `layer`, whatever its bias; None if there is none."""
+    weight, bias = layer.weight, layer.bias
+    if not isinstance(weight, QuantizedTensor) or weight.turned or weight.dim() != 2 or len(weight.products) != 1:
+        return None
+    if weight.dtype not in DTYPES or (bias is not None and bias.dtype != weight.dtype) or 0 in weight.shape:
+        return None
+    kernel = weight.products[0].kernel() if weight.device.type == "cpu" else None
+    return kernel if kernel is not None and kernel.shape == tuple(weight.shape) else None
+
+
+class _Siblings:
+    """Layers that a module calls one after the other with the same tensor, as queries, keys and values are computed.
+
+    The first call computes the outputs of all, the others return them. On the first round each computes its own output once
+    more; if one differs, as after a change of the input in between, or if a layer was not called, each works alone from then on.
+    """
+
+    def __init__(self, layers: list[nn.Linear], kernels: list[Kernel], dtype: torch.dtype) -> None:
+        self.layers, self.dtype, self.inputs = layers, dtype, kernels[0].shape[1]
+        self.all = Products(kernels, dtype, [layer.bias for layer in layers])
+        self.alone = [Products([kernel], dtype, [layer.bias]) for kernel, layer in zip(kernels, layers, strict=True)]
+        self.are_together, self.is_checked = len(layers) > 1, False
+        self.most = FEW_ROWS[dtype] * self.inputs
+        self.input: Tensor | None = None
+        self.outputs: list[Tensor | None] = []
+
+    def output(self, place: int, x: Tensor) -> Tensor:
+        """The output of layer `place` for `x`, `[..., in]` to `[..., out]`."""
+        if x is self.input:
+            y, self.outputs[place] = self.outputs[place], None
+            if place == len(self.outputs) - 1:
+                self._end()
+            if y is not None and (self.is_checked or self._is_right(place, x, y)):
+                return y
+        if x.dtype is not self.dtype or not 0 < x.numel() <= self.most or not x.is_contiguous():
+            return with_bias(x, self.layers[place].weight, self.layers[place].bias)  # type: ignore[arg-type]
+        if place or not self.are_together:
+            return self.alone[place](x)[0]
+        if self.input is not None:
+            # Some outputs of the previous round were computed in vain.
+            self.are_together, self.input, self.outputs = False, None, []
+            return self.alone[0](x)[0]
+        first, *rest = self.all(x)
+        self.input, self.outputs = x, [None, *rest]
+        return first
+
+    def _end(self) -> None:
+        self.are_together = self.are_together and not any(y is not None for y in self.outputs)
+        self.input, self.outputs = None, []
+
+    def _is_right(self, place: int, x: Tensor, y: Tensor) -> bool:
+        same = torch.equal(y, self.alone[place](x)[0])
+        self.are_together = self.are_together and same
+        self.is_checked = place == len(self.layers) - 1
+        return same
 
 
 def _column(layer: ColumnParallelLinear, product: Product) -> Product | None:
