@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from partita.torch.layers.compiled import compiled_parts
+from partita.torch.layers.decode_steps import faster_step
 from partita.torch.layers.inner import has_no_hooks
 from partita.torch.layers.linear import ColumnParallelLinear, RowParallelLinear
 from partita.torch.quantized.kernels import DTYPES, Kernel, Products
@@ -35,7 +36,7 @@ from partita.torch.quantized.kernels import FEW as FEW_ROWS
 from partita.torch.quantized.tensor import QuantizedTensor, with_bias
 
 PAYS_AFTER_TOKENS = 32
-"""Transposing a weight pays off after about this many tokens."""
+"""Transposing a weight, and looking for faster forms of a model's modules, pays off after about this many tokens."""
 
 FEW = range(2, 9)
 """Numbers of rows for which the float32 product is transposed, and up to which bags are faster."""
@@ -51,7 +52,7 @@ Product = Callable[[Tensor], Tensor]
 
 @contextmanager
 def decoding(model: nn.Module, rows: int, tokens: int) -> Iterator[None]:
-    """Speed up the linear layers of `model` for `rows` rows inside the context, where no gradients are computed.
+    """Speed up the layers of `model` for `rows` rows inside the context, where no gradients are computed.
 
     The memory layout of weights may differ afterwards; shapes, values and parameters stay the same. One weight at a time is
     held twice.
@@ -64,7 +65,8 @@ def decoding(model: nn.Module, rows: int, tokens: int) -> Iterator[None]:
     if torch.is_autocast_enabled("cpu"):
         yield
         return
-    if tokens >= PAYS_AFTER_TOKENS:
+    is_long = tokens >= PAYS_AFTER_TOKENS
+    if is_long:
         for layer in model.modules():
             if type(layer) is nn.Linear and layer.weight.is_contiguous() and _prefers_columns(layer.weight, rows):
                 layer.weight.data = layer.weight.data.T.contiguous().T
@@ -73,6 +75,8 @@ def decoding(model: nn.Module, rows: int, tokens: int) -> Iterator[None]:
     together = _siblings(model)
     for layer in model.modules():
         forward = None if layer in compiled else _faster_forward(layer, rows, together.get(layer))
+        if forward is None and is_long and layer not in compiled and has_no_hooks(layer):
+            forward = faster_step(layer)
         if forward is not None:
             layer.forward = forward
             changed.append(layer)
@@ -149,7 +153,8 @@ class _Siblings:
     """Layers that a module calls one after the other with the same tensor, as queries, keys and values are computed.
 
     The first call computes the outputs of all, the others return them. On the first round each computes its own output once
-    more; if one differs, as after a change of the input in between, or if a layer was not called, each works alone from then on.
+    more. If one differs, as after a change of the input in between, or if a layer was not called, each works alone from then
+    on.
     """
 
     def __init__(self, layers: list[nn.Linear], kernels: list[Kernel], dtype: torch.dtype) -> None:

@@ -47,7 +47,7 @@ def library() -> ctypes.CDLL | None:
     except OSError as error:
         why = f"{error}. Set PARTITA_CACHE to a folder that can be written, of a file system that may hold programs"
     if is_first():
-        note(f"Quantized weights are dequantized for every product, which is slow: {why}.")
+        note(f"Decoding and products with quantized weights are slow: {why}.")
     return None
 
 

@@ -67,38 +67,39 @@ extern "C" void partita_norm(const Norm* n, const void* x, int64_t rows, void* y
   n->dtype == BFLOAT16 ? norm<BFLOAT16>(*n, x, rows, y) : norm<FLOAT32>(*n, x, rows, y);
 }
 
-// Strides are in elements; the last dim is contiguous.
+// Strides are in elements; the last dim of each tensor is contiguous.
 struct Rotation {
-  int64_t x, y;                     // addresses; y [batch, heads, width] is contiguous
-  int64_t batch, heads, batch_stride, head_stride;
-  int64_t cos, sin, angle_stride;   // addresses of [batch, width], and the stride of their batch
-  int64_t width, dtype;
+  int64_t batch, heads, batch_stride, head_stride, angle_stride, width;
 };
 
-// y = x * cos + (-second half of x, first half of x) * sin, each result rounded to the dtype.
+// y [batch, heads, width] = x * cos + (-second half of x, first half of x) * sin, each result rounded to the dtype.
 template <int DTYPE>
-static void rotate(const Rotation& r) {
+static void rotate(const Rotation& r, const void* from, const void* cosines, const void* sines, void* to) {
   typedef typename Numbers<DTYPE>::Stored Stored;
   int64_t half = r.width / 2;
   for (int64_t b = 0; b < r.batch; b++)
     for (int64_t h = 0; h < r.heads; h++) {
-      const Stored* x = (const Stored*)r.x + b * r.batch_stride + h * r.head_stride;
-      const Stored *cos = (const Stored*)r.cos + b * r.angle_stride, *sin = (const Stored*)r.sin + b * r.angle_stride;
-      Stored* y = (Stored*)r.y + (b * r.heads + h) * r.width;
+      const Stored* x = static_cast<const Stored*>(from) + b * r.batch_stride + h * r.head_stride;
+      const Stored* cos = static_cast<const Stored*>(cosines) + b * r.angle_stride;
+      const Stored* sin = static_cast<const Stored*>(sines) + b * r.angle_stride;
+      Stored* y = static_cast<Stored*>(to) + (b * r.heads + h) * r.width;
       for (int64_t i = 0; i < half; i++) {
         float first = element(x, i, DTYPE), second = element(x, i + half, DTYPE);
-        float a = rounded<DTYPE>(first * element(cos, i, DTYPE)), c = rounded<DTYPE>(-second * element(sin, i, DTYPE));
-        float d = rounded<DTYPE>(second * element(cos, i + half, DTYPE));
-        float e = rounded<DTYPE>(first * element(sin, i + half, DTYPE));
-        set_element(y, i, a + c, DTYPE);
-        set_element(y, i + half, d + e, DTYPE);
+        float a = rounded<DTYPE>(first * element(cos, i, DTYPE)), b = rounded<DTYPE>(-second * element(sin, i, DTYPE));
+        float c = rounded<DTYPE>(second * element(cos, i + half, DTYPE));
+        float d = rounded<DTYPE>(first * element(sin, i + half, DTYPE));
+        set_element(y, i, a + b, DTYPE);
+        set_element(y, i + half, c + d, DTYPE);
       }
     }
 }
 
-extern "C" void partita_rotate(const Rotation* rotations, int count) {
-  for (int i = 0; i < count; i++)
-    rotations[i].dtype == BFLOAT16 ? rotate<BFLOAT16>(rotations[i]) : rotate<FLOAT32>(rotations[i]);
+// Queries and keys.
+extern "C" void partita_rotate(const Rotation* both, int dtype, const void* q, const void* k, const void* cos, const void* sin,
+                               void* new_q, void* new_k) {
+  auto one = dtype == BFLOAT16 ? rotate<BFLOAT16> : rotate<FLOAT32>;
+  one(both[0], q, cos, sin, new_q);
+  one(both[1], k, cos, sin, new_k);
 }
 
 // e^x, 0 below -87; NaN stays NaN. Source: Cephes' expf.
@@ -126,13 +127,15 @@ static INLINE Floats16 exponential(Floats16 x) {
 }
 
 struct Attention {
-  int64_t q, q_batch, q_head;                   // [batch, heads, width]: address and strides in elements
-  int64_t k, k_batch, k_head, k_token;          // [batch, groups, tokens, width]
-  int64_t v, v_batch, v_head, v_token;          // [batch, groups, tokens, width]
-  int64_t mask, mask_batch;                     // bool [batch, tokens], true where a token is seen; or 0
-  int64_t y;                                    // [batch, heads, width], contiguous
+  int64_t q_batch, q_head;                      // strides of q [batch, heads, width]
+  int64_t k_batch, k_head, k_token;             // of k [batch, groups, tokens, width]
+  int64_t v_batch, v_head, v_token;             // of v [batch, groups, tokens, width]
+  int64_t mask_batch;                           // of the mask, if there is one
   int64_t batch, heads, groups, tokens, width;  // heads / groups heads share keys and values
-  int64_t dtype, threads;
+  int64_t dtype;
+  const void *q, *k, *v;
+  const uint8_t* mask;                          // bool [batch, tokens], true where a token is seen; or null
+  void* y;                                      // [batch, heads, width], contiguous
 };
 
 template <int DTYPE>
@@ -152,10 +155,10 @@ static void attend(const Attention& a, float scale, int64_t place) {
   std::vector<float> scores((tokens + 15) / 16 * 16, -INFINITY), rows(2 * width);
   float *query = rows.data(), *sum = query + width, most = -INFINITY, total = 0.0f;
   for (int64_t i = 0; i < width; i++)
-    query[i] = element((const Stored*)a.q + b * a.q_batch + h * a.q_head, i, DTYPE) * scale;
-  const Stored* keys = (const Stored*)a.k + b * a.k_batch + group * a.k_head;
-  const Stored* values = (const Stored*)a.v + b * a.v_batch + group * a.v_head;
-  const uint8_t* mask = a.mask ? (const uint8_t*)a.mask + b * a.mask_batch : nullptr;
+    query[i] = element(static_cast<const Stored*>(a.q) + b * a.q_batch + h * a.q_head, i, DTYPE) * scale;
+  const Stored* keys = static_cast<const Stored*>(a.k) + b * a.k_batch + group * a.k_head;
+  const Stored* values = static_cast<const Stored*>(a.v) + b * a.v_batch + group * a.v_head;
+  const uint8_t* mask = a.mask ? a.mask + b * a.mask_batch : nullptr;
   for (int64_t t = 0; t < tokens; t++) {
     if (mask && !mask[t]) continue;
     scores[t] = dot<DTYPE>(query, keys + t * a.k_token, width);
@@ -180,14 +183,17 @@ static void attend(const Attention& a, float scale, int64_t place) {
   for (; i < width; i++)
     for (int64_t t = 0; t < tokens; t++)
       if (!mask || mask[t]) sum[i] += scores[t] * element(values + t * a.v_token, i, DTYPE);
-  for (i = 0; i < width; i++) set_element((void*)a.y, place * width + i, total == 0 ? 0 : sum[i] / total, DTYPE);
+  for (i = 0; i < width; i++) set_element(a.y, place * width + i, total == 0 ? 0 : sum[i] / total, DTYPE);
 }
 
 // The attention of one query a sequence and head.
-extern "C" void partita_attend(const Attention* a, float scale) {
-  int64_t few = 32768 / (a->tokens * a->width + 1) + 1;  // heads that are worth a thread
-  in_parallel(0, a->batch * a->heads, few, (int)a->threads, [&](int64_t start, int64_t stop) {
+extern "C" void partita_attend(const Attention* sizes, const void* q, const void* k, const void* v, const uint8_t* mask, void* y,
+                               float scale, int threads) {
+  Attention a = *sizes;
+  a.q = q, a.k = k, a.v = v, a.mask = mask, a.y = y;
+  int64_t few = 32768 / (a.tokens * a.width + 1) + 1;  // heads that are worth a thread
+  in_parallel(0, a.batch * a.heads, few, threads, [&](int64_t start, int64_t stop) {
     for (int64_t place = start; place < stop; place++)
-      a->dtype == BFLOAT16 ? attend<BFLOAT16>(*a, scale, place) : attend<FLOAT32>(*a, scale, place);
+      a.dtype == BFLOAT16 ? attend<BFLOAT16>(a, scale, place) : attend<FLOAT32>(a, scale, place);
   });
 }
