@@ -107,8 +107,8 @@ class _Kind:
 def _norm_form(kind: _Kind, epsilon: float) -> tuple[float, int] | None:
     """Offset of the weight and order of roundings (see `steps.h`) with which a norm is the C++'s; None if it is not."""
     twin = copy.copy(kind.module)
-    width, dtype = kind.module.weight.numel(), kind.module.weight.dtype  # type: ignore[operator,union-attr]
-    weight = torch.randn(width, generator=torch.Generator().manual_seed(1)).to(dtype)  # type: ignore[arg-type,call-overload]
+    width, dtype = kind.module.weight.numel(), kind.module.weight.dtype  # type: ignore[operator]
+    weight = torch.randn(width, generator=torch.Generator().manual_seed(1)).to(dtype)  # type: ignore[arg-type]
     twin._parameters = {"weight": nn.Parameter(weight)}
     twin.__dict__.pop("weight", None)
     kind.module = twin  # the key of the cache must not keep a model's weights
@@ -169,8 +169,8 @@ def _faster_attention(module: nn.Module) -> Forward | None:
     weight = next(module.parameters(), None)
     if weight is None or weight.device.type != "cpu" or weight.dtype not in DTYPES:
         return None
-    made = _attention_forward(type(module))
-    return None if made is None else made.__get__(module)  # type: ignore[no-any-return,attr-defined]
+    made: Any = _attention_forward(type(module))  # type: ignore[arg-type]
+    return None if made is None else made.__get__(module)
 
 
 @functools.cache
@@ -187,7 +187,8 @@ def _attention_forward(kind: type[nn.Module]) -> Forward | None:
     rotate = inner.__globals__.get(ROTATE)
     if ROTATE in inner.__code__.co_names and (fast := _rotary(rotate)) is not None:
         replaced[ROTATE] = fast
-    return with_globals(forward, replaced)
+    made: Forward = with_globals(forward, replaced)
+    return made
 
 
 def _inner(function: Any) -> FunctionType | None:
