@@ -92,8 +92,15 @@ $(VENV)-oldest/.installed: pyproject.toml | $(STAMP)
 	  --constraint $(VENV)-oldest/requirements.txt --no-build-isolation --editable '$(PACKAGE)'
 	@touch $@
 
-bench: install
+BENCH_STAMP := $(VENV)/.installed-bench
+
+bench: $(BENCH_STAMP)
 	$(BIN)/python -m bench
+
+$(BENCH_STAMP): $(STAMP)
+	@echo "Installing what the benchmarks compare with"
+	@$(PIP) install --quiet --constraint $(LOCK) --no-build-isolation --editable '.[bench]'
+	@touch $@
 
 # The site is in build/site. It refers to nothing outside of it, and building it needs no network.
 DOCS_STAMP := $(VENV)/.installed-docs

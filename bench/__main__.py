@@ -16,6 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from bench import (
     block,
+    chat,
     checkpoint,
     compile,
     decode,
@@ -40,6 +41,7 @@ COMPARISONS = {
     "block": block.run,
     "decode": decode.run,
     "quantized": quantized.run,
+    "chat": chat.run,
     "compile": compile.run,
     "pipeline": pipeline.run,
     "pipeline-decode": pipeline_decode.run,

@@ -8,9 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from bench.ranks import Ranks, barrier, own_rank
-
-WARM_UP_STEPS = 3
+from bench.ranks import LIMIT_S, Ranks, barrier, own_rank
 
 
 @dataclass(frozen=True)
@@ -39,6 +37,8 @@ class Contest:
         budget_s: Rounds are added until so many seconds are over.
         rounds: But at least so many, and at most `most_rounds`.
         clock: Seconds; `time.process_time` measures a rank's CPU time.
+        warm_up: How often a contestant works before its result is checked.
+        limit_s: How long setting up all contestants may take.
     """
 
     set_up: Callable[..., dict[str, Contestant]]
@@ -48,6 +48,8 @@ class Contest:
     rounds: int = 5
     most_rounds: int = 200
     clock: Callable[[], float] = time.perf_counter
+    warm_up: int = 3
+    limit_s: float = LIMIT_S
 
 
 @dataclass
@@ -66,7 +68,7 @@ OnRound = Callable[[float], None]
 
 def compete(ranks: Ranks, contest: Contest, on_round: OnRound) -> Samples:
     """Seconds a step of each contestant, the slowest rank's. Who begins changes from round to round."""
-    names: list[str] = ranks.call(_set_up, contest.set_up, contest.args)[0]
+    names: list[str] = ranks.call(_set_up, contest.set_up, contest.args, contest.warm_up, limit_s=contest.limit_s)[0]
     samples = Samples()
     start = time.monotonic()
     for done in range(contest.most_rounds):
@@ -85,11 +87,11 @@ _contestants: dict[str, Contestant] = {}
 """This rank's."""
 
 
-def _set_up(function: Callable[..., dict[str, Contestant]], args: tuple[Any, ...]) -> list[str]:
+def _set_up(function: Callable[..., dict[str, Contestant]], args: tuple[Any, ...], warm_up: int) -> list[str]:
     _contestants.clear()
     _contestants.update(function(*args))
     for name in _contestants:
-        _steps(name, WARM_UP_STEPS)
+        _steps(name, warm_up)
         try:
             _contestants[name].check()
         except AssertionError as error:

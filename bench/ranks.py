@@ -57,17 +57,17 @@ class Ranks:
     ) -> None:
         self._end()
 
-    def call(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+    def call(self, function: Callable[..., Any], *args: Any, limit_s: float = LIMIT_S) -> list[Any]:
         """Call `function(*args)` on every rank; the results in rank order. The first error ends all of them."""
         for connection in self._connections:
             connection.send((function, args))
         results: dict[int, Any] = {}
-        deadline = time.monotonic() + LIMIT_S
+        deadline = time.monotonic() + limit_s
         while len(results) < self.size:
             waiting = [c for rank, c in enumerate(self._connections) if rank not in results]
             ready = wait(waiting, max(0.0, deadline - time.monotonic()))
             if not ready:
-                raise RankError(f"{function.__name__}: no answer in {LIMIT_S:.0f} s from {len(waiting)} ranks")
+                raise RankError(f"{function.__name__}: no answer in {limit_s:.0f} s from {len(waiting)} ranks")
             for connection in ready:
                 rank = self._connections.index(connection)  # type: ignore[arg-type]
                 try:

@@ -78,7 +78,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """One work: its contestants in one unit, of which less is better."""
+    """One work: its contestants in one unit, of which less is better, or a rate, of which more is."""
 
     name: str
     title: str
@@ -119,11 +119,13 @@ def summarize(
     samples: Samples,
     ours: str,
     targets: Mapping[str, Target],
+    *,
+    rate: bool = False,
 ) -> Table:
-    """The table of `samples`, whose values times `scale` are in `unit`."""
+    """The table of `samples`, whose values times `scale` are in `unit`; with `rate`, `scale` divided by them."""
     rows = []
     for contestant, values in samples.values.items():
-        low, median, high = _percentiles([value * scale for value in values])
+        low, median, high = _percentiles([scale / value if rate else value * scale for value in values])
         ratios = [theirs / mine for theirs, mine in zip(values, samples.values[ours], strict=True)]
         ratio_low, ratio, ratio_high = _percentiles(ratios)
         target = targets.get(contestant)

@@ -56,7 +56,7 @@ def test_the_lock_has_one_version_of_a_package_for_each_python_and_platform(
 def test_the_lock_allows_what_pyproject_asks_for() -> None:
     locked = _locked()
     for row in map(Requirement, metadata.requires("partita") or ()):
-        if row.marker is None or any(row.marker.evaluate({"extra": extra}) for extra in ("", *EXTRAS, "docs")):
+        if row.marker is None or any(row.marker.evaluate({"extra": extra}) for extra in ("", *EXTRAS, "docs", "bench")):
             assert row.specifier.contains(locked[canonicalize_name(row.name)]), f"{row}: run `make lock`"
 
 

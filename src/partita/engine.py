@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Unpack, cast
 
 from partita.core.mesh import Mesh
@@ -20,6 +20,9 @@ from partita.ranks.groups import AxisGroups, Communicator
 from partita.schedule import Timeline
 from partita.serving import ServeSettings, ServingLoop
 from partita.training import Follow, SaveReport, Saves, StepReport, TrainSettings
+
+if TYPE_CHECKING:
+    from partita.serving.embedding import EmbeddingLoop
 
 Model = Any
 """A torch or MLX module, opaque outside the engine that created it."""
@@ -164,25 +167,41 @@ def open_engine(name: EngineName) -> Engine:
     return cast("Engine", importlib.import_module(f"partita.{name}"))
 
 
-def serving_loop(name: EngineName, model: Model, settings: ServeSettings, *, tokenizer: Tokenizer) -> ServingLoop:
-    """A loop of the engine `name` that serves requests with a split model.
-
-    Raises:
-        ModelError: The engine has none.
-    """
-    check_serves(name)
+def serving_loop(
+    name: EngineName,
+    model: Model,
+    settings: ServeSettings,
+    *,
+    tokenizer: Tokenizer,
+    adapters: Mapping[str, str] | None = None,
+) -> ServingLoop:
+    """A loop of the engine `name` that serves requests with a split model, and with `adapters` on torch."""
+    # Imported apart from the engine: serving needs an extra.
     loop: ServingLoop = importlib.import_module(f"partita.{name}.serving").serving_loop(
-        model, settings, tokenizer=tokenizer
+        model, settings, tokenizer=tokenizer, **({"adapters": adapters} if adapters else {})
     )
     return loop
 
 
-def check_serves(name: EngineName) -> None:
-    """Raise `ModelError` if the engine `name` does not serve requests."""
-    if importlib.util.find_spec(f"partita.{name}.serving") is None:
-        raise ModelError(
-            f"--engine {name} does not serve yet. Use --engine torch, or `partita generate --engine {name}`."
+def embedding_loop(name: EngineName, model: Model, settings: ServeSettings, *, folder: Path) -> EmbeddingLoop | None:
+    """A loop of the engine `name` that computes vectors with the split model of `folder`; None if the model continues text.
+
+    Raises:
+        ModelError: The folder's pooling cannot be used, or the engine gives no vectors.
+    """
+    from partita.serving.pooling import read_pooling  # needs numpy, which the command line does without
+
+    pooling = read_pooling(folder)
+    if name == "torch":
+        found: EmbeddingLoop | None = importlib.import_module("partita.torch.serving").embedding_loop(
+            model, pooling, settings
         )
+        return found
+    if pooling.is_given:
+        raise ModelError(
+            f"{folder} is a model for embeddings (modules.json), which --engine {name} does not serve. Use torch."
+        )
+    return None
 
 
 if TYPE_CHECKING:

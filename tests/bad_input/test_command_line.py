@@ -1,4 +1,4 @@
-"""Command lines of `plan`, `layout`, `schedule` and `demo`, and what no command takes."""
+"""Command lines of `plan`, `layout`, `schedule`, `demo` and `serve`, and what no command takes."""
 
 from __future__ import annotations
 
@@ -234,8 +234,23 @@ DEMO = [
     Case("below a file", "demo --out words.txt/demo", "words.txt/demo: cannot be created (--out): Not a directory"),
 ]
 
+SERVE = [
+    Case("adapters without a name", "serve model --adapters ./empty", "--adapters must be NAME=DIR...; got './empty'."),
+    Case("adapters without a folder", "serve model --adapters a=", "--adapters must be NAME=DIR...; got 'a='."),
+    Case(
+        "adapters with the model's name",
+        "serve model --adapters model=empty",
+        "--adapters model=empty: 'model' is the name of another served model. Give another name.",
+    ),
+    Case(
+        "a folder without adapters",
+        "serve model --adapters a=empty",
+        "empty/adapter_config.json: cannot be read: No such",
+    ),
+]
+
 
 @pytest.mark.timeout(30)
-@rows([*NO_COMMAND, *MESH, *LAYOUT, *MODEL, *SCHEDULE, *DEMO])
+@rows([*NO_COMMAND, *MESH, *LAYOUT, *MODEL, *SCHEDULE, *DEMO, *SERVE])
 def test_is_refused(case: Case, partita: Run) -> None:
     refuses(case, partita)

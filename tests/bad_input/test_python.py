@@ -30,7 +30,11 @@ MESH = [
     Call("ranks in quotes", lambda: Mesh(pp="2"), "pp must be a whole number of at least 1, but is '2'."),
     Call("ranks as a fraction", lambda: Mesh(tp=2.0), "tp must be a whole number of at least 1, but is 2.0."),
     Call("true ranks", lambda: Mesh(tp=True), "tp must be a whole number of at least 1, but is True."),
-    Call("more ranks than can be listed", lambda: Mesh(dp=10**9), "dp x pp x tp must come to at most 1,048,576 ranks"),
+    Call(
+        "more ranks than can be listed",
+        lambda: Mesh(dp=10**9),
+        "dp x pp x cp x tp must come to at most 1,048,576 ranks",
+    ),
     Call(
         "a rank beyond the mesh",
         lambda: Mesh(dp=2).coordinate(2),
@@ -41,7 +45,9 @@ MESH = [
         lambda: Mesh(dp=2).rank(dp=2),
         "dp must be in [0, 2) of dp 2 x pp 1 x tp 1, but is 2.",
     ),
-    Call("no such axis", lambda: Mesh().group("cp", 0), "axis must be one of dp, pp, tp, but is 'cp'."),
+    Call(
+        "no such axis", lambda: Mesh().group("mp", 0), "axis must be one of dp, pp, cp, tp, edp, ep, etp, but is 'mp'."
+    ),
 ]
 
 SPLIT = [

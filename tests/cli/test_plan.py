@@ -139,7 +139,8 @@ def test_a_model_that_is_not_there(partita: Run, model: str) -> None:
     said = partita("plan", model)
     assert said.code == 2
     assert said.err == (
-        f"error: {model} does not exist. Give a folder with a config.json, a config file or a hub id (owner/name).\n"
+        f"error: {model} does not exist. Give a folder with a config.json, a config file or a hub id "
+        "(owner/name, or owner/name:Q4_K_M for one of its GGUF files).\n"
     )
 
 

@@ -195,11 +195,14 @@ def test_adapters_are_put_on_to_generate(engine: str, partita: Run, place: Path,
         pytest.importorskip("mlx_lm")
     asks = ["import", "--max-new-tokens", "6", "--json", "--engine", engine]
     merged = partita("generate", str(run), *asks)
-    for folder in ("adapters", "step-000008"):
+    for folder in ("", "adapters", "step-000008"):
         apart = partita("generate", str(place / "base"), "--adapters", str(run / folder), *asks)
         assert (merged.code, apart.code) == (0, 0), merged.err + apart.err
         assert json.loads(merged.out)["generations"] == json.loads(apart.out)["generations"]
     (run / "model.safetensors").unlink()
+    shutil.rmtree(run / "adapters")
+    unfinished = partita("generate", str(place / "base"), "--adapters", str(run), *asks)
+    assert json.loads(unfinished.out)["generations"] == json.loads(merged.out)["generations"]
     unmerged = partita("generate", str(run), *asks)
     assert unmerged.code == 2
     assert f"holds adapters, but no model. Give the model, and --adapters {run}/step-000008" in unmerged.err

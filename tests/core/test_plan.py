@@ -826,3 +826,18 @@ def test_stages_that_cannot_be() -> None:
         Plan.from_json(json.dumps({**data, "placement": "x"}))
     del data["placement"]
     assert Plan.from_json(json.dumps(data)).placement == "loop"
+
+
+def test_layers_that_share_weights_are_not_partitioned_into_stages() -> None:
+    """ALBERT applies one layer, or one of each group, again and again, so that no stage could run its own layers alone."""
+    layer = "albert.encoder.albert_layer_groups.{}.albert_layers.0.ffn.weight"
+    for groups, weights in ((1, "one set"), (2, "2 sets")):
+        config = {"model_type": "albert", "num_hidden_layers": 6, "num_hidden_groups": groups, "num_attention_heads": 4}
+        tensors = {layer.format(group): TensorSpec(layer.format(group), (64, 32)) for group in range(groups)}
+        spec = spec_from_tensors(tensors, config)
+        message = rf"its 6 layers share {weights} of weights .* Use pp=1"
+        for layout in (None, "Et|L" if groups == 1 else "Et|tL"):
+            with pytest.raises(PlanError, match=message):
+                Plan.make(spec, Mesh(pp=2), layout)
+        ffn = Plan.make(spec, Mesh(tp=2)).tensor(layer.format(0))
+        assert ffn.dim == 0

@@ -37,6 +37,12 @@ def test_logits_are_those_of_the_same_values(tmp_path: Path, data: dict[str, obj
         assert np.abs(np.array(found) - expected).max() <= 1e-5 * np.abs(expected).max()
 
 
+def test_a_note_says_that_inputs_are_not_quantized(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_quantized(tmp_path, LLAMA, FP8, fp8, dtype=torch.float32)
+    load(tmp_path, groups=single_groups())
+    assert sum("inputs of layers (activation_scheme dynamic)" in one.getMessage() for one in caplog.records) == 1
+
+
 def test_an_unknown_method_is_refused_by_its_name(tmp_path: Path) -> None:
     write_quantized(tmp_path, LLAMA, {"quant_method": "aqlm"}, fp8)
     with pytest.raises(ModelError, match="aqlm"):

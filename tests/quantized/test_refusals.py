@@ -159,3 +159,21 @@ def test_the_groups_of_compressed_tensors(tmp_path: Path) -> None:
     }
     assert "input_activations" in quantization_note({"quantization_config": config})
     assert not quantization_note({"quantization_config": FORMS["packed-4"].config})
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}, "activation_scheme dynamic"),
+        ({"quant_method": "fp8", "activation_scheme": "static"}, "activation_scheme static"),
+        ({"quant_method": "fp8"}, "activation_scheme dynamic"),
+        ({"quant_method": "fbgemm_fp8"}, "those of FBGEMM"),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "those of bitsandbytes"),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, None),
+        ({"quant_method": "gptq", "bits": 4}, None),
+        ({"quant_method": "mxfp4"}, None),
+    ],
+)  # fmt: skip
+def test_a_note_says_that_inputs_are_not_quantized(config: dict[str, object], said: str | None) -> None:
+    note = quantization_note({"quantization_config": config})
+    assert not note if said is None else said in note

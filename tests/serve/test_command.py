@@ -15,16 +15,22 @@ import termios
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import openai
 import pytest
+import torch
 
+from partita.torch import add_lora, load, save_adapters
+from partita.torch.collectives.groups import single_groups
+from tests.serve.test_embeddings_route import BERT
 from tests.support.served import save_model, serving
 from tests.support.signals import take_signals
 
 PARTITA = (sys.executable, "-m", "partita")
 HI = [{"role": "user", "content": "Hi"}]
+MLX = ("--engine mlx", *(f"--engine mlx --{axis} 2" for axis in ("tp", "pp", "dp"))) if find_spec("mlx") else ()
 
 
 def processes_of(folder: Path) -> list[int]:
@@ -90,9 +96,12 @@ def alone(model: Path) -> str:
         return served.alone(served.chat_ids("Hi"), max_new_tokens=40, temperature=1.0, seed=6).text
 
 
-@pytest.mark.parametrize("axis", ["tp", *(pytest.param(axis, marks=pytest.mark.slow) for axis in ("pp", "dp"))])
-def test_sigterm_drains_and_exits_with_0(model: Path, alone: str, axis: str) -> None:
-    with started(model, f"--{axis}", "2", "--served-model-name", "mine") as server:
+@pytest.mark.parametrize(
+    "split",
+    ["--tp 2", *(pytest.param(one, marks=pytest.mark.slow) for one in ("--pp 2", "--dp 2", *MLX))],
+)  # fmt: skip
+def test_sigterm_drains_and_exits_with_0(model: Path, alone: str, split: str) -> None:
+    with started(model, *split.split(), "--served-model-name", "mine") as server:
         assert [one.id for one in server.client().models.list()] == ["mine"]
         stream = server.client().chat.completions.create(
             model="mine", messages=HI, max_tokens=40, temperature=1.0, seed=6, stream=True  # type: ignore[arg-type]
@@ -103,6 +112,38 @@ def test_sigterm_drains_and_exits_with_0(model: Path, alone: str, axis: str) -> 
         assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == alone
         assert chunks[-1].choices[0].finish_reason is not None
         assert server.ended() == (0, "")
+
+
+@pytest.mark.slow
+def test_an_encoder_is_served(tmp_path: Path) -> None:
+    encoder = save_model(tmp_path / "encoder", None, BERT)
+    with started(encoder, "--tp", "2") as server:
+        assert len(server.client().embeddings.create(model="encoder", input=["Hi"]).data[0].embedding) == 24
+        assert server.end(signal.SIGTERM) == (0, "")
+
+
+@pytest.mark.slow
+def test_adapters_are_served(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "tiny")
+    with started(model, "--tp", "2", "--adapters", f"a={_adapters(model, tmp_path)}") as server:
+        answers = [
+            server.client().completions.create(model=name, prompt="Hi", max_tokens=20).choices[0].text
+            for name in ("tiny", "a", "tiny")
+        ]
+        assert answers[0] == answers[2] != answers[1]
+        assert server.end(signal.SIGTERM) == (0, "")
+
+
+def _adapters(model: Path, folder: Path) -> Path:
+    """Adapters of a model that change what it writes."""
+    split = load(model, groups=single_groups())
+    add_lora(split, 2, seed=0)
+    with torch.no_grad():
+        for name, parameter in split.named_parameters():
+            if "lora_B" in name:
+                parameter.fill_(0.3)
+    save_adapters(split, folder / "adapters")
+    return folder / "adapters"
 
 
 def test_ctrl_c_and_what_is_warned_of(model: Path) -> None:
@@ -122,13 +163,14 @@ def test_ctrl_c_and_what_is_warned_of(model: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_rank_is_named_to_its_clients(model: Path) -> None:
-    with started(model, "--tp", "2") as server:
+@pytest.mark.parametrize("split", ["--tp 2", *MLX[1:3]])
+def test_a_killed_rank_is_named_to_its_clients(model: Path, split: str) -> None:
+    with started(model, *split.split()) as server:
         stream = server.client().completions.create(
             model="tiny", prompt="Hi", max_tokens=900, stream=True, extra_body={"ignore_eos": True}
         )
         next(iter(stream))
-        names = (b"\0RANK=1\0", b"\0OMPI_COMM_WORLD_RANK=1\0")
+        names = (b"\0RANK=1\0", b"\0OMPI_COMM_WORLD_RANK=1\0", b"\0MLX_RANK=1\0")
         variables = {pid: Path(f"/proc/{pid}/environ").read_bytes() for pid in processes_of(model)}
         (rank,) = [pid for pid, data in variables.items() if any(name in data for name in names)]
         os.kill(rank, signal.SIGKILL)
@@ -140,11 +182,12 @@ def test_a_killed_rank_is_named_to_its_clients(model: Path) -> None:
         assert "rank 1" in err
 
 
-def test_a_chat_through_a_pipe(model: Path, tmp_path: Path, alone: str) -> None:
+@pytest.mark.parametrize("engine", ["torch", *([pytest.param("mlx", marks=pytest.mark.slow)] if MLX else [])])
+def test_a_chat_through_a_pipe(model: Path, tmp_path: Path, alone: str, engine: str) -> None:
     file = tmp_path / "chat.json"
     lines = ["Hi", f"/save {file}", "/what", '"""', "two", "lines", '"""', "/clear", "on \\", "two", f"/save {file}.2"]
     ended = subprocess.run(
-        [*PARTITA, "chat", str(model), "--max-tokens", "40", "--temperature", "1", "--seed", "6"],
+        [*PARTITA, "chat", str(model), "--engine", engine, "--max-tokens", "40", "--temperature", "1", "--seed", "6"],
         input="\n".join(lines), capture_output=True, text=True, timeout=100,
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr

@@ -30,7 +30,8 @@ TOOL = {"type": "function", "function": {"name": "f"}}
         ({"messages": []}, "messages", "at least 1 item"),
         ({"messages": [{"role": "king", "content": ""}]}, "messages.0.role", "but is 'king'"),
         ({"messages": [{"role": "function", "content": "x"}]}, "messages", "does not take these messages: no functions"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content", "got 'image_url'"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content", "'image_url' is an image"),
+        ({"messages": [{"role": "user", "content": [{"type": "file"}]}]}, "messages.0.content", "got 'file'"),
         ({"stop": [""]}, "stop", "at least one character"),
         ({"logit_bias": {"257": 1}}, "logit_bias", "ids 0 to 256; got 257"),
         ({"logit_bias": {"x": 1}}, "logit_bias.x", "valid integer"),
@@ -87,13 +88,20 @@ JSON = st.recursive(
 FIELDS = (
     "messages", "prompt", "temperature", "top_p", "top_k", "min_p", "logit_bias", "seed", "stop", "n", "stream", "logprobs",
     "top_logprobs", "tools", "tool_choice", "response_format", "chat_template_kwargs", "stream_options", "model", "echo",
+    "input", "instructions", "max_output_tokens", "text", "previous_response_id", "store", "metadata", "include",
 )  # fmt: skip
 
 
 @settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.sampled_from(["/v1/chat/completions", "/v1/completions", "/tokenize"]), st.sampled_from(FIELDS), JSON)
+@given(
+    st.sampled_from(["/v1/chat/completions", "/v1/completions", "/v1/responses", "/tokenize"]),
+    st.sampled_from(FIELDS),
+    JSON,
+)
 def test_any_value_of_any_field_is_answered(served: Served, path: str, field: str, value: Any) -> None:
-    body = {**CHAT, "prompt": "Hi", field: value}
+    body = {**CHAT, "prompt": "Hi", "input": "Hi", "max_output_tokens": 2, field: value}
+    if path == "/v1/responses" and field != "prompt":
+        body.pop("prompt")
     if path == "/tokenize":
         body.pop("prompt" if field != "prompt" else "messages")
     status, answer = served.call(path, body)
@@ -105,9 +113,10 @@ def test_any_value_of_any_field_is_answered(served: Served, path: str, field: st
 @settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.binary(max_size=60))
 def test_any_bytes_are_answered(served: Served, data: bytes) -> None:
-    status, answer = served.call("/v1/chat/completions", data)
-    assert status == 400
-    assert answer["error"]["type"] == "invalid_request_error"
+    for path in ("/v1/chat/completions", "/v1/responses"):
+        status, answer = served.call(path, data)
+        assert status == 400
+        assert answer["error"]["type"] == "invalid_request_error"
 
 
 @pytest.mark.parametrize(
@@ -118,4 +127,30 @@ def test_any_bytes_are_answered(served: Served, data: bytes) -> None:
     ],
 )  # fmt: skip
 def test_malformed_bodies(served: Served, data: bytes) -> None:
-    assert served.call("/v1/chat/completions", data)[0] == 400
+    for path in ("/v1/chat/completions", "/v1/responses"):
+        assert served.call(path, data)[0] == 400
+
+
+ITEMS = st.lists(
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "type": st.sampled_from(
+                ["message", "function_call", "function_call_output", "reasoning", "item_reference", None, 3]
+            ),
+            "role": st.sampled_from(["user", "assistant", "system", "king", None]),
+            "content": JSON | st.lists(st.fixed_dictionaries({"type": st.text(), "text": st.text(max_size=3)}), max_size=2),
+            "name": st.text(max_size=3), "call_id": st.text(max_size=3), "arguments": st.text(max_size=3), "output": JSON,
+        },
+    ),
+    max_size=4,
+)  # fmt: skip
+
+
+@settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(ITEMS, st.booleans())
+def test_any_items_are_answered(served: Served, items: Any, stream: bool) -> None:
+    status, answer = served.call("/v1/responses", {"input": items, "max_output_tokens": 2, "stream": stream})
+    assert status in (200, 400), answer
+    if status != 200:
+        assert set(answer["error"]) == {"message", "type", "param", "code"}

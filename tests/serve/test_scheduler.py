@@ -17,7 +17,7 @@ from partita.serving.scheduler import Scheduler
 
 
 def _scheduler(blocks: int, *, groups: int = 1, batched: bool = True, **settings: int) -> Scheduler:
-    pool = BlockPool(CacheLayout(blocks, 4, batched=batched), keeps_prefixes=True)
+    pool = BlockPool(CacheLayout(blocks, 4, batched=batched, chunked=batched, reused=batched), keeps_prefixes=True)
     return Scheduler(ServeSettings(block_tokens=4, **settings), pool, groups=groups)
 
 

@@ -15,9 +15,11 @@ import openai
 
 from partita.generation import Generation, Sampling, Tokenizer
 from partita.serving import Inbox, ServeSettings
+from partita.serving.embedding import EmbeddingInbox
 from partita.serving.http.app import make_app
 from partita.serving.http.server import Server, bind, url_of
 from partita.serving.http.service import Service
+from partita.serving.pooling import read_pooling
 
 TINY: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 32, "intermediate_size": 48,
@@ -53,7 +55,7 @@ class Served:
     url: str
     model: Any
     tokenizer: Tokenizer
-    inbox: Inbox
+    inbox: Inbox | EmbeddingInbox
     service: Service
 
     def client(self, key: str = "none", **options: Any) -> openai.OpenAI:
@@ -85,18 +87,30 @@ class Served:
 
 
 @contextlib.contextmanager
-def serving(folder: Path, settings: ServeSettings | None = None, **options: Any) -> Iterator[Served]:
-    """A running server of the model in `folder`."""
+def serving(
+    folder: Path, settings: ServeSettings | None = None, adapters: dict[str, Path] | None = None, **options: Any
+) -> Iterator[Served]:
+    """A running server of the model in `folder`, also with each of `adapters`."""
     from partita.generation import load_tokenizer
     from partita.torch.collectives.groups import single_groups
     from partita.torch.load import load
-    from partita.torch.serving import serving_loop
+    from partita.torch.model.parts import plan_of
+    from partita.torch.serving import embedding_loop, serving_loop
 
     model, tokenizer = load(folder, groups=single_groups()), load_tokenizer(folder)
-    loop = serving_loop(model, settings or ServeSettings(cache_bytes=16 << 20), tokenizer=load_tokenizer(folder))
+    settings = settings or ServeSettings(cache_bytes=16 << 20)
+    encodes = embedding_loop(model, read_pooling(folder), settings)
+    loop = encodes or serving_loop(model, settings, tokenizer=load_tokenizer(folder), adapters=adapters)
+    context = TINY["max_position_embeddings"]
+    if encodes is not None:
+        context = encodes.most_tokens or context
+        options |= {"embeddings": encodes.inbox, "pooling": encodes.pooling}
     thread = threading.Thread(target=loop.run)
     thread.start()
-    service = Service(loop.inbox, tokenizer, "tiny", TINY["max_position_embeddings"], TINY["vocab_size"], **options)
+    service = Service(
+        loop.inbox, tokenizer, "tiny", context, plan_of(model)[0].spec.vocab_size,
+        adapters=tuple(adapters or ()), **options,
+    )  # fmt: skip
     bound = bind("127.0.0.1", 0)
     server = Server(make_app(service), bound)
     url = url_of(bound)

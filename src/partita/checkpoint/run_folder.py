@@ -5,6 +5,7 @@ runs/mine/
   config.json               the model's, for readers that only need the config
   step-000100/      model.safetensors, config.json, ..., optimizer.safetensors, training_state.json, manifest.json
   step-000200/
+  adapters/                 of a finished run with adapters
   .lock                     names the run that writes here, see `run_lock`
   .step-000300.9f3c01ab.partial/    being written by the run with that identifier; not a checkpoint until it is renamed
 """
@@ -25,6 +26,7 @@ from partita.checkpoint.run_lock import check_held
 from partita.errors import CheckpointError
 
 LATEST_NAME = "latest"
+ADAPTERS_NAME = "adapters"
 _CONFIG_NAME = "config.json"
 
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -15,7 +15,14 @@ from partita.checkpoint.index import open_checkpoint
 from partita.cli import launch
 from partita.cli.arguments import inputs
 from partita.cli.arguments.engine import choose_engine
-from partita.cli.arguments.model import plan_early, read_tokenizer, refuse_compile, refuse_device, request_of
+from partita.cli.arguments.model import (
+    plan_early,
+    read_tokenizer,
+    refuse_compile,
+    refuse_context,
+    refuse_device,
+    request_of,
+)
 from partita.cli.arguments.options import (
     OUTPUT,
     WEIGHTS,
@@ -219,7 +226,7 @@ class TextOptions(PlanOptions):
         typer.Option(
             "--adapters",
             metavar="DIR",
-            help="Apply LoRA adapters in peft's format, as `train --lora-rank` saves them.",
+            help="Apply LoRA adapters in peft's format, or those of a run of `train --lora-rank`.",
             exists=True,
             file_okay=False,
             show_default=False,
@@ -262,6 +269,7 @@ def generate(options: GenerateOptions) -> None:
     request, given = request_of(options.model, options, engine=name, trust_remote_code=options.trust_remote_code)
     request = replace(request, dtype=options.dtype and options.dtype.value)
     plan = plan_early(request, given)
+    refuse_context(request)
     refuse_device(name, options.device)
     if options.compile:
         refuse_compile(name)
@@ -269,13 +277,10 @@ def generate(options: GenerateOptions) -> None:
     if is_local(options.model):
         open_checkpoint(find_model(options.model))
     if options.adapters is not None:
-        from partita.training.adapter_files import check_readable
+        from partita.training.adapter_files import check_readable, find_adapters
         from partita.training.adapter_patterns import read_adapter_config
 
-        if request.engine == "mlx":
-            read_adapter_config(options.adapters)
-        else:
-            check_readable(options.adapters)
+        (read_adapter_config if request.engine == "mlx" else check_readable)(find_adapters(options.adapters))
     launch.run(
         GenerateJob(
             request=request, plan=plan, backend=options.backend, device=options.device, texts=texts, sampling=sampling,
@@ -445,7 +450,7 @@ def _print_json(run: _Run, stream: bool) -> None:
     print_json(
         {
             "model": run.model,
-            "mesh": asdict(run.mesh),
+            "mesh": run.mesh.to_data(),
             "generations": [
                 {
                     "prompt": text,

@@ -129,7 +129,7 @@ def as_data(model: str | None, made: Plan, *, tensors: bool) -> dict[str, Any]:
         "unpacked_bytes": spec.unpacked_bytes,
         "quantization": quantization_name(spec),
         "num_layers": spec.num_layers,
-        "mesh": asdict(mesh),
+        "mesh": mesh.to_data(),
         "layout": str(made.layout),
         "proven": made.rules.proven,
         "replicated_parameters": made.replicated_parameters,

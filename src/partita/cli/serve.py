@@ -19,7 +19,7 @@ from partita.checkpoint.find import find_model, is_local
 from partita.checkpoint.index import open_checkpoint
 from partita.cli import launch
 from partita.cli.arguments.engine import choose_engine
-from partita.cli.arguments.model import plan_early, read_tokenizer, refuse_device, request_of
+from partita.cli.arguments.model import plan_early, read_tokenizer, refuse_context, refuse_device, request_of
 from partita.cli.arguments.options import ModelArgument, NoVerify, PlanOptions, RunOptions, WeightsDtype
 from partita.cli.job import Job
 from partita.cli.terminal.console import mesh_name, out, write
@@ -27,14 +27,16 @@ from partita.cli.terminal.plan_figure import as_data
 from partita.cli.terminal.progress import loading
 from partita.core.model.spec import config_number, text_config
 from partita.core.plan import Plan
-from partita.engine import check_serves, open_engine, serving_loop
+from partita.engine import embedding_loop, open_engine, serving_loop
 from partita.errors import ModelError
 from partita.notes import note
 from partita.ranks import environment, liveness
-from partita.serving import ServeSettings
+from partita.serving import ServeSettings, ServingLoop
+from partita.training.adapter_files import check_readable
 
 if TYPE_CHECKING:
     from partita.generation import Tokenizer
+    from partita.serving.embedding import EmbeddingLoop
 
 SERVER, CACHE = "Server", "Requests and cache"
 """Panels of options in `--help`."""
@@ -108,6 +110,16 @@ class ServeOptions(ServingOptions):
             rich_help_panel=SERVER,
         ),
     ] = None
+    adapters: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--adapters",
+            metavar="NAME=DIR",
+            help="Also serve the model with these LoRA adapters, which requests choose by the model NAME. Repeatable.",
+            show_default=False,
+            rich_help_panel=SERVER,
+        ),
+    ] = None
     served_model_name: Annotated[
         str | None,
         typer.Option(
@@ -132,18 +144,42 @@ def serve(options: ServeOptions) -> None:
     name = options.served_model_name or (
         Path(options.model).resolve().name if is_local(options.model) else options.model
     )
-    start(options, host=options.host, port=options.port, api_key=options.api_key or "", name=name)
+    adapters = _adapters(options.adapters or [], name)
+    start(options, adapters=adapters, host=options.host, port=options.port, api_key=options.api_key or "", name=name)
 
 
-def start(options: ServingOptions, **where: Any) -> NoReturn:
+def _adapters(given: list[str], model: str) -> dict[str, str]:
+    """The folders of `--adapters` by their names.
+
+    Raises:
+        PartitaError: A name is missing or used twice, or a folder holds no adapters.
+    """
+    found: dict[str, str] = {}
+    for text in given:
+        name, _, folder = text.partition("=")
+        if not name or not folder:
+            raise ModelError(f"--adapters must be NAME=DIR, as in french=./french; got {text!r}.")
+        if name in (model, *found):
+            raise ModelError(f"--adapters {text}: {name!r} is the name of another served model. Give another name.")
+        check_readable(Path(folder))
+        found[name] = folder
+    return found
+
+
+def start(options: ServingOptions, *, adapters: dict[str, str] | None = None, **where: Any) -> NoReturn:
     """Serve a model until the server is ended; `where` is the address, the key and the name of `ServeJob`."""
     import partita.serving.http.app  # noqa: F401  # an extra that is missing is reported before anything starts
 
     engine = choose_engine(options.engine)
-    check_serves(engine)
+    if adapters and engine != "torch":
+        raise ModelError(
+            f"--adapters works with --engine torch; on {engine} a model has one set of adapters. Use --engine torch, or serve "
+            "the model with the adapters merged."
+        )
     request, given = request_of(options.model, options, engine=engine, trust_remote_code=options.trust_remote_code)
     request = replace(request, dtype=options.dtype and options.dtype.value)
     plan = plan_early(request, given)
+    refuse_context(request)
     refuse_device(engine, options.device)
     if is_local(options.model):
         open_checkpoint(find_model(options.model))
@@ -151,7 +187,8 @@ def start(options: ServingOptions, **where: Any) -> NoReturn:
     launch.run(
         ServeJob(
             request=request, plan=plan, backend=options.backend, device=options.device, settings=settings,
-            max_tokens=options.max_tokens, verify=not options.no_verify, as_json=options.as_json, **where,
+            adapters=adapters or {}, max_tokens=options.max_tokens, verify=not options.no_verify, as_json=options.as_json,
+            **where,
         )
     )  # fmt: skip
 
@@ -172,6 +209,7 @@ class ServeJob(Job):
         port: The port; 0 for any that is free.
         api_key: What requests must have; empty for nothing.
         name: The name of the model in requests.
+        adapters: Folders of adapters by their names in requests.
         max_tokens: The largest number of tokens of an answer whose request sets none.
         settings: The limits of the step loop.
         verify: Whether the files of a training checkpoint are compared with their checksums.
@@ -184,6 +222,7 @@ class ServeJob(Job):
     port: int
     api_key: str
     name: str
+    adapters: dict[str, str]
     max_tokens: int
     settings: ServeSettings
     verify: bool
@@ -199,26 +238,37 @@ class ServeJob(Job):
         tokenizers = [read_tokenizer(folder, trust_remote_code=asked.trust_remote_code) for _ in range(2)]
         with loading(f"loading, {mesh_name(asked.mesh)}") as progress:
             split = engine.load(folder, **self.split, dtype=asked.dtype, verify=self.verify, progress=progress)
-        loop = serving_loop(asked.engine, split, self.settings, tokenizer=tokenizers[0])
+        loop: ServingLoop | EmbeddingLoop | None = embedding_loop(asked.engine, split, self.settings, folder=folder)
+        if loop is not None and self.adapters:
+            raise ModelError(
+                "--adapters is for models that continue text, but this one gives embeddings. Leave it out."
+            )
+        if loop is None:
+            loop = serving_loop(asked.engine, split, self.settings, tokenizer=tokenizers[0], adapters=self.adapters)
         if bound is None:
             loop.run()
             return 0
-        with self._answering(bound, loop.inbox, tokenizers[1], engine.plan_of(split)[0]):
+        with self._answering(bound, loop, tokenizers[1], engine.plan_of(split)[0]):
             loop.run()
         return 0
 
     @contextmanager
-    def _answering(self, bound: socket.socket, inbox: Any, tokenizer: Tokenizer, plan: Plan) -> Iterator[None]:
+    def _answering(
+        self, bound: socket.socket, loop: ServingLoop | EmbeddingLoop, tokenizer: Tokenizer, plan: Plan
+    ) -> Iterator[None]:
         """A context in which HTTP requests are answered, and SIGTERM ends the loop after the requests that it has."""
         from partita.serving.http.app import make_app
         from partita.serving.http.server import Server, url_of
         from partita.serving.http.service import Service
 
-        spec = plan.spec
+        spec, inbox = plan.spec, loop.inbox
         named = config_number(text_config(spec.config), "max_position_embeddings", "n_positions")
+        context, embeds = spec.positions or named or DEFAULT_CONTEXT, dict[str, Any]()
+        if not isinstance(loop, ServingLoop):
+            context, embeds = loop.most_tokens or context, {"embeddings": loop.inbox, "pooling": loop.pooling}
         service = Service(
-            inbox, tokenizer, self.name, spec.positions or named or DEFAULT_CONTEXT, spec.vocab_size,
-            max_tokens=self.max_tokens, api_key=self.api_key, plan=as_data(plan),
+            inbox, tokenizer, self.name, context, spec.vocab_size, **embeds,
+            adapters=tuple(self.adapters), max_tokens=self.max_tokens, api_key=self.api_key, plan=as_data(plan),
         )  # fmt: skip
         server = Server(make_app(service), bound)
 

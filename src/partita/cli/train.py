@@ -432,7 +432,7 @@ def _resumed(options: TrainOptions) -> _Run:
 
 def _request(options: TrainOptions, run: _Run, *, is_restarted: bool) -> tuple[PlanRequest, Plan | None]:
     """The plan request, and the plan of `--plan FILE`."""
-    where = replace(options, **{name: run.places[name] for name in ("tp", "pp", "dp", "layout", "vpp")})
+    where = replace(options, **{name: run.places[name] for name in ("tp", "pp", "dp", "cp", "layout", "vpp")})
     request, given = request_of(
         run.source, where, engine=choose_engine(run.notes["engine"] and EngineChoice(run.notes["engine"])),
         trust_remote_code=options.trust_remote_code,

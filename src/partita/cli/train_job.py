@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from partita.checkpoint.run_folder import ADAPTERS_NAME
 from partita.checkpoint.run_lock import RunLock
 from partita.cli.arguments.data import DataSources
 from partita.cli.arguments.follow import PROFILE, follow_of
@@ -29,9 +30,6 @@ from partita.schedule import Timeline
 from partita.training import SaveReport, Saves, StepReport, TrainSettings
 from partita.training.data.samples import Samples
 from partita.training.data.store import prepare
-
-ADAPTERS = "adapters"
-"""The folder for adapters, inside the folder of the model that they are merged into."""
 
 
 @dataclass(kw_only=True)
@@ -159,7 +157,7 @@ class TrainJob(Job):
         )  # fmt: skip
         step = read_state(found).step
         # A run with adapters may have been ended while it wrote the model with the merged adapters.
-        result = self.out / ADAPTERS if self._keeps_adapters else self.out
+        result = self.out / ADAPTERS_NAME if self._keeps_adapters else self.out
         lacks_result = self.lora_rank is not None and not any(result.glob("*.safetensors"))
         # With epochs, the number of steps follows from the data.
         is_done = self.options["epochs"] is None and step >= self.options["steps"]
@@ -246,9 +244,9 @@ class TrainJob(Job):
             if self.resume and environment.is_first():
                 _remove_result(folder)
             base = None if self.new else place_of(self.request.model)
-            self.engine.save_adapters(split, folder / ADAPTERS, base=base)
+            self.engine.save_adapters(split, folder / ADAPTERS_NAME, base=base)
             if self._keeps_adapters:
-                self.saved = folder / ADAPTERS
+                self.saved = folder / ADAPTERS_NAME
                 return
             self.engine.merge_lora(split)
         with saving(str(folder)) as progress:
@@ -272,7 +270,7 @@ def _remove_result(folder: Path) -> None:
     with failing_as(folder, "the final model of the run cannot be removed"):
         for file in sorted(folder.glob("*.safetensors*")):
             file.unlink()
-        shutil.rmtree(folder / ADAPTERS, ignore_errors=True)
+        shutil.rmtree(folder / ADAPTERS_NAME, ignore_errors=True)
 
 
 def _report_broken(why: str) -> None:
@@ -335,7 +333,7 @@ def _print_end(reports: list[StepReport], mesh: Mesh, folder: Path | None) -> No
 def _print_json(reports: list[StepReport], mesh: Mesh, folder: Path | None, checkpoints: list[SaveReport]) -> None:
     print_json(
         {
-            "mesh": asdict(mesh),
+            "mesh": mesh.to_data(),
             "out": str(folder) if folder is not None else None,
             "loss": reports[-1].loss if reports else None,
             "eval_loss": reports[-1].eval_loss if reports else None,

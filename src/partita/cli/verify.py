@@ -129,7 +129,7 @@ class VerifyJob(Job):
 def _as_data(model: str, mesh: Mesh, report: Report) -> dict[str, Any]:
     return {
         "model": model,
-        "mesh": asdict(mesh),
+        "mesh": mesh.to_data(),
         "equal": report.equal,
         "first_wrong": report.first_wrong,
         "what": report.what,

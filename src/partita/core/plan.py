@@ -362,15 +362,6 @@ class Plan:
         return hash((self.spec.family, self.mesh, self.layout, len(self.cuts)))
 
 
-def mesh_of(plan: Plan | None, dp: int, pp: int, tp: int) -> Mesh:
-    """The mesh of `plan`, or of the sizes if it is None. Raises `PlanError` if `plan` is something else."""
-    if plan is None:
-        return Mesh(dp, pp, tp)
-    if not isinstance(plan, Plan):
-        raise PlanError(f"plan must be a Plan, but is {plan!r:.100}. Read a file with Plan.from_json(text).")
-    return plan.mesh
-
-
 _AT_THE_START = re.compile(r"embed|wte|wpe|project_in|word_embeddings")
 _AT_THE_END = re.compile(
     r"lm_head|embed_out|project_out|final|ln_f|(^|\.)norm\.|\bhead\b|cls\.|pooler|classifier|score"
@@ -381,6 +372,18 @@ def _mtp_layers(spec: ModelSpec) -> int:
     return config_number(text_config(spec.config), "num_nextn_predict_layers", "mtp_num_layers", "num_mtp_layers")
 
 
+def _refuse_shared_layers(spec: ModelSpec, stages: int) -> None:
+    """Raise `PlanError` for several stages of a model that applies the same layers again and again (ALBERT)."""
+    config = text_config(spec.config)
+    groups, applied = config_number(config, "num_hidden_groups"), config_number(config, "num_hidden_layers")
+    if stages > 1 and 0 < groups < applied:
+        weights = "one set" if groups == 1 else f"{groups} sets"
+        raise PlanError(
+            f"{spec.family}: its {applied} layers share {weights} of weights (num_hidden_groups={groups}), so it cannot be "
+            f"partitioned into {stages} stages. Use pp=1, and tp to split each layer."
+        )
+
+
 def default_layout(spec: ModelSpec, pp: int, vpp: int = 1) -> PipelineParallelLayerLayout:
     """The layers distributed over pp x vpp stages, after the embedding and before the loss.
 
@@ -388,6 +391,7 @@ def default_layout(spec: ModelSpec, pp: int, vpp: int = 1) -> PipelineParallelLa
     no experts), the largest stage has the fewest bytes possible, embedding and head counted.
     """
     count = pp * vpp
+    _refuse_shared_layers(spec, count)
     if count > 1 and not spec.layers:
         raise PlanError(
             f"{spec.family}: no list of layers was found in the model, so it cannot be partitioned into {count} "
@@ -421,5 +425,6 @@ def _check_layout(layout: PipelineParallelLayerLayout, spec: ModelSpec) -> None:
 
     A layout may leave out the multi-token prediction that a model was trained with, and add some to a model without.
     """
+    _refuse_shared_layers(spec, layout.num_stages)
     mtp = layout.flatten_layout.count(LayerType.mtp)
     layout.validate_layer_layout(spec.num_layers, (_mtp_layers(spec) or mtp) if mtp else 0)

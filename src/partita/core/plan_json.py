@@ -61,7 +61,7 @@ def as_data(plan: PlanFacts) -> dict[str, Any]:
     }
     return {
         "partita_plan": 1,
-        "mesh": asdict(plan.mesh),
+        "mesh": plan.mesh.to_data(),
         "layout": str(plan.layout),
         "placement": plan.placement,
         **plan.rules.to_data(),

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal, TypedDict
 
 from partita.core.layout.layout import PipelineParallelLayerLayout
 from partita.core.layout.placement import Placement
-from partita.core.mesh import Mesh
+from partita.core.mesh import AXES, Mesh
 from partita.core.model.spec import ModelSpec
-from partita.core.plan import Plan, mesh_of
+from partita.core.plan import Plan
 from partita.core.sharding.rules import Rules
+from partita.errors import PlanError
 
 
 class SplitArguments(TypedDict, total=False):
@@ -20,6 +21,7 @@ class SplitArguments(TypedDict, total=False):
     tp: int
     pp: int
     dp: int
+    cp: int
     layout: str | list[Any] | PipelineParallelLayerLayout | None
     vpp: int | None
     placement: Placement
@@ -54,11 +56,20 @@ class SplitRequest:
         names = SplitArguments.__annotations__
         if unknown := sorted(arguments.keys() - names):
             raise TypeError(f"got an unexpected keyword argument {unknown[0]!r}. A split has {', '.join(names)}.")
-        mesh = mesh_of(plan, arguments.get("dp", 1), arguments.get("pp", 1), arguments.get("tp", 1))
+        mesh = _mesh_of(plan, arguments)
         if plan is not None:
             return cls(mesh, plan.layout, placement=plan.placement)
         placement = arguments.get("placement", "loop")
         return cls(mesh, arguments.get("layout"), arguments.get("vpp"), placement)
+
+
+def _mesh_of(plan: Plan | None, arguments: SplitArguments) -> Mesh:
+    """The mesh of `plan`, or of the sizes in `arguments` if it is None."""
+    if plan is None:
+        return Mesh(**{axis: arguments.get(axis, 1) for axis in AXES})
+    if not isinstance(plan, Plan):
+        raise PlanError(f"plan must be a Plan, but is {plan!r:.100}. Read a file with Plan.from_json(text).")
+    return plan.mesh
 
 
 @dataclass(frozen=True)
@@ -110,7 +121,7 @@ class PlanRequest:
         """Plain data for JSON; `from_data` reads it back."""
         rules = None if self.rules is None else self.rules.to_data()
         layout = None if self.layout is None else str(self.layout)
-        return {**vars(self), "mesh": asdict(self.mesh), "layout": layout, "rules": rules}
+        return {**vars(self), "mesh": self.mesh.to_data(), "layout": layout, "rules": rules}
 
     @classmethod
     def from_data(cls, data: Mapping[str, Any]) -> PlanRequest:

@@ -27,6 +27,7 @@ from partita.mlx.layers.sharding import shard_inplace, shard_linear
 from partita.mlx.load import load, shard
 from partita.mlx.model.parts import plan_of
 from partita.mlx.new import fresh
+from partita.mlx.serving import serving_loop
 from partita.mlx.stages.pipeline import Pipeline
 from partita.mlx.train import train
 from partita.mlx.verify import verify
@@ -77,6 +78,7 @@ __all__ = [
     "save",
     "save_adapters",
     "scatter_to",
+    "serving_loop",
     "set_adapter",
     "shard",
     "shard_inplace",

@@ -53,7 +53,7 @@ def pipeline_auto_parallel(
     """
     comm = as_communicator(group)
     mesh, alone = Mesh(pp=comm.size), Communicator.single()
-    groups = ParallelGroups(mesh, alone, comm, alone)
+    groups = ParallelGroups(mesh, alone, comm, alone, alone, alone)
     slices: list[Any] = comm.all_gather_object((start_layer, end_layer))
     with collective_errors(groups):
         spec = spec_of(model)

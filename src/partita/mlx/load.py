@@ -38,7 +38,7 @@ from partita.mlx.weights.names import Source, sources_of, unused_of
 from partita.mlx.weights.origin import Origin
 from partita.mlx.weights.ties import check_head, differ, stored_twice, untie
 from partita.notes import note
-from partita.quantized.find import parts_of
+from partita.quantized.find import parts_of, quantization_note
 from partita.quantized.plain import PlainReader, as_plain
 from partita.quantized.weight import QuantizedWeight
 from partita.ranks.liveness import doing
@@ -136,6 +136,8 @@ def _as_plain(
     """The checkpoint with plain weights in the dtype of `config`, which then names no quantization."""
     dtype = {"float16": "F16", "bfloat16": "BF16", "float64": "F64"}.get(str(config.get("dtype")), "F32")
     form = next(iter(quantized.values())).form
+    line = quantization_note(config)
+    _note(groups, line and f"{checkpoint.folder}: {line}")
     _note(
         groups,
         f"{checkpoint.folder}: MLX has no products with {form}, so the weights are loaded with the same values in "

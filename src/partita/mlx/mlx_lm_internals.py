@@ -148,6 +148,70 @@ def keys_of(entry: Any) -> mx.array | None:
     return keys if isinstance(keys, mx.array) else None
 
 
+def leaves_of(cache: Sequence[Any]) -> list[Any]:
+    """The simple entries of a cache, in order; those of composite entries one by one."""
+    return [leaf for entry in cache if entry is not None for leaf in (leaves_of(parts_of(entry)) or [entry])]
+
+
+def _is(entry: Any, name: str) -> bool:
+    """Whether an entry is of mlx-lm's class `name`, and of no class derived from it."""
+    return type(entry) is getattr(importlib.import_module("mlx_lm.models.cache"), name, None)
+
+
+def window_of(entry: Any) -> int | None:
+    """The number of latest tokens whose keys and values an entry holds at least, 0 for all; None if it holds anything else."""
+    if _is(entry, "KVCache"):
+        return 0
+    return int(entry.max_size) if _is(entry, "RotatingKVCache") and not entry.keep else None
+
+
+def is_state(entry: Any) -> bool:
+    """Whether an entry holds a state of fixed size, as recurrent layers and convolutions have."""
+    return _is(entry, "ArraysCache")
+
+
+def latest_tokens(entry: Any, count: int, end: int) -> tuple[mx.array, mx.array] | None:
+    """The `count` keys and values `[1, heads, count, width]` before token `end` of an entry with a `window_of`.
+
+    None if the entry has no tokens.
+    """
+    if entry.keys is None:
+        return None
+    arrays = entry.keys, entry.values
+    last = int(entry.offset)
+    if _is(entry, "RotatingKVCache"):
+        arrays = tuple(map(entry._temporal_order, arrays))
+        end -= last - arrays[0].shape[2]
+    return arrays[0][..., end - count : end, :], arrays[1][..., end - count : end, :]
+
+
+def reserve(entry: Any, tokens: int) -> None:
+    """Make an empty entry that holds every token allocate memory for `tokens` tokens, once and no more."""
+    if _is(entry, "KVCache"):
+        entry.step = tokens
+
+
+def refill(entry: Any, keys: mx.array, values: mx.array, tokens: int) -> None:
+    """Give an empty entry with a `window_of` the keys and values of the latest of `tokens` tokens."""
+    if _is(entry, "KVCache"):
+        entry.update_and_fetch(keys, values)
+        return
+    entry.keys, entry.values = keys, values
+    entry.offset, entry._idx = tokens, keys.shape[2]
+
+
+def token_bytes(entry: Any) -> int:
+    """Bytes of one token's keys and values in an entry that has seen tokens; 0 if it holds none."""
+    keys, values = getattr(entry, "keys", None), getattr(entry, "values", None)
+    arrays = [x for x in (keys, values) if isinstance(x, mx.array) and x.ndim == 4]
+    return sum(x.nbytes // x.shape[2] for x in arrays)
+
+
+def state_bytes(entry: Any) -> int:
+    """Bytes of an entry that do not grow with tokens."""
+    return 0 if grows_with_tokens(entry) else int(getattr(entry, "nbytes", 0))
+
+
 # --- what mlx-lm reads through transformers ---------------------------------------------------------------------------
 
 

@@ -68,12 +68,27 @@ def _settings(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def quantization_note(config: Mapping[str, Any]) -> str:
     """The note to print when quantized weights are loaded; empty if the method's own package computes the same."""
-    if method_of(config) != "compressed-tensors" or not has_activations(_settings(config)):
+    said = _quantized_inputs(method_of(config), _settings(config))
+    if said is None:
         return ""
+    key, package = said
     return (
-        "config.json also quantizes the inputs of layers (input_activations), which is not done here: results differ from "
-        "those of compressed-tensors."
+        f"config.json also quantizes the inputs of layers ({key}), which is not done here: results differ from those of "
+        f"{package}, which rounds more."
     )
+
+
+def _quantized_inputs(method: str, settings: Mapping[str, Any]) -> tuple[str, str] | None:
+    """Which setting quantizes the inputs of layers, and whose results therefore differ; None if they stay as they are."""
+    if method == "compressed-tensors" and has_activations(settings):
+        return "input_activations", "compressed-tensors"
+    if method == "fp8":
+        return f"activation_scheme {settings.get('activation_scheme') or 'dynamic'}", "transformers on a GPU"
+    if method == "fbgemm_fp8":
+        return "fbgemm_fp8, for every token", "FBGEMM"
+    if method == "bitsandbytes" and settings.get("load_in_8bit"):
+        return "load_in_8bit, for every token", "bitsandbytes"
+    return None
 
 
 def stored_shapes(checkpoint: Checkpoint, quantized: Mapping[str, QuantizedWeight]) -> dict[str, tuple[int, ...]]:

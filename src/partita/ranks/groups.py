@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Generic, Protocol, Self, TypeVar
 
-from partita.core.mesh import Mesh
+from partita.core.mesh import Axis, Mesh
 
 
 class Communicator(Protocol):
@@ -26,6 +28,11 @@ class Communicator(Protocol):
         """Wait until every rank of the group has called this."""
 
 
+AXES_OF_GROUPS: Mapping[str, tuple[Axis, ...]] = MappingProxyType(
+    {"tp": ("tp",), "pp": ("pp",), "dp": ("dp",), "cp": ("cp",), "replicas": ("dp", "cp")}
+)
+"""The axes of a mesh along which each group of `AxisGroups` extends."""
+
 C = TypeVar("C", bound=Communicator, covariant=True)
 
 
@@ -37,23 +44,27 @@ class AxisGroups(Generic[C]):
         mesh: The mesh of the run.
         tp: The tensor parallel group.
         pp: The pipeline group.
-        dp: The data parallel group.
+        dp: The data parallel group: the replicas, which see different sequences.
+        cp: The context parallel group, whose ranks see parts of the same sequences.
+        replicas: The ranks that hold the same weights, and whose gradients are summed: dp and cp together.
     """
 
     mesh: Mesh
     tp: C
     pp: C
     dp: C
+    cp: C
+    replicas: C
 
     @property
     def rank(self) -> int:
         """The global number of this rank."""
-        return self.mesh.rank(dp=self.dp.rank, pp=self.pp.rank, tp=self.tp.rank)
+        return self.mesh.rank(dp=self.dp.rank, pp=self.pp.rank, cp=self.cp.rank, tp=self.tp.rank)
 
     @property
     def axes(self) -> list[C]:
         """The groups with more than one rank. A value that is gathered along each in turn reaches every rank."""
-        return [comm for comm in (self.tp, self.pp, self.dp) if comm.size > 1]
+        return [comm for comm in (self.tp, self.cp, self.pp, self.dp) if comm.size > 1]
 
     def __deepcopy__(self, memo: object) -> Self:
         """Return itself: a copy of a model communicates with the same ranks."""

@@ -1,8 +1,8 @@
 """Cache blocks: who holds which, and which ones keep the beginning of earlier texts.
 
-A block holds the keys and values of `block_tokens` tokens in every layer. Full blocks are found again by a digest of all
-tokens up to their end, so a block is shared only between texts that are equal up to there. Block 0 is never given away:
-rows of a batch are padded with it.
+A block holds the keys and values of `block_tokens` tokens in every layer. Full blocks are found again by a digest of the
+adapters that computed them and of all tokens up to their end, so a block is shared only between texts that are equal up to
+there and have the same adapters. Block 0 is never given away: rows of a batch are padded with it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ class CacheLayout:
         num_blocks: Blocks that requests can hold.
         block_tokens: Tokens of a block.
         state_blocks: Blocks that each request needs beside those of its tokens, for state of fixed size.
-        batched: Whether rows of several requests run in one forward, and prompts in chunks. If not, each request runs alone.
+        batched: Whether rows of several requests run in one forward. If not, each request runs in forwards of its own.
+        chunked: Whether prompts are computed in chunks.
+        reused: Whether blocks of earlier texts can be used for other requests.
+        copied: Whether a request has a copy of the blocks that it shares, and so needs memory for these too.
         block_bytes: Bytes of a block on the rank where it takes most.
     """
 
@@ -29,6 +32,9 @@ class CacheLayout:
     block_tokens: int
     state_blocks: int = 0
     batched: bool = True
+    chunked: bool = True
+    reused: bool = True
+    copied: bool = False
     block_bytes: int = 0
 
     def blocks_for(self, tokens: int) -> int:
@@ -42,7 +48,7 @@ class BlockPool:
     def __init__(self, layout: CacheLayout, *, keeps_prefixes: bool) -> None:
         """Create a pool in which all blocks are free."""
         self.layout = layout
-        self.keeps_prefixes = keeps_prefixes and layout.batched
+        self.keeps_prefixes = keeps_prefixes and layout.reused
         self._free = list(range(layout.num_blocks, 0, -1))
         self._holders: dict[int, int] = {}
         self._digest_of: dict[int, bytes] = {}
@@ -64,11 +70,11 @@ class BlockPool:
         """Blocks that `take` can give, those that it has to evict included."""
         return len(self._free) + len(self._unused)
 
-    def match(self, ids: Sequence[int]) -> list[int]:
-        """The blocks that hold the beginning of `ids`; at least one token of `ids` is left to compute."""
+    def match(self, ids: Sequence[int], adapter: str = "") -> list[int]:
+        """The blocks in which `adapter` computed the beginning of `ids`; at least one token of `ids` is left to compute."""
         found: list[int] = []
         if self.keeps_prefixes:
-            for digest in self._digests(ids[: len(ids) - 1]):
+            for digest in self._digests(ids[: len(ids) - 1], adapter):
                 if digest not in self._block_of:
                     break
                 found.append(self._block_of[digest])
@@ -105,11 +111,11 @@ class BlockPool:
             else:
                 self._free.append(block)
 
-    def keep(self, ids: Sequence[int], blocks: Sequence[int]) -> None:
-        """Record that the first of `blocks` hold the tokens `ids`, all of which have been computed."""
+    def keep(self, ids: Sequence[int], blocks: Sequence[int], adapter: str = "") -> None:
+        """Record that the first of `blocks` hold the tokens `ids`, all of which `adapter` has computed."""
         if not self.keeps_prefixes:
             return
-        for block, digest in zip(blocks, self._digests(ids), strict=False):
+        for block, digest in zip(blocks, self._digests(ids, adapter), strict=False):
             if digest not in self._block_of and block not in self._digest_of:
                 self._block_of[digest], self._digest_of[block] = block, digest
 
@@ -122,9 +128,9 @@ class BlockPool:
     def _forget(self, block: int) -> None:
         del self._block_of[self._digest_of.pop(block)]
 
-    def _digests(self, ids: Sequence[int]) -> list[bytes]:
-        """For each full block of `ids`, a digest of all tokens up to its end."""
-        size, before, found = self.layout.block_tokens, b"", []
+    def _digests(self, ids: Sequence[int], adapter: str) -> list[bytes]:
+        """For each full block of `ids`, a digest of the adapters and of all tokens up to its end."""
+        size, before, found = self.layout.block_tokens, hashlib.sha256(adapter.encode()).digest(), []
         for start in range(0, len(ids) - size + 1, size):
             text = ",".join(map(str, ids[start : start + size]))
             before = hashlib.sha256(before + text.encode()).digest()

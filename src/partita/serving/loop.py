@@ -231,7 +231,7 @@ class ServingLoop:
     def _cached(self, scheduler: Scheduler, request: ServeRequest) -> int:
         if len(self.schedulers) == 1:
             return 0
-        return len(scheduler.pool.match(request.prompt)) * self.rows.layout.block_tokens
+        return len(scheduler.pool.match(request.prompt, request.adapter)) * self.rows.layout.block_tokens
 
     def _report(self, steps: list[Step], picked: list[list[Picked]]) -> None:
         """Emit the events of a step."""

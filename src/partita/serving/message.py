@@ -18,10 +18,12 @@ class Admission:
     Attributes:
         request: The request.
         blocks: Its cache blocks, in order of its tokens; enough for all tokens that it may get.
+        cached: Tokens of its prompt that are in the first of its blocks already.
     """
 
     request: ServeRequest
     blocks: tuple[int, ...]
+    cached: int = 0
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Step:
     Attributes:
         ended: Requests whose state is released, before anything else.
         admitted: Requests that start.
-        batches: The forwards, each of rows with the same number of tokens.
+        batches: The forwards, each of rows with the same number of tokens and the same adapters.
         ends: Whether the loop ends after this step.
     """
 
@@ -70,14 +72,14 @@ def decode(data: bytes) -> list[Step]:
 
 def _plain(step: Step) -> list[Any]:
     batches = [[[row.id, row.start, row.count, row.chooses] for row in batch] for batch in step.batches]
-    admitted = [[_request(one.request), one.blocks] for one in step.admitted]
+    admitted = [[_request(one.request), one.blocks, one.cached] for one in step.admitted]
     return [step.ended, admitted, batches, step.ends]
 
 
 def _step(ended: Any, admitted: Any, batches: Any, ends: bool) -> Step:
     return Step(
         tuple(ended),
-        tuple(Admission(_read_request(*request), tuple(blocks)) for request, blocks in admitted),
+        tuple(Admission(_read_request(*request), tuple(blocks), cached) for request, blocks, cached in admitted),
         tuple(tuple(Row(*row) for row in batch) for batch in batches),
         ends,
     )
@@ -86,15 +88,15 @@ def _step(ended: Any, admitted: Any, batches: Any, ends: bool) -> Step:
 def _request(request: ServeRequest) -> list[Any]:
     default = Sampling()
     given = {name: value for name, value in asdict(request.sampling).items() if value != getattr(default, name)}
-    return [request.id, request.prompt, given, request.logprobs, request.top_logprobs, request.grammar]
+    return [request.id, request.prompt, given, request.logprobs, request.top_logprobs, request.grammar, request.adapter]
 
 
 def _read_request(
-    number: int, prompt: list[int], sampling: dict[str, Any], logprobs: bool, top: int, grammar: str
+    number: int, prompt: list[int], sampling: dict[str, Any], logprobs: bool, top: int, grammar: str, adapter: str
 ) -> ServeRequest:
     known = {field.name for field in fields(Sampling)}
     given = {name: _tuples(value) for name, value in sampling.items() if name in known}
-    return ServeRequest(number, tuple(prompt), Sampling(**given), logprobs, top, grammar)
+    return ServeRequest(number, tuple(prompt), Sampling(**given), logprobs, top, grammar, adapter)
 
 
 def _tuples(value: Any) -> Any:

@@ -26,6 +26,7 @@ class ServeRequest:
         logprobs: Whether each token comes with its log probability, before any sampling setting.
         top_logprobs: The number of most likely tokens whose log probabilities come with each token, up to 20.
         grammar: A grammar in llguidance's format that the answer follows; empty for none. See `partita.serving.grammar`.
+        adapter: The name of the adapters that compute the answer; empty for the model without any.
     """
 
     id: int
@@ -34,6 +35,7 @@ class ServeRequest:
     logprobs: bool = False
     top_logprobs: int = 0
     grammar: str = ""
+    adapter: str = ""
 
     def __post_init__(self) -> None:
         if not self.prompt:

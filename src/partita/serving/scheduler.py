@@ -81,7 +81,7 @@ class Scheduler:
         one = self.running.pop(number, None)
         if one is not None:
             self._ended.append(number)
-            self.pool.keep([*one.request.prompt, *one.tokens][: one.computed], one.blocks)
+            self.pool.keep([*one.request.prompt, *one.tokens][: one.computed], one.blocks, one.request.adapter)
             self.pool.release(one.blocks)
         return one
 
@@ -98,39 +98,50 @@ class Scheduler:
             one = self.running[row.id]
             one.computed += row.count
             if one.computed == len(one.request.prompt):
-                self.pool.keep(one.request.prompt, one.blocks)
+                self.pool.keep(one.request.prompt, one.blocks, one.request.adapter)
         return Step(ended, admitted, tuple(batches), ends)
 
     def _admit(self) -> Iterable[Admission]:
         layout = self.pool.layout
         while self.waiting and len(self.running) < self.settings.max_sequences:
             request, limit = self.waiting[0]
-            shared = self.pool.match(request.prompt)
+            shared = self.pool.match(request.prompt, request.adapter)
             # The last new token is not fed back to the model.
-            blocks = self.pool.take(layout.blocks_for(len(request.prompt) + limit - 1), shared)
+            needed = layout.blocks_for(len(request.prompt) + limit - 1)
+            blocks = self.pool.take(needed + len(shared) * layout.copied, shared)
+            if blocks is None and layout.copied and shared:
+                shared = []
+                blocks = self.pool.take(needed)
             if blocks is None:
                 return
             self.waiting.popleft()
             cached = len(shared) * layout.block_tokens
             self.running[request.id] = Running(request, limit, blocks, cached, cached)
-            yield Admission(request, tuple(blocks))
+            yield Admission(request, tuple(blocks), cached)
 
     def _decodes(self) -> list[tuple[Row, ...]]:
-        rows = [Row(number, one.computed, 1, True) for number, one in self.running.items() if one.is_prefilled]
+        """The next token of each running request; those of the same adapters share `groups` forwards."""
+        sets: dict[str, list[Row]] = {}
+        for number, one in self.running.items():
+            if one.is_prefilled:
+                sets.setdefault(one.request.adapter, []).append(Row(number, one.computed, 1, True))
+        return [batch for rows in sets.values() for batch in self._divided(rows)]
+
+    def _divided(self, rows: list[Row]) -> list[tuple[Row, ...]]:
         count = min(self.groups, len(rows)) if self.pool.layout.batched else len(rows)
-        edges = [i * len(rows) // count for i in range(count + 1)] if rows else []
+        edges = [i * len(rows) // count for i in range(count + 1)]
         return [tuple(rows[a:b]) for a, b in pairwise(edges)]
 
     def _chunks(self) -> list[tuple[Row, ...]]:
-        """Parts of prompts; those of the same start and length are one batch, which needs no padding."""
+        """Parts of prompts; those of the same start, length and adapters are one batch, which needs no padding."""
         left = self.settings.prefill_chunk
-        batches: dict[tuple[int, ...], list[Row]] = {}
+        batches: dict[tuple[object, ...], list[Row]] = {}
         for number, one in self.running.items():
             if one.is_prefilled or left <= 0:
                 continue
             rest = len(one.request.prompt) - one.computed
-            count = min(rest, left) if self.pool.layout.batched else rest
+            count = min(rest, left) if self.pool.layout.chunked else rest
             left -= count
-            key = (one.computed, count) if self.pool.layout.batched else (number,)
+            key = (one.computed, count, one.request.adapter) if self.pool.layout.batched else (number,)
             batches.setdefault(key, []).append(Row(number, one.computed, count, count == rest))
         return [tuple(rows) for rows in batches.values()]

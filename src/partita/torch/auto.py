@@ -57,7 +57,7 @@ def pipeline_auto_parallel(
     comm = group if isinstance(group, Communicator) else Communicator(group)
     alone = single_groups()
     mesh = Mesh(pp=comm.size)
-    groups = ParallelGroups(mesh, alone.tp, comm, alone.dp)
+    groups = ParallelGroups(mesh, alone.tp, comm, alone.dp, alone.cp, alone.replicas)
     slices: list[Any] = comm.all_gather_object((start_layer, end_layer))
     with collective_errors_in(comm):
         spec = spec_of(model)

@@ -24,6 +24,7 @@ from partita.torch.loops.own_optimizer import check_own, own_names, scaled_step
 from partita.torch.model.modes import checkpointing_set, mode_set, random_state_kept
 from partita.torch.model.parts import plan_of
 from partita.torch.proof.balance_probe import balance_of
+from partita.torch.proof.context import prove_context
 from partita.torch.proof.packing import prove_packing
 from partita.torch.quantized.tensor import FROZEN, QuantizedTensor
 from partita.torch.stages.copies import summed_copies
@@ -137,7 +138,7 @@ def train(
     objective = Objective(loss, loss_weight)
     _check(model, settings, objective)
     check_own(model, optimizer, settings)
-    start_alike([p for p in model.parameters() if p.requires_grad], groups.dp)
+    start_alike([p for p in model.parameters() if p.requires_grad], groups.replicas)
     steps = _Steps.of(model, settings, optimizer)
     pipeline = Pipeline(model, schedule)
     model.zero_grad(set_to_none=True)
@@ -213,6 +214,8 @@ def _check(model: nn.Module, settings: TrainSettings, objective: Objective) -> N
         objective.check(plan, _device(model))
         if settings.packing:
             prove_packing(model, plan)
+        if plan.mesh.cp > 1:
+            prove_context(model, plan, packing=settings.packing)
     balance_of(model, plan, settings.aux_loss_scope)
     if plan.num_stages > 1:
         refuse_layer_drop(model)
@@ -314,6 +317,8 @@ def backward_of(
             if extra is not None:
                 loss = loss + extra * share
             total.add_(loss.detach().double())
+            if extra is not None and groups.cp.rank > 0:
+                total.sub_(extra.detach().double() * share)  # every context rank has all of it
             if local is not None:
                 local.losses[microbatch] = loss.detach()
             return loss
@@ -327,7 +332,7 @@ def backward_of(
                 around=lambda: _autocast(settings, batch.device),
                 balance=balance_of(model, plan, settings.aux_loss_scope),
                 seed=lambda microbatch: step_seed(
-                    settings.seed, step, groups.dp.rank * settings.microbatches + microbatch
+                    settings.seed, step, groups.replicas.rank * settings.microbatches + microbatch
                 ),
                 timed=on_timeline is not None,
             )
@@ -335,9 +340,9 @@ def backward_of(
         on_timeline(pipeline.timeline(origin_s))
     if local is not None:
         local.before_sum()
-    sum_gradients([p for p in model.parameters() if p.requires_grad], groups.dp)
+    sum_gradients([p for p in model.parameters() if p.requires_grad], groups.replicas)
     total = groups.pp.broadcast_(total, plan.stage_rank(plan.loss_stage))
-    return float(groups.dp.all_reduce_(total)), tokens
+    return float(groups.replicas.all_reduce_(total)), tokens
 
 
 def evaluate_loss(
@@ -372,7 +377,7 @@ def _summed_loss(pipeline: Pipeline, batch: _Batch, settings: TrainSettings, obj
         pipeline.run(batch.inputs, finish, key=batch.shape, around=lambda: _autocast(settings, batch.device))
         pipeline.flush()
     total = groups.pp.broadcast_(total, plan.stage_rank(plan.loss_stage))
-    return float(groups.dp.all_reduce_(total))
+    return float(groups.replicas.all_reduce_(total))
 
 
 @dataclass(frozen=True)
@@ -391,10 +396,11 @@ class _Batch:
         device = _device(model)
         mask_token = settings.mask_token if settings.mask_token is not None else plan.spec.vocab_size - 1
         made = examples(model, rows, step, settings, mask_token, groups.dp)
-        placed = tuple(example.to(device) for example in made)
+        placed = tuple(example.to(device).own(groups.cp) for example in made)
         weight = sum(objective.weight_of(example.targets) for example in placed)
-        counts = torch.tensor([weight, sum(one.tokens for one in rows)], dtype=torch.float64)
-        weight, tokens = groups.dp.all_reduce_(counts.to(device)).tolist()
+        tokens = sum(one.tokens for one in rows) if groups.cp.rank == 0 else 0
+        counts = torch.tensor([weight, tokens], dtype=torch.float64)
+        weight, tokens = groups.replicas.all_reduce_(counts.to(device)).tolist()
         return cls(placed, (weight, int(tokens)), device)
 
     def inputs(self, stage: int, microbatch: int) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import functools
 import inspect
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType, MethodType
 from typing import Any
@@ -193,6 +193,50 @@ def attention_of(model: nn.Module) -> str | None:
     return name
 
 
+_attention_hooks: list[Any] = []
+
+
+def hook_attention(
+    attention: Callable[..., Any],
+    arguments: Callable[[Tensor, Any], tuple[Tensor, Any]],
+    positions: Callable[[Tensor], Tensor],
+    mask: Callable[..., Any],
+) -> None:
+    """Let every family's attention and masks go through functions of ours, from now on.
+
+    Args:
+        attention: Called with a family's attention function and its arguments.
+        arguments: Called with the embeddings and positions from which a mask is made; returns others in their place.
+        positions: Called with the positions that tell the documents of a packed row.
+        mask: Called with transformers' function for a mask, and its arguments by name.
+    """
+    if _attention_hooks:
+        return
+    why = "split sequences over ranks (cp)"
+    masks = find(LIBRARY, "transformers.masking_utils", "AttentionMaskInterface", why)
+    attentions = find(LIBRARY, "transformers.modeling_utils", "AttentionInterface", why)
+    module = inspect.getmodule(masks)
+    prepare = find(LIBRARY, "transformers.masking_utils", "_preprocess_mask_arguments", why)
+    remap = getattr(module, "remap_positions_for_packed_sequence", None)
+    named, found = attentions.get_interface, masks.__getitem__
+
+    def get_interface(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return functools.partial(attention, named(self, *args, **kwargs))
+
+    def prepared(
+        config: Any, inputs_embeds: Tensor, attention_mask: Any, cache: Any, position_ids: Any, *more: Any
+    ) -> Any:
+        inputs_embeds, position_ids = arguments(inputs_embeds, position_ids)
+        return prepare(config, inputs_embeds, attention_mask, cache, position_ids, *more)
+
+    attentions.get_interface = get_interface
+    masks.__getitem__ = lambda self, key: functools.partial(mask, found(self, key))
+    module._preprocess_mask_arguments = prepared  # type: ignore[union-attr]
+    if remap is not None:
+        module.remap_positions_for_packed_sequence = lambda one, ids: remap(one, positions(ids))  # type: ignore[union-attr]
+    _attention_hooks.append(attention)
+
+
 def is_plain_attention(model: nn.Module) -> bool:
     """Whether a model's attention is computed by matrix products and a softmax, not by a fused kernel."""
     return attention_of(model) == "eager"
@@ -225,6 +269,15 @@ def misplaces_padding(model: nn.Module) -> bool:
 def is_stateful(model: nn.Module) -> bool:
     """Whether a model keeps a state of fixed size, which padding would change."""
     return bool(getattr(model, "_is_stateful", False))
+
+
+def fills_masks(config: Any) -> bool:
+    """Whether a config is that of a family which fills in masked words, and not of its variant that continues text."""
+    names = find(
+        "transformers", "transformers.models.auto.modeling_auto", "MODEL_FOR_MASKED_LM_MAPPING_NAMES", "find encoders"
+    )
+    is_decoder = getattr(config, "is_decoder", False) or getattr(config, "is_encoder_decoder", False)
+    return getattr(config, "model_type", None) in names and not is_decoder
 
 
 def text_config_of(config: Any) -> Any:

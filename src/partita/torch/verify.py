@@ -91,6 +91,7 @@ def verify(
         tp: Tensor parallel ranks.
         pp: Pipeline parallel ranks.
         dp: Replicas.
+        cp: Context parallel ranks, over which sequences are split.
         layout: Layers of each stage.
         vpp: Stages on each pipeline rank.
         placement: Assignment of stages to ranks.
@@ -221,7 +222,11 @@ def _compare_rounding(unsplit: nn.Module, split: nn.Module, settings: TrainSetti
     """Compare everything in a narrower dtype; the weights of both are left trained."""
     plan, groups = plan_of(split)
     exact = in_float64(unsplit)
-    inputs = _inputs(unsplit, groups, found)
+    inputs = None if groups.cp.size > 1 else _inputs(unsplit, groups, found)
+    if groups.cp.size > 1:
+        found.skip(
+            "module", "output", "gradient", why="parts of sequences (cp) are compared module by module in float64"
+        )
     if inputs is not None:
         measured = compare_rounding(exact, unsplit, split, plan, groups, inputs)
         found.add(rounding_rows(measured.judged))

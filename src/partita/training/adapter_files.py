@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from partita.checkpoint.header import parse_json, reason
 from partita.checkpoint.index import open_checkpoint, weights_name
+from partita.checkpoint.run_folder import ADAPTERS_NAME, RunFolder, is_run_folder
 from partita.core.model.spec import ModelSpec
 from partita.errors import CheckpointError, ModelError
 
@@ -192,6 +193,20 @@ def is_of_mlx_lm(folder: Path) -> bool:
     return "fine_tune_type" in read_config(folder)
 
 
+def find_adapters(folder: Path) -> Path:
+    """The adapters of a run in its folder: the result's, or the newest checkpoint's; else `folder` itself.
+
+    Raises:
+        CheckpointError: The newest checkpoint of an unfinished run is not complete.
+    """
+    if (folder / CONFIG_NAME).exists():
+        return folder
+    result = folder / ADAPTERS_NAME
+    if (result / CONFIG_NAME).exists():
+        return result
+    return RunFolder(folder).newest() if is_run_folder(folder) else folder
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """The data of `adapter_config.json`.
 
@@ -203,7 +218,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         raw = file.read_bytes()
     except OSError as error:
         raise CheckpointError(
-            f"{file}: cannot be read: {reason(error)}. Give a folder that holds adapters in peft's or mlx-lm's format."
+            f"{file}: cannot be read: {reason(error)}. Give a folder that holds adapters in peft's or mlx-lm's format, or the "
+            "folder of a run with adapters."
         ) from error
     return dict(parse_json(raw, f"{file}: the config"))
 

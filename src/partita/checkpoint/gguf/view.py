@@ -10,7 +10,6 @@ import hashlib
 import json
 import math
 import os
-import re
 import shutil
 import struct
 import tempfile
@@ -21,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from partita.checkpoint.durable import failing_as
+from partita.checkpoint.gguf.choose import PART, models_of
 from partita.checkpoint.gguf.config import config_of, generation_config
 from partita.checkpoint.gguf.facts import Facts, floats
-from partita.checkpoint.gguf.file import PLAIN, SUFFIX, GgufFile, is_gguf, read_gguf
+from partita.checkpoint.gguf.file import PLAIN, GgufFile, is_gguf, read_gguf
 from partita.checkpoint.gguf.names import Changed, GgufInfo, Order, named
 from partita.checkpoint.header import (
     TensorInfo,
@@ -45,7 +45,6 @@ _CHANGED = "changed.safetensors"
 _FORM = 1
 """Increased whenever the content of a view changes, so that older ones are made again."""
 
-_PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf", re.IGNORECASE)
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -60,18 +59,12 @@ def gguf_of(path: Path) -> Path | None:
     if not path.is_dir() or (path / INDEX).exists():
         return None
     present = sorted(os.listdir(path))
-    files = [name for name in present if name.lower().endswith(SUFFIX) and not name.startswith(".")]
-    if not files or any(name.endswith((".safetensors", ".safetensors.index.json")) for name in present):
+    models = models_of(present)
+    if not models or any(name.endswith((".safetensors", ".safetensors.index.json")) for name in present):
         return None
-    models: dict[str, str] = {}
-    for name in files:
-        match = _PART.fullmatch(name)
-        models.setdefault(f"{match[1]} of {match[3]}" if match else name, name)
     if len(models) > 1:
-        raise ModelError(
-            f"{path} holds {len(models)} models as GGUF files: {', '.join(models.values())}. Give the file of one."
-        )
-    return path / next(iter(models.values()))
+        raise ModelError(f"{path} holds {len(models)} models as GGUF files: {', '.join(models)}. Give the file of one.")
+    return path / next(iter(models))
 
 
 def view_of(path: Path) -> Path:
@@ -138,7 +131,7 @@ def read_view(folder: Path) -> dict[str, TensorInfo]:
 
 def _parts(path: Path) -> list[Path]:
     """All files of the model that one file is a part of, in order."""
-    match = _PART.fullmatch(path.name)
+    match = PART.fullmatch(path.name)
     if match is None:
         return [path]
     count = int(match[3])

@@ -6,6 +6,7 @@ torchrun restarts all ranks when one has failed (`--max-restarts`), and when nod
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from partita.checkpoint.run_folder import RunFolder
@@ -39,10 +40,10 @@ def resumes(folder: Path | None) -> bool:
 
 def fitted(mesh: Mesh) -> Mesh:
     """`mesh` with as many replicas as the ranks suffice for; unchanged if ranks would be left over, which is an error later."""
-    ranks, per_replica = environment.world(), mesh.pp * mesh.tp
+    ranks, per_replica = environment.world(), mesh.pp * mesh.cp * mesh.tp
     if ranks is None or ranks == mesh.size or ranks % per_replica:
         return mesh
-    found = Mesh(dp=ranks // per_replica, pp=mesh.pp, tp=mesh.tp)
+    found = replace(mesh, dp=ranks // per_replica)
     if environment.is_first():
         err().print(
             f"{environment.launcher()} has started {plural(ranks, 'rank')}: resuming with --dp {found.dp}", style="dim"

@@ -38,12 +38,14 @@ def request_of(
     """
     model = inputs.kept(model, "MODEL")
     if options.plan is None:
-        mesh = Mesh(options.dp, options.pp, options.tp)
+        mesh = Mesh(dp=options.dp, pp=options.pp, tp=options.tp, cp=options.cp)
+        if engine == "mlx" and mesh.cp > 1:
+            raise PlanError(f"--cp {mesh.cp} needs the torch engine. Leave --engine mlx or --cp out.")
         found = PlanRequest.parse(
             model, mesh, options.layout, vpp=options.vpp, engine=engine, trust_remote_code=trust_remote_code
         )
         return found, None
-    for name in ("tp", "pp", "dp", "layout", "vpp"):
+    for name in ("tp", "pp", "dp", "cp", "layout", "vpp"):
         if name in options.given:
             raise PlanError(
                 f"--{name} and --plan {options.plan}, which specifies the split, exclude each other. Leave one out."
@@ -53,6 +55,15 @@ def request_of(
         model, plan.mesh, plan.layout, placement=plan.placement, engine=engine, trust_remote_code=trust_remote_code
     )
     return found, plan
+
+
+def refuse_context(request: PlanRequest) -> None:
+    """Raise `PlanError` for context parallel ranks where nothing is trained."""
+    if request.mesh.cp > 1:
+        raise PlanError(
+            f"cp={request.mesh.cp} splits the sequences of training only; texts are generated on tp, pp and dp ranks. Leave "
+            "--cp out."
+        )
 
 
 def read_plan(file: Path) -> Plan:
@@ -209,9 +220,14 @@ def find_config(model: str) -> Path:
     near = hub_is_near()
     adopt("huggingface_hub")
     from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
 
+    if ":" in model:
+        return find_model(model)
     try:
         return Path(hf_hub_download(model, "config.json", local_files_only=not near))
+    except (RemoteEntryNotFoundError, LocalEntryNotFoundError):  # a repository of GGUF files has none
+        return find_model(model, weights=False)
     except Exception as error:
         raise not_fetched(model, error) from error
 

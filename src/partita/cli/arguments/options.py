@@ -36,6 +36,15 @@ PipelineRanks = Annotated[
 Replicas = Annotated[
     int, typer.Option("--dp", min=1, help="Train this many data parallel replicas.", rich_help_panel=SPLIT)
 ]
+ContextRanks = Annotated[
+    int,
+    typer.Option(
+        "--cp",
+        min=1,
+        help="Split every sequence over this many context parallel ranks in training.",
+        rich_help_panel=SPLIT,
+    ),
+]
 LayoutText = Annotated[
     str | None,
     typer.Option(
@@ -60,7 +69,7 @@ PlanFile = Annotated[
     typer.Option(
         "--plan",
         metavar="FILE",
-        help="Use a plan from `partita plan --save` instead of --tp, --pp, --dp, --layout and --vpp.",
+        help="Use a plan from `partita plan --save` instead of --tp, --pp, --dp, --cp, --layout and --vpp.",
         parser=inputs.existing_file,
         show_default=False,
         rich_help_panel=SPLIT,
@@ -163,6 +172,7 @@ class PlanOptions:
     tp: TensorRanks = 1
     pp: PipelineRanks = 1
     dp: Replicas = 1
+    cp: ContextRanks = 1
     layout: LayoutText = None
     vpp: VirtualStages = None
     plan: PlanFile = None

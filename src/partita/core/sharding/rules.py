@@ -183,6 +183,14 @@ BERT = (
     Rule("{cls.predictions,lm_head}.decoder", "vocab"),
     Rule("embeddings.word_embeddings", "vocab"),
 )
+ALBERT = (
+    Rule("attention.{query,key,value}", "column", "heads"),
+    Rule("attention.dense", "row", "heads"),
+    Rule("albert_layers.*.ffn", "column"),
+    Rule("albert_layers.*.ffn_output", "row"),
+    Rule("predictions.decoder", "vocab"),
+    Rule("embeddings.word_embeddings", "vocab"),
+)
 WIDE_NORMS = (
     # A norm over all heads together needs all of them on each rank.
     Rule("self_attn.{q_proj,k_proj,v_proj}", "column", gather_output=True),
@@ -206,6 +214,7 @@ TABLES: Mapping[str, tuple[Rule, ...]] = {
     "gpt2": VOCABULARY + CONV1D,
     "gpt_neox": VOCABULARY + QKV_BY_HEAD + MLP,
     **dict.fromkeys(("bert", "roberta", "electra", "camembert", "xlm-roberta"), BERT),
+    "albert": ALBERT,
     **dict.fromkeys(("deepseek_v2", "deepseek_v3"), VOCABULARY + LATENT_ATTENTION + MLP + EXPERTS),
 }  # fmt: skip
 

@@ -6,13 +6,13 @@ import os
 
 import mlx.core as mx
 
-from partita.core.mesh import Mesh
+from partita.core.mesh import Axis, Mesh
 from partita.errors import DistributedError
 from partita.mlx.collectives.checked import CheckedCommunicator
 from partita.mlx.collectives.comm import Communicator
 from partita.ranks import liveness
 from partita.ranks.backends import MLX_BACKENDS, open_mpi, refuse_mesh
-from partita.ranks.groups import AxisGroups
+from partita.ranks.groups import AXES_OF_GROUPS, AxisGroups
 
 _OF_LAUNCHER = {
     "mpi": ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE"),
@@ -24,7 +24,7 @@ _OF_LAUNCHER = {
 
 
 class ParallelGroups(AxisGroups[Communicator]):
-    """This rank's groups along every axis: `.mesh`, `.tp`, `.pp` and `.dp`, and its rank `.rank` in the whole run."""
+    """This rank's groups: `.mesh`, `.tp`, `.pp`, `.dp`, `.cp` and `.replicas` (dp and cp), and its rank `.rank` in the run."""
 
 
 def backend_of_environment() -> str | None:
@@ -113,17 +113,23 @@ def make_groups(
     if mesh.size != world.size:
         raise DistributedError(
             f"the mesh {mesh} has {mesh.size} rank{'s' if mesh.size > 1 else ''}, but the run has {world.size}. "
-            f"Start {mesh.size}, or change dp, pp or tp so that their product is {world.size}."
+            f"Start {mesh.size}, or change dp, pp, cp or tp so that their product is {world.size}."
         )
     if world.backend is not None:
         refuse_mesh(mesh, world.backend)
-    tp, pp, dp = (_along(axis, mesh, world) for axis in ("tp", "pp", "dp"))
-    liveness.ME.stage = pp.rank
-    return ParallelGroups(mesh, tp, pp, dp)
+    made: dict[str, Communicator] = {}
+    for name, axes in AXES_OF_GROUPS.items():
+        made[name] = _along(axes, mesh, world, made)
+    liveness.ME.stage = made["pp"].rank
+    return ParallelGroups(mesh, **made)
 
 
-def _along(axis: str, mesh: Mesh, world: Communicator) -> Communicator:
-    groups = mesh.groups(axis)  # type: ignore[arg-type]
+def _along(axes: tuple[Axis, ...], mesh: Mesh, world: Communicator, known: dict[str, Communicator]) -> Communicator:
+    """This rank's communicator along `axes`; one of those that are `known` where its ranks are the same."""
+    used = [axis for axis in axes if mesh.axis_size(axis) > 1]
+    if len(axes) > 1 and len(used) < 2:
+        return known[used[0] if used else axes[0]]
+    groups = mesh.groups(axes)
     if len(groups[0]) == 1:
         return Communicator.single()
     if len(groups) == 1:
@@ -135,7 +141,7 @@ def _along(axis: str, mesh: Mesh, world: Communicator) -> Communicator:
 def single_groups(mesh: Mesh | None = None, *, tp: Communicator | None = None) -> ParallelGroups:
     """The groups of a single rank, or of ranks with a tensor group only."""
     alone = Communicator.single()
-    return ParallelGroups(mesh or Mesh(), tp or alone, alone, alone)
+    return ParallelGroups(mesh or Mesh(), tp or alone, alone, alone, alone, alone)
 
 
 def as_communicator(group: Communicator | mx.distributed.Group | None) -> Communicator:

@@ -7,10 +7,11 @@ from contextlib import contextmanager
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from partita.core.plan import Plan
 from partita.core.sharding.split import Split
-from partita.generation.sample import ALL_EXCLUDED, no_token
+from partita.generation.sample import ALL_EXCLUDED, Array, Columns, no_token
 from partita.mlx.collectives.comm import Communicator
 from partita.mlx.layers.embedding import VocabParallelEmbedding
 from partita.mlx.layers.linear import ColumnParallelLinear
@@ -68,6 +69,22 @@ def most_likely(logits: mx.array, split: Split | None, comm: Communicator) -> mx
     is_top = mx.where(mx.isnan(value), mx.isnan(best[:, 0]), best[:, 0] == value)
     rank = mx.argmax(is_top.astype(mx.int32), axis=0)
     return _or_code(mx.take_along_axis(best[:, 1], rank[None], axis=0)[0], value, rank)
+
+
+def wide_rows(logits: mx.array) -> Array:
+    """Logits in numpy, in float32 or float64."""
+    return np.array(logits.astype(mx.float64 if logits.dtype == mx.float64 else mx.float32))
+
+
+def columns_of(split: Split, comm: Communicator) -> Columns:
+    """This rank's columns of the logits, for `choose`; every tensor rank must gather at the same time."""
+
+    def gather(mine: Array) -> Array:
+        # As bits: not every backend supports 64-bit numbers.
+        bits = comm.all_gather(mx.array(np.ascontiguousarray(mine).view(np.uint32))[None], 0)
+        return np.array(bits).view(np.float64)
+
+    return Columns(split.ranges(comm.rank)[0][0], max(split.local_sizes), comm.rank, gather)
 
 
 def _or_code(ids: mx.array, values: mx.array, ranks: mx.array) -> mx.array:

@@ -12,12 +12,12 @@ import numpy as np
 from partita.core.plan import Plan
 from partita.core.sharding.split import Split
 from partita.generation.choice import Choice
-from partita.generation.sample import Columns, choose, generator_of
+from partita.generation.sample import choose, generator_of
 from partita.generation.settings import OnText, Sequence
 from partita.generation.tokenizer import Tokenizer
 from partita.mlx.collectives.groups import ParallelGroups
 from partita.mlx.mlx_lm_internals import make_cache
-from partita.mlx.model.head import local_logits, most_likely
+from partita.mlx.model.head import columns_of, local_logits, most_likely, wide_rows
 from partita.mlx.model.parts import main_output
 from partita.mlx.model.rotary import recomputed_beyond, text_length
 
@@ -100,23 +100,14 @@ class Batches:
         """The next token of each sequence, `[batch]`, the same on all ranks. The first rank samples for all."""
         if self.choice.is_plain:
             return most_likely(logits, split, self.comm)
-        wide = mx.float64 if logits.dtype == mx.float64 else mx.float32
-        rows = np.array(logits.astype(wide))
+        rows = wide_rows(logits)
         if split is not None and logits.shape[-1] != split.size:
-            return mx.array(choose(rows, batch, self.choice, generators, self._columns(split)), mx.int32)
+            return mx.array(choose(rows, batch, self.choice, generators, columns_of(split, self.comm)), mx.int32)
         # All tensor ranks have the same logits; the first rank decides.
         ids = mx.zeros((len(batch),), mx.int32)
         if self.comm.rank == 0:
             ids = mx.array(choose(rows, batch, self.choice, generators), mx.int32)
         return self.comm.broadcast(ids)
-
-    def _columns(self, split: Split) -> Columns:
-        def gather(mine: Any) -> Any:
-            # As bits: not every backend supports 64-bit numbers.
-            bits = self.comm.all_gather(mx.array(np.ascontiguousarray(mine).view(np.uint32))[None], 0)
-            return np.array(bits).view(np.float64)
-
-        return Columns(split.ranges(self.comm.rank)[0][0], max(split.local_sizes), self.comm.rank, gather)
 
     def _accept(self, batch: list[Sequence], chosen: mx.array) -> bool:
         """Append a token to each unfinished sequence. Returns whether all are finished."""

@@ -37,6 +37,7 @@ from partita.training.adapter_files import (
     STEM,
     Adapters,
     check_shape,
+    find_adapters,
     refuse_adapted,
     refuse_unplaced,
     targets_of,
@@ -91,7 +92,8 @@ def load_adapters(model: nn.Module, folder: str | os.PathLike[str], *, name: str
 
     Args:
         model: Their base model, from `load`, `shard` or `fresh`, in any layout.
-        folder: A folder with `adapter_config.json`, and `adapter_model.safetensors` or mlx-lm's `adapters.safetensors`.
+        folder: A folder with `adapter_config.json`, and `adapter_model.safetensors` or mlx-lm's `adapters.safetensors`,
+            or the folder of a run that trained adapters.
         name: A name for the adapters: the model may have several with names, of which `set_adapter` chooses one, at first
             the first. Without a name they are the only ones.
 
@@ -103,9 +105,10 @@ def load_adapters(model: nn.Module, folder: str | os.PathLike[str], *, name: str
         ModelError: The model has adapters already, or some of this name.
     """
     _, groups = plan_of(model)
-    place, named = Path(folder), named_adapters(model)
+    named = named_adapters(model)
     with contextlib.ExitStack() as stack:
         with collective_errors(groups):
+            place = find_adapters(Path(folder))
             if name in named.places:
                 raise ModelError(f"the model has an adapter {name!r} already. Choose another name.")
             if name is None or not named.places:

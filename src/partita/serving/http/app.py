@@ -12,13 +12,19 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
+from partita.serving.embedding import NO_TEXT
 from partita.serving.http.errors import ApiError, as_api_error
 from partita.serving.http.gate import Gate
 from partita.serving.http.openai import tools as chat_tools
 from partita.serving.http.openai.bodies import TokenizeBody, parse
 from partita.serving.http.openai.chat import chat
 from partita.serving.http.openai.completions import completions
+from partita.serving.http.openai.embeddings import embeddings
+from partita.serving.http.openai.responses import delete_response, response, responses
 from partita.serving.http.service import Service
+
+CONTINUE = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
+"""The paths that continue a text."""
 
 Handler = Callable[[Request, Service], Awaitable[Response]]
 NOTHING_ELSE = (
@@ -39,15 +45,21 @@ def make_app(service: Service) -> ASGIApp:
         ("POST", "/tokenize", _tokenize),
         ("POST", "/v1/chat/completions", chat),
         ("POST", "/v1/completions", completions),
+        ("POST", "/v1/embeddings", embeddings),
+        ("POST", "/v1/responses", responses),
+        ("GET", "/v1/responses/{id}", response),
+        ("DELETE", "/v1/responses/{id}", delete_response),
     )
 
-    def bound(handler: Handler) -> Callable[[Request], Awaitable[Response]]:
+    def bound(path: str, handler: Handler) -> Callable[[Request], Awaitable[Response]]:
         async def handle(request: Request) -> Response:
+            if path in CONTINUE and service.embeddings is not None:
+                raise ApiError(400, NO_TEXT, param="model")
             return await handler(request, service)
 
         return handle
 
-    routes = [Route(path, bound(handler), methods=[method]) for method, path, handler in table]
+    routes = [Route(path, bound(path, handler), methods=[method]) for method, path, handler in table]
     handlers = {ApiError: _api_error, HTTPException: _http_error, Exception: _failure}
     return Gate(Starlette(routes=routes, exception_handlers=handlers), service, {path for _, path, _ in table})  # type: ignore[arg-type]
 
@@ -85,25 +97,24 @@ async def _plan(request: Request, service: Service) -> Response:
     return JSONResponse(service.plan)
 
 
-def _described(service: Service) -> dict[str, object]:
+def _described(service: Service, name: str) -> dict[str, object]:
     return {
-        "id": service.model, "object": "model", "created": service.created_s, "owned_by": "partita",
-        "max_model_len": service.context,
+        "id": name, "object": "model", "created": service.created_s, "owned_by": "partita",
+        "parent": service.model if name in service.adapters else None, "max_model_len": service.context,
     }  # fmt: skip
 
 
 async def _models(request: Request, service: Service) -> Response:
-    return JSONResponse({"object": "list", "data": [_described(service)]})
+    return JSONResponse({"object": "list", "data": [_described(service, name) for name in service.names]})
 
 
 async def _model(request: Request, service: Service) -> Response:
-    service.check_model(request.path_params["model"])
-    return JSONResponse(_described(service))
+    return JSONResponse(_described(service, service.model_of(request.path_params["model"])))
 
 
 async def _tokenize(request: Request, service: Service) -> Response:
     body = parse(TokenizeBody, await request.body())
-    service.check_model(body.model)
+    service.model_of(body.model)
     if (body.prompt is None) == (body.messages is None):
         raise ApiError(400, "give one of prompt and messages.", param="prompt")
     settings = chat_tools.template_settings(body.chat_template_kwargs, service.tokenizer)

@@ -30,7 +30,7 @@ class Gate:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        path = scope["path"] if scope["path"] in self.paths else "other"
+        path = self._label(scope["path"])
 
         async def counted(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -47,6 +47,12 @@ class Gate:
             await response(scope, receive, counted)
             return
         await self.app(scope, receive, counted)
+
+    def _label(self, path: str) -> str:
+        """The route of a path, by which its answers are counted."""
+        if path in self.paths:
+            return path
+        return next((one for one in self.paths if "{" in one and path.startswith(one.partition("{")[0])), "other")
 
     def _check_key(self, scope: Scope) -> None:
         key = self.service.api_key

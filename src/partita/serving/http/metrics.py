@@ -32,6 +32,7 @@ class Metrics:
             f"{name}_cached_prompt_tokens", "Tokens of prompts that came from the prefix cache.", registry=registry
         )
         self.completion_tokens = Counter(f"{name}_completion_tokens", "Tokens of answers.", registry=registry)
+        self.embeddings = Counter(f"{name}_embeddings", "Texts whose vectors were computed.", registry=registry)
         self.first_token = Histogram(
             f"{name}_time_to_first_token_seconds", "From the request to its first token.", buckets=FIRST_TOKEN_S,
             registry=registry,

@@ -12,12 +12,15 @@ from typing import Any, TypeVar
 import anyio.to_thread
 
 from partita.generation import Sampling, Tokenizer
+from partita.serving.embedding import EmbeddingInbox
 from partita.serving.http.answers import Answers, Loss
 from partita.serving.http.errors import ApiError, as_api_error
 from partita.serving.http.inbox import Inbox
 from partita.serving.http.metrics import Metrics
 from partita.serving.http.openai.logprobs import TokenBytes
+from partita.serving.http.openai.response_store import ResponseStore
 from partita.serving.http.openai.tools import template_of
+from partita.serving.pooling import Pooling
 from partita.serving.requests import ServeRequest
 
 MAX_BODY_BYTES = 8 << 20
@@ -37,8 +40,11 @@ class Service:
         inbox: The entrance to the step loop.
         tokenizer: The model's tokenizer, used by one thread at a time; not the one that the step loop uses.
         model: The name that clients call the model by.
+        adapters: The names that clients call the model with one of its adapters by.
         context: The largest number of tokens of a prompt and its answer together.
         vocab_size: Number of ids.
+        embeddings: The entrance to the loop that computes vectors; None for a model that continues text.
+        pooling: How that loop makes vectors.
         max_tokens: The largest number of tokens of an answer whose request sets none; at most what the context leaves.
         api_key: What clients must send as a bearer token; empty to let everyone in.
         max_body_bytes: The largest body.
@@ -50,6 +56,9 @@ class Service:
     model: str
     context: int
     vocab_size: int
+    adapters: tuple[str, ...] = ()
+    embeddings: EmbeddingInbox | None = None
+    pooling: Pooling = field(default_factory=Pooling)
     max_tokens: int = DEFAULT_TOKENS
     api_key: str = ""
     max_body_bytes: int = MAX_BODY_BYTES
@@ -60,6 +69,7 @@ class Service:
         self.metrics = Metrics(self.inbox)
         self.bytes_of = TokenBytes(self.tokenizer)
         self.template = template_of(self.tokenizer)
+        self.responses = ResponseStore()
         self._ids = count(1)
         self.loss = Loss()
         self._lock = threading.Lock()
@@ -85,11 +95,21 @@ class Service:
         except Exception as error:
             raise as_api_error(error, param) from error
 
-    def check_model(self, name: str | None) -> None:
-        """Raise `ApiError` if a request names a model that is not served."""
-        if name and name != self.model:
-            text = f"the model {name!r:.100} is not served here. This server has {self.model!r}."
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the model and of the model with each of its adapters."""
+        return (self.model, *self.adapters)
+
+    def model_of(self, name: str | None) -> str:
+        """The one of `names` that a request names; the model without adapters if it names none.
+
+        Raises:
+            ApiError: None has this name.
+        """
+        if name and name not in self.names:
+            text = f"the model {name!r:.100} is not served here. This server has {', '.join(map(repr, self.names))}."
             raise ApiError(404, text, param="model", code="model_not_found")
+        return name or self.model
 
     def new_tokens(self, prompt: Sequence[int], wanted: int | None, param: str) -> int:
         """The largest number of tokens of the answer to a prompt.
@@ -112,17 +132,20 @@ class Service:
         return wanted or min(room, self.max_tokens)
 
     def answers(
-        self, prompts: Sequence[tuple[Sequence[int], Sampling]], logprobs: int | None, grammar: str = ""
+        self, model: str, prompts: Sequence[tuple[Sequence[int], Sampling]], logprobs: int | None, grammar: str = ""
     ) -> Answers:
-        """The requests for the answers to prompts, not submitted yet.
+        """The requests for the answers of `model`, one of `names`, to prompts; not submitted yet.
 
         Raises:
             ApiError: The server is shutting down, or no step can be made.
         """
         if why := self.closed:
             raise ApiError(503, f"no request is accepted any more: {why}.", code="unavailable")
+        adapter = model if model in self.adapters else ""
         requests = [
-            ServeRequest(next(self._ids), tuple(prompt), sampling, logprobs is not None, logprobs or 0, grammar)
+            ServeRequest(
+                next(self._ids), tuple(prompt), sampling, logprobs is not None, logprobs or 0, grammar, adapter
+            )
             for prompt, sampling in prompts
         ]
         return Answers(self.inbox, self.metrics, self.loss, requests)

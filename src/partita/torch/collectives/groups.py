@@ -13,10 +13,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from partita.core.layout.layout import set_default_pipeline_rank
-from partita.core.mesh import Mesh
+from partita.core.mesh import Axis, Mesh
 from partita.errors import DistributedError
 from partita.ranks import liveness, schedulers
-from partita.ranks.groups import AxisGroups
+from partita.ranks.groups import AXES_OF_GROUPS, AxisGroups
 from partita.torch.collectives import mpi
 from partita.torch.collectives.comm import Communicator, Work
 from partita.torch.collectives.mappings import gather_from, scatter_to
@@ -70,7 +70,7 @@ class GroupInfo:
 
 
 class ParallelGroups(AxisGroups[Communicator]):
-    """This rank's groups along every axis: `.mesh`, `.tp`, `.pp` and `.dp`, and its rank `.rank` in the whole run."""
+    """This rank's groups: `.mesh`, `.tp`, `.pp`, `.dp`, `.cp` and `.replicas` (dp and cp), and its rank `.rank` in the run."""
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ def make_groups(mesh: Mesh, *, backend: str | None = None) -> ParallelGroups:
     if mesh.size != world:
         raise DistributedError(
             f"the mesh {mesh} has {mesh.size} rank{'s' if mesh.size > 1 else ''}, but the run has {world}. "
-            f"Start {mesh.size}, or change dp, pp or tp so that their product is {world}."
+            f"Start {mesh.size}, or change dp, pp, cp or tp so that their product is {world}."
         )
     global _made_of
     run = dist.group.WORLD if dist.is_initialized() else None
@@ -201,17 +201,29 @@ def make_groups(mesh: Mesh, *, backend: str | None = None) -> ParallelGroups:
     if mesh not in _made:
         rank = dist.get_rank() if run is not None else 0
         infos: dict[str, Communicator] = {}
-        for axis in ("tp", "pp", "dp"):
-            infos[axis] = _alone(rank, run)
-            for ranks in mesh.groups(axis):
-                if len(ranks) == 1:
-                    continue
-                group = run if len(ranks) == world else dist.new_group(list(ranks), timeout=_timeout)
-                if rank in ranks:
-                    infos[axis] = mpi.MpiCommunicator(group) if mpi.is_there() else Communicator(group)
-        _made[mesh] = ParallelGroups(mesh, infos["tp"], infos["pp"], infos["dp"])
+        for name, axes in AXES_OF_GROUPS.items():
+            infos[name] = _along(axes, mesh, rank, run, infos)
+        _made[mesh] = ParallelGroups(mesh, **infos)
     liveness.ME.stage = _made[mesh].pp.rank
     return _made[mesh]
+
+
+def _along(
+    axes: tuple[Axis, ...], mesh: Mesh, rank: int, run: dist.ProcessGroup | None, known: dict[str, Communicator]
+) -> Communicator:
+    """This rank's communicator along `axes`; one of those that are `known` where its ranks are the same."""
+    groups = mesh.groups(axes)
+    used = [axis for axis in axes if mesh.axis_size(axis) > 1]
+    if len(axes) > 1 and len(used) < 2:
+        return known[used[0] if used else axes[0]]
+    mine = _alone(rank, run)
+    for ranks in groups:
+        if len(ranks) == 1:
+            continue
+        group = run if len(ranks) == mesh.size else dist.new_group(list(ranks), timeout=_timeout)
+        if rank in ranks:
+            mine = mpi.MpiCommunicator(group) if mpi.is_there() else Communicator(group)
+    return mine
 
 
 def _alone(rank: int, run: dist.ProcessGroup | None) -> Communicator:
@@ -224,7 +236,7 @@ def _alone(rank: int, run: dist.ProcessGroup | None) -> Communicator:
 def single_groups(*, mesh: Mesh | None = None, tp: Communicator | None = None) -> ParallelGroups:
     """The groups of a single rank, or of ranks with a tensor group only."""
     alone = Communicator.single()
-    return ParallelGroups(mesh or Mesh(), tp or alone, alone, alone)
+    return ParallelGroups(mesh or Mesh(), tp or alone, alone, alone, alone, alone)
 
 
 def init_parallelism(
@@ -255,13 +267,13 @@ def init_parallelism(
         raise DistributedError("parallelism is initialized already. Call reset_parallelism() first to change it.")
     init_process_group(backend=backend, timeout_s=timeout_s, lost_after_s=lost_after_s)
     world = dist.get_world_size()
-    per_replica = Mesh(1, pipeline_parallelism, model_parallelism).size
+    per_replica = Mesh(pp=pipeline_parallelism, tp=model_parallelism).size
     if world % per_replica:
         raise DistributedError(
             f"the run has {world} ranks, which is not a multiple of model_parallelism ({model_parallelism}) x "
             f"pipeline_parallelism ({pipeline_parallelism}) = {per_replica}."
         )
-    _groups = make_groups(Mesh(world // per_replica, pipeline_parallelism, model_parallelism))
+    _groups = make_groups(Mesh(dp=world // per_replica, pp=pipeline_parallelism, tp=model_parallelism))
     set_default_pipeline_rank(lambda: _groups.pp.rank if _groups is not None else None)
     return _groups
 

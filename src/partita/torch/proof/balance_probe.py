@@ -43,12 +43,14 @@ def balance_of(model: nn.Module, plan: Plan, scope: str) -> Balance | None:
     reason = _verdict(model, plan)
     if not reason:
         return replace(_assumed(model, plan.spec.layers, plan.spec.num_layers), scope=scope)
-    if scope == "microbatch" and plan.num_stages == 1 and plan.num_mtp == 0:
+    if scope == "microbatch" and plan.num_stages == 1 and plan.num_mtp == 0 and plan.mesh.cp == 1:
         return None
-    where = "of each sequence" if scope == "sequence" else "over stages"
+    where = (
+        "of each sequence" if scope == "sequence" else "over stages" if plan.mesh.cp == 1 else "over parts of sequences"
+    )
     raise ModelError(
         f"the config requests the auxiliary loss of the routers ({SWITCH}), which for {type(model).__name__} cannot be "
-        f"computed {where}: {reason} Set {SWITCH} to False in the config, or use pp=1 and aux_loss_scope='microbatch'."
+        f"computed {where}: {reason} Set {SWITCH} to False in the config, or use pp=1, cp=1 and aux_loss_scope='microbatch'."
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,8 +17,11 @@ from partita.proof.differences import SMALL, Difference, largest_of_ranks
 from partita.torch.collectives.comm import Communicator
 from partita.torch.collectives.groups import ParallelGroups
 from partita.torch.layers.inner import take_ranges
+from partita.torch.model.balance import SWITCH, asks_for_balance
+from partita.torch.model.context import Context, context_of
 from partita.torch.model.parts import local_tensors, main_output
 from partita.torch.stages.cut import Absent
+from partita.torch.training.replicas import sum_gradients
 
 
 def compare(
@@ -45,24 +49,45 @@ def compare(
         model.zero_grad(set_to_none=True)
     expected: dict[str, Tensor] = {}
     found: dict[str, float] = {}
+    own, given = _parts_of(inputs, split, groups.cp)
     with watch(unsplit, plan, lambda path, out: expected.setdefault(path, out.clone())):
         reference = main_output(unsplit(**inputs))
     if bool(reference.isnan().any()):
         raise ModelError(
             "the unsplit model's output contains NaN, so nothing can be compared with it. Check its weights and its dtype."
         )
-    with watch(split, plan, lambda path, out: _note(path, out, expected, found, plan, groups.tp)):
-        output = main_output(split(**inputs))
+    see = partial(_note, expected=expected, found=found, plan=plan, comm=groups.tp, own=own)
+    with watch(split, plan, see), context_of(given) as here:
+        output = main_output(split(**here))
     modules = [Difference("module", path, error) for path, error in found.items()]
-    differences = [Difference("output", "the model", relative_error(reference.detach(), output.detach()))]
-    if output.requires_grad and reference.shape == output.shape:
+    mine = own(reference.detach())
+    differences = [Difference("output", "the model", relative_error(mine, output.detach()))]
+    if output.requires_grad and mine.shape == output.shape:
         generator = torch.Generator().manual_seed(0)
         weight = torch.randn(reference.shape, generator=generator, dtype=reference.dtype).to(reference.device)
         (reference * weight).sum().backward()
-        (output * weight).sum().backward()
+        (output * own(weight)).sum().backward()
+        sum_gradients(list(split.parameters()), groups.cp)
         differences += _gradients(unsplit, split, plan, groups.tp)
-    axes = (groups.tp, groups.pp)
+    axes = (groups.tp, groups.cp, groups.pp)
     return largest_of_ranks([*modules, *differences], axes, [*expected, *plan.spec.tensors])
+
+
+def _parts_of(
+    inputs: dict[str, Any], model: nn.Module, comm: Communicator
+) -> tuple[Callable[[Tensor], Tensor], dict[str, Any]]:
+    """A function that takes this context parallel rank's part of a tensor `[n, length, ...]`, and the rank's inputs."""
+    if comm.size == 1:
+        return lambda whole: whole, inputs
+    context, length = Context.of(inputs, comm), inputs["input_ids"].shape[1]
+    given = context.split(inputs)
+    if asks_for_balance(model):
+        given[SWITCH] = False  # the family's own forward counts the experts of whole sequences
+
+    def own(whole: Tensor) -> Tensor:
+        return context.own(whole) if whole.dim() > 1 and whole.shape[1] == length else whole
+
+    return own, given
 
 
 def compare_parameters(unsplit: nn.Module, split: nn.Module, plan: Plan, groups: ParallelGroups) -> list[Difference]:
@@ -80,7 +105,7 @@ def compare_parameters(unsplit: nn.Module, split: nn.Module, plan: Plan, groups:
                     "parameter", name, relative_error(part, local.detach(), max(float(expected.abs().max()), least))
                 )
             )
-    return largest_of_ranks(found, (groups.tp, groups.pp), list(plan.spec.tensors))
+    return largest_of_ranks(found, (groups.tp, groups.cp, groups.pp), list(plan.spec.tensors))
 
 
 def local_part_of(tensor: Tensor, plan: Plan, name: str, rank: int) -> Tensor:
@@ -139,12 +164,18 @@ def _with_parents(path: str) -> list[str]:
 
 
 def _note(
-    path: str, output: Tensor, expected: dict[str, Tensor], found: dict[str, float], plan: Plan, comm: Communicator
+    path: str,
+    output: Tensor,
+    expected: dict[str, Tensor],
+    found: dict[str, float],
+    plan: Plan,
+    comm: Communicator,
+    own: Callable[[Tensor], Tensor],
 ) -> None:
     whole = expected.get(path)
     if whole is None or path in found:
         return
-    whole = local_output(whole, path, plan, comm.rank)
+    whole = own(local_output(whole, path, plan, comm.rank))
     if whole.shape == output.shape:
         found[path] = relative_error(whole, output)
 

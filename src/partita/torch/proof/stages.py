@@ -227,4 +227,4 @@ def _alone_at(rank: int, plan: Plan) -> ParallelGroups:
     place = Communicator.single()
     place.rank, place.size = rank, plan.mesh.pp
     groups = single_groups(mesh=plan.mesh)
-    return ParallelGroups(plan.mesh, groups.tp, place, groups.dp)
+    return ParallelGroups(plan.mesh, groups.tp, place, groups.dp, groups.cp, groups.replicas)

@@ -77,9 +77,11 @@ def _layout(
             f"cache_bytes={settings.cache_bytes} has no room for a request: a block of {settings.block_tokens} tokens needs "
             f"{largest} bytes. Give at least {(1 + reserved) * largest} bytes (--cache-bytes)."
         )
+    batched = reserved > 0
     return CacheLayout(
-        count, settings.block_tokens, _largest(model, state_blocks), batched=reserved > 0, block_bytes=largest
-    )
+        count, settings.block_tokens, _largest(model, state_blocks), batched=batched, chunked=batched, reused=batched,
+        block_bytes=largest,
+    )  # fmt: skip
 
 
 def _pools_of(model: nn.Module, caches: dict[int, Any]) -> tuple[list[bool], dict[int, Form]] | None:

@@ -29,12 +29,11 @@ from partita.torch.model.head import local_logits, most_likely
 from partita.torch.model.modes import mode_set
 from partita.torch.model.parts import plan_of
 from partita.torch.proof.stages import refuse_undecodable
+from partita.torch.serving.adapters import ServedAdapters
 from partita.torch.serving.forwards import Alone, BlockForward, Forward, Through
 from partita.torch.serving.measure import measure
+from partita.torch.serving.sharing import shared
 from partita.torch.transformers_internals import fixed_positions
-
-MESSAGE_BYTES = 4096
-"""The size of a step's broadcast; a longer message is followed by a second one."""
 
 
 class TorchRows:
@@ -45,14 +44,17 @@ class TorchRows:
         plan: The plan of the model.
         decides: Whether this is the first rank of the run.
         tokenizer: The tokenizer.
+        adapters: The adapters that requests choose.
     """
 
-    def __init__(self, model: nn.Module, settings: ServeSettings, tokenizer: Tokenizer | None) -> None:
+    def __init__(
+        self, model: nn.Module, settings: ServeSettings, tokenizer: Tokenizer | None, adapters: ServedAdapters
+    ) -> None:
         """Measure the model's cache with a few short forwards, and allocate blocks."""
         self.plan, self.groups = plan_of(model)
         refuse_undecodable(model, self.plan)
         _check(model)
-        self.model, self.tokenizer = model, tokenizer
+        self.model, self.tokenizer, self.adapters = model, tokenizer, adapters
         self.decides = self.groups.rank == 0
         self._generation = generation_of(model)
         self._fixed = fixed_positions(model.config)
@@ -73,6 +75,7 @@ class TorchRows:
     def settle(self, request: ServeRequest) -> Choice:
         """The request's settings; see `Rows`."""
         choice = self._choice(request)
+        self.adapters.check(request.adapter)
         self._matcher(request)
         check_ids([request.prompt], choice, self.tokenizer, self.plan.spec.vocab_size)
         length, new = len(request.prompt), choice.limit(len(request.prompt))
@@ -101,24 +104,17 @@ class TorchRows:
         return self._grammars.matcher(request.grammar)
 
     def share(self, data: bytes | None) -> bytes:
-        """The bytes of the deciding rank, on every rank: along each axis in turn they reach all."""
-        if self.plan.mesh.size == 1:
-            return data or b""
-        first = _words(data or b"", MESSAGE_BYTES)
-        for comm in self.groups.axes:
-            comm.broadcast_(first)
-        size = int(first[0])
-        if size > MESSAGE_BYTES - 8:
-            first = _words(data or b"", 8 + size)
-            for comm in self.groups.axes:
-                comm.broadcast_(first)
-        return first[1:].numpy().tobytes()[:size]
+        """The bytes of the deciding rank, on every rank."""
+        return shared(self.groups, data)
 
     @contextmanager
     def session(self) -> Iterator[None]:
         """Evaluate, without gradients; see `Rows`."""
         with mode_set(self.model, training=False), torch.inference_mode():
-            yield
+            try:
+                yield
+            finally:
+                self.adapters.choose("")
 
     def run(self, steps: SequenceOf[Step]) -> list[list[Picked]]:
         """Execute the step of this rank's replica; see `Rows`."""
@@ -177,14 +173,23 @@ class TorchRows:
         starts = [0]
         for batch in step.batches:
             starts.append(starts[-1] + sum(row.chooses for row in batch))
-        forwards = [self._batch(batch) for batch in step.batches]
+        sets: dict[str, list[int]] = {}
+        for place, batch in enumerate(step.batches):
+            sets.setdefault(self._served[batch[0].id].admission.request.adapter, []).append(place)
+        for name, places in sets.items():
+            self.adapters.choose(name)
+            batches = [step.batches[place] for place in places]
+            self._run(batches, [picked[starts[place] : starts[place + 1]] for place in places])
+
+    def _run(self, batches: list[tuple[Row, ...]], picked: list[Tensor]) -> None:
+        """Run batches of the same adapters through the stages, and write what is chosen in each to its part of `picked`."""
+        forwards = [self._batch(batch) for batch in batches]
         with local_logits(self.model) as split:
 
             def pick(output: Any, place: int) -> None:
-                batch = step.batches[place]
                 forwards[place].keep_output(output if self.plan.num_stages == 1 else None)
-                if any(row.chooses for row in batch):
-                    self._pick(output.logits[:, -1], batch, split, picked[starts[place] : starts[place + 1]])
+                if any(row.chooses for row in batches[place]):
+                    self._pick(output.logits[:, -1], batches[place], split, picked[place])
 
             self._stages.run(forwards, pick)
 
@@ -236,16 +241,6 @@ class TorchRows:
 
         rank = self.groups.tp.rank
         return Columns(split.ranges(rank)[0][0], max(split.local_sizes), rank, gather)
-
-
-def _words(data: bytes, size: int) -> Tensor:
-    """`data` as int64 words after its length, with room for `size` bytes in all."""
-    room = -(-max(size, 8) // 8)
-    words = torch.zeros(room, dtype=torch.int64)
-    words[0] = len(data)
-    part = data[: 8 * (room - 1)]
-    words[1:].numpy().view("u1")[: len(part)] = memoryview(part)
-    return words
 
 
 def _choosing(batches: SequenceOf[tuple[Row, ...]]) -> Iterable[Row]:

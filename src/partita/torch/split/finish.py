@@ -12,6 +12,7 @@ from partita.core.plan import Plan
 from partita.errors import ModelError
 from partita.torch.collectives.groups import ParallelGroups
 from partita.torch.model.attentions import gather_attentions
+from partita.torch.model.context import split_context
 from partita.torch.model.parts import is_split, parameter_homes, tie
 from partita.torch.split.apply import sum_partial_gradients
 from partita.torch.stages.cut import wire_stages
@@ -24,6 +25,7 @@ def finish(model: nn.Module, plan: Plan, groups: ParallelGroups) -> nn.Module:
     tie(homes, plan)
     sum_partial_gradients(homes, plan, groups.tp)
     wire_stages(model, plan, groups.pp.rank)
+    split_context(model, groups.cp)
     model.partita_plan = plan  # type: ignore[assignment]
     model.partita_groups = groups  # type: ignore[assignment]
     call_as_whole(model, plan, groups)

@@ -19,8 +19,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from partita.core.plan import Plan
+from partita.torch.collectives.mappings import reduce_from
 from partita.torch.model.balance import SWITCH, Balance
 from partita.torch.model.cache import advance_cache, counting_cache, find_cache
+from partita.torch.model.context import context_of, current_context, own_rows
 from partita.torch.stages.cut import is_cut, stage_layers
 from partita.torch.stages.layers import Message, run_part
 from partita.torch.stages.mtp import run_predicting
@@ -49,18 +51,22 @@ def run_stage(
     Returns:
         A `Message` for the next stage, or the model's own output on the last; and the cache that the layers used.
     """
-    if balance is None:
-        return _run_stage(model, plan, index, received, inputs)
-    sums: tuple[Tensor, ...] = ()
-    if received is not None and received.tensors:
-        received, sums = replace(received, tensors=received.tensors[:-2]), received.tensors[-2:]
-    with balance.recorded() as logits:
-        output, cache = _run_stage(model, plan, index, received, {**inputs, SWITCH: False})
-    sums = balance.sums(logits, inputs, sums)
-    if isinstance(output, Message):
-        return replace(output, tensors=(*output.tensors, *sums)), cache
-    output.aux_loss = balance.loss(*sums)
-    return output, cache
+    with context_of(inputs) as given:
+        if balance is None:
+            return _run_stage(model, plan, index, received, given)
+        sums: tuple[Tensor, ...] = ()
+        if received is not None and received.tensors:
+            received, sums = replace(received, tensors=received.tensors[:-2]), received.tensors[-2:]
+        with balance.recorded() as logits:
+            output, cache = _run_stage(model, plan, index, received, {**given, SWITCH: False})
+        sums = balance.sums(logits, own_rows(given), sums)
+        if isinstance(output, Message):
+            return replace(output, tensors=(*output.tensors, *sums)), cache
+        context = current_context()
+        if context is not None:
+            sums = tuple(reduce_from(one, context.comm) for one in sums)
+        output.aux_loss = balance.loss(*sums)
+        return output, cache
 
 
 def _run_stage(

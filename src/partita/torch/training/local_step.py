@@ -35,7 +35,7 @@ class LocalStep:
 
     def before_sum(self) -> None:
         """Keep the largest elements of the gradients, which replicas are about to sum."""
-        if self.groups.dp.size > 1:
+        if self.groups.replicas.size > 1:
             self.norms = self._norms()
 
     def fault(self) -> Fault:

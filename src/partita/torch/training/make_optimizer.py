@@ -42,7 +42,7 @@ def make_optimizer(model: nn.Module, settings: TrainSettings, groups: ParallelGr
     if settings.optimizer == "muon":
         return _muon(model, parameters, settings, given)
     split = _by_decay(parameters, settings, master_dtype=settings.master_dtype)
-    if not settings.zero or groups.dp.size == 1:
+    if not settings.zero or groups.replicas.size == 1:
         optimizer: torch.optim.Optimizer = kind(split, **given)
         return optimizer
     from torch.distributed.optim import ZeroRedundancyOptimizer
@@ -53,7 +53,7 @@ def make_optimizer(model: nn.Module, settings: TrainSettings, groups: ParallelGr
         def _verify_same_dense_param_type(self) -> None:
             pass
 
-    return MixedOptimizer(split, kind, process_group=groups.dp.group, **given)
+    return MixedOptimizer(split, kind, process_group=groups.replicas.group, **given)
 
 
 def _by_decay(parameters: Sequence[Tensor], settings: TrainSettings, **more: Any) -> list[dict[str, Any]]:

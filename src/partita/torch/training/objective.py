@@ -18,6 +18,7 @@ from partita.errors import ModelError
 from partita.torch.collectives.comm import Communicator
 from partita.torch.layers.loss import vocab_parallel_cross_entropy
 from partita.torch.model.balance import coefficient_of
+from partita.torch.model.context import Context
 from partita.torch.model.head import local_logits
 from partita.training.data.rows import IGNORED, Rows
 from partita.training.settings import TrainSettings
@@ -54,6 +55,13 @@ class Example:
         """The same on a device."""
         inputs = {name: one.to(device) if isinstance(one, Tensor) else one for name, one in self.inputs.items()}
         return Example(inputs, self.targets.to(device))
+
+    def own(self, comm: Communicator) -> Example:
+        """The positions of this context parallel rank."""
+        if comm.size == 1:
+            return self
+        context = Context.of(self.inputs, comm)
+        return Example(context.split(self.inputs), context.own(self.targets))
 
 
 def examples(

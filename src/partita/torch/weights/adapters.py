@@ -232,6 +232,16 @@ def _remove(model: nn.Module, *, merged: bool) -> None:
         del model.peft_config
 
 
+def places(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module, nn.Module]]:
+    """What adapters put in place of modules: the parent, the name in it, the module with the adapter, and the one without.
+
+    Setting the attribute to one or the other adds and removes the adapters of a model that has no others, without
+    communication.
+    """
+    saved = [(parent, name, wrapper, wrapper.original_module) for _, parent, name, wrapper in _saved_modules(model)]
+    return saved + [(parent, name, adapter, base_layer(adapter)) for parent, name, adapter in adapters(model)]
+
+
 def _saved_modules(model: nn.Module) -> list[tuple[str, nn.Module, str, Any]]:
     """peft's wrappers of `modules_to_save`: the unsplit path, the parent, the name in it, and the wrapper."""
     return [

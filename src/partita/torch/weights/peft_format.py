@@ -35,6 +35,7 @@ from partita.training.adapter_files import (
     STEM,
     Adapters,
     check_shape,
+    find_adapters,
     is_plain,
     only,
     path_of,
@@ -86,7 +87,8 @@ def load_adapters(model: nn.Module, folder: str | os.PathLike[str], *, name: str
 
     Args:
         model: Its base model, from `load`, `shard` or `fresh`, in any layout.
-        folder: A folder with `adapter_config.json`, and `adapter_model.safetensors` or mlx-lm's `adapters.safetensors`.
+        folder: A folder with `adapter_config.json`, and `adapter_model.safetensors` or mlx-lm's `adapters.safetensors`,
+            or the folder of a run that trained adapters.
         name: A name for the adapter, which peft then computes; the model may have several with names, of which
             `set_adapter` chooses one. Without a name it is the only one.
 
@@ -100,9 +102,9 @@ def load_adapters(model: nn.Module, folder: str | os.PathLike[str], *, name: str
     """
     model = unwrapped(model)
     plan, groups = plan_of(model)
-    place = Path(folder)
     with contextlib.ExitStack() as stack:
         with collective_errors(groups):
+            place = find_adapters(Path(folder))
             if name is None or not is_peft(model):
                 refuse_adapted(bool(adapters(model)))
             source = stack.enter_context(in_peft_format(place, lambda path: _path_here(plan, path)))

@@ -45,7 +45,7 @@ _WORKS = frozenset(
 """The options of `LoraConfig` that work on split models; of the others only the default does."""
 
 _INITS = ("gaussian", "orthogonal")
-_INITS_OF_WEIGHTS = ("pissa", "olora")
+INITS_OF_WEIGHTS = ("pissa", "olora")
 """Initializations by name; the second kind decomposes the unsplit weight, which is gathered one layer at a time."""
 
 _REMEDY = "Or add the adapter to the unsplit model with peft, merge it (merge_and_unload), and split the result."
@@ -136,7 +136,7 @@ def refuse(config: Any, model: nn.Module, plan: Plan) -> None:
 
 def _reads_weights(config: Any) -> bool:
     init = config.init_lora_weights
-    return isinstance(init, str) and init.lower().startswith(_INITS_OF_WEIGHTS)
+    return isinstance(init, str) and init.lower().startswith(INITS_OF_WEIGHTS)
 
 
 def _adapt_twin(

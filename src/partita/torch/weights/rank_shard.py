@@ -111,9 +111,9 @@ class RankShard:
             for kept in [part.clone() if _shares_memory(part, tensor) else part]
         ]
         if self.reader is not None:
-            mesh, groups = self.groups.mesh, self.groups
-            rank = mesh.rank(dp=groups.dp.rank, pp=groups.pp.rank, tp=groups.tp.rank)
-            parts += [Part(*piece) for piece in self.unused.pieces(self.reader, rank, mesh.size)]
+            parts += [
+                Part(*piece) for piece in self.unused.pieces(self.reader, self.groups.rank, self.groups.mesh.size)
+            ]
         return parts
 
     def counts(self, step: int) -> dict[str, int]:
@@ -134,9 +134,9 @@ class RankShard:
 
     def _shares(self) -> Iterator[tuple[str, Tensor, bool]]:
         """The tensors that this rank owns, by name, and whether this replica writes them."""
-        dp = self.groups.dp
+        replicas = self.groups.replicas
         for index, (name, tensor) in enumerate(self.disk.own(self.model, self.plan, self.groups).items()):
-            yield name, tensor, index % dp.size == dp.rank
+            yield name, tensor, index % replicas.size == replicas.rank
 
     def _weights(self) -> Iterator[_Place]:
         for name, tensor, mine in self._shares():

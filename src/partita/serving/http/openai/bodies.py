@@ -208,6 +208,15 @@ class CompletionBody(SamplingBody):
         return prompt
 
 
+class EmbeddingsBody(Body):
+    """The body of `/v1/embeddings`."""
+
+    model: str | None = None
+    input: str | list[str] | list[int] | list[list[int]]
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: Annotated[int, Field(ge=1)] | None = None
+
+
 class TokenizeBody(Body):
     """The body of `/tokenize`."""
 
@@ -218,6 +227,18 @@ class TokenizeBody(Body):
     add_special_tokens: bool = True
     add_generation_prompt: bool = True
     chat_template_kwargs: dict[str, Any] | None = None
+
+
+def part_error(kind: str, where: str) -> ApiError:
+    """The error for a part of a message, of the type `kind`, that has no text."""
+    if kind in ("image_url", "input_image", "image"):
+        text = (
+            f"{where}: {kind!r} is an image, and this server takes text only, also for models with a vision tower: a step "
+            "sends token ids to the ranks and no pixels. Leave it out, or use partita.torch.generate(inputs=...)."
+        )
+    else:
+        text = f"{where}: this server takes parts with a text ('text', 'input_text'); got {kind!r:.60}."
+    return ApiError(400, text, param=where)
 
 
 AnyBody = TypeVar("AnyBody", bound=Body)
@@ -232,7 +253,10 @@ def parse(kind: type[AnyBody], data: bytes) -> AnyBody:
     try:
         return kind.model_validate_json(data)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False)[0]
+        found = error.errors(include_url=False, include_context=False)
+        # Of a field that is a text or a list, the error inside the form that was meant is the deepest.
+        forms = [one for one in found if one["loc"][:1] == found[0]["loc"][:1]]
+        first = max(forms, key=lambda one: len(one["loc"])) if "str" in found[0]["loc"] else found[0]
         if first["type"] == "json_invalid":
             raise ApiError(400, f"the body is not JSON: {first['msg']}") from error
         param = ".".join(str(part) for part in first["loc"] if not _is_of_union(part)) or None

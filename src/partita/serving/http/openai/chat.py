@@ -27,7 +27,7 @@ LAST_TOKENS = 16
 async def chat(request: Request, service: Service) -> Response:
     """Answer the next message of a chat, `n` times."""
     body = parse(ChatBody, await request.body())
-    service.check_model(body.model)
+    model = service.model_of(body.model)
     offered = chat_tools.offered(body, service.template)
     grammar = chat_tools.grammar_of(body, offered)
     messages = chat_tools.as_template_messages(body.messages)
@@ -41,9 +41,9 @@ async def chat(request: Request, service: Service) -> Response:
     most = service.new_tokens(prompt, body.max_completion_tokens or body.max_tokens, "messages")
     seed, places = new_seed(), range(body.n or 1)
     samplings = [body.sampling(most, service.vocab_size, place, seed) for place in places]
-    answers = service.answers([(prompt, one) for one in samplings], body.wanted_logprobs, grammar)
+    answers = service.answers(model, [(prompt, one) for one in samplings], body.wanted_logprobs, grammar)
     is_call = bool(offered) and body.tool_choice not in (None, "auto")
-    form = _Chat(service, body, chat_tools.marks_of(service.template, end, offered, is_call), len(places))
+    form = _Chat(service, model, body, chat_tools.marks_of(service.template, end, offered, is_call), len(places))
     return await respond(
         request, answers, lambda: form.whole(answers), form.chunks(answers) if body.stream else None
     )  # fmt: skip
@@ -70,8 +70,8 @@ class _Choice:
 class _Chat:
     """The answers to one request, as `chat.completion` or as chunks of it."""
 
-    def __init__(self, service: Service, body: ChatBody, marks: Marks, count: int) -> None:
-        self.service, self.body, self.marks, self.count = service, body, marks, count
+    def __init__(self, service: Service, model: str, body: ChatBody, marks: Marks, count: int) -> None:
+        self.service, self.model, self.body, self.marks, self.count = service, model, body, marks, count
         self.usage = Usage(count)
         self.id, self.created = f"chatcmpl-{secrets.token_hex(12)}", int(time.time())
 
@@ -85,7 +85,7 @@ class _Chat:
 
     def _object(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {
-            "id": self.id, "object": kind, "created": self.created, "model": self.service.model, "choices": choices,
+            "id": self.id, "object": kind, "created": self.created, "model": self.model, "choices": choices,
         }  # fmt: skip
 
     async def whole(self, answers: Answers) -> dict[str, Any]:

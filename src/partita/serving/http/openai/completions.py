@@ -26,7 +26,7 @@ NEW_TOKENS = 16
 async def completions(request: Request, service: Service) -> Response:
     """Continue prompts as they are, each `n` times."""
     body = parse(CompletionBody, await request.body())
-    service.check_model(body.model)
+    model = service.model_of(body.model)
     if body.suffix:
         raise ApiError(400, "suffix: this server only continues a prompt. Leave it out.", param="suffix")
     if body.echo and body.logprobs is not None:
@@ -42,11 +42,11 @@ async def completions(request: Request, service: Service) -> Response:
         wanted = body.max_tokens or min(NEW_TOKENS, max(1, service.context - len(ids)))
         most = service.new_tokens(ids, wanted, "prompt")
         asked += [(ids, body.sampling(most, service.vocab_size, place, seed)) for place in range(n)]
-    answers = service.answers(asked, body.logprobs)
+    answers = service.answers(model, asked, body.logprobs)
     echoes = [""] * len(asked)
     if body.echo:
         echoes = await service.encode(lambda: [service.tokenizer.decode(list(ids)) for ids, _ in asked], "prompt")
-    form = _Completion(service, body, echoes)
+    form = _Completion(service, model, body, echoes)
     return await respond(
         request, answers, lambda: form.whole(answers), form.chunks(answers) if body.stream else None
     )  # fmt: skip
@@ -68,8 +68,8 @@ def _prompts(service: Service, prompt: str | list[str] | list[int] | list[list[i
 class _Completion:
     """The answers to one request, as `text_completion` or as chunks of it."""
 
-    def __init__(self, service: Service, body: CompletionBody, echoes: list[str]) -> None:
-        self.service, self.body, self.echoes = service, body, echoes
+    def __init__(self, service: Service, model: str, body: CompletionBody, echoes: list[str]) -> None:
+        self.service, self.model, self.body, self.echoes = service, model, body, echoes
         self.usage = Usage(body.n or 1)
         self.lengths = [len(text) for text in echoes]
         self.id, self.created = f"cmpl-{secrets.token_hex(12)}", int(time.time())
@@ -95,7 +95,7 @@ class _Completion:
 
     def _object(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {
-            "id": self.id, "object": "text_completion", "created": self.created, "model": self.service.model,
+            "id": self.id, "object": "text_completion", "created": self.created, "model": self.model,
             "choices": choices,
         }  # fmt: skip
 

@@ -53,6 +53,11 @@ class Reader:
         self.calls = 0
         self._trims = True  # blanks around calls are not part of the text
 
+    @property
+    def is_reasoning(self) -> bool:
+        """Whether the text so far ends inside reasoning."""
+        return self._state == "reasoning"
+
     def add(self, text: str, *, is_end: bool = False) -> Piece:
         """Take new text; at the end, what still waits is read too."""
         self._waiting += text

@@ -11,7 +11,7 @@ from partita.errors import PartitaError
 from partita.generation import Tokenizer
 from partita.serving.grammar import of_schema
 from partita.serving.http.errors import ApiError, as_api_error
-from partita.serving.http.openai.bodies import ChatBody, Message, NamedTool, ResponseFormat, Tool
+from partita.serving.http.openai.bodies import ChatBody, Message, NamedTool, ResponseFormat, Tool, part_error
 from partita.serving.http.openai.reader import END_THINK, THINK, Marks
 
 
@@ -46,8 +46,13 @@ def described(tools: Sequence[Tool] | None) -> list[dict[str, Any]]:
     return [tool.model_dump(exclude_none=True) for tool in tools or ()]
 
 
-def grammar_of(body: ChatBody, tools: list[dict[str, Any]]) -> str:
+def grammar_of(body: ChatBody, tools: list[dict[str, Any]], param: str = "response_format.json_schema") -> str:
     """The grammar of the answer: of the calls that `tool_choice` demands, or of `response_format`; empty for any text.
+
+    Args:
+        body: The request.
+        tools: The tools that the template shows.
+        param: The field of the request with the schema of the format.
 
     Raises:
         ApiError: A schema cannot be used.
@@ -63,10 +68,10 @@ def grammar_of(body: ChatBody, tools: list[dict[str, Any]]) -> str:
             if wanted in (None, tool["function"]["name"])
         ]
         return _grammar({"anyOf": calls} if len(calls) > 1 else calls[0], "tools")
-    return format_grammar(body.response_format)
+    return format_grammar(body.response_format, param)
 
 
-def format_grammar(wanted: ResponseFormat | None) -> str:
+def format_grammar(wanted: ResponseFormat | None, param: str) -> str:
     """The grammar of a response format; empty for any text.
 
     Raises:
@@ -75,10 +80,10 @@ def format_grammar(wanted: ResponseFormat | None) -> str:
     if wanted is None or wanted.type == "text":
         return ""
     if wanted.type == "json_object":
-        return _grammar({"type": "object"}, "response_format")
+        return _grammar({"type": "object"}, param.partition(".")[0])
     if wanted.json_schema is None:
-        raise ApiError(400, "response_format: json_schema is missing.", param="response_format.json_schema")
-    return _grammar(wanted.json_schema.json_schema, "response_format.json_schema.schema")
+        raise ApiError(400, "response_format: json_schema is missing.", param=param)
+    return _grammar(wanted.json_schema.json_schema, f"{param}.schema")
 
 
 def _object(**properties: Any) -> dict[str, Any]:
@@ -136,8 +141,7 @@ def _text(message: Message, place: int) -> str:
         return message.content or ""
     for part in message.content:
         if part.type != "text" or part.text is None:
-            text = f"messages.{place}.content: this server takes parts of the type 'text'; got {part.type!r:.60}."
-            raise ApiError(400, text, param=f"messages.{place}.content")
+            raise part_error(part.type, f"messages.{place}.content")
     return "".join(part.text or "" for part in message.content)
 
 
