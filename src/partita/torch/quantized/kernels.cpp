@@ -1,7 +1,9 @@
-// Products with quantized weights on CPUs. `native.py` compiles this for the CPU at hand when it is first needed.
+// Products with quantized and plain weights on CPUs. `native.py` compiles this for the CPU at hand when it is first needed.
 //
 // A weight [out, in] is stored by rows. A form says how `step` consecutive weights of a row are decoded, in vectors of
 // sixteen, to exactly the float32 values of the form's definition. Products accumulate in float32.
+#include <type_traits>
+
 #include "memory.h"
 #include "steps.h"
 
@@ -170,6 +172,34 @@ struct Float8 {
   }
 };
 
+// Weights that are not quantized, with any number of inputs.
+
+struct Plain32 {
+  static constexpr int step = 16, bytes = 64;
+  template <class Use>
+  static INLINE void each(const Weight& w, int64_t row, int64_t i, Use use) {
+    use(0, Numbers<FLOAT32>::sixteen(reinterpret_cast<const float*>(w.codes + row * w.row_bytes) + i * 16));
+  }
+};
+
+struct PlainB16 {
+  static constexpr int step = 32, bytes = 64;
+  template <class Use>
+  static INLINE void each(const Weight& w, int64_t row, int64_t i, Use use) {
+    const uint16_t* from = reinterpret_cast<const uint16_t*>(w.codes + row * w.row_bytes) + i * 32;
+    use(0, Numbers<BFLOAT16>::sixteen(from));
+    use(1, Numbers<BFLOAT16>::sixteen(from + 16));
+  }
+};
+
+// The dtype of a plain form, or -1. Only plain weights have inputs beyond the last whole step.
+template <class Form>
+constexpr int plain_dtype = -1;
+template <>
+constexpr int plain_dtype<Plain32> = FLOAT32;
+template <>
+constexpr int plain_dtype<PlainB16> = BFLOAT16;
+
 struct Product {
   const float* x;  // [rows, in]
   int64_t rows;
@@ -187,7 +217,8 @@ static INLINE void set_output(const Product& p, int64_t at, int64_t row, float s
 // The product of M rows of x, from `first`, with R rows of the weight, from `row`.
 template <class Form, int R, int M>
 static void tile(const Weight& w, const Product& p, int64_t row, int64_t first) {
-  Floats16 sums[R][M] = {};
+  // Many sums are narrow, so that registers hold them.
+  typename std::conditional<(M < 3), Floats16, NarrowSum>::type sums[R][M] = {};
   const float* x = p.x + first * w.in;
   const int64_t distance = R * w.row_bytes > 4096 ? R * w.row_bytes : 4096;  // rows are too short for the CPU to foresee
   for (int64_t i = 0; i < w.in / Form::step; i++, x += Form::step)
@@ -199,12 +230,18 @@ static void tile(const Weight& w, const Product& p, int64_t row, int64_t first) 
       });
     }
   for (int m = 0; m < M; m++)
-    for (int r = 0; r < R; r++) set_output(p, (first + m) * w.out + row + r, row + r, sums[r][m].sum());
+    for (int r = 0; r < R; r++) {
+      float sum = sums[r][m].sum();
+      if constexpr (plain_dtype<Form> >= 0)
+        for (int64_t i = w.in / Form::step * Form::step; i < w.in; i++)
+          sum += p.x[(first + m) * w.in + i] * element(w.codes + (row + r) * w.row_bytes, i, plain_dtype<Form>);
+      set_output(p, (first + m) * w.out + row + r, row + r, sum);
+    }
 }
 
 // As many sums as registers hold.
 constexpr int rows_at_once(int m) {
-  int sums = LANES == 16 ? 16 : LANES == 8 ? 4 : 2;
+  int sums = LANES == 16 ? 16 : (LANES == 8 ? 4 : 2) * (m < 3 ? 1 : 2);
   return sums / m >= 4 ? 4 : sums / m >= 2 ? 2 : 1;
 }
 
@@ -221,6 +258,7 @@ static void multiply(const Weight& w, const Product& p, int64_t start, int64_t s
   int64_t first = 0;
   for (; first + 8 <= p.rows; first += 8) tiles<Form, 8>(w, p, start, stop, first);
   for (; first + 4 <= p.rows; first += 4) tiles<Form, 4>(w, p, start, stop, first);
+  for (; first + 3 <= p.rows; first += 3) tiles<Form, 3>(w, p, start, stop, first);
   for (; first + 2 <= p.rows; first += 2) tiles<Form, 2>(w, p, start, stop, first);
   for (; first < p.rows; first++) tiles<Form, 1>(w, p, start, stop, first);
 }
@@ -256,7 +294,7 @@ static void multiply_rows(const Weight& w, const Product& p, int64_t start, int6
   switch (w.form) {
 #define CASE(number, Form) \
   case number: multiply<Form>(w, p, start, stop); break;
-    FOR_EACH_FORM(CASE)
+    FOR_EACH_FORM(CASE) CASE(8, Plain32) CASE(9, PlainB16)
 #undef CASE
   }
 }

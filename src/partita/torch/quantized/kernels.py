@@ -105,8 +105,8 @@ class _Weight(ctypes.Structure):
     )
 
 
-class Kernel:
-    """One packed weight, ready for products by `kernels.cpp`.
+class NativeWeight:
+    """A weight that `kernels.cpp` multiplies.
 
     Attributes:
         shape: (out, in) of the weight.
@@ -115,7 +115,7 @@ class Kernel:
     """
 
     def __init__(self, packed: _Packed):
-        self.packed, self.shape = packed, packed.shape
+        self.shape = packed.shape
         parts = {name: getattr(packed, name) for name in ("codes", "scales", "zeros", "table")}
         self.tensors = {name: tensor for name, tensor in parts.items() if tensor is not None}
         self.nbytes = sum(tensor.nbytes for tensor in self.tensors.values())
@@ -131,6 +131,39 @@ class Kernel:
             form=packed.number,
             scales_dtype=0 if scales is None else DTYPES[scales.dtype],
         )
+
+    def address(self) -> _Weight:
+        """The weight for C++, with the present addresses of its tensors."""
+        # Again for every call: `share_memory_` and others move a tensor's memory.
+        for name, tensor in self.tensors.items():
+            setattr(self._weight, name, tensor.data_ptr())
+        return self._weight
+
+
+PLAIN_FORMS = {torch.float32: 8, torch.bfloat16: 9}
+"""Numbers of the forms of `kernels.cpp` for weights that are not quantized."""
+
+
+def plain_weight(weight: Tensor) -> NativeWeight | None:
+    """A weight `[out, in]` for products in its own dtype, whose memory it shares; None if `kernels.cpp` is not faster.
+
+    It is None for other dtypes than float32 and bfloat16, for another memory layout than row after row, outside of the CPU,
+    without a compiler, and where our C++ has one thread and torch has several.
+    """
+    if weight.dtype not in PLAIN_FORMS or weight.device.type != "cpu" or not weight.is_contiguous():
+        return None
+    functions = library() if weight.dim() == 2 and weight.numel() else None
+    if functions is None or (torch.get_num_threads() > 1 and not functions.partita_has_threads()):
+        return None
+    return NativeWeight(_Packed(PLAIN_FORMS[weight.dtype], (len(weight), weight.shape[1]), weight.detach()))
+
+
+class Kernel(NativeWeight):
+    """One packed weight, ready for products by `kernels.cpp`."""
+
+    def __init__(self, packed: _Packed):
+        super().__init__(packed)
+        self.packed = packed
         self._products: dict[torch.dtype, Products] = {}
         functions = library()
         assert functions is not None
@@ -195,13 +228,6 @@ class Kernel:
     def _write_rows(self, start: int, stop: int, to: Tensor) -> None:
         self._dequantize(ctypes.byref(self.address()), start, stop, to.data_ptr(), DTYPES[to.dtype], threads())
 
-    def address(self) -> _Weight:
-        """The weight for C++, with the present addresses of its tensors."""
-        # Again for every call: `share_memory_` and others move a tensor's memory.
-        for name, tensor in self.tensors.items():
-            setattr(self._weight, name, tensor.data_ptr())
-        return self._weight
-
 
 _POINTER = ctypes.c_void_p
 
@@ -218,7 +244,7 @@ class Products:
     The memory of weights and biases must not move while it is used.
     """
 
-    def __init__(self, kernels: Sequence[Kernel], dtype: torch.dtype, biases: Sequence[Tensor | None]) -> None:
+    def __init__(self, kernels: Sequence[NativeWeight], dtype: torch.dtype, biases: Sequence[Tensor | None]) -> None:
         """Products with `kernels`, which have as many inputs, for x and `biases` of `dtype`."""
         # Not the kernels, which may hold this object: a cycle would keep their memory until the next garbage collection.
         self._kept = [(kernel.address(), kernel.tensors) for kernel in kernels], biases

@@ -37,7 +37,10 @@ static void in_parallel(int64_t start, int64_t stop, int64_t chunk, int threads,
       shared.use(from, from + shared.chunk < shared.stop ? from + shared.chunk : shared.stop);
   };
   if (threads < 2 || stop - start <= chunk || !GOMP_parallel)
-    use(start, stop);
+    work(&shared);  // by chunks too, which a core's cache keeps for the next rows of x
   else
     GOMP_parallel(work, &shared, threads, 0);
 }
+
+// Whether `in_parallel` has more than one thread.
+extern "C" int partita_has_threads() { return GOMP_parallel != nullptr; }
