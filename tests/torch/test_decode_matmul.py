@@ -107,6 +107,8 @@ def test_a_layer_gives_the_same(rows: int, inputs: int, outputs: int, bias: bool
             assert ("forward" in vars(layer)) == (rows <= MOST_PLAIN_ROWS)
             check(x)
             check(x[:1])
+            # A row of a batch has the bits that it has alone.
+            assert rows > MOST_PLAIN_ROWS or all(torch.equal(layer(x)[i], layer(x[i])) for i in range(rows))
             check(torch.randn(rows, 7, inputs).to(dtype))
     with torch.no_grad(), decoding(layer, 1, PAYS_AFTER_TOKENS), decoding(layer, rows, PAYS_AFTER_TOKENS):
         check(x)

@@ -2,8 +2,6 @@
 //
 // A weight [out, in] is stored by rows. A form says how `step` consecutive weights of a row are decoded, in vectors of
 // sixteen, to exactly the float32 values of the form's definition. Products accumulate in float32.
-#include <type_traits>
-
 #include "memory.h"
 #include "steps.h"
 
@@ -217,8 +215,7 @@ static INLINE void set_output(const Product& p, int64_t at, int64_t row, float s
 // The product of M rows of x, from `first`, with R rows of the weight, from `row`.
 template <class Form, int R, int M>
 static void tile(const Weight& w, const Product& p, int64_t row, int64_t first) {
-  // Many sums are narrow, so that registers hold them.
-  typename std::conditional<(M < 3), Floats16, NarrowSum>::type sums[R][M] = {};
+  NarrowSum sums[R][M] = {};  // for any M, so that a row's result does not depend on the others
   const float* x = p.x + first * w.in;
   const int64_t distance = R * w.row_bytes > 4096 ? R * w.row_bytes : 4096;  // rows are too short for the CPU to foresee
   for (int64_t i = 0; i < w.in / Form::step; i++, x += Form::step)
@@ -241,7 +238,7 @@ static void tile(const Weight& w, const Product& p, int64_t row, int64_t first) 
 
 // As many sums as registers hold.
 constexpr int rows_at_once(int m) {
-  int sums = LANES == 16 ? 16 : (LANES == 8 ? 4 : 2) * (m < 3 ? 1 : 2);
+  int sums = LANES == 16 ? 16 : 8;
   return sums / m >= 4 ? 4 : sums / m >= 2 ? 2 : 1;
 }
 
