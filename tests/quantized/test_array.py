@@ -124,4 +124,4 @@ def test_there_are_kernels_for_the_common_forms() -> None:
     zeros = Raw(np.full((64, 4), 7, np.uint8), "U8")
     groups = replace(fours, zeros=zeros, biases=None, factor=1.0, column_of=np.arange(128, dtype=np.int32) // 32)
     for array in (blocks, blocks.take([(8, 40)], [(0, 128)]), groups, groups.take([(3, 50)], [(32, 96)])):
-        assert PartProduct(Part.of(array))._prepared() is not None
+        assert PartProduct(Part.of(array)).kernel() is not None

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from partita.ranks.rendezvous import rendezvous
+from partita.torch.quantized.native import library
 from tests.support.nursery import close_nurseries, start_rank
 
 LIMIT_S = 100.0
@@ -35,6 +36,8 @@ class Ranks:
 
     def __init__(self, size: int, backend: str = "gloo") -> None:
         self.size = size
+        if backend == "gloo":
+            library()  # compiled before a rank's time runs
         self.met = ExitStack()
         environments = self.met.enter_context(rendezvous(backend, size))
         self.folder = tempfile.TemporaryDirectory()

@@ -239,7 +239,7 @@ def test_without_a_working_compiler_a_note_says_what_to_do(
         monkeypatch.setenv("CXX", compiler)
     notes = notes_of_two_kernels(caplog)
     assert len(notes) == 1
-    assert notes[0].startswith("Quantized weights are dequantized for every product, which is slow: ")
+    assert notes[0].startswith("Decoding and products with quantized weights are slow: ")
     assert said in notes[0]
 
 

@@ -270,6 +270,25 @@ def is_plain_attention(model: nn.Module) -> bool:
     return attention_of(model) == "eager"
 
 
+ATTENTIONS = "ALL_ATTENTION_FUNCTIONS"
+"""The global name under which a module finds the table of attention implementations."""
+
+ROTATE = "apply_rotary_pos_emb"
+"""The global name of the function that applies rotary positions to queries and keys."""
+
+
+def attention_functions() -> Any:
+    """The table of attention implementations, from which modules choose one by the config's name for it."""
+    import transformers.modeling_utils as module
+
+    return getattr(module, ATTENTIONS, None)
+
+
+def plain_sdpa() -> Any:
+    """The implementation of attention that calls torch's fused one."""
+    return find(LIBRARY, "transformers.integrations.sdpa_attention", "sdpa_attention_forward", "compute attention")
+
+
 def misplaces_padding(model: nn.Module) -> bool:
     """Whether a model shifts a text's mask by the tokens of an image although there is none, as GIT does with a cache."""
     return getattr(getattr(model, "config", None), "model_type", None) == "git"

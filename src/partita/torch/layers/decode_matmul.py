@@ -1,58 +1,42 @@
-"""Matrix products of few rows with large weights on a CPU while decoding: memory layout of the weights and operand order.
+"""Matrix products of few rows while decoding on a CPU: our C++ for each weight, one call for layers that share an input.
 
-Reading the weight bounds a product of few rows, and BLAS does not read every layout equally fast. For a weight
-of 1536 x 576, microseconds a product (MKL, oneDNN and FBGEMM of torch 2.13, AMD EPYC, one thread):
-
-    rows                                        float32                       bfloat16
-                                                1     2     3     4     8     1     2     3     4     8
-    x @ W.T, rows of W one after another        215   313   370   308   365   116   119   119   118   133
-    x @ W.T, columns one after another          134   221   266   274   333   165   165   163   167   181
-    (W @ x.T).T, rows one after another         217   142   189   155   324   116   241   239   244   239
-    sums of rows of W.T, columns one after ...  88    138   171   199   318   48    69    88    101   158
-    reading the weight                          94                            57
-
-The last is an embedding bag: a sum of rows, each times a factor, which FBGEMM computes in float32 for both dtypes. So the
-weights are transposed for one sequence (for two in bfloat16) and multiplied as bags; for a few, the float32 product is
-transposed.
+Reading the weight bounds a product of few rows, and BLAS reads a weight slower than memory allows: `x @ W.T` of torch 2.13
+takes up to four times as long as ours for 2 to 8 rows in bfloat16, and up to twice as long in float32.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from partita.torch.layers.compiled import compiled_parts
+from partita.torch.layers.decode_steps import faster_step
 from partita.torch.layers.inner import has_no_hooks
 from partita.torch.layers.linear import ColumnParallelLinear, RowParallelLinear
+from partita.torch.quantized.kernels import DTYPES, NativeWeight, Products, plain_weight
+from partita.torch.quantized.kernels import FEW as FEW_ROWS
 from partita.torch.quantized.tensor import QuantizedTensor, with_bias
 
 PAYS_AFTER_TOKENS = 32
-"""Transposing a weight pays off after about this many tokens."""
+"""Looking for faster forms of a model's modules pays off after about this many tokens."""
 
-FEW = range(2, 9)
-"""Numbers of rows for which the float32 product is transposed, and up to which bags are faster."""
-
-BLOCK_BYTES = 512 << 10
-"""Bags of several rows read a weight by blocks of columns of at most this size, which a core's cache keeps."""
-
-LONGEST_SUM = 1024
-"""float32 products of more inputs than this are sums of shorter ones, whose rounding errors are smaller."""
+MOST_PLAIN_ROWS = 8
+"""Up to this many rows of x, our products with plain weights are faster than torch's."""
 
 Product = Callable[[Tensor], Tensor]
 
 
 @contextmanager
 def decoding(model: nn.Module, rows: int, tokens: int) -> Iterator[None]:
-    """Speed up the linear layers of `model` for `rows` rows inside the context, where no gradients are computed.
+    """Speed up the layers of `model` for `rows` rows inside the context, where no gradients are computed.
 
-    The memory layout of weights may differ afterwards; shapes, values and parameters stay the same. One weight at a time is
-    held twice.
+    Weights stay where they are and must not be moved inside.
 
     Args:
         model: A split or unsplit model.
@@ -62,14 +46,14 @@ def decoding(model: nn.Module, rows: int, tokens: int) -> Iterator[None]:
     if torch.is_autocast_enabled("cpu"):
         yield
         return
-    if tokens >= PAYS_AFTER_TOKENS:
-        for layer in model.modules():
-            if type(layer) is nn.Linear and layer.weight.is_contiguous() and _prefers_columns(layer.weight, rows):
-                layer.weight.data = layer.weight.data.T.contiguous().T
+    is_long = tokens >= PAYS_AFTER_TOKENS
     compiled = compiled_parts(model)
     changed: list[nn.Module] = []
+    products = _products(model, rows if is_long else None)
     for layer in model.modules():
-        forward = None if layer in compiled else _faster_forward(layer, rows)
+        forward = None if layer in compiled else _faster_forward(layer, products)
+        if forward is None and is_long and layer not in compiled and has_no_hooks(layer):
+            forward = faster_step(layer)
         if forward is not None:
             layer.forward = forward
             changed.append(layer)
@@ -80,33 +64,144 @@ def decoding(model: nn.Module, rows: int, tokens: int) -> Iterator[None]:
             del layer.forward
 
 
-def _prefers_columns(weight: Tensor, rows: int) -> bool:
-    if weight.device.type != "cpu" or isinstance(weight, QuantizedTensor):
-        return False
-    if weight.dtype == torch.float32:
-        return rows not in FEW
-    return weight.dtype == torch.bfloat16 and rows <= 2 and _has_bags()
-
-
-@functools.cache
-def _has_bags() -> bool:
-    """Whether torch computes embedding bags with FBGEMM, which exists for x86 only."""
-    return "fbgemm" in torch.backends.quantized.supported_engines
-
-
-def _faster_forward(layer: nn.Module, rows: int) -> Product | None:
-    """A forward of `layer` for `rows` rows with the same results, without gradients; None if it has none."""
+def _faster_forward(layer: nn.Module, products: dict[nn.Module, Product]) -> Product | None:
+    """A forward of `layer` with the same results, without gradients; None if it has none."""
     if not has_no_hooks(layer):
         return None
     if type(layer) is nn.Linear:
-        return _product(layer, rows)
+        return products.get(layer)
     if not isinstance(layer, ColumnParallelLinear | RowParallelLinear) or layer.sequence_parallel:
         return None
     inner = layer.linear
     if type(inner) is not nn.Linear or not has_no_hooks(inner) or inner.weight.device.type != "cpu":
         return None
-    product = _product(inner, rows) or functools.partial(F.linear, weight=inner.weight, bias=inner.bias)
+    product = products.get(inner) or _usual_product(inner)
     return _column(layer, product) if isinstance(layer, ColumnParallelLinear) else _row(layer, product)
+
+
+def _usual_product(layer: nn.Linear) -> Product:
+    if isinstance(layer.weight, QuantizedTensor):
+        return functools.partial(with_bias, weight=layer.weight, bias=layer.bias)
+    return functools.partial(F.linear, weight=layer.weight, bias=layer.bias)
+
+
+def _products(model: nn.Module, rows: int | None) -> dict[nn.Module, Product]:
+    """The products of linear layers with quantized weights and, for `rows` rows, those with plain weights that are faster."""
+    found: dict[nn.Module, Product] = {}
+    for layers in ([model], *(parent.children() for parent in model.modules())):
+        groups: dict[tuple[int, torch.dtype, int], list[tuple[nn.Linear, NativeWeight]]] = {}
+        for layer in layers:
+            inner = layer.linear if isinstance(layer, ColumnParallelLinear | RowParallelLinear) else layer
+            if type(inner) is not nn.Linear or inner in found or not has_no_hooks(inner):
+                continue
+            if isinstance(inner.weight, QuantizedTensor):
+                found[inner] = _usual_product(inner)
+                most, weight = FEW_ROWS.get(inner.weight.dtype, 0), _quantized(inner)
+            else:
+                most, weight = MOST_PLAIN_ROWS, _plain(inner) if rows is not None and rows <= MOST_PLAIN_ROWS else None
+            if weight is not None:
+                groups.setdefault((weight.shape[1], inner.weight.dtype, most), []).append((inner, weight))
+        for (_, dtype, most), members in groups.items():
+            siblings = _Siblings([inner for inner, _ in members], [weight for _, weight in members], dtype, most)
+            for place, (inner, _) in enumerate(members):
+                found[inner] = functools.partial(siblings.output, place)
+    return found
+
+
+def _quantized(layer: nn.Linear) -> NativeWeight | None:
+    """The kernel that computes all products with the quantized weight of `layer`, whatever its bias; None if there is none."""
+    weight, bias = layer.weight, layer.bias
+    assert isinstance(weight, QuantizedTensor)
+    if weight.turned or weight.dim() != 2 or len(weight.products) != 1:
+        return None
+    if weight.dtype not in DTYPES or (bias is not None and bias.dtype != weight.dtype) or 0 in weight.shape:
+        return None
+    kernel = weight.products[0].kernel() if weight.device.type == "cpu" else None
+    return kernel if kernel is not None and kernel.shape == tuple(weight.shape) else None
+
+
+def _plain(layer: nn.Linear) -> NativeWeight | None:
+    weight, bias = layer.weight, layer.bias
+    if type(weight) not in (nn.Parameter, Tensor) or (bias is not None and bias.dtype != weight.dtype):
+        return None
+    return plain_weight(weight)
+
+
+class _Siblings:
+    """Layers of a module with as many inputs. Those that it calls one after the other with the same tensor, as queries, keys
+    and values are computed, share calls of C++; the first round of calls shows which.
+    """
+
+    def __init__(
+        self, layers: list[nn.Linear], weights: list[NativeWeight], dtype: torch.dtype, most_rows: int
+    ) -> None:
+        self.weights, self.dtype, self.biases = weights, dtype, [layer.bias for layer in layers]
+        self.usual = [_usual_product(layer) for layer in layers]
+        self.alone = [self.products([place]) for place in range(len(layers))]
+        self.groups: list[_Group | None] = [None] * len(layers)
+        self.most = most_rows * weights[0].shape[1]
+        self.calls: list[tuple[int, Tensor]] | None = [] if len(layers) > 1 else None
+
+    def products(self, places: list[int]) -> Products:
+        """The products of the layers at `places` in one call."""
+        return Products([self.weights[i] for i in places], self.dtype, [self.biases[i] for i in places])
+
+    def output(self, place: int, x: Tensor) -> Tensor:
+        """The output of layer `place` for `x`, `[..., in]` to `[..., out]`."""
+        if x.dtype is not self.dtype or not 0 < x.numel() <= self.most or not x.is_contiguous():
+            return self.usual[place](x)
+        if self.calls is not None:
+            self._observe(place, x)
+        group = self.groups[place]
+        return self.alone[place](x)[0] if group is None else group.output(place, x)
+
+    def _observe(self, place: int, x: Tensor) -> None:
+        assert self.calls is not None
+        if all(place != earlier for earlier, _ in self.calls):
+            self.calls.append((place, x))
+            return
+        for _, calls in itertools.groupby(self.calls, key=lambda call: id(call[1])):
+            places = [place for place, _ in calls]
+            if len(places) > 1:
+                group = _Group(self, places)
+                for one in places:
+                    self.groups[one] = group
+        self.calls = None
+
+
+class _Group:
+    """Layers whose outputs the call of the first computes, and that of the others returns.
+
+    On the first round each computes its own output once more. If one differs, as after a change of the input in between, or if
+    a layer was not called, each works alone from then on.
+    """
+
+    def __init__(self, siblings: _Siblings, places: list[int]) -> None:
+        self.siblings, self.places = siblings, places
+        self.together, self.is_checked = siblings.products(places), False
+        self.input: Tensor | None = None
+        self.outputs: dict[int, Tensor] = {}
+
+    def output(self, place: int, x: Tensor) -> Tensor:
+        """The output of layer `place` for `x`."""
+        if place == self.places[0]:
+            if self.outputs:  # computed in vain
+                return self._apart(place, x)
+            first, *rest = self.together(x)
+            self.input, self.outputs = x, dict(zip(self.places[1:], rest, strict=True))
+            return first
+        y = self.outputs.pop(place, None) if x is self.input else None
+        if y is None or not (self.is_checked or torch.equal(y, self.siblings.alone[place](x)[0])):
+            return self._apart(place, x)
+        if not self.outputs:
+            self.input, self.is_checked = None, True
+        return y
+
+    def _apart(self, place: int, x: Tensor) -> Tensor:
+        for one in self.places:
+            self.siblings.groups[one] = None
+        self.input, self.outputs = None, {}
+        return self.siblings.alone[place](x)[0]
 
 
 def _column(layer: ColumnParallelLinear, product: Product) -> Product | None:
@@ -131,91 +226,3 @@ def _row(layer: RowParallelLinear, product: Product) -> Product | None:
         return y if bias is None else y + bias.to(y.dtype)
 
     return forward
-
-
-def _product(layer: nn.Linear, rows: int) -> Product | None:
-    """The product of a layer without hooks as bags or transposed; None if torch's own is as fast."""
-    weight = layer.weight
-    if isinstance(weight, QuantizedTensor):
-        return functools.partial(with_bias, weight=weight, bias=layer.bias)
-    if weight.device.type != "cpu" or rows >= FEW.stop or min(weight.shape) == 0:
-        return None
-    if weight.T.is_contiguous() and weight.dtype in (torch.float32, torch.bfloat16) and _has_bags():
-        return _in_bags(layer)
-    if weight.is_contiguous() and weight.dtype == torch.float32 and rows in FEW:
-        return functools.partial(_turned, layer)
-    return None
-
-
-def _turned(layer: nn.Linear, x: Tensor) -> Tensor:
-    """The output of `layer` for `x`, `[..., in]` to `[..., out]`."""
-    flat = x.reshape(-1, x.shape[-1])
-    if flat.shape[0] not in FEW:
-        return F.linear(x, layer.weight, layer.bias)
-    y = (layer.weight @ flat.T).T.reshape(*x.shape[:-1], -1)
-    return y if layer.bias is None else y + layer.bias
-
-
-def _in_bags(layer: nn.Linear) -> Product:
-    weight, bias = layer.weight, layer.bias
-    outputs, inputs = weight.shape
-    columns, dtype, most = weight.detach().T, weight.dtype, (FEW.stop - 1) * inputs
-    threads = torch.get_num_threads()
-
-    def product(x: Tensor) -> Tensor:
-        if x.dtype is not dtype or not 0 < x.numel() <= most:
-            return F.linear(x, weight, bias)
-        bags = _bags(dtype, inputs, outputs, x.numel() // inputs, threads)
-        y = bags.sums(columns, x).view(*x.shape[:-1], outputs)
-        return y if bias is None else y + bias
-
-    return product
-
-
-@dataclass(frozen=True)
-class _Bags:
-    """Bags for the products of `rows` rows with weights of one shape, by blocks of columns.
-
-    Attributes:
-        indices: Rows of the transposed weight `[in * blocks, out / blocks]`, int32 `[blocks * rows * in]`.
-        offsets: Beginning of each bag in `indices`, int32 `[blocks * rows * parts]`.
-        rows: Rows of the input.
-        blocks: Blocks of columns.
-        parts: Bags whose sum is one output.
-    """
-
-    indices: Tensor
-    offsets: Tensor
-    rows: int
-    blocks: int
-    parts: int
-
-    def sums(self, columns: Tensor, x: Tensor) -> Tensor:
-        """The product of `x`, `[..., in]` with `rows` rows, and the transposed weight `columns`, `[in, out]`; contiguous."""
-        factors = x.reshape(-1)
-        if self.blocks > 1:
-            inputs, outputs = columns.shape
-            factors = factors.expand(self.blocks, -1).reshape(-1)
-            columns = columns.view(inputs * self.blocks, outputs // self.blocks)
-        y: Tensor = torch._embedding_bag_forward_only(
-            columns, self.indices, self.offsets, False, 0, False, factors, False, -1
-        )[0]
-        if self.parts > 1:
-            y = y.view(self.blocks * self.rows, self.parts, -1).sum(1)
-        if self.blocks > 1 and self.rows > 1:
-            y = y.view(self.blocks, self.rows, -1).transpose(0, 1).contiguous()
-        return y
-
-
-@functools.cache
-def _bags(dtype: torch.dtype, inputs: int, outputs: int, rows: int, threads: int) -> _Bags:
-    """The bags for a shape: enough that every thread has one, and blocks that fit the cache where several rows read them."""
-    block_bytes = BLOCK_BYTES if rows > 1 else inputs * outputs * dtype.itemsize
-    wanted = max(-(-threads // rows), -(-inputs * outputs * dtype.itemsize // block_bytes))
-    blocks = next(n for n in range(min(wanted, max(8, threads), outputs), 0, -1) if outputs % n == 0)
-    parts = -(-inputs // LONGEST_SUM) if dtype == torch.float32 else 1
-    places = torch.arange(inputs, dtype=torch.int32) * blocks + torch.arange(blocks, dtype=torch.int32)[:, None, None]
-    begins = [bag * inputs + part * inputs // parts for bag in range(blocks * rows) for part in range(parts)]
-    return _Bags(
-        places.expand(blocks, rows, inputs).reshape(-1), torch.tensor(begins, dtype=torch.int32), rows, blocks, parts
-    )

@@ -1,11 +1,9 @@
-// Products with quantized weights on CPUs. `native.py` compiles this for the CPU at hand when it is first needed.
+// Products with quantized and plain weights on CPUs. `native.py` compiles this for the CPU at hand when it is first needed.
 //
 // A weight [out, in] is stored by rows. A form says how `step` consecutive weights of a row are decoded, in vectors of
 // sixteen, to exactly the float32 values of the form's definition. Products accumulate in float32.
-#include <atomic>
-#include <stdlib.h>
-
-#include "lanes.h"
+#include "memory.h"
+#include "steps.h"
 
 struct Weight {
   const uint8_t* codes;   // [out, row_bytes]
@@ -15,21 +13,6 @@ struct Weight {
   int64_t out, in, row_bytes, group_inverse, group_rows_inverse, groups_per_row;
   int32_t form, scales_dtype;
 };
-
-enum Dtype { FLOAT32, BFLOAT16, FLOAT16 };
-
-static INLINE float element(const void* from, int64_t i, int dtype) {
-  if (dtype == FLOAT32) return static_cast<const float*>(from)[i];
-  uint16_t bits = static_cast<const uint16_t*>(from)[i];
-  return dtype == BFLOAT16 ? from_bfloat16(bits) : from_half(bits);
-}
-
-static INLINE void set_element(void* to, int64_t i, float value, int dtype) {
-  if (dtype == FLOAT32)
-    static_cast<float*>(to)[i] = value;
-  else
-    static_cast<uint16_t*>(to)[i] = dtype == BFLOAT16 ? to_bfloat16(value) : to_half(value);
-}
 
 // What code 0, 1, ... 15 stands for: code * scale + offset. Each product of the GGUF forms below is exact in float32, so
 // that the sum is rounded as by their definition, whether the compiler fuses it or not.
@@ -187,17 +170,52 @@ struct Float8 {
   }
 };
 
+// Weights that are not quantized, with any number of inputs.
+
+struct Plain32 {
+  static constexpr int step = 16, bytes = 64;
+  template <class Use>
+  static INLINE void each(const Weight& w, int64_t row, int64_t i, Use use) {
+    use(0, Numbers<FLOAT32>::sixteen(reinterpret_cast<const float*>(w.codes + row * w.row_bytes) + i * 16));
+  }
+};
+
+struct PlainB16 {
+  static constexpr int step = 32, bytes = 64;
+  template <class Use>
+  static INLINE void each(const Weight& w, int64_t row, int64_t i, Use use) {
+    const uint16_t* from = reinterpret_cast<const uint16_t*>(w.codes + row * w.row_bytes) + i * 32;
+    use(0, Numbers<BFLOAT16>::sixteen(from));
+    use(1, Numbers<BFLOAT16>::sixteen(from + 16));
+  }
+};
+
+// The dtype of a plain form, or -1. Only plain weights have inputs beyond the last whole step.
+template <class Form>
+constexpr int plain_dtype = -1;
+template <>
+constexpr int plain_dtype<Plain32> = FLOAT32;
+template <>
+constexpr int plain_dtype<PlainB16> = BFLOAT16;
+
 struct Product {
   const float* x;  // [rows, in]
   int64_t rows;
   void* y;  // [rows, out]
   int dtype;
+  const void* bias = nullptr;  // [out]
 };
+
+// The sum of a product, then the bias: each result is rounded to the dtype, as torch does it.
+static INLINE void set_output(const Product& p, int64_t at, int64_t row, float sum) {
+  set_element(p.y, at, sum, p.dtype);
+  if (p.bias) set_element(p.y, at, element(p.y, at, p.dtype) + element(p.bias, row, p.dtype), p.dtype);
+}
 
 // The product of M rows of x, from `first`, with R rows of the weight, from `row`.
 template <class Form, int R, int M>
 static void tile(const Weight& w, const Product& p, int64_t row, int64_t first) {
-  Floats16 sums[R][M] = {};
+  NarrowSum sums[R][M] = {};  // for any M, so that a row's result does not depend on the others
   const float* x = p.x + first * w.in;
   const int64_t distance = R * w.row_bytes > 4096 ? R * w.row_bytes : 4096;  // rows are too short for the CPU to foresee
   for (int64_t i = 0; i < w.in / Form::step; i++, x += Form::step)
@@ -209,12 +227,18 @@ static void tile(const Weight& w, const Product& p, int64_t row, int64_t first) 
       });
     }
   for (int m = 0; m < M; m++)
-    for (int r = 0; r < R; r++) set_element(p.y, (first + m) * w.out + row + r, sums[r][m].sum(), p.dtype);
+    for (int r = 0; r < R; r++) {
+      float sum = sums[r][m].sum();
+      if constexpr (plain_dtype<Form> >= 0)
+        for (int64_t i = w.in / Form::step * Form::step; i < w.in; i++)
+          sum += p.x[(first + m) * w.in + i] * element(w.codes + (row + r) * w.row_bytes, i, plain_dtype<Form>);
+      set_output(p, (first + m) * w.out + row + r, row + r, sum);
+    }
 }
 
 // As many sums as registers hold.
 constexpr int rows_at_once(int m) {
-  int sums = LANES == 16 ? 16 : LANES == 8 ? 4 : 2;
+  int sums = LANES == 16 ? 16 : 8;
   return sums / m >= 4 ? 4 : sums / m >= 2 ? 2 : 1;
 }
 
@@ -231,6 +255,7 @@ static void multiply(const Weight& w, const Product& p, int64_t start, int64_t s
   int64_t first = 0;
   for (; first + 8 <= p.rows; first += 8) tiles<Form, 8>(w, p, start, stop, first);
   for (; first + 4 <= p.rows; first += 4) tiles<Form, 4>(w, p, start, stop, first);
+  for (; first + 3 <= p.rows; first += 3) tiles<Form, 3>(w, p, start, stop, first);
   for (; first + 2 <= p.rows; first += 2) tiles<Form, 2>(w, p, start, stop, first);
   for (; first < p.rows; first++) tiles<Form, 1>(w, p, start, stop, first);
 }
@@ -246,38 +271,10 @@ static void dequantize(const Weight& w, int64_t row, void* to, int64_t at, int d
     });
 }
 
-// The pool of threads of the OpenMP runtime that torch has loaded, if there is one: a pool of our own would compete with it.
-extern "C" __attribute__((weak)) void GOMP_parallel(void (*work)(void*), void* data, unsigned threads, unsigned flags);
-
-// Calls `use` with ranges that cover [start, stop) on several threads, which take the next range when they are done.
-template <class Use>
-static void in_parallel(int64_t start, int64_t stop, int64_t chunk, int threads, Use use) {
-  struct Work {
-    int64_t stop, chunk;
-    std::atomic<int64_t> next;
-    Use& use;
-  } shared = {stop, chunk, {start}, use};
-  auto work = [](void* data) {
-    Work& shared = *static_cast<Work*>(data);
-    for (int64_t from; (from = shared.next.fetch_add(shared.chunk)) < shared.stop;)
-      shared.use(from, from + shared.chunk < shared.stop ? from + shared.chunk : shared.stop);
-  };
-  if (threads < 2 || stop - start <= chunk || !GOMP_parallel)
-    use(start, stop);
-  else
-    GOMP_parallel(work, &shared, threads, 0);
-}
-
 // Some microseconds of work, in rows of the weight.
 static int64_t chunk_rows(const Weight& w, int64_t rows) {
   int64_t rows_of_chunk = 65536 / (w.in * (rows < 4 ? 1 : rows / 4)) / 4 * 4;
   return rows_of_chunk < 4 ? 4 : rows_of_chunk;
-}
-
-template <class Form>
-static void run_product(const Weight& w, const Product& p, int threads) {
-  in_parallel(0, w.out, chunk_rows(w, p.rows), threads,
-              [&](int64_t start, int64_t stop) { multiply<Form>(w, p, start, stop); });
 }
 
 template <class Form>
@@ -290,22 +287,44 @@ static void run_dequantize(const Weight& w, int64_t start, int64_t stop, void* t
 #define FOR_EACH_FORM(CASE) \
   CASE(0, Q4_0) CASE(1, Q4_1) CASE(2, Q8_0) CASE(3, Q4_K) CASE(4, Q6_K) CASE(5, Integers4) CASE(6, Codebook4) CASE(7, Float8)
 
-// y [rows, out] = x [rows, in] times the transposed weight; x and y have `dtype`. Returns 0, or 1 without memory.
-extern "C" int partita_product(const Weight* w, const void* x, int64_t rows, void* y, int dtype, int threads) {
+static void multiply_rows(const Weight& w, const Product& p, int64_t start, int64_t stop) {
+  switch (w.form) {
+#define CASE(number, Form) \
+  case number: multiply<Form>(w, p, start, stop); break;
+    FOR_EACH_FORM(CASE) CASE(8, Plain32) CASE(9, PlainB16)
+#undef CASE
+  }
+}
+
+struct Linear {
+  const Weight* weight;
+  const void* bias;  // [out] in the dtype of x, or null
+};
+
+// For each of `count` layers with as many inputs: y [rows, out] = x [rows, in] times the transposed weight, plus the bias; all
+// but the weights have `dtype`. Returns 0, or 1 without memory.
+extern "C" int partita_products(const Linear* layers, int count, const void* x, int64_t rows, void* const* ys, int dtype,
+                                int threads) {
+  int64_t inputs = layers[0].weight->in, outputs = 0;
   float* wide = nullptr;
   if (dtype != FLOAT32) {
     void* memory;
-    if (posix_memalign(&memory, 64, rows * w->in * sizeof(float))) return 1;
+    if (posix_memalign(&memory, 64, rows * inputs * sizeof(float))) return 1;
     wide = static_cast<float*>(memory);
-    for (int64_t i = 0; i < rows * w->in; i++) wide[i] = element(x, i, dtype);
+    for (int64_t i = 0; i < rows * inputs; i++) wide[i] = element(x, i, dtype);
   }
-  Product p = {wide ? wide : static_cast<const float*>(x), rows, y, dtype};
-  switch (w->form) {
-#define CASE(number, Form) \
-  case number: run_product<Form>(*w, p, threads); break;
-    FOR_EACH_FORM(CASE)
-#undef CASE
-  }
+  for (int i = 0; i < count; i++) outputs += layers[i].weight->out;
+  // Threads share the outputs of all layers.
+  in_parallel(0, outputs, chunk_rows(*layers[0].weight, rows), threads, [&](int64_t start, int64_t stop) {
+    for (int i = 0; i < count && stop > 0; i++) {
+      const Weight& w = *layers[i].weight;
+      if (start < w.out) {
+        Product p = {wide ? wide : static_cast<const float*>(x), rows, ys[i], dtype, layers[i].bias};
+        multiply_rows(w, p, start < 0 ? 0 : start, stop < w.out ? stop : w.out);
+      }
+      start -= w.out, stop -= w.out;
+    }
+  });
   free(wide);
   return 0;
 }

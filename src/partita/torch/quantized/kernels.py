@@ -24,9 +24,8 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -39,26 +38,6 @@ FEW = {torch.float32: 64, torch.bfloat16: 16, torch.float16: 64}
 
 TILE_BYTES = 1 << 20
 """Size of the dequantized rows that are multiplied at a time."""
-
-
-class Kernel(Protocol):
-    """One packed weight `[out, in]`, ready for products."""
-
-    nbytes: int
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """The product of `x` `[..., in]` with the transposed weight, `[..., out]` in the same dtype; no gradient is recorded.
-
-        Raises:
-            ValueError: The last size, the dtype or the device of `x` does not fit.
-        """
-
-    def rows(self, start: int, stop: int) -> Tensor:
-        """Rows `start` to `stop` of the weight in float32, `[stop - start, in]`, exactly as the form defines them.
-
-        Raises:
-            IndexError: The weight does not have these rows.
-        """
 
 
 def kernel_for(
@@ -85,9 +64,9 @@ def kernel_for(
         if scales.shape != (-(-shape[0] // block[0]), -(-shape[1] // block[1])) or block[1] % HALVES:
             return None
         packed = _blocks(parts, shape, block) if dtype in DTYPES and _on_cpu(parts) else None
-        return None if packed is None or library() is None else _Native(packed)
+        return None if packed is None or library() is None else Kernel(packed)
     packed = _FORMS[form](parts, shape) if form in _FORMS and dtype in DTYPES and _on_cpu(parts) else None
-    return None if packed is None or library() is None else _Native(packed)
+    return None if packed is None or library() is None else Kernel(packed)
 
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -126,14 +105,20 @@ class _Weight(ctypes.Structure):
     )
 
 
-class _Native:
-    """A kernel of `kernels.cpp`."""
+class NativeWeight:
+    """A weight that `kernels.cpp` multiplies.
+
+    Attributes:
+        shape: (out, in) of the weight.
+        nbytes: Bytes of its parts.
+        tensors: Its parts by their names in `kernels.cpp`.
+    """
 
     def __init__(self, packed: _Packed):
-        self.packed = packed
+        self.shape = packed.shape
         parts = {name: getattr(packed, name) for name in ("codes", "scales", "zeros", "table")}
-        self._tensors = {name: tensor for name, tensor in parts.items() if tensor is not None}
-        self.nbytes = sum(tensor.nbytes for tensor in self._tensors.values())
+        self.tensors = {name: tensor for name, tensor in parts.items() if tensor is not None}
+        self.nbytes = sum(tensor.nbytes for tensor in self.tensors.values())
         out, in_ = packed.shape
         scales = packed.scales
         self._weight = _Weight(
@@ -146,16 +131,54 @@ class _Native:
             form=packed.number,
             scales_dtype=0 if scales is None else DTYPES[scales.dtype],
         )
+
+    def address(self) -> _Weight:
+        """The weight for C++, with the present addresses of its tensors."""
+        # Again for every call: `share_memory_` and others move a tensor's memory.
+        for name, tensor in self.tensors.items():
+            setattr(self._weight, name, tensor.data_ptr())
+        return self._weight
+
+
+PLAIN_FORMS = {torch.float32: 8, torch.bfloat16: 9}
+"""Numbers of the forms of `kernels.cpp` for weights that are not quantized."""
+
+
+def plain_weight(weight: Tensor) -> NativeWeight | None:
+    """A weight `[out, in]` for products in its own dtype, whose memory it shares; None if `kernels.cpp` is not faster.
+
+    It is None for other dtypes than float32 and bfloat16, for another memory layout than row after row, outside of the CPU,
+    without a compiler, and where our C++ has one thread and torch has several.
+    """
+    if weight.dtype not in PLAIN_FORMS or weight.device.type != "cpu" or not weight.is_contiguous():
+        return None
+    functions = library() if weight.dim() == 2 and weight.numel() else None
+    if functions is None or (torch.get_num_threads() > 1 and not functions.partita_has_threads()):
+        return None
+    return NativeWeight(_Packed(PLAIN_FORMS[weight.dtype], (len(weight), weight.shape[1]), weight.detach()))
+
+
+class Kernel(NativeWeight):
+    """One packed weight, ready for products by `kernels.cpp`."""
+
+    def __init__(self, packed: _Packed):
+        super().__init__(packed)
+        self.packed = packed
+        self._products: dict[torch.dtype, Products] = {}
         functions = library()
         assert functions is not None
-        self._product, self._dequantize = functions.partita_product, functions.partita_dequantize
-        self._product.argtypes = (_POINTER, _POINTER, ctypes.c_int64, _POINTER, ctypes.c_int, ctypes.c_int)
+        self._dequantize = functions.partita_dequantize
         self._dequantize.argtypes = (_POINTER, ctypes.c_int64, ctypes.c_int64, _POINTER, ctypes.c_int, ctypes.c_int)
 
-    def __reduce__(self) -> tuple[type[_Native], tuple[_Packed]]:
-        return _Native, (self.packed,)  # without the addresses, which are this process's
+    def __reduce__(self) -> tuple[type[Kernel], tuple[_Packed]]:
+        return Kernel, (self.packed,)  # without the addresses, which are this process's
 
     def __call__(self, x: Tensor) -> Tensor:
+        """The product of `x` `[..., in]` with the transposed weight, `[..., out]` in the same dtype; no gradient is recorded.
+
+        Raises:
+            ValueError: The last size, the dtype or the device of `x` does not fit.
+        """
         out, in_ = self.packed.shape
         if x.shape[-1] != in_ or x.dtype not in DTYPES or x.device.type != "cpu":
             raise ValueError(
@@ -163,20 +186,31 @@ class _Native:
                 f"{x.device}"
             )
         x = x.detach().contiguous()
-        y = x.new_empty((*x.shape[:-1], out))
         rows = x.numel() // in_
-        if rows > FEW[x.dtype]:
+        if 0 < rows <= FEW[x.dtype]:
+            return self._alone(x)
+        y = x.new_empty((*x.shape[:-1], out))
+        if rows:
             self._by_tiles(x.view(rows, in_), y.view(rows, out))
-        elif rows and self._product(self._address(), x.data_ptr(), rows, y.data_ptr(), DTYPES[x.dtype], _threads()):
-            raise MemoryError(f"{rows * in_ * 4} bytes for the input of a quantized product could not be allocated")
         return y
 
     def rows(self, start: int, stop: int) -> Tensor:
+        """Rows `start` to `stop` of the weight in float32, `[stop - start, in]`, exactly as the form defines them.
+
+        Raises:
+            IndexError: The weight does not have these rows.
+        """
         if not 0 <= start <= stop <= self.packed.shape[0]:
             raise IndexError(f"rows must be a range within 0 to {self.packed.shape[0]}; got {start} to {stop}")
         rows = torch.empty(stop - start, self.packed.shape[1], dtype=torch.float32)
         self._write_rows(start, stop, rows)
         return rows
+
+    def _alone(self, x: Tensor) -> Tensor:
+        if x.dtype not in self._products:
+            self._products[x.dtype] = Products([self], x.dtype, [None])
+        self.address()
+        return self._products[x.dtype](x)[0]
 
     def _by_tiles(self, x: Tensor, y: Tensor) -> None:
         out, in_ = self.packed.shape
@@ -192,18 +226,51 @@ class _Native:
                 y[:, start:stop] = x @ tile[: stop - start].T
 
     def _write_rows(self, start: int, stop: int, to: Tensor) -> None:
-        self._dequantize(self._address(), start, stop, to.data_ptr(), DTYPES[to.dtype], _threads())
-
-    def _address(self) -> Any:
-        for (
-            name,
-            tensor,
-        ) in self._tensors.items():  # again for every call: `share_memory_` and others move a tensor's memory
-            setattr(self._weight, name, tensor.data_ptr())
-        return ctypes.byref(self._weight)
+        self._dequantize(ctypes.byref(self.address()), start, stop, to.data_ptr(), DTYPES[to.dtype], threads())
 
 
 _POINTER = ctypes.c_void_p
+
+
+class _Linear(ctypes.Structure):
+    """`Linear` of `kernels.cpp`."""
+
+    _fields_ = (("weight", _POINTER), ("bias", _POINTER))
+
+
+class Products:
+    """The outputs of layers with the same input of few rows, computed in one call.
+
+    The memory of weights and biases must not move while it is used.
+    """
+
+    def __init__(self, kernels: Sequence[NativeWeight], dtype: torch.dtype, biases: Sequence[Tensor | None]) -> None:
+        """Products with `kernels`, which have as many inputs, for x and `biases` of `dtype`."""
+        # Not the kernels, which may hold this object: a cycle would keep their memory until the next garbage collection.
+        self._kept = [(kernel.address(), kernel.tensors) for kernel in kernels], biases
+        shapes = [kernel.shape for kernel in kernels]
+        self.outputs, self.inputs, self.dtype = [out for out, _ in shapes], shapes[0][1], dtype
+        self._layers = (_Linear * len(kernels))(
+            *(
+                _Linear(ctypes.addressof(weight), None if bias is None else bias.data_ptr())
+                for (weight, _), bias in zip(*self._kept, strict=True)
+            )
+        )
+        functions = library()
+        assert functions is not None
+        self._call = functions.partita_products
+        self._call.argtypes = (_POINTER, ctypes.c_int, _POINTER, ctypes.c_int64, _POINTER, ctypes.c_int, ctypes.c_int)
+        self._ys = _POINTER * len(kernels)
+
+    def __call__(self, x: Tensor) -> list[Tensor]:
+        """The outputs `[..., out]` for x `[..., in]`, contiguous and with at least one row and at most `FEW[dtype]`."""
+        head = x.shape[:-1]
+        ys = [x.new_empty((*head, out)) for out in self.outputs]
+        places = self._ys(*(y.data_ptr() for y in ys))
+        rows = x.numel() // self.inputs
+        if self._call(self._layers, len(ys), x.data_ptr(), rows, places, DTYPES[self.dtype], threads()):
+            raise MemoryError(f"{rows * self.inputs * 4} bytes for the input of a product could not be allocated")
+        return ys
 
 
 @functools.cache
@@ -213,7 +280,8 @@ def _fast_dtypes() -> frozenset[torch.dtype]:
     return frozenset({torch.float32, torch.bfloat16} if has_bfloat16 else {torch.float32})
 
 
-def _threads() -> int:
+def threads() -> int:
+    """Threads for a call of C++."""
     return 1 if _forked else torch.get_num_threads()
 
 

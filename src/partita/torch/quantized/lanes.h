@@ -152,6 +152,19 @@ struct Floats16 {
   }
 };
 
+// A sum of products in as many lanes as one register has.
+struct NarrowSum {
+  Lanes lanes;
+  INLINE void add_product(Floats16 a, Floats16 b) {
+    for (int i = 0; i < VECTORS; i++) lanes += a.part[i] * b.part[i];
+  }
+  INLINE float sum() const {
+    Floats16 wide = {};
+    wide.part[0] = lanes;
+    return wide.sum();
+  }
+};
+
 // Sixteen bytes of memory as integers.
 #if defined(__AVX512F__)
 static INLINE Ints16 unsigned_bytes(const uint8_t* from) {

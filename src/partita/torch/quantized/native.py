@@ -21,7 +21,8 @@ from partita.notes import note
 from partita.ranks.environment import is_first
 from partita.user_cache import cache_folder
 
-SOURCES = (Path(__file__).with_name("kernels.cpp"), Path(__file__).with_name("lanes.h"))
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.cpp", "steps.h", "memory.h", "lanes.h"))
+"""The file that is compiled, and those that it includes."""
 
 X86_FLAGS = {
     "AVX512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx2 -mfma -mf16c",
@@ -46,7 +47,7 @@ def library() -> ctypes.CDLL | None:
     except OSError as error:
         why = f"{error}. Set PARTITA_CACHE to a folder that can be written, of a file system that may hold programs"
     if is_first():
-        note(f"Quantized weights are dequantized for every product, which is slow: {why}.")
+        note(f"Decoding and products with quantized weights are slow: {why}.")
     return None
 
 

@@ -27,7 +27,7 @@ class PartProduct:
     def __call__(self, x: Tensor) -> Tensor:
         """`[..., inputs]` to `[..., outputs]`, without gradients."""
         # A tensor of no rows has no product to speed up.
-        kernel = self._prepared() if x.dtype in DTYPES and x.device.type == "cpu" and x.numel() else None
+        kernel = self.kernel() if x.dtype in DTYPES and x.device.type == "cpu" and x.numel() else None
         if kernel is not None:
             return kernel(self._spread(x))
         tiles = [F.linear(x, self.part.rows(rows, x.dtype)) for rows in self._tiles()]
@@ -43,7 +43,8 @@ class PartProduct:
             total += tile
         return total.to(grad.dtype)
 
-    def _prepared(self) -> Kernel | None:
+    def kernel(self) -> Kernel | None:
+        """The kernel of its products, or None if none fits."""
         if not self._is_prepared:
             self._kernel, self._is_prepared = _kernel_of(self.part), True
         return self._kernel
