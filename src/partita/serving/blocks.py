@@ -74,7 +74,7 @@ class BlockPool:
         """The blocks in which `adapter` computed the beginning of `ids`; at least one token of `ids` is left to compute."""
         found: list[int] = []
         if self.keeps_prefixes:
-            for digest in self._digests(ids[: len(ids) - 1], adapter):
+            for digest in digests(ids[: len(ids) - 1], self.layout.block_tokens, adapter):
                 if digest not in self._block_of:
                     break
                 found.append(self._block_of[digest])
@@ -115,7 +115,7 @@ class BlockPool:
         """Record that the first of `blocks` hold the tokens `ids`, all of which `adapter` has computed."""
         if not self.keeps_prefixes:
             return
-        for block, digest in zip(blocks, self._digests(ids, adapter), strict=False):
+        for block, digest in zip(blocks, digests(ids, self.layout.block_tokens, adapter), strict=False):
             if digest not in self._block_of and block not in self._digest_of:
                 self._block_of[digest], self._digest_of[block] = block, digest
 
@@ -128,11 +128,12 @@ class BlockPool:
     def _forget(self, block: int) -> None:
         del self._block_of[self._digest_of.pop(block)]
 
-    def _digests(self, ids: Sequence[int], adapter: str) -> list[bytes]:
-        """For each full block of `ids`, a digest of the adapters and of all tokens up to its end."""
-        size, before, found = self.layout.block_tokens, hashlib.sha256(adapter.encode()).digest(), []
-        for start in range(0, len(ids) - size + 1, size):
-            text = ",".join(map(str, ids[start : start + size]))
-            before = hashlib.sha256(before + text.encode()).digest()
-            found.append(before)
-        return found
+
+def digests(ids: Sequence[int], size: int, adapter: str = "") -> list[bytes]:
+    """For each full block of `size` tokens of `ids`, a digest of the adapters and of all tokens up to its end."""
+    before, found = hashlib.sha256(adapter.encode()).digest(), []
+    for start in range(0, len(ids) - size + 1, size):
+        text = ",".join(map(str, ids[start : start + size]))
+        before = hashlib.sha256(before + text.encode()).digest()
+        found.append(before)
+    return found

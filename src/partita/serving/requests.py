@@ -12,7 +12,7 @@ from partita.generation import Sampling
 MOST_TOP_LOGPROBS = 20
 """The largest number of alternatives of a token that a request may ask for."""
 
-Reason = Literal["stop", "length", "cancelled", "error"]
+Reason = Literal["stop", "length", "cancelled", "error", "lost"]
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,9 @@ class Finished:
 
     Attributes:
         id: The request.
-        reason: `stop` after an end token or before a stop text, `length` at the limit, `cancelled` or `error`.
-        error: What went wrong; empty unless `reason` is `error`.
+        reason: `stop` after an end token or before a stop text, `length` at the limit, `cancelled`, `error`, or `lost` if the
+            loop has failed, or a rank is lost.
+        error: What went wrong; empty unless `reason` is `error` or `lost`.
         prompt_tokens: Tokens of the prompt.
         cached_tokens: Those of them whose keys and values were in the prefix cache.
         completion_tokens: New tokens, an end token included.

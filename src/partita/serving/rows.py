@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
@@ -31,7 +31,10 @@ class Picked:
 
 
 class Rows(Protocol):
-    """What a loop needs of an engine. Every rank of the run has one, and calls `share` and `run` in turn."""
+    """What a loop needs of an engine. Every rank of a replica has one, and calls `share` and `run` in turn.
+
+    Replicas do not wait for each other after the rows are created.
+    """
 
     @property
     def layout(self) -> CacheLayout:
@@ -43,7 +46,15 @@ class Rows(Protocol):
 
     @property
     def decides(self) -> bool:
-        """Whether this is the rank that decides every step: the first of the run."""
+        """Whether this is the rank that decides every step of its replica: the first of it."""
+
+    @property
+    def replica(self) -> int:
+        """The index of this rank's replica."""
+
+    @property
+    def depth(self) -> int:
+        """The number of steps that are in flight at once, so that all pipeline stages are busy."""
 
     @property
     def tokenizer(self) -> Tokenizer | None:
@@ -60,7 +71,11 @@ class Rows(Protocol):
         """The context of all steps of a loop, in its thread."""
 
     def share(self, data: bytes | None) -> bytes:
-        """The bytes of the deciding rank, on every rank; `data` is None on the others."""
+        """The bytes of the replica's deciding rank, on each of its ranks; `data` is None on the others."""
 
-    def run(self, steps: Sequence[Step]) -> list[list[Picked]]:
-        """Execute the step of this rank's replica. Returns what was chosen in each replica's step, in order of its rows."""
+    def run(self, step: Step) -> Callable[[], Sequence[Picked]]:
+        """Execute this rank's part of a step of its replica.
+
+        What it returns waits for the last stage, and returns what was chosen for each row, in order. The deciding rank calls it
+        once, in the order of the steps, before more than `depth` are in flight; the others do not.
+        """

@@ -12,8 +12,7 @@ from typing import Any, TypeVar
 import anyio.to_thread
 
 from partita.generation import Sampling, Tokenizer
-from partita.serving.embedding import EmbeddingInbox
-from partita.serving.http.answers import Answers, Loss
+from partita.serving.http.answers import Answers
 from partita.serving.http.errors import ApiError, as_api_error
 from partita.serving.http.inbox import Inbox
 from partita.serving.http.metrics import Metrics
@@ -71,13 +70,12 @@ class Service:
         self.template = template_of(self.tokenizer)
         self.responses = ResponseStore()
         self._ids = count(1)
-        self.loss = Loss()
         self._lock = threading.Lock()
 
     @property
     def closed(self) -> str:
         """Why no request is accepted any more; empty while requests are."""
-        return self.loss.message or self.inbox.closed
+        return self.inbox.closed
 
     async def encode(self, work: Callable[[], Result], param: str) -> Result:
         """The result of `work`, which uses the tokenizer, from a thread of its own.
@@ -148,4 +146,4 @@ class Service:
             )
             for prompt, sampling in prompts
         ]
-        return Answers(self.inbox, self.metrics, self.loss, requests)
+        return Answers(self.inbox, self.metrics, requests)

@@ -65,7 +65,7 @@ def serving_loop(
     Examples:
         >>> model = pt.load("./model", tp=2)
         >>> loop = pt.serving_loop(model)
-        >>> if is_first:
+        >>> if loop.rows.decides:  # the first rank of each replica
         ...     loop.inbox.submit(ServeRequest(0, (7, 8, 9)), print)
         >>> loop.run()  # on every rank, until loop.inbox.shutdown()
     """

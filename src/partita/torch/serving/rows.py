@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as SequenceOf
 from contextlib import contextmanager
 from typing import Any
@@ -22,6 +22,7 @@ from partita.serving.choosing import Served, chosen, log_probabilities
 from partita.serving.grammar import Grammars, Matcher
 from partita.serving.message import Row, Step
 from partita.serving.rows import Picked
+from partita.torch.collectives.comm import Work
 from partita.torch.generate import _check, generation_of
 from partita.torch.layers.decode_matmul import PAYS_AFTER_TOKENS, decoding
 from partita.torch.model.block_cache import Pools
@@ -32,8 +33,13 @@ from partita.torch.proof.stages import refuse_undecodable
 from partita.torch.serving.adapters import ServedAdapters
 from partita.torch.serving.forwards import Alone, BlockForward, Forward, Through
 from partita.torch.serving.measure import measure
-from partita.torch.serving.sharing import shared
 from partita.torch.transformers_internals import fixed_positions
+
+MESSAGE_BYTES = 4096
+"""The size of a step's message; a longer one is followed by a second message."""
+
+_STEPS, _PICKED = 1 << 21, 1 << 22
+"""Tags of messages between stages: steps, and what was chosen. Those with hidden states have lower tags."""
 
 
 class TorchRows:
@@ -42,7 +48,9 @@ class TorchRows:
     Attributes:
         layout: The cache of a replica, the same on every rank.
         plan: The plan of the model.
-        decides: Whether this is the first rank of the run.
+        decides: Whether this is the first rank of its replica.
+        replica: The index of the replica.
+        depth: The number of steps in flight: one for each stage, if each rank has one.
         tokenizer: The tokenizer.
         adapters: The adapters that requests choose.
     """
@@ -55,7 +63,12 @@ class TorchRows:
         refuse_undecodable(model, self.plan)
         _check(model)
         self.model, self.tokenizer, self.adapters = model, tokenizer, adapters
-        self.decides = self.groups.rank == 0
+        self.decides = self.groups.tp.rank == self.groups.pp.rank == 0
+        self.replica = self.groups.dp.rank
+        pp = self.plan.mesh.pp
+        is_in_line = [self.plan.stage_rank(stage) for stage in range(self.plan.num_stages)] == list(range(pp))
+        self.depth = pp if is_in_line else 1
+        self._sent: list[tuple[Tensor, Work]] = []
         self._generation = generation_of(model)
         self._fixed = fixed_positions(model.config)
         self._picker = self.plan.stage_rank(self.plan.loss_stage)
@@ -104,8 +117,32 @@ class TorchRows:
         return self._grammars.matcher(request.grammar)
 
     def share(self, data: bytes | None) -> bytes:
-        """The bytes of the deciding rank, on every rank."""
-        return shared(self.groups, data)
+        """The bytes of the replica's deciding rank; see `Rows`.
+
+        They reach the tensor ranks of the first stage together, and from each its rank of every other stage when that is done
+        with the steps before.
+        """
+        if self.groups.tp.size == self.groups.pp.size == 1:
+            return data or b""
+        message = self._relay(_words(data or b"", MESSAGE_BYTES))
+        size = int(message[0])
+        if size > MESSAGE_BYTES - 8:
+            message = self._relay(_words(data or b"", 8 + size))
+        return message[1:].numpy().tobytes()[:size]
+
+    def _relay(self, words: Tensor) -> Tensor:
+        if self.groups.pp.rank:
+            self.groups.pp.start_recv_(words, 0, _STEPS).wait()
+            return words
+        self.groups.tp.broadcast_(words)
+        for rank in range(1, self.groups.pp.size):
+            self._send(words, rank, _STEPS)
+        return words
+
+    def _send(self, tensor: Tensor, to: int, tag: int) -> None:
+        """Start sending to another stage, and keep what has not arrived."""
+        self._sent = [(kept, work) for kept, work in self._sent if not work.is_completed()]  # type: ignore[attr-defined]
+        self._sent.append((tensor, self.groups.pp.start_send(tensor, to, tag)))
 
     @contextmanager
     def session(self) -> Iterator[None]:
@@ -115,58 +152,50 @@ class TorchRows:
                 yield
             finally:
                 self.adapters.choose("")
+        for _, work in self._sent:
+            work.wait()
+        self._sent.clear()
 
-    def run(self, steps: SequenceOf[Step]) -> list[list[Picked]]:
-        """Execute the step of this rank's replica; see `Rows`."""
-        for step in steps:
-            for number in step.ended:
-                for known in (self._wants, self._served, self._slots, self._alone):
-                    known.pop(number, None)
-            for one in step.admitted:
-                self._wants[one.request.id] = one.request.top_logprobs if one.request.logprobs else -1
-        step = steps[self.groups.dp.rank]
+    def run(self, step: Step) -> Callable[[], list[Picked]]:
+        """Execute this rank's part of a step; see `Rows`."""
+        for number in step.ended:
+            for known in (self._wants, self._served, self._slots, self._alone):
+                known.pop(number, None)
+        for number, token in step.tokens:
+            self._served[number].sequence.tokens.append(token)
+            if number in self._alone:
+                self._alone[number].advance(token)
         for admission in step.admitted:
             self._admit(Served(admission, self._choice(admission.request), self._matcher(admission.request)))
-        counts = [sum(row.chooses for batch in one.batches for row in batch) for one in steps]
-        tops = [self._wants[row.id] for one in steps for batch in one.batches for row in batch]
-        picked = torch.zeros(max(counts), 2 + 2 * max(0, *tops, 0), dtype=torch.float64)
+        rows = list(_choosing(step.batches))
+        wants = [self._wants[row.id] for row in rows]
+        picked = torch.zeros(len(rows), 2 + 2 * max(0, *wants, 0), dtype=torch.float64)
+        arriving: Work | None = None
+        is_remote = self.groups.pp.rank != self._picker
+        if rows and self.decides and is_remote:
+            arriving = self.groups.pp.start_recv_(picked, self._picker, _PICKED)
         if step.batches:
             self._forward(step, picked)
-        mine = picked[: counts[self.groups.dp.rank]]
-        if len(mine) and self.groups.pp.size > 1:
-            self.groups.pp.broadcast_(mine, self._picker)
-        self._take(step, mine)
-        if not any(counts):
-            return [[] for _ in steps]
-        gathered = self.groups.dp.all_gather(picked[None], 0)
-        return [self._unpacked(*one) for one in zip(steps, gathered, counts, strict=True)]
+        if rows and not is_remote and self.groups.tp.rank == 0 and self._picker:
+            self._send(picked, 0, _PICKED)
+
+        def wait() -> list[Picked]:
+            if arriving is not None:
+                arriving.wait()
+            return _unpacked(picked, wants)
+
+        return wait
 
     def _admit(self, served: Served) -> None:
-        number = served.admission.request.id
+        request = served.admission.request
+        number = request.id
+        self._wants[number] = request.top_logprobs if request.logprobs else -1
         self._served[number] = served
         if self.layout.batched:
             blocks, size = torch.tensor(served.admission.blocks, dtype=torch.int64), self.layout.block_tokens
             self._slots[number] = (blocks[:, None] * size + torch.arange(size)).view(-1)
         else:
             self._alone[number] = Alone(self.model, served.sequence)
-
-    def _take(self, step: Step, picked: Tensor) -> None:
-        """Append the chosen tokens, the same on every rank of the replica."""
-        for row, token in zip(_choosing(step.batches), picked[:, 0].long().tolist(), strict=True):
-            if token >= 0:
-                self._served[row.id].sequence.tokens.append(token)
-            if row.id in self._alone:
-                self._alone[row.id].advance(token)
-
-    def _unpacked(self, step: Step, picked: Tensor, count: int) -> list[Picked]:
-        found = []
-        most = (picked.shape[1] - 2) // 2
-        for row, values in zip(_choosing(step.batches), picked[:count].tolist(), strict=True):
-            top = max(0, self._wants[row.id])
-            names, scores = values[2 : 2 + top], values[2 + most : 2 + most + top]
-            pairs = tuple((int(name), score) for name, score in zip(names, scores, strict=True) if name >= 0)
-            found.append(Picked(int(values[0]), values[1], pairs))
-        return found
 
     def _forward(self, step: Step, picked: Tensor) -> None:
         """Run the step's batches through the stages, and write what the last one chooses to `picked`."""
@@ -241,6 +270,28 @@ class TorchRows:
 
         rank = self.groups.tp.rank
         return Columns(split.ranges(rank)[0][0], max(split.local_sizes), rank, gather)
+
+
+def _words(data: bytes, size: int) -> Tensor:
+    """`data` as int64 words after its length, with room for `size` bytes in all."""
+    room = -(-max(size, 8) // 8)
+    words = torch.zeros(room, dtype=torch.int64)
+    words[0] = len(data)
+    part = data[: 8 * (room - 1)]
+    words[1:].numpy().view("u1")[: len(part)] = memoryview(part)
+    return words
+
+
+def _unpacked(picked: Tensor, wants: SequenceOf[int]) -> list[Picked]:
+    """What each row of `picked` says: the token, its log probability, then the ids and the log probabilities of the top."""
+    found = []
+    most = (picked.shape[1] - 2) // 2
+    for wanted, values in zip(wants, picked.tolist(), strict=True):
+        top = max(0, wanted)
+        names, scores = values[2 : 2 + top], values[2 + most : 2 + most + top]
+        pairs = tuple((int(name), score) for name, score in zip(names, scores, strict=True) if name >= 0)
+        found.append(Picked(int(values[0]), values[1], pairs))
+    return found
 
 
 def _choosing(batches: SequenceOf[tuple[Row, ...]]) -> Iterable[Row]:

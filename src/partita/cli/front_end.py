@@ -1,0 +1,310 @@
+"""The front end of `partita serve`: the HTTP server, in the process of our launcher, or else in the first rank.
+
+our launcher    FrontEnd.begin: a socket in a folder -> PARTITA_FRONT of each rank
+each rank       load -> ServingLoop; the first rank of each replica -> `serve_remote`
+our launcher    all replicas are ready -> FrontEnd.open -> HTTP, whose port stays open while the ranks are started again
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hmac
+import json
+import os
+import secrets
+import signal
+import socket
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from partita.checkpoint.find import find_model
+from partita.cli.arguments.model import read_tokenizer
+from partita.cli.terminal.console import err, out, write
+from partita.ranks import liveness
+from partita.ranks.addresses import addresses, connect, listen
+from partita.ranks.agreement import first_text
+from partita.ranks.groups import AxisGroups, Communicator
+from partita.ranks.launcher import Outcome
+from partita.serving import ServingLoop
+from partita.serving.channel import Channel, RemoteReplica, serve_remote
+from partita.serving.front import Front, Replica
+
+if TYPE_CHECKING:
+    from partita.cli.serve import ServeJob
+
+FRONT = "PARTITA_FRONT"
+"""The variable with the socket of the front end, for the first rank of each replica."""
+
+TOKEN_BYTES = 32
+"""The length of the token that a replica on another machine sends first."""
+
+OnAll = Callable[[Sequence[Replica], dict[str, Any]], None]
+
+
+class FrontEnd:
+    """Serves HTTP for the replicas of one run after another, at one port.
+
+    Attributes:
+        front: The requests.
+    """
+
+    def __init__(self, job: ServeJob) -> None:
+        """Bind the port of `job`.
+
+        Raises:
+            ModelError: The address does not exist, or its port is in use.
+        """
+        from partita.serving.http.server import Server, bind
+
+        self.front = Front()
+        self._job, self._bound = job, bind(job.host, job.port)
+        self._server: Server | None = None
+        self._meeting: Meeting | None = None
+        self._folder = tempfile.TemporaryDirectory(prefix="partita-")
+        self._left = job.restarts
+        self._attempt, self._was_ready, self._is_draining = 0, False, False
+        self._why = "the server was interrupted"
+        self._error: BaseException | None = None
+
+    # --- beside the ranks of our launcher, whose `Beside` it is
+
+    def begin(self) -> Mapping[str, str]:
+        """Listen for the replicas of ranks that are about to start; see `launcher.Beside`."""
+        self._attempt, self._was_ready = self._attempt + 1, False
+        path = str(Path(self._folder.name) / f"front-{self._attempt}")
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(path)
+        listener.listen()
+        self._meeting = Meeting(listener, self._job.request.mesh.dp, self._opened, self.front)
+        return {FRONT: path}
+
+    def _opened(self, replicas: Sequence[Replica], facts: dict[str, Any]) -> None:
+        """`open`, in the thread of a meeting: an error ends the run."""
+        try:
+            self.open(replicas, facts)
+        except BaseException as error:
+            self._error = error
+
+    def drain(self) -> bool:
+        """End the run after the answers that it has; see `launcher.Beside`."""
+        if self._is_draining:
+            return False
+        self._is_draining = True
+        # A signal handler must not wait for a lock that its own thread may have.
+        threading.Thread(target=self.front.shutdown, name="drain").start()
+        return True
+
+    @property
+    def is_over(self) -> bool:
+        """Whether no rank is needed any more; see `launcher.Beside`."""
+        return self._error is not None or self.front.is_over
+
+    def lose(self, why: str) -> None:
+        """End the answers that have begun; see `launcher.Beside`."""
+        self._part()
+        self.front.lose(why)
+
+    def restarts(self, outcome: Outcome) -> bool:
+        """Whether the ranks are started again: not if they would fail in the same way, because they have never served."""
+        self._part()
+        failure = outcome.failure
+        self._why = "the server has ended" if failure is None else failure.message
+        if self._error is not None:
+            raise self._error
+        if self._left == 0 or not (outcome.code == liveness.LOST or (outcome.code and self._was_ready)):
+            return False
+        self._left -= 1
+        count = f"restart {self._job.restarts - self._left} of {self._job.restarts}"
+        err().print(f"The ranks are started again ({count}). {self._why}", style="dim", soft_wrap=True)
+        return True
+
+    # --- in the first rank
+
+    def serve(self, loop: ServingLoop, facts: dict[str, Any], groups: AxisGroups[Communicator]) -> None:
+        """Serve with the loop of this process and those of the other replicas, which connect to it.
+
+        Raises:
+            Exception: What a step raised.
+        """
+        others = loop.rows.plan.mesh.dp - 1
+        if others:
+            listener, token = listen(is_local=_is_one_machine()), secrets.token_hex(TOKEN_BYTES // 2)
+            offer = json.dumps([addresses(_is_one_machine()), listener.getsockname()[1], token])
+            first_text(groups.axes, offer)
+            self._meeting = Meeting(
+                listener, others, lambda replicas, _: self._opened([loop.inbox, *replicas], facts), self.front, token
+            )
+        else:
+            self.open([loop.inbox], facts)
+        liveness.on_loss(self._lost)
+        before = signal.signal(signal.SIGTERM, lambda number, frame: self._drain_or_raise())
+        try:
+            loop.run()
+        finally:
+            signal.signal(signal.SIGTERM, before)
+        self._why = "the server is shutting down"
+        liveness.on_loss(None)
+
+    def _drain_or_raise(self) -> None:
+        if not self.drain():
+            raise KeyboardInterrupt
+
+    def _lost(self, why: str) -> None:
+        """End every answer with the rank that was lost, before this process is ended."""
+        self.front.lose(why)
+        self.front.close(why)
+        if self._server is not None:
+            self._server.close(liveness.WORDS_S / 2)
+
+    # --- in any process
+
+    def open(self, replicas: Sequence[Replica], facts: dict[str, Any]) -> None:
+        """Serve with `replicas`. The first time, start the server and print its address."""
+        self._was_ready = True
+        is_first = self._server is None
+        if is_first:
+            self._start(facts)
+        self.front.open(replicas)
+        if is_first:
+            self._announce()
+
+    def _start(self, facts: dict[str, Any]) -> None:
+        from partita.serving.http.app import make_app
+        from partita.serving.http.server import Server
+        from partita.serving.http.service import Service
+
+        job, asked = self._job, self._job.request
+        folder = find_model(asked.model, code=asked.trust_remote_code)
+        service = Service(
+            self.front, read_tokenizer(folder, trust_remote_code=asked.trust_remote_code), job.name, facts["context"],
+            facts["vocab_size"], max_tokens=job.max_tokens, api_key=job.api_key, plan=facts["plan"],
+        )  # fmt: skip
+        self._server = Server(make_app(service), self._bound)
+        self._server.start()
+
+    def _announce(self) -> None:
+        from partita.serving.http.server import url_of
+
+        url, job = url_of(self._bound), self._job
+        if job.as_json:
+            write(json.dumps({"url": url, "model": job.name}) + "\n")
+        else:
+            out().print(f"{job.name} is served at {url} (OpenAI's API at {url}/v1). Ctrl-C ends it.", soft_wrap=True)
+
+    def _part(self) -> None:
+        if self._meeting is not None:
+            self._meeting.close()
+            self._meeting = None
+
+    @contextmanager
+    def closing(self) -> Iterator[FrontEnd]:
+        """A context at whose end every request and the server end."""
+        try:
+            yield self
+        except BaseException as error:
+            if liveness.is_echo(error):
+                liveness.wait_for_verdict()  # which ends the requests, and this process
+            self._why = str(error) or self._why
+            raise
+        finally:
+            self._part()
+            self.front.close(self._why)
+            if self._server is not None:
+                self._server.close()
+            self._bound.close()
+            self._folder.cleanup()
+
+
+def serve_beside(loop: ServingLoop, facts: dict[str, Any], groups: AxisGroups[Communicator], path: str | None) -> None:
+    """Serve on a rank without the front end, which is at `path` or in the first rank.
+
+    Raises:
+        Exception: What a step raised.
+    """
+    channel: Channel | None = None
+    if path is None and loop.rows.plan.mesh.dp > 1:
+        hosts, port, token = json.loads(first_text(groups.axes, None) or "")
+        if loop.rows.decides:
+            connection = connect(hosts, port)
+            if connection is None:
+                raise ConnectionError(f"the first rank of the run cannot be reached at {' or '.join(hosts)}.")
+            connection.sendall(token.encode())
+            channel = Channel(connection)
+    elif path is not None and loop.rows.decides:
+        connection = socket.socket(socket.AF_UNIX)
+        connection.connect(path)
+        channel = Channel(connection)
+    if channel is not None:
+        serve_remote(loop, channel, facts)
+    else:
+        loop.run()
+
+
+def _is_one_machine() -> bool:
+    return os.environ.get("LOCAL_WORLD_SIZE", "1") == os.environ.get("WORLD_SIZE", "1")
+
+
+class Meeting:
+    """Waits for the replicas of a run, which connect when their models are loaded."""
+
+    def __init__(self, listener: socket.socket, count: int, on_all: OnAll, front: Front, token: str = "") -> None:
+        """Accept connections at `listener` until `count` replicas are ready.
+
+        Args:
+            listener: A listening socket, which the meeting closes.
+            count: The number of replicas.
+            on_all: Called in a thread with all replicas, and the facts of one.
+            front: Learns which requests begin.
+            token: What each connection must send first.
+        """
+        self._listener, self._count, self._on_all, self._front, self._token = listener, count, on_all, front, token
+        self._lock = threading.Lock()
+        self._channels: list[Channel] = []
+        self._ready: list[RemoteReplica] = []
+        threading.Thread(target=self._accept, name="meeting", daemon=True).start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):  # it is closed
+            while True:
+                connection, _ = self._listener.accept()
+                threading.Thread(target=self._admit, args=(connection,), name="arrival", daemon=True).start()
+
+    def _admit(self, connection: socket.socket) -> None:
+        if self._token and not self._is_known(connection):
+            connection.close()
+            return
+        channel = Channel(connection)
+        with self._lock:
+            self._channels.append(channel)
+        with contextlib.suppress(ConnectionError):
+            replica = RemoteReplica(channel)
+            with self._lock:
+                self._ready.append(replica)
+                if len(self._ready) != self._count:
+                    return
+            for one in self._ready:
+                one.start(self._front.begun)
+            self._on_all(self._ready, replica.facts)
+
+    def _is_known(self, connection: socket.socket) -> bool:
+        connection.settimeout(10)
+        given = b""
+        with contextlib.suppress(OSError):
+            while len(given) < TOKEN_BYTES and (part := connection.recv(TOKEN_BYTES - len(given))):
+                given += part
+        connection.settimeout(None)
+        return hmac.compare_digest(given, self._token.encode())
+
+    def close(self) -> None:
+        """End the connections."""
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        with self._lock:
+            channels = list(self._channels)
+        for channel in channels:
+            channel.close()
