@@ -170,7 +170,7 @@ class FrontEnd:
             self._start(facts)
         self.front.open(replicas)
         if is_first:
-            self._announce()
+            self._announce(facts["cache"])
 
     def _start(self, facts: dict[str, Any]) -> None:
         from partita.serving.http.app import make_app
@@ -186,13 +186,14 @@ class FrontEnd:
         self._server = Server(make_app(service), self._bound)
         self._server.start()
 
-    def _announce(self) -> None:
+    def _announce(self, cache: str) -> None:
         from partita.serving.http.server import url_of
 
         url, job = url_of(self._bound), self._job
         if job.as_json:
-            write(json.dumps({"url": url, "model": job.name}) + "\n")
+            write(json.dumps({"url": url, "model": job.name, "cache": cache}) + "\n")
         else:
+            out().print(f"The cache has {cache}.", style="dim", soft_wrap=True)
             out().print(f"{job.name} is served at {url} (OpenAI's API at {url}/v1). Ctrl-C ends it.", soft_wrap=True)
 
     def _part(self) -> None:

@@ -24,7 +24,7 @@ from partita.cli.job import Job
 from partita.cli.terminal.console import mesh_name
 from partita.cli.terminal.plan_figure import as_data
 from partita.cli.terminal.progress import loading
-from partita.core.model.spec import config_number, text_config
+from partita.core.model.spec import longest_text
 from partita.core.plan import Plan
 from partita.engine import embedding_loop, open_engine, serving_loop
 from partita.errors import ModelError
@@ -38,9 +38,6 @@ if TYPE_CHECKING:
 
 SERVER, CACHE = "Server", "Requests and cache"
 """Panels of options in `--help`."""
-
-DEFAULT_CONTEXT = 4096
-"""The largest number of tokens of a prompt and its answer, for a model whose config names none."""
 
 
 def _bytes(text: str | int) -> int:
@@ -77,14 +74,16 @@ class ServingOptions(RunOptions, PlanOptions):
         ),
     ] = 256  # fmt: skip
     cache_bytes: Annotated[
-        int,
+        int | None,
         typer.Option(
             metavar="BYTES",
-            help="Memory of each rank for keys and values, as in 4GiB.",
+            help="Memory of each rank for keys and values, as in 4GiB (default: its share of what is free after loading, less "
+            "a tenth of the machine's or device's memory; at most what the requests can use).",
             parser=_bytes,
+            show_default=False,
             rich_help_panel=CACHE,
         ),
-    ] = 1 << 30
+    ] = None
     no_verify: NoVerify = False
     dtype: WeightsDtype = None
 
@@ -282,10 +281,9 @@ class ServeJob(Job):
 
 
 def facts_of(plan: Plan, loop: ServingLoop | EmbeddingLoop) -> dict[str, Any]:
-    """What the front end knows of a model."""
+    """What the front end knows of a model and of the cache of a replica."""
     spec = plan.spec
-    named = config_number(text_config(spec.config), "max_position_embeddings", "n_positions")
-    context = spec.positions or named or DEFAULT_CONTEXT
-    if not isinstance(loop, ServingLoop):
-        context = loop.most_tokens or context
-    return {"context": context, "vocab_size": spec.vocab_size, "plan": as_data(plan)}
+    facts = {"context": longest_text(spec), "vocab_size": spec.vocab_size, "plan": as_data(plan)}
+    if isinstance(loop, ServingLoop):
+        return {**facts, "cache": str(loop.rows.layout)}
+    return {**facts, "context": loop.most_tokens or facts["context"]}

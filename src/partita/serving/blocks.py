@@ -26,6 +26,8 @@ class CacheLayout:
         reused: Whether blocks of earlier texts can be used for other requests.
         copied: Whether a request has a copy of the blocks that it shares, and so needs memory for these too.
         block_bytes: Bytes of a block on the rank where it takes most.
+        budget_bytes: The memory of each rank for them.
+        is_measured: Whether the budget is what was free, and no one's choice.
     """
 
     num_blocks: int
@@ -36,6 +38,15 @@ class CacheLayout:
     reused: bool = True
     copied: bool = False
     block_bytes: int = 0
+    budget_bytes: int = 0
+    is_measured: bool = False
+
+    def __str__(self) -> str:
+        whence = " of the memory that was free after loading" if self.is_measured else ""
+        return (
+            f"{self.num_blocks} blocks of {self.block_tokens} tokens ({self.block_bytes} bytes a block, {self.budget_bytes} "
+            f"bytes{whence} on each rank)"
+        )
 
     def blocks_for(self, tokens: int) -> int:
         """The number of blocks for a text of `tokens` tokens."""

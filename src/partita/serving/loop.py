@@ -265,10 +265,8 @@ class ServingLoop:
         needed = layout.blocks_for(len(request.prompt) + limit - 1)
         if needed > layout.num_blocks:
             raise PlanError(
-                f"a prompt of {len(request.prompt)} tokens with {limit} new ones needs {needed} cache blocks of "
-                f"{layout.block_tokens} tokens, but the cache has {layout.num_blocks} ({self.settings.cache_bytes} bytes, "
-                f"{layout.block_bytes} a block). Ask for fewer tokens, or give the server a larger cache (cache_bytes, "
-                "--cache-bytes)."
+                f"a prompt of {len(request.prompt)} tokens with {limit} new ones needs {needed} cache blocks, but the cache "
+                f"has {layout}. Ask for fewer tokens, or give the server a larger cache (cache_bytes, --cache-bytes)."
             )
         return choice
 

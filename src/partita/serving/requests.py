@@ -98,19 +98,22 @@ class ServeSettings:
     Attributes:
         max_sequences: The largest number of requests that run at once in a replica; others wait.
         prefill_chunk: The largest number of prompt tokens that a step computes between tokens of running requests.
-        cache_bytes: The memory of a rank for keys and values.
+        cache_bytes: The memory of a rank for keys and values; None for its share of the memory that is free once the model is
+            loaded, and at most what `max_sequences` requests of the model's longest text can use.
         block_tokens: Tokens of a cache block.
         keep_prefixes: Whether the blocks of earlier requests are reused for prompts that begin with the same tokens.
     """
 
     max_sequences: int = 16
     prefill_chunk: int = 256
-    cache_bytes: int = 1 << 30
+    cache_bytes: int | None = None
     block_tokens: int = 16
     keep_prefixes: bool = True
 
     def __post_init__(self) -> None:
         for name in ("max_sequences", "prefill_chunk", "cache_bytes", "block_tokens"):
             value = getattr(self, name)
+            if name == "cache_bytes" and value is None:
+                continue
             if type(value) is not int or value < 1:
                 raise PlanError(f"{name} must be a whole number of at least 1, but is {value!r}.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,9 +10,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from partita.core.model.spec import longest_text
 from partita.errors import ModelError
 from partita.generation import Sequence
 from partita.notes import note
+from partita.ranks.memory import machine_bytes, share_of
 from partita.serving import ServeSettings
 from partita.serving.blocks import CacheLayout
 from partita.torch.generate import _takes
@@ -70,18 +73,35 @@ def _layout(
     model: nn.Module, settings: ServeSettings, block_bytes: int, reserved: int, state_blocks: int = 0
 ) -> CacheLayout:
     """The layout in which the rank whose blocks are the largest keeps its budget."""
-    largest = _largest(model, block_bytes)
-    count = settings.cache_bytes // max(1, largest) - reserved
+    largest, state_blocks = _largest(model, block_bytes), _largest(model, state_blocks)
+    is_measured = settings.cache_bytes is None
+    budget = -_largest(model, -_free_bytes(model)) if settings.cache_bytes is None else settings.cache_bytes
+    count = budget // max(1, largest) - reserved
     if count < 1:
+        given = f"the free memory of {budget} bytes a rank" if is_measured else f"cache_bytes={budget}"
         raise ModelError(
-            f"cache_bytes={settings.cache_bytes} has no room for a request: a block of {settings.block_tokens} tokens needs "
-            f"{largest} bytes. Give at least {(1 + reserved) * largest} bytes (--cache-bytes)."
+            f"{given} has no room for a request: a block of {settings.block_tokens} tokens needs {largest} bytes. Give at "
+            f"least {(1 + reserved) * largest} bytes (--cache-bytes)."
         )
+    if is_measured:
+        longest = state_blocks + -(-longest_text(plan_of(model)[0].spec) // settings.block_tokens)
+        count = min(count, settings.max_sequences * longest)
+        budget = (count + reserved) * largest
     batched = reserved > 0
     return CacheLayout(
-        count, settings.block_tokens, _largest(model, state_blocks), batched=batched, chunked=batched, reused=batched,
-        block_bytes=largest,
+        count, settings.block_tokens, state_blocks, batched=batched, chunked=batched, reused=batched,
+        block_bytes=largest, budget_bytes=budget, is_measured=is_measured,
     )  # fmt: skip
+
+
+def _free_bytes(model: nn.Module) -> int:
+    """This rank's share of the free memory of its device, or of its machine."""
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    if device.type != "cuda":
+        return share_of(*machine_bytes(), ranks)
+    torch.cuda.empty_cache()
+    return share_of(*torch.cuda.mem_get_info(device), -(-ranks // torch.cuda.device_count()))
 
 
 def _pools_of(model: nn.Module, caches: dict[int, Any]) -> tuple[list[bool], dict[int, Form]] | None:
