@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from partita.errors import PlanError
 from partita.generation import Sampling
 from partita.serving import ServeRequest, ServeSettings
-from partita.serving.blocks import BlockPool, CacheLayout
+from partita.serving.blocks import BlockPool, CacheLayout, Held
 from partita.serving.message import Admission, Row, Step, decode, encode
 from partita.serving.scheduler import Scheduler
 
@@ -132,7 +132,8 @@ def test_no_block_is_lost_or_given_twice(seed: int, blocks: int) -> None:
         if texts and rng.random() < 0.5:
             ids, held, shared = texts.pop(rng.choice(list(texts)))
             pool.keep(ids[: rng.randint(2 * shared, len(ids))], held)
-            pool.release(pool.truncate(held, rng.randint(0, len(ids))))
+            left = pool.truncate(held, rng.randint(0, len(ids)))
+            pool.release(held if left is None else left.blocks)
         ids = [rng.randrange(2) for _ in range(rng.randint(1, 8))]
         found = pool.match(ids)
         held_now = pool.take(pool.layout.blocks_for(len(ids)), found)
@@ -143,6 +144,45 @@ def test_no_block_is_lost_or_given_twice(seed: int, blocks: int) -> None:
             texts[number] = ids, held_now, len(found)
         assert pool.used == len({block for _, held, _ in texts.values() for block in held})
         assert pool.used + pool.available == blocks
+
+
+def test_a_truncated_text_may_continue_differently() -> None:
+    pool = BlockPool(CacheLayout(6, 2), keeps_prefixes=True)
+    ids = [1, 2, 3, 4, 5, 6]
+    first = pool.take(3) or []
+    pool.keep(ids, first)
+    # A full block stays what it is; one that is not full keeps no text any more.
+    assert pool.truncate(first, 4) == Held(first[:2])
+    assert pool.match([*ids, 7]) == first
+    assert pool.truncate(first[:2], 3) == Held(first[:2])
+    assert pool.match([*ids, 7]) == first[:1]
+    assert pool.used == 2
+
+
+def test_a_copied_text_shares_full_blocks_and_copies_the_rest() -> None:
+    pool = BlockPool(CacheLayout(4, 2), keeps_prefixes=True)
+    first = pool.take(2) or []
+    copied = pool.copy(first, 3, 3)
+    assert copied is not None
+    assert copied.blocks[0] == first[0]
+    assert copied.copied == (first[1], copied.blocks[1])
+    assert (pool.used, pool.available) == (4, 0)
+    assert pool.copy(first, 3, 2) is None
+    # The first block is shared, so a text that writes into it needs its own; the block that it gives back is enough.
+    cut = pool.truncate(first, 1)
+    assert cut == Held([first[1]], (first[0], first[1]))
+    assert pool.truncate(copied.blocks, 1) == Held(copied.blocks[:1])
+    assert (pool.used, pool.available) == (2, 2)
+    pool.release(cut.blocks)
+    pool.release(copied.blocks[:1])
+    assert (pool.used, pool.available) == (0, 4)
+
+
+def test_state_of_fixed_size_is_not_truncated() -> None:
+    pool = BlockPool(CacheLayout(4, 2, state_blocks=1, batched=False), keeps_prefixes=True)
+    for change in (lambda: pool.truncate([1, 2], 1), lambda: pool.copy([1, 2], 1, 2)):
+        with pytest.raises(PlanError, match="keeps no list of tokens"):
+            change()
 
 
 def test_the_blocks_used_longest_ago_are_evicted_from_the_end_of_their_text() -> None:

@@ -12,6 +12,8 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from partita.errors import PlanError
+
 
 @dataclass(frozen=True)
 class CacheLayout:
@@ -51,6 +53,19 @@ class CacheLayout:
     def blocks_for(self, tokens: int) -> int:
         """The number of blocks for a text of `tokens` tokens."""
         return self.state_blocks + -(-tokens // self.block_tokens)
+
+
+@dataclass(frozen=True)
+class Held:
+    """The blocks of a text.
+
+    Attributes:
+        blocks: The blocks, in order of its tokens.
+        copied: A block of another text and one of these that must have the same content before the next forward.
+    """
+
+    blocks: list[int]
+    copied: tuple[int, int] | None = None
 
 
 class BlockPool:
@@ -130,11 +145,51 @@ class BlockPool:
             if digest not in self._block_of and block not in self._digest_of:
                 self._block_of[digest], self._digest_of[block] = block, digest
 
-    def truncate(self, blocks: Sequence[int], tokens: int) -> list[int]:
-        """Give back the blocks after the first `tokens` tokens of a text; returns those that are left."""
-        left = self.layout.blocks_for(tokens)
-        self.release(blocks[left:])
-        return list(blocks[:left])
+    def truncate(self, blocks: Sequence[int], tokens: int) -> Held | None:
+        """Forget a text after its first `tokens` tokens, and give back the blocks after them.
+
+        Other tokens may then be appended: a last block that is not full no longer keeps the text that it had, or is replaced by
+        a copy if other texts share it. None, and nothing changes, if no block is left for a copy.
+
+        Raises:
+            PlanError: The requests' state is no list of tokens.
+        """
+        return self._begin(blocks, tokens, self.layout.blocks_for(tokens), is_copy=False)
+
+    def copy(self, blocks: Sequence[int], tokens: int, count: int) -> Held | None:
+        """Hold the blocks of a second text that begins with the first `tokens` tokens of one.
+
+        Both share the blocks that are full. None, and nothing changes, if too few blocks are left.
+
+        Args:
+            blocks: The blocks of the first text, which keeps them.
+            tokens: The number of tokens, all of which have been computed.
+            count: The number of blocks of the second text.
+
+        Raises:
+            PlanError: The requests' state is no list of tokens.
+        """
+        return self._begin(blocks, tokens, count, is_copy=True)
+
+    def _begin(self, blocks: Sequence[int], tokens: int, count: int, *, is_copy: bool) -> Held | None:
+        if not self.layout.batched:
+            raise PlanError("the cache of this model keeps no list of tokens, so it cannot be truncated or copied.")
+        full, has_rest = tokens // self.layout.block_tokens, tokens % self.layout.block_tokens > 0
+        if is_copy:
+            taken = self.take(count, blocks[:full])
+            return None if taken is None else Held(taken, (blocks[full], taken[full]) if has_rest else None)
+        kept, last = list(blocks[:count]), blocks[full] if has_rest else None
+        if last is not None and self._holders[last] > 1:
+            freed = sum(self._holders[block] == 1 for block in blocks[count:])
+            if not self.available + freed:
+                return None
+            self.release(blocks[full:])
+            kept[full:] = self.take(1) or []
+            return Held(kept, (last, kept[full]))
+        self.release(blocks[count:])
+        if last in self._digest_of:
+            self._forget(last)
+        return Held(kept)
 
     def _forget(self, block: int) -> None:
         del self._block_of[self._digest_of.pop(block)]

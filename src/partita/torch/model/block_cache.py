@@ -54,6 +54,11 @@ class Pools:
         self.keys = {i: _zeros(slots, f.heads, f.key_width, f.dtype, device) for i, f in forms.items()}
         self.values = {i: _zeros(slots, f.heads, f.value_width, f.dtype, device) for i, f in forms.items()}
 
+    def copy(self, source: int, target: int, size: int) -> None:
+        """Copy the keys and values of a block of `size` tokens to another one."""
+        for pool in (*self.keys.values(), *self.values.values()):
+            pool[target * size : (target + 1) * size] = pool[source * size : (source + 1) * size]
+
 
 def _zeros(slots: int, heads: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     with torch._C.DisableTorchFunction():
