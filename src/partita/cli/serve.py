@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ipaddress
 import os
-import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -19,6 +18,7 @@ from partita.cli import launch
 from partita.cli.arguments.engine import choose_engine
 from partita.cli.arguments.model import plan_early, read_tokenizer, refuse_context, refuse_device, request_of
 from partita.cli.arguments.options import ModelArgument, NoVerify, PlanOptions, RunOptions, WeightsDtype
+from partita.cli.arguments.serving import CACHE, CacheBytes, MaxSequences, PrefillChunk
 from partita.cli.front_end import FRONT, FrontEnd, serve_beside
 from partita.cli.job import Job
 from partita.cli.terminal.console import mesh_name
@@ -36,24 +36,8 @@ from partita.training.adapter_files import check_readable
 if TYPE_CHECKING:
     from partita.serving.embedding import EmbeddingLoop
 
-SERVER, CACHE = "Server", "Requests and cache"
-"""Panels of options in `--help`."""
-
-
-def _bytes(text: str | int) -> int:
-    """A number of bytes: `4GiB`, `500MB`, `1000000`.
-
-    Raises:
-        BadParameter: It is none.
-    """
-    matched = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT])(I?)B?|B)?\s*", str(text).upper())
-    number = 0.0
-    if matched:
-        exponent = " KMGT".index(matched[2] or " ")
-        number = float(matched[1]) * (1024 if matched[3] else 1000) ** exponent
-    if number < 1:
-        raise typer.BadParameter(f"must be a number of bytes, as in 4GiB or 500MB, but is {text!r}.")
-    return int(number)
+SERVER = "Server"
+"""A panel of options in `--help`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,29 +45,12 @@ class ServingOptions(RunOptions, PlanOptions):
     """Options of a served model."""
 
     model: ModelArgument
-    max_sequences: Annotated[
-        int, typer.Option(min=1, help="Answer at most this many requests at once; others wait.", rich_help_panel=CACHE)
-    ] = 16  # fmt: skip
+    max_sequences: MaxSequences = 16
     max_tokens: Annotated[
         int, typer.Option(min=1, help="End answers whose request sets no limit after this many tokens.", rich_help_panel=CACHE)
     ] = 512  # fmt: skip
-    prefill_chunk: Annotated[
-        int,
-        typer.Option(
-            min=1, help="Compute at most this many prompt tokens between two tokens of answers.", rich_help_panel=CACHE
-        ),
-    ] = 256  # fmt: skip
-    cache_bytes: Annotated[
-        int | None,
-        typer.Option(
-            metavar="BYTES",
-            help="Memory of each rank for keys and values, as in 4GiB (default: its share of what is free after loading, less "
-            "a tenth of the machine's or device's memory; at most what the requests can use).",
-            parser=_bytes,
-            show_default=False,
-            rich_help_panel=CACHE,
-        ),
-    ] = None
+    prefill_chunk: PrefillChunk = 256
+    cache_bytes: CacheBytes = None
     no_verify: NoVerify = False
     dtype: WeightsDtype = None
 
