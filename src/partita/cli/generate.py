@@ -33,7 +33,7 @@ from partita.cli.arguments.options import (
     RunOptions,
     WeightsDtype,
 )
-from partita.cli.arguments.serving import CacheBytes, MaxSequences, PrefillChunk
+from partita.cli.arguments.serving import CacheBytes, ExactRows, MaxSequences, PrefillChunk
 from partita.cli.job import Job, compile_layers
 from partita.cli.terminal.console import err, mesh_name, out, plural, print_json, size, write
 from partita.cli.terminal.messages import hold, release
@@ -280,6 +280,7 @@ class GenerateOptions(RunOptions, TextOptions):
     max_sequences: MaxSequences = 16
     prefill_chunk: PrefillChunk = 256
     cache_bytes: CacheBytes = None
+    exact_rows: ExactRows = False
 
     no_stream: Annotated[
         bool, typer.Option("--no-stream", help="Print each text only when it is complete.", rich_help_panel=OUTPUT)
@@ -335,7 +336,9 @@ def _answer_all(options: GenerateOptions) -> NoReturn:
             request=request, plan=plan, backend=options.backend, device=options.device, prompts=options.many,
             answers=options.answers, sampling=_sampling(options), chat=options.chat, system=options.system,
             adapters=options.adapters, verify=not options.no_verify, as_json=options.as_json,
-            settings=ServeSettings(options.max_sequences, options.prefill_chunk, options.cache_bytes),
+            settings=ServeSettings(
+                options.max_sequences, options.prefill_chunk, options.cache_bytes, exact_rows=options.exact_rows
+            ),
         )
     )  # fmt: skip
 

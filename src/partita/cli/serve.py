@@ -18,7 +18,7 @@ from partita.cli import launch
 from partita.cli.arguments.engine import choose_engine
 from partita.cli.arguments.model import plan_early, read_tokenizer, refuse_context, refuse_device, request_of
 from partita.cli.arguments.options import ModelArgument, NoVerify, PlanOptions, RunOptions, WeightsDtype
-from partita.cli.arguments.serving import CACHE, CacheBytes, MaxSequences, PrefillChunk
+from partita.cli.arguments.serving import CACHE, CacheBytes, ExactRows, MaxSequences, PrefillChunk
 from partita.cli.front_end import FRONT, FrontEnd, serve_beside
 from partita.cli.job import Job
 from partita.cli.terminal.console import mesh_name
@@ -51,6 +51,7 @@ class ServingOptions(RunOptions, PlanOptions):
     ] = 512  # fmt: skip
     prefill_chunk: PrefillChunk = 256
     cache_bytes: CacheBytes = None
+    exact_rows: ExactRows = False
     no_verify: NoVerify = False
     dtype: WeightsDtype = None
 
@@ -160,7 +161,9 @@ def start(options: ServingOptions, *, adapters: dict[str, str] | None = None, **
     refuse_device(engine, options.device)
     if is_local(options.model):
         open_checkpoint(find_model(options.model))
-    settings = ServeSettings(options.max_sequences, options.prefill_chunk, options.cache_bytes)
+    settings = ServeSettings(
+        options.max_sequences, options.prefill_chunk, options.cache_bytes, exact_rows=options.exact_rows
+    )
     launch.run(
         ServeJob(
             request=request, plan=plan, backend=options.backend, device=options.device, settings=settings,

@@ -30,6 +30,8 @@ class CacheLayout:
         block_bytes: Bytes of a block on the rank where it takes most.
         budget_bytes: The memory of each rank for them.
         is_measured: Whether the budget is what was free, and no one's choice.
+        exact_rows: The largest number of rows in a forward of next tokens with the bits of each row alone; prompts are then
+            computed one by one. 0 if other rows may change the rounding.
     """
 
     num_blocks: int
@@ -42,6 +44,7 @@ class CacheLayout:
     block_bytes: int = 0
     budget_bytes: int = 0
     is_measured: bool = False
+    exact_rows: int = 0
 
     def __str__(self) -> str:
         whence = " of the memory that was free after loading" if self.is_measured else ""

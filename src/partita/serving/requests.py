@@ -102,6 +102,8 @@ class ServeSettings:
             loaded, and at most what `max_sequences` requests of the model's longest text can use.
         block_tokens: Tokens of a cache block.
         keep_prefixes: Whether the blocks of earlier requests are reused for prompts that begin with the same tokens.
+        exact_rows: Whether other requests may not change a request's rounding. Prompts are then computed one by one, unsplit,
+            and steps as forwards of as many rows as were measured to have the bits of each row alone.
     """
 
     max_sequences: int = 16
@@ -109,6 +111,7 @@ class ServeSettings:
     cache_bytes: int | None = None
     block_tokens: int = 16
     keep_prefixes: bool = True
+    exact_rows: bool = False
 
     def __post_init__(self) -> None:
         for name in ("max_sequences", "prefill_chunk", "cache_bytes", "block_tokens"):

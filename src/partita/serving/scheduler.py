@@ -129,7 +129,7 @@ class Scheduler:
     def _decodes(self) -> list[tuple[Row, ...]]:
         """One token of each request that is not in flight; at most as many as leave the other steps in flight their part.
 
-        Those of the same adapters share `groups` forwards.
+        Those of the same adapters share `groups` forwards, or more if fewer rows are exact.
         """
         prefilled = [(number, one) for number, one in self.running.items() if one.is_prefilled]
         ready = [(number, one) for number, one in prefilled if not one.is_in_flight]
@@ -137,27 +137,30 @@ class Scheduler:
         sets: dict[str, list[Row]] = {}
         for number, one in ready[:most]:
             sets.setdefault(one.request.adapter, []).append(Row(number, one.computed, 1, True))
-            self.running[number] = self.running.pop(
-                number
-            )  # so that the next step begins with those that it leaves out
+            # The next step begins with those that this one leaves out.
+            self.running[number] = self.running.pop(number)
         return [batch for rows in sets.values() for batch in self._divided(rows)]
 
     def _divided(self, rows: list[Row]) -> list[tuple[Row, ...]]:
-        count = min(self.groups, len(rows)) if self.pool.layout.batched else len(rows)
+        layout = self.pool.layout
+        count = min(self.groups, len(rows)) if layout.batched else len(rows)
+        if layout.exact_rows:
+            count = max(count, -(-len(rows) // layout.exact_rows))
         edges = [i * len(rows) // count for i in range(count + 1)]
         return [tuple(rows[a:b]) for a, b in pairwise(edges)]
 
     def _chunks(self) -> list[tuple[Row, ...]]:
         """Parts of prompts; those of the same start, length and adapters are one batch, which needs no padding."""
         # So many steps are between two tokens of an answer.
-        left = -(-self.settings.prefill_chunk // self.depth)
+        left, layout = -(-self.settings.prefill_chunk // self.depth), self.pool.layout
         batches: dict[tuple[object, ...], list[Row]] = {}
         for number, one in self.running.items():
             if one.is_prefilled or left <= 0:
                 continue
             rest = len(one.request.prompt) - one.computed
-            count = min(rest, left) if self.pool.layout.chunked else rest
+            count = min(rest, left) if layout.chunked else rest
             left -= count
-            key = (one.computed, count, one.request.adapter) if self.pool.layout.batched else (number,)
+            is_beside = layout.batched and not layout.exact_rows
+            key = (one.computed, count, one.request.adapter) if is_beside else (number,)
             batches.setdefault(key, []).append(Row(number, one.computed, count, count == rest))
         return [tuple(rows) for rows in batches.values()]

@@ -34,6 +34,15 @@ PrefillChunk = Annotated[
     int,
     typer.Option(min=1, help="Compute at most this many prompt tokens between two tokens of answers.", rich_help_panel=CACHE),
 ]  # fmt: skip
+ExactRows = Annotated[
+    bool,
+    typer.Option(
+        "--exact-rows",
+        help="Keep the rounding of an answer independent of other requests. Answers take longer, and prompts are computed "
+        "without reusing earlier ones.",
+        rich_help_panel=CACHE,
+    ),
+]
 CacheBytes = Annotated[
     int | None,
     typer.Option(

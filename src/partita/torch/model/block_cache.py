@@ -46,11 +46,13 @@ class Pools:
         entries: For each entry of the model's cache whether it is a sliding window's.
         keys: By layer, `[slots, heads, key_width]`.
         values: By layer, `[slots, heads, value_width]`.
+        lengths: The number of tokens of each row of the forward that runs.
     """
 
     def __init__(self, entries: list[bool], forms: Mapping[int, Form], slots: int, device: torch.device) -> None:
         """Allocate `slots` slots for each layer of `forms`."""
         self.entries = entries
+        self.lengths: list[int] = []
         self.keys = {i: _zeros(slots, f.heads, f.key_width, f.dtype, device) for i, f in forms.items()}
         self.values = {i: _zeros(slots, f.heads, f.value_width, f.dtype, device) for i, f in forms.items()}
 

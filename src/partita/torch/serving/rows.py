@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as SequenceOf
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from partita.generation.choice import Choice, settle
 from partita.generation.generation_config import end_tokens
 from partita.generation.prompts import check_ids
 from partita.generation.sample import Columns
+from partita.notes import note
 from partita.serving import ServeRequest, ServeSettings
 from partita.serving.blocks import CacheLayout
 from partita.serving.choosing import Served, chosen, log_probabilities
@@ -33,7 +34,7 @@ from partita.torch.proof.stages import refuse_undecodable
 from partita.torch.serving.adapters import ServedAdapters
 from partita.torch.serving.forwards import Alone, BlockForward, Forward, Through
 from partita.torch.serving.measure import measure
-from partita.torch.transformers_internals import fixed_positions
+from partita.torch.transformers_internals import attending_by_row, fixed_positions
 
 MESSAGE_BYTES = 4096
 """The size of a step's message; a longer one is followed by a second message."""
@@ -80,10 +81,16 @@ class TorchRows:
         with decoding(model, 1, PAYS_AFTER_TOKENS):
             pass
         self._stages = Through(model)
-        with mode_set(model, training=False), torch.inference_mode():
+        self._is_exact = settings.exact_rows
+        with self._faster(), mode_set(model, training=False), torch.inference_mode():
             measured = measure(model, self._stages, settings)
         self.layout: CacheLayout = measured.layout
         self._pools: Pools | None = measured.pools
+        rows = self.layout.exact_rows
+        if 0 < rows < settings.max_sequences and self.decides:
+            note(
+                f"at most {rows} requests share a forward, because more would change the rounding of each other's answers."
+            )
 
     def settle(self, request: ServeRequest) -> Choice:
         """The request's settings; see `Rows`."""
@@ -147,7 +154,9 @@ class TorchRows:
     @contextmanager
     def session(self) -> Iterator[None]:
         """Evaluate, without gradients; see `Rows`."""
-        with mode_set(self.model, training=False), torch.inference_mode():
+        by_row = attending_by_row(lambda: self._pools.lengths if self._pools is not None else [])
+        exact = by_row if self._is_exact else nullcontext()
+        with self._faster(), exact, mode_set(self.model, training=False), torch.inference_mode():
             try:
                 yield
             finally:
@@ -155,6 +164,10 @@ class TorchRows:
         for _, work in self._sent:
             work.wait()
         self._sent.clear()
+
+    def _faster(self) -> AbstractContextManager[None]:
+        """The products of `generate` for one text, where each row must have its bits."""
+        return decoding(self.model, 1, PAYS_AFTER_TOKENS) if self._is_exact else nullcontext()
 
     def run(self, step: Step) -> Callable[[], list[Picked]]:
         """Execute this rank's part of a step; see `Rows`."""
