@@ -11,6 +11,7 @@ from torch import Tensor
 from partita.serving import ServeSettings
 from partita.serving.blocks import BlockPool, Held
 from partita.torch.model.modes import mode_set
+from partita.torch.serving.adapters import ServedAdapters
 from partita.torch.serving.forwards import BlockForward, Through
 from partita.torch.serving.measure import measure
 from tests.support.serving import split_model, unsplit_model
@@ -27,7 +28,9 @@ def test_a_truncated_text_and_its_copy_continue_as_alone(kept: int) -> None:
         model = split_model(unsplit, {})
         stages = Through(model)
         with mode_set(model, training=False), torch.inference_mode():
-            measured = measure(model, stages, ServeSettings(block_tokens=SIZE, cache_bytes=1 << 20))
+            measured = measure(
+                model, stages, ServeSettings(block_tokens=SIZE, cache_bytes=1 << 20), ServedAdapters(model, {})
+            )
             assert measured.pools is not None
             pool = BlockPool(measured.layout, keeps_prefixes=True)
 

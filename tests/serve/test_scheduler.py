@@ -16,9 +16,9 @@ from partita.serving.message import Admission, Row, Step, decode, encode
 from partita.serving.scheduler import Scheduler
 
 
-def _scheduler(blocks: int, *, groups: int = 1, depth: int = 1, batched: bool = True, **settings: int) -> Scheduler:
+def _scheduler(blocks: int, *, groups: int = 1, batched: bool = True, **settings: int) -> Scheduler:
     pool = BlockPool(CacheLayout(blocks, 4, batched=batched, chunked=batched, reused=batched), keeps_prefixes=True)
-    return Scheduler(ServeSettings(block_tokens=4, **settings), pool, groups=groups, depth=depth)
+    return Scheduler(ServeSettings(block_tokens=4, **settings), pool, groups=groups)
 
 
 def _rows(step: Step) -> list[list[tuple[int, int, int, bool]]]:
@@ -46,41 +46,6 @@ def test_running_requests_form_a_group_for_each_stage() -> None:
     for number in range(3):
         scheduler.took(number, 9)
     assert _rows(scheduler.plan()) == [[(0, 2, 1, True)], [(1, 2, 1, True), (2, 2, 1, True)]]
-
-
-def test_steps_in_flight_have_their_own_requests() -> None:
-    scheduler = _scheduler(100, depth=2, prefill_chunk=8)
-    for number in range(3):
-        scheduler.submit(ServeRequest(number, (number, 1)), 9)
-    # Half of the prefill chunk belongs to each of the two steps.
-    assert _rows(scheduler.plan()) == [[(0, 0, 2, True), (1, 0, 2, True)]]
-    assert _rows(scheduler.plan()) == [[(2, 0, 2, True)]]
-    assert scheduler.plan() == Step()
-    for number in (0, 1):
-        scheduler.took(number, 9)
-    step = scheduler.plan()
-    assert (step.tokens, _rows(step)) == (((0, 9), (1, 9)), [[(0, 2, 1, True), (1, 2, 1, True)]])
-    scheduler.took(2, 9)
-    assert _rows(scheduler.plan()) == [[(2, 2, 1, True)]]
-    # A request that ends in flight leaves its part to the others, those that a step left out first.
-    scheduler.end(2)
-    scheduler.took(0, 8)
-    scheduler.took(1, 8)
-    assert _rows(scheduler.plan()) == [[(0, 3, 1, True)]]
-    scheduler.took(0, 7)
-    step = scheduler.plan()
-    assert (step.tokens, _rows(step)) == (((0, 7),), [[(1, 3, 1, True)]])
-
-
-def test_parts_of_a_prompt_do_not_wait_for_each_other() -> None:
-    scheduler = _scheduler(100, depth=2, prefill_chunk=8)
-    scheduler.submit(ServeRequest(0, tuple(range(9))), 2)
-    assert [_rows(scheduler.plan()) for _ in range(4)] == [
-        [[(0, 0, 4, False)]],
-        [[(0, 4, 4, False)]],
-        [[(0, 8, 1, True)]],
-        [],
-    ]
 
 
 def test_requests_that_cannot_share_forwards_run_alone() -> None:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from partita.checkpoint.find import find_model
 from partita.cli.arguments.model import read_tokenizer
 from partita.cli.job import Job
+from partita.cli.replicas import Groups, gather, serve_beside
 from partita.cli.terminal.console import err, mesh_name, plural, print_json
 from partita.cli.terminal.progress import answering, loading
 from partita.engine import open_engine, serving_loop
@@ -21,6 +23,7 @@ from partita.ranks import environment
 from partita.serving import ServeSettings, ServingLoop
 from partita.serving.answer_all import AnswerAll, Progress
 from partita.serving.answer_lines import AnswerLines
+from partita.serving.front import Front, Replica
 from partita.serving.prompt_lines import PromptLine, PromptLines
 
 
@@ -53,7 +56,8 @@ class AnswerJob(Job):
     def work(self) -> int:
         """Load the model and answer the prompts that have no answer yet."""
         if not environment.is_first():
-            self._loop().run()
+            loop, groups = self._loop()
+            serve_beside(loop, {}, groups)
             return 0
         lines = PromptLines(self.prompts, self.sampling)
         with AnswerLines(self.answers, len(lines), self._key_of(lines)) as answers:
@@ -61,20 +65,35 @@ class AnswerJob(Job):
                 note(
                     f"--out {self.answers} has {plural(len(answers.done), 'answer')} of {len(lines):,}, which are kept."
                 )
-            loop = self._loop()
-            tokenizer = loop.rows.tokenizer
+            loop, groups = self._loop()
+            tokenizer, front = loop.rows.tokenizer, Front()
             assert tokenizer is not None
 
             def encode(line: PromptLine) -> list[int]:
                 return line.encode(tokenizer, chat=self.chat, system=self.system)
 
             start_s = time.perf_counter()
+            # Requests wait, so that no step waits for one.
+            at_once = 2 * self.settings.max_sequences * self.request.mesh.dp
             with answering() as show:
-                progress = AnswerAll(loop, lines, answers, encode, show).run()
+                work = AnswerAll(front, lines, answers, encode, show, at_once)
+
+                def on_all(replicas: Sequence[Replica], _: dict[str, Any]) -> None:
+                    front.open(replicas)
+                    work.start()
+
+                meeting = gather(loop, {}, groups, front, on_all)
+                try:
+                    loop.run()
+                finally:
+                    work.end()
+                    if meeting is not None:
+                        meeting.close()
+                progress = work.finished()
         self._tell(progress, time.perf_counter() - start_s)
         return 0
 
-    def _loop(self) -> ServingLoop:
+    def _loop(self) -> tuple[ServingLoop, Groups]:
         asked, engine = self.request, open_engine(self.request.engine)
         folder = find_model(asked.model, code=asked.trust_remote_code)
         tokenizer = read_tokenizer(folder, trust_remote_code=asked.trust_remote_code)
@@ -82,7 +101,7 @@ class AnswerJob(Job):
             split = engine.load(folder, **self.split, dtype=asked.dtype, verify=self.verify, progress=progress)
         if self.adapters is not None:
             engine.load_adapters(split, self.adapters)
-        return serving_loop(asked.engine, split, self.settings, tokenizer=tokenizer)
+        return serving_loop(asked.engine, split, self.settings, tokenizer=tokenizer), engine.plan_of(split)[1]
 
     def _key_of(self, lines: PromptLines) -> Callable[[int], str]:
         """What identifies a prompt with its settings and the model, but not how the model is split."""

@@ -7,42 +7,31 @@ our launcher    all replicas are ready -> FrontEnd.open -> HTTP, whose port stay
 
 from __future__ import annotations
 
-import contextlib
-import hmac
 import json
-import os
-import secrets
 import signal
 import socket
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from partita.checkpoint.find import find_model
 from partita.cli.arguments.model import read_tokenizer
+from partita.cli.replicas import Groups, Meeting, gather
 from partita.cli.terminal.console import err, out, write
 from partita.ranks import liveness
-from partita.ranks.addresses import addresses, connect, listen
-from partita.ranks.agreement import first_text
-from partita.ranks.groups import AxisGroups, Communicator
 from partita.ranks.launcher import Outcome
 from partita.serving import ServingLoop
-from partita.serving.channel import Channel, RemoteReplica, serve_remote
 from partita.serving.front import Front, Replica
 
 if TYPE_CHECKING:
     from partita.cli.serve import ServeJob
+    from partita.serving.embedding import EmbeddingLoop
 
 FRONT = "PARTITA_FRONT"
 """The variable with the socket of the front end, for the first rank of each replica."""
-
-TOKEN_BYTES = 32
-"""The length of the token that a replica on another machine sends first."""
-
-OnAll = Callable[[Sequence[Replica], dict[str, Any]], None]
 
 
 class FrontEnd:
@@ -124,22 +113,13 @@ class FrontEnd:
 
     # --- in the first rank
 
-    def serve(self, loop: ServingLoop, facts: dict[str, Any], groups: AxisGroups[Communicator]) -> None:
+    def serve(self, loop: ServingLoop | EmbeddingLoop, facts: dict[str, Any], groups: Groups) -> None:
         """Serve with the loop of this process and those of the other replicas, which connect to it.
 
         Raises:
             Exception: What a step raised.
         """
-        others = loop.rows.plan.mesh.dp - 1
-        if others:
-            listener, token = listen(is_local=_is_one_machine()), secrets.token_hex(TOKEN_BYTES // 2)
-            offer = json.dumps([addresses(_is_one_machine()), listener.getsockname()[1], token])
-            first_text(groups.axes, offer)
-            self._meeting = Meeting(
-                listener, others, lambda replicas, _: self._opened([loop.inbox, *replicas], facts), self.front, token
-            )
-        else:
-            self.open([loop.inbox], facts)
+        self._meeting = gather(loop, facts, groups, self.front, self._opened if groups.mesh.dp > 1 else self.open)
         liveness.on_loss(self._lost)
         before = signal.signal(signal.SIGTERM, lambda number, frame: self._drain_or_raise())
         try:
@@ -170,30 +150,35 @@ class FrontEnd:
             self._start(facts)
         self.front.open(replicas)
         if is_first:
-            self._announce(facts["cache"])
+            self._announce(facts.get("cache"))
 
     def _start(self, facts: dict[str, Any]) -> None:
         from partita.serving.http.app import make_app
         from partita.serving.http.server import Server
         from partita.serving.http.service import Service
+        from partita.serving.pooling import read_pooling
 
         job, asked = self._job, self._job.request
-        folder = find_model(asked.model, code=asked.trust_remote_code)
+        folder, embeds = find_model(asked.model, code=asked.trust_remote_code), dict[str, Any]()
+        if "width" in facts:
+            embeds = {"embeddings": self.front, "width": facts["width"], "pooling": read_pooling(folder)}
         service = Service(
             self.front, read_tokenizer(folder, trust_remote_code=asked.trust_remote_code), job.name, facts["context"],
-            facts["vocab_size"], max_tokens=job.max_tokens, api_key=job.api_key, plan=facts["plan"],
+            facts["vocab_size"], adapters=tuple(job.adapters), **embeds, max_tokens=job.max_tokens, api_key=job.api_key,
+            plan=facts["plan"],
         )  # fmt: skip
         self._server = Server(make_app(service), self._bound)
         self._server.start()
 
-    def _announce(self, cache: str) -> None:
+    def _announce(self, cache: str | None) -> None:
         from partita.serving.http.server import url_of
 
         url, job = url_of(self._bound), self._job
         if job.as_json:
-            write(json.dumps({"url": url, "model": job.name, "cache": cache}) + "\n")
+            write(json.dumps({"url": url, "model": job.name} | ({"cache": cache} if cache else {})) + "\n")
         else:
-            out().print(f"The cache has {cache}.", style="dim", soft_wrap=True)
+            if cache:
+                out().print(f"The cache has {cache}.", style="dim", soft_wrap=True)
             out().print(f"{job.name} is served at {url} (OpenAI's API at {url}/v1). Ctrl-C ends it.", soft_wrap=True)
 
     def _part(self) -> None:
@@ -218,94 +203,3 @@ class FrontEnd:
                 self._server.close()
             self._bound.close()
             self._folder.cleanup()
-
-
-def serve_beside(loop: ServingLoop, facts: dict[str, Any], groups: AxisGroups[Communicator], path: str | None) -> None:
-    """Serve on a rank without the front end, which is at `path` or in the first rank.
-
-    Raises:
-        Exception: What a step raised.
-    """
-    channel: Channel | None = None
-    if path is None and loop.rows.plan.mesh.dp > 1:
-        hosts, port, token = json.loads(first_text(groups.axes, None) or "")
-        if loop.rows.decides:
-            connection = connect(hosts, port)
-            if connection is None:
-                raise ConnectionError(f"the first rank of the run cannot be reached at {' or '.join(hosts)}.")
-            connection.sendall(token.encode())
-            channel = Channel(connection)
-    elif path is not None and loop.rows.decides:
-        connection = socket.socket(socket.AF_UNIX)
-        connection.connect(path)
-        channel = Channel(connection)
-    if channel is not None:
-        serve_remote(loop, channel, facts)
-    else:
-        loop.run()
-
-
-def _is_one_machine() -> bool:
-    return os.environ.get("LOCAL_WORLD_SIZE", "1") == os.environ.get("WORLD_SIZE", "1")
-
-
-class Meeting:
-    """Waits for the replicas of a run, which connect when their models are loaded."""
-
-    def __init__(self, listener: socket.socket, count: int, on_all: OnAll, front: Front, token: str = "") -> None:
-        """Accept connections at `listener` until `count` replicas are ready.
-
-        Args:
-            listener: A listening socket, which the meeting closes.
-            count: The number of replicas.
-            on_all: Called in a thread with all replicas, and the facts of one.
-            front: Learns which requests begin.
-            token: What each connection must send first.
-        """
-        self._listener, self._count, self._on_all, self._front, self._token = listener, count, on_all, front, token
-        self._lock = threading.Lock()
-        self._channels: list[Channel] = []
-        self._ready: list[RemoteReplica] = []
-        threading.Thread(target=self._accept, name="meeting", daemon=True).start()
-
-    def _accept(self) -> None:
-        with contextlib.suppress(OSError):  # it is closed
-            while True:
-                connection, _ = self._listener.accept()
-                threading.Thread(target=self._admit, args=(connection,), name="arrival", daemon=True).start()
-
-    def _admit(self, connection: socket.socket) -> None:
-        if self._token and not self._is_known(connection):
-            connection.close()
-            return
-        channel = Channel(connection)
-        with self._lock:
-            self._channels.append(channel)
-        with contextlib.suppress(ConnectionError):
-            replica = RemoteReplica(channel)
-            with self._lock:
-                self._ready.append(replica)
-                if len(self._ready) != self._count:
-                    return
-            for one in self._ready:
-                one.start(self._front.begun)
-            self._on_all(self._ready, replica.facts)
-
-    def _is_known(self, connection: socket.socket) -> bool:
-        connection.settimeout(10)
-        given = b""
-        with contextlib.suppress(OSError):
-            while len(given) < TOKEN_BYTES and (part := connection.recv(TOKEN_BYTES - len(given))):
-                given += part
-        connection.settimeout(None)
-        return hmac.compare_digest(given, self._token.encode())
-
-    def close(self) -> None:
-        """End the connections."""
-        with contextlib.suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-        with self._lock:
-            channels = list(self._channels)
-        for channel in channels:
-            channel.close()

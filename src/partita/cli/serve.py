@@ -19,8 +19,9 @@ from partita.cli.arguments.engine import choose_engine
 from partita.cli.arguments.model import plan_early, read_tokenizer, refuse_context, refuse_device, request_of
 from partita.cli.arguments.options import ModelArgument, NoVerify, PlanOptions, RunOptions, WeightsDtype
 from partita.cli.arguments.serving import CACHE, CacheBytes, ExactRows, MaxSequences, PrefillChunk
-from partita.cli.front_end import FRONT, FrontEnd, serve_beside
+from partita.cli.front_end import FRONT, FrontEnd
 from partita.cli.job import Job
+from partita.cli.replicas import serve_beside
 from partita.cli.terminal.console import mesh_name
 from partita.cli.terminal.plan_figure import as_data
 from partita.cli.terminal.progress import loading
@@ -256,4 +257,4 @@ def facts_of(plan: Plan, loop: ServingLoop | EmbeddingLoop) -> dict[str, Any]:
     facts = {"context": longest_text(spec), "vocab_size": spec.vocab_size, "plan": as_data(plan)}
     if isinstance(loop, ServingLoop):
         return {**facts, "cache": str(loop.rows.layout)}
-    return {**facts, "context": loop.most_tokens or facts["context"]}
+    return {**facts, "context": loop.most_tokens or facts["context"], "width": loop.inbox.width}

@@ -1,16 +1,18 @@
-"""Answering a file of prompts with a serving loop."""
+"""Answering a file of prompts with the replicas of a run."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from queue import SimpleQueue
 from typing import Any
 
 from partita.errors import PartitaError
 from partita.serving.answer_lines import AnswerLines
-from partita.serving.loop import ServingLoop
+from partita.serving.front import Front
 from partita.serving.prompt_lines import PromptLine, PromptLines
-from partita.serving.requests import Event, Finished, ServeRequest, Token
+from partita.serving.requests import Event, ServeRequest, Token
 
 
 @dataclass
@@ -53,96 +55,92 @@ class _Answer:
 
 
 class AnswerAll:
-    """Feeds a loop with the prompts that have no answer yet, and writes the answers; on the rank that decides."""
+    """Gives a front end the prompts that have no answer yet, and writes the answers, in a thread of its own."""
 
     def __init__(
         self,
-        loop: ServingLoop,
+        front: Front,
         prompts: PromptLines,
         answers: AnswerLines,
         encode: Callable[[PromptLine], list[int]],
         on_progress: Callable[[Progress], None],
+        at_once: int,
     ) -> None:
         """Prepare a run.
 
         Args:
-            loop: A loop that has not run yet.
+            front: Where the prompts are answered; it is shut down at the end.
             prompts: The prompts.
             answers: Where answers are written.
             encode: The ids of a prompt.
             on_progress: Called after each answer, and after each token.
+            at_once: The largest number of prompts that wait for answers; each of them is held in memory.
         """
-        self._loop, self._prompts, self._answers = loop, prompts, answers
-        self._encode, self._on_progress = encode, on_progress
+        self._front, self._prompts, self._answers = front, prompts, answers
+        self._encode, self._on_progress, self._at_once = encode, on_progress, at_once
         self._left: Iterator[int] = (i for i in range(len(prompts)) if i not in answers.done)
         self._open: dict[int, _Answer] = {}
-        self._failure: Exception | None = None
+        self._events: SimpleQueue[Event | None] = SimpleQueue()
+        self._thread = threading.Thread(target=self._answer, name="answers")
+        self._failure: BaseException | None = None
         self.progress = Progress(len(prompts), len(answers.done))
 
-    def run(self) -> Progress:
-        """Answer all prompts; the other ranks run the loop meanwhile.
+    def start(self) -> None:
+        """Begin; the replicas of the front end are open."""
+        self._thread.start()
+
+    def end(self) -> None:
+        """Wait for the thread, which gives up what has no answer yet. Nothing happens if it has not begun."""
+        self._events.put(None)
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    def finished(self) -> Progress:
+        """Put the answers in the order of the prompts, after `end`.
 
         Raises:
             CheckpointError: The answers cannot be written.
         """
-        self._on_progress(self.progress)
-        # Requests wait at the loop, so that it never waits for one; few, because each is held in memory.
-        most = 2 * self._loop.settings.max_sequences * self._loop.rows.plan.mesh.dp
-        while len(self._open) < most and self._submit():
-            pass
-        self._end_if_done()
-        self._loop.run()
         if self._failure is not None:
             raise self._failure
         self._answers.finish()
         return self.progress
 
-    def _submit(self) -> bool:
-        """Submit the next prompt. False if none is left."""
-        for index in self._left:
+    def _answer(self) -> None:
+        try:
+            self._on_progress(self.progress)
+            while self._fill() and (event := self._events.get()) is not None:
+                self._take(event)
+        except BaseException as error:
+            self._failure = error
+        self._front.shutdown(drain=False)
+
+    def _fill(self) -> bool:
+        """Submit prompts. False if none waits for its answer."""
+        while len(self._open) < self._at_once and (index := next(self._left, None)) is not None:
             line: PromptLine = self._prompts[index]
-            answer = _Answer(line, 0)
+            answer = self._open[index] = _Answer(line, 0)
             try:
                 ids = self._encode(line)
                 answer.prompt_tokens = len(ids)
-                self._open[index] = answer
-                self._loop.inbox.submit(ServeRequest(index, tuple(ids), line.sampling), self._hear)
+                self._front.submit(ServeRequest(index, tuple(ids), line.sampling), self._events.put)
             except PartitaError as error:
-                self._open.pop(index, None)
-                self._write(index, answer, "error", str(error))
-                continue
-            return True
-        return False
+                self._write(index, "error", str(error))
+        return bool(self._open)
 
-    def _hear(self, event: Event) -> None:
-        """Take an event of the loop, on its thread."""
-        if self._loop.inbox.closed:  # what ends now is not answered
-            return
-        try:
-            if isinstance(event, Token):
-                self._open[event.id].tokens.append(event.token)
-                self._open[event.id].texts.append(event.text)
-                self.progress.tokens += 1
-                self._on_progress(self.progress)
-            else:
-                self._finish(event)
-        except Exception as error:
-            self._failure = error
-            self._loop.inbox.shutdown(drain=False)
+    def _take(self, event: Event) -> None:
+        if isinstance(event, Token):
+            self._open[event.id].tokens.append(event.token)
+            self._open[event.id].texts.append(event.text)
+            self.progress.tokens += 1
+            self._on_progress(self.progress)
+        else:
+            self._write(event.id, event.reason, event.error)
 
-    def _finish(self, event: Finished) -> None:
-        self._write(event.id, self._open.pop(event.id), event.reason, event.error)
-        self._submit()
-        self._end_if_done()
-
-    def _write(self, index: int, answer: _Answer, reason: str, error: str) -> None:
-        self._answers.add(index, answer.data(reason, error))
+    def _write(self, index: int, reason: str, error: str) -> None:
+        self._answers.add(index, self._open.pop(index).data(reason, error))
         self.progress.done += 1
         if error:
             self.progress.errors += 1
             self.progress.error = self.progress.error or f"prompt {index}: {error}"
         self._on_progress(self.progress)
-
-    def _end_if_done(self) -> None:
-        if not self._open:
-            self._loop.inbox.shutdown()

@@ -10,9 +10,10 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from partita.errors import PlanError
+from partita.errors import ModelError, PlanError
+from partita.serving.requests import ServeSettings
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,42 @@ class CacheLayout:
     def blocks_for(self, tokens: int) -> int:
         """The number of blocks for a text of `tokens` tokens."""
         return self.state_blocks + -(-tokens // self.block_tokens)
+
+
+def layout_within(
+    settings: ServeSettings,
+    longest: int,
+    layout: CacheLayout,
+    free_bytes: int | None,
+    *,
+    reserved: int = 0,
+) -> CacheLayout:
+    """The blocks that a rank's memory has room for.
+
+    Args:
+        settings: The settings, whose `cache_bytes` is the budget if it is given.
+        longest: The number of tokens of the model's longest text.
+        layout: What blocks are; its numbers of blocks and bytes of budget are replaced.
+        free_bytes: The budget if the settings give none.
+        reserved: Blocks that no request can hold.
+
+    Raises:
+        ModelError: There is no room for a request of one block.
+    """
+    given, block = settings.cache_bytes, max(1, layout.block_bytes)
+    budget = given if given is not None else free_bytes or 0
+    count, least = budget // block - reserved, 1 + layout.state_blocks
+    if count < least:
+        what = f"the free memory of {budget} bytes a rank" if given is None else f"cache_bytes={budget}"
+        state = f", and a request {layout.state_blocks} blocks for its state" if layout.state_blocks else ""
+        raise ModelError(
+            f"{what} has no room for a request: a block of {layout.block_tokens} tokens needs {block} bytes{state}. Give at "
+            f"least {(least + reserved) * block} bytes (--cache-bytes)."
+        )
+    if given is None:
+        count = min(count, settings.max_sequences * layout.blocks_for(longest) * (1 + layout.copied))
+        budget = (count + reserved) * block
+    return replace(layout, num_blocks=count, budget_bytes=budget, is_measured=given is None)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ front end    submit, cancel, shutdown              ->  deciding rank of a replic
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
 import queue
@@ -14,12 +15,17 @@ import struct
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, astuple
-from typing import Any
+from itertools import count
+from typing import TYPE_CHECKING, Any, cast
 
 from partita.errors import PartitaError, PlanError
 from partita.serving.loop import ServingLoop, Stats
 from partita.serving.message import plain_request, read_request
 from partita.serving.requests import Event, Finished, OnEvent, ServeRequest, Token
+
+if TYPE_CHECKING:  # it needs numpy, which the command line does without
+    from partita.serving.embedding import EmbeddingLoop, OnVectors
+    from partita.serving.pooling import Vectors
 
 _LENGTH = struct.Struct("!Q")
 
@@ -62,7 +68,7 @@ class Channel:
         self._connection.close()
 
 
-def serve_remote(loop: ServingLoop, channel: Channel, facts: dict[str, Any]) -> None:
+def serve_remote(loop: ServingLoop | EmbeddingLoop, channel: Channel, facts: dict[str, Any]) -> None:
     """Run `loop` for the front end at the other end of `channel`, until that ends it; on the replica's deciding rank.
 
     Args:
@@ -87,15 +93,18 @@ def serve_remote(loop: ServingLoop, channel: Channel, facts: dict[str, Any]) -> 
             kind, *values = message
             if kind == "submit":
                 channel.send(["reply", values[0], _refusal(loop, read_request(*values), on_event)])
+            elif kind == "embed":
+                _embed(loop, channel, *values)
             elif kind == "cancel":
                 loop.inbox.cancel(values[0])
             else:
                 loop.inbox.shutdown(drain=values[0])
         loop.inbox.shutdown(drain=False)
 
-    loop.on_begun = lambda numbers: channel.send(["begun", list(numbers)])
+    if isinstance(loop, ServingLoop):
+        loop.on_begun = lambda numbers: channel.send(["begun", list(numbers)])
     loop.on_step = flush
-    channel.send(["ready", {**facts, "layout": [loop.rows.layout.block_tokens, loop.rows.layout.num_blocks]}])
+    channel.send(["ready", {**facts, "layout": [loop.inbox.block_tokens, loop.inbox.num_blocks]}])
     threading.Thread(target=serve, name="channel", daemon=True).start()
     try:
         loop.run()
@@ -104,7 +113,19 @@ def serve_remote(loop: ServingLoop, channel: Channel, facts: dict[str, Any]) -> 
         channel.close()
 
 
-def _refusal(loop: ServingLoop, request: ServeRequest, on_event: OnEvent) -> str:
+def _embed(loop: ServingLoop | EmbeddingLoop, channel: Channel, number: int, texts: list[list[int]]) -> None:
+    """Submit texts, and send their vectors; the front end learns of an error when the channel is closed."""
+
+    def on_vectors(result: Vectors | Exception) -> None:
+        if not isinstance(result, Exception):
+            data = base64.b64encode(result.tobytes()).decode("ascii")
+            channel.send(["vectors", number, result.dtype.str, result.shape, data])
+
+    with contextlib.suppress(PartitaError):
+        cast("EmbeddingLoop", loop).inbox.embed([tuple(text) for text in texts], on_vectors)
+
+
+def _refusal(loop: ServingLoop | EmbeddingLoop, request: ServeRequest, on_event: OnEvent) -> str:
     """Submit a request. Why it is refused; empty if it is not."""
     try:
         loop.inbox.submit(request, on_event)
@@ -139,6 +160,8 @@ class RemoteReplica:
         self._changing = threading.Lock()
         self._listeners: dict[int, OnEvent] = {}
         self._replies: dict[int, queue.SimpleQueue[str]] = {}
+        self._embeddings: dict[int, OnVectors] = {}
+        self._numbers = count()
         self._is_gone = False
 
     def start(self, on_begun: Callable[[Sequence[int]], None]) -> None:
@@ -150,6 +173,8 @@ class RemoteReplica:
             kind, *values = message
             if kind == "begun":
                 on_begun(values[0])
+            elif kind == "vectors":
+                self._embedded(*values)
             elif kind == "reply":
                 with self._changing:
                     self._replies.pop(values[0]).put(values[1])
@@ -171,6 +196,18 @@ class RemoteReplica:
             listener = self._listeners.get(number)
         if listener is not None:
             listener(Finished(number, *values) if is_end else _token(number, *values))
+
+    def _embedded(self, number: int, dtype: str, shape: list[int], data: str) -> None:
+        import numpy as np  # which the command line does without
+
+        on_vectors = self._embeddings.pop(number)
+        on_vectors(np.frombuffer(base64.b64decode(data), dtype).reshape(shape))
+
+    def embed(self, texts: Sequence[tuple[int, ...]], on_vectors: OnVectors) -> None:
+        """Compute the vectors of texts. If the replica has gone or is about to, nothing happens."""
+        number = next(self._numbers)
+        self._embeddings[number] = on_vectors
+        self._channel.send(["embed", number, texts])
 
     def submit(self, request: ServeRequest, on_event: OnEvent) -> None:
         """Add a request, and wait for the answer whether it can be served. If the replica has gone, nothing happens.

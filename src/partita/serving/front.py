@@ -12,13 +12,17 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol, cast
 
 from partita.errors import ModelError, PartitaError, PlanError
 from partita.notes import note
 from partita.serving.blocks import digests
 from partita.serving.loop import Stats
 from partita.serving.requests import Event, Finished, OnEvent, ServeRequest, Token
+
+if TYPE_CHECKING:  # it needs numpy, which the command line does without
+    from partita.serving.embedding import OnVectors
+    from partita.serving.pooling import Vectors
 
 
 class Replica(Protocol):
@@ -43,6 +47,13 @@ class Replica(Protocol):
 
     def stats(self) -> Stats:
         """The state of the loop."""
+
+
+class EmbeddingReplica(Replica, Protocol):
+    """The entrance to the loop of a replica that gives vectors."""
+
+    def embed(self, texts: Sequence[tuple[int, ...]], on_vectors: OnVectors) -> None:
+        """Compute the vectors of texts; see `EmbeddingInbox`."""
 
 
 class _Place:
@@ -90,6 +101,21 @@ class _Entry:
     has_begun: bool = False
 
 
+@dataclass(eq=False)
+class _Embedding:
+    """Texts whose vectors are computed.
+
+    Attributes:
+        on_vectors: Who hears of them.
+        place: Where they are computed.
+        left: Their tokens.
+    """
+
+    on_vectors: OnVectors
+    place: _Place
+    left: int
+
+
 class Front:
     """Distributes requests over replicas, by what each has to do and has in its cache. Any thread may call its methods."""
 
@@ -97,6 +123,7 @@ class Front:
         """Create a front end that accepts requests after `open`."""
         self._lock = threading.RLock()
         self._entries: dict[int, _Entry] = {}
+        self._embeddings: set[_Embedding] = set()
         self._places: list[_Place] = []
         self._down = "the ranks have not started"
         self._ending = ""
@@ -141,6 +168,10 @@ class Front:
         self._end(lost, why)
 
     def _end(self, entries: Iterable[_Entry], why: str) -> None:
+        with self._lock:
+            embeddings, self._embeddings = self._embeddings, set()
+        for one in embeddings:
+            one.on_vectors(ModelError(why))
         for entry in entries:
             self._take(entry, Finished(entry.request.id, "lost", why, len(entry.request.prompt)))
 
@@ -197,6 +228,27 @@ class Front:
         except Exception as error:
             note(f"request {number} ends, because its on_event raised {type(error).__name__}: {error}")
             self.cancel(number)
+
+    def embed(self, texts: Sequence[tuple[int, ...]], on_vectors: OnVectors) -> None:
+        """Compute the vectors of texts on the replica that has the least to compute; see `EmbeddingInbox.embed`."""
+        with self._lock:
+            if self.closed:
+                raise ModelError(f"no request is accepted any more: {self.closed}.")
+            place = min(self._places, key=lambda place: place.load)
+            one = _Embedding(on_vectors, place, sum(map(len, texts)))
+            place.load += one.left
+            self._embeddings.add(one)
+        cast(EmbeddingReplica, place.replica).embed(texts, lambda result: self._receive(one, result))
+
+    def _receive(self, one: _Embedding, result: Vectors | Exception) -> None:
+        if isinstance(result, Exception):
+            return  # `lose` or `close` will be called with the reason
+        with self._lock:
+            if one not in self._embeddings:
+                return
+            self._embeddings.remove(one)
+            one.place.load -= one.left
+        one.on_vectors(result)
 
     def _forget(self, entry: _Entry) -> None:
         with self._lock:

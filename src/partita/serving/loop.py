@@ -3,13 +3,12 @@
 any thread of the deciding rank    inbox.submit, cancel, shutdown
 deciding rank, before a step       scheduler -> Step -> bytes -> the ranks of the replica
 every rank                         Rows.run: ended, tokens, admitted, forwards
-deciding rank, when a step lands   tokens -> texts -> ends -> events
+deciding rank, after a step        tokens -> texts -> ends -> events
 """
 
 from __future__ import annotations
 
 import threading
-from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, fields
@@ -169,19 +168,6 @@ class _Client:
 _REASONS: dict[str, Reason] = {"eos": "stop", "stop": "stop", "length": "length"}
 
 
-@dataclass(frozen=True)
-class _InFlight:
-    """A step that has not landed.
-
-    Attributes:
-        clients: The request of each row that chooses a token.
-        wait: Waits for what was chosen.
-    """
-
-    clients: tuple[_Client, ...]
-    wait: Callable[[], SequenceOf[Picked]]
-
-
 class ServingLoop:
     """Serves requests on all ranks of a replica; replicas do not wait for each other.
 
@@ -195,11 +181,9 @@ class ServingLoop:
         """Create a loop over the engine's `rows`, on every rank with the same settings."""
         self.rows, self.settings = rows, settings
         pool = BlockPool(rows.layout, keeps_prefixes=settings.keep_prefixes)
-        groups = rows.plan.mesh.pp if rows.depth == 1 else 1
-        self.scheduler = Scheduler(settings, pool, groups=groups, depth=rows.depth)
+        self.scheduler = Scheduler(settings, pool, groups=rows.plan.mesh.pp)
         self.on_begun: Callable[[SequenceOf[int]], None] = lambda numbers: None
         self.on_step: Callable[[], None] = lambda: None
-        self._in_flight: deque[_InFlight] = deque()
         self._clients: dict[int, _Client] = {}
         self._counts = dict.fromkeys(("tokens", "prompt_tokens", "cached_tokens", "finished", "steps"), 0)
         self.inbox = Inbox(self._settled, self._stats, rows.layout)
@@ -233,30 +217,14 @@ class ServingLoop:
         """Decide and run steps."""
         step = Step()
         while not step.ends:
-            while len(self._in_flight) >= self.rows.depth:
-                self._land()
             step = self._decide()
-            if step == Step() and self._in_flight:
-                self._land()
-                continue
             if step.admitted:
                 self.on_begun([one.request.id for one in step.admitted])
             self.rows.share(encode(step))
-            choosing = (row for batch in step.batches for row in batch if row.chooses)
-            clients = tuple(self._clients[row.id] for row in choosing)
-            self._in_flight.append(_InFlight(clients, self.rows.run(step)))
+            for row, picked in zip(step.choosing, self.rows.run(step), strict=True):
+                self._took(self._clients[row.id], picked)
             self._counts["steps"] += 1
-        while self._in_flight:
-            self._land()
-
-    def _land(self) -> None:
-        """Wait for the earliest step in flight, and emit its events."""
-        one = self._in_flight.popleft()
-        for client, picked in zip(one.clients, one.wait(), strict=True):
-            # It may have been cancelled since, and another request may have its id.
-            if self._clients.get(client.request.id) is client:
-                self._took(client, picked)
-        self.on_step()
+            self.on_step()
 
     def _settled(self, request: ServeRequest) -> Choice:
         """A request's settings; raises `PartitaError` if it can never be served."""
@@ -272,8 +240,7 @@ class ServingLoop:
 
     def _decide(self) -> Step:
         """The next step."""
-        is_idle = self.scheduler.is_idle and not self._in_flight
-        submitted, cancelled, closed, drains = self.inbox.take(IDLE_S if is_idle else 0.0)
+        submitted, cancelled, closed, drains = self.inbox.take(IDLE_S if self.scheduler.is_idle else 0.0)
         for request, choice, on_event in submitted:
             limit = choice.limit(len(request.prompt))
             sequence = Sequence(0, list(request.prompt), limit)

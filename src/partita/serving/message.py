@@ -60,6 +60,11 @@ class Step:
     batches: tuple[tuple[Row, ...], ...] = ()
     ends: bool = False
 
+    @property
+    def choosing(self) -> list[Row]:
+        """The rows for which a token is chosen, in order."""
+        return [row for batch in self.batches for row in batch if row.chooses]
+
 
 def encode(step: Step) -> bytes:
     """A step as bytes, which `decode` reads."""

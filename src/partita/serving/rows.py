@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
@@ -53,10 +53,6 @@ class Rows(Protocol):
         """The index of this rank's replica."""
 
     @property
-    def depth(self) -> int:
-        """The number of steps that are in flight at once, so that all pipeline stages are busy."""
-
-    @property
     def tokenizer(self) -> Tokenizer | None:
         """The tokenizer, the same on every rank."""
 
@@ -73,9 +69,9 @@ class Rows(Protocol):
     def share(self, data: bytes | None) -> bytes:
         """The bytes of the replica's deciding rank, on each of its ranks; `data` is None on the others."""
 
-    def run(self, step: Step) -> Callable[[], Sequence[Picked]]:
+    def run(self, step: Step) -> Sequence[Picked]:
         """Execute this rank's part of a step of its replica.
 
-        What it returns waits for the last stage, and returns what was chosen for each row, in order. The deciding rank calls it
-        once, in the order of the steps, before more than `depth` are in flight; the others do not.
+        Returns:
+            On the deciding rank what was chosen for each row that chooses, in order.
         """

@@ -3,11 +3,6 @@
 Requests are admitted in order of arrival, when a place and blocks for all the tokens that they may get are free: a running
 request never waits for memory. A step computes one token of every running request, and up to `prefill_chunk` tokens of
 prompts.
-
-Over pipeline stages several steps are in flight, each with its part of the running requests:
-
-    stage 0   A0  B0  A1  B1      A and B are the two groups of requests: step A1 needs the tokens that A0 has chosen, but
-    stage 1       A0  B0  A1      while the last stage chooses them, the first one computes B0
 """
 
 from __future__ import annotations
@@ -33,7 +28,6 @@ class Running:
         cached: Tokens of the prompt that were in the prefix cache.
         computed: Tokens, prompt included, whose keys and values are stored.
         tokens: New tokens.
-        is_in_flight: Whether a step that chooses its next token has not landed.
     """
 
     request: ServeRequest
@@ -42,7 +36,6 @@ class Running:
     cached: int
     computed: int
     tokens: list[int] = field(default_factory=list)
-    is_in_flight: bool = False
 
     @property
     def is_prefilled(self) -> bool:
@@ -59,9 +52,9 @@ class Scheduler:
         running: Those that have, by id.
     """
 
-    def __init__(self, settings: ServeSettings, pool: BlockPool, *, groups: int = 1, depth: int = 1) -> None:
-        """Create a scheduler; at most `depth` steps are in flight, and running requests form `groups` forwards of a step."""
-        self.settings, self.pool, self.groups, self.depth = settings, pool, groups, depth
+    def __init__(self, settings: ServeSettings, pool: BlockPool, *, groups: int = 1) -> None:
+        """Create a scheduler; running requests form `groups` forwards a step, one per pipeline stage."""
+        self.settings, self.pool, self.groups = settings, pool, groups
         self.waiting: deque[tuple[ServeRequest, int]] = deque()
         self.running: dict[int, Running] = {}
         self._ended: list[int] = []
@@ -88,14 +81,12 @@ class Scheduler:
         return one
 
     def took(self, number: int, token: int) -> None:
-        """Add the token that a step chose for a running request, whose next one the following steps may compute."""
-        one = self.running[number]
-        one.tokens.append(token)
-        one.is_in_flight = False
+        """Add the token that a step chose for a running request, which the next step feeds back to the model."""
+        self.running[number].tokens.append(token)
         self._tokens.append((number, token))
 
     def plan(self, *, ends: bool = False) -> Step:
-        """The next step; an empty one if all that is left waits for steps in flight."""
+        """The next step."""
         ended, self._ended = tuple(self._ended), []
         tokens, self._tokens = tuple(self._tokens), []
         admitted = tuple(self._admit())
@@ -103,7 +94,6 @@ class Scheduler:
         for row in (row for batch in batches for row in batch):
             one = self.running[row.id]
             one.computed += row.count
-            one.is_in_flight = row.chooses
             if one.computed == len(one.request.prompt):
                 self.pool.keep(one.request.prompt, one.blocks, one.request.adapter)
         return Step(ended, tokens, admitted, tuple(batches), ends)
@@ -127,18 +117,14 @@ class Scheduler:
             yield Admission(request, tuple(blocks), cached)
 
     def _decodes(self) -> list[tuple[Row, ...]]:
-        """One token of each request that is not in flight; at most as many as leave the other steps in flight their part.
+        """The next token of each running request; those of the same adapters share `groups` forwards.
 
-        Those of the same adapters share `groups` forwards, or more if fewer rows are exact.
+        There are more forwards if fewer rows are exact.
         """
-        prefilled = [(number, one) for number, one in self.running.items() if one.is_prefilled]
-        ready = [(number, one) for number, one in prefilled if not one.is_in_flight]
-        most = -(-len(prefilled) // self.depth)
         sets: dict[str, list[Row]] = {}
-        for number, one in ready[:most]:
-            sets.setdefault(one.request.adapter, []).append(Row(number, one.computed, 1, True))
-            # The next step begins with those that this one leaves out.
-            self.running[number] = self.running.pop(number)
+        for number, one in self.running.items():
+            if one.is_prefilled:
+                sets.setdefault(one.request.adapter, []).append(Row(number, one.computed, 1, True))
         return [batch for rows in sets.values() for batch in self._divided(rows)]
 
     def _divided(self, rows: list[Row]) -> list[tuple[Row, ...]]:
@@ -151,8 +137,7 @@ class Scheduler:
 
     def _chunks(self) -> list[tuple[Row, ...]]:
         """Parts of prompts; those of the same start, length and adapters are one batch, which needs no padding."""
-        # So many steps are between two tokens of an answer.
-        left, layout = -(-self.settings.prefill_chunk // self.depth), self.pool.layout
+        left, layout = self.settings.prefill_chunk, self.pool.layout
         batches: dict[tuple[object, ...], list[Row]] = {}
         for number, one in self.running.items():
             if one.is_prefilled or left <= 0:

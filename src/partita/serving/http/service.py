@@ -14,7 +14,7 @@ import anyio.to_thread
 from partita.generation import Sampling, Tokenizer
 from partita.serving.http.answers import Answers
 from partita.serving.http.errors import ApiError, as_api_error
-from partita.serving.http.inbox import Inbox
+from partita.serving.http.inbox import Embeds, Inbox
 from partita.serving.http.metrics import Metrics
 from partita.serving.http.openai.logprobs import TokenBytes
 from partita.serving.http.openai.response_store import ResponseStore
@@ -43,6 +43,7 @@ class Service:
         context: The largest number of tokens of a prompt and its answer together.
         vocab_size: Number of ids.
         embeddings: The entrance to the loop that computes vectors; None for a model that continues text.
+        width: The number of elements of its vectors.
         pooling: How that loop makes vectors.
         max_tokens: The largest number of tokens of an answer whose request sets none; at most what the context leaves.
         api_key: What clients must send as a bearer token; empty to let everyone in.
@@ -56,7 +57,8 @@ class Service:
     context: int
     vocab_size: int
     adapters: tuple[str, ...] = ()
-    embeddings: EmbeddingInbox | None = None
+    embeddings: Embeds | None = None
+    width: int = 0
     pooling: Pooling = field(default_factory=Pooling)
     max_tokens: int = DEFAULT_TOKENS
     api_key: str = ""

@@ -11,15 +11,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from partita.core.model.spec import longest_text
-from partita.errors import ModelError
 from partita.generation import Sequence
 from partita.notes import note
 from partita.ranks.memory import machine_bytes, share_of
 from partita.serving import ServeSettings
-from partita.serving.blocks import CacheLayout
+from partita.serving.blocks import CacheLayout, layout_within
 from partita.torch.generate import _takes
 from partita.torch.model.block_cache import Form, Pools, entries_of
 from partita.torch.model.parts import plan_of
+from partita.torch.serving.adapters import ServedAdapters
 from partita.torch.serving.forwards import Alone, BlockForward, Through, own_entries
 from partita.torch.transformers_internals import attending_by_row, attends_by_chunks, is_stateful, misplaces_padding
 
@@ -42,7 +42,7 @@ class Measured:
     pools: Pools | None
 
 
-def measure(model: nn.Module, stages: Through, settings: ServeSettings) -> Measured:
+def measure(model: nn.Module, stages: Through, settings: ServeSettings, adapters: ServedAdapters) -> Measured:
     """Measure the cache of `model` and divide the budget into blocks. Every rank calls it, in inference mode.
 
     Raises:
@@ -62,9 +62,11 @@ def measure(model: nn.Module, stages: Through, settings: ServeSettings) -> Measu
             layout = _layout(model, settings, sum(form.bytes for form in forms.values()) * size, 1)
             pools = Pools(entries, forms, (layout.num_blocks + 1) * size, device)
             if settings.exact_rows:
-                rows = _exact_rows(
-                    model, stages, Pools(entries, forms, _EXACT_SLOTS * settings.max_sequences + 1, device)
-                )
+                trial = Pools(entries, forms, _EXACT_SLOTS * settings.max_sequences + 1, device)
+                rows = settings.max_sequences
+                for name in adapters.names:
+                    adapters.choose(name)
+                    rows = min(rows, _exact_rows(model, stages, trial))
                 layout = replace(layout, exact_rows=rows, chunked=False, reused=False)
             return Measured(layout, pools)
     if plan_of(model)[1].rank == 0:
@@ -82,25 +84,13 @@ def _layout(
     model: nn.Module, settings: ServeSettings, block_bytes: int, reserved: int, state_blocks: int = 0
 ) -> CacheLayout:
     """The layout in which the rank whose blocks are the largest keeps its budget."""
-    largest, state_blocks = _largest(model, block_bytes), _largest(model, state_blocks)
-    is_measured = settings.cache_bytes is None
-    budget = -_largest(model, -_free_bytes(model)) if settings.cache_bytes is None else settings.cache_bytes
-    count = budget // max(1, largest) - reserved
-    if count < 1:
-        given = f"the free memory of {budget} bytes a rank" if is_measured else f"cache_bytes={budget}"
-        raise ModelError(
-            f"{given} has no room for a request: a block of {settings.block_tokens} tokens needs {largest} bytes. Give at "
-            f"least {(1 + reserved) * largest} bytes (--cache-bytes)."
-        )
-    if is_measured:
-        longest = state_blocks + -(-longest_text(plan_of(model)[0].spec) // settings.block_tokens)
-        count = min(count, settings.max_sequences * longest)
-        budget = (count + reserved) * largest
     batched = reserved > 0
-    return CacheLayout(
-        count, settings.block_tokens, state_blocks, batched=batched, chunked=batched, reused=batched,
-        block_bytes=largest, budget_bytes=budget, is_measured=is_measured,
+    layout = CacheLayout(
+        0, settings.block_tokens, _largest(model, state_blocks), batched=batched, chunked=batched, reused=batched,
+        block_bytes=_largest(model, block_bytes),
     )  # fmt: skip
+    free = -_largest(model, -_free_bytes(model)) if settings.cache_bytes is None else None
+    return layout_within(settings, longest_text(plan_of(model)[0].spec), layout, free, reserved=reserved)
 
 
 def _free_bytes(model: nn.Module) -> int:
