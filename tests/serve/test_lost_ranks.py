@@ -7,6 +7,7 @@ import subprocess
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 
 import openai
@@ -17,6 +18,7 @@ from tests.support.served import save_model
 
 LOST = 75
 SLOW = pytest.mark.slow
+MLX = ("engine mlx --tp", "engine mlx --pp") if find_spec("mlx") else ()
 pytestmark = pytest.mark.timeout(600)
 
 
@@ -91,10 +93,13 @@ def test_a_lost_rank_is_replaced_and_requests_that_wait_survive(
 @SLOW
 @pytest.mark.parametrize(
     ("axis", "rank", "number"),
-    [("tp", 0, signal.SIGKILL), ("tp", 1, signal.SIGSTOP), ("pp", 1, signal.SIGKILL), ("pp", 0, signal.SIGSTOP)],
-)
+    [
+        ("tp", 0, signal.SIGKILL), ("tp", 1, signal.SIGSTOP), ("pp", 1, signal.SIGKILL), ("pp", 0, signal.SIGSTOP),
+        *((axis, 1, signal.SIGKILL) for axis in MLX),
+    ],
+)  # fmt: skip
 def test_without_restarts_the_server_ends(model: Path, axis: str, rank: int, number: signal.Signals) -> None:
-    with started(model, f"--{axis}", "2", "--lost-after", "12") as server:
+    with started(model, *f"--{axis}".split(), "2", "--lost-after", "12") as server:
         lose(server, model, rank, number)
         code, err = server.ended()
         assert code == LOST

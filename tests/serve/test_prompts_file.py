@@ -91,6 +91,8 @@ def _check(model: Path, out: Path) -> None:
     assert "needs 127 cache blocks" in last["error"]
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_ctrl_c_and_a_half_written_line_are_continued(model: Path, prompts: Path, tmp_path: Path) -> None:
     out = tmp_path / "answers.jsonl"
     process = _started(_command(model, prompts, out))
@@ -114,6 +116,7 @@ def test_ctrl_c_and_a_half_written_line_are_continued(model: Path, prompts: Path
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("options", [["--tp", "2"], ["--pp", "2"], ["--dp", "2"]])
 def test_killed_ranks_are_continued_in_another_layout(
     model: Path, prompts: Path, tmp_path: Path, options: list[str]

@@ -79,7 +79,7 @@ class Server:
 
     def signal_rank(self, folder: Path, rank: int, number: int) -> None:
         """Send a signal to a rank of the model in `folder`."""
-        names = {f"\0{name}={rank}\0".encode() for name in ("RANK", "OMPI_COMM_WORLD_RANK")}
+        names = {f"\0{name}={rank}\0".encode() for name in ("RANK", "OMPI_COMM_WORLD_RANK", "MLX_RANK")}
         found = [pid for pid in processes_of(folder) if any(one in _environment(pid) for one in names)]
         assert len(found) == 1
         os.kill(found[0], number)
