@@ -78,7 +78,8 @@ def test_examples_can_be_copied(partita: Run, command: str) -> None:
 def test_panels_group_the_options(partita: Run) -> None:
     titles = re.findall(r"╭─ (.+?) ─", shown(partita, "generate"))
     assert titles == [
-        "Arguments", "Split", "Text", "Sampling", "Weights", "Ranks and engine", "Output", "General",
+        "Arguments", "Split", "Text", "Sampling", "Weights", "Ranks and engine", "Output", "A file of prompts",
+        "Requests and cache", "General",
     ]  # fmt: skip
     general = shown(partita, "generate").partition("─ General ")[2]
     assert re.findall(r"--[a-z-]+", general.partition("╰")[0]) == ["--help"]

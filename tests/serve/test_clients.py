@@ -13,6 +13,7 @@ import openai
 import pytest
 
 from partita.serving import ServeSettings
+from partita.serving.front import Front
 from tests.support.served import Served, serving
 
 LONG = {"prompt": "Once", "max_tokens": 900, "ignore_eos": True, "temperature": 1.0}
@@ -94,29 +95,29 @@ def test_a_request_that_never_fits(folder: Path) -> None:
         assert small.client().completions.create(model="tiny", prompt=[1], max_tokens=2).choices
 
 
-def test_a_lost_rank_ends_what_runs_with_its_name(folder: Path) -> None:
-    with serving(folder) as lone:
-        stream = lone.client().completions.create(
-            model="tiny", prompt="Hi", max_tokens=900, stream=True, extra_body=LONG
-        )
-        next(iter(stream))
-        lone.service.loss.tell("rank 1 was lost while working: it was killed.")
-        with pytest.raises(openai.APIError, match="rank 1 was lost"):
-            for _ in stream:
-                pass
-        assert lone.call("/health")[0] == 503
-        with pytest.raises(openai.InternalServerError) as refused:
-            lone.client().completions.create(model="tiny", prompt="Hi")
-        assert refused.value.status_code == 503
-
-
 def test_the_error_event_of_a_stream(folder: Path) -> None:
     with serving(folder) as lone:
+        front = Front()
+        lone.service.inbox = front
+        front.open([lone.inbox])
         connection = send(lone, {**LONG, "stream": True})
         assert b"200 OK" in connection.recv(100)
-        lone.service.loss.tell("rank 1 was lost while working: it was killed.")
-        text = b""
-        while b"[DONE]" not in text:
-            text += connection.recv(65536)
-        connection.close()
-        assert b'event: error\ndata: {"error":{"message":"rank 1 was lost while working' in text
+        whole = send(lone, {**LONG})
+        wait_for(lambda: lone.inbox.stats().running == 2)
+        front.begun([1, 2])
+        front.lose("rank 1 was lost while working: it was killed.")
+        texts = []
+        for one in (connection, whole):
+            text = b""
+            while b"[DONE]" not in text and b'"code":"unavailable"}}' not in text:
+                text += one.recv(65536)
+            texts.append(text)
+            one.close()
+        assert b'event: error\ndata: {"error":{"message":"rank 1 was lost while working' in texts[0]
+        assert texts[1].startswith(b"HTTP/1.1 503")
+        assert lone.call("/health")[0] == 503
+        status, body = lone.call("/v1/completions", {"prompt": "Hi"})
+        assert (status, "rank 1 was lost" in body["error"]["message"]) == (503, True)
+        front.open([lone.inbox])
+        assert lone.call("/health")[0] == 200
+        assert lone.call("/v1/completions", {"prompt": "Hi", "max_tokens": 2})[0] == 200

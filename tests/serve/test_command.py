@@ -10,79 +10,21 @@ import pty
 import select
 import signal
 import subprocess
-import sys
 import termios
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-import openai
 import pytest
 import torch
 
 from partita.torch import add_lora, load, save_adapters
 from partita.torch.collectives.groups import single_groups
 from tests.serve.test_embeddings_route import BERT
+from tests.support.serve_command import HI, PARTITA, started, wait_until_gone
 from tests.support.served import save_model, serving
-from tests.support.signals import take_signals
 
-PARTITA = (sys.executable, "-m", "partita")
-HI = [{"role": "user", "content": "Hi"}]
 MLX = ("--engine mlx", *(f"--engine mlx --{axis} 2" for axis in ("tp", "pp", "dp"))) if find_spec("mlx") else ()
-
-
-def processes_of(folder: Path) -> list[int]:
-    """The processes with a path in their command lines."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        with contextlib.suppress(OSError, ValueError):
-            if str(folder).encode() in (entry / "cmdline").read_bytes() and int(entry.name) != os.getpid():
-                found.append(int(entry.name))
-    return found
-
-
-def wait_until_gone(folder: Path) -> None:
-    deadline = time.monotonic() + 10
-    while processes_of(folder):
-        assert time.monotonic() < deadline, processes_of(folder)
-        time.sleep(0.05)
-
-
-@dataclass
-class Server:
-    process: subprocess.Popen[str]
-    url: str
-
-    def client(self) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60)
-
-    def end(self, number: int) -> tuple[int, str]:
-        """The exit code after a signal, and what was printed on stderr."""
-        self.process.send_signal(number)
-        return self.ended()
-
-    def ended(self) -> tuple[int, str]:
-        _, err = self.process.communicate(timeout=60)
-        return self.process.returncode, err
-
-
-@contextlib.contextmanager
-def started(folder: Path, *options: str) -> Iterator[Server]:
-    process = subprocess.Popen(
-        [*PARTITA, "serve", str(folder), "--port", "0", "--json", *options], stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, text=True, preexec_fn=take_signals,
-    )  # fmt: skip
-    assert process.stdout is not None
-    try:
-        line = process.stdout.readline()
-        assert line, process.communicate()[1]
-        yield Server(process, json.loads(line)["url"])
-    finally:
-        process.kill()
-        process.communicate()
-    wait_until_gone(folder)
 
 
 @pytest.fixture(scope="module")
@@ -160,26 +102,6 @@ def test_ctrl_c_and_what_is_warned_of(model: Path) -> None:
         assert code == 130
         assert err.startswith("note: --host 0.0.0.0 lets other machines in, and without --api-key")
         assert err.endswith("\ninterrupted\n")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("split", ["--tp 2", *MLX[1:3]])
-def test_a_killed_rank_is_named_to_its_clients(model: Path, split: str) -> None:
-    with started(model, *split.split()) as server:
-        stream = server.client().completions.create(
-            model="tiny", prompt="Hi", max_tokens=900, stream=True, extra_body={"ignore_eos": True}
-        )
-        next(iter(stream))
-        names = (b"\0RANK=1\0", b"\0OMPI_COMM_WORLD_RANK=1\0", b"\0MLX_RANK=1\0")
-        variables = {pid: Path(f"/proc/{pid}/environ").read_bytes() for pid in processes_of(model)}
-        (rank,) = [pid for pid, data in variables.items() if any(name in data for name in names)]
-        os.kill(rank, signal.SIGKILL)
-        with pytest.raises(openai.APIError, match="rank 1"):
-            for _ in stream:
-                pass
-        code, err = server.ended()
-        assert code == 75
-        assert "rank 1" in err
 
 
 @pytest.mark.parametrize("engine", ["torch", *([pytest.param("mlx", marks=pytest.mark.slow)] if MLX else [])])

@@ -10,11 +10,13 @@ import pytest
 import torch
 
 from partita.core.mesh import Mesh
+from partita.core.model.spec import longest_text
 from partita.errors import ModelError, PlanError
 from partita.generation import Sampling
+from partita.ranks.memory import machine_bytes, share_of
 from partita.serving import Finished, ServeRequest, ServeSettings, ServingLoop, Token
 from partita.torch import byte_tokenizer
-from partita.torch.serving import serving_loop
+from partita.torch.serving import measure, serving_loop
 from tests.support.ranks import on
 from tests.support.serving import Heard, alone, random_requests, served, split_model, unsplit_model
 
@@ -25,14 +27,17 @@ def _loop(where: dict[str, int], **settings: Any) -> ServingLoop:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = split_model(unsplit_model("qwen2", {}, torch.float64), where)
-        return serving_loop(model, ServeSettings(**{"block_tokens": 4, **settings}), tokenizer=byte_tokenizer())
+        return serving_loop(
+            model, ServeSettings(**{"block_tokens": 4, "cache_bytes": 1 << 24, **settings}), tokenizer=byte_tokenizer()
+        )
 
 
 def test_requests_wait_for_a_full_cache_and_what_never_fits_is_refused() -> None:
     loop = _loop({}, cache_bytes=200_000, max_sequences=50)
     assert loop.rows.layout.num_blocks == 5
     refusal = (
-        r"a prompt of 15 tokens with 9 new ones needs 6 cache blocks of 4 tokens, but the cache has 5 \(200000 bytes"
+        r"a prompt of 15 tokens with 9 new ones needs 6 cache blocks, but the cache has 5 blocks of 4 tokens \(32768 bytes a "
+        r"block, 200000 bytes on each rank\)\. Ask for fewer"
     )
     with pytest.raises(PlanError, match=refusal):
         loop.inbox.submit(ServeRequest(0, tuple(range(15)), Sampling(9, **GREEDY)), Heard())
@@ -47,6 +52,32 @@ def test_requests_wait_for_a_full_cache_and_what_never_fits_is_refused() -> None
 def test_a_budget_without_a_block_is_refused() -> None:
     with pytest.raises(ModelError, match=r"cache_bytes=1000 has no room for a request: .* Give at least 65536 bytes"):
         _loop({}, cache_bytes=1000)
+
+
+def test_the_budget_is_what_is_free_and_at_most_what_requests_can_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = _loop({}, max_sequences=2, cache_bytes=None).rows.layout
+    assert layout.is_measured
+    spec = _loop({}, max_sequences=2).rows.plan.spec
+    assert layout.num_blocks == 2 * -(-longest_text(spec) // 4)
+    assert layout.budget_bytes == (layout.num_blocks + 1) * layout.block_bytes
+    # Two ranks share 1,000,000 bytes, of which 100,000 are reserved; each has room for 13 blocks, the first for padding.
+    monkeypatch.setattr(measure, "machine_bytes", lambda: (1_000_000, 1_000_000))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    layout = _loop({}, max_sequences=2, cache_bytes=None).rows.layout
+    assert (layout.num_blocks, layout.block_bytes) == (12, 32768)
+    assert str(layout).endswith(
+        "(32768 bytes a block, 425984 bytes of the memory that was free after loading on each rank)"
+    )
+    monkeypatch.setattr(measure, "machine_bytes", lambda: (120_000, 1_000_000))
+    with pytest.raises(ModelError, match="the free memory of 10000 bytes a rank has no room for a request"):
+        _loop({}, cache_bytes=None)
+
+
+def test_free_memory_is_a_part_of_all() -> None:
+    free, total = machine_bytes()
+    assert 0 < free <= total
+    assert share_of(100, 200, 2) == 40
+    assert share_of(10, 200, 2) == 0
 
 
 def test_prefixes_are_reused_and_counted() -> None:

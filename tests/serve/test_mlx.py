@@ -157,7 +157,7 @@ def test_a_text_beyond_a_window_that_mlx_lm_ignores_is_refused() -> None:
 def test_a_full_cache_and_requests_that_never_fit() -> None:
     _, loop = _loop("llama", cache_bytes=5 * 4 * 2 * 4 * 2 * 16 * 4)
     assert loop.rows.layout.num_blocks == 5
-    with pytest.raises(PlanError, match="needs 6 cache blocks of 4 tokens, but the cache has 5"):
+    with pytest.raises(PlanError, match="needs 6 cache blocks, but the cache has 5 blocks of 4 tokens"):
         loop.inbox.submit(ServeRequest(0, tuple(range(15)), Sampling(9, **FREE)), Heard())
     heard = served(loop, [ServeRequest(i, tuple(range(i, i + 9)), Sampling(4, **FREE)) for i in range(8)], pause_s=0)
     assert all(one.finished.reason == "length" and len(one.tokens) == 4 for one in heard.values())

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from partita.errors import PlanError
 from partita.generation import Sampling
 from partita.serving import ServeRequest, ServeSettings
-from partita.serving.blocks import BlockPool, CacheLayout
+from partita.serving.blocks import BlockPool, CacheLayout, Held
 from partita.serving.message import Admission, Row, Step, decode, encode
 from partita.serving.scheduler import Scheduler
 
@@ -81,6 +81,7 @@ def test_a_prompt_that_begins_like_an_earlier_text_computes_the_rest_alone() -> 
     # 10 tokens are in the cache, of which two blocks are full; 52 was never computed.
     scheduler.submit(ServeRequest(1, (*range(8), 50, 51, 52)), 3)
     assert _rows(scheduler.plan()) == [[(1, 8, 3, True)]]
+    scheduler.took(1, 53)
     # At least one token of a prompt is computed, and another text shares nothing.
     scheduler.submit(ServeRequest(2, tuple(range(8))), 1)
     scheduler.submit(ServeRequest(3, (9, *range(1, 8))), 1)
@@ -96,7 +97,8 @@ def test_no_block_is_lost_or_given_twice(seed: int, blocks: int) -> None:
         if texts and rng.random() < 0.5:
             ids, held, shared = texts.pop(rng.choice(list(texts)))
             pool.keep(ids[: rng.randint(2 * shared, len(ids))], held)
-            pool.release(pool.truncate(held, rng.randint(0, len(ids))))
+            left = pool.truncate(held, rng.randint(0, len(ids)))
+            pool.release(held if left is None else left.blocks)
         ids = [rng.randrange(2) for _ in range(rng.randint(1, 8))]
         found = pool.match(ids)
         held_now = pool.take(pool.layout.blocks_for(len(ids)), found)
@@ -107,6 +109,45 @@ def test_no_block_is_lost_or_given_twice(seed: int, blocks: int) -> None:
             texts[number] = ids, held_now, len(found)
         assert pool.used == len({block for _, held, _ in texts.values() for block in held})
         assert pool.used + pool.available == blocks
+
+
+def test_a_truncated_text_may_continue_differently() -> None:
+    pool = BlockPool(CacheLayout(6, 2), keeps_prefixes=True)
+    ids = [1, 2, 3, 4, 5, 6]
+    first = pool.take(3) or []
+    pool.keep(ids, first)
+    # A full block stays what it is; one that is not full keeps no text any more.
+    assert pool.truncate(first, 4) == Held(first[:2])
+    assert pool.match([*ids, 7]) == first
+    assert pool.truncate(first[:2], 3) == Held(first[:2])
+    assert pool.match([*ids, 7]) == first[:1]
+    assert pool.used == 2
+
+
+def test_a_copied_text_shares_full_blocks_and_copies_the_rest() -> None:
+    pool = BlockPool(CacheLayout(4, 2), keeps_prefixes=True)
+    first = pool.take(2) or []
+    copied = pool.copy(first, 3, 3)
+    assert copied is not None
+    assert copied.blocks[0] == first[0]
+    assert copied.copied == (first[1], copied.blocks[1])
+    assert (pool.used, pool.available) == (4, 0)
+    assert pool.copy(first, 3, 2) is None
+    # The first block is shared, so a text that writes into it needs its own; the block that it gives back is enough.
+    cut = pool.truncate(first, 1)
+    assert cut == Held([first[1]], (first[0], first[1]))
+    assert pool.truncate(copied.blocks, 1) == Held(copied.blocks[:1])
+    assert (pool.used, pool.available) == (2, 2)
+    pool.release(cut.blocks)
+    pool.release(copied.blocks[:1])
+    assert (pool.used, pool.available) == (0, 4)
+
+
+def test_state_of_fixed_size_is_not_truncated() -> None:
+    pool = BlockPool(CacheLayout(4, 2, state_blocks=1, batched=False), keeps_prefixes=True)
+    for change in (lambda: pool.truncate([1, 2], 1), lambda: pool.copy([1, 2], 1, 2)):
+        with pytest.raises(PlanError, match="keeps no list of tokens"):
+            change()
 
 
 def test_the_blocks_used_longest_ago_are_evicted_from_the_end_of_their_text() -> None:
@@ -130,8 +171,8 @@ def test_a_step_reads_back_from_its_message() -> None:
         seed=1 << 40,
     )
     request = ServeRequest(3, (1, 2, 3), sampling, logprobs=True, top_logprobs=4)
-    steps = [Step((1, 2), (Admission(request, (4, 5)),), ((Row(3, 0, 3, True),),), ends=True), Step()]
-    assert decode(encode(steps)) == steps
+    step = Step((1, 2), ((4, 77),), (Admission(request, (4, 5)),), ((Row(3, 0, 3, True),),), ends=True)
+    assert [decode(encode(one)) for one in (step, Step())] == [step, Step()]
 
 
 def test_wrong_values_name_themselves() -> None:

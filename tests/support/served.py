@@ -104,7 +104,7 @@ def serving(
     context = TINY["max_position_embeddings"]
     if encodes is not None:
         context = encodes.most_tokens or context
-        options |= {"embeddings": encodes.inbox, "pooling": encodes.pooling}
+        options |= {"embeddings": encodes.inbox, "width": encodes.inbox.width, "pooling": encodes.pooling}
     thread = threading.Thread(target=loop.run)
     thread.start()
     service = Service(

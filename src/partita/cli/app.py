@@ -11,6 +11,7 @@ import typer
 
 from partita import __version__
 from partita.cli import launch
+from partita.cli.answer_job import AnswerJob
 from partita.cli.arguments.command import add_command
 from partita.cli.chat import ChatOptions, chat, chat_server
 from partita.cli.convert import ConvertOptions, convert
@@ -134,6 +135,7 @@ add_command(
         'partita generate ./my-model "Once upon a time" --tp 2',
         'partita generate ./my-model "One" "Two" --tp 2 --temperature 0.8 --top-p 0.95 --seed 1 --json',
         'partita generate ./my-model "Hello" --plan plan.json',
+        "partita generate ./my-model --prompts prompts.jsonl --out answers.jsonl --tp 2",
         'torchrun --nproc-per-node 4 -m partita generate ./my-model "Hello" --tp 4',
     ),
 )  # fmt: skip
@@ -181,7 +183,9 @@ add_command(
 )  # fmt: skip
 app.command("reference", hidden=True)(reference)
 
-JOBS: dict[str, type[Job]] = {job.__name__: job for job in (GenerateJob, MeasureJob, ServeJob, TrainJob, VerifyJob)}
+JOBS: dict[str, type[Job]] = {
+    job.__name__: job for job in (AnswerJob, GenerateJob, MeasureJob, ServeJob, TrainJob, VerifyJob)
+}
 """The jobs that a launcher sends to its ranks."""
 
 

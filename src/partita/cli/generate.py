@@ -6,13 +6,14 @@ import time
 from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
 from partita.checkpoint.find import find_model, is_local
 from partita.checkpoint.index import open_checkpoint
 from partita.cli import launch
+from partita.cli.answer_job import AnswerJob
 from partita.cli.arguments import inputs
 from partita.cli.arguments.auto import PROMPT, planned
 from partita.cli.arguments.engine import choose_engine
@@ -34,19 +35,25 @@ from partita.cli.arguments.options import (
     RunOptions,
     WeightsDtype,
 )
+from partita.cli.arguments.serving import CacheBytes, ExactRows, MaxSequences, PrefillChunk
 from partita.cli.job import Job, compile_layers
 from partita.cli.terminal.console import err, mesh_name, out, plural, print_json, size, write
 from partita.cli.terminal.messages import hold, release
 from partita.cli.terminal.progress import loading
 from partita.core.mesh import Mesh
+from partita.core.plan import Plan
+from partita.core.request import PlanRequest
 from partita.cost.work import Work
 from partita.engine import open_engine
 from partita.errors import ModelError, PlanError
 from partita.generation import Generation, GenerationReport, Sampling, Tokenizer
 from partita.notes import note
 from partita.ranks import environment
+from partita.serving import ServeSettings
+from partita.serving.prompt_lines import PromptLines
 
-SAMPLING, TEXT = "Sampling", "Text"
+SAMPLING, TEXT, MANY = "Sampling", "Text", "A file of prompts"
+"""Panels of options in `--help`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,6 +260,31 @@ class GenerateOptions(RunOptions, TextOptions):
     """The options of `partita generate`."""
 
     auto: Auto = False
+    many: Annotated[
+        Path | None,
+        typer.Option(
+            "--prompts",
+            metavar="FILE",
+            help='Answer every line of a JSONL file, `{"prompt": ...}` or `{"messages": [...]}`, many at once; a line may set '
+            "max_tokens, temperature, seed, stop and the other settings for itself.",
+            show_default=False,
+            rich_help_panel=MANY,
+        ),
+    ] = None
+    answers: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            metavar="FILE",
+            help="Write the answers of --prompts to this JSONL file. Run the command again to continue an interrupted run.",
+            show_default=False,
+            rich_help_panel=MANY,
+        ),
+    ] = None
+    max_sequences: MaxSequences = 16
+    prefill_chunk: PrefillChunk = 256
+    cache_bytes: CacheBytes = None
+    exact_rows: ExactRows = False
     no_stream: Annotated[
         bool, typer.Option("--no-stream", help="Print each text only when it is complete.", rich_help_panel=OUTPUT)
     ] = False
@@ -260,20 +292,69 @@ class GenerateOptions(RunOptions, TextOptions):
 
 def generate(options: GenerateOptions) -> None:
     """Continue one or several texts with a model split over ranks. Every layout generates the same tokens."""
+    if options.many is not None or options.answers is not None:
+        _answer_all(options)
     texts = [_read_prompt(Path("-"), "the prompt") if text == "-" else text for text in options.prompts or []]
     texts += [_read_prompt(file) for file in options.prompt_file or []]
     if not texts:
-        raise ModelError('there is no prompt. Give one after the model ("Once upon a time") or with --prompt-file.')
+        raise ModelError(
+            'there is no prompt. Give one after the model ("Once upon a time"), with --prompt-file or with --prompts.'
+        )
     for place, text in enumerate(texts):
         if any("\ud800" <= character <= "\udfff" for character in text):
             raise ModelError(f"prompt {place} is not UTF-8 text: {text!a:.60}.")
+    request, plan = _planned(options, sequences=len(texts))
+    launch.run(
+        GenerateJob(
+            request=request, plan=plan, backend=options.backend, device=options.device, texts=texts,
+            sampling=_sampling(options), chat=options.chat, system=options.system, adapters=options.adapters,
+            compile=options.compile, verify=not options.no_verify, as_json=options.as_json,
+            stream=not options.no_stream and not options.as_json and len(texts) == 1,
+        )
+    )  # fmt: skip
+
+
+def _answer_all(options: GenerateOptions) -> NoReturn:
+    """Answer the prompts of a file."""
+    if options.many is None or options.answers is None:
+        given, other = ("--prompts", "--out") if options.answers is None else ("--out", "--prompts")
+        raise ModelError(
+            f"{given} needs {other}: --prompts names the file of prompts, --out the file of their answers."
+        )
+    if options.prompts or options.prompt_file:
+        raise ModelError("--prompts takes all prompts from its file. Leave the others out, or put them into the file.")
+    if options.compile:
+        raise ModelError("--compile does not work with --prompts. Leave one of them out.")
+    request, plan = _planned(options, sequences=options.max_sequences)
+    if environment.is_first():
+        if str(options.many) in inputs.STDIN or inputs.is_stream(options.many):
+            raise ModelError(f"--prompts {options.many} must be a file, since a run that continues reads it again.")
+        PromptLines(options.many, _sampling(options))
+        if not options.answers.parent.is_dir():
+            raise ModelError(f"--out {options.answers}: there is no folder {options.answers.parent}. Create it.")
+        if options.answers.exists() and (not options.answers.is_file() or options.answers.samefile(options.many)):
+            raise ModelError(f"--out {options.answers} must be a file for the answers alone. Give another name.")
+    launch.run(
+        AnswerJob(
+            request=request, plan=plan, backend=options.backend, device=options.device, prompts=options.many,
+            answers=options.answers, sampling=_sampling(options), chat=options.chat, system=options.system,
+            adapters=options.adapters, verify=not options.no_verify, as_json=options.as_json,
+            settings=ServeSettings(
+                options.max_sequences, options.prefill_chunk, options.cache_bytes, exact_rows=options.exact_rows
+            ),
+        )
+    )  # fmt: skip
+
+
+def _planned(options: GenerateOptions, sequences: int) -> tuple[PlanRequest, Plan | None]:
+    """What is asked of the plan, and the plan if it is known before the ranks start; what is wrong is refused."""
     if options.system is not None and not options.chat:
         raise ModelError("--system is a message of a chat. Give --chat, or leave it out.")
     name = choose_engine(options.engine)
     request, given = request_of(options.model, options, engine=name, trust_remote_code=options.trust_remote_code)
     request = replace(request, dtype=options.dtype and options.dtype.value)
     work = Work(
-        purpose="generate", sequences=len(texts), sequence_length=PROMPT, context=PROMPT + (options.max_new_tokens or PROMPT),
+        purpose="generate", sequences=sequences, sequence_length=PROMPT, context=PROMPT + (options.max_new_tokens or PROMPT),
         dtype=request.dtype,
     )  # fmt: skip
     request, given = planned(request, given, options, work, auto=options.auto)
@@ -282,7 +363,6 @@ def generate(options: GenerateOptions) -> None:
     refuse_device(name, options.device)
     if options.compile:
         refuse_compile(name)
-    sampling = _sampling(options)
     if is_local(options.model):
         open_checkpoint(find_model(options.model))
     if options.adapters is not None:
@@ -290,14 +370,7 @@ def generate(options: GenerateOptions) -> None:
         from partita.training.adapter_patterns import read_adapter_config
 
         (read_adapter_config if request.engine == "mlx" else check_readable)(find_adapters(options.adapters))
-    launch.run(
-        GenerateJob(
-            request=request, plan=plan, backend=options.backend, device=options.device, texts=texts, sampling=sampling,
-            chat=options.chat, system=options.system, adapters=options.adapters,
-            compile=options.compile, verify=not options.no_verify, as_json=options.as_json,
-            stream=not options.no_stream and not options.as_json and len(texts) == 1,
-        )
-    )  # fmt: skip
+    return request, plan
 
 
 def _sampling(options: TextOptions) -> Sampling:

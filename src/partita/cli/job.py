@@ -7,14 +7,16 @@ import json
 import types
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from partita.core.plan import Plan
 from partita.core.request import PlanRequest
 from partita.notes import note
 from partita.ranks import environment
+from partita.ranks.launcher import Beside
 
 
 @dataclass(kw_only=True)
@@ -26,10 +28,7 @@ class Job(ABC):
         plan: The plan, if the launcher could make it; else the ranks make it from the request.
         backend: How the ranks communicate; None for the default.
         device: The device of the model; None for the engine's default.
-        drains: Whether rank 0 ends the run itself on the first SIGTERM.
     """
-
-    drains: ClassVar[bool] = False
 
     request: PlanRequest
     plan: Plan | None = None
@@ -39,6 +38,15 @@ class Job(ABC):
     @abstractmethod
     def work(self) -> int:
         """Do the work of this rank. Returns the exit code of the run."""
+
+    @property
+    def has_launcher(self) -> bool:
+        """Whether the ranks are started by a launcher, which a single one does not need."""
+        return self.request.mesh.size > 1
+
+    def beside(self) -> AbstractContextManager[Beside | None]:
+        """What runs in the launcher's process beside the ranks."""
+        return nullcontext()
 
     @property
     def split(self) -> dict[str, Any]:

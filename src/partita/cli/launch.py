@@ -32,14 +32,14 @@ JOB = "PARTITA_JOB"
 def run(job: Job) -> NoReturn:
     """Run `job` on every rank of its mesh, and exit with the code that it returns.
 
-    A job of one rank runs in this process. For a larger mesh ranks are started, unless this process is one of them.
+    A job of one rank usually runs in this process. For a larger mesh ranks are started, unless this process is one of them.
 
     Raises:
         DistributedError: A launcher started a number of ranks other than the mesh's, or the backend does not support the mesh.
     """
     request, world = job.request, environment.world()
     mesh = request.mesh
-    if world is None and mesh.size > 1:
+    if world is None and job.has_launcher:
         raise typer.Exit(start_job(job))
     if world is not None and world != mesh.size:
         raise DistributedError(
@@ -52,13 +52,16 @@ def run(job: Job) -> NoReturn:
 def start_job(job: Job) -> int:
     """Run `job` on ranks of this machine that this process starts. Returns the exit code."""
     mesh, engine = job.request.mesh, job.request.engine
-    backend = local_mlx_backend(mesh, job.backend) if engine == "mlx" else local_torch_backend(job.backend)
+    if mesh.size == 1:
+        backend = "gloo"  # whose variables tell either engine that it is alone
+    else:
+        backend = local_mlx_backend(mesh, job.backend) if engine == "mlx" else local_torch_backend(job.backend)
     debug = "--debug" in sys.argv
-    with tempfile.TemporaryDirectory(prefix="partita-") as folder:
+    with tempfile.TemporaryDirectory(prefix="partita-") as folder, job.beside() as beside:
         file = Path(folder) / "job.json"
         file.write_text(to_json(job, debug=debug), encoding="utf-8")
         outcome = start(
-            sys.argv[1:], mesh.size, backend=backend, instead=_instead(mesh, engine, job.backend), drains=job.drains,
+            sys.argv[1:], mesh.size, backend=backend, instead=_instead(mesh, engine, job.backend), beside=beside,
             settings={JOB: str(file)},
         )  # fmt: skip
         if _marker_of(file).exists():  # rank 0 was ended before it could end its line

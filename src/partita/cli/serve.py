@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import ipaddress
-import json
-import signal
-import socket
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -19,32 +17,30 @@ from partita.checkpoint.index import open_checkpoint
 from partita.cli import launch
 from partita.cli.arguments.auto import PROMPT, planned
 from partita.cli.arguments.engine import choose_engine
-from partita.cli.arguments.inputs import parse_bytes
 from partita.cli.arguments.model import plan_early, read_tokenizer, refuse_context, refuse_device, request_of
 from partita.cli.arguments.options import Auto, ModelArgument, NoVerify, PlanOptions, RunOptions, WeightsDtype
+from partita.cli.arguments.serving import CACHE, CacheBytes, ExactRows, MaxSequences, PrefillChunk
+from partita.cli.front_end import FRONT, FrontEnd
 from partita.cli.job import Job
-from partita.cli.terminal.console import mesh_name, out, write
+from partita.cli.replicas import serve_beside
+from partita.cli.terminal.console import mesh_name
 from partita.cli.terminal.plan_figure import as_data
 from partita.cli.terminal.progress import loading
-from partita.core.model.spec import config_number, text_config
+from partita.core.model.spec import DEFAULT_CONTEXT, longest_text
 from partita.core.plan import Plan
 from partita.cost.work import Work
 from partita.engine import embedding_loop, open_engine, serving_loop
 from partita.errors import ModelError
 from partita.notes import note
-from partita.ranks import environment, liveness
+from partita.ranks import environment
 from partita.serving import ServeSettings, ServingLoop
 from partita.training.adapter_files import check_readable
 
 if TYPE_CHECKING:
-    from partita.generation import Tokenizer
     from partita.serving.embedding import EmbeddingLoop
 
-SERVER, CACHE = "Server", "Requests and cache"
-"""Panels of options in `--help`."""
-
-DEFAULT_CONTEXT = 4096
-"""The largest number of tokens of a prompt and its answer, for a model whose config names none."""
+SERVER = "Server"
+"""A panel of options in `--help`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,27 +49,13 @@ class ServingOptions(RunOptions, PlanOptions):
 
     model: ModelArgument
     auto: Auto = False
-    max_sequences: Annotated[
-        int, typer.Option(min=1, help="Answer at most this many requests at once; others wait.", rich_help_panel=CACHE)
-    ] = 16  # fmt: skip
+    max_sequences: MaxSequences = 16
     max_tokens: Annotated[
         int, typer.Option(min=1, help="End answers whose request sets no limit after this many tokens.", rich_help_panel=CACHE)
     ] = 512  # fmt: skip
-    prefill_chunk: Annotated[
-        int,
-        typer.Option(
-            min=1, help="Compute at most this many prompt tokens between two tokens of answers.", rich_help_panel=CACHE
-        ),
-    ] = 256  # fmt: skip
-    cache_bytes: Annotated[
-        int,
-        typer.Option(
-            metavar="BYTES",
-            help="Memory of each rank for keys and values, as in 4GiB.",
-            parser=parse_bytes,
-            rich_help_panel=CACHE,
-        ),
-    ] = 1 << 30
+    prefill_chunk: PrefillChunk = 256
+    cache_bytes: CacheBytes = None
+    exact_rows: ExactRows = False
     no_verify: NoVerify = False
     dtype: WeightsDtype = None
 
@@ -107,6 +89,12 @@ class ServeOptions(ServingOptions):
             rich_help_panel=SERVER,
         ),
     ] = None
+    restarts: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Start the ranks again when one is lost, at most this many times.", rich_help_panel=SERVER
+        ),
+    ] = 0  # fmt: skip
     served_model_name: Annotated[
         str | None,
         typer.Option(
@@ -131,8 +119,15 @@ def serve(options: ServeOptions) -> None:
     name = options.served_model_name or (
         Path(options.model).resolve().name if is_local(options.model) else options.model
     )
-    adapters = _adapters(options.adapters or [], name)
-    start(options, adapters=adapters, host=options.host, port=options.port, api_key=options.api_key or "", name=name)
+    if options.restarts and environment.world() is not None:
+        raise ModelError(
+            f"--restarts is for ranks that `partita serve` starts itself, but {environment.launcher()} has started these. "
+            "Leave it out, and let that launcher restart them (torchrun --max-restarts)."
+        )
+    start(
+        options, adapters=_adapters(options.adapters or [], name), host=options.host, port=options.port,
+        api_key=options.api_key or "", name=name, restarts=options.restarts,
+    )  # fmt: skip
 
 
 def _adapters(given: list[str], model: str) -> dict[str, str]:
@@ -175,7 +170,9 @@ def start(options: ServingOptions, *, adapters: dict[str, str] | None = None, **
     refuse_device(engine, options.device)
     if is_local(options.model):
         open_checkpoint(find_model(options.model))
-    settings = ServeSettings(options.max_sequences, options.prefill_chunk, options.cache_bytes)
+    settings = ServeSettings(
+        options.max_sequences, options.prefill_chunk, options.cache_bytes, exact_rows=options.exact_rows
+    )
     launch.run(
         ServeJob(
             request=request, plan=plan, backend=options.backend, device=options.device, settings=settings,
@@ -206,9 +203,8 @@ class ServeJob(Job):
         settings: The limits of the step loop.
         verify: Whether the files of a training checkpoint are compared with their checksums.
         as_json: Whether the address is printed as JSON.
+        restarts: How often the ranks are started again when one is lost.
     """
-
-    drains: ClassVar[bool] = True
 
     host: str
     port: int
@@ -219,69 +215,54 @@ class ServeJob(Job):
     settings: ServeSettings
     verify: bool
     as_json: bool
+    restarts: int = 0
+
+    @property
+    def has_launcher(self) -> bool:
+        """Whether ranks are started, as they are again when one is lost."""
+        return super().has_launcher or self.restarts > 0
+
+    @contextmanager
+    def beside(self) -> Iterator[FrontEnd]:
+        """The front end."""
+        with FrontEnd(self).closing() as front_end:
+            yield front_end
 
     def work(self) -> int:
-        """Load the model and serve it. The first rank answers HTTP requests."""
-        from partita.serving.http.server import bind
+        """Load the model and serve it. Under another launcher the first rank answers HTTP requests."""
+        asked, engine, path = self.request, open_engine(self.request.engine), os.environ.pop(FRONT, None)
+        with ExitStack() as stack:
+            front_end = None
+            if path is None and environment.is_first():
+                front_end = stack.enter_context(FrontEnd(self).closing())
+            folder = find_model(asked.model, code=asked.trust_remote_code)
+            with loading(f"loading, {mesh_name(asked.mesh)}") as progress:
+                split = engine.load(folder, **self.split, dtype=asked.dtype, verify=self.verify, progress=progress)
+            loop = self._loop(split, folder)
+            plan, groups = engine.plan_of(split)
+            if front_end is not None:
+                front_end.serve(loop, facts_of(plan, loop), groups)
+            else:
+                serve_beside(loop, facts_of(plan, loop), groups, path)
+        return 0
 
-        asked, engine = self.request, open_engine(self.request.engine)
-        bound = bind(self.host, self.port) if environment.is_first() else None
-        folder = find_model(asked.model, code=asked.trust_remote_code)
-        tokenizers = [read_tokenizer(folder, trust_remote_code=asked.trust_remote_code) for _ in range(2)]
-        with loading(f"loading, {mesh_name(asked.mesh)}") as progress:
-            split = engine.load(folder, **self.split, dtype=asked.dtype, verify=self.verify, progress=progress)
-        loop: ServingLoop | EmbeddingLoop | None = embedding_loop(asked.engine, split, self.settings, folder=folder)
-        if loop is not None and self.adapters:
+    def _loop(self, split: Any, folder: Path) -> ServingLoop | EmbeddingLoop:
+        asked = self.request
+        found = embedding_loop(asked.engine, split, self.settings, folder=folder)
+        if found is not None and self.adapters:
             raise ModelError(
                 "--adapters is for models that continue text, but this one gives embeddings. Leave it out."
             )
-        if loop is None:
-            loop = serving_loop(asked.engine, split, self.settings, tokenizer=tokenizers[0], adapters=self.adapters)
-        if bound is None:
-            loop.run()
-            return 0
-        with self._answering(bound, loop, tokenizers[1], engine.plan_of(split)[0]):
-            loop.run()
-        return 0
+        if found is not None:
+            return found
+        tokenizer = read_tokenizer(folder, trust_remote_code=asked.trust_remote_code)
+        return serving_loop(asked.engine, split, self.settings, tokenizer=tokenizer, adapters=self.adapters)
 
-    @contextmanager
-    def _answering(
-        self, bound: socket.socket, loop: ServingLoop | EmbeddingLoop, tokenizer: Tokenizer, plan: Plan
-    ) -> Iterator[None]:
-        """A context in which HTTP requests are answered, and SIGTERM ends the loop after the requests that it has."""
-        from partita.serving.http.app import make_app
-        from partita.serving.http.server import Server, url_of
-        from partita.serving.http.service import Service
 
-        spec, inbox = plan.spec, loop.inbox
-        named = config_number(text_config(spec.config), "max_position_embeddings", "n_positions")
-        context, embeds = spec.positions or named or DEFAULT_CONTEXT, dict[str, Any]()
-        if not isinstance(loop, ServingLoop):
-            context, embeds = loop.most_tokens or context, {"embeddings": loop.inbox, "pooling": loop.pooling}
-        service = Service(
-            inbox, tokenizer, self.name, context, spec.vocab_size, **embeds,
-            adapters=tuple(self.adapters), max_tokens=self.max_tokens, api_key=self.api_key, plan=as_data(plan),
-        )  # fmt: skip
-        server = Server(make_app(service), bound)
-
-        def tell(message: str) -> None:
-            """End every answer with the rank that was lost, before this process is ended."""
-            service.loss.tell(message)
-            server.close(liveness.WORDS_S / 2)
-
-        liveness.on_loss(tell)
-        before = signal.signal(signal.SIGTERM, lambda number, frame: inbox.shutdown())
-        server.start()
-        self._announce(url_of(bound))
-        try:
-            yield
-        finally:
-            liveness.on_loss(None)
-            server.close()
-            signal.signal(signal.SIGTERM, before)
-
-    def _announce(self, url: str) -> None:
-        if self.as_json:
-            write(json.dumps({"url": url, "model": self.name}) + "\n")
-        else:
-            out().print(f"{self.name} is served at {url} (OpenAI's API at {url}/v1). Ctrl-C ends it.", soft_wrap=True)
+def facts_of(plan: Plan, loop: ServingLoop | EmbeddingLoop) -> dict[str, Any]:
+    """What the front end knows of a model and of the cache of a replica."""
+    spec = plan.spec
+    facts = {"context": longest_text(spec), "vocab_size": spec.vocab_size, "plan": as_data(plan)}
+    if isinstance(loop, ServingLoop):
+        return {**facts, "cache": str(loop.rows.layout)}
+    return {**facts, "context": loop.most_tokens or facts["context"], "width": loop.inbox.width}

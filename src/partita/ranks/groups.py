@@ -66,6 +66,16 @@ class AxisGroups(Generic[C]):
         """The groups with more than one rank. A value that is gathered along each in turn reaches every rank."""
         return [comm for comm in (self.tp, self.cp, self.pp, self.dp) if comm.size > 1]
 
+    @property
+    def axes_of_replica(self) -> list[C]:
+        """Those of `axes` along which a replica extends."""
+        return [comm for comm in (self.tp, self.cp, self.pp) if comm.size > 1]
+
+    @property
+    def is_first_of_replica(self) -> bool:
+        """Whether this is the first rank of its replica."""
+        return all(comm.rank == 0 for comm in self.axes_of_replica)
+
     def __deepcopy__(self, memo: object) -> Self:
         """Return itself: a copy of a model communicates with the same ranks."""
         return self

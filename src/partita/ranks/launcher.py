@@ -18,13 +18,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from types import FrameType, MappingProxyType
-from typing import Any
+from typing import Any, Protocol
 
 from partita.errors import DistributedError
 from partita.ranks import rank_process
 from partita.ranks.backends import local_torch_backend
 from partita.ranks.failure import Failure
-from partita.ranks.liveness import LOST, STARTING, WORDS_S, Lines, Peer, Uptime, beat_s, line_of, lost_after_s, silence
+from partita.ranks.liveness import LOST, STARTING, Lines, Peer, Uptime, beat_s, lost_after_s, silence
 from partita.ranks.rendezvous import Environments, Helper, rendezvous
 from partita.ranks.waiting import cores
 
@@ -65,6 +65,26 @@ class Outcome:
     stderr: str = ""
 
 
+class Beside(Protocol):
+    """What runs in the launcher's process beside the ranks, and may let it start them again."""
+
+    def begin(self) -> Mapping[str, str]:
+        """Prepare for ranks that are about to start; the variables to add to the environment of each."""
+
+    def drain(self) -> bool:
+        """Ask the ranks to end by themselves, on SIGTERM. False if they were asked before; then the signal ends them."""
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the ranks have nothing more to do, so that ending them is a success."""
+
+    def lose(self, why: str) -> None:
+        """Take note of the first rank that has failed, before the others are ended."""
+
+    def restarts(self, outcome: Outcome) -> bool:
+        """Whether the ranks are started again after this outcome."""
+
+
 def start(
     arguments: Sequence[str],
     ranks: int,
@@ -75,7 +95,7 @@ def start(
     instead: str | None = None,
     tell: Callable[[str], None] = lambda line: None,
     settings: Mapping[str, str] = MappingProxyType({}),
-    drains: bool = False,
+    beside: Beside | None = None,
 ) -> Outcome:
     """Run `python *program *arguments` on that many ranks of this machine and wait for all of them.
 
@@ -91,36 +111,33 @@ def start(
         instead: The backend to use if that one fails, which is reported.
         tell: Callback for each line to print to the user.
         settings: Variables to add to the environment of each rank.
-        drains: Whether the first SIGTERM is passed on to rank 0, which then ends the run itself, and rank 0 is told of a lost
-            rank before it is ended (see `liveness.on_loss`).
+        beside: What runs in this process beside the ranks.
 
     Raises:
         DistributedError: mpiexec fails and no other backend was given, or `PARTITA_LOST_AFTER` is not a number.
     """
     limit_s = lost_after_s()
-    processes: _Ranks | None = None
+    backend = backend or (local_torch_backend() if ranks > 1 else "gloo")
 
-    def drain() -> bool:
-        """Ask rank 0 to end the run. False if it was asked before, or if there is none that can be asked."""
-        return drains and processes is not None and processes.drain()
+    def run_once(received: Sequence[int]) -> Outcome:
+        with _connected(backend, ranks, instead, tell) as environments:
+            processes = _Ranks([sys.executable, *program, *arguments], capture, limit_s)
+            try:
+                more = {**settings, **(beside.begin() if beside is not None else {})}
+                processes.start(Environments(({**one, **more} for one in environments), environments.helpers))
+                processes.wait(received, beside)
+            finally:
+                processes.end()
+        return processes.outcome()
 
-    with _signals_as_exceptions(drain) as received:
+    with _signals_as_exceptions(beside.drain if beside is not None else lambda: False) as received:
         try:
-            with _connected(
-                backend or (local_torch_backend() if ranks > 1 else "gloo"), ranks, instead, tell
-            ) as environments:
-                processes = _Ranks([sys.executable, *program, *arguments], capture, limit_s)
-                try:
-                    processes.start(Environments(({**one, **settings} for one in environments), environments.helpers))
-                    processes.wait(received)
-                    if drains:
-                        processes.tell_first()
-                finally:
-                    processes.end()
+            outcome = run_once(received)
+            while beside is not None and beside.restarts(outcome):
+                outcome = Outcome(0) if beside.is_over else run_once(received)
         except _Signalled as signalled:
             return Outcome(128 + signalled.number, failure=Failure(Failure.INTERRUPTED, "interrupted"))
-    assert processes is not None
-    return processes.outcome()
+    return outcome
 
 
 @contextlib.contextmanager
@@ -217,7 +234,6 @@ class _Ranks:
         self.ranks: list[_Rank] = []
         self.output = bytearray()
         self.lost_helper: Helper | None = None
-        self.is_draining = False
         self.selector = selectors.DefaultSelector()
 
     def start(self, environments: Environments) -> None:
@@ -267,14 +283,16 @@ class _Ranks:
         if not data and self.lost_helper is None:
             self.lost_helper = helper
 
-    def wait(self, received: Sequence[int]) -> None:
-        """Wait until every rank has ended, or one has failed and the cause has had time to arrive.
+    def wait(self, received: Sequence[int], beside: Beside | None = None) -> None:
+        """Wait until every rank has ended, or one has failed and the cause has had time to arrive, or `beside` is over.
 
         Raises what the handler of the first signal in `received` raised, which is lost if it was raised in a destructor.
         """
         while self._alive():
             if received:
                 raise _Signalled(received[0])
+            if beside is not None and beside.is_over:
+                return
             self._receive(min(_POLL_S, beat_s(self.limit_s)))
             self._find_silent()
             failed = [rank for rank in self.ranks if rank.failed_s is not None]
@@ -283,27 +301,17 @@ class _Ranks:
                 is_starting = not failed and any(rank.peer.doing == STARTING for rank in self.ranks)
                 if all(rank.is_echo or rank.lacks_helper for rank in failed) and not is_starting:
                     self._receive_until(lambda: self._cause_is_known() or not self._alive(), ECHO_S)
+                if beside is not None:
+                    beside.lose(self._why())
                 return
 
-    def drain(self) -> bool:
-        """Send SIGTERM to rank 0 alone. False if that was done before, or if rank 0 has not started."""
-        if self.is_draining or not self.ranks:
-            return False
-        self.is_draining = True
-        with contextlib.suppress(ProcessLookupError):
-            self.ranks[0].process.send_signal(signal.SIGTERM)
-        return True
-
-    def tell_first(self) -> None:
-        """Tell rank 0 which rank has failed, and give it time to tell its clients."""
-        failed = self._first_failed()
-        if failed is None or failed.number == 0 or not self._alive():
-            return
-        text = (_outcome_of(failed, b"").failure or Failure(LOST, "a rank was lost")).message
-        who = "" if text.startswith("rank ") else f"rank {failed.number} failed: "
-        with contextlib.suppress(OSError):
-            self.ranks[0].line.sendall(line_of({"end": f"{who}{text}"}))
-        self._receive_until(lambda: self.ranks[0].process.poll() is not None, WORDS_S)
+    def _why(self) -> str:
+        """What is known of the first failure while other ranks run."""
+        if self.lost_helper is not None and self._first_failed() is None:
+            return _lost_helper(self.lost_helper, self.ranks[0].peer.doing)
+        outcome = self.outcome()
+        text = "a rank has failed" if outcome.failure is None else outcome.failure.message
+        return text if outcome.rank is None else f"rank {outcome.rank} failed: {text}"
 
     def _find_silent(self) -> None:
         """Mark ranks as lost that have sent nothing for too long, and all that are silent with them."""

@@ -1,4 +1,4 @@
-"""The loop of a model that gives vectors: all ranks run the forwards that the first rank sends, as in `loop.py`.
+"""The loop of a model that gives vectors: the ranks of a replica run the forwards that its first rank sends, as in `loop.py`.
 
 Texts of the same length share a forward, so that no row is padded and no mask is needed: a row's vector is that of its text
 alone, up to the rounding of a product with more rows.
@@ -34,7 +34,7 @@ OnVectors = Callable[[Vectors | Exception], None]
 
 
 class Encoder(Protocol):
-    """What the loop needs of an engine. Every rank of the run has one."""
+    """What the loop needs of an engine. Every rank of a replica has one."""
 
     @property
     def plan(self) -> Plan:
@@ -42,14 +42,14 @@ class Encoder(Protocol):
 
     @property
     def decides(self) -> bool:
-        """Whether this is the rank that decides every step: the first of the run."""
+        """Whether this is the rank that decides every step of its replica: the first of it."""
 
     @property
     def most_tokens(self) -> int:
         """The largest number of tokens of a text; 0 if there is none."""
 
     def share(self, data: bytes | None) -> bytes:
-        """The bytes of the deciding rank, on every rank; `data` is None on the others."""
+        """The bytes of the replica's deciding rank, on each of its ranks; `data` is None on the others."""
 
     def hidden(self, batches: Sequence[Batch], pool: Callable[[Vectors], Vectors]) -> list[Vectors]:
         """For each batch `pool` of its last hidden states `[texts, tokens, width]`; on the deciding rank."""
@@ -62,7 +62,15 @@ class _Request:
 
 
 class EmbeddingInbox:
-    """Texts on their way to the loop; any thread of the first rank may call these methods."""
+    """Texts on their way to the loop; any thread of the deciding rank may call these methods.
+
+    Attributes:
+        width: The number of elements of a vector.
+        block_tokens: Tokens of a cache block; there is no cache.
+        num_blocks: Blocks of the cache: none.
+    """
+
+    block_tokens, num_blocks = 1, 0
 
     def __init__(self, width: int) -> None:
         """Create an empty inbox of a model whose vectors have `width` elements."""
@@ -121,6 +129,10 @@ class EmbeddingInbox:
             self._running, self._steps = len(found), self._steps + 1
             return found
 
+    def rest(self) -> None:
+        """Note that no request runs."""
+        self._running = 0
+
     def close(self, why: str) -> None:
         """Accept no more requests, and end those that wait."""
         with self._changed:
@@ -135,10 +147,11 @@ class EmbeddingInbox:
 
 
 class EmbeddingLoop:
-    """Computes vectors on all ranks of a run.
+    """Computes vectors on all ranks of a replica; replicas do not wait for each other.
 
     Attributes:
-        inbox: Where requests arrive; used on the first rank only.
+        inbox: Where requests arrive; used on the first rank of the replica only.
+        on_step: Called there after the vectors of each step.
         most_tokens: The largest number of tokens of a text; 0 if there is none.
     """
 
@@ -149,10 +162,11 @@ class EmbeddingLoop:
         self.most_tokens = min(limits, default=0)
         (first,) = encoder.hidden([((0,),)], pooling.pool)
         self.inbox = EmbeddingInbox(first.shape[-1])
+        self.on_step: Callable[[], None] = lambda: None
 
     @doing("serving")
     def run(self) -> None:
-        """Serve until `inbox.shutdown()` on the first rank. Blocks; every rank must call it."""
+        """Serve until `inbox.shutdown()` on the first rank of the replica. Blocks; every rank must call it."""
         try:
             while self._step():
                 pass
@@ -177,6 +191,9 @@ class EmbeddingLoop:
                 request.on_vectors(ModelError(str(error) or type(error).__name__))
             raise
         self._report(requests, order, found)
+        if self.encoder.decides:
+            self.inbox.rest()
+            self.on_step()
         return not ends
 
     def _batches(self, requests: Sequence[_Request]) -> tuple[list[Batch], list[list[tuple[int, int]]]]:

@@ -1,24 +1,25 @@
-"""The loop over steps. One rank decides each step and sends it to all others; no rank decides anything by itself.
+"""The loop over steps of one replica. One rank decides each step and sends it to the others; no other decides anything.
 
-any thread of the first rank     inbox.submit, cancel, shutdown
-first rank, before a step        schedulers -> Step for each replica -> bytes -> all ranks
-every rank                       Rows.run: ended, admitted, forwards, tokens
-first rank, after a step         tokens -> texts -> ends -> events
+any thread of the deciding rank    inbox.submit, cancel, shutdown
+deciding rank, before a step       scheduler -> Step -> bytes -> the ranks of the replica
+every rank                         Rows.run: ended, tokens, admitted, forwards
+deciding rank, after a step        tokens -> texts -> ends -> events
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field, fields
 
 from partita.errors import ModelError, PlanError
 from partita.generation import Sequence
 from partita.generation.choice import Choice
 from partita.notes import note
 from partita.ranks.liveness import doing
-from partita.serving.blocks import BlockPool
-from partita.serving.message import Row, Step, decode, encode
+from partita.serving.blocks import BlockPool, CacheLayout
+from partita.serving.message import Step, decode, encode
 from partita.serving.requests import Finished, OnEvent, Reason, ServeRequest, ServeSettings, Token
 from partita.serving.rows import Picked, Rows
 from partita.serving.scheduler import Running, Scheduler
@@ -29,7 +30,7 @@ IDLE_S = 5.0
 
 @dataclass(frozen=True)
 class Stats:
-    """The state of a loop, summed over replicas.
+    """The state of a loop; the sum of two is that of both.
 
     Attributes:
         queued: Requests that wait for a place or for cache blocks.
@@ -57,13 +58,26 @@ class Stats:
     finished: int = 0
     steps: int = 0
 
+    def __add__(self, other: Stats) -> Stats:
+        """The state of both loops, whose blocks have the same size."""
+        sums = {one.name: getattr(self, one.name) + getattr(other, one.name) for one in fields(self)}
+        return Stats(**{**sums, "block_tokens": self.block_tokens or other.block_tokens})
+
 
 class Inbox:
-    """Requests on their way to the loop; any thread of the first rank may call these methods."""
+    """Requests on their way to the loop; any thread of the deciding rank may call these methods.
 
-    def __init__(self, check: Callable[[ServeRequest], Choice], stats: Callable[[], Stats]) -> None:
-        """Create an inbox whose requests `check` accepts or refuses."""
+    Attributes:
+        block_tokens: Tokens of a cache block.
+        num_blocks: Blocks of the cache.
+    """
+
+    def __init__(
+        self, check: Callable[[ServeRequest], Choice], stats: Callable[[], Stats], layout: CacheLayout
+    ) -> None:
+        """Create an inbox whose requests `check` accepts or refuses, of a loop with the cache `layout`."""
         self._check, self._stats = check, stats
+        self.block_tokens, self.num_blocks = layout.block_tokens, layout.num_blocks
         self._changed = threading.Condition()
         self._submitted: list[tuple[ServeRequest, Choice, OnEvent]] = []
         self._cancelled: list[int] = []
@@ -134,12 +148,11 @@ class Inbox:
 
 @dataclass
 class _Client:
-    """A request on the deciding rank: its scheduler, its text, and who hears of it."""
+    """A request on the deciding rank: its text, and who hears of it."""
 
     request: ServeRequest
     choice: Choice
     on_event: OnEvent
-    scheduler: Scheduler
     sequence: Sequence
     texts: list[str] = field(default_factory=list)
 
@@ -156,46 +169,62 @@ _REASONS: dict[str, Reason] = {"eos": "stop", "stop": "stop", "length": "length"
 
 
 class ServingLoop:
-    """Serves requests on all ranks of a run.
+    """Serves requests on all ranks of a replica; replicas do not wait for each other.
 
     Attributes:
-        inbox: Where requests arrive; used on the first rank only.
+        inbox: Where requests arrive; used on the first rank of the replica only.
+        on_begun: Called there with the ids of the requests that a step starts, before it is sent to any rank.
+        on_step: Called there after the events of each step.
     """
 
     def __init__(self, rows: Rows, settings: ServeSettings) -> None:
         """Create a loop over the engine's `rows`, on every rank with the same settings."""
         self.rows, self.settings = rows, settings
-        self.schedulers = [
-            Scheduler(settings, BlockPool(rows.layout, keeps_prefixes=settings.keep_prefixes), groups=rows.plan.mesh.pp)
-            for _ in range(rows.plan.mesh.dp)
-        ]
+        pool = BlockPool(rows.layout, keeps_prefixes=settings.keep_prefixes)
+        self.scheduler = Scheduler(settings, pool, groups=rows.plan.mesh.pp)
+        self.on_begun: Callable[[SequenceOf[int]], None] = lambda numbers: None
+        self.on_step: Callable[[], None] = lambda: None
         self._clients: dict[int, _Client] = {}
         self._counts = dict.fromkeys(("tokens", "prompt_tokens", "cached_tokens", "finished", "steps"), 0)
-        self.inbox = Inbox(self._settled, self._stats)
+        self.inbox = Inbox(self._settled, self._stats, rows.layout)
 
     @doing("serving")
     def run(self) -> None:
-        """Serve until `inbox.shutdown()` on the first rank. Blocks; every rank must call it.
+        """Serve until `inbox.shutdown()` on the first rank of the replica. Blocks; every rank must call it.
 
         Raises:
             Exception: What a step raised, after every request has ended with an error.
         """
         try:
             with self.rows.session():
-                while self._step():
-                    pass
+                if self.rows.decides:
+                    self._lead()
+                else:
+                    self._follow()
         except BaseException as error:
-            self._end_all(str(error) or type(error).__name__)
+            self._end_all(str(error) or type(error).__name__, "lost")
             raise
-        self._end_all("the server is shutting down")
+        self._end_all("the server is shutting down", "error")
 
-    def _step(self) -> bool:
-        """Run one step. Whether another one follows."""
-        steps = decode(self.rows.share(encode(self._decide()) if self.rows.decides else None))
-        picked = self.rows.run(steps)
-        if self.rows.decides:
-            self._report(steps, picked)
-        return not any(step.ends for step in steps)
+    def _follow(self) -> None:
+        """Run the steps that the deciding rank sends."""
+        step = Step()
+        while not step.ends:
+            step = decode(self.rows.share(None))
+            self.rows.run(step)
+
+    def _lead(self) -> None:
+        """Decide and run steps."""
+        step = Step()
+        while not step.ends:
+            step = self._decide()
+            if step.admitted:
+                self.on_begun([one.request.id for one in step.admitted])
+            self.rows.share(encode(step))
+            for row, picked in zip(step.choosing, self.rows.run(step), strict=True):
+                self._took(self._clients[row.id], picked)
+            self._counts["steps"] += 1
+            self.on_step()
 
     def _settled(self, request: ServeRequest) -> Choice:
         """A request's settings; raises `PartitaError` if it can never be served."""
@@ -204,51 +233,34 @@ class ServingLoop:
         needed = layout.blocks_for(len(request.prompt) + limit - 1)
         if needed > layout.num_blocks:
             raise PlanError(
-                f"a prompt of {len(request.prompt)} tokens with {limit} new ones needs {needed} cache blocks of "
-                f"{layout.block_tokens} tokens, but the cache has {layout.num_blocks} ({self.settings.cache_bytes} bytes, "
-                f"{layout.block_bytes} a block). Ask for fewer tokens, or give the server a larger cache (cache_bytes, "
-                "--cache-bytes)."
+                f"a prompt of {len(request.prompt)} tokens with {limit} new ones needs {needed} cache blocks, but the cache "
+                f"has {layout}. Ask for fewer tokens, or give the server a larger cache (cache_bytes, --cache-bytes)."
             )
         return choice
 
-    def _decide(self) -> list[Step]:
-        """The next step of each replica."""
-        idle = all(scheduler.is_idle for scheduler in self.schedulers)
-        submitted, cancelled, closed, drains = self.inbox.take(IDLE_S if idle else 0.0)
+    def _decide(self) -> Step:
+        """The next step."""
+        submitted, cancelled, closed, drains = self.inbox.take(IDLE_S if self.scheduler.is_idle else 0.0)
         for request, choice, on_event in submitted:
-            scheduler = min(self.schedulers, key=lambda one: one.load - self._cached(one, request))
             limit = choice.limit(len(request.prompt))
             sequence = Sequence(0, list(request.prompt), limit)
-            self._clients[request.id] = _Client(request, choice, on_event, scheduler, sequence)
-            scheduler.submit(request, limit)
+            self._clients[request.id] = _Client(request, choice, on_event, sequence)
+            self.scheduler.submit(request, limit)
         for number in [*self._clients] if closed and not drains else cancelled:
             if number in self._clients:
                 self._finish(self._clients[number], "cancelled")
-        ends = closed and not self._clients
-        self._counts["steps"] += 1
-        return [scheduler.plan(ends=ends) for scheduler in self.schedulers]
+        return self.scheduler.plan(ends=closed and not self._clients)
 
-    def _cached(self, scheduler: Scheduler, request: ServeRequest) -> int:
-        if len(self.schedulers) == 1:
-            return 0
-        return len(scheduler.pool.match(request.prompt, request.adapter)) * self.rows.layout.block_tokens
-
-    def _report(self, steps: list[Step], picked: list[list[Picked]]) -> None:
-        """Emit the events of a step."""
-        for replica, (step, results) in enumerate(zip(steps, picked, strict=True)):
-            for row, one in zip(_choosing(step), results, strict=True):
-                self._took(self._clients[row.id], one, replica)
-
-    def _took(self, client: _Client, one: Picked, replica: int) -> None:
+    def _took(self, client: _Client, one: Picked) -> None:
         request, sequence = client.request, client.sequence
         text = client.text_of(one.token, self.rows)
         if sequence.failure:
             from partita.generation.sample import failure_of  # needs numpy, which the command line does without
 
-            self._finish(client, "error", failure_of([sequence], self.rows.plan, replica))
+            self._finish(client, "error", failure_of([sequence], self.rows.plan, self.rows.replica))
             return
         self._counts["tokens"] += 1
-        client.scheduler.took(request.id, one.token)
+        self.scheduler.took(request.id, one.token)
         heard = self._tell(
             client, Token(request.id, one.token, text, one.logprob if request.logprobs else None, one.top)
         )
@@ -259,7 +271,7 @@ class ServingLoop:
 
     def _finish(self, client: _Client, reason: Reason, error: str = "") -> None:
         number = client.request.id
-        running: Running | None = client.scheduler.end(number)
+        running: Running | None = self.scheduler.end(number)
         del self._clients[number]
         self.inbox.forget(number)
         prompt, cached = len(client.request.prompt), running.cached if running is not None else 0
@@ -277,25 +289,21 @@ class ServingLoop:
             return False
         return True
 
-    def _end_all(self, why: str) -> None:
+    def _end_all(self, why: str, reason: Reason) -> None:
         for request, choice, on_event in self.inbox.close(why):
             sequence = Sequence(0, list(request.prompt), 1)
-            self._clients[request.id] = _Client(request, choice, on_event, self.schedulers[0], sequence)
+            self._clients[request.id] = _Client(request, choice, on_event, sequence)
         for client in [*self._clients.values()]:
-            self._finish(client, "error", why)
+            self._finish(client, reason, why)
 
     def _stats(self) -> Stats:
-        pools = [scheduler.pool for scheduler in self.schedulers]
+        pool = self.scheduler.pool
         return Stats(
-            queued=sum(len(scheduler.waiting) for scheduler in self.schedulers),
-            running=sum(len(scheduler.running) for scheduler in self.schedulers),
-            blocks_used=sum(pool.used for pool in pools),
-            blocks_kept=sum(pool.kept for pool in pools),
-            blocks_free=sum(pool.available - pool.kept for pool in pools),
+            queued=len(self.scheduler.waiting),
+            running=len(self.scheduler.running),
+            blocks_used=pool.used,
+            blocks_kept=pool.kept,
+            blocks_free=pool.available - pool.kept,
             block_tokens=self.rows.layout.block_tokens,
             **self._counts,
         )
-
-
-def _choosing(step: Step) -> Iterator[Row]:
-    return (row for batch in step.batches for row in batch if row.chooses)

@@ -1,9 +1,8 @@
-"""A step as bytes: all that ranks are told, decided on one rank and broadcast before each step. Nothing is pickled."""
+"""A step as bytes: all that the ranks of a replica receive from the one that decides. Nothing is pickled."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -49,51 +48,55 @@ class Step:
 
     Attributes:
         ended: Requests whose state is released, before anything else.
+        tokens: Requests and the tokens that earlier steps chose for them, which are appended before the forwards.
         admitted: Requests that start.
         batches: The forwards, each of rows with the same number of tokens and the same adapters.
         ends: Whether the loop ends after this step.
     """
 
     ended: tuple[int, ...] = ()
+    tokens: tuple[tuple[int, int], ...] = ()
     admitted: tuple[Admission, ...] = ()
     batches: tuple[tuple[Row, ...], ...] = ()
     ends: bool = False
 
-
-def encode(steps: Sequence[Step]) -> bytes:
-    """The steps of all replicas as bytes, which `decode` reads."""
-    return json.dumps([_plain(step) for step in steps], separators=(",", ":"), allow_nan=False).encode()
-
-
-def decode(data: bytes) -> list[Step]:
-    """The steps of all replicas, from the bytes of `encode`."""
-    return [_step(*one) for one in json.loads(data)]
+    @property
+    def choosing(self) -> list[Row]:
+        """The rows for which a token is chosen, in order."""
+        return [row for batch in self.batches for row in batch if row.chooses]
 
 
-def _plain(step: Step) -> list[Any]:
+def encode(step: Step) -> bytes:
+    """A step as bytes, which `decode` reads."""
     batches = [[[row.id, row.start, row.count, row.chooses] for row in batch] for batch in step.batches]
-    admitted = [[_request(one.request), one.blocks, one.cached] for one in step.admitted]
-    return [step.ended, admitted, batches, step.ends]
+    admitted = [[plain_request(one.request), one.blocks, one.cached] for one in step.admitted]
+    plain = [step.ended, step.tokens, admitted, batches, step.ends]
+    return json.dumps(plain, separators=(",", ":"), allow_nan=False).encode()
 
 
-def _step(ended: Any, admitted: Any, batches: Any, ends: bool) -> Step:
+def decode(data: bytes) -> Step:
+    """A step from the bytes of `encode`."""
+    ended, tokens, admitted, batches, ends = json.loads(data)
     return Step(
         tuple(ended),
-        tuple(Admission(_read_request(*request), tuple(blocks), cached) for request, blocks, cached in admitted),
+        tuple((number, token) for number, token in tokens),
+        tuple(Admission(read_request(*request), tuple(blocks), cached) for request, blocks, cached in admitted),
         tuple(tuple(Row(*row) for row in batch) for batch in batches),
         ends,
     )
 
 
-def _request(request: ServeRequest) -> list[Any]:
+def plain_request(request: ServeRequest) -> list[Any]:
+    """A request as JSON's values, which `read_request` takes as its arguments."""
     default = Sampling()
     given = {name: value for name, value in asdict(request.sampling).items() if value != getattr(default, name)}
     return [request.id, request.prompt, given, request.logprobs, request.top_logprobs, request.grammar, request.adapter]
 
 
-def _read_request(
+def read_request(
     number: int, prompt: list[int], sampling: dict[str, Any], logprobs: bool, top: int, grammar: str, adapter: str
 ) -> ServeRequest:
+    """The request of the values of `plain_request`."""
     known = {field.name for field in fields(Sampling)}
     given = {name: _tuples(value) for name, value in sampling.items() if name in known}
     return ServeRequest(number, tuple(prompt), Sampling(**given), logprobs, top, grammar, adapter)

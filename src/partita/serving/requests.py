@@ -12,7 +12,7 @@ from partita.generation import Sampling
 MOST_TOP_LOGPROBS = 20
 """The largest number of alternatives of a token that a request may ask for."""
 
-Reason = Literal["stop", "length", "cancelled", "error"]
+Reason = Literal["stop", "length", "cancelled", "error", "lost"]
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,9 @@ class Finished:
 
     Attributes:
         id: The request.
-        reason: `stop` after an end token or before a stop text, `length` at the limit, `cancelled` or `error`.
-        error: What went wrong; empty unless `reason` is `error`.
+        reason: `stop` after an end token or before a stop text, `length` at the limit, `cancelled`, `error`, or `lost` if the
+            loop has failed, or a rank is lost.
+        error: What went wrong; empty unless `reason` is `error` or `lost`.
         prompt_tokens: Tokens of the prompt.
         cached_tokens: Those of them whose keys and values were in the prefix cache.
         completion_tokens: New tokens, an end token included.
@@ -97,19 +98,25 @@ class ServeSettings:
     Attributes:
         max_sequences: The largest number of requests that run at once in a replica; others wait.
         prefill_chunk: The largest number of prompt tokens that a step computes between tokens of running requests.
-        cache_bytes: The memory of a rank for keys and values.
+        cache_bytes: The memory of a rank for keys and values; None for its share of the memory that is free once the model is
+            loaded, and at most what `max_sequences` requests of the model's longest text can use.
         block_tokens: Tokens of a cache block.
         keep_prefixes: Whether the blocks of earlier requests are reused for prompts that begin with the same tokens.
+        exact_rows: Whether other requests may not change a request's rounding. Prompts are then computed one by one, unsplit,
+            and steps as forwards of as many rows as were measured to have the bits of each row alone.
     """
 
     max_sequences: int = 16
     prefill_chunk: int = 256
-    cache_bytes: int = 1 << 30
+    cache_bytes: int | None = None
     block_tokens: int = 16
     keep_prefixes: bool = True
+    exact_rows: bool = False
 
     def __post_init__(self) -> None:
         for name in ("max_sequences", "prefill_chunk", "cache_bytes", "block_tokens"):
             value = getattr(self, name)
+            if name == "cache_bytes" and value is None:
+                continue
             if type(value) is not int or value < 1:
                 raise PlanError(f"{name} must be a whole number of at least 1, but is {value!r}.")

@@ -31,7 +31,10 @@ class Picked:
 
 
 class Rows(Protocol):
-    """What a loop needs of an engine. Every rank of the run has one, and calls `share` and `run` in turn."""
+    """What a loop needs of an engine. Every rank of a replica has one, and calls `share` and `run` in turn.
+
+    Replicas do not wait for each other after the rows are created.
+    """
 
     @property
     def layout(self) -> CacheLayout:
@@ -43,7 +46,11 @@ class Rows(Protocol):
 
     @property
     def decides(self) -> bool:
-        """Whether this is the rank that decides every step: the first of the run."""
+        """Whether this is the rank that decides every step of its replica: the first of it."""
+
+    @property
+    def replica(self) -> int:
+        """The index of this rank's replica."""
 
     @property
     def tokenizer(self) -> Tokenizer | None:
@@ -60,7 +67,11 @@ class Rows(Protocol):
         """The context of all steps of a loop, in its thread."""
 
     def share(self, data: bytes | None) -> bytes:
-        """The bytes of the deciding rank, on every rank; `data` is None on the others."""
+        """The bytes of the replica's deciding rank, on each of its ranks; `data` is None on the others."""
 
-    def run(self, steps: Sequence[Step]) -> list[list[Picked]]:
-        """Execute the step of this rank's replica. Returns what was chosen in each replica's step, in order of its rows."""
+    def run(self, step: Step) -> Sequence[Picked]:
+        """Execute this rank's part of a step of its replica.
+
+        Returns:
+            On the deciding rank what was chosen for each row that chooses, in order.
+        """

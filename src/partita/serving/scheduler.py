@@ -58,13 +58,7 @@ class Scheduler:
         self.waiting: deque[tuple[ServeRequest, int]] = deque()
         self.running: dict[int, Running] = {}
         self._ended: list[int] = []
-
-    @property
-    def load(self) -> int:
-        """The number of tokens that are still to be computed at most, by which requests are distributed."""
-        waiting = sum(len(request.prompt) + limit for request, limit in self.waiting)
-        running = sum(len(r.request.prompt) + r.limit - r.computed for r in self.running.values())
-        return waiting + running
+        self._tokens: list[tuple[int, int]] = []
 
     @property
     def is_idle(self) -> bool:
@@ -81,17 +75,20 @@ class Scheduler:
         one = self.running.pop(number, None)
         if one is not None:
             self._ended.append(number)
+            self._tokens = [entry for entry in self._tokens if entry[0] != number]
             self.pool.keep([*one.request.prompt, *one.tokens][: one.computed], one.blocks, one.request.adapter)
             self.pool.release(one.blocks)
         return one
 
     def took(self, number: int, token: int) -> None:
-        """Add the token that a step chose for a request."""
+        """Add the token that a step chose for a running request, which the next step feeds back to the model."""
         self.running[number].tokens.append(token)
+        self._tokens.append((number, token))
 
     def plan(self, *, ends: bool = False) -> Step:
         """The next step."""
         ended, self._ended = tuple(self._ended), []
+        tokens, self._tokens = tuple(self._tokens), []
         admitted = tuple(self._admit())
         batches = [*self._decodes(), *self._chunks()]
         for row in (row for batch in batches for row in batch):
@@ -99,7 +96,7 @@ class Scheduler:
             one.computed += row.count
             if one.computed == len(one.request.prompt):
                 self.pool.keep(one.request.prompt, one.blocks, one.request.adapter)
-        return Step(ended, admitted, tuple(batches), ends)
+        return Step(ended, tokens, admitted, tuple(batches), ends)
 
     def _admit(self) -> Iterable[Admission]:
         layout = self.pool.layout
@@ -120,7 +117,10 @@ class Scheduler:
             yield Admission(request, tuple(blocks), cached)
 
     def _decodes(self) -> list[tuple[Row, ...]]:
-        """The next token of each running request; those of the same adapters share `groups` forwards."""
+        """The next token of each running request; those of the same adapters share `groups` forwards.
+
+        There are more forwards if fewer rows are exact.
+        """
         sets: dict[str, list[Row]] = {}
         for number, one in self.running.items():
             if one.is_prefilled:
@@ -128,20 +128,24 @@ class Scheduler:
         return [batch for rows in sets.values() for batch in self._divided(rows)]
 
     def _divided(self, rows: list[Row]) -> list[tuple[Row, ...]]:
-        count = min(self.groups, len(rows)) if self.pool.layout.batched else len(rows)
+        layout = self.pool.layout
+        count = min(self.groups, len(rows)) if layout.batched else len(rows)
+        if layout.exact_rows:
+            count = max(count, -(-len(rows) // layout.exact_rows))
         edges = [i * len(rows) // count for i in range(count + 1)]
         return [tuple(rows[a:b]) for a, b in pairwise(edges)]
 
     def _chunks(self) -> list[tuple[Row, ...]]:
         """Parts of prompts; those of the same start, length and adapters are one batch, which needs no padding."""
-        left = self.settings.prefill_chunk
+        left, layout = self.settings.prefill_chunk, self.pool.layout
         batches: dict[tuple[object, ...], list[Row]] = {}
         for number, one in self.running.items():
             if one.is_prefilled or left <= 0:
                 continue
             rest = len(one.request.prompt) - one.computed
-            count = min(rest, left) if self.pool.layout.chunked else rest
+            count = min(rest, left) if layout.chunked else rest
             left -= count
-            key = (one.computed, count, one.request.adapter) if self.pool.layout.batched else (number,)
+            is_beside = layout.batched and not layout.exact_rows
+            key = (one.computed, count, one.request.adapter) if is_beside else (number,)
             batches.setdefault(key, []).append(Row(number, one.computed, count, count == rest))
         return [tuple(rows) for rows in batches.values()]

@@ -289,6 +289,39 @@ def plain_sdpa() -> Any:
     return find(LIBRARY, "transformers.integrations.sdpa_attention", "sdpa_attention_forward", "compute attention")
 
 
+@contextlib.contextmanager
+def attending_by_row(lengths_of: Callable[[], Sequence[int]]) -> Iterator[None]:
+    """A context in which fused attention of several rows computes each by itself, without its padding.
+
+    Args:
+        lengths_of: The number of tokens of each row, which are the last columns of keys and values.
+    """
+    functions = find(
+        LIBRARY, "transformers.modeling_utils", "ALL_ATTENTION_FUNCTIONS", "compute the attention of each row by itself"
+    )
+    fused = functions["sdpa"]
+
+    def by_row(module: Any, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None, **settings: Any) -> Any:
+        if q.shape[0] == 1:
+            return fused(module, q, k, v, attention_mask, **settings)
+        columns = k.shape[-2]
+        outputs = []
+        for row, length in enumerate(lengths_of()):
+            start, own = columns - length, slice(row, row + 1)
+            mask = attention_mask
+            if mask is not None:
+                mask = mask[own if mask.shape[0] > 1 else slice(None), ..., start:]
+                mask = None if mask.dtype == torch.bool and bool(mask.all()) else mask
+            outputs.append(fused(module, q[own], k[own, :, start:], v[own, :, start:], mask, **settings)[0])
+        return torch.cat(outputs), None
+
+    functions["sdpa"] = by_row
+    try:
+        yield
+    finally:
+        del functions["sdpa"]
+
+
 def misplaces_padding(model: nn.Module) -> bool:
     """Whether a model shifts a text's mask by the tokens of an image although there is none, as GIT does with a cache."""
     return getattr(getattr(model, "config", None), "model_type", None) == "git"

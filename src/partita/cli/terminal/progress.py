@@ -12,6 +12,7 @@ from partita.cli.terminal.console import err, size
 from partita.ranks import environment
 
 if TYPE_CHECKING:
+    from partita.serving.answer_all import Progress as AnswerProgress
     from partita.training import StepReport
     from partita.training.saving import SaveReport
 
@@ -54,6 +55,39 @@ def preparing() -> Iterator[Callable[[int, int], None] | None]:
         yield lambda done_bytes, total_bytes: bar.update(
             task, completed=done_bytes, total=total_bytes or None, visible=True
         )
+
+
+@contextlib.contextmanager
+def answering() -> Iterator[Callable[[AnswerProgress], None]]:
+    """Show how many prompts of a file are answered, the tokens per second, the errors, and the time left."""
+    start_s = time.monotonic()
+
+    def numbers(one: AnswerProgress) -> str:
+        errors = f", {one.errors} with an error" if one.errors else ""
+        return f"{one.tokens / max(1e-3, time.monotonic() - start_s):,.1f} tokens/s{errors}"
+
+    if err().is_terminal:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            TimeRemainingColumn(compact=True),
+        )
+        with Progress(*columns, console=err()) as bar:
+            task = bar.add_task("", total=None, numbers="")
+            yield lambda one: bar.update(task, completed=one.done, total=one.total, numbers=numbers(one))
+        return
+    last_s = start_s
+
+    def show(one: AnswerProgress) -> None:
+        nonlocal last_s
+        if time.monotonic() - last_s >= LINE_EVERY_S:
+            last_s = time.monotonic()
+            err().print(f"{one.done:,}/{one.total:,} prompts  {numbers(one)}", soft_wrap=True)
+
+    yield show
 
 
 @contextlib.contextmanager

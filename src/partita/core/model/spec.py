@@ -284,6 +284,16 @@ def config_number(config: Mapping[str, Any], *keys: str) -> int:
     return 0
 
 
+DEFAULT_CONTEXT = 4096
+"""The largest number of tokens of a text, for a model whose config names none."""
+
+
+def longest_text(spec: ModelSpec) -> int:
+    """The largest number of tokens of a text that the model is made for."""
+    named = config_number(text_config(spec.config), "max_position_embeddings", "n_positions")
+    return spec.positions or named or DEFAULT_CONTEXT
+
+
 def config_heads(config: Mapping[str, Any]) -> tuple[int, int]:
     """Query heads and KV heads of a config, under any family's keys; (0, 0) if it has none."""
     text = text_config(config)

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import platform
 from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from partita.errors import ModelError
+from partita.core.model.spec import longest_text
 from partita.mlx.mlx_lm_internals import is_state, state_bytes, token_bytes, window_of
 from partita.mlx.model.block_cache import Blocks, TextCache, forgets
 from partita.mlx.model.parts import plan_of
 from partita.mlx.model.rotary import RotaryEmbedding
 from partita.mlx.serving.forwards import Forward, Through, forwards_of
 from partita.notes import note
+from partita.ranks.memory import machine_bytes, share_of
 from partita.serving import ServeSettings
-from partita.serving.blocks import CacheLayout
+from partita.serving.blocks import CacheLayout, layout_within
 
 _TOKENS, _BLOCK = 9, 3
 """The lengths of a short text, and of a block of it."""
@@ -42,15 +44,16 @@ def measure(model: nn.Module, stages: Through, settings: ServeSettings) -> Measu
     ids = _text(model)
     text = TextCache(stages.new_caches())
     expected = _logits(stages, text, [ids])
-    chunked = _agree(model, _takes_chunks(text))
+    chunked = not settings.exact_rows and _agree(model, _takes_chunks(text))
     if chunked:
         parts = TextCache(stages.new_caches())
         chunked = _agree(model, _is_close(expected, _logits(stages, parts, [ids[:_BLOCK], ids[_BLOCK:]])))
     why = _why_unshared(model, text, settings.block_tokens) if chunked else "may depend on where parts of a text end"
-    reused = settings.keep_prefixes and _agree(model, not why)
+    keeps = settings.keep_prefixes and not settings.exact_rows
+    reused = keeps and _agree(model, not why)
     if reused and not _agree(model, _is_close(expected, _shared(stages, ids))):
         why, reused = "does not have the values of a text's beginning after its end", False
-    if settings.keep_prefixes and why and plan_of(model)[1].rank == 0:
+    if keeps and why and plan_of(model)[1].rank == 0:
         note(f"the beginnings of earlier prompts are not reused: the cache of {stages.plan.spec.family} {why}.")
     # Where entries forget tokens, the blocks of a running text are held beside its own cache.
     copies = 2 if reused and forgets(text) else 1
@@ -116,18 +119,21 @@ def _layout(
 ) -> CacheLayout:
     """The layout in which the rank whose blocks are the largest keeps its budget."""
     block = _largest(model, block_bytes)
-    states = _largest(model, -(-state_bytes // block))
-    count = settings.cache_bytes // block
-    if count < 1 + states:
-        raise ModelError(
-            f"cache_bytes={settings.cache_bytes} has no room for a request: a block of {settings.block_tokens} tokens needs "
-            f"{block} bytes, and a request {states} blocks for its state. Give at least {(1 + states) * block} bytes "
-            "(--cache-bytes)."
-        )
-    return CacheLayout(
-        count, settings.block_tokens, states, batched=False, chunked=chunked, reused=reused, copied=reused,
-        block_bytes=block,
+    layout = CacheLayout(
+        0, settings.block_tokens, _largest(model, -(-state_bytes // block)), batched=False, chunked=chunked, reused=reused,
+        copied=reused, block_bytes=block,
     )  # fmt: skip
+    free = -_largest(model, -_free_bytes(model)) if settings.cache_bytes is None else None
+    return layout_within(settings, longest_text(plan_of(model)[0].spec), layout, free)
+
+
+def _free_bytes(model: nn.Module) -> int:
+    """This rank's share of the free memory of its machine."""
+    host = platform.node()
+    hosts = [host]
+    for comm in plan_of(model)[1].axes:
+        hosts = [name for names in comm.all_gather_object(hosts) for name in names]
+    return share_of(*machine_bytes(), hosts.count(host))
 
 
 def _agree(model: nn.Module, value: bool) -> bool:

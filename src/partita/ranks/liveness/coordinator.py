@@ -11,6 +11,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+from partita.ranks.addresses import family_of
 from partita.ranks.liveness.activity import ME
 from partita.ranks.liveness.peer import Lines, Peer, Uptime, beat_s, line_of, silence
 
@@ -47,7 +48,7 @@ class Coordinator(threading.Thread):
         """
         super().__init__(name="coordinator", daemon=True)
         self.token, self.me, self.limit_s = token, me, limit_s
-        self.listener = socket.create_server((address, 0), family=socket.AF_INET6 if ":" in address else socket.AF_INET)
+        self.listener = socket.create_server((address, 0), family=family_of(address))
         self.listener.setblocking(False)
         self.port = int(self.listener.getsockname()[1])
         self.clock = Uptime(limit_s)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import json
 import math
 import os
 import re
@@ -21,12 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from partita.errors import PartitaError, PeerFailed
+from partita.ranks.addresses import addresses, connect, places
 from partita.ranks.liveness.activity import ME, STARTING
 from partita.ranks.liveness.coordinator import Coordinator
 from partita.ranks.liveness.peer import LOST, Lines, Peer, Uptime, beat_s, line_of, lost_after_s, silence
-
-CONNECT_S = 5.0
-"""Seconds for which a rank tries each address of the coordinator."""
 
 VERDICT_S = 5.0
 """Seconds for which a rank whose connections break waits for the reason."""
@@ -97,10 +94,7 @@ class _Heartbeat(threading.Thread):
                 self._stalled()
 
     def _take(self, message: dict[str, Any], now_s: float) -> None:
-        if "end" in message:  # of the launcher, which prints the reason itself
-            _last_words(message["end"])
-            os._exit(LOST)
-        elif "lost" in message:
+        if "lost" in message:
             self._say(message["lost"])
             _last_words(message["lost"])
             for rank, pids, pid in message.get("silent", ()):
@@ -229,11 +223,11 @@ def join(
         is_local = len({machine for machine, _ in machines}) == 1
         token = secrets.token_hex(16)
         _coordinator = _listen(is_local, token, limit_s)
-        offer = [_addresses(is_local), _coordinator.port, token, socket.gethostname()]
-    addresses, port, token, host = gather(offer)[0]
-    channel = _connect(addresses, port)
+        offer = [addresses(is_local), _coordinator.port, token, socket.gethostname()]
+    hosts, port, token, host = gather(offer)[0]
+    channel = connect(hosts, port)
     if channel is None:
-        _say(f"rank {rank} cannot connect to rank 0 ({', '.join(addresses)}), so it will not detect lost ranks.")
+        _say(f"rank {rank} cannot connect to rank 0 ({', '.join(hosts)}), so it will not detect lost ranks.")
         return
     _heartbeat = _Heartbeat(channel, rank, Peer(0, host=host), limit_s, stall_s)
     _heartbeat.first["token"] = token
@@ -333,37 +327,10 @@ def _machine(*spaces: str) -> str:
 
 def _listen(is_local: bool, token: str, limit_s: float) -> Coordinator:
     """Create the coordinator, on the loopback unless ranks run on other machines."""
-    own = ["127.0.0.1"] if is_local else [*_addresses(False), "0.0.0.0"]
-    for address in own[:-1]:
+    for address in places(is_local)[:-1]:
         with contextlib.suppress(OSError):
             return Coordinator(address, token, _me(), limit_s)
-    return Coordinator(own[-1], token, _me(), limit_s)
-
-
-def _addresses(is_local: bool) -> list[str]:
-    """Addresses of this machine for other machines, first those that the launcher has set."""
-    if is_local:
-        return ["127.0.0.1"]
-    named = [os.environ.get(name, "") for name in ("MASTER_ADDR", "NCCL_HOST_IP")]
-    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
-        named.append(json.loads(Path(os.environ["MLX_HOSTFILE"]).read_text())[0][0].rpartition(":")[0])
-    named.append(os.environ.get("MLX_JACCL_COORDINATOR", "").rpartition(":")[0])
-    found = []
-    for name in (*named, socket.gethostname()):
-        if name:
-            with contextlib.suppress(OSError):
-                found += [str(one[4][0]) for one in socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)]
-    return list(dict.fromkeys(address for address in found if not address.startswith("127.")))
-
-
-def _connect(addresses: list[str], port: int) -> socket.socket | None:
-    for address in addresses:
-        with contextlib.suppress(OSError):
-            channel = socket.create_connection((address, port), CONNECT_S)
-            channel.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            channel.settimeout(None)
-            return channel
-    return None
+    return Coordinator(places(is_local)[-1], token, _me(), limit_s)
 
 
 def _say(text: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 
 from partita.serving.http.errors import ApiError, as_api_error
@@ -20,48 +20,17 @@ class _Times:
     last_s: float = 0.0
 
 
-_Queue = asyncio.Queue[Event | None]
-
-VERDICT_S = 2.0
-"""Seconds to wait for the reason, after the step loop has ended with an error."""
-
-
-class Loss:
-    """A lost rank, which ends every answer."""
-
-    def __init__(self) -> None:
-        """Start without a loss."""
-        self.message = ""
-        self._queues: dict[int, tuple[asyncio.AbstractEventLoop, _Queue]] = {}
-
-    def tell(self, message: str) -> None:
-        """End every answer with `message`, from any thread."""
-        self.message = self.message or message
-        for loop, queue in list(self._queues.values()):
-            with contextlib.suppress(RuntimeError):  # the server has ended
-                loop.call_soon_threadsafe(queue.put_nowait, None)
-
-    @contextlib.contextmanager
-    def heard(self, queue: _Queue) -> Iterator[None]:
-        """A context in which `queue` receives None if a rank is lost."""
-        self._queues[id(queue)] = asyncio.get_running_loop(), queue
-        try:
-            yield
-        finally:
-            del self._queues[id(queue)]
-
-
 class Answers:
     """Iterate over `(place, event)` of several requests until all have ended. As a context it cancels those that have not.
 
     A reader that is slow delays nobody: events wait here, at most as many as the requests may have tokens.
     """
 
-    def __init__(self, inbox: Inbox, metrics: Metrics, loss: Loss, requests: Sequence[ServeRequest]) -> None:
-        self._inbox, self._metrics, self._loss = inbox, metrics, loss
+    def __init__(self, inbox: Inbox, metrics: Metrics, requests: Sequence[ServeRequest]) -> None:
+        self._inbox, self._metrics = inbox, metrics
         self._places = {request.id: place for place, request in enumerate(requests)}
         self._requests = requests
-        self._events: _Queue = asyncio.Queue()
+        self._events: asyncio.Queue[Event] = asyncio.Queue()
         self._running: dict[int, _Times] = {}
 
     def submit(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -92,35 +61,23 @@ class Answers:
             self._metrics.finished.labels("cancelled").inc()
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, Event]]:
-        with self._loss.heard(self._events):
-            while self._running:
-                event = await self._events.get()
-                if event is None:
-                    raise ApiError(503, self._loss.message, code="unavailable")
-                if event.id in self._running:
-                    self._measure(event)
-                    if isinstance(event, Finished):
-                        del self._running[event.id]
-                        await self._refuse(event)
-                    yield self._places[event.id], event
+        while self._running:
+            event = await self._events.get()
+            if event.id in self._running:
+                self._measure(event)
+                if isinstance(event, Finished):
+                    del self._running[event.id]
+                    self._refuse(event)
+                yield self._places[event.id], event
 
-    async def _refuse(self, event: Finished) -> None:
+    def _refuse(self, event: Finished) -> None:
         """Raise `ApiError` for an answer that did not end by itself."""
+        if event.reason == "lost" or (event.reason == "error" and self._inbox.closed):
+            raise ApiError(503, event.error, code="unavailable")
         if event.reason == "error":
-            is_closed = bool(self._inbox.closed)
-            if is_closed:
-                await self._verdict()
-            text = self._loss.message or event.error
-            raise ApiError(503 if is_closed else 500, text, code="unavailable" if is_closed else None)
+            raise ApiError(500, event.error)
         if event.reason == "cancelled":
             raise ApiError(503, "the request was cancelled, because the server is shutting down.", code="unavailable")
-
-    async def _verdict(self) -> None:
-        """Wait until it is known which rank was lost: the connection to it breaks before that."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(VERDICT_S):
-                while not self._loss.message and await self._events.get() is not None:
-                    pass
 
     def _measure(self, event: Event) -> None:
         times, now_s, metrics = self._running[event.id], time.perf_counter(), self._metrics

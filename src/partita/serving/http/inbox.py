@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
 
 from partita.serving.requests import OnEvent, ServeRequest
+
+if TYPE_CHECKING:
+    from partita.serving.embedding import OnVectors
 
 
 class Stats(Protocol):
@@ -37,6 +41,17 @@ class Stats(Protocol):
     @property
     def steps(self) -> int:
         """Steps so far."""
+
+
+class Embeds(Protocol):
+    """The entrance to a loop that computes vectors, called from any thread."""
+
+    def embed(self, texts: Sequence[tuple[int, ...]], on_vectors: OnVectors) -> None:
+        """Compute the vectors of texts; `on_vectors` receives them, or why there are none, from a thread of the loop.
+
+        Raises:
+            ModelError: No request is accepted any more.
+        """
 
 
 class Inbox(Protocol):

@@ -12,10 +12,9 @@ from typing import Any, TypeVar
 import anyio.to_thread
 
 from partita.generation import Sampling, Tokenizer
-from partita.serving.embedding import EmbeddingInbox
-from partita.serving.http.answers import Answers, Loss
+from partita.serving.http.answers import Answers
 from partita.serving.http.errors import ApiError, as_api_error
-from partita.serving.http.inbox import Inbox
+from partita.serving.http.inbox import Embeds, Inbox
 from partita.serving.http.metrics import Metrics
 from partita.serving.http.openai.logprobs import TokenBytes
 from partita.serving.http.openai.response_store import ResponseStore
@@ -44,6 +43,7 @@ class Service:
         context: The largest number of tokens of a prompt and its answer together.
         vocab_size: Number of ids.
         embeddings: The entrance to the loop that computes vectors; None for a model that continues text.
+        width: The number of elements of its vectors.
         pooling: How that loop makes vectors.
         max_tokens: The largest number of tokens of an answer whose request sets none; at most what the context leaves.
         api_key: What clients must send as a bearer token; empty to let everyone in.
@@ -57,7 +57,8 @@ class Service:
     context: int
     vocab_size: int
     adapters: tuple[str, ...] = ()
-    embeddings: EmbeddingInbox | None = None
+    embeddings: Embeds | None = None
+    width: int = 0
     pooling: Pooling = field(default_factory=Pooling)
     max_tokens: int = DEFAULT_TOKENS
     api_key: str = ""
@@ -71,13 +72,12 @@ class Service:
         self.template = template_of(self.tokenizer)
         self.responses = ResponseStore()
         self._ids = count(1)
-        self.loss = Loss()
         self._lock = threading.Lock()
 
     @property
     def closed(self) -> str:
         """Why no request is accepted any more; empty while requests are."""
-        return self.loss.message or self.inbox.closed
+        return self.inbox.closed
 
     async def encode(self, work: Callable[[], Result], param: str) -> Result:
         """The result of `work`, which uses the tokenizer, from a thread of its own.
@@ -148,4 +148,4 @@ class Service:
             )
             for prompt, sampling in prompts
         ]
-        return Answers(self.inbox, self.metrics, self.loss, requests)
+        return Answers(self.inbox, self.metrics, requests)

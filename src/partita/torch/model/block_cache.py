@@ -46,13 +46,20 @@ class Pools:
         entries: For each entry of the model's cache whether it is a sliding window's.
         keys: By layer, `[slots, heads, key_width]`.
         values: By layer, `[slots, heads, value_width]`.
+        lengths: The number of tokens of each row of the forward that runs.
     """
 
     def __init__(self, entries: list[bool], forms: Mapping[int, Form], slots: int, device: torch.device) -> None:
         """Allocate `slots` slots for each layer of `forms`."""
         self.entries = entries
+        self.lengths: list[int] = []
         self.keys = {i: _zeros(slots, f.heads, f.key_width, f.dtype, device) for i, f in forms.items()}
         self.values = {i: _zeros(slots, f.heads, f.value_width, f.dtype, device) for i, f in forms.items()}
+
+    def copy(self, source: int, target: int, size: int) -> None:
+        """Copy the keys and values of a block of `size` tokens to another one."""
+        for pool in (*self.keys.values(), *self.values.values()):
+            pool[target * size : (target + 1) * size] = pool[source * size : (source + 1) * size]
 
 
 def _zeros(slots: int, heads: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -49,7 +49,8 @@ def serving_loop(
     Requests join and leave the running batch at any step. In float64 each gets the tokens that `generate` gives for it alone;
     in narrower dtypes the number of rows changes the rounding of sums. Measured with a random Llama of 8 layers, 16 requests at
     once against each alone: in float32 all of 384 greedy tokens were the same, and log probabilities differed by at most 2e-6;
-    in bfloat16 by at most 8e-3, and 10 of 16 texts took another token somewhere. `max_sequences=1` runs one request at a time.
+    in bfloat16 by at most 8e-3, and 10 of 16 texts took another token somewhere. `exact_rows=True` gives each request
+    the bits of the request alone.
 
     Args:
         model: A split causal language model.
@@ -65,7 +66,7 @@ def serving_loop(
     Examples:
         >>> model = pt.load("./model", tp=2)
         >>> loop = pt.serving_loop(model)
-        >>> if is_first:
+        >>> if loop.rows.decides:  # the first rank of each replica
         ...     loop.inbox.submit(ServeRequest(0, (7, 8, 9)), print)
         >>> loop.run()  # on every rank, until loop.inbox.shutdown()
     """

@@ -41,6 +41,11 @@ class ServedAdapters:
         for parameter, flag in trained:
             parameter.requires_grad_(flag)
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names by which `choose` takes adapters; the last is that of none."""
+        return (*self._places, "")
+
     def check(self, name: str) -> None:
         """Raise `PlanError` if a request names adapters that are not served."""
         if name and name not in self._places:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from partita.errors import ModelError
@@ -20,11 +19,11 @@ from partita.torch.transformers_internals import fills_masks
 
 
 class TorchEncoder:
-    """Runs forwards of whole texts on this rank. A replica computes its part of the batches.
+    """Runs forwards of whole texts on this rank.
 
     Attributes:
         plan: The plan of the model.
-        decides: Whether this is the first rank of the run.
+        decides: Whether this is the first rank of its replica.
         most_tokens: The largest number of tokens of a text; 0 if there is none.
     """
 
@@ -42,33 +41,24 @@ class TorchEncoder:
                 f"--pp must be 1, but is {self.plan.mesh.pp}. Use --tp {self.plan.mesh.pp}."
             )
         self.model, self.body = model, body
-        self.decides = self.groups.rank == 0
+        self.decides = self.groups.is_first_of_replica
         self.most_tokens = max(0, self.plan.spec.positions - _first_position(model))
         self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
 
     def share(self, data: bytes | None) -> bytes:
-        """The bytes of the deciding rank, on every rank."""
+        """The bytes of the replica's deciding rank, on each of its ranks."""
         return shared(self.groups, data)
 
     def hidden(self, batches: Sequence[Batch], pool: Callable[[Vectors], Vectors]) -> list[Vectors]:
         """For each batch `pool` of its last hidden states; see `Encoder`."""
-        dp = self.groups.dp
-        found: dict[int, Vectors] = {}
+        found = []
         options = {"use_cache": False} if "use_cache" in inspect.signature(self.body.forward).parameters else {}
         with mode_set(self.model, training=False), torch.inference_mode():
-            for place in range(dp.rank, len(batches), dp.size):
-                states = self._states(torch.tensor(batches[place], device=self.device), options)
+            for batch in batches:
+                states = self._states(torch.tensor(batch, device=self.device), options)
                 wide = torch.float64 if states.dtype == torch.float64 else torch.float32
-                found[place] = pool(states.to(wide).cpu().numpy())
-        if dp.size == 1:
-            return [found[place] for place in range(len(batches))]
-        width = torch.tensor([max((one.shape[-1] for one in found.values()), default=0)])
-        dp.all_reduce_(width, dist.ReduceOp.MAX)
-        # Each row is of one replica, and zero on the others.
-        rows = [torch.zeros(len(batch), int(width), dtype=torch.float64) for batch in batches]
-        for place, vectors in found.items():
-            rows[place] += torch.from_numpy(vectors)
-        return [dp.all_reduce_(one).numpy() for one in rows]
+                found.append(pool(states.to(wide).cpu().numpy()))
+        return found
 
     def _states(self, ids: Tensor, options: dict[str, Any]) -> Tensor:
         output = self.body(input_ids=ids, **options)

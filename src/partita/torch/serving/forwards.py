@@ -70,6 +70,7 @@ class BlockForward:
 
     Attributes:
         shape: The shape of the new ids.
+        lengths: The number of tokens of each row, new ones included.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class BlockForward:
         """Place the tokens `ids` of each of `texts`: the slots of its tokens, and the number of earlier ones."""
         count = len(ids[0])
         lengths = [start + count for _, start in texts]
+        self.lengths = lengths
         columns = max(lengths)
         read = torch.zeros(len(ids), columns, dtype=torch.int64)
         for row, ((slots, _), length) in enumerate(zip(texts, lengths, strict=True)):
@@ -101,6 +103,7 @@ class BlockForward:
 
     def inputs(self, stage: int) -> dict[str, Any]:
         """The model's inputs at `stage`."""
+        self.pools.lengths = self.lengths
         cache = block_cache(self.pools, self.place, own_entries(self.model, stage, len(self.pools.entries)))
         return {**self.given, cache_argument(self.model): cache}
 

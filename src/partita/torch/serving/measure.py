@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from partita.errors import ModelError
+from partita.core.model.spec import longest_text
 from partita.generation import Sequence
 from partita.notes import note
+from partita.ranks.memory import machine_bytes, share_of
 from partita.serving import ServeSettings
-from partita.serving.blocks import CacheLayout
+from partita.serving.blocks import CacheLayout, layout_within
 from partita.torch.generate import _takes
 from partita.torch.model.block_cache import Form, Pools, entries_of
 from partita.torch.model.parts import plan_of
+from partita.torch.serving.adapters import ServedAdapters
 from partita.torch.serving.forwards import Alone, BlockForward, Through, own_entries
-from partita.torch.transformers_internals import attends_by_chunks, is_stateful, misplaces_padding
+from partita.torch.transformers_internals import attending_by_row, attends_by_chunks, is_stateful, misplaces_padding
 
 _LONG, _SHORT = 9, 6
 """The lengths of two short texts."""
 
 _SLOTS = 32
+_EXACT_SLOTS = 24
+"""Slots of a row of the measurement of exact rows."""
+
 _CLOSE = {torch.float64: 1e-9, torch.float32: 1e-3}
 """By dtype, the largest difference of logits that is rounding, relative to the largest logit; 0.1 for narrower dtypes."""
 
@@ -36,7 +42,7 @@ class Measured:
     pools: Pools | None
 
 
-def measure(model: nn.Module, stages: Through, settings: ServeSettings) -> Measured:
+def measure(model: nn.Module, stages: Through, settings: ServeSettings, adapters: ServedAdapters) -> Measured:
     """Measure the cache of `model` and divide the budget into blocks. Every rank calls it, in inference mode.
 
     Raises:
@@ -54,7 +60,15 @@ def measure(model: nn.Module, stages: Through, settings: ServeSettings) -> Measu
         trial = Pools(entries, forms, _SLOTS, device)
         if _agree(model, _is_equal(model, stages, trial, texts, expected)):
             layout = _layout(model, settings, sum(form.bytes for form in forms.values()) * size, 1)
-            return Measured(layout, Pools(entries, forms, (layout.num_blocks + 1) * size, device))
+            pools = Pools(entries, forms, (layout.num_blocks + 1) * size, device)
+            if settings.exact_rows:
+                trial = Pools(entries, forms, _EXACT_SLOTS * settings.max_sequences + 1, device)
+                rows = settings.max_sequences
+                for name in adapters.names:
+                    adapters.choose(name)
+                    rows = min(rows, _exact_rows(model, stages, trial))
+                layout = replace(layout, exact_rows=rows, chunked=False, reused=False)
+            return Measured(layout, pools)
     if plan_of(model)[1].rank == 0:
         note(
             f"{type(model).__name__} cannot share forwards between requests exactly, so each runs in forwards of its own."
@@ -70,18 +84,23 @@ def _layout(
     model: nn.Module, settings: ServeSettings, block_bytes: int, reserved: int, state_blocks: int = 0
 ) -> CacheLayout:
     """The layout in which the rank whose blocks are the largest keeps its budget."""
-    largest = _largest(model, block_bytes)
-    count = settings.cache_bytes // max(1, largest) - reserved
-    if count < 1:
-        raise ModelError(
-            f"cache_bytes={settings.cache_bytes} has no room for a request: a block of {settings.block_tokens} tokens needs "
-            f"{largest} bytes. Give at least {(1 + reserved) * largest} bytes (--cache-bytes)."
-        )
     batched = reserved > 0
-    return CacheLayout(
-        count, settings.block_tokens, _largest(model, state_blocks), batched=batched, chunked=batched, reused=batched,
-        block_bytes=largest,
+    layout = CacheLayout(
+        0, settings.block_tokens, _largest(model, state_blocks), batched=batched, chunked=batched, reused=batched,
+        block_bytes=_largest(model, block_bytes),
     )  # fmt: skip
+    free = -_largest(model, -_free_bytes(model)) if settings.cache_bytes is None else None
+    return layout_within(settings, longest_text(plan_of(model)[0].spec), layout, free, reserved=reserved)
+
+
+def _free_bytes(model: nn.Module) -> int:
+    """This rank's share of the free memory of its device, or of its machine."""
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    if device.type != "cuda":
+        return share_of(*machine_bytes(), ranks)
+    torch.cuda.empty_cache()
+    return share_of(*torch.cuda.mem_get_info(device), -(-ranks // torch.cuda.device_count()))
 
 
 def _pools_of(model: nn.Module, caches: dict[int, Any]) -> tuple[list[bool], dict[int, Form]] | None:
@@ -129,6 +148,38 @@ def _is_equal(
     close = _CLOSE.get(found[0].dtype, 0.1)
     both = torch.cat([expected[0], expected[1]]).double()
     return bool((found[0].double() - both).abs().max() <= close * both.abs().max())
+
+
+def _exact_rows(model: nn.Module, stages: Through, pools: Pools) -> int:
+    """The largest number of rows up to which each row of a forward of next tokens has the very logits of the row alone."""
+    most = (len(next(iter(pools.keys.values()))) - 1) // _EXACT_SLOTS if pools.keys else 1
+    most = _largest(model, most)
+    lengths = [2 + 5 * row % (_EXACT_SLOTS - 2) for row in range(most)]
+    slots = [torch.arange(1 + row * _EXACT_SLOTS, 1 + (row + 1) * _EXACT_SLOTS) for row in range(most)]
+
+    def logits_of(rows: list[int]) -> Tensor | None:
+        found: list[Tensor] = []
+        ids = [[_token(model, 7 * row + lengths[row])] for row in rows]
+        forward = BlockForward(model, pools, ids, [(slots[row], lengths[row]) for row in rows])
+        with attending_by_row(lambda: pools.lengths):
+            stages.run([forward], lambda output, place: found.append(output.logits[:, -1].clone()))
+        return found[0] if found else None
+
+    for row in range(most):
+        ids = [_token(model, 3 * row + i) for i in range(lengths[row])]
+        stages.run([BlockForward(model, pools, [ids], [(slots[row], 0)])], lambda output, place: None)
+    alone = [logits_of([row]) for row in range(most)]
+    for count in range(2, most + 1):
+        rows = [(row + count) % most for row in range(count)]
+        found = logits_of(rows)
+        same = found is None or all(torch.equal(found[i], alone[row][0]) for i, row in enumerate(rows))  # type: ignore[index]
+        if not _agree(model, same):
+            return count - 1
+    return most
+
+
+def _token(model: nn.Module, number: int) -> int:
+    return number % max(1, plan_of(model)[0].spec.vocab_size or 1)
 
 
 def _text(model: nn.Module, length: int) -> list[int]:

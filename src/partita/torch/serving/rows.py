@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from collections.abc import Sequence as SequenceOf
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -12,16 +11,15 @@ from torch import Tensor, nn
 
 from partita.errors import PlanError
 from partita.generation import Tokenizer
-from partita.generation.choice import Choice, settle
-from partita.generation.generation_config import end_tokens
-from partita.generation.prompts import check_ids
-from partita.generation.sample import Columns
+from partita.generation.choice import Choice
+from partita.generation.sample import Array, Columns
+from partita.notes import note
 from partita.serving import ServeRequest, ServeSettings
 from partita.serving.blocks import CacheLayout
-from partita.serving.choosing import Served, chosen, log_probabilities
-from partita.serving.grammar import Grammars, Matcher
+from partita.serving.choosing import Served, chosen
 from partita.serving.message import Row, Step
 from partita.serving.rows import Picked
+from partita.serving.texts import Texts, write_log_probabilities
 from partita.torch.generate import _check, generation_of
 from partita.torch.layers.decode_matmul import PAYS_AFTER_TOKENS, decoding
 from partita.torch.model.block_cache import Pools
@@ -33,7 +31,7 @@ from partita.torch.serving.adapters import ServedAdapters
 from partita.torch.serving.forwards import Alone, BlockForward, Forward, Through
 from partita.torch.serving.measure import measure
 from partita.torch.serving.sharing import shared
-from partita.torch.transformers_internals import fixed_positions
+from partita.torch.transformers_internals import attending_by_row, fixed_positions
 
 
 class TorchRows:
@@ -42,7 +40,8 @@ class TorchRows:
     Attributes:
         layout: The cache of a replica, the same on every rank.
         plan: The plan of the model.
-        decides: Whether this is the first rank of the run.
+        decides: Whether this is the first rank of its replica.
+        replica: The index of the replica.
         tokenizer: The tokenizer.
         adapters: The adapters that requests choose.
     """
@@ -55,31 +54,32 @@ class TorchRows:
         refuse_undecodable(model, self.plan)
         _check(model)
         self.model, self.tokenizer, self.adapters = model, tokenizer, adapters
-        self.decides = self.groups.rank == 0
-        self._generation = generation_of(model)
+        self.decides = self.groups.is_first_of_replica
+        self.replica = self.groups.dp.rank
         self._fixed = fixed_positions(model.config)
         self._picker = self.plan.stage_rank(self.plan.loss_stage)
-        self._served: dict[int, Served] = {}
+        self._texts = Texts(self.plan, generation_of(model), tokenizer)
         self._slots: dict[int, Tensor] = {}
         self._alone: dict[int, Alone] = {}
-        self._wants: dict[int, int] = {}
-        self._grammars: Grammars | None = None
         with decoding(model, 1, PAYS_AFTER_TOKENS):
             pass
         self._stages = Through(model)
-        with mode_set(model, training=False), torch.inference_mode():
-            measured = measure(model, self._stages, settings)
+        self._is_exact = settings.exact_rows
+        with self._faster(), mode_set(model, training=False), torch.inference_mode():
+            measured = measure(model, self._stages, settings, adapters)
         self.layout: CacheLayout = measured.layout
         self._pools: Pools | None = measured.pools
+        rows = self.layout.exact_rows
+        if 0 < rows < settings.max_sequences and self.groups.rank == 0:
+            note(
+                f"at most {rows} requests share a forward, because more would change the rounding of each other's answers."
+            )
 
     def settle(self, request: ServeRequest) -> Choice:
         """The request's settings; see `Rows`."""
-        choice = self._choice(request)
         self.adapters.check(request.adapter)
-        self._matcher(request)
-        check_ids([request.prompt], choice, self.tokenizer, self.plan.spec.vocab_size)
-        length, new = len(request.prompt), choice.limit(len(request.prompt))
-        self.plan.spec.refuse_beyond_positions(length + new - 1, f"a prompt of {length} tokens with {new} new ones")
+        choice, length = self._texts.settle(request), len(request.prompt)
+        new = choice.limit(length)
         if self._fixed is not None and length + new > self._fixed:
             raise PlanError(
                 f"a prompt of {length} tokens with {new} new ones is longer than {self._fixed} tokens, from where the model's "
@@ -88,100 +88,67 @@ class TorchRows:
             )
         return choice
 
-    def _choice(self, request: ServeRequest) -> Choice:
-        return settle(
-            request.sampling, self._generation, self.tokenizer.eos_ids if self.tokenizer is not None else frozenset()
-        )
-
-    def _matcher(self, request: ServeRequest) -> Matcher | None:
-        if not request.grammar:
-            return None
-        if self._grammars is None:
-            if self.tokenizer is None:
-                raise PlanError("grammar needs a tokenizer. Give serving_loop one (tokenizer=).")
-            ends = end_tokens(self._generation) or self.tokenizer.eos_ids
-            self._grammars = Grammars(self.tokenizer, ends, self.plan.spec.vocab_size)
-        return self._grammars.matcher(request.grammar)
-
     def share(self, data: bytes | None) -> bytes:
-        """The bytes of the deciding rank, on every rank."""
+        """The bytes of the replica's deciding rank; see `Rows`."""
         return shared(self.groups, data)
 
     @contextmanager
     def session(self) -> Iterator[None]:
         """Evaluate, without gradients; see `Rows`."""
-        with mode_set(self.model, training=False), torch.inference_mode():
+        by_row = attending_by_row(lambda: self._pools.lengths if self._pools is not None else [])
+        exact = by_row if self._is_exact else nullcontext()
+        with self._faster(), exact, mode_set(self.model, training=False), torch.inference_mode():
             try:
                 yield
             finally:
                 self.adapters.choose("")
 
-    def run(self, steps: SequenceOf[Step]) -> list[list[Picked]]:
-        """Execute the step of this rank's replica; see `Rows`."""
-        for step in steps:
-            for number in step.ended:
-                for known in (self._wants, self._served, self._slots, self._alone):
-                    known.pop(number, None)
-            for one in step.admitted:
-                self._wants[one.request.id] = one.request.top_logprobs if one.request.logprobs else -1
-        step = steps[self.groups.dp.rank]
+    def _faster(self) -> AbstractContextManager[None]:
+        """The products of `generate` for one text, where each row must have its bits."""
+        return decoding(self.model, 1, PAYS_AFTER_TOKENS) if self._is_exact else nullcontext()
+
+    def run(self, step: Step) -> list[Picked]:
+        """Execute this rank's part of a step; see `Rows`."""
+        for number in step.ended:
+            self._texts.end(number)
+            self._slots.pop(number, None)
+            self._alone.pop(number, None)
+        for number, token in step.tokens:
+            self._texts.append(number, token)
+            if number in self._alone:
+                self._alone[number].advance(token)
         for admission in step.admitted:
-            self._admit(Served(admission, self._choice(admission.request), self._matcher(admission.request)))
-        counts = [sum(row.chooses for batch in one.batches for row in batch) for one in steps]
-        tops = [self._wants[row.id] for one in steps for batch in one.batches for row in batch]
-        picked = torch.zeros(max(counts), 2 + 2 * max(0, *tops, 0), dtype=torch.float64)
+            self._admit(self._texts.admit(admission))
+        rows = step.choosing
+        picked = self._texts.blank(rows)
         if step.batches:
             self._forward(step, picked)
-        mine = picked[: counts[self.groups.dp.rank]]
-        if len(mine) and self.groups.pp.size > 1:
-            self.groups.pp.broadcast_(mine, self._picker)
-        self._take(step, mine)
-        if not any(counts):
-            return [[] for _ in steps]
-        gathered = self.groups.dp.all_gather(picked[None], 0)
-        return [self._unpacked(*one) for one in zip(steps, gathered, counts, strict=True)]
+        if rows and self.groups.pp.size > 1:
+            self.groups.pp.broadcast_(torch.from_numpy(picked), self._picker)
+        return self._texts.unpacked(rows, picked)
 
     def _admit(self, served: Served) -> None:
         number = served.admission.request.id
-        self._served[number] = served
         if self.layout.batched:
             blocks, size = torch.tensor(served.admission.blocks, dtype=torch.int64), self.layout.block_tokens
             self._slots[number] = (blocks[:, None] * size + torch.arange(size)).view(-1)
         else:
             self._alone[number] = Alone(self.model, served.sequence)
 
-    def _take(self, step: Step, picked: Tensor) -> None:
-        """Append the chosen tokens, the same on every rank of the replica."""
-        for row, token in zip(_choosing(step.batches), picked[:, 0].long().tolist(), strict=True):
-            if token >= 0:
-                self._served[row.id].sequence.tokens.append(token)
-            if row.id in self._alone:
-                self._alone[row.id].advance(token)
-
-    def _unpacked(self, step: Step, picked: Tensor, count: int) -> list[Picked]:
-        found = []
-        most = (picked.shape[1] - 2) // 2
-        for row, values in zip(_choosing(step.batches), picked[:count].tolist(), strict=True):
-            top = max(0, self._wants[row.id])
-            names, scores = values[2 : 2 + top], values[2 + most : 2 + most + top]
-            pairs = tuple((int(name), score) for name, score in zip(names, scores, strict=True) if name >= 0)
-            found.append(Picked(int(values[0]), values[1], pairs))
-        return found
-
-    def _forward(self, step: Step, picked: Tensor) -> None:
+    def _forward(self, step: Step, picked: Array) -> None:
         """Run the step's batches through the stages, and write what the last one chooses to `picked`."""
         starts = [0]
         for batch in step.batches:
             starts.append(starts[-1] + sum(row.chooses for row in batch))
         sets: dict[str, list[int]] = {}
         for place, batch in enumerate(step.batches):
-            sets.setdefault(self._served[batch[0].id].admission.request.adapter, []).append(place)
+            sets.setdefault(self._texts[batch[0].id].admission.request.adapter, []).append(place)
         for name, places in sets.items():
             self.adapters.choose(name)
             batches = [step.batches[place] for place in places]
             self._run(batches, [picked[starts[place] : starts[place + 1]] for place in places])
 
-    def _run(self, batches: list[tuple[Row, ...]], picked: list[Tensor]) -> None:
+    def _run(self, batches: list[tuple[Row, ...]], picked: list[Array]) -> None:
         """Run batches of the same adapters through the stages, and write what is chosen in each to its part of `picked`."""
         forwards = [self._batch(batch) for batch in batches]
         with local_logits(self.model) as split:
@@ -196,44 +163,35 @@ class TorchRows:
     def _batch(self, rows: tuple[Row, ...]) -> Forward:
         if not self.layout.batched:
             return self._alone[rows[0].id]
-        ids = [self._served[row.id].ids(row.start, row.count) for row in rows]
+        ids = [self._texts[row.id].ids(row.start, row.count) for row in rows]
         assert self._pools is not None
         return BlockForward(self.model, self._pools, ids, [(self._slots[row.id], row.start) for row in rows])
 
-    def _pick(self, logits: Tensor, rows: tuple[Row, ...], split: Any, picked: Tensor) -> None:
+    def _pick(self, logits: Tensor, rows: tuple[Row, ...], split: Any, picked: Array) -> None:
         """Choose the next token of each row that wants one, the same on every tensor rank, into `picked`."""
         places = [place for place, row in enumerate(rows) if row.chooses]
-        served = [self._served[rows[place].id] for place in places]
+        served = [self._texts[rows[place].id] for place in places]
         logits = logits[places] if len(places) < len(rows) else logits
         plain = [i for i, one in enumerate(served) if one.is_plain]
         other = [i for i, one in enumerate(served) if not one.is_plain]
         if plain:
-            picked[plain, 0] = most_likely(logits[plain] if other else logits, split, self.groups.tp).cpu().double()
-        tops = [self._wants[one.admission.request.id] for one in served]
-        if not other and max(tops) < 0:
+            picked[plain, 0] = most_likely(logits[plain] if other else logits, split, self.groups.tp).cpu().numpy()
+        if not other and not any(one.admission.request.logprobs for one in served):
             return
         wide = logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32).cpu().numpy()
         columns = None if split is None else self._columns(split)
         if other:
             picked[other, 0] = self._chosen(wide[other], [served[i] for i in other], columns)
-        wanting = [i for i, top in enumerate(tops) if top >= 0]
-        if wanting:
-            most = max(tops)
-            found = log_probabilities(wide[wanting], picked[wanting, 0].long().tolist(), most, columns)
-            width = (picked.shape[1] - 2) // 2
-            for i, (logprob, top) in zip(wanting, found, strict=True):
-                names = [name for name, _ in top] + [-1] * (width - len(top))
-                scores = [score for _, score in top] + [0.0] * (width - len(top))
-                picked[i, 1:] = torch.tensor([logprob, *names, *scores], dtype=torch.float64)
+        write_log_probabilities(picked, wide, served, columns)
 
-    def _chosen(self, wide: Any, served: list[Served], columns: Columns | None) -> Tensor:
+    def _chosen(self, wide: Array, served: list[Served], columns: Columns | None) -> list[int]:
         if columns is not None or self.groups.tp.size == 1:
-            return torch.tensor(chosen(wide, served, columns), dtype=torch.float64)
+            return chosen(wide, served, columns)
         # All tensor ranks have the same logits; the first rank decides.
-        ids = torch.zeros(len(served), dtype=torch.float64)
+        ids = torch.zeros(len(served), dtype=torch.int64)
         if self.groups.tp.rank == 0:
-            ids = torch.tensor(chosen(wide, served, None), dtype=torch.float64)
-        return self.groups.tp.broadcast_(ids)
+            ids = torch.tensor(chosen(wide, served, None))
+        return self.groups.tp.broadcast_(ids).tolist()
 
     def _columns(self, split: Any) -> Columns:
         def gather(mine: Any) -> Any:
@@ -241,7 +199,3 @@ class TorchRows:
 
         rank = self.groups.tp.rank
         return Columns(split.ranges(rank)[0][0], max(split.local_sizes), rank, gather)
-
-
-def _choosing(batches: SequenceOf[tuple[Row, ...]]) -> Iterable[Row]:
-    return (row for batch in batches for row in batch if row.chooses)

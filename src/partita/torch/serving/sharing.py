@@ -1,4 +1,4 @@
-"""Bytes that one rank decides, on every rank of a run."""
+"""Bytes that one rank decides, on every rank of its replica."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ MESSAGE_BYTES = 4096
 
 
 def shared(groups: ParallelGroups, data: bytes | None) -> bytes:
-    """The bytes of the first rank, on every rank: along each axis in turn they reach all."""
-    if groups.mesh.size == 1:
+    """The bytes of the first rank of the replica, on each of its ranks: along each axis in turn they reach all."""
+    axes = groups.axes_of_replica
+    if not axes:
         return data or b""
     first = _words(data or b"", MESSAGE_BYTES)
-    for comm in groups.axes:
+    for comm in axes:
         comm.broadcast_(first)
     size = int(first[0])
     if size > MESSAGE_BYTES - 8:
         first = _words(data or b"", 8 + size)
-        for comm in groups.axes:
+        for comm in axes:
             comm.broadcast_(first)
     return first[1:].numpy().tobytes()[:size]
 

@@ -11,8 +11,8 @@ import numpy as np
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from partita.serving.embedding import EmbeddingInbox
 from partita.serving.http.errors import ApiError, as_api_error
+from partita.serving.http.inbox import Embeds
 from partita.serving.http.openai.bodies import EmbeddingsBody, parse
 from partita.serving.http.service import Service
 from partita.serving.pooling import Vectors
@@ -33,8 +33,8 @@ async def embeddings(request: Request, service: Service) -> Response:
     inbox = service.embeddings
     if inbox is None:
         raise ApiError(400, NO_VECTORS, param="model")
-    if body.dimensions is not None and body.dimensions > inbox.width:
-        text = f"dimensions must be at most {inbox.width}, the width of this model's vectors; got {body.dimensions}."
+    if body.dimensions is not None and body.dimensions > service.width:
+        text = f"dimensions must be at most {service.width}, the width of this model's vectors; got {body.dimensions}."
         raise ApiError(400, text, param="dimensions")
     texts = await service.encode(lambda: _texts(service, body), "input")
     vectors = await _computed(service, inbox, texts)
@@ -87,7 +87,7 @@ def _encoded(service: Service, text: str) -> list[int]:
     return service.tokenizer.encode(text.lower() if pooling.lowers else text)
 
 
-async def _computed(service: Service, inbox: EmbeddingInbox, texts: list[tuple[int, ...]]) -> Vectors:
+async def _computed(service: Service, inbox: Embeds, texts: list[tuple[int, ...]]) -> Vectors:
     """The vectors of texts, `[texts, width]`.
 
     Raises:
@@ -101,14 +101,11 @@ async def _computed(service: Service, inbox: EmbeddingInbox, texts: list[tuple[i
         with contextlib.suppress(RuntimeError):  # the server has ended
             loop.call_soon_threadsafe(queue.put_nowait, result)
 
-    with service.loss.heard(queue):
-        try:
-            inbox.embed(texts, on_vectors)
-        except Exception as error:
-            raise as_api_error(error) from error
-        result = await queue.get()
-    if result is None:
-        raise ApiError(503, service.loss.message, code="unavailable")
+    try:
+        inbox.embed(texts, on_vectors)
+    except Exception as error:
+        raise as_api_error(error) from error
+    result = await queue.get()
     if isinstance(result, Exception):
         raise ApiError(503, str(result), code="unavailable") from result
     vectors: Vectors = result
