@@ -15,11 +15,17 @@ from partita.torch.quantized.tensor import QuantizedTensor
 from partita.torch.weights.save import save
 from tests.support.compare import EXACT
 from tests.support.gguf_files import CONFIGS, build, random_model, write_model
-from tests.support.ranks import on
+from tests.support.ranks import RankError, on
 
 KINDS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "MXFP4", "F16", "BF16")
 SPLITS = ({"tp": 1}, {"tp": 2}, {"tp": 3}, {"pp": 2})
 IDS = torch.arange(3, 15).view(2, 6)
+
+REFUSED = {
+    **{(kind, "tp"): "cannot be split over tp" for kind in ("mamba", "falcon_mamba", "t5", "umt5")},
+    **{(kind, "pp"): "cannot be split into stages" for kind in ("t5", "umt5")},
+}
+"""What of which model type is refused, and why."""
 
 WIDE = {
     **CONFIGS["llama"], "hidden_size": 256, "intermediate_size": 768, "num_attention_heads": 8, "num_key_value_heads": 4
@@ -30,15 +36,19 @@ WIDE = {
 def _logits(file: str, split: dict[str, int]) -> torch.Tensor:
     model = load(file, dtype="float64", **split)
     with torch.no_grad(), Float64Everywhere():
-        found: torch.Tensor = model(input_ids=IDS).logits
+        found: torch.Tensor = model(**_inputs(model)).logits
     return found
+
+
+def _inputs(model: Any) -> dict[str, torch.Tensor]:
+    return {"input_ids": IDS} | ({"decoder_input_ids": IDS[:, :4] + 9} if model.config.is_encoder_decoder else {})
 
 
 def _expected(data: dict[str, Any], model: Any) -> torch.Tensor:
     wide = build(data, torch.float64)  # not float32 widened, whose buffers are rounded
     wide.load_state_dict(model.state_dict())
     with torch.no_grad(), Float64Everywhere():
-        found: torch.Tensor = wide(input_ids=IDS).logits
+        found: torch.Tensor = wide(**_inputs(wide)).logits
     return found
 
 
@@ -47,6 +57,12 @@ def _expected(data: dict[str, Any], model: Any) -> torch.Tensor:
 def test_logits_are_those_of_the_values_in_the_file(name: str, split: dict[str, int], tmp_path: Path) -> None:
     model = random_model(CONFIGS[name])
     write_model(tmp_path / "model.gguf", model, KINDS)
+    [(axis, size)] = split.items()
+    refused = REFUSED.get((model.config.model_type, axis)) if size > 1 else None
+    if refused is not None:
+        with pytest.raises(RankError, match=refused):
+            on(size, _logits, str(tmp_path / "model.gguf"), split)
+        return
     expected = _expected(CONFIGS[name], model)
     for found in on(max(split.values()), _logits, str(tmp_path / "model.gguf"), split):
         assert (found - expected).abs().max() <= EXACT * expected.abs().max()
@@ -61,29 +77,35 @@ def test_types_with_blocks_of_256_elements(split: dict[str, int], tmp_path: Path
         assert (found - expected).abs().max() <= EXACT * expected.abs().max()
 
 
-THEIRS = sorted(CONFIGS)
-"""Architectures that transformers' own loader reads rightly."""
+MISREAD = ("gpt-oss", "falcon-40b", "falcon-11b", "mamba-falcon", "lfm2", "t5", "t5-gated", "t5-umt5")
+THEIRS = sorted(name for name in CONFIGS if name not in MISREAD)
+"""Architectures of which transformers' own loader reads these files rightly."""
 
 
 @pytest.mark.parametrize("name", THEIRS)
 def test_weights_are_those_that_transformers_reads(name: str, tmp_path: Path) -> None:
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     model = random_model(CONFIGS[name])
     # transformers decodes with the gguf package here, which has all types.
     write_model(tmp_path / "model.gguf", model, KINDS[:-2])
     config = AutoConfig.for_model(**CONFIGS[name])
-    other = AutoModelForCausalLM.from_pretrained(
-        tmp_path, gguf_file="model.gguf", config=config, dtype=torch.float32, experts_implementation="eager"
-    ).eval()
+    other: Any = (
+        type(model)
+        .from_pretrained(
+            tmp_path, gguf_file="model.gguf", config=config, dtype=torch.float32, experts_implementation="eager"
+        )
+        .eval()
+    )
     mine = load(tmp_path / "model.gguf", dtype="float32")
     found = local_tensors(mine, plan_of(mine)[0])
     for key, value in other.state_dict().items():
         if key in found:
             held = found[key].values() if isinstance(found[key], QuantizedTensor) else found[key]
-            assert torch.equal(held, value), key
+            # A logarithm is rounded to float32 in one step here, as the exponential of transformers' is not.
+            assert torch.equal(held, value) or (key.endswith("A_log") and torch.allclose(held, value, rtol=1e-6)), key
     with torch.no_grad():
-        expected, logits = other(input_ids=IDS).logits, mine(input_ids=IDS).logits
+        expected, logits = other(**_inputs(other)).logits, mine(**_inputs(mine)).logits
     assert (logits - expected).abs().max() <= 2e-5 * expected.abs().max()
 
 
@@ -117,7 +139,7 @@ def _saved(file: str, folder: str, tp: int) -> None:
     save(load(file, dtype="float32", tp=tp), folder)
 
 
-@pytest.mark.parametrize("name", ["llama-tied", "qwen3moe", "gpt2"])
+@pytest.mark.parametrize("name", ["llama-tied", "qwen3moe", "gpt2", "gpt-oss", "falcon-40b"])
 def test_a_save_writes_values(name: str, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 

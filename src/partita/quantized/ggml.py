@@ -63,42 +63,66 @@ class GgmlWeight:
         """Whether its elements are floats, so that it is quantized in form only."""
         return self.info.dtype in PLAIN
 
-    @cached_property
-    def _bytes(self) -> TensorInfo:
-        """Its bytes, [outputs, bytes of a row]."""
-        outputs = self.info.shape[1] if self.transposed else self.info.shape[0]
-        start, end = self.info.start_bytes, self.info.end_bytes
-        return TensorInfo(self.info.file, self.name, "U8", (outputs, (end - start) // max(1, outputs)), start, end)
+    @property
+    def _outputs(self) -> int:
+        """Its outputs, of one expert."""
+        return self.shape[-1 if self.transposed else -2]
+
+    def _bytes(self, info: TensorInfo, expert: int) -> TensorInfo:
+        """The bytes of one expert of a tensor on disk, [outputs, bytes of a row]."""
+        experts = self.shape[0] if len(self.shape) == 3 else 1
+        outputs = self._outputs if self.info.other is None else self._outputs // 2
+        size = (info.end_bytes - info.start_bytes) // max(1, experts)
+        start = info.start_bytes + expert * size
+        return TensorInfo(info.file, self.name, "U8", (outputs, size // max(1, outputs)), start, start + size)
 
     @cached_property
     def _places(self) -> np.ndarray | None:
         """For each output of the model the row on disk, or None if they are in order."""
         import numpy as np
 
-        order = self.info.order
-        if order is None:
-            return None
-        return np.arange(self._bytes.shape[0]).reshape(order.dims).transpose(order.axes).reshape(-1)
+        return None if self.info.order is None else np.array(self.info.order.places())
 
     def read(self, reader: Reader, rows: Sequence[Range], columns: Sequence[Range], expert: int = 0) -> QuantizedArray:
         """See `QuantizedWeight.read`."""
-        import numpy as np
-
         elements, size = BLOCKS[self.info.dtype]
-        blocks = cover(columns, elements, self._bytes.shape[1] // size * elements)
-        held, order = list(rows), None
-        if self._places is not None:
-            kept, order = np.unique(self._places[indexes(rows)], return_inverse=True)
-            held = _runs(kept)
-        stored = [(first * size, last * size) for first, last in blocks]
-        codes = np.empty([sum(stop - start for start, stop in ranges) for ranges in (held, stored)], np.uint8)
-        memory: Any = codes
-        reader.read_as(self._bytes, [held, stored], memoryview(memory).cast("B") if codes.size else memoryview(b""))
-        if order is not None:
-            codes = codes[order]
+        first = self._bytes(self.info, expert)
+        blocks = cover(columns, elements, first.shape[1] // size * elements)
+        stored = [(start * size, stop * size) for start, stop in blocks]
+        if self.info.other is not None:
+            numbers = indexes(rows)
+            codes = _empty(len(numbers), stored)
+            for place, info in enumerate((first, self._bytes(self.info.other, expert))):
+                codes[numbers % 2 == place] = _rows(reader, info, numbers[numbers % 2 == place] // 2, stored)
+        elif self._places is not None:
+            codes = _rows(reader, first, self._places[indexes(rows)], stored)
+        else:
+            codes = _ranges(reader, first, rows, stored)
         encoding = Encoding("ggml", dtype=self.info.dtype, block=(elements, size))
         whole = QuantizedArray(encoding, (codes.shape[0], codes.shape[1] // size * elements), codes)
         return whole.take([(0, codes.shape[0])], _within(columns, blocks, elements))
+
+
+def _empty(count: int, stored: Sequence[Range]) -> np.ndarray:
+    import numpy as np
+
+    return np.empty((count, sum(stop - start for start, stop in stored)), np.uint8)
+
+
+def _ranges(reader: Reader, info: TensorInfo, rows: Sequence[Range], stored: Sequence[Range]) -> np.ndarray:
+    """Ranges of rows and of their bytes."""
+    codes = _empty(sum(stop - start for start, stop in rows), stored)
+    memory: Any = codes
+    reader.read_as(info, [rows, stored], memoryview(memory).cast("B") if codes.size else memoryview(b""))
+    return codes
+
+
+def _rows(reader: Reader, info: TensorInfo, numbers: np.ndarray, stored: Sequence[Range]) -> np.ndarray:
+    """Rows in any order, and ranges of their bytes."""
+    import numpy as np
+
+    kept, order = np.unique(numbers, return_inverse=True)
+    return _ranges(reader, info, _runs(kept), stored)[order]
 
 
 def _runs(numbers: np.ndarray) -> list[Range]:

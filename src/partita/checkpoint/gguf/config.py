@@ -30,14 +30,19 @@ def _base(facts: Facts, model_type: str, architecture: str) -> Config:
     return {
         "architectures": [architecture], "model_type": model_type, "vocab_size": embedding.shape[0],
         "hidden_size": facts.size("embedding_length"), "num_hidden_layers": facts.size("block_count"),
-        "num_attention_heads": facts.size("attention.head_count"),
         "tie_word_embeddings": "output.weight" not in facts.tensors, **special,
     }  # fmt: skip
 
 
+def _attention(facts: Facts, model_type: str, architecture: str) -> Config:
+    """What all architectures with attention share."""
+    config = _base(facts, model_type, architecture)
+    return config | {"num_attention_heads": facts.size("attention.head_count")}
+
+
 def _dense(facts: Facts, model_type: str, architecture: str) -> Config:
     """A decoder with rotary positions and RMS norms."""
-    config = _base(facts, model_type, architecture)
+    config = _attention(facts, model_type, architecture)
     return config | {
         "intermediate_size": facts.size("feed_forward_length"),
         "num_key_value_heads": facts.size("attention.head_count_kv", config["num_attention_heads"]),
@@ -211,7 +216,7 @@ def _phi3(facts: Facts) -> Config:
 
 
 def _gpt2(facts: Facts) -> Config:
-    config = _base(facts, "gpt2", "GPT2LMHeadModel")
+    config = _attention(facts, "gpt2", "GPT2LMHeadModel")
     renamed = {"n_embd": "hidden_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads"}
     return {name: value for name, value in config.items() if name not in renamed.values()} | {
         **{name: config[key] for name, key in renamed.items()},
@@ -222,7 +227,7 @@ def _gpt2(facts: Facts) -> Config:
 
 def _layer_norms(facts: Facts, model_type: str, architecture: str, epsilon: str) -> Config:
     """A decoder with rotary positions and layer norms."""
-    config = _base(facts, model_type, architecture)
+    config = _attention(facts, model_type, architecture)
     return config | {
         "intermediate_size": facts.size("feed_forward_length"),
         "num_key_value_heads": facts.size("attention.head_count_kv", config["num_attention_heads"]),
@@ -258,15 +263,107 @@ def _nemotron(facts: Facts) -> Config:
 
 
 def _bloom(facts: Facts) -> Config:
-    config = _base(facts, "bloom", "BloomForCausalLM")
+    config = _attention(facts, "bloom", "BloomForCausalLM")
     config["n_layer"], config["n_head"] = config.pop("num_hidden_layers"), config.pop("num_attention_heads")
     return config | {"layer_norm_epsilon": facts.number("attention.layer_norm_epsilon"), "tie_word_embeddings": True}
+
+
+def _falcon(facts: Facts) -> Config:
+    if facts.has("attn_qkv.bias"):
+        raise CheckpointError(
+            f"{facts.file}: Falcon with biases (Falcon-RW) cannot be read, because a GGUF file does not say whether it has "
+            "ALiBi. Use a Hugging Face folder."
+        )
+    config = _layer_norms(facts, "falcon", "FalconForCausalLM", "layer_norm_epsilon")
+    kv_heads, has_two_norms = config.pop("num_key_value_heads"), facts.has("attn_norm_2.weight")
+    return config | {
+        "ffn_hidden_size": config.pop("intermediate_size"), "num_kv_heads": kv_heads, "multi_query": kv_heads == 1,
+        "new_decoder_architecture": kv_heads > 1 or has_two_norms, "num_ln_in_parallel_attn": 2 if has_two_norms else 1,
+        "bias": False, "alibi": False, "parallel_attn": True,
+    }  # fmt: skip
+
+
+def _gpt_oss(facts: Facts) -> Config:
+    config = _dense(facts, "gpt_oss", "GptOssForCausalLM")
+    if "rope_scaling" in config:
+        # The file does not say it; llama.cpp's formula for YaRN truncates, the published models do not.
+        config["rope_scaling"] |= {"truncate": False}
+    return config | {
+        "head_dim": _head_dim(facts, config), "sliding_window": facts.size("attention.sliding_window", 128),
+        "intermediate_size": facts.size("expert_feed_forward_length", _expert_width(facts)),
+        "num_local_experts": facts.size("expert_count"), "num_experts_per_tok": facts.size("expert_used_count"),
+    }  # fmt: skip
+
+
+def _mamba(facts: Facts) -> Config:
+    has_norms = bool(facts.get("ssm.dt_b_c_rms"))
+    kind, architecture = ("falcon_mamba", "FalconMambaForCausalLM") if has_norms else ("mamba", "MambaForCausalLM")
+    config = _base(facts, kind, architecture)
+    inner, epsilon = facts.size("ssm.inner_size"), facts.number("attention.layer_norm_rms_epsilon")
+    expand, rest = divmod(inner, config["hidden_size"])
+    if rest:
+        rule = f"must be a multiple of embedding_length ({config['hidden_size']})"
+        raise facts.error(f"{facts.architecture}.ssm.inner_size", rule, inner)
+    return config | {
+        "expand": expand, "intermediate_size": inner, "state_size": facts.size("ssm.state_size"),
+        "conv_kernel": facts.size("ssm.conv_kernel"), "time_step_rank": facts.size("ssm.time_step_rank"),
+        "layer_norm_epsilon": epsilon, "use_bias": facts.has("ssm_in.bias"), "use_conv_bias": facts.has("ssm_conv1d.bias"),
+        **({"mixer_rms_eps": epsilon} if has_norms else {}),
+    }  # fmt: skip
+
+
+def _lfm2(facts: Facts) -> Config:
+    config = _attention(facts, "lfm2", "Lfm2ForCausalLM")
+    kv_heads = facts.get("attention.head_count_kv")
+    counts = kv_heads if isinstance(kv_heads, list) else [kv_heads] * config["num_hidden_layers"]
+    used = {count for count in counts if count != 0}
+    if len(counts) != config["num_hidden_layers"] or len(used) != 1 or not all(type(count) is int for count in counts):
+        raise facts.error(
+            f"{facts.architecture}.attention.head_count_kv", "must be 0 or one same number for each layer", kv_heads
+        )
+    return config | {
+        "num_key_value_heads": used.pop(), "layer_types": ["full_attention" if count else "conv" for count in counts],
+        "intermediate_size": facts.size("feed_forward_length"), "block_auto_adjust_ff_dim": False,
+        "max_position_embeddings": facts.size("context_length"), "conv_L_cache": facts.size("shortconv.l_cache"),
+        "conv_bias": any(name.endswith("shortconv.conv.bias") for name in facts.tensors),
+        "norm_eps": facts.number("attention.layer_norm_rms_epsilon"), "rope_theta": facts.number("rope.freq_base", 1e6),
+        **_rope_scaling(facts),
+    }  # fmt: skip
+
+
+def _minimax_m2(facts: Facts) -> Config:
+    config = _dense(facts, "minimax_m2", "MiniMaxM2ForCausalLM")
+    width = _head_dim(facts, config)
+    return config | {
+        "head_dim": width, "partial_rotary_factor": facts.size("rope.dimension_count", width) / width,
+        "intermediate_size": facts.size("expert_feed_forward_length", _expert_width(facts)),
+        "num_local_experts": facts.size("expert_count"), "num_experts_per_tok": facts.size("expert_used_count"),
+    }  # fmt: skip
+
+
+def _t5(facts: Facts) -> Config:
+    # Only UMT5 has a table of relative positions in every layer.
+    is_umt5 = "enc.blk.1.attn_rel_b.weight" in facts.tensors
+    config = _base(
+        facts, *(("umt5", "UMT5ForConditionalGeneration") if is_umt5 else ("t5", "T5ForConditionalGeneration"))
+    )
+    layers, is_gated = config.pop("num_hidden_layers"), "enc.blk.0.ffn_gate.weight" in facts.tensors
+    return config | {
+        "d_model": config.pop("hidden_size"), "num_layers": layers, "num_heads": facts.size("attention.head_count"),
+        "num_decoder_layers": facts.size("decoder_block_count", layers), "d_ff": facts.size("feed_forward_length"),
+        "d_kv": facts.size("attention.key_length"), "n_positions": facts.size("context_length"),
+        "relative_attention_num_buckets": facts.size("attention.relative_buckets_count"),
+        "layer_norm_epsilon": facts.number("attention.layer_norm_rms_epsilon"), "is_encoder_decoder": True,
+        "feed_forward_proj": "gated-gelu" if is_gated else "relu",
+        "decoder_start_token_id": facts.size("decoder_start_token_id", 0, least=0),
+    }  # fmt: skip
 
 
 CONFIGS: Mapping[str, Callable[[Facts], Config]] = {
     "llama": _llama, "qwen2": _qwen2, "qwen3": _qwen3, "qwen2moe": _qwen2_moe, "qwen3moe": _qwen3_moe, "gemma": _gemma,
     "gemma2": _gemma2, "gemma3": _gemma3, "phi3": _phi3, "gpt2": _gpt2, "stablelm": _stablelm, "starcoder2": _starcoder2,
-    "nemotron": _nemotron, "bloom": _bloom,
+    "nemotron": _nemotron, "bloom": _bloom, "falcon": _falcon, "gpt-oss": _gpt_oss, "mamba": _mamba, "lfm2": _lfm2, "t5": _t5,
+    "minimax-m2": _minimax_m2,
 }  # fmt: skip
 """The architectures that can be read, by llama.cpp's names."""
 
@@ -284,7 +381,7 @@ def config_of(facts: Facts) -> Config:
             "Use the model's Hugging Face folder; transformers may make one (from_pretrained(..., gguf_file=...))."
         )
     config = build(facts)
-    layers = config.get("num_hidden_layers", config.get("n_layer"))
+    layers = next(config[name] for name in ("num_hidden_layers", "n_layer", "num_layers") if name in config)
     if layers != facts.layers:
         raise CheckpointError(
             f"{facts.file}: block_count is {layers}, but there are tensors of {facts.layers} layers: the file is incomplete. "

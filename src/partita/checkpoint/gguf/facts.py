@@ -13,7 +13,7 @@ from typing import Any
 from partita.checkpoint.header import TensorInfo, brief
 from partita.errors import CheckpointError
 
-_LAYER = re.compile(r"blk\.(\d+)\.")
+_LAYER = re.compile(r"(?:enc\.)?blk\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -51,16 +51,18 @@ class Facts:
         """The value of `key` of the architecture, or None."""
         return self.metadata.get(f"{self.architecture}.{key}")
 
-    def size(self, key: str, default: int | None = None) -> int:
-        """An integer of at least 1; where the file has one a layer, all must be equal."""
+    def size(self, key: str, default: int | None = None, least: int = 1) -> int:
+        """An integer of at least `least`; where the file has one a layer, all must be equal."""
         value = self.get(key)
         if isinstance(value, list) and value and all(one == value[0] for one in value):
             value = value[0]
         if value is None and default is not None:
             return default
-        if type(value) is not int or value < 1:
+        if type(value) is not int or value < least:
             raise self.error(
-                f"{self.architecture}.{key}", "must be a whole number of at least 1, the same for all layers", value
+                f"{self.architecture}.{key}",
+                f"must be a whole number of at least {least}, the same for all layers",
+                value,
             )
         return value
 

@@ -15,7 +15,7 @@ import struct
 import tempfile
 from collections import Counter
 from collections.abc import Mapping
-from itertools import accumulate
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from partita.checkpoint.gguf.choose import PART, models_of
 from partita.checkpoint.gguf.config import config_of, generation_config
 from partita.checkpoint.gguf.facts import Facts, floats
 from partita.checkpoint.gguf.file import PLAIN, GgufFile, is_gguf, read_gguf
-from partita.checkpoint.gguf.names import Changed, GgufInfo, Order, named
+from partita.checkpoint.gguf.names import Changed, GgufInfo, Groups, Order, named
 from partita.checkpoint.header import (
     TensorInfo,
     brief,
@@ -42,7 +42,7 @@ INDEX = "model.gguf.index.json"
 TOKENIZER = "gguf_tokenizer.json"
 
 _CHANGED = "changed.safetensors"
-_FORM = 1
+_FORM = 2
 """Increased whenever the content of a view changes, so that older ones are made again."""
 
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -121,12 +121,22 @@ def read_view(folder: Path) -> dict[str, TensorInfo]:
         if (status.st_size, status.st_mtime_ns) != (file_bytes, mtime_ns):
             raise CheckpointError(f"{file}: has changed since its index was made. Give the GGUF file again.")
     tensors: dict[str, TensorInfo] = {}
-    for name, (place, dtype, shape, start, end, order, transposed) in data["tensors"].items():
-        rows = None if order is None else Order(tuple(order[0]), tuple(order[1]))
-        tensors[name] = GgufInfo(files[place], name, dtype, tuple(shape), start, end, rows, transposed)
+    for name, (place, dtype, shape, start, end, order, transposed, other) in data["tensors"].items():
+        second = None if other is None else TensorInfo(files[other[0]], name, dtype, tuple(shape), *other[1:])
+        tensors[name] = GgufInfo(
+            files[place], name, dtype, tuple(shape), start, end, _order_of(order), transposed, second
+        )
     if (folder / _CHANGED).exists():
         tensors |= read_header(folder / _CHANGED).tensors
     return tensors
+
+
+def _order_of(fields: list[Any] | None) -> Order | Groups | None:
+    """The order of rows whose fields are in an index."""
+    if fields is None:
+        return None
+    first, second = fields
+    return Groups(first, tuple(second)) if isinstance(first, int) else Order(tuple(first), tuple(second))
 
 
 def _parts(path: Path) -> list[Path]:
@@ -161,10 +171,11 @@ def _content(parts: list[Path], marks: list[list[Any]]) -> dict[str, bytes]:
         if isinstance(found, Changed):
             changed[name] = found
             continue
-        assert isinstance(found, GgufInfo)
-        order = None if found.order is None else [found.order.dims, found.order.axes]
+        order, other = found.order, found.other
         tensors[name] = [
-            places[found.file], found.dtype, found.shape, found.start_bytes, found.end_bytes, order, found.transposed
+            places[found.file], found.dtype, found.shape, found.start_bytes, found.end_bytes,
+            None if order is None else astuple(order), found.transposed,
+            None if other is None else [places[other.file], other.start_bytes, other.end_bytes],
         ]  # fmt: skip
     quantization: dict[str, Any] = {"quant_method": "gguf"}
     kinds = Counter[str]()
@@ -227,22 +238,13 @@ def _changed_file(facts: Facts, changed: Mapping[str, Changed]) -> bytes:
     data = []
     for name in names:
         one = changed[name]
-        if one.info.dtype not in PLAIN:
-            raise CheckpointError(
-                f"{facts.file}: {brief(one.info.name)} must be {', '.join(PLAIN)}, but is {one.info.dtype}."
-            )
-        values = floats(_data(one.info), one.info.dtype)
-        if one.order is not None:
-            values = [values[place] for place in places_of(one.order)]
-        # Rounding the float64 difference to float32 gives the float32 difference.
-        data.append(struct.pack(f"<{len(values)}f", *(value + one.offset for value in values)))
+        for info in one.infos:
+            if info.dtype not in PLAIN:
+                raise CheckpointError(
+                    f"{facts.file}: {brief(info.name)} must be {', '.join(PLAIN)}, but is {info.dtype}. Take a file of the "
+                    "model in which it is."
+                )
+        # Rounding a float64 difference to float32 gives the float32 difference.
+        values = one.change(*(floats(_data(info), info.dtype) for info in one.infos))
+        data.append(struct.pack(f"<{len(values)}f", *values))
     return header + b"".join(data)
-
-
-def places_of(order: Order) -> list[int]:
-    """For each row of the model, the row on disk."""
-    strides = list(accumulate(reversed(order.dims[1:]), lambda a, b: a * b, initial=1))[::-1]
-    places = [0]
-    for axis in order.axes:
-        places = [place + step * strides[axis] for place in places for step in range(order.dims[axis])]
-    return places
