@@ -92,6 +92,8 @@ def verify(
         pp: Pipeline parallel ranks.
         dp: Replicas.
         cp: Context parallel ranks, over which sequences are split.
+        ep: Ranks over which the experts of each layer are distributed.
+        etp: Ranks over which each expert is split.
         layout: Layers of each stage.
         vpp: Stages on each pipeline rank.
         placement: Assignment of stages to ranks.

@@ -103,7 +103,7 @@ def prove(model: nn.Module, plan: Plan) -> None:
 def _key(model: nn.Module, plan: Plan) -> tuple[Any, ...]:
     # Every config option counts: a result for one config does not hold for another.
     config = json.dumps(dict(plan.spec.config), sort_keys=True, default=str)
-    return type(model).__name__, plan.spec.family, plan.mesh.tp, config, plan.rules, dtype_of(model)
+    return type(model).__name__, plan.spec.family, plan.mesh.layer_mesh, config, plan.rules, dtype_of(model)
 
 
 _proven: dict[Any, str] = {}
@@ -142,7 +142,7 @@ def _measure(model: nn.Module, plan: Plan) -> str:
         return f"its rules were not measured, and cannot be tested: {error}"
     try:
         spec = spec_of(unsplit)
-        small = Plan.make(spec, Mesh(tp=plan.mesh.tp), None, plan.rules)
+        small = Plan.make(spec, plan.mesh.layer_mesh, None, plan.rules)
         reason = difference_on_threads(unsplit, small, sample_inputs(unsplit))
     except PartitaError as error:
         return str(error)
@@ -175,7 +175,7 @@ def _rounding_difference(model: nn.Module, plan: Plan) -> str:
     if sum(p.numel() for p in unsplit.parameters()) > LARGEST_ROUNDED:
         return ""
     try:
-        small = Plan.make(spec_of(unsplit), Mesh(tp=plan.mesh.tp), None, plan.rules)
+        small = Plan.make(spec_of(unsplit), plan.mesh.layer_mesh, None, plan.rules)
         found = compare_rounding_on_threads(unsplit, small)
     except Exception as error:
         return f"With its rules the forward fails in {name_of(dtype)}: {describe_error(error)}"
