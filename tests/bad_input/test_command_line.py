@@ -39,13 +39,31 @@ MESH = [
     Case(
         "a hundred million replicas",
         "plan config.json --dp 100000000",
-        "dp x pp x tp must come to at most 1,048,576 ranks, but dp 100000000 x pp 1 x tp 1 are 100,000,000.",
+        "dp x pp x cp x tp must come to at most 1,048,576 ranks, but dp 100000000 x pp 1 x tp 1 are 100,000,000.",
     ),
     Case(
         "vpp against the layout",
         "plan config.json --pp 2 --vpp 2 --layout Et|tL",
         "--vpp 2 needs a layout of 4 stages...has 2.",
     ),
+]
+
+EXPERTS = [
+    Case(
+        "no experts to distribute", "plan config.json --tp 2 --ep 2", "no layer of the model (llama) has fused experts."
+    ),
+    Case("experts over half a rank", "plan config.json --ep 0", "'--ep'...greater than or equal to 1, but is '0'"),
+    Case(
+        "more experts' ranks than ranks",
+        "plan config.json --tp 2 --ep 4",
+        "does not divide 2. The nearest that does is",
+    ),
+    Case(
+        "experts over replicas",
+        "plan config.json --dp 2 --tp 2 --ep 2",
+        "would distribute experts and split each of them as well, which a plan cannot express. Use --etp 1 with --ep 2.",
+    ),
+    Case("experts on MLX", "plan config.json --tp 2 --ep 2 --engine mlx", "--ep 2 needs the torch engine."),
 ]
 
 LAYOUT = [
@@ -102,7 +120,11 @@ MODEL = [
         "plan nowhere.json",
         "nowhere.json does not exist. Give a folder with a config.json",
     ),
-    Case("too many slashes", "plan a/b/c", "a/b/c does not exist. Give a folder...or a hub id (owner/name)."),
+    Case(
+        "too many slashes",
+        "plan a/b/c",
+        "a/b/c does not exist. Give a folder...or a hub id (owner/name, or owner/name:Q4_K_M",
+    ),
     Case("a hub id that cannot be", "plan 'a b!'", "a b! is not a local folder...Repo id must use alphanumeric chars"),
     Case(
         "a hub that cannot be reached",
@@ -236,6 +258,6 @@ DEMO = [
 
 
 @pytest.mark.timeout(30)
-@rows([*NO_COMMAND, *MESH, *LAYOUT, *MODEL, *SCHEDULE, *DEMO])
+@rows([*NO_COMMAND, *MESH, *EXPERTS, *LAYOUT, *MODEL, *SCHEDULE, *DEMO])
 def test_is_refused(case: Case, partita: Run) -> None:
     refuses(case, partita)
