@@ -48,6 +48,24 @@ MESH = [
     ),
 ]
 
+EXPERTS = [
+    Case(
+        "no experts to distribute", "plan config.json --tp 2 --ep 2", "no layer of the model (llama) has fused experts."
+    ),
+    Case("experts over half a rank", "plan config.json --ep 0", "'--ep'...greater than or equal to 1, but is '0'"),
+    Case(
+        "more experts' ranks than ranks",
+        "plan config.json --tp 2 --ep 4",
+        "does not divide 2. The nearest that does is",
+    ),
+    Case(
+        "experts over replicas",
+        "plan config.json --dp 2 --tp 2 --ep 2",
+        "would distribute experts and split each of them as well, which a plan cannot express. Use --etp 1 with --ep 2.",
+    ),
+    Case("experts on MLX", "plan config.json --tp 2 --ep 2 --engine mlx", "--ep 2 needs the torch engine."),
+]
+
 LAYOUT = [
     Case("layout without --pp", "layout EtL", "Missing option '--pp'."),
     Case("on no ranks", "layout EtL --pp 0", "--pp must be at least 1, but is 0"),
@@ -255,6 +273,6 @@ SERVE = [
 
 
 @pytest.mark.timeout(30)
-@rows([*NO_COMMAND, *MESH, *LAYOUT, *MODEL, *SCHEDULE, *DEMO, *SERVE])
+@rows([*NO_COMMAND, *MESH, *EXPERTS, *LAYOUT, *MODEL, *SCHEDULE, *DEMO, *SERVE])
 def test_is_refused(case: Case, partita: Run) -> None:
     refuses(case, partita)

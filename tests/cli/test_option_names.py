@@ -17,6 +17,7 @@ from tests.cli.models import TINY, write
         ("pp=5 needs at least 5 layers. Use pp=4 or less.", "--pp 5 needs at least 5 layers. Use --pp 4 or less."),
         ("pp x vpp=6 needs at least 6 layers.", "--pp x --vpp = 6 needs at least 6 layers."),
         ("Leave it out, or use tp=1.", "Leave it out, or use --tp 1."),
+        ("Use etp=1 with ep=2, or cp=2.", "Use --etp 1 with --ep 2, or --cp 2."),
         ("vpp must be a whole number", "--vpp must be a whole number"),
         ("dp x pp x tp must come to at most 8", "dp x pp x tp must come to at most 8"),
         ("a multiple of `pipeline_model_parallel_size` (2)", "a multiple of --pp (2)"),

@@ -55,7 +55,7 @@ class Job(ABC):
         how: dict[str, Any] = {"plan": self.plan}
         if self.plan is None:
             how = {name: getattr(asked, name) for name in ("layout", "vpp", "placement")}
-            how |= {"tp": mesh.tp, "pp": mesh.pp, "dp": mesh.dp, "cp": mesh.cp}
+            how |= {"tp": mesh.tp, "pp": mesh.pp, "dp": mesh.dp, "cp": mesh.cp, "ep": mesh.ep, "etp": mesh.etp}
         return {**how, "device": self.device, "trust_remote_code": asked.trust_remote_code}
 
 

@@ -149,8 +149,9 @@ class TrainingOptions(FollowOptions, OptimizerOptions, DataOptions, PlanOptions)
         typer.Option(
             "--resume",
             help="Resume from the newest complete checkpoint in --out, with the options of the run. Any layout and engine can "
-            "continue it: with --tp, --pp, --dp, --layout, --vpp, --schedule, --microbatches or --group-size, these specify "
-            "the layout, else the run keeps its own. A line is printed for each option that differs from the run's.",
+            "continue it: with --tp, --pp, --dp, --cp, --ep, --etp, --layout, --vpp, --schedule, --microbatches or "
+            "--group-size, these specify the layout, else the run keeps its own. A line is printed for each "
+            "option that differs from the run's.",
             rich_help_panel=CHECKPOINTS,
         ),
     ] = False
@@ -442,7 +443,8 @@ def _resumed(options: TrainOptions) -> _Run:
 
 def _request(options: TrainOptions, run: _Run, *, is_restarted: bool) -> tuple[PlanRequest, Plan | None]:
     """The plan request, and the plan of `--plan FILE`."""
-    where = replace(options, **{name: run.places[name] for name in ("tp", "pp", "dp", "cp", "layout", "vpp")})
+    split = ("tp", "pp", "dp", "cp", "ep", "etp", "layout", "vpp")
+    where = replace(options, **{name: run.places[name] for name in split})
     request, given = request_of(
         run.source, where, engine=choose_engine(run.notes["engine"] and EngineChoice(run.notes["engine"])),
         trust_remote_code=options.trust_remote_code,
@@ -455,7 +457,8 @@ def _request(options: TrainOptions, run: _Run, *, is_restarted: bool) -> tuple[P
         if given is not None and given.mesh != request.mesh:
             given = None
     resumes_unsplit = run.state is not None and run.notes["lora_rank"] is None
-    run.places.update({name: getattr(request.mesh, name) for name in ("tp", "pp")})
+    run.places.update({name: getattr(request.mesh, name) for name in ("tp", "pp", "cp", "ep")})
+    run.places["etp"] = request.mesh.etp if request.mesh.ep > 1 else None
     if given is not None:
         if given.settings is not None:
             use_settings(given.settings, request.engine, options.given, run.places, run.settings, run.notes)

@@ -107,6 +107,11 @@ class Mesh:
         """Ranks over which each expert is split: `etp`, which is never None once the mesh exists."""
         return self.etp or 1
 
+    @property
+    def layer_mesh(self) -> Mesh:
+        """The ranks that hold one layer together: this mesh without replicas, stages and context ranks."""
+        return Mesh(tp=self.tp, ep=self.ep, etp=self.etp)
+
     def to_data(self) -> dict[str, int]:
         """The sizes as plain data; axes that are not used are left out. `Mesh(**data)` is the inverse."""
         data = {"dp": self.dp, "pp": self.pp, "tp": self.tp, "cp": self.cp, "ep": self.ep, "etp": self.expert_tp}

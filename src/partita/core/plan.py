@@ -115,7 +115,7 @@ class Plan:
             )
         _check_layout(layout, spec)
         spec = with_mtp(spec, layout.flatten_layout.count(LayerType.mtp))
-        modules, attention, cuts = resolve(spec, mesh.tp, rules)
+        modules, attention, cuts = resolve(spec, mesh, rules)
         if mesh.tp > 1 and rules.table and all(cut.split is None for cut in cuts.values()):
             raise PlanError(
                 f"tp={mesh.tp} is more than the parts into which any tensor of the model ({spec.family}) can be split. "

@@ -178,7 +178,7 @@ def _check_cut(cut: TensorPlan, tp: int) -> None:
 
 def _check_parts(modules: Mapping[str, ModulePlan], attention: Mapping[str, AttentionPlan], tp: int) -> None:
     for module in modules.values():
-        flags = (module.gather_output, module.split_input, module.transposed)
+        flags = (module.gather_output, module.split_input, module.transposed, module.distributed)
         blocks = [block for blocks in module.expand if blocks is not None for block in blocks]
         if (
             module.style not in STYLES

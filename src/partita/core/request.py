@@ -22,6 +22,8 @@ class SplitArguments(TypedDict, total=False):
     pp: int
     dp: int
     cp: int
+    ep: int
+    etp: int | None
     layout: str | list[Any] | PipelineParallelLayerLayout | None
     vpp: int | None
     placement: Placement
@@ -66,7 +68,8 @@ class SplitRequest:
 def _mesh_of(plan: Plan | None, arguments: SplitArguments) -> Mesh:
     """The mesh of `plan`, or of the sizes in `arguments` if it is None."""
     if plan is None:
-        return Mesh(**{axis: arguments.get(axis, 1) for axis in AXES})
+        sizes: dict[str, Any] = {axis: arguments.get(axis, 1) for axis in (*AXES, "ep")}
+        return Mesh(**sizes, etp=arguments.get("etp"))
     if not isinstance(plan, Plan):
         raise PlanError(f"plan must be a Plan, but is {plan!r:.100}. Read a file with Plan.from_json(text).")
     return plan.mesh

@@ -72,6 +72,9 @@ def load(
         tp: Tensor parallel ranks.
         pp: Pipeline parallel ranks.
         dp: Replicas.
+        cp: Context parallel ranks, over which the sequences of training are split.
+        ep: Ranks over which the experts of each layer are distributed.
+        etp: Ranks over which each expert is split.
         layout: Layers of each stage.
         vpp: Stages on each pipeline rank (default: as many as `layout` has, else 1).
         placement: Assignment of stages to ranks: `loop`, or `v` for the schedule `zb-v`.
@@ -155,6 +158,9 @@ def shard(
         tp: Tensor parallel ranks.
         pp: Pipeline parallel ranks.
         dp: Replicas.
+        cp: Context parallel ranks, over which the sequences of training are split.
+        ep: Ranks over which the experts of each layer are distributed.
+        etp: Ranks over which each expert is split.
         layout: Layers of each stage.
         vpp: Stages on each pipeline rank.
         placement: Assignment of stages to ranks.

@@ -46,6 +46,9 @@ def fresh(
         tp: Tensor parallel ranks.
         pp: Pipeline parallel ranks.
         dp: Replicas.
+        cp: Context parallel ranks, over which the sequences of training are split.
+        ep: Ranks over which the experts of each layer are distributed.
+        etp: Ranks over which each expert is split.
         layout: Layers of each stage.
         vpp: Stages on each pipeline rank (default: as many as `layout` has, else 1).
         placement: Assignment of stages to ranks: `loop`, or `v` for the schedule `zb-v`.

@@ -92,6 +92,8 @@ def verify(
         pp: Pipeline parallel ranks.
         dp: Replicas.
         cp: Context parallel ranks, over which sequences are split.
+        ep: Ranks over which the experts of each layer are distributed.
+        etp: Ranks over which each expert is split.
         layout: Layers of each stage.
         vpp: Stages on each pipeline rank.
         placement: Assignment of stages to ranks.
@@ -186,7 +188,7 @@ def _small_instead(built: nn.Module, how: SplitRequest, dtype: torch.dtype) -> t
     spec = spec_of(built)
     mesh, stages = how.mesh, how.mesh.pp * (how.vpp or 1)
     layers = stages if how.layout is None else spec.num_layers
-    small = small_model(built, spec.num_heads, layers=layers, dtype=dtype)
+    small = small_model(built, spec.num_heads, layers=layers, experts=mesh.ep, dtype=dtype)
     layers = spec_of(small).num_layers
     return small, (
         f"A small model with {layers} of {spec.num_layers} layers, the same heads and random weights was compared: the "

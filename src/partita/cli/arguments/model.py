@@ -38,14 +38,15 @@ def request_of(
     """
     model = inputs.kept(model, "MODEL")
     if options.plan is None:
-        mesh = Mesh(dp=options.dp, pp=options.pp, tp=options.tp, cp=options.cp)
-        if engine == "mlx" and mesh.cp > 1:
-            raise PlanError(f"--cp {mesh.cp} needs the torch engine. Leave --engine mlx or --cp out.")
+        mesh = Mesh(dp=options.dp, pp=options.pp, tp=options.tp, cp=options.cp, ep=options.ep, etp=options.etp)
+        for name, size in (("cp", mesh.cp), ("ep", mesh.ep)):
+            if engine == "mlx" and size > 1:
+                raise PlanError(f"--{name} {size} needs the torch engine. Leave --engine mlx or --{name} out.")
         found = PlanRequest.parse(
             model, mesh, options.layout, vpp=options.vpp, engine=engine, trust_remote_code=trust_remote_code
         )
         return found, None
-    for name in ("tp", "pp", "dp", "cp", "layout", "vpp"):
+    for name in ("tp", "pp", "dp", "cp", "ep", "etp", "layout", "vpp"):
         if name in options.given:
             raise PlanError(
                 f"--{name} and --plan {options.plan}, which specifies the split, exclude each other. Leave one out."

@@ -45,6 +45,25 @@ ContextRanks = Annotated[
         rich_help_panel=SPLIT,
     ),
 ]
+ExpertRanks = Annotated[
+    int,
+    typer.Option(
+        "--ep",
+        min=1,
+        help="Distribute the experts of each layer over this many ranks, instead of splitting each expert over --tp.",
+        rich_help_panel=SPLIT,
+    ),
+]
+ExpertTensorRanks = Annotated[
+    int | None,
+    typer.Option(
+        "--etp",
+        min=1,
+        help="Split each expert over this many ranks (default: as many of --tp as remain after --ep).",
+        show_default=False,
+        rich_help_panel=SPLIT,
+    ),
+]
 LayoutText = Annotated[
     str | None,
     typer.Option(
@@ -69,7 +88,7 @@ PlanFile = Annotated[
     typer.Option(
         "--plan",
         metavar="FILE",
-        help="Use a plan from `partita plan --save` instead of --tp, --pp, --dp, --cp, --layout and --vpp.",
+        help="Use a plan from `partita plan --save` instead of --tp, --pp, --dp, --cp, --ep, --etp, --layout and --vpp.",
         parser=inputs.existing_file,
         show_default=False,
         rich_help_panel=SPLIT,
@@ -181,6 +200,8 @@ class PlanOptions:
     pp: PipelineRanks = 1
     dp: Replicas = 1
     cp: ContextRanks = 1
+    ep: ExpertRanks = 1
+    etp: ExpertTensorRanks = None
     layout: LayoutText = None
     vpp: VirtualStages = None
     plan: PlanFile = None

@@ -20,7 +20,7 @@ LORA = ("lora_alpha", "lora_dropout", "lora_targets", "lora_rslora", "lora_dora"
 NOTED = ("config", "model", "dtype", "lora_rank", *LORA)
 """Options that only start a run. A resumed run does not use them; they may be repeated unchanged."""
 
-LAYOUT = ("tp", "pp", "dp", "cp", "layout", "vpp", "schedule", "microbatches", "group_size")
+LAYOUT = ("tp", "pp", "dp", "cp", "ep", "etp", "layout", "vpp", "schedule", "microbatches", "group_size")
 """Options that specify how the work is distributed. If none is given, a resumed run keeps those that it started with."""
 
 KEPT = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-_SIZES = "dp|pp|tp|vpp"
+_SIZES = "dp|pp|tp|cp|ep|etp|vpp"
 _VALUE = re.compile(rf"(?<![\w./=-])({_SIZES})=(?=\d)")
 _PRODUCT = re.compile(r"(?<![\w./=-])pp x vpp=(?=\d)")
 _RULE = re.compile(rf"^({_SIZES})(?= must be )")

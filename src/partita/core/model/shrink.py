@@ -57,25 +57,27 @@ _PERIODS = (
 _NESTED = ("text_config", "llm_config", "language_config")
 
 
-def shrunk_configs(config: Mapping[str, Any], num_heads: int, layers: int = 0) -> Iterator[dict[str, Any]]:
+def shrunk_configs(
+    config: Mapping[str, Any], num_heads: int, layers: int = 0, experts: int = 1
+) -> Iterator[dict[str, Any]]:
     """Smaller and smaller variants of `config`, to try in turn until one can be built.
 
-    All have at least `layers` layers, if `config` has as many.
+    All have at least `layers` layers and `experts` experts, if `config` has as many.
 
     Head counts, kinds of layers and all flags stay, since they determine the split. In a multimodal config the
     text model becomes small, and its towers shallow, then narrow too.
     """
     nested = next((key for key in _NESTED if isinstance(config.get(key), Mapping) and config[key]), None)
     if nested is not None:
-        for small in shrunk_configs(config[nested], num_heads, layers):
+        for small in shrunk_configs(config[nested], num_heads, layers, experts):
             same = {k: min(v, small.get(k, v)) for k, v in _numbers(config, _VOCABULARY)}
             yield from with_small_towers({**config, **same}, nested, small)
         return
     few, more = _few_layers(config, max(2, layers)), _few_layers(config, max(8, layers))
     inner = {**few, **{k: min(v, _WIDTH) for k, v in _numbers(few, _INNER)}, **_small_vocabulary(few)}
-    yield {**few, **_narrow(few, num_heads)}
+    yield {**few, **_narrow(few, num_heads, experts)}
     # For kinds of layers that alternate without a key in the config.
-    yield {**more, **_narrow(more, num_heads)}
+    yield {**more, **_narrow(more, num_heads, experts)}
     yield inner
     yield few
 
@@ -115,9 +117,9 @@ def _few_layers(config: Mapping[str, Any], count: int) -> dict[str, Any]:
     return small
 
 
-def _narrow(config: Mapping[str, Any], num_heads: int) -> dict[str, Any]:
+def _narrow(config: Mapping[str, Any], num_heads: int, experts: int) -> dict[str, Any]:
     width = 8
-    changes = _narrow_inside(config)
+    changes = _narrow_inside(config, experts)
     hidden = [value for _, value in _numbers(config, _HIDDEN)]
     head_dim = config.get("head_dim")
     if hidden and num_heads and hidden[0] % num_heads == 0:
@@ -169,8 +171,8 @@ def _small_states(config: Mapping[str, Any], hidden: int, narrowed: Mapping[str,
     return small
 
 
-def _narrow_inside(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Smaller inner widths, ranks, expert counts and vocabulary."""
+def _narrow_inside(config: Mapping[str, Any], experts: int = 1) -> dict[str, Any]:
+    """Smaller inner widths, ranks, expert counts (at least `experts`) and vocabulary."""
     changes: dict[str, Any] = dict(_small_vocabulary(config))
     changes |= {key: min(value, _WIDTH) for key, value in _numbers(config, _INNER)}
     changes |= {
@@ -178,8 +180,10 @@ def _narrow_inside(config: Mapping[str, Any]) -> dict[str, Any]:
     }
     changes |= {key: min(value, 16) for key, value in _numbers(config, _RANKS)}
     groups = config.get("n_group")
-    experts = max(16, 2 * groups) if type(groups) is int else 16
-    changes |= {key: min(value, experts) for key, value in _numbers(config, _EXPERTS)}
+    fewest = max(16, 2 * groups if type(groups) is int else 0, experts)
+    if type(groups) is int and groups > 0:
+        fewest = -(-fewest // groups) * groups  # groups of experts have equal sizes
+    changes |= {key: min(value, fewest) for key, value in _numbers(config, _EXPERTS)}
     return changes
 
 

@@ -69,6 +69,7 @@ class ModulePlan:
         gather_output: Whether its outputs are gathered after it.
         split_input: Whether it receives its complete input and selects its part of it.
         transposed: Whether its weight is stored as [in, out].
+        distributed: Whether complete experts are distributed over the ranks, rather than each expert split.
         copy_output: Number of its last outputs that enter a split region.
         expand: For each tensor rank, the blocks of `expand_width` local outputs in the order (and as often) as the
             attention needs them: KV heads repeated for query heads whose number is not the same for all. None: unchanged.
@@ -81,6 +82,7 @@ class ModulePlan:
     gather_output: bool = False
     split_input: bool = False
     transposed: bool = False
+    distributed: bool = False
     copy_output: int = 0
     expand: tuple[tuple[int, ...] | None, ...] = ()
     expand_width: int = 0

@@ -8,8 +8,10 @@ from dataclasses import replace
 from functools import cache
 from types import MappingProxyType
 
+from partita.core.mesh import Mesh
 from partita.core.model.spec import ModelSpec, TensorSpec, config_number, text_config
 from partita.core.sharding.cuts import AttentionPlan, ModulePlan, TensorPlan, kv_expansion
+from partita.core.sharding.experts import check_experts, experts_of, refuse_without_experts
 from partita.core.sharding.rules import Rule, Rules, isolate
 from partita.core.sharding.split import Split
 from partita.errors import PlanError
@@ -17,18 +19,21 @@ from partita.errors import PlanError
 Resolved = tuple[Mapping[str, ModulePlan], Mapping[str, AttentionPlan], Mapping[str, TensorPlan]]
 
 
-def resolve(spec: ModelSpec, tp: int, rules: Rules) -> Resolved:
-    """Split every module and tensor of `spec` over `tp` ranks by `rules`.
+def resolve(spec: ModelSpec, mesh: Mesh, rules: Rules) -> Resolved:
+    """Split every module and tensor of `spec` over the tensor ranks of `mesh`, or experts over `ep`, by `rules`.
 
     A dimension with fewer units than ranks is not split; if it is the heads, each projection of the attention is split by
     itself instead, so that its memory is still distributed.
     """
-    text = [path for path in spec.modules if tp > 1 and not spec.is_in_tower(path)]
+    check_experts(mesh)
+    text = [path for path in spec.modules if (mesh.tp > 1 or mesh.ep > 1) and not spec.is_in_tower(path)]
     found = {path: rules.find(path) or _rule_of_tied_head(spec, path, rules) for path in text}
-    resolver = _Resolver(spec, tp, _heads_together(spec, found))
+    resolver = _Resolver(spec, mesh.tp, _heads_together(spec, found), mesh.ep)
     for path, rule in found.items():
-        if rule is not None:
+        if rule is not None and (mesh.tp > 1 or rule.style == "experts"):
             resolver.add(path, rule)
+    if mesh.ep > 1:
+        refuse_without_experts(spec, mesh, resolver.modules)
     resolver.follow_ties()
     cuts = {name: resolver.cuts.get(name, TensorPlan(name, t.shape)) for name, t in spec.tensors.items()}
     return MappingProxyType(resolver.modules), MappingProxyType(resolver.attention), MappingProxyType(cuts)
@@ -59,10 +64,11 @@ def _heads_together(spec: ModelSpec, rules: Mapping[str, Rule | None]) -> int:
 
 
 class _Resolver:
-    def __init__(self, spec: ModelSpec, tp: int, together: int) -> None:
+    def __init__(self, spec: ModelSpec, tp: int, together: int, ep: int) -> None:
         self.spec = spec
         self.tp = tp
         self.together = together
+        self.ep = ep
         self.modules: dict[str, ModulePlan] = {}
         self.attention: dict[str, AttentionPlan] = {}
         self.cuts: dict[str, TensorPlan] = {}
@@ -180,7 +186,12 @@ class _Resolver:
                 self.cuts[tensor.name] = TensorPlan(tensor.name, tensor.shape, 0, split)
 
     def _experts(self, path: str, rule: Rule, tensors: Mapping[str, TensorSpec]) -> None:
-        """Fused experts `[E, 2I, H]` and `[E, H, I]`: the inner width I is split. Others are replicated."""
+        """Fused experts `[E, 2I, H]` and `[E, H, I]`: the inner width I is split, or with ep the E. Others are replicated."""
+        if self.ep > 1:
+            split = experts_of(path, tensors, self.ep)
+            self.modules[path] = ModulePlan(path, "experts", split, distributed=True)
+            self.cuts.update((t.name, TensorPlan(t.name, t.shape, 0, split)) for t in tensors.values())
+            return
         if rule.over == "gate_up_pairs":
             self._experts_of_pairs(path, tensors)
             return

@@ -27,7 +27,7 @@ class Rule:
             name, `{a,b}` one of several: `layers.*.self_attn.{q,k}_proj`.
         style: `column` and `row` split a linear layer's outputs or inputs; `vocab` splits the vocabulary of an embedding or
             of the head; `embedding` splits an embedding's width; `replicate` copies it to every rank; `head` splits a
-            tensor with one row per head; `experts` splits the inner width of fused experts.
+            tensor with one row per head; `experts` splits the inner width of fused experts, or distributes them over `ep`.
         over: The contents of the split dimension: plain `features`; query `heads`; `kv_heads`; `qkv` (queries, keys and
             values concatenated); `qkv_by_head` (each head's query, key and value together); `gate_up` (two
             halves, each split); `gate_up_pairs` (experts whose gate and up features alternate).

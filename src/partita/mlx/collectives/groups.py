@@ -7,7 +7,7 @@ import os
 import mlx.core as mx
 
 from partita.core.mesh import Axis, Mesh
-from partita.errors import DistributedError
+from partita.errors import DistributedError, PlanError
 from partita.mlx.collectives.checked import CheckedCommunicator
 from partita.mlx.collectives.comm import Communicator
 from partita.ranks import liveness
@@ -108,7 +108,10 @@ def make_groups(
 
     Raises:
         DistributedError: The mesh and the run have different numbers of ranks, or the backend cannot create the groups.
+        PlanError: The mesh distributes experts.
     """
+    if mesh.ep > 1:
+        raise PlanError(f"ep={mesh.ep} needs the torch engine: MLX splits each expert over tp. Leave ep out.")
     world = init(backend, reduce_in_float32=reduce_in_float32, checked=checked)
     if mesh.size != world.size:
         raise DistributedError(

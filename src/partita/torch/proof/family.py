@@ -64,7 +64,10 @@ def plan_of_model(
     if mesh.tp == 1 or first.proven:
         return Plan.make(spec, mesh, layout, first, vpp=vpp, placement=placement)
     reasons = []
-    for candidate in dict.fromkeys([first] if rules is not None else [first, isolated_rules(spec)]):
+    isolated = isolated_rules(spec)
+    if mesh.ep > 1:
+        isolated = Rules((*isolated, *(rule for rule in first if rule.style == "experts")))
+    for candidate in dict.fromkeys([first] if rules is not None else [first, isolated]):
         try:
             plan = Plan.make(spec, mesh, layout, candidate, vpp=vpp, placement=placement)
             prove(model, plan)
@@ -73,7 +76,8 @@ def plan_of_model(
         else:
             return plan
     why = reasons[0] if len(set(reasons)) == 1 else f"{reasons[0]} With each linear layer split by itself: {reasons[1]}"
-    raise ModelError(f"{spec.family} cannot be split over tp={mesh.tp}: {why}")
+    over = f"tp={mesh.tp}" + (f" with ep={mesh.ep}" if mesh.ep > 1 else "")
+    raise ModelError(f"{spec.family} cannot be split over {over}: {why}")
 
 
 def prove_unless_proven(model: nn.Module, plan: Plan) -> Plan:
@@ -103,7 +107,7 @@ def prove(model: nn.Module, plan: Plan) -> None:
 def _key(model: nn.Module, plan: Plan) -> tuple[Any, ...]:
     # Every config option counts: a result for one config does not hold for another.
     config = json.dumps(dict(plan.spec.config), sort_keys=True, default=str)
-    return type(model).__name__, plan.spec.family, plan.mesh.tp, config, plan.rules, dtype_of(model)
+    return type(model).__name__, plan.spec.family, plan.mesh.layer_mesh, config, plan.rules, dtype_of(model)
 
 
 _proven: dict[Any, str] = {}
@@ -137,12 +141,12 @@ def describe_error(error: BaseException) -> str:
 
 def _measure(model: nn.Module, plan: Plan) -> str:
     try:
-        unsplit = small_model(model, plan.spec.num_heads)
+        unsplit = small_model(model, plan.spec.num_heads, experts=plan.mesh.ep)
     except PartitaError as error:
         return f"its rules were not measured, and cannot be tested: {error}"
     try:
         spec = spec_of(unsplit)
-        small = Plan.make(spec, Mesh(tp=plan.mesh.tp), None, plan.rules)
+        small = Plan.make(spec, plan.mesh.layer_mesh, None, plan.rules)
         reason = difference_on_threads(unsplit, small, sample_inputs(unsplit))
     except PartitaError as error:
         return str(error)
@@ -169,13 +173,13 @@ def _rounding_difference(model: nn.Module, plan: Plan) -> str:
     if dtype == torch.float64:
         return ""
     try:
-        unsplit = small_model(model, plan.spec.num_heads, dtype=dtype)
+        unsplit = small_model(model, plan.spec.num_heads, experts=plan.mesh.ep, dtype=dtype)
     except ModelError:
         return ""  # The unsplit model does not run in this dtype here, so there is nothing to compare with.
     if sum(p.numel() for p in unsplit.parameters()) > LARGEST_ROUNDED:
         return ""
     try:
-        small = Plan.make(spec_of(unsplit), Mesh(tp=plan.mesh.tp), None, plan.rules)
+        small = Plan.make(spec_of(unsplit), plan.mesh.layer_mesh, None, plan.rules)
         found = compare_rounding_on_threads(unsplit, small)
     except Exception as error:
         return f"With its rules the forward fails in {name_of(dtype)}: {describe_error(error)}"
@@ -192,13 +196,16 @@ def dtype_of(model: nn.Module) -> torch.dtype:
     return counts.most_common(1)[0][0]
 
 
-def small_model(model: nn.Module, num_heads: int, *, layers: int = 0, dtype: torch.dtype = torch.float64) -> nn.Module:
+def small_model(
+    model: nn.Module, num_heads: int, *, layers: int = 0, experts: int = 1, dtype: torch.dtype = torch.float64
+) -> nn.Module:
     """A small model of the same class on the CPU, with random nonzero weights.
 
     Args:
         model: The large model, on any device including meta.
         num_heads: The number of attention heads, which stays the same.
         layers: Minimum number of layers.
+        experts: Minimum number of experts, if the model has as many.
         dtype: The dtype of the small model.
 
     Raises:
@@ -212,7 +219,7 @@ def small_model(model: nn.Module, num_heads: int, *, layers: int = 0, dtype: tor
         )
     reasons: list[str] = []
     runs_on_text: nn.Module | None = None
-    for data in shrunk_configs(config.to_dict(), num_heads, layers):
+    for data in shrunk_configs(config.to_dict(), num_heads, layers, experts):
         try:
             small = config_like(config, data)
             small.architectures = [type(model).__name__]

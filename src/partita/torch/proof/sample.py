@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from partita.core.mesh import Mesh
 from partita.core.model.spec import ModelSpec
 from partita.core.plan import Plan
 from partita.core.request import SplitRequest
@@ -126,7 +125,7 @@ def _difference(unsplit: nn.Module, plan: Plan, inputs: dict[str, Any]) -> str:
     if plan.mesh.tp > 1:
         if not any(cut.split is not None for cut in plan.cuts.values()):
             return "no rule splits any of its tensors."
-        small = Plan.make(plan.spec, Mesh(tp=plan.mesh.tp), None, plan.rules)
+        small = Plan.make(plan.spec, plan.mesh.layer_mesh, None, plan.rules)
         try:
             reason = difference_on_threads(unsplit, small, inputs)
         except Exception as error:

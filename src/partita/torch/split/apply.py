@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from partita.core.plan import Plan
 from partita.core.sharding.cuts import AttentionPlan, ModulePlan
-from partita.core.sharding.split import Split
 from partita.errors import DistributedError, ModelError
 from partita.torch.collectives.comm import Communicator
 from partita.torch.collectives.groups import ParallelGroups
 from partita.torch.collectives.mappings import copy_to, reduce_from
 from partita.torch.layers.dropout import RegionRandomness, has_dropout
 from partita.torch.layers.embedding import VocabParallelEmbedding
+from partita.torch.layers.experts import distribute_experts
 from partita.torch.layers.grads import sum_gradient, sum_shared_gradient
 from partita.torch.layers.inner import REPLACED, slice_parameter
 from partita.torch.layers.linear import ColumnParallelLinear, RowParallelLinear
@@ -90,7 +90,15 @@ def _split_module(
         return
     if plan.style == "experts":
         assert plan.split is not None
-        _split_experts(module, comm, plan.split)
+        if plan.distributed:
+            distribute_experts(module, comm, plan.split)
+        elif plan.split.local_size(comm.rank) % 8 and hasattr(module, "config"):
+            # The grouped kernels require rows of a multiple of 16 bytes.
+            module.config = LocalConfig(module.config, PLAIN_EXPERTS)  # type: ignore[assignment]
+        _sum_experts(module, comm)
+        if not plan.distributed and module._parameters.get("down_proj_bias") is not None and comm.rank > 0:
+            module.register_forward_pre_hook(_hide_bias)
+            module.register_forward_hook(_show_bias, always_call=True)
         return
     try:
         if plan.style == "vocab" and isinstance(module, nn.Embedding):
@@ -128,12 +136,8 @@ def _copy_outputs(comm: Communicator, count: int) -> Any:
     return hook
 
 
-def _split_experts(module: nn.Module, comm: Communicator, split: Split) -> None:
-    """Hooks of fused experts whose inner width is split: inputs with gradients enter the region, the output is summed."""
-
-    if split.local_size(comm.rank) % 8 and hasattr(module, "config"):
-        # The grouped kernels require rows of a multiple of 16 bytes.
-        module.config = LocalConfig(module.config, PLAIN_EXPERTS)  # type: ignore[assignment]
+def _sum_experts(module: nn.Module, comm: Communicator) -> None:
+    """Hooks of fused experts of which each rank computes a part: inputs with gradients enter the region, outputs are summed."""
 
     def enter(
         module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -155,9 +159,6 @@ def _split_experts(module: nn.Module, comm: Communicator, split: Split) -> None:
 
     module.register_forward_pre_hook(enter, with_kwargs=True)
     module.register_forward_hook(leave)
-    if module._parameters.get("down_proj_bias") is not None and comm.rank > 0:
-        module.register_forward_pre_hook(_hide_bias)
-        module.register_forward_hook(_show_bias, always_call=True)
 
 
 def _hide_bias(module: nn.Module, args: object) -> None:

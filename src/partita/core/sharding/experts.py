@@ -1,0 +1,58 @@
+"""Which experts of a layer each rank holds where they are distributed (`ep`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from partita.core.mesh import Mesh
+from partita.core.model.spec import ModelSpec, TensorSpec
+from partita.core.sharding.cuts import ModulePlan
+from partita.core.sharding.split import Split
+from partita.errors import PlanError
+
+
+def check_experts(mesh: Mesh) -> None:
+    """Raise `PlanError` for a distribution of experts that no engine computes."""
+    if mesh.ep == 1:
+        if mesh.expert_tp != mesh.tp:
+            raise PlanError(
+                f"etp={mesh.etp} differs from tp={mesh.tp}, but ep is 1: without ep every expert is split over all tensor "
+                "ranks. Use ep, or leave etp out."
+            )
+    elif mesh.expert_tp > 1:
+        raise PlanError(
+            f"ep={mesh.ep} with etp={mesh.etp} would distribute experts and split each of them as well, which a plan cannot "
+            f"express. Use etp=1 with ep={mesh.tp}."
+        )
+    elif mesh.ep != mesh.tp:
+        raise PlanError(
+            f"ep={mesh.ep} with tp={mesh.tp}: experts are distributed over the ranks of a tensor group, so ep must equal tp. "
+            f"Use ep={mesh.tp} with etp=1, or tp={mesh.ep}."
+        )
+
+
+def experts_of(path: str, tensors: Mapping[str, TensorSpec], ep: int) -> Split:
+    """The experts of each of `ep` ranks; `tensors` are those of the module at `path`, each with a first dimension of experts.
+
+    Raises:
+        PlanError: The tensors are not those of fused experts, or there are fewer experts than ranks.
+    """
+    counts = {tensor.shape[0] if len(tensor.shape) > 1 else 0 for tensor in tensors.values()}
+    if len(counts) != 1 or 0 in counts or not any(len(tensor.shape) == 3 for tensor in tensors.values()):
+        shapes = ", ".join(f"{name} {tensor.shape}" for name, tensor in tensors.items())
+        raise PlanError(
+            f"{path}: ep needs tensors whose first dimension is the experts, but it holds {shapes or 'none'}. Use tp "
+            "without ep."
+        )
+    (count,) = counts
+    if count < ep:
+        raise PlanError(f"{path}: ep={ep} needs at least {ep} experts, but there are {count}. Use ep={count} or less.")
+    return Split.even(count, ep)
+
+
+def refuse_without_experts(spec: ModelSpec, mesh: Mesh, modules: Mapping[str, ModulePlan]) -> None:
+    """Raise `PlanError` for a model without a module of fused experts."""
+    if not any(module.distributed for module in modules.values()):
+        raise PlanError(
+            f"ep={mesh.ep} distributes experts, but no layer of the model ({spec.family}) has fused experts. Leave ep out."
+        )

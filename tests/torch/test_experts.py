@@ -1,0 +1,218 @@
+"""Expert parallelism: complete experts on each rank give the values, gradients and files of the unsplit model."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from partita.checkpoint.run_folder import RunFolder
+from partita.core.mesh import Mesh
+from partita.errors import ModelError, PlanError
+from partita.torch import Sampling, generate
+from partita.torch.collectives.groups import make_groups, single_groups
+from partita.torch.load import load
+from partita.torch.model.float64 import Float64Everywhere
+from partita.torch.model.transformers_models import build_on_meta, read_hf_config
+from partita.torch.new import fresh
+from partita.torch.proof.compare import compare
+from partita.torch.proof.family import fill_unsplit, plan_of_model, sample_inputs
+from partita.torch.quantized.tensor import QuantizedTensor
+from partita.torch.split.apply import apply_plan
+from partita.torch.split.finish import finish
+from partita.torch.train import TrainSettings, train
+from partita.torch.weights.adapters import add_lora
+from partita.training import Saves
+from tests.support.models import CONFIGS, UNMEASURED
+from tests.support.quantized import FP8, QWEN_MOE, dequantized, fp8, write_quantized
+from tests.support.ranks import ranks
+
+MODELS: dict[str, dict[str, Any]] = {
+    "mixtral": CONFIGS["mixtral"],
+    "mixtral, 5 experts": {**CONFIGS["mixtral"], "num_local_experts": 5},
+    "qwen3-moe": CONFIGS["qwen3-moe"],
+    "deepseek-v3": CONFIGS["deepseek-v3"],
+    "gpt-oss": UNMEASURED["gpt-oss"],
+}
+
+
+Routing = Literal["as it is", "to one rank", "ties"]
+
+
+def _routed(model: nn.Module, routing: Routing) -> None:
+    """Send all tokens to the first two experts, or give all experts the same score."""
+    for name, parameter in model.named_parameters():
+        if routing != "as it is" and "router" in name:
+            parameter.data.zero_()
+            if routing == "to one rank" and name.endswith("bias"):
+                parameter.data[:2] = 3.0
+
+
+def _differences(
+    data: dict[str, Any], mesh: Mesh, routing: Routing = "as it is"
+) -> tuple[list[tuple[str, str, float]], int]:
+    unsplit = fill_unsplit(build_on_meta(read_hf_config(data), torch.float64))
+    _routed(unsplit, routing)
+    plan = plan_of_model(unsplit, mesh)
+    groups = make_groups(plan.mesh)
+    split = finish(apply_plan(copy.deepcopy(unsplit), plan, groups), plan, groups)
+    with Float64Everywhere():
+        found = compare(unsplit, split, plan, groups, sample_inputs(unsplit))
+    held = sum(p.numel() for name, p in split.named_parameters() if ".experts." in name)
+    return [(d.kind, d.name, d.error) for d in found], held
+
+
+CASES = [
+    ("mixtral", Mesh(tp=2, ep=2)),
+    ("mixtral, 5 experts", Mesh(tp=3, ep=3)),
+    ("qwen3-moe", Mesh(tp=3, ep=3)),
+    ("qwen3-moe", Mesh(tp=2, ep=2, pp=2)),
+    ("deepseek-v3", Mesh(tp=2, ep=2)),
+    ("gpt-oss", Mesh(tp=2, ep=2)),
+]
+
+
+@pytest.mark.parametrize(("name", "mesh"), CASES, ids=repr)
+def test_distributed_experts_equal_the_unsplit_model(name: str, mesh: Mesh) -> None:
+    found = ranks(mesh.size).run(_differences, MODELS[name], mesh)
+    for differences, _ in found:
+        assert {kind for kind, _, _ in differences} == {"module", "output", "gradient"}
+        assert [d for d in differences if not d[2] <= 1e-12] == []
+    unsplit = fill_unsplit(build_on_meta(read_hf_config(MODELS[name]), torch.float64))
+    assert sum(held for _, held in found) == sum(
+        p.numel() for path, p in unsplit.named_parameters() if ".experts." in path
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("routing", ["to one rank", "ties"])
+def test_any_routing(routing: Routing) -> None:
+    for differences, _ in ranks(2).run(_differences, MODELS["gpt-oss"], Mesh(tp=2, ep=2), routing):
+        assert {name for kind, name, _ in differences if kind == "gradient" and "experts" in name}
+        assert [d for d in differences if not d[2] <= 1e-12] == []
+
+
+SETTINGS = TrainSettings(
+    steps=3, batch_size=4, sequence_length=13, microbatches=2, learning_rate=3e-3, warmup_steps=1, clip_norm=0.5
+)
+AUXILIARY = {**CONFIGS["qwen3-moe"], "num_experts": 5, "output_router_logits": True}
+_TOKENS = torch.arange(900) ** 2 % 23
+
+
+def _settings(**more: Any) -> TrainSettings:
+    return TrainSettings(**{**SETTINGS.__dict__, **more})
+
+
+def _trained(
+    data: dict[str, Any], mesh: dict[str, int], more: dict[str, Any], folder: str
+) -> tuple[list[float], list[float]]:
+    where: dict[str, Any] = dict(mesh) if mesh else {"groups": single_groups()}
+    model = fresh(data, dtype="float64", seed=3, **where)
+    # The router computes in float32, and what is recomputed runs outside of the mode.
+    with nullcontext() if "checkpointing" in more else Float64Everywhere():
+        reports = train(model, _TOKENS, _settings(**more), saves=Saves(Path(folder), every=2))
+    return [r.loss for r in reports], [r.grad_norm for r in reports]
+
+
+def _weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    weights: dict[str, torch.Tensor] = load_file(RunFolder(folder).step_folder(SETTINGS.steps) / "model.safetensors")
+    return weights
+
+
+TRAINED: dict[str, tuple[dict[str, int], dict[str, Any]]] = {
+    "ep 2": ({"tp": 2, "ep": 2}, {}),
+    "ep 2, stages": ({"tp": 2, "ep": 2, "pp": 2}, {"schedule": "zb-h1"}),
+    "ep 2, replicas": ({"tp": 2, "ep": 2, "etp": 1, "dp": 2}, {"zero": True}),
+    "ep 3, recomputed": ({"tp": 3, "ep": 3}, {"checkpointing": "full"}),
+    "ep 2, muon": ({"tp": 2, "ep": 2}, {"optimizer": "muon"}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", TRAINED)
+def test_trains_and_saves_like_the_unsplit_model(case: str, tmp_path: Path) -> None:
+    mesh, more = TRAINED[case]
+    exact = 1e-5 if "checkpointing" in more else 1e-12
+    alone = {key: value for key, value in more.items() if key not in ("schedule", "zero")}
+    alone["microbatches"] = 2 * mesh.get("dp", 1)  # one auxiliary loss for each
+    losses, norms = ranks(1).run(_trained, AUXILIARY, {}, alone, str(tmp_path / "alone"))[0]
+    for theirs in ranks(Mesh(**mesh).size).run(_trained, AUXILIARY, mesh, more, str(tmp_path / "split")):
+        assert theirs[0] == pytest.approx(losses, rel=exact)
+        assert theirs[1] == pytest.approx(norms, rel=exact)
+    expected, found = _weights_of(tmp_path / "alone"), _weights_of(tmp_path / "split")
+    assert expected.keys() == found.keys()
+    for name, value in expected.items():
+        assert float((found[name] - value).abs().max()) <= exact, name
+
+
+def _written(folder: str, mesh: dict[str, int]) -> tuple[int, ...]:
+    where: dict[str, Any] = dict(mesh) if mesh else {"groups": single_groups()}
+    model = load(folder, dtype="float64", **where)
+    return generate(model, [[3, 1, 4, 1, 5]], Sampling(max_new_tokens=12))[0].tokens
+
+
+@pytest.mark.slow
+def test_writes_the_same_text(tmp_path: Path) -> None:
+    ranks(1).run(_trained, AUXILIARY, {}, {}, str(tmp_path / "run"))
+    (expected,) = ranks(1).run(_written, str(tmp_path / "run"), {})
+    for found in ranks(3).run(_written, str(tmp_path / "run"), {"tp": 3, "ep": 3}):
+        assert found == expected
+
+
+def _adapted(mesh: dict[str, int]) -> list[float]:
+    where: dict[str, Any] = dict(mesh) if mesh else {"groups": single_groups()}
+    model = fresh(CONFIGS["qwen3-moe"], dtype="float64", seed=3, **where)
+    add_lora(model, rank=2, seed=0)
+    with Float64Everywhere():
+        return [report.loss for report in train(model, _TOKENS, SETTINGS)]
+
+
+@pytest.mark.slow
+def test_adapters_beside_distributed_experts() -> None:
+    (expected,) = ranks(1).run(_adapted, {})
+    for found in ranks(2).run(_adapted, {"tp": 2, "ep": 2}):
+        assert found == pytest.approx(expected, rel=1e-12)
+
+
+def _quantized(folder: Path, mesh: dict[str, Any]) -> tuple[float, int]:
+    model = load(folder, dtype="float64", **mesh)
+    whole = dequantized(folder)
+    ids = torch.arange(10).view(2, 5)
+    with Float64Everywhere(), torch.no_grad():
+        found, expected = model(input_ids=ids).logits, whole(input_ids=ids).logits
+    held = [t for t in model.parameters() if isinstance(t, QuantizedTensor) and t.dim() == 3]
+    return float((found - expected).abs().max() / expected.abs().max()), sum(t.shape[0] for t in held)
+
+
+@pytest.mark.slow
+def test_quantized_experts(tmp_path: Path) -> None:
+    write_quantized(tmp_path, QWEN_MOE, FP8, fp8)
+    found = ranks(2).run(_quantized, tmp_path, {"tp": 2, "ep": 2})
+    assert all(error < 1e-12 for error, _ in found)
+    assert sum(count for _, count in found) == 2 * 2 * QWEN_MOE["num_experts"]
+
+
+def _refusal(data: dict[str, Any], mesh: dict[str, Any]) -> str:
+    try:
+        fresh(data, seed=0, **mesh)
+    except (ModelError, PlanError) as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("data", "mesh", "why"),
+    [
+        (CONFIGS["llama-3-heads"], {"tp": 2, "ep": 2}, "has fused experts. Leave ep out."),
+        (CONFIGS["mixtral"], {"tp": 2, "etp": 1}, "etp=1 differs from tp=2, but ep is 1"),
+    ],
+)
+def test_refuses_what_it_cannot_distribute(data: dict[str, Any], mesh: dict[str, int], why: str) -> None:
+    for found in ranks(2).run(_refusal, data, mesh):
+        assert why in found
