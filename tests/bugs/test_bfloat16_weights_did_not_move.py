@@ -44,6 +44,7 @@ LAYOUTS: list[Any] = [
     {"tp": 2},
     {"pp": 2},
     {"dp": 2, "zero": True},
+    pytest.param({"dp": 2, "zero": 3}, marks=pytest.mark.slow),
     pytest.param({"tp": 3}, marks=pytest.mark.slow),
     pytest.param({"dp": 2}, marks=pytest.mark.slow),
     pytest.param({"tp": 2, "pp": 2}, marks=pytest.mark.slow),

@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from partita.errors import DivergedError, ModelError, PlanError
+from partita.torch.compile import compile_layers
 from partita.torch.model.parts import local_tensors, plan_of
 from partita.torch.new import fresh
 from partita.torch.train import TrainSettings, train
@@ -181,3 +183,47 @@ def test_bytes_are_those_of_the_formulas(shape: dict[str, Any]) -> None:
             losses.append(loss)
     assert losses == pytest.approx([losses[0]] * len(losses), rel=1e-2)
     assert losses[:8] == [losses[0]] * 8
+
+
+def refused(settings: dict[str, Any], changes: dict[str, Any], compiled: bool) -> str:
+    model = fresh({**quiet("opt"), **changes}, dtype="float32", seed=3, dp=2)
+    if compiled:
+        compile_layers(model)
+    with pytest.raises((PlanError, ModelError)) as error:
+        train(model, tokens(), replace(SETTINGS, **settings))
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "changes", "compiled", "message"),
+    [
+        ({"zero": 2, "optimizer": "muon"}, {}, False, "muon orthogonalizes unsplit matrices. Use optimizer adamw"),
+        ({"zero": 3}, {"layerdrop": 0.1}, False, "layerdrop=0.1 skips other layers on each replica"),
+        pytest.param({"zero": 3}, {}, True, "which a compiled layer cannot. Use zero=2", marks=pytest.mark.slow),
+    ],
+)
+def test_what_is_refused(settings: dict[str, Any], changes: dict[str, Any], compiled: bool, message: str) -> None:
+    assert all(message in said for said in ranks(2).run(refused, settings, changes, compiled))
+
+
+@pytest.mark.parametrize("value", [4, -1, "2", 0.5])
+def test_other_levels_are_refused(value: Any) -> None:
+    with pytest.raises(PlanError, match=f"zero must be 0, 1, 2 or 3, but is {value!r}"):
+        TrainSettings(zero=value)
+    assert TrainSettings(zero=True).zero == 1
+
+
+def diverged(level: int) -> tuple[str, bool]:
+    """The message, and whether the parameters are complete."""
+    model = fresh(quiet("gpt2"), dtype="float32", seed=3, dp=2)
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    with pytest.raises(DivergedError) as error:
+        train(model, tokens(), replace(SETTINGS, zero=level, learning_rate=1e30, warmup_steps=0))
+    return str(error.value), all(p.shape == shapes[n] and p.grad is None for n, p in model.named_parameters())
+
+
+@pytest.mark.slow
+def test_a_run_that_diverges_names_the_same_and_leaves_parameters_complete() -> None:
+    expected = ranks(2).run(diverged, 0)
+    for level in (2, 3):
+        assert ranks(2).run(diverged, level) == expected
