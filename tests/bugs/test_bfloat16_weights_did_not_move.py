@@ -21,7 +21,7 @@ from partita.torch.stages.pipeline import Pipeline
 from partita.torch.train import accumulate_gradients, make_optimizer, make_saver, train
 from partita.torch.training.replicas import clip_gradients
 from partita.torch.weights.adapters import add_lora
-from partita.torch.weights.moments import held_by, restore_optimizer
+from partita.torch.weights.moments import Held, restore_optimizer
 from partita.torch.weights.peft_format import load_adapters
 from partita.torch.weights.save import save
 from partita.training import TrainSettings, schedule_of
@@ -44,6 +44,7 @@ LAYOUTS: list[Any] = [
     {"tp": 2},
     {"pp": 2},
     {"dp": 2, "zero": True},
+    pytest.param({"dp": 2, "zero": 3}, marks=pytest.mark.slow),
     pytest.param({"tp": 3}, marks=pytest.mark.slow),
     pytest.param({"dp": 2}, marks=pytest.mark.slow),
     pytest.param({"tp": 2, "pp": 2}, marks=pytest.mark.slow),
@@ -185,7 +186,7 @@ def write_again(layout: Layout, source: str, folder: str) -> tuple[int, int]:
     with make_saver(model, optimizer, Saves(Path(folder), every=1, max_shard_bytes=60_000), state) as saver:
         saver.after(state.step)
         saver.wait()
-    inner, _ = held_by(optimizer)
+    inner = Held.of(optimizer).inner
     assert inner is not None
     kept = sum(one["master"].numel() for one in inner.state.values())
     return kept, sum(p.numel() for p in model.parameters())

@@ -223,7 +223,7 @@ def test_the_curve_is_that_of_the_torch_engine(tmp_path: Path) -> None:
     [
         ({"batch_size": 3, "microbatches": 2}, "batch_size must be a multiple"),
         ({"autocast": "bfloat16"}, "does not support autocast='bfloat16': load the model in that dtype"),
-        ({"zero": True}, "the MLX engine does not support zero=True"),
+        ({"zero": True}, "the MLX engine does not support zero=1"),
         ({"checkpointing": "selective"}, "the MLX engine does not support checkpointing='selective'"),
     ],
 )

@@ -78,6 +78,8 @@ def stopped(folder: Path) -> str:
         ("dropping", {"pp": 2, "schedule": "zb-h1"}),
         ("llama", {"dp": 2, "tp": 2, "zero": True}),
         pytest.param("dropping", {"dp": 2, "zero": True}, marks=pytest.mark.slow),
+        pytest.param("dropping", {"dp": 2, "zero": 2}, marks=pytest.mark.slow),
+        pytest.param("llama", {"dp": 2, "pp": 2, "zero": 3}, marks=pytest.mark.slow),
         pytest.param("llama", {"tp": 2, "pp": 2}, marks=pytest.mark.slow),
         pytest.param("llama", {"pp": 2, "vpp": 2}, marks=pytest.mark.slow),
         pytest.param("qwen3-moe", {"tp": 3}, marks=pytest.mark.slow),
@@ -109,6 +111,8 @@ LAYOUTS: list[Layout] = [
     {"pp": 2, "vpp": 2, "placement": "v", "schedule": "zb-v"},
     {"tp": 2, "pp": 2},
     {"tp": 2, "dp": 2, "zero": True},
+    {"tp": 2, "dp": 2, "zero": 3},
+    {"pp": 2, "dp": 2, "zero": 2},
 ]
 TOLERANCE = {"float64": 1e-12, "float32": 1e-5}
 

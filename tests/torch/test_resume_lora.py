@@ -124,6 +124,7 @@ LAYOUTS: list[Layout] = [
     {"tp": 2},
     {"tp": 3},
     {"dp": 2, "zero": True},
+    {"dp": 2, "zero": 3},
     {"pp": 2, "vpp": 2},
     {"tp": 2, "pp": 2},
     {"tp": 2, "dp": 2},

@@ -52,7 +52,7 @@ from partita.cost.work import Work
 from partita.errors import CheckpointError, ModelError
 from partita.ranks import environment
 from partita.training import TrainSettings
-from partita.training.settings import default_schedule
+from partita.training.settings import ZERO_LEVELS, default_schedule
 
 if TYPE_CHECKING:
     from partita.training.state import TrainingState
@@ -278,13 +278,16 @@ class TrainingOptions(FollowOptions, OptimizerOptions, DataOptions, PlanOptions)
         ),
     ] = None
     zero: Annotated[
-        bool,
+        str | None,
         typer.Option(
-            "--zero/--no-zero",
-            help="Distribute the optimizer's state over the replicas (ZeRO-1).",
+            "--zero",
+            metavar="LEVEL",
+            help="Distribute over the replicas: `1` (also without a value) the optimizer's state, `2` gradients too, `3` "
+            "weights too. `0` distributes nothing.",
+            show_default=False,
             rich_help_panel=MEMORY,
         ),
-    ] = False
+    ] = None
     compile: Annotated[
         bool,
         typer.Option(
@@ -396,7 +399,7 @@ def _asked(options: TrainOptions, source: str) -> _Run:
         "dtype": options.dtype and options.dtype.value, "lora_rank": options.lora_rank,
         **{name: getattr(options, name) for name in LORA}, "save_every": options.save_every,
         "keep": options.keep, "run_id": elastic.run_id(), "engine": options.engine and options.engine.value,
-        "zero": options.zero, "checkpointing": _recomputed(options.checkpointing), "compile": options.compile,
+        "zero": _zero(options.zero), "checkpointing": _recomputed(options.checkpointing), "compile": options.compile,
         "report_to": options.report_to, "peak_flops": options.peak_flops,
     }  # fmt: skip
     return _Run(source, places, settings, notes)
@@ -413,6 +416,14 @@ def _recomputed(given: str | None) -> bool | int | str:
     if value != "selective" and not (isinstance(value, int) and value >= 1):
         raise ModelError(f"--checkpointing must be full, selective, none or a number of at least 1, but is {given!r}.")
     return value
+
+
+def _zero(given: str | None) -> bool | int:
+    """`TrainSettings.zero` from the option: False for 0 and True for 1, as checkpoints have them."""
+    if given not in (None, *map(str, ZERO_LEVELS)):
+        raise ModelError(f"--zero must be 0, 1, 2 or 3, but is {given!r}.")
+    level = int(given or 0)
+    return bool(level) if level < 2 else level
 
 
 def _resumed(options: TrainOptions) -> _Run:

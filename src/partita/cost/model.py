@@ -356,14 +356,14 @@ class ModelCost:
         spec = replace(
             self.spec, tensors=MappingProxyType({n: t for n, t in self.spec.tensors.items() if n in tensors})
         )
-        modules, attention, cuts = resolve(spec, tp, self.rules)
+        modules, attention, cuts = resolve(spec, Mesh(tp=tp), self.rules)
         if (ep, etp) != (1, tp):
             if ep > 1 and self.num_experts < ep:
                 raise PlanError(
                     f"ep={ep} is more than the {self.num_experts} experts of {self.spec.family}. Use fewer."
                 )
             cuts, modules = dict(cuts), dict(modules)
-            others = resolve(spec, etp, self.rules) if etp > 1 else None
+            others = resolve(spec, Mesh(tp=etp), self.rules) if etp > 1 else None
             for name in cuts:
                 if self._is_expert(name):
                     path = name.rpartition(".")[0]

@@ -6,6 +6,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -34,9 +35,10 @@ from partita.torch.training.local_step import LocalStep, device_peak_flops, peak
 from partita.torch.training.make_optimizer import make_optimizer
 from partita.torch.training.objective import CROSS_ENTROPY, Example, Objective, check_trainable, examples, loss_of
 from partita.torch.training.replicas import clip_gradients, start_alike, sum_gradients
+from partita.torch.training.sharded import ShardedOptimizer
 from partita.torch.weights.adapters import adapters
 from partita.torch.weights.fill import as_dtype
-from partita.torch.weights.moments import restore_optimizer
+from partita.torch.weights.moments import AnyOptimizer, restore_optimizer
 from partita.torch.weights.optimizer_state import load_optimizer
 from partita.torch.weights.rank_shard import RankShard
 from partita.training import StepReport, TrainSettings, schedule_of
@@ -140,7 +142,8 @@ def train(
     check_own(model, optimizer, settings)
     start_alike([p for p in model.parameters() if p.requires_grad], groups.replicas)
     steps = _Steps.of(model, settings, optimizer)
-    pipeline = Pipeline(model, schedule)
+    memory = steps.memory
+    pipeline = Pipeline(model, schedule, memory)
     model.zero_grad(set_to_none=True)
     run = begin_run(
         settings, data, saves, resume, collective=lambda: collective_errors(groups), restore=steps.restore,
@@ -157,14 +160,15 @@ def train(
 
     follow = follow or Follow()
     hooks = StepHooks(
-        backward, lambda: clip_gradients(model, plan, groups, settings.clip_norm), steps.step, lambda: local.fault(),
+        backward, lambda: _clipped(pipeline, settings.clip_norm), steps.step, lambda: local.fault(),
         _meter(model, settings, follow), traced,
-        partial(evaluate_loss, model, evaluated, settings, objective) if evaluated is not None else None,
+        partial(evaluate_loss, model, evaluated, settings, objective, memory) if evaluated is not None else None,
     )  # fmt: skip
     watch = Watch(groups, follow, on_step, on_timeline)
     recomputed = checkpointing_set(model, settings.checkpointing, plan)
     try:
-        with mode_set(model, training=True), random_state_kept(model), recomputed:
+        sharded = memory.training() if memory is not None else nullcontext()
+        with mode_set(model, training=True), random_state_kept(model), recomputed, sharded:
             return run_steps(run, settings, hooks, saver, watch)
     finally:
         model.zero_grad(set_to_none=True)
@@ -176,8 +180,13 @@ class _Steps:
 
     model: nn.Module
     settings: TrainSettings
-    optimizer: torch.optim.Optimizer | None
+    optimizer: AnyOptimizer | None
     is_own: bool
+
+    @property
+    def memory(self) -> ShardedOptimizer | None:
+        """The optimizer, if replicas share its state."""
+        return self.optimizer if isinstance(self.optimizer, ShardedOptimizer) else None
 
     @classmethod
     def of(cls, model: nn.Module, settings: TrainSettings, own: torch.optim.Optimizer | None) -> _Steps:
@@ -187,7 +196,7 @@ class _Steps:
     def step(self, step: int) -> float:
         """Step the parameters, drop their gradients, and return the learning rate."""
         rate = self.settings.learning_rate_at(step)
-        if self.optimizer is not None and self.is_own:
+        if isinstance(self.optimizer, torch.optim.Optimizer) and self.is_own:
             rate = scaled_step(self.optimizer, self.settings.rate_factor_at(step))
         elif self.optimizer is not None:
             for group in self.optimizer.param_groups:
@@ -198,7 +207,7 @@ class _Steps:
 
     def restore(self, folder: Path) -> None:
         """Load the optimizer's state from a checkpoint. Every rank must call it."""
-        if self.optimizer is not None and self.is_own:
+        if isinstance(self.optimizer, torch.optim.Optimizer) and self.is_own:
             load_optimizer(self.model, self.optimizer, folder)
         else:
             restore_optimizer(self.model, self.optimizer, folder)
@@ -247,7 +256,7 @@ def _refuse_float16(model: nn.Module) -> None:
 
 def make_saver(
     model: nn.Module,
-    optimizer: torch.optim.Optimizer | None,
+    optimizer: AnyOptimizer | None,
     saves: Saves,
     run: TrainingState,
     on_save: Callable[[SaveReport], None] | None = None,
@@ -323,7 +332,7 @@ def backward_of(
                 local.losses[microbatch] = loss.detach()
             return loss
 
-        with summed_copies(model, plan, groups):
+        with pipeline.memory.opened(), summed_copies(model, plan, groups):
             origin_s = _start_together(groups) if on_timeline is not None else 0.0
             pipeline.run(
                 batch.inputs,
@@ -338,15 +347,38 @@ def backward_of(
             )
     if on_timeline is not None:
         on_timeline(pipeline.timeline(origin_s))
-    if local is not None:
-        local.before_sum()
-    sum_gradients([p for p in model.parameters() if p.requires_grad], groups.replicas)
+    _sum_gradients(pipeline, local)
     total = groups.pp.broadcast_(total, plan.stage_rank(plan.loss_stage))
     return float(groups.replicas.all_reduce_(total)), tokens
 
 
+def _sum_gradients(pipeline: Pipeline, local: LocalStep | None) -> None:
+    """Sum the gradients over the replicas, or the shards' gradients that are left."""
+    model, memory = pipeline.model, pipeline.memory
+    if isinstance(memory, ShardedOptimizer) and memory.level > 1:
+        memory.finish()
+        if local is not None:
+            local.norms = memory.norms()
+        return
+    if local is not None:
+        local.before_sum()
+    sum_gradients([p for p in model.parameters() if p.requires_grad], pipeline.groups.replicas)
+
+
+def _clipped(pipeline: Pipeline, clip_norm: float) -> float:
+    """Clip the gradients of the parameters or of their shards, and return their norm before."""
+    memory = pipeline.memory
+    if isinstance(memory, ShardedOptimizer) and memory.level > 1:
+        return memory.clip(clip_norm)
+    return clip_gradients(pipeline.model, pipeline.plan, pipeline.groups, clip_norm)
+
+
 def evaluate_loss(
-    model: nn.Module, data: Samples | Batches, settings: TrainSettings, objective: Objective = CROSS_ENTROPY
+    model: nn.Module,
+    data: Samples | Batches,
+    settings: TrainSettings,
+    objective: Objective = CROSS_ENTROPY,
+    memory: ShardedOptimizer | None = None,
 ) -> float:
     """The mean loss over all labels of `data`, without dropout, auxiliary losses and gradients; every rank must call it.
 
@@ -354,7 +386,7 @@ def evaluate_loss(
         ModelError: No id of the data is trained on.
     """
     plan, groups = plan_of(model)
-    pipeline = Pipeline(model, forward_only(plan, settings.microbatches))
+    pipeline = Pipeline(model, forward_only(plan, settings.microbatches), memory)
 
     def summed(number: int, rows: list[Rows]) -> tuple[float, float]:
         batch = _Batch.of(pipeline, rows, number, settings, objective)
@@ -374,8 +406,9 @@ def _summed_loss(pipeline: Pipeline, batch: _Batch, settings: TrainSettings, obj
             targets = batch.examples[microbatch].targets
             total.add_(objective.summed(output.logits, targets, split, groups.tp).double())
 
-        pipeline.run(batch.inputs, finish, key=batch.shape, around=lambda: _autocast(settings, batch.device))
-        pipeline.flush()
+        with pipeline.memory.opened():
+            pipeline.run(batch.inputs, finish, key=batch.shape, around=lambda: _autocast(settings, batch.device))
+            pipeline.flush()
     total = groups.pp.broadcast_(total, plan.stage_rank(plan.loss_stage))
     return float(groups.replicas.all_reduce_(total))
 

@@ -19,6 +19,7 @@ _BELOW_ONE = ("beta1", "beta2", "momentum")
 
 AUX_LOSS_SCOPES = ("microbatch", "sequence")
 MASTER_DTYPES = ("float32", "model")
+ZERO_LEVELS = (0, 1, 2, 3)
 FLOAT16 = (
     "{} is float16, in which small gradients become zero unless the loss is scaled, and training does not scale it. Load the "
     "model in bfloat16 or float32 (dtype, --dtype)."
@@ -50,8 +51,8 @@ class TrainSettings:
         schedule: The kind of pipeline schedule (see `partita.schedule.KINDS`); by default `1f1b`, with several stages per rank
             `interleaved-1f1b`, or `zb-v` if they are placed in a V.
         group_size: For `interleaved-1f1b`: micro-batches that run on a virtual stage in a row; by default pp.
-        zero: Whether each replica keeps the optimizer's state of its share of the parameters only (ZeRO-1: Rajbhandari et
-            al. 2020, 1910.02054).
+        zero: What each replica keeps a share of only, on torch: 1 or True the optimizer's state, 2 the gradients too, 3 the
+            parameters too (ZeRO: Rajbhandari et al. 2020, 1910.02054). 0 or False: nothing.
         mtp_weight: Weight of the multi-token prediction loss (2412.19437: 0.3, at the end 0.1).
         mask_token: The id that replaces the tokens that masked language models predict; by default the last id.
         seed: Random seed of the data order and of dropout.
@@ -85,7 +86,7 @@ class TrainSettings:
     checkpointing: bool | int | str = False
     schedule: str | None = None
     group_size: int | None = None
-    zero: bool = False
+    zero: int = 0
     mtp_weight: float = 0.3
     mask_token: int | None = None
     aux_loss_scope: str = "microbatch"
@@ -113,6 +114,9 @@ class TrainSettings:
         for name in _BELOW_ONE:
             if not 0 <= getattr(self, name) < 1:
                 raise PlanError(f"{name} must be at least 0 and below 1, but is {getattr(self, name)!r}.")
+        if self.zero not in ZERO_LEVELS:
+            raise PlanError(f"zero must be 0, 1, 2 or 3, but is {self.zero!r}.")
+        object.__setattr__(self, "zero", int(self.zero))
         self._check_learning_rate()
         check_optimizer(self.optimizer)
         check_checkpointing(self.checkpointing)

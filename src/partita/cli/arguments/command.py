@@ -15,10 +15,10 @@ import typer
 
 from partita.cli.terminal.help import HelpCommand
 
-VALUE_ALONE = {"--checkpointing": "full"}
+VALUE_ALONE = {"--checkpointing": "full", "--zero": "1"}
 """The value of an option that is given without one."""
 
-NEGATED = {"--no-checkpointing": "--checkpointing=none"}
+NEGATED = {"--no-checkpointing": "--checkpointing=none", "--no-zero": "--zero=0"}
 """What stands for an option that takes a value and is negated."""
 
 LONGEST_CHOICE = 12

@@ -150,16 +150,6 @@ class PlanningOptions(PlanOptions):
             rich_help_panel=WORK,
         ),
     ] = None
-    ep: Annotated[
-        int | None,
-        typer.Option(
-            "--ep",
-            min=1,
-            help="Predict experts that are distributed over this many groups of ranks; no engine executes it yet.",
-            show_default=False,
-            rich_help_panel=FIXED,
-        ),
-    ] = None
     microbatches: Annotated[
         int | None,
         typer.Option(

@@ -29,7 +29,9 @@ KEPT = (
 )  # fmt: skip
 """Options that are taken from the checkpoint unless they are given again."""
 
-TORCH_ONLY: Mapping[str, tuple[object, ...]] = {"zero": (True,), "checkpointing": ("selective",), "compile": (True,)}
+TORCH_ONLY: Mapping[str, tuple[object, ...]] = {
+    "zero": (True, 2, 3), "checkpointing": ("selective",), "compile": (True,),
+}  # fmt: skip
 """Values of options of `KEPT` that MLX does not have; a run that continues there leaves them out."""
 
 _WHY_NOT: Mapping[str, str] = {

@@ -86,7 +86,7 @@ def _refuse_to_shard(name: str, given: dict[str, Any]) -> None:
     if model_of(module.parameters() if isinstance(module, nn.Module) else module) is not None:
         raise ModelError(
             "FSDP and DataParallel replace a split model's parameters, and would drop the sums of their gradients over the "
-            "tensor ranks. Use DistributedDataParallel over dp, partita.torch.train(..., TrainSettings(zero=True)), or more tp "
+            "tensor ranks. Use DistributedDataParallel over dp, partita.torch.train(..., TrainSettings(zero=3)), or more tp "
             "or pp ranks."
         )
 

@@ -7,6 +7,7 @@ their place in the schedule and are waited for where they are needed, so they ov
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from partita.torch.model.balance import Balance
 from partita.torch.model.parts import plan_of
 from partita.torch.stages.layers import Message
 from partita.torch.stages.links import Links, Pending
+from partita.torch.stages.memory import StageMemory
 from partita.torch.stages.run import run_stage
 from partita.torch.stages.weight_gradients import WeightGradients, complete, deferrable
 
@@ -47,8 +49,10 @@ class _Alive:
 class Pipeline:
     """One rank's part of a pipeline: its stages, and its actions of a schedule."""
 
-    def __init__(self, model: nn.Module, schedule: Schedule) -> None:
+    def __init__(self, model: nn.Module, schedule: Schedule, memory: StageMemory | None = None) -> None:
         """Create a pipeline of `model`, a result of `load`, `shard` or `fresh`, that runs `schedule`, lowered or not.
+
+        `memory` is told of each action, to gather parameters and reduce gradients.
 
         Raises:
             PlanError: The stages of the schedule differ from those of the model's plan, or the schedule separates weight
@@ -57,6 +61,7 @@ class Pipeline:
         plan, groups = plan_of(model)
         check_schedule(schedule, plan)
         self.model, self.plan, self.groups = model, plan, groups
+        self.memory = memory or StageMemory()
         self.schedule = schedule if schedule.is_lowered else lower(schedule)
         self.trains = schedule.trains
         self.actions = self.schedule.ranks[groups.pp.rank]
@@ -84,6 +89,7 @@ class Pipeline:
         self._alive: dict[tuple[int, int], _Alive] = {}
         self._put_off: dict[tuple[int, int], Any] = {}
         self._spans: list[tuple[float, float]] = []
+        self._left: Counter[int] = Counter()
 
     def run(
         self,
@@ -117,11 +123,12 @@ class Pipeline:
         self._keep_cache, self._around, self._balance, self._seed = keep_cache, around, balance, seed
         self._synchronize = timed and self._links.device.type == "cuda"
         self._reset()
+        run = [action for action in self.actions if skips is None or not skips(action.microbatch)]
+        self._left.update(action.stage for action in run if action.kind in (Kind.BW, Kind.W))
         split = deferrable(self.model, self.gradients) if self._keeps_gradients else nullcontext()
         with split, layer_randomness(self.model, self.plan) if self.trains else nullcontext():
-            for action in self.actions:
-                if skips is None or not skips(action.microbatch):
-                    self._do(action)
+            for action in run:
+                self._do(action)
         if self.trains:
             self.flush()
         assert not self._arriving
@@ -165,7 +172,7 @@ class Pipeline:
         received = self._received(stage, microbatch)
         if self.trains:
             received = received.as_leaves()
-        with self._around(), _grad(self.trains):
+        with self._around(), _grad(self.trains), self.memory.forward(stage):
             inputs = self._inputs(stage, microbatch)
             if self._seed is not None:
                 torch.manual_seed(self._seed(microbatch))
@@ -210,6 +217,9 @@ class Pipeline:
         self._links.send_gradient(self._homes[stage - 1], self._gradients.pop((stage, microbatch)))
 
     def _BW(self, stage: int, microbatch: int) -> None:
+        self._backward(stage, microbatch, has_weights=True)
+
+    def _backward(self, stage: int, microbatch: int, *, has_weights: bool) -> None:
         alive = self._alive.pop((stage, microbatch))
         given: Sequence[Tensor | None]
         if stage == self.plan.num_stages - 1:
@@ -221,8 +231,10 @@ class Pipeline:
         if stage == self.plan.loss_stage:
             given = [None] * len(alive.made)
         pairs = [(made, grad) for made, grad in zip(alive.made, given, strict=True) if made.requires_grad]
-        if pairs:
-            torch.autograd.backward([made for made, _ in pairs], [grad for _, grad in pairs])
+        is_last = has_weights and self._is_last(stage)
+        with self.memory.backward(stage, has_weights=has_weights, is_last=is_last):
+            if pairs:
+                torch.autograd.backward([made for made, _ in pairs], [grad for _, grad in pairs])
         if stage > 0:
             self._gradients[stage, microbatch] = [
                 torch.zeros_like(t) if t.grad is None else t.grad for t in alive.received
@@ -230,11 +242,17 @@ class Pipeline:
 
     def _B(self, stage: int, microbatch: int) -> None:
         with self.gradients.put_off() as kept:
-            self._BW(stage, microbatch)
+            self._backward(stage, microbatch, has_weights=False)
         self._put_off[stage, microbatch] = kept
 
     def _W(self, stage: int, microbatch: int) -> None:
         complete(self._put_off.pop((stage, microbatch)))
+        self.memory.weights_done(stage, is_last=self._is_last(stage))
+
+    def _is_last(self, stage: int) -> bool:
+        """Whether the action that computes weight gradients of a stage is the last one of the run; called once for each."""
+        self._left[stage] -= 1
+        return not self._left[stage]
 
 
 @contextmanager

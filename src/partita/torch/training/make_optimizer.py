@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,23 +17,27 @@ from partita.torch.layers.inner import take_ranges
 from partita.torch.model.parts import local_tensors, plan_of
 from partita.torch.training.momentum import Gather, MasterSGD, SplitMuon
 from partita.torch.training.optimizer import MasterAdamW, state_dtype
+from partita.torch.training.sharded import ShardedOptimizer
 from partita.training.settings import TrainSettings
 
 
-def make_optimizer(model: nn.Module, settings: TrainSettings, groups: ParallelGroups) -> torch.optim.Optimizer | None:
+def make_optimizer(
+    model: nn.Module, settings: TrainSettings, groups: ParallelGroups
+) -> torch.optim.Optimizer | ShardedOptimizer | None:
     """The optimizer of `settings` over this rank's trainable parameters, None if there are none; norms and biases do not decay.
 
-    Parameters narrower than float32 have float32 master weights and moments, unless `settings.master_dtype` is `model`.
+    Parameters narrower than float32 have float32 master weights and moments, unless `settings.master_dtype` is `model`. With
+    `settings.zero` and several replicas it steps this replica's shards.
 
     Raises:
-        ModelError: No rank has trainable parameters.
+        ModelError: No rank has trainable parameters, or the model's parameters cannot be gathered layer by layer.
         PlanError: The optimizer's state cannot be distributed over the replicas.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     if settings.optimizer == "muon" and settings.zero:
         raise PlanError(
-            "zero assigns parameters to replicas by their local sizes, so tensor ranks could orthogonalize matrices in another "
-            "order and wait for each other. Use optimizer adamw or sgd with zero, or leave zero out."
+            "zero distributes the elements of each parameter over the replicas, but muon orthogonalizes unsplit matrices. Use "
+            "optimizer adamw or sgd with zero, or leave zero out."
         )
     if not any(groups.pp.all_gather_object(bool(parameters))):
         raise ModelError("no parameter of the model is trainable: all have requires_grad=False.")
@@ -45,15 +50,7 @@ def make_optimizer(model: nn.Module, settings: TrainSettings, groups: ParallelGr
     if not settings.zero or groups.replicas.size == 1:
         optimizer: torch.optim.Optimizer = kind(split, **given)
         return optimizer
-    from torch.distributed.optim import ZeroRedundancyOptimizer
-
-    class MixedOptimizer(ZeroRedundancyOptimizer):
-        """Takes parameters of mixed dtypes (a router in float32); only ZeRO's shared buckets, unused here, need one dtype."""
-
-        def _verify_same_dense_param_type(self) -> None:
-            pass
-
-    return MixedOptimizer(split, kind, process_group=groups.replicas.group, **given)
+    return ShardedOptimizer(model, settings.zero, partial(kind, **given), split)
 
 
 def _by_decay(parameters: Sequence[Tensor], settings: TrainSettings, **more: Any) -> list[dict[str, Any]]:

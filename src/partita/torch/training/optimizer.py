@@ -44,8 +44,7 @@ def initial_state(kind: str, parameter: Tensor, master_dtype: str = "float32") -
 class Mastered(torch.optim.Optimizer):
     """An optimizer with a float32 `master`, and moments of its dtype, in the state of each narrower parameter.
 
-    The state belongs to the model's parameters. So ZeRO's optimizer around it shards masters and moments alike, and sends the
-    rounded parameters only. A parameter group has `master_dtype` (see `TrainSettings`).
+    A parameter group has `master_dtype` (see `TrainSettings`).
     """
 
     def moments(self, group: dict[str, Any]) -> tuple[str, ...]:

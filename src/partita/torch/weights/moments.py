@@ -6,6 +6,7 @@ import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,8 @@ from partita.errors import CheckpointError
 from partita.torch.collectives.collective_errors import collective_errors
 from partita.torch.model.parts import local_tensors, plan_of
 from partita.torch.training.optimizer import Mastered, initial_state, state_kinds
+from partita.torch.training.sharded import ShardedOptimizer
+from partita.torch.training.shards import Slot
 from partita.torch.weights.adapter_parts import AdapterPart, adapter_name, adapter_parts
 from partita.torch.weights.fill import DTYPES, CheckpointFill
 from partita.torch.weights.names import Source, pieces_for_writing, repeated_pieces, sources_for_reading
@@ -47,21 +50,53 @@ def trained_parts(model: nn.Module) -> dict[str, AdapterPart]:
     return adapter_parts(model, adapter_name(model))
 
 
-def held_by(optimizer: torch.optim.Optimizer | None) -> tuple[torch.optim.Optimizer | None, set[int]]:
-    """The optimizer that steps on this rank, and the ids of its parameters; with ZeRO, this replica's share."""
-    inner = getattr(optimizer, "optim", optimizer)
-    groups = [] if inner is None else inner.param_groups
-    return inner, {id(parameter) for group in groups for parameter in group["params"]}
+AnyOptimizer = torch.optim.Optimizer | ShardedOptimizer
+"""What `make_optimizer` returns."""
 
 
-def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer | None, folder: Path) -> None:
+@dataclass(frozen=True)
+class Held:
+    """The optimizer that steps on this rank.
+
+    Attributes:
+        inner: The optimizer of the parameters, or of this replica's shards of them; None on a rank that trains nothing.
+        keys: What it steps for each parameter, by the parameter's `id`.
+        slots: The shards by the parameter's `id`, if replicas share the state.
+    """
+
+    inner: torch.optim.Optimizer | None
+    keys: Mapping[int, Tensor]
+    slots: Mapping[int, Slot]
+
+    @classmethod
+    def of(cls, optimizer: AnyOptimizer | None) -> Held:
+        """What `make_optimizer` returned, or the caller's own optimizer."""
+        if isinstance(optimizer, ShardedOptimizer):
+            trained = {id(slot.parameter): slot.shard for slot in optimizer.trained}
+            return cls(optimizer.inner, trained, optimizer.slots)
+        groups = [] if optimizer is None else optimizer.param_groups
+        return cls(optimizer, {id(p): p for group in groups for p in group["params"]}, {})
+
+    def state(self, tensor: Tensor) -> dict[str, Any]:
+        """The state of a parameter, empty before it had a gradient; its tensors may be those of the shard."""
+        if self.inner is None or id(tensor) not in self.keys:
+            return {}
+        return dict(self.inner.state.get(self.keys[id(tensor)], {}))
+
+    def own(self, tensor: Tensor, value: Tensor) -> Tensor:
+        """Of a value of the parameter's shape what this replica keeps."""
+        slot = self.slots.get(id(tensor))
+        return value if slot is None else slot.own(value).clone()
+
+
+def restore_optimizer(model: nn.Module, optimizer: AnyOptimizer | None, folder: Path) -> None:
     """Load the state of a checkpoint into an optimizer that has not stepped yet. Every rank must call it.
 
     If the checkpoint has no master weight for a parameter, the parameter in float32 is used.
 
     Args:
         model: The model that it trains, in any layout, loaded from the same checkpoint.
-        optimizer: Its optimizer, or ZeRO's around it; None on a rank that trains nothing.
+        optimizer: Its optimizer; None on a rank that trains nothing.
         folder: The checkpoint.
 
     Raises:
@@ -74,8 +109,8 @@ def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer | None,
         trained = trained_tensors(model, plan)
         parts = trained_parts(model)
         unsplit, sources = state_sources(model, plan, parts, trained, folder)
-        inner, held = held_by(optimizer)
-        master_dtype = _master_dtype(inner)
+        held = Held.of(optimizer)
+        inner, master_dtype = held.inner, _master_dtype(held.inner)
         now = {one for name in trained for one in names_on_disk(name, sources)} | _repeated_names(unsplit, plan)
     now = {name for names in groups.pp.all_gather_object(sorted(now)) for name in names}  # type: ignore[attr-defined]
     with collective_errors(groups):
@@ -86,16 +121,16 @@ def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer | None,
                 fill = CheckpointFill(part, part.infos, sources, unsplit, None, 0)  # type: ignore[arg-type]
                 for name, tensor in trained.items():
                     kinds = state_kinds(tensor.dtype, master_dtype, moments_of(run.settings.optimizer, name, plan.spec))
-                    if inner is not None and id(tensor) in held and kind in kinds:
-                        state = inner.state[tensor]
+                    if inner is not None and id(tensor) in held.keys and kind in kinds:
+                        state = inner.state[held.keys[id(tensor)]]
                         state["step"] = torch.tensor(
                             float(run.count(name, names_on_disk(name, sources))), dtype=torch.float32
                         )
-                        state[kind] = initial_state(kind, tensor, master_dtype)
-                        if not _is_kept(folder, kind, name, tensor, kinds, sources, moments.tensors):
-                            continue
-                        cut = plan.tensor(name) if name in plan.spec.tensors else parts[name].cut
-                        fill(name, cut, groups.tp.rank, state[kind])
+                        value = initial_state(kind, tensor, master_dtype)
+                        if _is_kept(folder, kind, name, tensor, kinds, sources, moments.tensors):
+                            cut = plan.tensor(name) if name in plan.spec.tensors else parts[name].cut
+                            fill(name, cut, groups.tp.rank, value)
+                        state[kind] = held.own(tensor, value)
 
 
 def _master_dtype(optimizer: torch.optim.Optimizer | None) -> str:

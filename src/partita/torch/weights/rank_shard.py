@@ -17,9 +17,10 @@ from partita.errors import ModelError
 from partita.torch.collectives.collective_errors import collective_errors
 from partita.torch.model.parts import plan_of
 from partita.torch.training.optimizer import initial_state, state_dtype, state_kinds
+from partita.torch.training.shards import unsharded
 from partita.torch.weights.adapters import adapters
 from partita.torch.weights.fill import memory_of
-from partita.torch.weights.moments import held_by, trained_tensors
+from partita.torch.weights.moments import AnyOptimizer, Held, trained_tensors
 from partita.torch.weights.optimizer_state import OPTIONS, optimizer_on_disk
 from partita.torch.weights.peft_format import AdaptersOnDisk, adapters_on_disk
 from partita.torch.weights.save import DTYPE_NAMES, OnDisk, on_disk
@@ -29,8 +30,9 @@ from partita.training.base import place_of
 from partita.training.saving import MASTER, Saves, check_base, files_beside
 from partita.training.settings import TrainSettings
 
-_Place = tuple[str, list[list[tuple[int, int]]], Tensor, Tensor]
-"""A tensor on disk: its name, the ranges of each dim, their values, and the tensor that these are part of."""
+_Place = tuple[str, list[list[tuple[int, int]]], Tensor, Tensor | None]
+"""A tensor on disk: its name, the ranges of each dim, their values, and the tensor that these are part of and that training
+changes later."""
 
 
 class RankShard:
@@ -44,7 +46,7 @@ class RankShard:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer | None,
+        optimizer: AnyOptimizer | None,
         saves: Saves,
         settings: TrainSettings,
         *,
@@ -70,7 +72,7 @@ class RankShard:
         self.disk: OnDisk | AdaptersOnDisk = (
             adapters_on_disk(model, place_of(saves.base)) if saves.base is not None else on_disk(model)
         )
-        self.zero = hasattr(optimizer, "optim")
+        self.held = Held.of(optimizer)
         mine = trained_tensors(model, self.plan)
         self.trained = {id(tensor) for tensor in mine.values()}  # whatever is frozen later, for a while
         trained: set[str] = set()
@@ -118,12 +120,11 @@ class RankShard:
 
     def counts(self, step: int) -> dict[str, int]:
         """AdamW's step counts of this rank's parameters, by name on disk, where they differ from `step`."""
-        inner, held = held_by(self.optimizer)
         counts: dict[str, int] = {}
         for name, tensor in self.disk.own(self.model, self.plan, self.groups).items():
-            if inner is not None and id(tensor) in held and not self.is_own:
+            if id(tensor) in self.held.keys and not self.is_own:
                 # A parameter that never had a gradient has no state yet.
-                count = int(inner.state.get(tensor, {}).get("step", 0))
+                count = int(self.held.state(tensor).get("step", 0))
                 counts |= {piece.name: count for piece in self.disk.pieces[name] if count != step}
         return counts
 
@@ -140,26 +141,35 @@ class RankShard:
 
     def _weights(self) -> Iterator[_Place]:
         for name, tensor, mine in self._shares():
+            slot = self.held.slots.get(id(tensor))
+            is_shard = slot is not None and slot.full is not None
+            value = unsharded(slot, slot.shard, self.groups.replicas) if slot is not None and is_shard else tensor
             if mine:
-                for piece, take, part in self.disk.parts(name, tensor, self.plan, self.groups):
-                    yield piece, take, part, tensor
+                for piece, take, part in self.disk.parts(name, value, self.plan, self.groups):
+                    yield piece, take, part, None if is_shard else value
 
     def _state(self) -> Iterator[_Place]:
-        inner, held = held_by(self.optimizer)
         for name, tensor, mine in self._shares():
-            if id(tensor) not in self.trained or not (id(tensor) in held if self.zero else mine):
+            slot = self.held.slots.get(id(tensor))
+            if id(tensor) not in self.trained or not (mine or slot is not None):
                 continue
-            state = inner.state.get(tensor, {}) if inner is not None else {}
+            state = self.held.state(tensor)
             for kind in self._kinds(name, tensor.dtype):
                 # A parameter that never had a gradient has no state yet.
                 one = state.get(kind)
-                one = initial_state(kind, tensor, self.settings.master_dtype) if one is None else one
-                for piece, take, part in self.disk.parts(name, one, self.plan, self.groups):
-                    yield f"{kind}.{piece}", take, part, one
+                one = (
+                    initial_state(kind, slot.shard if slot else tensor, self.settings.master_dtype)
+                    if one is None
+                    else one
+                )
+                one = unsharded(slot, one, self.groups.replicas) if slot is not None else one
+                if mine:
+                    for piece, take, part in self.disk.parts(name, one, self.plan, self.groups):
+                        yield f"{kind}.{piece}", take, part, None if slot is not None else one
 
     def _own_state(self) -> Iterator[_Place]:
         """The state of the caller's optimizer as it is now; its files are planned again."""
-        assert self.optimizer is not None
+        assert isinstance(self.optimizer, torch.optim.Optimizer)
         state = optimizer_on_disk(self.model, self.optimizer, self.disk, self.saves.max_shard_bytes)
         self.files = {**self.files, OPTIMIZER: state.files}
         self.beside = {**self.beside, OPTIONS: state.text.encode()} if self.groups.rank == 0 else {}
@@ -178,5 +188,5 @@ def _refuse_others(names: set[str]) -> None:
         )
 
 
-def _shares_memory(part: Tensor, tensor: Tensor) -> bool:
-    return part.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
+def _shares_memory(part: Tensor, tensor: Tensor | None) -> bool:
+    return tensor is not None and part.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
