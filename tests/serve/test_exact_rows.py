@@ -91,7 +91,7 @@ def test_other_requests_do_not_change_an_answer_of_q4_1(where: dict[str, int], d
 
 
 def test_rows_of_a_step_are_at_most_the_exact_ones_and_prompts_are_unsplit() -> None:
-    layout = CacheLayout(100, 4, exact_rows=2)
+    layout = CacheLayout(100, 4, exact_rows=2, chunked=False, reused=False)
     scheduler = Scheduler(
         ServeSettings(block_tokens=4, prefill_chunk=4, exact_rows=True), BlockPool(layout, keeps_prefixes=True)
     )

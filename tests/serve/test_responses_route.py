@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 from pydantic import BaseModel
 
+from partita.serving.front import Front
 from partita.serving.http.openai.bodies import Message
 from partita.serving.http.openai.response_bodies import Item, messages_of
 from partita.serving.http.openai.response_store import ResponseStore, Stored
-from tests.support.served import Served
+from tests.support.served import Served, serving
 
 SAMPLED = {"temperature": 1.0, "max_output_tokens": 30, "extra_body": {"seed": 5}}
 WEATHER = {
@@ -227,17 +229,18 @@ def test_a_wrong_field_is_named(served: Served, change: dict[str, Any], param: s
     assert body["error"]["param"] == param
 
 
-def test_a_lost_rank_ends_a_stream_with_a_failed_response(served: Served) -> None:
-    service, last = served.service, None
-    try:
-        with served.client() as client:
-            for last in client.responses.create(
-                model="tiny", input="Hi", stream=True, max_output_tokens=900, extra_body={"ignore_eos": True}
-            ):
-                if last.type == "response.created":
-                    service.loss.tell("rank 1 was lost while working: it was killed.")
-    finally:
-        service.loss.message = ""
+def test_a_lost_rank_ends_a_stream_with_a_failed_response(folder: Path) -> None:
+    last = None
+    with serving(folder) as lone, lone.client() as client:
+        front = Front()
+        lone.service.inbox = front
+        front.open([lone.inbox])
+        for last in client.responses.create(
+            model="tiny", input="Hi", stream=True, max_output_tokens=900, extra_body={"ignore_eos": True}
+        ):
+            if last.type == "response.created":
+                front.begun([1])
+                front.lose("rank 1 was lost while working: it was killed.")
     assert last is not None
     assert (last.type, last.response.status) == ("response.failed", "failed")
     assert last.response.error.message == "rank 1 was lost while working: it was killed."

@@ -315,6 +315,7 @@ def attending_by_row(lengths_of: Callable[[], Sequence[int]]) -> Iterator[None]:
             outputs.append(fused(module, q[own], k[own, :, start:], v[own, :, start:], mask, **settings)[0])
         return torch.cat(outputs), None
 
+    by_row.fused = fused  # type: ignore[attr-defined]
     functions["sdpa"] = by_row
     try:
         yield

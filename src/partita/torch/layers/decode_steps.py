@@ -225,19 +225,23 @@ class _Attentions:
     def __init__(self, functions: Any) -> None:
         self._functions = functions
         self._sdpa = plain_sdpa()
-        self._fast = _attention(self._sdpa)
+        self._fast = {self._sdpa: _attention(self._sdpa)}
 
     def get_interface(self, *args: Any, **kwargs: Any) -> Any:
         """The function of an implementation."""
-        found = self._functions.get_interface(*args, **kwargs)
-        return self._fast if found is self._sdpa else found
+        return self._ours(self._functions.get_interface(*args, **kwargs))
 
     def __getitem__(self, name: str) -> Any:
-        found = self._functions[name]
-        return self._fast if found is self._sdpa else found
+        return self._ours(self._functions[name])
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._functions, name)
+
+    def _ours(self, found: Any) -> Any:
+        """Ours in place of `found`; a row's result does not depend on other rows, so it also replaces one for each row."""
+        if found not in self._fast and getattr(found, "fused", None) is self._sdpa:
+            self._fast = {self._sdpa: self._fast[self._sdpa], found: _attention(found)}
+        return self._fast.get(found, found)
 
 
 _IGNORED = frozenset({"is_causal", "sliding_window", "position_ids", "use_cache", "cache", "cache_position"})

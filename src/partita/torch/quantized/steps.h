@@ -159,6 +159,8 @@ static void attend(const Attention& a, float scale, int64_t place) {
   const Stored* keys = static_cast<const Stored*>(a.k) + b * a.k_batch + group * a.k_head;
   const Stored* values = static_cast<const Stored*>(a.v) + b * a.v_batch + group * a.v_head;
   const uint8_t* mask = a.mask ? a.mask + b * a.mask_batch : nullptr;
+  // Without the padding on its left a row has the same bits as alone.
+  for (; mask && tokens > 0 && !*mask; mask++, tokens--) keys += a.k_token, values += a.v_token;
   for (int64_t t = 0; t < tokens; t++) {
     if (mask && !mask[t]) continue;
     scores[t] = dot<DTYPE>(query, keys + t * a.k_token, width);
