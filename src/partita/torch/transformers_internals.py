@@ -233,10 +233,10 @@ def hook_attention(
         return made
 
     def prepared(
-        config: Any, inputs_embeds: Tensor, attention_mask: Any, cache: Any, position_ids: Any, *more: Any
+        config: Any, inputs_embeds: Tensor, attention_mask: Any, cache: Any, position_ids: Any, *more: Any, **named: Any
     ) -> Any:
         inputs_embeds, position_ids = arguments(inputs_embeds, position_ids)
-        return prepare(config, inputs_embeds, attention_mask, cache, position_ids, *more)
+        return prepare(config, inputs_embeds, attention_mask, cache, position_ids, *more, **named)
 
     attentions.get_interface = get_interface
     masks.__getitem__ = lambda self, key: functools.partial(mask, key, found(self, key))
