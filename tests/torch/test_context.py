@@ -38,6 +38,8 @@ CONVOLUTIONS = {
     "block_auto_adjust_ff_dim": False,
 }  # fmt: skip
 BLOOM = {"model_type": "bloom", "vocab_size": 101, "hidden_size": 56, "n_layer": 2, "n_head": 7}
+LONG_ROPE = {**CONFIGS["llama-7-heads-1-kv"], "max_position_embeddings": 8}
+LONG_ROPE["rope_parameters"] = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
 _BERT_DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob")
 
 
@@ -185,6 +187,7 @@ def _refused(data: dict[str, Any], mesh: dict[str, int], more: dict[str, Any]) -
     [
         (CONVOLUTIONS, {}, "cannot be trained with cp=2"),
         (BLOOM, {}, "cannot be trained with cp=2"),
+        (LONG_ROPE, {}, "sequences of 13 tokens are longer than 8"),
         (CONFIGS["llama-7-heads-1-kv"], {"sequence_length": 1}, "a sequence of 1 tokens cannot be split over cp=2"),
     ],
 )

@@ -25,7 +25,7 @@ from partita.torch.loops.own_optimizer import check_own, own_names, scaled_step
 from partita.torch.model.modes import checkpointing_set, mode_set, random_state_kept
 from partita.torch.model.parts import plan_of
 from partita.torch.proof.balance_probe import balance_of
-from partita.torch.proof.context import prove_context
+from partita.torch.proof.context import prove_context, refuse_length
 from partita.torch.proof.packing import prove_packing
 from partita.torch.quantized.tensor import FROZEN, QuantizedTensor
 from partita.torch.stages.copies import summed_copies
@@ -224,6 +224,7 @@ def _check(model: nn.Module, settings: TrainSettings, objective: Objective) -> N
         if settings.packing:
             prove_packing(model, plan)
         if plan.mesh.cp > 1:
+            refuse_length(model, settings.sequence_length, groups.cp)
             prove_context(model, plan, packing=settings.packing)
     balance_of(model, plan, settings.aux_loss_scope)
     if plan.num_stages > 1:
@@ -429,6 +430,8 @@ class _Batch:
         device = _device(model)
         mask_token = settings.mask_token if settings.mask_token is not None else plan.spec.vocab_size - 1
         made = examples(model, rows, step, settings, mask_token, groups.dp)
+        for example in made:
+            refuse_length(model, example.inputs["input_ids"].shape[1], groups.cp)
         placed = tuple(example.to(device).own(groups.cp) for example in made)
         weight = sum(objective.weight_of(example.targets) for example in placed)
         tokens = sum(one.tokens for one in rows) if groups.cp.rank == 0 else 0

@@ -18,7 +18,7 @@ from partita.torch.model.context import Context, context_of, split_context
 from partita.torch.model.float64 import Float64Everywhere
 from partita.torch.proof.compare import relative_error
 from partita.torch.proof.family import describe_error, sample_inputs, small_model
-from partita.torch.transformers_internals import attention_of, is_stateful
+from partita.torch.transformers_internals import attention_of, fixed_positions, is_stateful
 
 TOLERANCE = 1e-11
 """Largest difference in float64, relative to the largest magnitude: far above rounding, far below any mistake."""
@@ -36,6 +36,17 @@ def prove_context(model: nn.Module, plan: Plan, *, packing: bool = False) -> Non
     why = _reason(model, plan, packing=packing)
     if why:
         raise ModelError(f"{type(model).__name__} cannot be trained with cp={plan.mesh.cp}: {why} Use cp=1.")
+
+
+def refuse_length(model: nn.Module, length: int, comm: Communicator) -> None:
+    """Raise `ModelError` for parts of sequences of `length` tokens whose rotary frequencies depend on the whole length."""
+    fixed = fixed_positions(getattr(model, "config", None)) if comm.size > 1 else None
+    if fixed is not None and length > fixed:
+        raise ModelError(
+            f"sequences of {length} tokens are longer than {fixed}: beyond that, the rotary frequencies of "
+            f"{type(model).__name__} depend on the length, which a rank with a part of it (cp={comm.size}) does not see. Use "
+            f"sequences of at most {fixed} tokens, or cp=1."
+        )
 
 
 def _reason(model: nn.Module, plan: Plan, *, packing: bool) -> str:
