@@ -22,6 +22,7 @@ from partita.cli.arguments.optimizer import OptimizerOptions
 from partita.cli.arguments.options import (
     OUTPUT,
     PIPELINE,
+    SPLIT_OPTIONS,
     WEIGHTS,
     Auto,
     Microbatches,
@@ -454,8 +455,7 @@ def _resumed(options: TrainOptions) -> _Run:
 
 def _request(options: TrainOptions, run: _Run, *, is_restarted: bool) -> tuple[PlanRequest, Plan | None]:
     """The plan request, and the plan of `--plan FILE`."""
-    split = ("tp", "pp", "dp", "cp", "ep", "etp", "layout", "vpp")
-    where = replace(options, **{name: run.places[name] for name in split})
+    where = replace(options, **{name: run.places[name] for name in SPLIT_OPTIONS})
     request, given = request_of(
         run.source, where, engine=choose_engine(run.notes["engine"] and EngineChoice(run.notes["engine"])),
         trust_remote_code=options.trust_remote_code,

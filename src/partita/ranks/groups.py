@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Generic, Protocol, Self, TypeVar
@@ -34,6 +34,7 @@ AXES_OF_GROUPS: Mapping[str, tuple[Axis, ...]] = MappingProxyType(
 """The axes of a mesh along which each group of `AxisGroups` extends."""
 
 C = TypeVar("C", bound=Communicator, covariant=True)
+T = TypeVar("T", bound=Communicator)
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class AxisGroups(Generic[C]):
     @property
     def axes(self) -> list[C]:
         """The groups with more than one rank. A value that is gathered along each in turn reaches every rank."""
-        return [comm for comm in (self.tp, self.cp, self.pp, self.dp) if comm.size > 1]
+        return [*self.axes_of_replica, *([self.dp] if self.dp.size > 1 else [])]
 
     @property
     def axes_of_replica(self) -> list[C]:
@@ -79,3 +80,20 @@ class AxisGroups(Generic[C]):
     def __deepcopy__(self, memo: object) -> Self:
         """Return itself: a copy of a model communicates with the same ranks."""
         return self
+
+
+def along_axes(mesh: Mesh, make: Callable[[Sequence[Sequence[int]]], T]) -> dict[str, T]:
+    """The communicators of `AxisGroups` by name; those with the same ranks are one. Every rank must call it.
+
+    Args:
+        mesh: The mesh of the run.
+        make: Returns this rank's communicator, given the global ranks of all groups along the same axes.
+    """
+    made: dict[tuple[Axis, ...], T] = {}
+    found: dict[str, T] = {}
+    for name, axes in AXES_OF_GROUPS.items():
+        used = tuple(axis for axis in axes if mesh.axis_size(axis) > 1)
+        if used not in made:
+            made[used] = make(mesh.groups(used or axes))
+        found[name] = made[used]
+    return found

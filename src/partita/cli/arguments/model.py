@@ -10,7 +10,7 @@ from partita.checkpoint.facts import stored_dtype_at, with_sizes
 from partita.checkpoint.find import find_model, hub_is_near, is_local, not_fetched
 from partita.checkpoint.gguf.view import gguf_of, view_of
 from partita.cli.arguments import inputs
-from partita.cli.arguments.options import PlanOptions
+from partita.cli.arguments.options import SPLIT_OPTIONS, PlanOptions
 from partita.cli.terminal.messages import adopt, adopt_all
 from partita.core.mesh import Mesh
 from partita.core.model.mtp import with_mtp
@@ -46,7 +46,7 @@ def request_of(
             model, mesh, options.layout, vpp=options.vpp, engine=engine, trust_remote_code=trust_remote_code
         )
         return found, None
-    for name in ("tp", "pp", "dp", "cp", "ep", "etp", "layout", "vpp"):
+    for name in SPLIT_OPTIONS:
         if name in options.given:
             raise PlanError(
                 f"--{name} and --plan {options.plan}, which specifies the split, exclude each other. Leave one out."

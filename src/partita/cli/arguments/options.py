@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -206,6 +206,10 @@ class PlanOptions:
     vpp: VirtualStages = None
     plan: PlanFile = None
     given: frozenset[str] = frozenset()
+
+
+SPLIT_OPTIONS = tuple(one.name for one in fields(PlanOptions) if one.name not in ("plan", "given"))
+"""The options of `PlanOptions` that a plan file replaces."""
 
 
 @dataclass(frozen=True, kw_only=True)

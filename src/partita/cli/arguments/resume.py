@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from partita.checkpoint.run_folder import RunFolder
 from partita.cli.arguments.engine import EngineChoice, is_installed
+from partita.cli.arguments.options import SPLIT_OPTIONS
 from partita.errors import CheckpointError, ModelError
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ LORA = ("lora_alpha", "lora_dropout", "lora_targets", "lora_rslora", "lora_dora"
 NOTED = ("config", "model", "dtype", "lora_rank", *LORA)
 """Options that only start a run. A resumed run does not use them; they may be repeated unchanged."""
 
-LAYOUT = ("tp", "pp", "dp", "cp", "ep", "etp", "layout", "vpp", "schedule", "microbatches", "group_size")
+LAYOUT = (*SPLIT_OPTIONS, "schedule", "microbatches", "group_size")
 """Options that specify how the work is distributed. If none is given, a resumed run keeps those that it started with."""
 
 KEPT = (

@@ -2,30 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from typing import Annotated
 
 import typer
 
+from partita.cli.arguments.inputs import parse_bytes
+
 CACHE = "Requests and cache"
 """A panel of options in `--help`."""
-
-
-def number_of_bytes(text: str | int) -> int:
-    """A number of bytes: `4GiB`, `500MB`, `1000000`.
-
-    Raises:
-        BadParameter: It is none.
-    """
-    matched = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT])(I?)B?|B)?\s*", str(text).upper())
-    number = 0.0
-    if matched:
-        exponent = " KMGT".index(matched[2] or " ")
-        number = float(matched[1]) * (1024 if matched[3] else 1000) ** exponent
-    if number < 1:
-        raise typer.BadParameter(f"must be a number of bytes, as in 4GiB or 500MB, but is {text!r}.")
-    return int(number)
-
 
 MaxSequences = Annotated[
     int, typer.Option(min=1, help="Answer at most this many requests at once; others wait.", rich_help_panel=CACHE)
@@ -49,7 +33,7 @@ CacheBytes = Annotated[
         metavar="BYTES",
         help="Memory of each rank for keys and values, as in 4GiB (default: its share of what is free after loading, less "
         "a tenth of the machine's or device's memory; at most what the requests can use).",
-        parser=number_of_bytes,
+        parser=parse_bytes,
         show_default=False,
         rich_help_panel=CACHE,
     ),

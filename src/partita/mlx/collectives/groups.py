@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 import mlx.core as mx
 
-from partita.core.mesh import Axis, Mesh
+from partita.core.mesh import Mesh
 from partita.errors import DistributedError, PlanError
 from partita.mlx.collectives.checked import CheckedCommunicator
 from partita.mlx.collectives.comm import Communicator
 from partita.ranks import liveness
 from partita.ranks.backends import MLX_BACKENDS, open_mpi, refuse_mesh
-from partita.ranks.groups import AXES_OF_GROUPS, AxisGroups
+from partita.ranks.groups import AxisGroups, along_axes
 
 _OF_LAUNCHER = {
     "mpi": ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE"),
@@ -120,19 +121,13 @@ def make_groups(
         )
     if world.backend is not None:
         refuse_mesh(mesh, world.backend)
-    made: dict[str, Communicator] = {}
-    for name, axes in AXES_OF_GROUPS.items():
-        made[name] = _along(axes, mesh, world, made)
+    made = along_axes(mesh, lambda groups: _along(groups, world))
     liveness.ME.stage = made["pp"].rank
     return ParallelGroups(mesh, **made)
 
 
-def _along(axes: tuple[Axis, ...], mesh: Mesh, world: Communicator, known: dict[str, Communicator]) -> Communicator:
-    """This rank's communicator along `axes`; one of those that are `known` where its ranks are the same."""
-    used = [axis for axis in axes if mesh.axis_size(axis) > 1]
-    if len(axes) > 1 and len(used) < 2:
-        return known[used[0] if used else axes[0]]
-    groups = mesh.groups(axes)
+def _along(groups: Sequence[Sequence[int]], world: Communicator) -> Communicator:
+    """This rank's communicator in one of `groups`."""
     if len(groups[0]) == 1:
         return Communicator.single()
     if len(groups) == 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -13,10 +14,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from partita.core.layout.layout import set_default_pipeline_rank
-from partita.core.mesh import Axis, Mesh
+from partita.core.mesh import Mesh
 from partita.errors import DistributedError
 from partita.ranks import liveness, schedulers
-from partita.ranks.groups import AXES_OF_GROUPS, AxisGroups
+from partita.ranks.groups import AxisGroups, along_axes
 from partita.torch.collectives import mpi
 from partita.torch.collectives.comm import Communicator, Work
 from partita.torch.collectives.mappings import gather_from, scatter_to
@@ -200,22 +201,14 @@ def make_groups(mesh: Mesh, *, backend: str | None = None) -> ParallelGroups:
         _made_of = run
     if mesh not in _made:
         rank = dist.get_rank() if run is not None else 0
-        infos: dict[str, Communicator] = {}
-        for name, axes in AXES_OF_GROUPS.items():
-            infos[name] = _along(axes, mesh, rank, run, infos)
+        infos = along_axes(mesh, lambda groups: _along(groups, mesh, rank, run))
         _made[mesh] = ParallelGroups(mesh, **infos)
     liveness.ME.stage = _made[mesh].pp.rank
     return _made[mesh]
 
 
-def _along(
-    axes: tuple[Axis, ...], mesh: Mesh, rank: int, run: dist.ProcessGroup | None, known: dict[str, Communicator]
-) -> Communicator:
-    """This rank's communicator along `axes`; one of those that are `known` where its ranks are the same."""
-    groups = mesh.groups(axes)
-    used = [axis for axis in axes if mesh.axis_size(axis) > 1]
-    if len(axes) > 1 and len(used) < 2:
-        return known[used[0] if used else axes[0]]
+def _along(groups: Sequence[Sequence[int]], mesh: Mesh, rank: int, run: dist.ProcessGroup | None) -> Communicator:
+    """This rank's communicator in one of `groups`."""
     mine = _alone(rank, run)
     for ranks in groups:
         if len(ranks) == 1:
