@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 PACKAGE := .[torch,mlx,mpi,lora,serve,dev]
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: install lock demo test test-sweeps test-slow test-all test-gpu test-versions test-oldest test-newest bench docs lint clean
+.PHONY: install lock demo test test-ci test-sweeps test-slow test-all test-gpu test-versions test-oldest test-newest bench docs lint clean
 
 install: $(STAMP)
 
@@ -42,6 +42,10 @@ PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
 
 test: install
 	$(PYTEST)
+
+# Long tests, most of which start processes: those of the slow ones that CI runs.
+test-ci: install
+	$(PYTEST) -m ci
 
 # Every family of transformers and mlx-lm: equal, or refused with the expected reason. Each test is one process's, so both
 # workers share them.

@@ -18,7 +18,9 @@ settings.register_profile("tests", deadline=None)
 settings.load_profile("tests")
 
 ROOT = Path(__file__).resolve().parent
-SLOW: dict[str, list[str] | int] = tomllib.loads((ROOT / "slow.toml").read_text())["kept"]
+_LISTS = tomllib.loads((ROOT / "slow.toml").read_text())
+SLOW: dict[str, list[str] | int] = _LISTS["kept"]
+CI = {f"{file}::{name}" for file, names in _LISTS["ci"].items() for name in names}
 
 POOLS = {"ranks": "torch ranks", "on": "torch ranks", "mlx_ranks": "mlx ranks", "on_mlx": "mlx ranks"}
 """The functions that a test module takes ranks of a shared pool from, and the tests that run on one worker for that."""
@@ -56,7 +58,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             seen[function].append(parameters.removesuffix("]"))
             if place % kept if isinstance(kept, int) else seen[function][-1] not in kept:
                 item.add_marker(pytest.mark.slow)
+        if function in CI and item.get_closest_marker("slow") is None:
+            item.add_marker(pytest.mark.slow)
+            item.add_marker(pytest.mark.ci)
     if not any("::" in argument for argument in config.args):
+        files, there = {item.nodeid.partition("::")[0] for item in items}, {i.nodeid.partition("[")[0] for i in items}
+        gone = sorted(one for one in CI if one.partition("::")[0] in files and one not in there)
+        if gone:
+            raise pytest.UsageError(f"tests/slow.toml names {', '.join(gone)}, which do not exist.")
         for function, found in seen.items():
             kept = SLOW[function]
             if not isinstance(kept, int) and not set(found) >= set(kept):
