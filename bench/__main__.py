@@ -28,6 +28,7 @@ from bench import (
     pipeline_decode,
     planner,
     quantized,
+    sharded,
     startup,
     waiting,
 )
@@ -46,6 +47,7 @@ COMPARISONS = {
     "compile": compile.run,
     "pipeline": pipeline.run,
     "pipeline-decode": pipeline_decode.run,
+    "sharded": sharded.run,
     "load": load.run,
     "checkpoint": checkpoint.run,
     "planner": planner.run,
