@@ -196,6 +196,33 @@ def test_refuses_what_it_cannot_compute(data: dict[str, Any], more: dict[str, An
         assert why in found
 
 
+def _bytes_kept(data: dict[str, Any], mesh: dict[str, int], length: int) -> int:
+    """Bytes that a rank keeps for backward of a forward of one sequence, its logits included."""
+    where: dict[str, Any] = dict(mesh) if mesh else {"groups": single_groups()}
+    model: Any = fresh(data, dtype="float32", seed=3, **where)
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    context = Context.of({"input_ids": _TOKENS[None, :length]}, plan_of(model)[1].cp)
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    with (
+        context_of(context.split({"input_ids": _TOKENS[None, :length]})) as given,
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+    ):
+        keep(model(**given, use_cache=False).logits)
+    return sum(storage.nbytes() for place, storage in kept.items() if place not in own)
+
+
+@pytest.mark.parametrize("name", ["llama-7-heads-1-kv", "mistral"])
+def test_the_longest_sequence_in_the_same_memory_is_nearly_twice_as_long(name: str) -> None:
+    whole = ranks(1).run(_bytes_kept, CONFIGS[name], {}, 450)[0]
+    for half in ranks(2).run(_bytes_kept, CONFIGS[name], {"cp": 2}, 900):
+        assert half <= whole * 2 / 1.9
+
+
 def _saved_and_loaded(folder: str) -> tuple[list[float], list[float]]:
     model = fresh(CONFIGS["llama-7-heads-1-kv"], dtype="float64", seed=3, cp=2)
     train(model, _TOKENS, SETTINGS, saves=Saves(Path(folder), every=2))
