@@ -22,11 +22,11 @@ from torch import Tensor, nn
 
 from partita.errors import DivergedError, ModelError, PlanError
 from partita.torch.layers.compiled import compiled_parts
-from partita.torch.model.parts import plan_of
+from partita.torch.model.parts import distributed_experts, plan_of
 from partita.torch.stages.copies import copies_of
 from partita.torch.stages.cut import is_cut, stage_layers
 from partita.torch.stages.memory import StageMemory
-from partita.torch.training.norms import owned_parts, unsplit_norm
+from partita.torch.training.norms import expert_part, owned_parts, unsplit_norm
 from partita.torch.training.shards import Slot, gather_shards, scatter_gradients
 
 
@@ -63,13 +63,13 @@ class ShardedOptimizer(StageMemory):
         """
         self.model, self.level = model, level
         self.plan, self.groups = plan_of(model)
-        self.comm = self.groups.replicas
+        self.experts = distributed_experts(model, self.plan)
         trained = {id(p) for group in groups for p in group["params"]}
         if level == 3:
             _refuse_gathering(model)
         # What stays quantized is another class, whose tensors are not the parameter's own.
         self.slots = {
-            id(p): Slot.of(name, p, self.comm)
+            id(p): Slot.of(name, p, self.groups.edp if id(p) in self.experts else self.groups.replicas)
             for name, p in model.named_parameters()
             if id(p) in trained or (level == 3 and type(p) is nn.Parameter)
         }
@@ -141,7 +141,7 @@ class ShardedOptimizer(StageMemory):
             return
         for slot in self.slots.values():
             slot.open()
-        gather_shards(list(self.slots.values()), self.comm, Slot.allocate)
+        gather_shards(list(self.slots.values()), Slot.allocate)
         for slot in self.slots.values():
             slot.attach()
 
@@ -257,12 +257,12 @@ class ShardedOptimizer(StageMemory):
         for slot, norm in zip(has, torch._foreach_norm(grads, float("inf")) if grads else (), strict=True):
             before = self.largest.get(slot)
             self.largest[slot] = norm if before is None else torch.maximum(before, norm)
-        self._seen += scatter_gradients(slots, self.comm)
+        self._seen += scatter_gradients(slots)
 
     def _gather(self, unit: _Unit) -> None:
         if self.level == 3 and not unit.is_gathered:
             unit.is_gathered = True
-            gather_shards(unit.slots, self.comm, Slot.allocate)
+            gather_shards(unit.slots, Slot.allocate)
 
     def _release(self, unit: _Unit) -> None:
         if self.level == 3 and unit.is_gathered:
@@ -272,13 +272,12 @@ class ShardedOptimizer(StageMemory):
 
     def finish(self) -> None:
         """Reduce the gradients that are left: of parameters outside of the layers, and of copies on several stages."""
-        if self.trained:
+        for slots in self._by_ranks():
             has = torch.tensor(
-                [slot.parameter.grad is not None for slot in self.trained], dtype=torch.int32,
-                device=self.trained[0].shard.device,
-            )  # fmt: skip
-            left = self.comm.all_reduce_(has).tolist()
-            self._scatter([slot for slot, one in zip(self.trained, left, strict=True) if one])
+                [slot.parameter.grad is not None for slot in slots], dtype=torch.int32, device=slots[0].shard.device
+            )
+            left = slots[0].comm.all_reduce_(has).tolist()
+            self._scatter([slot for slot, one in zip(slots, left, strict=True) if one])
         with_gradient: set[Slot] = set()
         if self._seen:
             counts = torch.stack([count.double() for _, count in self._seen]).tolist()
@@ -288,6 +287,11 @@ class ShardedOptimizer(StageMemory):
             if slot not in with_gradient:
                 slot.shard.grad = None
 
+    def _by_ranks(self) -> list[list[Slot]]:
+        """The slots of trained parameters, those on the same ranks together."""
+        kinds = ([s for s in self.trained if (id(s.parameter) in self.experts) is one] for one in (False, True))
+        return [slots for slots in kinds if slots]
+
     def norms(self) -> dict[str, Tensor]:
         """The largest element of each gradient of this replica in the step, by the parameter's name."""
         return {slot.name: self.largest[slot] for slot in self.trained if slot in self.largest}
@@ -295,10 +299,18 @@ class ShardedOptimizer(StageMemory):
     @torch.no_grad()
     def clip(self, clip_norm: float) -> float:
         """As `replicas.clip_gradients`, of the shards' gradients."""
-        owned = owned_parts(self.model, self.plan, self.groups)
+        groups, owned = self.groups, owned_parts(self.model, self.plan, self.groups)
         grads = [(slot, slot.shard.grad) for slot in self.trained if slot.shard.grad is not None]
-        found = [(slot.owned(owned[id(slot.parameter)], grad), None) for slot, grad in grads]
-        norm = float(unsplit_norm(found, 2.0, (self.comm, self.groups.tp, self.groups.pp))[0])
+        dense, sent = (
+            [
+                (slot.owned(owned[id(slot.parameter)], grad), None)
+                for slot, grad in grads
+                if (id(slot.parameter) in self.experts) is kind
+            ]
+            for kind in (False, True)
+        )
+        axes = (groups.replicas, groups.tp, groups.pp)
+        norm = float(unsplit_norm(dense, 2.0, axes, *expert_part(sent, groups, groups.edp))[0])
         if clip_norm and norm > clip_norm:
             for _, grad in grads:
                 grad.mul_(clip_norm / (norm + 1e-6))
@@ -314,7 +326,7 @@ class ShardedOptimizer(StageMemory):
         self.inner.step()
         self.inner.zero_grad(set_to_none=True)
         if self.level < 3:
-            gather_shards(self.trained, self.comm, lambda slot: slot.parameter.data)
+            gather_shards(self.trained, lambda slot: slot.parameter.data)
 
 
 def _others(model: nn.Module, layers: set[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
