@@ -189,6 +189,22 @@ class Communicator:
         dist.all_gather(parts, padded, group=self.group)
         return torch.cat([part[:n] for part, n in zip(parts, sizes, strict=True)]).movedim(0, dim)
 
+    def start_all_gather(self, tensor: Tensor) -> tuple[Tensor, Work]:
+        """Start to gather contiguous tensors `[n, ...]` along their first dim; the `[size * n, ...]` are there after `wait()`.
+
+        Where nothing is gained by it (see `overlaps`), they are there at once.
+        """
+        if not self.overlaps(tensor):
+            return self.all_gather(tensor, 0), _DONE
+        rows = tensor.new_empty((self.size * tensor.shape[0], *tensor.shape[1:]))
+        work = dist.all_gather_into_tensor(rows, tensor, group=self.group, async_op=True)
+        assert work is not None
+        return rows, work
+
+    def overlaps(self, tensor: Tensor) -> bool:
+        """Whether collectives of such tensors proceed while this rank computes."""
+        return self.group is not None and self.size > 1 and not self._is_staged(tensor)
+
     @operators.traced_as(operators.reduce_scatter)
     @waits_in("a reduce-scatter")
     def reduce_scatter(self, tensor: Tensor, dim: int = 0, sizes: Sequence[int] | None = None) -> Tensor:

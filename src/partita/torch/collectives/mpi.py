@@ -164,6 +164,10 @@ class MpiCommunicator(Communicator):
         self.all_reduce_(tensor)
         return Communicator.single().start_all_reduce_(tensor)
 
+    def overlaps(self, tensor: Tensor) -> bool:
+        """See `Communicator.overlaps`; Open MPI's proceed only while a rank waits for them."""
+        return not self._goes(tensor) and super().overlaps(tensor)
+
     @operators.traced_as(operators.all_gather)
     def all_gather(self, tensor: Tensor, dim: int = -1, sizes: Sequence[int] | None = None) -> Tensor:
         """See `Communicator.all_gather`."""

@@ -2,8 +2,8 @@
 
         1   gradients of all elements are summed on every replica; each steps its shard, and the parameters are gathered
         2   the gradients of a layer are summed and scattered to their owners when its last backward of the step is complete
-        3   and a layer's parameters are gathered before its forward and its backward, and released after them; gradients are
-            scattered after every backward
+        3   and a layer's parameters are gathered before its forward and its backward, while the layer before it computes,
+            and released after them; gradients are scattered after every backward
 
 Bytes a rank for P bfloat16 parameters over N replicas, with float32 masters and AdamW's moments: 4P + 12P/N, 2P + 14P/N and
 16P/N. Source: Rajbhandari et al. 2020, 1910.02054.
@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from partita.torch.stages.copies import copies_of
 from partita.torch.stages.cut import is_cut, stage_layers
 from partita.torch.stages.memory import StageMemory
 from partita.torch.training.norms import expert_part, owned_parts, unsplit_norm
-from partita.torch.training.shards import Slot, gather_shards, scatter_gradients
+from partita.torch.training.shards import Slot, Target, gather_shards, scatter_gradients, start_gathering
 
 
 @dataclass(eq=False)
@@ -37,6 +38,7 @@ class _Unit:
     module: nn.Module | None
     slots: list[Slot]
     is_gathered: bool = False
+    coming: Callable[[Target], None] | None = None
 
 
 class ShardedOptimizer(StageMemory):
@@ -158,7 +160,7 @@ class ShardedOptimizer(StageMemory):
             yield
         finally:
             for unit in (self._outside, *self._layers.values()):
-                unit.is_gathered = False
+                unit.is_gathered, unit.coming = False, None
             for slot in self.slots.values():
                 slot.close()
 
@@ -175,6 +177,8 @@ class ShardedOptimizer(StageMemory):
     def _enters(self, unit: _Unit) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self._gather(unit)
+            if not self._is_backward:
+                self._start_next(unit)
             hidden = args[0] if args else kwargs.get("hidden_states")
             # The gradient of a leaf may arrive before those of the layer's parameters.
             if not self._is_backward and isinstance(hidden, Tensor) and hidden.requires_grad and not hidden.is_leaf:
@@ -189,13 +193,18 @@ class ShardedOptimizer(StageMemory):
             self._release(unit)
             hidden = output[0] if isinstance(output, (tuple, list)) else output
             if isinstance(hidden, Tensor) and hidden.requires_grad:
-                hidden.register_hook(lambda grad: self._gather(unit))
+                hidden.register_hook(lambda grad: self._enters_backward(unit))
 
         return hook
+
+    def _enters_backward(self, unit: _Unit) -> None:
+        self._gather(unit)
+        self._start_next(unit)
 
     @contextmanager
     def forward(self, stage: int) -> Iterator[None]:
         """See `StageMemory`."""
+        self._order(self._stage(stage)[::-1])
         self._gather(self._outside)
         try:
             yield
@@ -208,6 +217,7 @@ class ShardedOptimizer(StageMemory):
         self._is_backward = True
         self._reduces = has_weights and self._is_due(is_last)
         self._waiting = self._stage(stage) if self._reduces else []
+        self._order(self._stage(stage))
         self._gather(self._outside)
         try:
             yield
@@ -262,7 +272,21 @@ class ShardedOptimizer(StageMemory):
     def _gather(self, unit: _Unit) -> None:
         if self.level == 3 and not unit.is_gathered:
             unit.is_gathered = True
-            gather_shards(unit.slots, Slot.allocate)
+            finish = unit.coming or start_gathering(unit.slots)
+            unit.coming = None
+            finish(Slot.allocate)
+
+    def _order(self, units: Sequence[_Unit]) -> None:
+        """Set the order in which layers are used from now on."""
+        self._next = {id(one): after for one, after in pairwise(units)}
+
+    def _start_next(self, unit: _Unit) -> None:
+        """Start to gather the layer that is used after `unit`, if that proceeds while `unit` computes."""
+        after = self._next.get(id(unit))
+        if self.level < 3 or after is None or after.is_gathered or after.coming is not None or not after.slots:
+            return
+        if all(slot.comm.overlaps(slot.shard) for slot in after.slots):
+            after.coming = start_gathering(after.slots)
 
     def _release(self, unit: _Unit) -> None:
         if self.level == 3 and unit.is_gathered:

@@ -153,17 +153,39 @@ def scatter_gradients(slots: Sequence[Slot]) -> list[tuple[Slot, Tensor]]:
     return found
 
 
+Target = Callable[[Slot], Tensor]
+"""Returns the tensor of a parameter's shape that is filled from its shards."""
+
+
 @torch.no_grad()
-def gather_shards(slots: Sequence[Slot], target: Callable[[Slot], Tensor]) -> None:
-    """Copy the shards of all replicas into tensors of the parameters' shapes; every replica calls it with the same slots."""
+def start_gathering(slots: Sequence[Slot]) -> Callable[[Target], None]:
+    """Start to gather the shards of all replicas; every replica calls it with the same slots.
+
+    Returns:
+        A function that waits for them and copies them into the tensors that it is given.
+    """
+    started = []
     for bucket in _buckets(slots):
         total = sum(slot.chunk for slot in bucket)
         mine = torch.zeros((1, total), dtype=bucket[0].parameter.dtype, device=bucket[0].parameter.device)
         for slot, offset in _offsets(bucket):
             mine[0, offset : offset + slot.shard.numel()] = slot.shard.data
-        rows = bucket[0].comm.all_gather(mine, 0)
-        for slot, offset in _offsets(bucket):
-            target(slot).copy_(slot.shaped(rows[:, offset : offset + slot.chunk].reshape(-1)[: slot.numel]))
+        started.append((bucket, *bucket[0].comm.start_all_gather(mine)))
+
+    @torch.no_grad()
+    def finish(target: Target) -> None:
+        for bucket, rows, work in started:
+            work.wait()
+            for slot, offset in _offsets(bucket):
+                target(slot).copy_(slot.shaped(rows[:, offset : offset + slot.chunk].reshape(-1)[: slot.numel]))
+        started.clear()
+
+    return finish
+
+
+def gather_shards(slots: Sequence[Slot], target: Target) -> None:
+    """Copy the shards of all replicas into tensors of the parameters' shapes; every replica calls it with the same slots."""
+    start_gathering(slots)(target)
 
 
 @torch.no_grad()
