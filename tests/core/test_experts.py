@@ -33,13 +33,35 @@ def test_experts_are_distributed_unevenly() -> None:
         assert ".experts." in name or plan.tensor(name) == other
 
 
-@pytest.mark.parametrize("mesh", [Mesh(tp=2, ep=2), Mesh(dp=2, pp=2, tp=2, ep=2, etp=1)])
+def test_experts_fold_over_replicas_and_tensor_ranks() -> None:
+    mesh = Mesh(dp=2, pp=2, tp=2, ep=4, etp=1)
+    plan = Plan.make(mixtral(5), mesh, "Et|tL")
+    experts, query = "model.layers.0.mlp.experts.down_proj", "model.layers.0.self_attn.q_proj.weight"
+    # dp            0  0  1  1
+    # tp            0  1  0  1
+    stage = mesh.distinct_ranks(0)
+    assert stage == (0, 1, 4, 5)
+    assert [plan.part(plan.tensor(experts), rank) for rank in stage] == [0, 1, 2, 3]
+    assert [plan.part(plan.tensor(query), rank) for rank in stage] == [0, 1, 0, 1]
+    assert [plan.local_shape(experts, rank)[0] for rank in stage] == [2, 1, 1, 1]
+    held = [sum(plan.local_shape(experts, rank)[0] for rank in mesh.distinct_ranks(pp)) for pp in range(2)]
+    assert held == [5, 5]
+    assert plan.rank_bytes(0) - plan.rank_bytes(4) == 4 * 3 * 20 * 28
+
+
+MESHES = [
+    Mesh(tp=2, ep=2), Mesh(dp=2, pp=2, tp=2, ep=2, etp=1), Mesh(dp=2, ep=2), Mesh(dp=2, tp=2, ep=4, etp=1),
+    Mesh(cp=2, dp=2, ep=2), Mesh(dp=3, tp=2, ep=3, etp=1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("mesh", MESHES)
 def test_every_element_has_one_owner_and_json_keeps_it(mesh: Mesh) -> None:
     spec = mixtral(5)
     plan = Plan.make(spec, mesh)
     for name, cut in plan.cuts.items():
         owned = 0
-        for rank in range(mesh.tp):
+        for rank in range(mesh.axis_size(cut.axis)):
             size = 1
             for ranges in cut.owned_ranges(rank):
                 size *= sum(stop - start for start, stop in ranges)
@@ -52,8 +74,10 @@ def test_every_element_has_one_owner_and_json_keeps_it(mesh: Mesh) -> None:
     ("spec", "mesh", "why"),
     [
         (llama(), {"tp": 2, "ep": 2}, r"no layer of the model \(llama\) has fused experts. Leave ep out"),
-        (mixtral(2), {"tp": 3, "ep": 3}, "ep=3 needs at least 3 experts, but there are 2. Use ep=2 or less"),
+        (mixtral(2), {"tp": 3, "ep": 3}, "ep=3 needs at least 3 experts, but there are 2. Leave ep out"),
         (mixtral(5), {"tp": 2, "etp": 1}, "etp=1 differs from tp=2, but ep is 1"),
+        (mixtral(5), {"dp": 2, "tp": 2, "ep": 2}, "ep=2 with etp=2 would .* Use etp=1 with ep=2, or with ep=4"),
+        (mixtral(5), {"dp": 4, "tp": 2, "ep": 8, "etp": 1}, "needs at least 8 experts, but there are 5. Use ep=4"),
     ],
 )
 def test_refuses_with_the_reason(spec: ModelSpec, mesh: dict[str, int], why: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +18,7 @@ from partita.core.mesh import Mesh
 from partita.errors import ModelError, PlanError
 from partita.torch import Sampling, generate
 from partita.torch.collectives.groups import make_groups, single_groups
+from partita.torch.compile import compile_layers
 from partita.torch.load import load
 from partita.torch.model.float64 import Float64Everywhere
 from partita.torch.model.transformers_models import build_on_meta, read_hf_config
@@ -75,6 +77,16 @@ CASES = [
     ("qwen3-moe", Mesh(tp=2, ep=2, pp=2)),
     ("deepseek-v3", Mesh(tp=2, ep=2)),
     ("gpt-oss", Mesh(tp=2, ep=2)),
+    ("mixtral, 5 experts", Mesh(dp=2, ep=2)),
+    ("gpt-oss", Mesh(dp=2, ep=2)),
+    ("deepseek-v3", Mesh(cp=2, ep=2)),
+    ("qwen3-moe", Mesh(dp=2, pp=2, ep=2)),
+    ("mixtral, 5 experts", Mesh(dp=3, ep=3)),
+    ("qwen3-moe", Mesh(dp=2, tp=2, ep=4, etp=1)),
+    ("qwen3-moe", Mesh(dp=2, tp=2, ep=2, etp=1)),
+    ("mixtral, 5 experts", Mesh(dp=4, ep=2)),
+    ("qwen3-moe", Mesh(tp=4, ep=2, etp=1)),
+    ("deepseek-v3", Mesh(tp=3, dp=2, ep=2, etp=1)),
 ]
 
 
@@ -85,15 +97,15 @@ def test_distributed_experts_equal_the_unsplit_model(name: str, mesh: Mesh) -> N
         assert {kind for kind, _, _ in differences} == {"module", "output", "gradient"}
         assert [d for d in differences if not d[2] <= 1e-12] == []
     unsplit = fill_unsplit(build_on_meta(read_hf_config(MODELS[name]), torch.float64))
-    assert sum(held for _, held in found) == sum(
+    assert sum(held for _, held in found) == mesh.axis_size("edp") * sum(
         p.numel() for path, p in unsplit.named_parameters() if ".experts." in path
     )
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [Mesh(tp=2, ep=2), Mesh(dp=2, ep=2)], ids=repr)
 @pytest.mark.parametrize("routing", ["to one rank", "ties"])
-def test_any_routing(routing: Routing) -> None:
-    for differences, _ in ranks(2).run(_differences, MODELS["gpt-oss"], Mesh(tp=2, ep=2), routing):
+def test_any_routing(routing: Routing, mesh: Mesh) -> None:
+    for differences, _ in ranks(2).run(_differences, MODELS["gpt-oss"], mesh, routing):
         assert {name for kind, name, _ in differences if kind == "gradient" and "experts" in name}
         assert [d for d in differences if not d[2] <= 1e-12] == []
 
@@ -131,16 +143,31 @@ TRAINED: dict[str, tuple[dict[str, int], dict[str, Any]]] = {
     "ep 2, replicas": ({"tp": 2, "ep": 2, "etp": 1, "dp": 2}, {"zero": True}),
     "ep 3, recomputed": ({"tp": 3, "ep": 3}, {"checkpointing": "full"}),
     "ep 2, muon": ({"tp": 2, "ep": 2}, {"optimizer": "muon"}),
+    "ep 2 over replicas": ({"dp": 2, "ep": 2}, {}),
+    "ep 3 over replicas, recomputed": ({"dp": 3, "ep": 3}, {"checkpointing": "full", "batch_size": 6}),
+    "ep 2 of 4 replicas": ({"dp": 4, "ep": 2}, {"microbatches": 1}),
+    "ep 2 of 4 replicas, ZeRO-1": ({"dp": 4, "ep": 2}, {"microbatches": 1, "zero": 1}),
+    "ep 2 of 4 replicas, ZeRO-2": ({"dp": 4, "ep": 2}, {"microbatches": 1, "zero": 2}),
+    "ep 2 of 4 replicas, ZeRO-3": ({"dp": 4, "ep": 2}, {"microbatches": 1, "zero": 3}),
+    "ep 2 over replicas, stages": ({"dp": 2, "pp": 2, "ep": 2}, {"schedule": "zb-h1"}),
+    "ep 2 over replicas, stages, ZeRO-3": ({"dp": 2, "pp": 2, "ep": 2}, {"zero": 3}),
+    "ep 4 over replicas and tensor ranks": ({"dp": 2, "tp": 2, "ep": 4, "etp": 1}, {}),
+    "ep 2 of 4 tensor ranks": ({"tp": 4, "ep": 2, "etp": 1}, {}),
+    "ep 2 of replicas and tensor ranks, muon": (
+        {"dp": 3, "tp": 2, "ep": 3, "etp": 1},
+        {"optimizer": "muon", "batch_size": 6},
+    ),
+    "ep 2 over parts of sequences": ({"cp": 2, "ep": 2}, {}),
+    "ep 4 over parts of sequences and replicas": ({"cp": 2, "dp": 2, "ep": 4}, {"zero": 1}),
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("case", TRAINED)
 def test_trains_and_saves_like_the_unsplit_model(case: str, tmp_path: Path) -> None:
     mesh, more = TRAINED[case]
     exact = 1e-5 if "checkpointing" in more else 1e-12
     alone = {key: value for key, value in more.items() if key not in ("schedule", "zero")}
-    alone["microbatches"] = 2 * mesh.get("dp", 1)  # one auxiliary loss for each
+    alone["microbatches"] = more.get("microbatches", 2) * mesh.get("dp", 1)  # one auxiliary loss for each
     losses, norms = ranks(1).run(_trained, AUXILIARY, {}, alone, str(tmp_path / "alone"))[0]
     for theirs in ranks(Mesh(**mesh).size).run(_trained, AUXILIARY, mesh, more, str(tmp_path / "split")):
         assert theirs[0] == pytest.approx(losses, rel=exact)
@@ -149,6 +176,51 @@ def test_trains_and_saves_like_the_unsplit_model(case: str, tmp_path: Path) -> N
     assert expected.keys() == found.keys()
     for name, value in expected.items():
         assert float((found[name] - value).abs().max()) <= exact, name
+
+
+def _resumed(folder: str, mesh: dict[str, int], more: dict[str, Any]) -> list[float]:
+    where: dict[str, Any] = dict(mesh) if mesh else {"groups": single_groups()}
+    run = RunFolder(Path(folder))
+    model = load(run.step_folder(2), dtype="float64", **where)
+    with Float64Everywhere():
+        reports = train(model, _TOKENS, _settings(**more), resume=run.step_folder(2))
+    return [report.loss for report in reports] + [report.grad_norm for report in reports]
+
+
+RESUMED: list[tuple[dict[str, int], dict[str, Any], dict[str, int], dict[str, Any]]] = [
+    ({"dp": 2, "ep": 2}, {"zero": 1}, {"tp": 2, "ep": 2}, {"microbatches": 4}),
+    ({"tp": 2, "pp": 2, "ep": 2}, {"microbatches": 4}, {"dp": 2, "pp": 2, "ep": 2}, {"zero": 3}),
+    ({"dp": 4, "ep": 2}, {"microbatches": 1, "zero": 3}, {"dp": 2, "tp": 2, "ep": 4, "etp": 1}, {}),
+    ({"dp": 2, "ep": 2}, {}, {}, {"microbatches": 4}),
+]
+
+
+@pytest.mark.parametrize("case", range(len(RESUMED)))
+def test_resumes_in_another_layout(case: int, tmp_path: Path) -> None:
+    before, first, after, then = RESUMED[case]
+    whole = ranks(Mesh(**before).size).run(_trained, AUXILIARY, before, first, str(tmp_path))[0]
+    for found in ranks(Mesh(**after).size).run(_resumed, str(tmp_path), after, then):
+        assert found == pytest.approx([whole[0][2], whole[1][2]], rel=1e-11)
+
+
+def _uneven(mesh: dict[str, int], packing: bool) -> tuple[list[float], float]:
+    """Documents of unlike lengths; the replicas evaluate unlike numbers of them."""
+    where: dict[str, Any] = dict(mesh) if mesh else {"groups": single_groups()}
+    model = fresh(CONFIGS["qwen3-moe"], dtype="float64", seed=3, **where)
+    documents = [[int(_TOKENS[31 * n + i]) for i in range(3 + 5 * n % 11)] for n in range(9)]
+    settings = _settings(packing=packing, microbatches=2 if mesh else 4, eval_every=2)
+    with Float64Everywhere():
+        reports = train(model, documents, settings, eval_data=documents[:5])
+    return [report.loss for report in reports], next(r.eval_loss for r in reports if r.eval_loss is not None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("packing", [False, True])
+def test_documents_of_unlike_lengths(packing: bool) -> None:
+    (expected,) = ranks(1).run(_uneven, {}, packing)
+    for losses, evaluated in ranks(2).run(_uneven, {"dp": 2, "ep": 2}, packing):
+        assert losses == pytest.approx(expected[0], rel=1e-12)
+        assert evaluated == pytest.approx(expected[1], rel=1e-12)
 
 
 def _written(folder: str, mesh: dict[str, int]) -> tuple[int, ...]:
@@ -174,9 +246,10 @@ def _adapted(mesh: dict[str, int]) -> list[float]:
 
 
 @pytest.mark.slow
-def test_adapters_beside_distributed_experts() -> None:
+@pytest.mark.parametrize("mesh", [{"tp": 2, "ep": 2}, {"dp": 2, "ep": 2}])
+def test_adapters_beside_distributed_experts(mesh: dict[str, int]) -> None:
     (expected,) = ranks(1).run(_adapted, {})
-    for found in ranks(2).run(_adapted, {"tp": 2, "ep": 2}):
+    for found in ranks(2).run(_adapted, mesh):
         assert found == pytest.approx(expected, rel=1e-12)
 
 
@@ -216,3 +289,31 @@ def _refusal(data: dict[str, Any], mesh: dict[str, Any]) -> str:
 def test_refuses_what_it_cannot_distribute(data: dict[str, Any], mesh: dict[str, int], why: str) -> None:
     for found in ranks(2).run(_refusal, data, mesh):
         assert why in found
+
+
+def _refusals() -> list[str]:
+    """What only `train` may do with experts that replicas hold together."""
+    model = fresh(CONFIGS["qwen3-moe"], seed=0, dp=2, ep=2)
+    ids = torch.arange(6).view(1, 6)
+    calls: list[Callable[[], Any]] = [
+        lambda: generate(model, [[1, 2, 3]], Sampling(max_new_tokens=2)),
+        lambda: model.generate(input_ids=ids, max_new_tokens=2),  # type: ignore[operator]
+        lambda: model.train()(input_ids=ids),
+        lambda: torch.nn.parallel.DistributedDataParallel(model),
+        lambda: compile_layers(model),
+    ]
+    found = []
+    for call in calls:
+        with pytest.raises(ModelError) as error:
+            call()
+        found.append(str(error.value))
+    return found
+
+
+def test_refuses_what_replicas_cannot_do_together() -> None:
+    for found in ranks(2).run(_refusals):
+        for why, text in zip(
+            found, ("generate indep", "generate indep", "a loop of your own", "Parallel", "compiled"), strict=True
+        ):
+            assert text in why
+            assert "ep=2" in why

@@ -185,6 +185,39 @@ def test_bytes_are_those_of_the_formulas(shape: dict[str, Any]) -> None:
     assert losses[:8] == [losses[0]] * 8
 
 
+def order_of_gathers(checkpointing: bool) -> list[str]:
+    """What a replica starts to gather, and which layer it computes, in the first step."""
+    model: Any = fresh(quiet("llama-7-heads-1-kv", num_hidden_layers=3), dtype="float64", seed=3, dp=2)
+    events: list[str] = []
+    layer_of = {name: name.split("layers.")[1][0] for name, _ in model.named_parameters() if "layers." in name}
+    start, gathering = sharded.start_gathering, sharded.ShardedOptimizer._enters_backward
+
+    def started(slots: Any) -> Any:
+        if slots[0].name in layer_of:
+            events.append(f"gather {layer_of[slots[0].name]}")
+        return start(slots)
+
+    def backward(self: Any, unit: Any) -> None:
+        gathering(self, unit)
+        events.append(f"backward {layer_of[unit.slots[0].name]}")
+
+    for index, layer in enumerate(model.model.layers):
+        layer.register_forward_hook(lambda *_, index=index: events.append(f"forward {index}"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharded, "start_gathering", started)
+        patch.setattr(sharded.ShardedOptimizer, "_enters_backward", backward)
+        train(model, tokens(), replace(SETTINGS, zero=3, microbatches=1, steps=1, checkpointing=checkpointing))
+    return events
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_layer_is_gathered_while_the_one_before_it_computes(checkpointing: bool) -> None:
+    for events in ranks(2).run(order_of_gathers, checkpointing):
+        assert events[:6] == ["gather 0", "gather 1", "forward 0", "gather 2", "forward 1", "forward 2"]
+        after = [event for event in events[6:] if not event.startswith("forward")]
+        assert after == ["gather 2", "gather 1", "backward 2", "gather 0", "backward 1", "backward 0"]
+
+
 def refused(settings: dict[str, Any], changes: dict[str, Any], compiled: bool) -> str:
     model = fresh({**quiet("opt"), **changes}, dtype="float32", seed=3, dp=2)
     if compiled:

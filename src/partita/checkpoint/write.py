@@ -264,7 +264,7 @@ def write_folder(
 
     Args:
         path: The folder to write.
-        groups: This rank's groups; the first replica writes.
+        groups: This rank's groups; ranks with the first copy of a tensor write.
         files: The planned files, the same on every rank.
         beside: Writes the other files of the folder, on the first rank.
         write: Writes a rank's own parts.
@@ -288,7 +288,7 @@ def write_folder(
                     write_index(partial, files)
                     beside(partial)
             with collective():
-                if groups.dp.rank == 0:
+                if groups.writes:
                     with Writer(partial, files) as writer:
                         write(writer)
             with collective():

@@ -21,8 +21,8 @@ from partita.cli.arguments.model import (
     plan_early,
     read_tokenizer,
     refuse_compile,
-    refuse_context,
     refuse_device,
+    refuse_training_axes,
     request_of,
 )
 from partita.cli.arguments.options import (
@@ -359,7 +359,7 @@ def _planned(options: GenerateOptions, sequences: int) -> tuple[PlanRequest, Pla
     )  # fmt: skip
     request, given = planned(request, given, options, work, auto=options.auto)
     plan = plan_early(request, given)
-    refuse_context(request)
+    refuse_training_axes(request)
     refuse_device(name, options.device)
     if options.compile:
         refuse_compile(name)

@@ -159,6 +159,7 @@ def as_data(model: str | None, made: Plan, *, tensors: bool) -> dict[str, Any]:
             {
                 "rank": rank,
                 **mesh.coordinate(rank)._asdict(),
+                **({"ep": mesh.expert_coordinate(rank).ep} if mesh.ep > 1 else {}),
                 "parameters": made.rank_parameters(rank),
                 "bytes": made.rank_bytes(rank),
                 "unpacked_bytes": made.rank_bytes(rank, unpacked=spec.is_packed),
@@ -173,7 +174,12 @@ def as_data(model: str | None, made: Plan, *, tensors: bool) -> dict[str, Any]:
                 "name": cut.name,
                 "shape": cut.shape,
                 "dim": cut.dim,
-                "ranges": [list(cut.split.ranges(tp)) for tp in range(mesh.tp)] if cut.split is not None else None,
+                **({"axis": cut.axis} if mesh.ep > 1 else {}),
+                "ranges": (
+                    None
+                    if cut.split is None
+                    else [list(cut.split.ranges(part)) for part in range(mesh.axis_size(cut.axis))]
+                ),
                 "tied_to": spec.tensors[cut.name].tied_to,
             }
             for cut in made.cuts.values()

@@ -108,9 +108,33 @@ class Mesh:
         return self.etp or 1
 
     @property
-    def layer_mesh(self) -> Mesh:
-        """The ranks that hold one layer together: this mesh without replicas, stages and context ranks."""
-        return Mesh(tp=self.tp, ep=self.ep, etp=self.etp)
+    def layer_meshes(self) -> tuple[Mesh, ...]:
+        """The smallest meshes that hold a layer as this one does; none if one rank holds a layer.
+
+        Experts that are distributed beyond a tensor group are in two: distributed over it, and over replicas.
+        """
+        inside = (Mesh(tp=self.tp, ep=self.tp if self.ep > 1 else 1),) if self.tp > 1 else ()
+        beyond = (Mesh(dp=self.ep, ep=self.ep),) if self.ep > 1 and self.experts_send_tokens else ()
+        return (*inside, *beyond)
+
+    @property
+    def experts_send_tokens(self) -> bool:
+        """Whether tokens are sent to the ranks of their experts; not inside a tensor group, whose ranks have all tokens."""
+        return self.ep > 1 and (self.ep, self.expert_tp) != (self.tp, 1)
+
+    @property
+    def experts_join_replicas(self) -> bool:
+        """Whether several replicas (dp) hold the experts of a layer together, so that they must compute it together."""
+        return self.ep > 1 and self.cp * self.tp % (self.ep * self.expert_tp) != 0
+
+    @property
+    def distinct(self) -> int:
+        """How many of a stage's ranks, in their order, hold different parts; the parts repeat after them."""
+        return math.lcm(self.tp, self.ep * self.expert_tp) if self.ep > 1 else self.tp
+
+    def distinct_ranks(self, pp: int) -> tuple[int, ...]:
+        """The first `distinct` ranks of pipeline rank `pp`."""
+        return self.group(("dp", "cp", "tp"), self.rank(pp=pp))[: self.distinct]
 
     def to_data(self) -> dict[str, int]:
         """The sizes as plain data; axes that are not used are left out. `Mesh(**data)` is the inverse."""

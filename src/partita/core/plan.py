@@ -226,12 +226,16 @@ class Plan:
 
     def local_shape(self, name: str, rank: int) -> tuple[int, ...]:
         """The shape of `rank`'s part of tensor `name`."""
-        return self.tensor(name).local_shape(self.mesh.coordinate(rank).tp)
+        return self.tensor(name).local_shape(self.part(self.tensor(name), rank))
+
+    def part(self, cut: TensorPlan, rank: int) -> int:
+        """The part of a tensor that `rank` holds: its index along the axis over which the tensor is split."""
+        return self.mesh.expert_coordinate(rank).ep if cut.axis == "ep" else self.mesh.coordinate(rank).tp
 
     def rank_parameters(self, rank: int) -> int:
         """Parameters that `rank` holds, copies counted."""
-        tp, tensors = self.mesh.coordinate(rank).tp, self.spec.tensors
-        return sum(t.local_numel(tp) for t in self.held_by(rank) if not tensors[t.name].is_buffer)
+        tensors = self.spec.tensors
+        return sum(t.local_numel(self.part(t, rank)) for t in self.held_by(rank) if not tensors[t.name].is_buffer)
 
     def rank_bytes(self, rank: int, *, unpacked: bool = False) -> int:
         """Bytes of the weights and saved buffers that `rank` holds.
@@ -241,8 +245,8 @@ class Plan:
             unpacked: Whether quantized weights count in the model's dtype, as where the engine unpacks them, rather than packed
                 as they are on disk.
         """
-        tp, spec = self.mesh.coordinate(rank).tp, self.spec
-        held = ((t.local_numel(tp), spec.tensors[t.name]) for t in self.held_by(rank))
+        spec = self.spec
+        held = ((t.local_numel(self.part(t, rank)), spec.tensors[t.name]) for t in self.held_by(rank))
         return math.ceil(sum(numel * spec.bits_of(tensor, unpacked=unpacked) for numel, tensor in held) / 8)
 
     def bytes_outside_layers(self, pp: int) -> int:

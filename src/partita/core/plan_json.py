@@ -49,7 +49,12 @@ def as_data(plan: PlanFacts) -> dict[str, Any]:
     places: dict[Split, int] = {}
     spec = plan.spec
     cuts = {
-        name: {"dim": cut.dim, "split": index(cut.split), "partial_grad": cut.partial_grad}
+        name: {
+            "dim": cut.dim,
+            "split": index(cut.split),
+            "partial_grad": cut.partial_grad,
+            **({} if cut.axis == "tp" else {"axis": cut.axis}),
+        }
         for name, cut in plan.cuts.items()
         if cut.split is not None or cut.partial_grad
     }
@@ -108,15 +113,20 @@ def from_data(data: dict[str, Any]) -> PlanFacts:
     for name, tensor in spec.tensors.items():
         cut = data["tensors"].get(name, {})
         cuts[name] = TensorPlan(
-            name, tensor.shape, cut.get("dim"), split(cut.get("split")), cut.get("partial_grad", False)
+            name,
+            tensor.shape,
+            cut.get("dim"),
+            split(cut.get("split")),
+            cut.get("partial_grad", False),
+            cut.get("axis", "tp"),
         )
-        _check_cut(cuts[name], mesh.tp)
+        _check_cut(cuts[name], mesh)
     modules = {p: ModulePlan.from_data(p, {**m, "split": split(m["split"])}) for p, m in data["modules"].items()}
     attention = {
         p: AttentionPlan(p, a["num_heads"], a["num_kv_heads"], split(a["heads"]), split(a["kv_heads"]))  # type: ignore[arg-type]
         for p, a in data["attention"].items()
     }
-    _check_parts(modules, attention, mesh.tp)
+    _check_parts(modules, attention, mesh)
     layout = PipelineParallelLayerLayout(data["layout"], mesh.pp)
     placement = data.get("placement", "loop")
     if placement not in PLACEMENTS:
@@ -164,20 +174,26 @@ def _spec_from_data(model: Mapping[str, Any]) -> ModelSpec:
     return spec
 
 
-def _check_cut(cut: TensorPlan, tp: int) -> None:
+def _check_cut(cut: TensorPlan, mesh: Mesh) -> None:
     _is(bool, "partial_grad", cut.partial_grad)
+    if cut.axis not in ("tp", "ep"):
+        raise PlanError(f"tensor {cut.name}: `axis` must be tp or ep, but is {cut.axis!r:.40}.")
     if (cut.dim is None) != (cut.split is None):
         raise PlanError(f"tensor {cut.name}: `dim` and `split` go together, but one is missing.")
     if cut.dim is None or cut.split is None:
         return
-    if _whole("dim", cut.dim) >= len(cut.shape) or (cut.split.parts, cut.split.size) != (tp, cut.shape[cut.dim]):
+    parts = mesh.axis_size(cut.axis)
+    if _whole("dim", cut.dim) >= len(cut.shape) or (cut.split.parts, cut.split.size) != (parts, cut.shape[cut.dim]):
         raise PlanError(
-            f"tensor {cut.name}: its split ({cut.split}) along dim {cut.dim} does not fit its shape {cut.shape} and tp={tp}."
+            f"tensor {cut.name}: its split ({cut.split}) along dim {cut.dim} does not fit its shape {cut.shape} and "
+            f"{cut.axis}={parts}."
         )
 
 
-def _check_parts(modules: Mapping[str, ModulePlan], attention: Mapping[str, AttentionPlan], tp: int) -> None:
+def _check_parts(modules: Mapping[str, ModulePlan], attention: Mapping[str, AttentionPlan], mesh: Mesh) -> None:
+    tp = mesh.tp
     for module in modules.values():
+        parts = mesh.ep if module.distributed is True else tp
         flags = (module.gather_output, module.split_input, module.transposed, module.distributed)
         blocks = [block for blocks in module.expand if blocks is not None for block in blocks]
         if (
@@ -188,9 +204,9 @@ def _check_parts(modules: Mapping[str, ModulePlan], attention: Mapping[str, Atte
             )
             or len(module.expand) not in (0, tp)
             or (module.split is None) != (module.style == "replicate")
-            or (module.split is not None and module.split.parts != tp)
+            or (module.split is not None and module.split.parts != parts)
         ):
-            raise PlanError(f"module {module.path}: {module} is not a valid split of a module over {tp} ranks.")
+            raise PlanError(f"module {module.path}: {module} is not a valid split of a module over {parts} ranks.")
     for heads in attention.values():
         sizes = (_whole("num_heads", heads.num_heads), _whole("num_kv_heads", heads.num_kv_heads))
         if (

@@ -15,7 +15,7 @@ from partita.core.sharding.split import deal
 from partita.errors import ModelError, PlanError
 from partita.mlx.collectives.collective_errors import collective_errors
 from partita.mlx.collectives.comm import Communicator
-from partita.mlx.collectives.groups import ParallelGroups, as_communicator
+from partita.mlx.collectives.groups import as_communicator, single_groups
 from partita.mlx.model.mlx_lm_models import config_of, spec_of
 from partita.mlx.model.parts import parameter_homes
 from partita.mlx.proof.stages import prove_stages
@@ -52,8 +52,8 @@ def pipeline_auto_parallel(
     Source: `pipeline_auto_parallel` of LocalAI's `backend/python/mlx-distributed/sharding.py`.
     """
     comm = as_communicator(group)
-    mesh, alone = Mesh(pp=comm.size), Communicator.single()
-    groups = ParallelGroups(mesh, alone, comm, alone, alone, alone)
+    mesh = Mesh(pp=comm.size)
+    groups = single_groups(mesh, pp=comm)
     slices: list[Any] = comm.all_gather_object((start_layer, end_layer))
     with collective_errors(groups):
         spec = spec_of(model)

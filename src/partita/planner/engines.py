@@ -18,7 +18,7 @@ class Features:
         sequence_parallel: Whether activations between products can be split over the tokens.
         overlap_gradients: Whether gradients can be summed over replicas while the backward runs.
         context: Whether the sequences of training can be split over ranks (cp).
-        experts: Whether the experts of a layer can be distributed over the ranks of a tensor group (ep = tp, etp = 1).
+        experts: Whether complete experts of a layer can be distributed over the ranks of a stage (etp = 1).
     """
 
     zero: tuple[int, ...] = (0, 1, 2, 3)
@@ -44,7 +44,7 @@ def unsupported(arrangement: Arrangement, features: Features) -> tuple[str, ...]
     found, mesh = [], arrangement.mesh
     if mesh.cp > 1 and not features.context:
         found.append(f"--cp {mesh.cp}")
-    if mesh.ep > 1 and not (features.experts and (mesh.ep, mesh.expert_tp) == (mesh.tp, 1)):
+    if mesh.ep > 1 and not (features.experts and mesh.expert_tp == 1):
         found.append(f"--ep {mesh.ep}")
     if arrangement.zero not in features.zero:
         found.append(f"--zero {arrangement.zero}")

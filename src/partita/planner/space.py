@@ -150,7 +150,7 @@ def meshes(ranks: int, fixed: Fixed, *, num_layers: int, max_tp: int) -> Iterato
             if fixed.dp not in (None, dp):
                 continue
             try:
-                yield Mesh(dp=dp, pp=pp, tp=tp, cp=cp, ep=ep)
+                yield Mesh(dp=dp, pp=pp, tp=tp, cp=cp, ep=ep, etp=1 if ep > 1 else None)
             except PlanError:
                 continue  # ep does not divide the ranks of a stage
 
@@ -158,6 +158,8 @@ def meshes(ranks: int, fixed: Fixed, *, num_layers: int, max_tp: int) -> Iterato
 def groups(mesh: Mesh, work: Work, fixed: Fixed, num_layers: int) -> Iterator[Group]:
     """Every group of a mesh: the micro-batches, schedules and numbers of stages that `partita train` accepts for it."""
     if work.purpose != "train":
+        if mesh.experts_join_replicas:
+            return
         yield from _inference_group(mesh, work, fixed)
         return
     if work.batch_size % mesh.dp:

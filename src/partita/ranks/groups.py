@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Generic, Protocol, Self, TypeVar
 
-from partita.core.mesh import Axis, Mesh
+from partita.core.mesh import Axis, ExpertAxis, Mesh
+from partita.core.sharding.cuts import TensorPlan
 
 
 class Communicator(Protocol):
@@ -28,8 +29,8 @@ class Communicator(Protocol):
         """Wait until every rank of the group has called this."""
 
 
-AXES_OF_GROUPS: Mapping[str, tuple[Axis, ...]] = MappingProxyType(
-    {"tp": ("tp",), "pp": ("pp",), "dp": ("dp",), "cp": ("cp",), "replicas": ("dp", "cp")}
+AXES_OF_GROUPS: Mapping[str, tuple[Axis, ...] | ExpertAxis] = MappingProxyType(
+    {"tp": ("tp",), "pp": ("pp",), "dp": ("dp",), "cp": ("cp",), "replicas": ("dp", "cp"), "ep": "ep", "edp": "edp"}
 )
 """The axes of a mesh along which each group of `AxisGroups` extends."""
 
@@ -48,6 +49,8 @@ class AxisGroups(Generic[C]):
         dp: The data parallel group: the replicas, which see different sequences.
         cp: The context parallel group, whose ranks see parts of the same sequences.
         replicas: The ranks that hold the same weights, and whose gradients are summed: dp and cp together.
+        ep: The ranks that hold the experts of a layer together; this rank alone if experts are not distributed.
+        edp: The ranks that hold the same experts; `replicas` if experts are not distributed.
     """
 
     mesh: Mesh
@@ -56,6 +59,25 @@ class AxisGroups(Generic[C]):
     dp: C
     cp: C
     replicas: C
+    ep: C
+    edp: C
+
+    def part(self, cut: TensorPlan) -> int:
+        """The part of a tensor that this rank holds: its index along the axis over which the tensor is split."""
+        return self.ep.rank if cut.axis == "ep" else self.tp.rank
+
+    def along(self, cut: TensorPlan) -> C:
+        """The ranks that hold the parts of a tensor."""
+        return self.ep if cut.axis == "ep" else self.tp
+
+    def copies(self, cut: TensorPlan | None) -> C:
+        """The ranks that hold the same part of a tensor as this one, apart from tensor ranks; None for one of no plan."""
+        return self.edp if cut is not None and cut.axis == "ep" else self.replicas
+
+    @property
+    def writes(self) -> bool:
+        """Whether this rank has the first copy of some tensor of the unsplit model."""
+        return self.dp.rank == 0 or (self.mesh.ep > 1 and self.edp.rank == 0)
 
     @property
     def rank(self) -> int:
@@ -89,11 +111,11 @@ def along_axes(mesh: Mesh, make: Callable[[Sequence[Sequence[int]]], T]) -> dict
         mesh: The mesh of the run.
         make: Returns this rank's communicator, given the global ranks of all groups along the same axes.
     """
-    made: dict[tuple[Axis, ...], T] = {}
+    made: dict[tuple[tuple[int, ...], ...], T] = {}
     found: dict[str, T] = {}
     for name, axes in AXES_OF_GROUPS.items():
-        used = tuple(axis for axis in axes if mesh.axis_size(axis) > 1)
-        if used not in made:
-            made[used] = make(mesh.groups(used or axes))
-        found[name] = made[used]
+        groups = mesh.groups(axes)
+        if groups not in made:
+            made[groups] = make(groups)
+        found[name] = made[groups]
     return found

@@ -15,7 +15,7 @@ from partita.core.sharding.split import deal
 from partita.errors import ModelError, PlanError
 from partita.torch.collectives.collective_errors import collective_errors_in
 from partita.torch.collectives.comm import Communicator
-from partita.torch.collectives.groups import ParallelGroups, init_process_group, single_groups
+from partita.torch.collectives.groups import init_process_group, single_groups
 from partita.torch.loops.watch import watch
 from partita.torch.model.towers import forbid_media
 from partita.torch.model.transformers_models import spec_of
@@ -55,9 +55,8 @@ def pipeline_auto_parallel(
     """
     init_process_group()
     comm = group if isinstance(group, Communicator) else Communicator(group)
-    alone = single_groups()
     mesh = Mesh(pp=comm.size)
-    groups = ParallelGroups(mesh, alone.tp, comm, alone.dp, alone.cp, alone.replicas)
+    groups = single_groups(mesh=mesh, pp=comm)
     slices: list[Any] = comm.all_gather_object((start_layer, end_layer))
     with collective_errors_in(comm):
         spec = spec_of(model)

@@ -25,7 +25,7 @@ def compile_layers(model: nn.Module, *, generates: bool = False) -> int:
         The number of layers that this rank holds.
 
     Raises:
-        ModelError: A rank has no C++ compiler, or the weights are quantized; on every rank.
+        ModelError: A rank has no C++ compiler, the weights are quantized, or tokens are sent to their experts; on every rank.
 
     Examples:
         >>> model = pt.load("./model", tp=2)
@@ -38,5 +38,10 @@ def compile_layers(model: nn.Module, *, generates: bool = False) -> int:
             raise ModelError(
                 "the layers of a quantized model cannot be compiled: each weight would become a graph of its own. Leave "
                 "compile out, or call partita.torch.dequantize(model) first."
+            )
+        if plan.mesh.experts_send_tokens:
+            raise ModelError(
+                f"ep={plan.mesh.ep} sends each token to the ranks of its experts, whose numbers differ from step to step, so "
+                "the layers cannot be compiled. Leave compile out, or use ep=tp, or tp without ep."
             )
         return compile_each(model, plan, generates=generates)

@@ -34,7 +34,7 @@ from partita.torch.stages.pipeline import Pipeline
 from partita.torch.training.local_step import LocalStep, device_peak_flops, peak_bytes, traced
 from partita.torch.training.make_optimizer import make_optimizer
 from partita.torch.training.objective import CROSS_ENTROPY, Example, Objective, check_trainable, examples, loss_of
-from partita.torch.training.replicas import clip_gradients, start_alike, sum_gradients
+from partita.torch.training.replicas import by_copies, clip_gradients, start_alike, sum_gradients
 from partita.torch.training.sharded import ShardedOptimizer
 from partita.torch.weights.adapters import adapters
 from partita.torch.weights.fill import as_dtype
@@ -140,7 +140,8 @@ def train(
     objective = Objective(loss, loss_weight)
     _check(model, settings, objective)
     check_own(model, optimizer, settings)
-    start_alike([p for p in model.parameters() if p.requires_grad], groups.replicas)
+    for copied, comm in by_copies(model):
+        start_alike(copied, comm)
     steps = _Steps.of(model, settings, optimizer)
     memory = steps.memory
     pipeline = Pipeline(model, schedule, memory)
@@ -363,7 +364,8 @@ def _sum_gradients(pipeline: Pipeline, local: LocalStep | None) -> None:
         return
     if local is not None:
         local.before_sum()
-    sum_gradients([p for p in model.parameters() if p.requires_grad], pipeline.groups.replicas)
+    for copied, comm in by_copies(model):
+        sum_gradients(copied, comm)
 
 
 def _clipped(pipeline: Pipeline, clip_norm: float) -> float:

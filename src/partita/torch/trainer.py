@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from partita.core.sharding.split import deal
 from partita.errors import ModelError
 from partita.torch.collectives.groups import ParallelGroups
+from partita.torch.loops.watch import refuse_sent_experts
 from partita.torch.model.parts import plan_of
 from partita.torch.training.fused_head import give_fused_head
 from partita.torch.training.replicas import sum_gradients
@@ -118,6 +119,7 @@ class _SplitTraining:
             raise ModelError(
                 "a split model cannot be trained in float16: a small gradient would be lost. Use bf16=True."
             )
+        refuse_sent_experts(self._split_groups.mesh)
         _be_alone(self._split_groups.rank)
         split = [unwrapped(one) for one in (model, given.get("ref_model")) if isinstance(one, nn.Module)]
         forwards = [one.forward for one in split]

@@ -17,6 +17,7 @@ from partita.core.model.mtp import with_mtp
 from partita.core.model.spec import ModelSpec, read_config
 from partita.core.plan import Plan
 from partita.core.request import PlanRequest, SplitRequest
+from partita.core.sharding.experts import why_not_alone
 from partita.core.sharding.rules import Rules
 from partita.errors import ModelError, PlanError, UnknownFamilyError
 from partita.notes import note
@@ -58,8 +59,10 @@ def request_of(
     return found, plan
 
 
-def refuse_context(request: PlanRequest) -> None:
-    """Raise `PlanError` for context parallel ranks where nothing is trained."""
+def refuse_training_axes(request: PlanRequest) -> None:
+    """Raise `PlanError` for context parallel ranks and for experts over replicas where nothing is trained."""
+    if why := why_not_alone(request.mesh):
+        raise PlanError(why)
     if request.mesh.cp > 1:
         raise PlanError(
             f"cp={request.mesh.cp} splits the sequences of training only; texts are generated on tp, pp and dp ranks. Leave "

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from partita.cli.layout import describe
-from partita.cli.terminal.console import count, size
+from partita.cli.terminal.console import count, runs, size
 from partita.core.model.spec import ModelSpec
 from partita.core.plan import Plan
 
@@ -50,21 +50,23 @@ def part_of(spec: ModelSpec, name: str, *, is_before: bool) -> str:
 
 
 def held_bytes(plan: Plan, rank: int) -> dict[tuple[str, bool], float]:
-    """Bytes that `rank` holds of each part, apart for what the tensor ranks split and what each of them holds complete.
+    """Bytes that `rank` holds of each part, apart for what the ranks of a layer split and what each of them holds complete.
 
-    The keys are (part, whether it is complete on every tensor rank). The values come to `plan.rank_bytes(rank)`.
+    The keys are (part, whether it is complete on every rank of the layer). The values come to `plan.rank_bytes(rank)`.
     """
-    tp, spec = plan.mesh.coordinate(rank).tp, plan.spec
+    spec, is_split = plan.spec, plan.mesh.distinct > 1
     held: dict[tuple[str, bool], float] = {}
     for cut in plan.held_by(rank):
         is_before = spec.layer_of(cut.name) is None and plan.is_before_layers(cut.name)
-        key = part_of(spec, cut.name, is_before=is_before), plan.mesh.tp > 1 and cut.split is None
-        held[key] = held.get(key, 0.0) + cut.local_numel(tp) * spec.bits_of(spec.tensors[cut.name]) / 8
+        key = part_of(spec, cut.name, is_before=is_before), is_split and cut.split is None
+        held[key] = (
+            held.get(key, 0.0) + cut.local_numel(plan.part(cut, rank)) * spec.bits_of(spec.tensors[cut.name]) / 8
+        )
     return held
 
 
 def as_data(plan: Plan) -> dict[str, Any]:
-    """What each rank of the first replica holds, as data for a picture that something else draws."""
+    """What the ranks that hold different parts hold, as data for a picture that something else draws."""
     spec, mesh = plan.spec, plan.mesh
     ranks = []
     for row in _rows(plan):
@@ -87,11 +89,11 @@ def as_data(plan: Plan) -> dict[str, Any]:
 
 
 def _row_name(ranks: list[int]) -> str:
-    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]}-{ranks[-1]}"
+    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {runs(ranks).replace(' ', '')}"
 
 
 def picture(plan: Plan, path: Path) -> None:
-    """Draw what each rank of the first replica holds into a .svg or .png file."""
+    """Draw what the ranks that hold different parts hold into a .svg or .png file."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -110,7 +112,10 @@ def picture(plan: Plan, path: Path) -> None:
         left, 1 - 0.3 / total, f"{spec.architecture or spec.family}: {count(spec.parameters)} parameters, {mesh}",
         fontsize=12, fontweight="bold", va="center",
     )  # fmt: skip
-    replica = f"; one of {mesh.dp} equal replicas" if mesh.dp > 1 else ""
+    copies = mesh.stage_size // mesh.distinct
+    replica = f"; one of {copies} equal sets of ranks" if copies > 1 else ""
+    if mesh.dp == copies > 1:
+        replica = f"; one of {mesh.dp} equal replicas"
     most = max(plan.rank_bytes(ranks[0]) for ranks in rows)
     figure.text(
         left, 1 - 0.58 / total,
@@ -124,8 +129,8 @@ def picture(plan: Plan, path: Path) -> None:
 def _rows(plan: Plan) -> list[list[int]]:
     """The ranks of each bar, stage by stage."""
     mesh = plan.mesh
-    stages = [[mesh.rank(pp=pp, tp=tp) for tp in range(mesh.tp)] for pp in range(mesh.pp)]
-    if mesh.pp * mesh.tp <= MAX_ROWS:
+    stages = [mesh.distinct_ranks(pp) for pp in range(mesh.pp)]
+    if mesh.pp * mesh.distinct <= MAX_ROWS:
         return [[rank] for ranks in stages for rank in ranks]
     return [list(alike) for ranks in stages for _, alike in groupby(ranks, key=plan.rank_bytes)]
 
@@ -197,7 +202,9 @@ def _legend(figure: Any, used: set[tuple[str, bool]], total: float) -> None:
     parts = [part for part in PARTS if any(part == name for name, _ in used)]
     handles = [Patch(facecolor=PARTS[part], label=part) for part in parts]
     if any(is_copy for _, is_copy in used):
-        handles.append(Patch(facecolor="0.6", edgecolor="white", hatch="////", label="complete on every tensor rank"))
+        handles.append(
+            Patch(facecolor="0.6", edgecolor="white", hatch="////", label="complete on every rank of a layer")
+        )
     figure.legend(
         handles=handles, loc="lower center", ncols=len(handles), fontsize=9, frameon=False,
         bbox_to_anchor=(0.5, 0.06 / total), handlelength=1.6, columnspacing=1.4,

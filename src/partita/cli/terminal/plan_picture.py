@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from partita.cli.layout import describe
 from partita.cli.terminal.console import count, layer_ids, out, plural, runs, size
+from partita.core.mesh import Mesh
 from partita.core.model.quantization import quantization_name
 from partita.core.model.spec import ModelSpec
 from partita.core.plan import Plan
@@ -106,7 +107,7 @@ def _layout_lines(head: str, layout: str, width: int) -> Iterator[str]:
 
 
 def _map(plan: Plan, console: Console) -> Table:
-    """A row for each pipeline rank, a column for each tensor rank (or for all that hold the same amount).
+    """A row for each pipeline rank, a column for each rank of a layer (or for all that hold the same amount).
 
     Where this is too wide, each group of ranks has a row.
     """
@@ -118,7 +119,7 @@ def _map(plan: Plan, console: Console) -> Table:
     table = Table(box=box.SQUARE, show_lines=True, header_style="bold")
     table.add_column("")
     for group in groups:
-        table.add_column(f"tp {_range(group)}", justify="center", no_wrap=True)
+        table.add_column(_place(mesh, group), justify="center", no_wrap=True)
     table.add_column("layers")
     for pp in range(mesh.pp):
         cells = [
@@ -136,12 +137,13 @@ def _fits(table: Table, console: Console) -> bool:
 
 
 def _list(plan: Plan) -> Table:
-    """A row for each pipeline rank and each group of its tensor ranks that hold the same amount."""
+    """A row for each pipeline rank and each group of its ranks that hold the same amount."""
     from rich import box
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
-    for head in ("pp", "tp", "ranks", "each holds"):
+    places = "tp" if plan.mesh.distinct == plan.mesh.tp else "place"
+    for head in ("pp", places, "ranks", "each holds"):
         table.add_column(head, no_wrap=True)
     table.add_column("layers")
     for pp in range(plan.mesh.pp):
@@ -154,22 +156,36 @@ def _list(plan: Plan) -> Table:
 
 
 def _held(plan: Plan, pp: int, group: list[int]) -> tuple[str, str]:
-    """The ranks of a group of tensor ranks, and what each holds."""
-    rank, last = (plan.mesh.rank(pp=pp, tp=tp) for tp in (group[0], group[-1]))
-    label = f"rank {rank}" if len(group) == 1 else f"ranks {rank}-{last}, each"
+    """The ranks at some places of a stage, and what each holds."""
+    ranks = [plan.mesh.distinct_ranks(pp)[place] for place in group]
+    rank = ranks[0]
+    label = f"rank {rank}" if len(group) == 1 else f"ranks {_range(ranks)}, each"
     return label, f"{count(plan.rank_parameters(rank))}, {size(plan.rank_bytes(rank))}"
 
 
 def _columns(plan: Plan, *, always: bool = False) -> list[list[int]]:
-    """The tensor ranks in each column of the map; with `always`, ranks that hold the same share one also if they are few."""
+    """The ranks of a stage in each column of the map, as places in their order.
+
+    With `always`, ranks that hold the same share a column also if they are few.
+    """
     mesh = plan.mesh
-    if mesh.tp <= WIDE_TP and not always:
-        return [[tp] for tp in range(mesh.tp)]
+    if mesh.distinct <= WIDE_TP and not always:
+        return [[place] for place in range(mesh.distinct)]
 
-    def held(tp: int) -> tuple[int, ...]:
-        return tuple(plan.rank_bytes(mesh.rank(pp=pp, tp=tp)) for pp in range(mesh.pp))
+    def held(place: int) -> tuple[int, ...]:
+        return tuple(plan.rank_bytes(mesh.distinct_ranks(pp)[place]) for pp in range(mesh.pp))
 
-    return [list(group) for _, group in groupby(range(mesh.tp), key=held)]
+    return [list(group) for _, group in groupby(range(mesh.distinct), key=held)]
+
+
+def _place(mesh: Mesh, group: list[int]) -> str:
+    """The coordinates of some places of a stage."""
+    if mesh.distinct == mesh.tp:
+        return f"tp {_range(group)}"
+    first, last = (mesh.coordinate(mesh.distinct_ranks(0)[place]) for place in (group[0], group[-1]))
+    names = [name for name in ("dp", "cp", "tp") if mesh.axis_size(name) > 1]
+    ends = [" ".join(f"{name} {getattr(here, name)}" for name in names) for here in (first, last)]
+    return " to ".join(dict.fromkeys(ends))
 
 
 def _stage_lines(plan: Plan, pp: int) -> Iterator[str]:
@@ -181,13 +197,20 @@ def _stage_lines(plan: Plan, pp: int) -> Iterator[str]:
 
 def _totals(plan: Plan) -> str:
     mesh, spec = plan.mesh, plan.spec
-    one_replica = range(mesh.pp * mesh.tp)
-    held = [plan.rank_parameters(rank) for rank in one_replica]
+    shown = [rank for pp in range(mesh.pp) for rank in mesh.distinct_ranks(pp)]
+    held = [plan.rank_parameters(rank) for rank in shown]
     lines = []
-    if mesh.dp > 1:
-        lines.append(f"This is replica 0 of {mesh.dp}; replica d holds the same on ranks {len(held)} * d + these.")
+    if mesh.distinct == mesh.tp and mesh.dp > 1:
+        replica = mesh.size // mesh.dp
+        lines.append(f"This is replica 0 of {mesh.dp}; replica d holds the same on ranks {replica} * d + these.")
+    if mesh.distinct == mesh.tp and mesh.cp > 1:
+        lines.append(f"The {mesh.cp} context ranks of a stage hold the same.")
+    if mesh.tp < mesh.distinct < mesh.stage_size:
+        lines.append(
+            f"The other ranks hold the same: each part is on {mesh.stage_size // mesh.distinct} sets of ranks."
+        )
     if len(held) > 1:
-        most = max(one_replica, key=plan.rank_bytes)
+        most = max(shown, key=plan.rank_bytes)
         copies = sum(held) - spec.parameters
         lines.append(
             f"Total: {count(sum(held))} parameters, of which {count(copies)} ({copies / spec.parameters:.2%}) are copies. "
@@ -218,7 +241,7 @@ def _cut_tables(plan: Plan, *, all_kinds: bool) -> Iterator[Table]:
     for layer, cuts in inside.items():
         key = tuple((_inner_name(plan, cut), cut.shape, cut.dim, cut.split) for cut in cuts)
         kinds.setdefault(key, []).append(layer)
-    if plan.mesh.tp == 1 and not all_kinds:
+    if plan.mesh.distinct == 1 and not all_kinds:
         return
     shown = sorted(kinds.values(), key=len, reverse=True)[: None if all_kinds else 1]
     for ids in sorted(shown):
@@ -246,11 +269,13 @@ def _fill(plan: Plan, cuts: list[TensorPlan], title: str, width: int) -> Table:
     from rich import box
     from rich.table import Table
 
-    tp = plan.mesh.tp
-    over = f", split over tp {tp}" if tp > 1 else ""
+    mesh = plan.mesh
+    axes = [("tp", mesh.tp), *([("ep", mesh.ep)] if any(cut.axis == "ep" for cut in cuts) else [])]
+    over = " and ".join(f"{axis} {size}" for axis, size in axes if size > 1)
+    over = f", split over {over}" if over else ""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=f"{title}{over}", title_justify="left", title_style="bold")
     heads = ["shape", "split", "ranks"] if width else ["shape", "split", "ranks along the dimension", "shape per rank"]
-    heads = heads if tp > 1 else heads[:1]
+    heads = heads if mesh.distinct > 1 else heads[:1]
     for head in ("tensor", *heads):
         table.add_column(head, no_wrap=True)
     rows = [(name, cells[: len(heads)]) for name, cells in (_row(plan, cut, narrow=width > 0) for cut in cuts)]
@@ -266,7 +291,7 @@ def _row(plan: Plan, cut: TensorPlan, *, narrow: bool) -> tuple[str, list[str | 
     if cut.split is None or cut.dim is None:
         return name, [_shape(cut.shape), "", _plain("on every rank" if narrow else "unsplit on every rank"), ""]
     bar = _bar(cut.split, BAR_WIDTH // (2 if narrow else 1))
-    return name, [_shape(cut.shape), _dim_name(cut), bar, _parts(cut, plan.mesh.tp)]
+    return name, [_shape(cut.shape), _dim_name(cut), bar, _parts(cut)]
 
 
 def _folded(name: str, room: int) -> str:
@@ -280,13 +305,16 @@ def _folded(name: str, room: int) -> str:
 
 
 def _dim_name(cut: TensorPlan) -> str:
+    if cut.axis == "ep":
+        return "experts"
     if len(cut.shape) == 2:
         return "columns" if cut.dim else "rows"
     return f"dim {cut.dim}" if len(cut.shape) > 1 else "entries"
 
 
-def _parts(cut: TensorPlan, tp: int) -> str:
-    shapes = [cut.local_shape(rank) for rank in range(tp)]
+def _parts(cut: TensorPlan) -> str:
+    assert cut.split is not None
+    shapes = [cut.local_shape(rank) for rank in range(cut.split.parts)]
     kinds = dict.fromkeys(shapes)
     if len(kinds) == 1:
         return _shape(shapes[0])

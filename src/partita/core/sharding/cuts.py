@@ -1,4 +1,4 @@
-"""The splits of a model's tensors, modules and attention layers over the tensor ranks."""
+"""The splits of a model's tensors, modules and attention layers over the ranks that hold a layer together."""
 
 from __future__ import annotations
 
@@ -6,22 +6,28 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 from partita.core.sharding.rules import Style
 from partita.core.sharding.split import Split, kv_positions
 
+SplitAxis = Literal["tp", "ep"]
+"""The axes of a mesh over whose ranks a tensor is split."""
+
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """The split of one tensor over the tensor axis.
+    """The split of one tensor over the tensor axis, or of a tensor of distributed experts over the expert axis.
+
+    A *part* below is the index of a rank along `axis` (`Plan.part`, `AxisGroups.part`).
 
     Attributes:
         name: Its name in the unsplit model.
         shape: Its unsplit shape.
         dim: The dimension that is split, or None if it is replicated.
-        split: The ranges of that dimension on each rank.
+        split: The ranges of that dimension of each part.
         partial_grad: Whether ranks that hold the same elements each see a part of their gradient, to sum.
+        axis: The axis whose ranks hold the parts.
     """
 
     name: str
@@ -29,32 +35,33 @@ class TensorPlan:
     dim: int | None = None
     split: Split | None = None
     partial_grad: bool = False
+    axis: SplitAxis = "tp"
 
-    def local_shape(self, tp_rank: int) -> tuple[int, ...]:
-        """The shape of a tensor rank's part."""
+    def local_shape(self, part: int) -> tuple[int, ...]:
+        """The shape of a part."""
         if self.split is None or self.dim is None:
             return self.shape
-        return (*self.shape[: self.dim], self.split.local_size(tp_rank), *self.shape[self.dim + 1 :])
+        return (*self.shape[: self.dim], self.split.local_size(part), *self.shape[self.dim + 1 :])
 
-    def local_numel(self, tp_rank: int) -> int:
-        """Elements of a tensor rank's part."""
-        return math.prod(self.local_shape(tp_rank))
+    def local_numel(self, part: int) -> int:
+        """Elements of a part."""
+        return math.prod(self.local_shape(part))
 
-    def ranges(self, tp_rank: int) -> tuple[tuple[tuple[int, int], ...], ...]:
-        """For each dimension the ranges of the unsplit tensor that a tensor rank holds, in local order."""
+    def ranges(self, part: int) -> tuple[tuple[tuple[int, int], ...], ...]:
+        """For each dimension the ranges of the unsplit tensor that a part has, in local order."""
         ranges = [((0, size),) for size in self.shape]
         if self.split is not None and self.dim is not None:
-            return (*ranges[: self.dim], self.split.ranges(tp_rank), *ranges[self.dim + 1 :])
+            return (*ranges[: self.dim], self.split.ranges(part), *ranges[self.dim + 1 :])
         return tuple(ranges)
 
-    def owned_ranges(self, tp_rank: int) -> tuple[tuple[tuple[int, int], ...], ...]:
-        """The ranges that the rank owns: over all tensor ranks every element once."""
+    def owned_ranges(self, part: int) -> tuple[tuple[tuple[int, int], ...], ...]:
+        """The ranges that a part owns: over all parts every element once."""
         if self.split is None or self.dim is None:
-            return self.ranges(tp_rank) if tp_rank == 0 else ((),) * len(self.shape)
+            return self.ranges(part) if part == 0 else ((),) * len(self.shape)
         return (
-            *self.ranges(tp_rank)[: self.dim],
-            self.split.owned_ranges(tp_rank),
-            *self.ranges(tp_rank)[self.dim + 1 :],
+            *self.ranges(part)[: self.dim],
+            self.split.owned_ranges(part),
+            *self.ranges(part)[self.dim + 1 :],
         )
 
 

@@ -20,19 +20,17 @@ def check_experts(mesh: Mesh) -> None:
                 "ranks. Use ep, or leave etp out."
             )
     elif mesh.expert_tp > 1:
+        most = f", or with ep={mesh.ep * mesh.expert_tp} to use as many ranks" if mesh.ep < mesh.stage_size else ""
         raise PlanError(
             f"ep={mesh.ep} with etp={mesh.etp} would distribute experts and split each of them as well, which a plan cannot "
-            f"express. Use etp=1 with ep={mesh.tp}."
-        )
-    elif mesh.ep != mesh.tp:
-        raise PlanError(
-            f"ep={mesh.ep} with tp={mesh.tp}: experts are distributed over the ranks of a tensor group, so ep must equal tp. "
-            f"Use ep={mesh.tp} with etp=1, or tp={mesh.ep}."
+            f"express. Use etp=1 with ep={mesh.ep}{most}."
         )
 
 
-def experts_of(path: str, tensors: Mapping[str, TensorSpec], ep: int) -> Split:
-    """The experts of each of `ep` ranks; `tensors` are those of the module at `path`, each with a first dimension of experts.
+def experts_of(path: str, tensors: Mapping[str, TensorSpec], mesh: Mesh) -> Split:
+    """The experts of each of the ranks that hold them together.
+
+    `tensors` are those of the module at `path`, each with a first dimension of experts.
 
     Raises:
         PlanError: The tensors are not those of fused experts, or there are fewer experts than ranks.
@@ -45,9 +43,24 @@ def experts_of(path: str, tensors: Mapping[str, TensorSpec], ep: int) -> Split:
             "without ep."
         )
     (count,) = counts
-    if count < ep:
-        raise PlanError(f"{path}: ep={ep} needs at least {ep} experts, but there are {count}. Use ep={count} or less.")
-    return Split.even(count, ep)
+    if count < mesh.ep:
+        nearest = max(n for n in range(1, count + 1) if mesh.stage_size % n == 0)
+        raise PlanError(
+            f"{path}: ep={mesh.ep} needs at least {mesh.ep} experts, but there are {count}. "
+            f"{f'Use ep={nearest}' if nearest > 1 else 'Leave ep out'}."
+        )
+    return Split.even(count, mesh.ep)
+
+
+def why_not_alone(mesh: Mesh) -> str:
+    """Why a replica cannot generate without the others; empty if it can."""
+    if not mesh.experts_join_replicas:
+        return ""
+    inside = f"ep={mesh.tp}" if mesh.tp > 1 else f"tp={mesh.ep} with ep={mesh.ep}"
+    return (
+        f"ep={mesh.ep} distributes experts over several replicas (dp={mesh.dp}), which generate independently: none can "
+        f"wait for the experts of another. Use {inside}, or leave ep out."
+    )
 
 
 def refuse_without_experts(spec: ModelSpec, mesh: Mesh, modules: Mapping[str, ModulePlan]) -> None:

@@ -28,7 +28,7 @@ def resolve(spec: ModelSpec, mesh: Mesh, rules: Rules) -> Resolved:
     check_experts(mesh)
     text = [path for path in spec.modules if (mesh.tp > 1 or mesh.ep > 1) and not spec.is_in_tower(path)]
     found = {path: rules.find(path) or _rule_of_tied_head(spec, path, rules) for path in text}
-    resolver = _Resolver(spec, mesh.tp, _heads_together(spec, found), mesh.ep)
+    resolver = _Resolver(spec, mesh, _heads_together(spec, found))
     for path, rule in found.items():
         if rule is not None and (mesh.tp > 1 or rule.style == "experts"):
             resolver.add(path, rule)
@@ -64,11 +64,11 @@ def _heads_together(spec: ModelSpec, rules: Mapping[str, Rule | None]) -> int:
 
 
 class _Resolver:
-    def __init__(self, spec: ModelSpec, tp: int, together: int, ep: int) -> None:
+    def __init__(self, spec: ModelSpec, mesh: Mesh, together: int) -> None:
         self.spec = spec
-        self.tp = tp
+        self.mesh = mesh
+        self.tp = mesh.tp
         self.together = together
-        self.ep = ep
         self.modules: dict[str, ModulePlan] = {}
         self.attention: dict[str, AttentionPlan] = {}
         self.cuts: dict[str, TensorPlan] = {}
@@ -187,10 +187,10 @@ class _Resolver:
 
     def _experts(self, path: str, rule: Rule, tensors: Mapping[str, TensorSpec]) -> None:
         """Fused experts `[E, 2I, H]` and `[E, H, I]`: the inner width I is split, or with ep the E. Others are replicated."""
-        if self.ep > 1:
-            split = experts_of(path, tensors, self.ep)
+        if self.mesh.ep > 1:
+            split = experts_of(path, tensors, self.mesh)
             self.modules[path] = ModulePlan(path, "experts", split, distributed=True)
-            self.cuts.update((t.name, TensorPlan(t.name, t.shape, 0, split)) for t in tensors.values())
+            self.cuts.update((t.name, TensorPlan(t.name, t.shape, 0, split, axis="ep")) for t in tensors.values())
             return
         if rule.over == "gate_up_pairs":
             self._experts_of_pairs(path, tensors)
@@ -242,7 +242,7 @@ class _Resolver:
                 # If one of the two cannot be split, neither is.
                 self._leave_whole(name)
                 self._leave_whole(tensor.tied_to)
-            elif (mine.dim, mine.split) != (other.dim, other.split):
+            elif (mine.dim, mine.split, mine.axis) != (other.dim, other.split, other.axis):
                 raise PlanError(
                     f"{name} shares its memory with {tensor.tied_to}, but the rules split the two in different ways. "
                     "Give both the same style, e.g. vocab."

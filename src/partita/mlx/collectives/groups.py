@@ -136,10 +136,12 @@ def _along(groups: Sequence[Sequence[int]], world: Communicator) -> Communicator
     return world.split(mine, groups[mine].index(world.rank))
 
 
-def single_groups(mesh: Mesh | None = None, *, tp: Communicator | None = None) -> ParallelGroups:
-    """The groups of a single rank, or of ranks with a tensor group only."""
+def single_groups(
+    mesh: Mesh | None = None, *, tp: Communicator | None = None, pp: Communicator | None = None
+) -> ParallelGroups:
+    """The groups of a single rank, or of ranks with a tensor or a pipeline group only."""
     alone = Communicator.single()
-    return ParallelGroups(mesh or Mesh(), tp or alone, alone, alone, alone, alone)
+    return ParallelGroups(mesh or Mesh(), tp or alone, pp or alone, *(alone,) * 5)
 
 
 def as_communicator(group: Communicator | mx.distributed.Group | None) -> Communicator:

@@ -57,6 +57,12 @@ def exactly_empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device
         return torch.empty(tuple(shape), dtype=dtype, device=device)
 
 
+def _rows_of_bytes(tensor: Tensor) -> Tensor:
+    """The memory of a contiguous tensor `[n, ...]` as `[n, bytes of a row]`."""
+    width = math.prod(tensor.shape[1:])
+    return tensor.view(tensor.shape[0], width).view(torch.uint8)
+
+
 class Communicator:
     """A group of ranks of torch.distributed (gloo, NCCL, MPI), or one rank alone.
 
@@ -183,6 +189,22 @@ class Communicator:
         dist.all_gather(parts, padded, group=self.group)
         return torch.cat([part[:n] for part, n in zip(parts, sizes, strict=True)]).movedim(0, dim)
 
+    def start_all_gather(self, tensor: Tensor) -> tuple[Tensor, Work]:
+        """Start to gather contiguous tensors `[n, ...]` along their first dim; the `[size * n, ...]` are there after `wait()`.
+
+        Where nothing is gained by it (see `overlaps`), they are there at once.
+        """
+        if not self.overlaps(tensor):
+            return self.all_gather(tensor, 0), _DONE
+        rows = tensor.new_empty((self.size * tensor.shape[0], *tensor.shape[1:]))
+        work = dist.all_gather_into_tensor(rows, tensor, group=self.group, async_op=True)
+        assert work is not None
+        return rows, work
+
+    def overlaps(self, tensor: Tensor) -> bool:
+        """Whether collectives of such tensors proceed while this rank computes."""
+        return self.group is not None and self.size > 1 and not self._is_staged(tensor)
+
     @operators.traced_as(operators.reduce_scatter)
     @waits_in("a reduce-scatter")
     def reduce_scatter(self, tensor: Tensor, dim: int = 0, sizes: Sequence[int] | None = None) -> Tensor:
@@ -210,6 +232,27 @@ class Communicator:
             part = torch.empty_like(parts[self.rank])
             dist.reduce_scatter(part, parts, group=self.group)
         return part.movedim(0, dim)
+
+    @waits_in("an all-to-all")
+    def all_to_all(self, tensor: Tensor, sizes: Sequence[int], received: Sequence[int]) -> Tensor:
+        """Send rows to every rank and receive rows from every rank.
+
+        Args:
+            tensor: `[sum(sizes), ...]`, the rows for each rank in rank order.
+            sizes: Number of rows for each rank.
+            received: Number of rows from each rank.
+
+        Returns:
+            `[sum(received), ...]`, in rank order.
+        """
+        if self.size == 1:
+            return tensor
+        if self._is_staged(tensor):
+            return cpu_memory.all_to_all(self, tensor, sizes, received)
+        found = exactly_empty((sum(received), *tensor.shape[1:]), tensor.dtype, tensor.device)
+        into, own = _rows_of_bytes(found), _rows_of_bytes(tensor.detach().contiguous())
+        dist.all_to_all_single(into, own, list(received), list(sizes), group=self.group)
+        return found
 
     def gather_split(self, tensor: Tensor, dim: int, split: Split) -> Tensor:
         """The unsplit tensor of which each rank holds `split.ranges(rank)` of `dim`."""

@@ -42,6 +42,11 @@ def reduce_scatter(comm: Communicator, tensor: Tensor, dim: int, sizes: Sequence
     return comm.reduce_scatter(on_host(tensor), dim, sizes).to(tensor.device)
 
 
+def all_to_all(comm: Communicator, tensor: Tensor, sizes: Sequence[int], received: Sequence[int]) -> Tensor:
+    """The rows that all ranks send to this one."""
+    return comm.all_to_all(on_host(tensor), sizes, received).to(tensor.device)
+
+
 def broadcast_(comm: Communicator, tensor: Tensor, source: int) -> Tensor:
     """Send the tensor of rank `source` to every rank, in place."""
     host = comm.broadcast_(on_host(tensor), source)

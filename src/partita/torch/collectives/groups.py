@@ -71,7 +71,7 @@ class GroupInfo:
 
 
 class ParallelGroups(AxisGroups[Communicator]):
-    """This rank's groups: `.mesh`, `.tp`, `.pp`, `.dp`, `.cp` and `.replicas` (dp and cp), and its rank `.rank` in the run."""
+    """This rank's groups: `.mesh`, `.tp`, `.pp`, `.dp`, `.cp`, `.replicas` (dp and cp), `.ep`, `.edp`, and its `.rank`."""
 
 
 @dataclass(frozen=True)
@@ -226,10 +226,12 @@ def _alone(rank: int, run: dist.ProcessGroup | None) -> Communicator:
     return Communicator(dist.new_group([rank], timeout=_timeout, use_local_synchronization=True))
 
 
-def single_groups(*, mesh: Mesh | None = None, tp: Communicator | None = None) -> ParallelGroups:
-    """The groups of a single rank, or of ranks with a tensor group only."""
+def single_groups(
+    *, mesh: Mesh | None = None, tp: Communicator | None = None, pp: Communicator | None = None
+) -> ParallelGroups:
+    """The groups of a single rank, or of ranks with a tensor or a pipeline group only."""
     alone = Communicator.single()
-    return ParallelGroups(mesh or Mesh(), tp or alone, alone, alone, alone, alone)
+    return ParallelGroups(mesh or Mesh(), tp or alone, pp or alone, *(alone,) * 5)
 
 
 def init_parallelism(

@@ -11,6 +11,7 @@ Every mapping's backward is another mapping of this module, so gradients of any 
     gather_from        split -> replicated         scatter
     all_gather         split -> replicated*        reduce-scatter
     reduce_scatter     partial -> split            all-gather
+    exchange           split -> split              exchange in the other direction
 
     * replicated in value; its gradients are partial, which is how sequence parallelism enters a region.
 """
@@ -137,6 +138,20 @@ class _ReduceScatter(Function):
         return _AllGather.apply(grad, *ctx.args), None, None, None
 
 
+class _Exchange(Function):
+    @staticmethod
+    def forward(ctx: Any, comm: Communicator, sizes: Sizes, received: Sizes, *tensors: Tensor) -> tuple[Tensor, ...]:
+        assert sizes is not None
+        assert received is not None
+        ctx.args = comm, sizes, received
+        return tuple(comm.all_to_all(tensor, sizes, received) for tensor in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        comm, sizes, received = ctx.args
+        return None, None, None, *_Exchange.apply(comm, received, sizes, *grads)
+
+
 def copy_to(x: Tensor, comm: Communicator, op: Any = dist.ReduceOp.SUM) -> Tensor:
     """Enter a split region: forward as it is, backward reduces the gradient over the ranks. Shape `(*)` to `(*)`.
 
@@ -181,6 +196,16 @@ def all_gather(x: Tensor, comm: Communicator, dim: int = 0, sizes: Sizes = None)
 def reduce_scatter(x: Tensor, comm: Communicator, dim: int = 0, sizes: Sizes = None) -> Tensor:
     """Leave a region to a sequence shard: `[..., sum(sizes), ...]` to `[..., sizes[rank], ...]`. Backward all-gathers."""
     return x if comm.size == 1 else _ReduceScatter.apply(x, comm, dim, whole_sizes(x, comm, dim, sizes))
+
+
+def exchange(
+    tensors: Sequence[Tensor], comm: Communicator, sizes: Sequence[int], received: Sequence[int]
+) -> tuple[Tensor, ...]:
+    """Send rows of each tensor to every rank: each `[sum(sizes), ...]` to `[sum(received), ...]`, both in rank order.
+
+    Several tensors in one call, so that all ranks exchange their gradients in the same order. Backward sends them back.
+    """
+    return tuple(tensors) if comm.size == 1 else _Exchange.apply(comm, tuple(sizes), tuple(received), *tensors)
 
 
 def check_op(op: Any) -> Any:

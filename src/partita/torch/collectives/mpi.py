@@ -21,7 +21,7 @@ from partita.ranks.liveness import ME
 from partita.ranks.waiting import open_mpi_waits, wait_until
 from partita.torch.collectives import operators
 from partita.torch.collectives.arrivals import Arrivals
-from partita.torch.collectives.comm import Communicator, Work
+from partita.torch.collectives.comm import Communicator, Work, exactly_empty
 
 _SUM = dist.ReduceOp.SUM
 
@@ -164,6 +164,10 @@ class MpiCommunicator(Communicator):
         self.all_reduce_(tensor)
         return Communicator.single().start_all_reduce_(tensor)
 
+    def overlaps(self, tensor: Tensor) -> bool:
+        """See `Communicator.overlaps`; Open MPI's proceed only while a rank waits for them."""
+        return not self._goes(tensor) and super().overlaps(tensor)
+
     @operators.traced_as(operators.all_gather)
     def all_gather(self, tensor: Tensor, dim: int = -1, sizes: Sequence[int] | None = None) -> Tensor:
         """See `Communicator.all_gather`."""
@@ -201,6 +205,22 @@ class MpiCommunicator(Communicator):
                 self._ops[dist.ReduceOp.SUM],
             )
         return part.to(tensor.dtype).movedim(0, dim)
+
+    def all_to_all(self, tensor: Tensor, sizes: Sequence[int], received: Sequence[int]) -> Tensor:
+        """See `Communicator.all_to_all`."""
+        if not self._goes(tensor):
+            return super().all_to_all(tensor, sizes, received)
+        own = tensor.detach().contiguous()
+        found = exactly_empty((sum(received), *own.shape[1:]), own.dtype, own.device)
+        row = torch.Size(own.shape[1:]).numel() * own.itemsize
+        sent, got = ([size * row for size in counts] for counts in (sizes, received))
+        with ME.over("an all-to-all"):
+            self._arrived()
+            self.mpi.Alltoallv(
+                [self._memory(own.data_ptr(), sum(sent)), sent, None, self._byte],
+                [self._memory(found.data_ptr(), sum(got)), got, None, self._byte],
+            )
+        return found
 
     def broadcast_(self, tensor: Tensor, source: int = 0) -> Tensor:
         """See `Communicator.broadcast_`."""

@@ -89,6 +89,11 @@ class ThreadCommunicator(Communicator):
         total = self.all_reduce_(tensor.detach().clone())
         return total.narrow(dim, sum(sizes[: self.rank]), sizes[self.rank]).clone()
 
+    def all_to_all(self, tensor: Tensor, sizes: Sequence[int], received: Sequence[int]) -> Tensor:
+        """See `Communicator.all_to_all`."""
+        rows = self._board.swap(self.rank, tensor.detach().clone().split(list(sizes)))
+        return torch.cat([one[self.rank] for one in rows])
+
     def broadcast_(self, tensor: Tensor, source: int = 0) -> Tensor:
         """See `Communicator.broadcast_`."""
         parts = self._board.swap(self.rank, tensor.detach().clone())

@@ -1,4 +1,4 @@
-"""Complete experts on each rank: a rank computes those of its own for all tokens, and the results of the ranks are summed."""
+"""Complete experts on each rank: inside a tensor group, whose ranks have all tokens, or with tokens sent to their experts."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from partita.core.sharding.split import Split
+from partita.core.sharding.split import Split, deal
 from partita.errors import ModelError
 from partita.torch.collectives.comm import Communicator
+from partita.torch.collectives.mappings import exchange, gather_from, scatter_to
 
 _STATE = "_partita_experts"
 
@@ -52,19 +53,91 @@ class OwnExperts:
     def __call__(self, module: nn.Module, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """The sum of the outputs of this rank's experts for each token."""
         shape, width = x.shape, x.shape[-1]
-        if index.is_floating_point() or index.shape != weights.shape or index.numel() % (x.numel() // width):
-            raise ModelError(
-                f"{type(module).__name__} got indexes {tuple(index.shape)} ({index.dtype}) and weights {tuple(weights.shape)} "
-                f"for tokens {tuple(shape)}, but ep needs one index and weight for each token and expert. Use tp without ep."
-            )
-        x = x.reshape(-1, width)
-        tokens, chosen = x.shape[0], index.numel() // x.shape[0]
-        index, weights = index.reshape(-1), weights.reshape(-1)
+        chosen = _chosen(module, x, index, weights)
+        return self._sum(module, x.reshape(-1, width), index.reshape(-1, chosen), weights.reshape(-1, chosen)).view(
+            shape
+        )
+
+    def _sum(self, module: nn.Module, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """The same for `x` `[N, H]`, `index` and `weights` `[N, k]`."""
+        chosen, index, weights = index.shape[1], index.reshape(-1), weights.reshape(-1)
         (pairs,) = ((index >= self.start) & (index < self.stop)).nonzero(as_tuple=True)
         outputs = _computed(module, x[pairs // chosen], index[pairs] - self.start, weights[pairs])
-        # Not added to the tokens, which is in no fixed order on GPUs.
-        placed = x.new_zeros(tokens * chosen, width).index_copy(0, pairs, outputs.to(x.dtype))
-        return placed.view(tokens, chosen, width).sum(1).view(shape)
+        return _placed(outputs, pairs, x, chosen)
+
+
+class SentExperts(OwnExperts):
+    """The experts of one rank, to which other ranks send their tokens; the ranks fold over those of a stage.
+
+    Letters as in `OwnExperts`; R ranks hold the experts together. N_t of the N tokens of a tensor group, whose T ranks all
+    have them, are those of tensor rank t, so that each token is sent once. M_rs pairs go from rank r to rank s.
+
+        scatter      x [N, H], index and weights [N, k]        ->  those of N_t tokens
+        order        the N_t k pairs by their expert, and so by the rank that holds it
+        exchange     x [sum_s M_rs, H], weights, indexes       ->  [sum_s M_sr, H]: the tokens of the rank's experts
+        compute      the module's own forward with one expert for each
+        exchange     the weighted outputs back                 ->  [sum_s M_rs, H]
+        sum          over the k experts of each token          ->  y [N_t, H]
+        gather       over the tensor group                     ->  y [N, H]
+
+        backward     each exchange in the other direction: the gradients of x and weights are those of the rank's own tokens,
+                     those of its experts are over the tokens of all R ranks
+
+    Source: "MoE Parallel Folding", Liu et al. 2025, 2504.14960; GShard, Lepikhin et al. 2020, 2006.16668.
+
+    Attributes:
+        comm: The R ranks.
+        tp: The tensor group.
+    """
+
+    def __init__(self, module: nn.Module, comm: Communicator, split: Split, tp: Communicator) -> None:
+        """Describe the experts of this rank, of those in `module`.
+
+        Raises:
+            ModelError: As for `OwnExperts`.
+        """
+        super().__init__(module, comm, split)
+        self.comm, self.tp, self.experts = comm, tp, split.size
+        self._starts = [ranges[0][0] for ranges in split.by_rank]
+
+    def _sum(self, module: nn.Module, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        parts = deal(x.shape[0], self.tp.size, allow_empty=True)
+        x, weights = scatter_to(x, self.tp, 0, parts), scatter_to(weights, self.tp, 0, parts)
+        index = index.narrow(0, sum(parts[: self.tp.rank]), parts[self.tp.rank])
+        chosen, index, weights = index.shape[1], index.reshape(-1), weights.reshape(-1)
+        # Some routers mark pairs that no expert computes by an index beyond the experts.
+        by_expert, order = index.where((index >= 0) & (index < self.experts), self.experts).sort(stable=True)
+        starts = torch.tensor([*self._starts, self.experts], dtype=by_expert.dtype, device=index.device)
+        counts = torch.searchsorted(by_expert, starts).diff()
+        table = self.comm.all_gather(counts.unsqueeze(0), 0).tolist()
+        sent, received = table[self.comm.rank], [row[self.comm.rank] for row in table]
+        pairs = order[: sum(sent)]
+        tokens, scales = exchange((x[pairs // chosen], weights[pairs]), self.comm, sent, received)
+        experts = self.comm.all_to_all(index[pairs], sent, received) - self.start
+        (outputs,) = exchange((_computed(module, tokens, experts, scales),), self.comm, received, sent)
+        return gather_from(_placed(outputs, pairs, x, chosen), self.tp, 0, parts)
+
+
+def _chosen(module: nn.Module, x: Tensor, index: Tensor, weights: Tensor) -> int:
+    """The number of experts of each token.
+
+    Raises:
+        ModelError: There is not one index and one weight for each token and expert.
+    """
+    tokens = x.numel() // x.shape[-1]
+    if index.is_floating_point() or index.shape != weights.shape or index.numel() % tokens:
+        raise ModelError(
+            f"{type(module).__name__} got indexes {tuple(index.shape)} ({index.dtype}) and weights {tuple(weights.shape)} "
+            f"for tokens {tuple(x.shape)}, but ep needs one index and weight for each token and expert. Use tp without ep."
+        )
+    return index.numel() // tokens
+
+
+def _placed(outputs: Tensor, pairs: Tensor, x: Tensor, chosen: int) -> Tensor:
+    """The outputs of `pairs` of a token and one of its `chosen` experts, summed for each token of `x` `[N, H]`."""
+    # Not added to the tokens, which is in no fixed order on GPUs.
+    placed = x.new_zeros(x.shape[0] * chosen, x.shape[1]).index_copy(0, pairs, outputs.to(x.dtype))
+    return placed.view(x.shape[0], chosen, x.shape[1]).sum(1)
 
 
 def _computed(module: nn.Module, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
@@ -79,9 +152,17 @@ def _computed(module: nn.Module, x: Tensor, index: Tensor, weights: Tensor) -> T
     return output.reshape(-1, x.shape[-1])[:count]
 
 
-def distribute_experts(module: nn.Module, comm: Communicator, split: Split) -> None:
-    """Make a module of fused experts compute only this rank's, whose tensors it is about to hold."""
-    vars(module)[_STATE] = OwnExperts(module, comm, split)
+def distribute_experts(module: nn.Module, comm: Communicator, split: Split, tp: Communicator, *, sends: bool) -> None:
+    """Make a module of fused experts compute only this rank's, whose tensors it is about to hold.
+
+    Args:
+        module: The module.
+        comm: The ranks that hold the experts together.
+        split: The experts of each.
+        tp: The tensor group, whose ranks have the same tokens.
+        sends: Whether tokens are sent to their experts; otherwise `comm` is the tensor group, which sums the outputs.
+    """
+    vars(module)[_STATE] = SentExperts(module, comm, split, tp) if sends else OwnExperts(module, comm, split)
     for name, value in vars(module).items():
         if "expert" in name and type(value) is int and value == split.size:
             vars(module)[name] = split.local_size(comm.rank)

@@ -8,6 +8,7 @@ from torch import nn
 
 from partita.core.plan import Plan
 from partita.errors import ModelError
+from partita.torch.collectives.groups import ParallelGroups
 from partita.torch.layers.inner import take_ranges
 from partita.torch.model.parts import parameter_homes, plan_of
 
@@ -23,7 +24,8 @@ def watch_states(model: nn.Module) -> None:
 
 def _part(model: nn.Module) -> dict[str, int | str]:
     plan, groups = plan_of(model)
-    return {
+    experts: dict[str, int | str] = {"ep": plan.mesh.ep, "ep_rank": groups.ep.rank} if plan.mesh.ep > 1 else {}
+    return experts | {
         "tp": plan.mesh.tp,
         "pp": plan.mesh.pp,
         "tp_rank": groups.tp.rank,
@@ -52,10 +54,10 @@ def _fit(
         return
     names = {name.removeprefix(prefix) for name in state if name.startswith(prefix)}
     if names and names <= plan.spec.tensors.keys():
-        _take_part(model, plan, state, prefix, groups.tp.rank)
+        _take_part(model, plan, groups, state, prefix)
 
 
-def _take_part(model: nn.Module, plan: Plan, state: dict[str, Any], prefix: str, rank: int) -> None:
+def _take_part(model: nn.Module, plan: Plan, groups: ParallelGroups, state: dict[str, Any], prefix: str) -> None:
     """Replace the unsplit tensors in `state` by this rank's parts, under the names of the split model."""
     homes = parameter_homes(model)
     paths = {id(module): path for path, module in model.named_modules()}
@@ -64,7 +66,7 @@ def _take_part(model: nn.Module, plan: Plan, state: dict[str, Any], prefix: str,
         if value is None:
             continue
         if tuple(value.shape) == cut.shape:
-            value = take_ranges(value, plan.tensor(name).ranges(rank))
+            value = take_ranges(value, cut.ranges(groups.part(cut)))
         elif name in homes and value.shape != getattr(*homes[name]).shape:
             continue  # load_state_dict reports the sizes
         del state[prefix + name]

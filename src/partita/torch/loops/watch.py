@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from partita.core.mesh import Mesh
 from partita.errors import ModelError
 from partita.torch.collectives.collective_errors import collective_errors
 from partita.torch.collectives.groups import ParallelGroups
@@ -52,9 +53,19 @@ def _before_training(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         return
     vars(model)[_SEEN] = True
     _, groups = plan_of(model)
+    refuse_sent_experts(groups.mesh)
     with collective_errors(groups):
         _refuse_replaced(model)
     _compare_inputs(groups, args, kwargs)
+
+
+def refuse_sent_experts(mesh: Mesh) -> None:
+    """Raise `ModelError` for experts to which tokens are sent: only `train` sums their gradients over the ranks with copies."""
+    if mesh.experts_send_tokens:
+        raise ModelError(
+            f"ep={mesh.ep} sends tokens to experts on other ranks, which a loop of your own or a Trainer cannot train: the "
+            "gradients of experts are summed over other ranks than the rest. Use partita.torch.train, or ep=tp, or no ep."
+        )
 
 
 def _refuse_replaced(model: nn.Module) -> None:

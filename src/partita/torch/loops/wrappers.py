@@ -70,6 +70,11 @@ def _replicas_only(given: dict[str, Any]) -> None:
     if model is None:
         return
     groups = plan_of(model)[1]
+    if groups.mesh.experts_join_replicas:
+        raise ModelError(
+            f"DistributedDataParallel would make the replicas equal, but with ep={groups.mesh.ep} they hold different experts. "
+            "Use partita.torch.train, or no ep."
+        )
     mesh = given.get("device_mesh")
     group = mesh.get_group(0) if mesh is not None else given.get("process_group")
     if group is None:

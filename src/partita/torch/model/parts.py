@@ -30,9 +30,9 @@ def plan_of(model: nn.Module) -> tuple[Plan, ParallelGroups]:
 
 
 def is_split(model: object) -> bool:
-    """Whether a model is split over several ranks by tp or pp."""
+    """Whether a model is split over several ranks by tp, pp or ep."""
     plan = getattr(model, "partita_plan", None)
-    return isinstance(plan, Plan) and plan.mesh.tp * plan.mesh.pp > 1
+    return isinstance(plan, Plan) and plan.mesh.tp * plan.mesh.pp * plan.mesh.ep > 1
 
 
 def unsplit_name(name: str) -> str:
@@ -94,6 +94,13 @@ def local_tensors(model: nn.Module, plan: Plan) -> dict[str, Tensor]:
     """This rank's part of every tensor of the plan's model, by its name in the unsplit model; tied ones under both names."""
     homes = parameter_homes(model)
     return {name: getattr(*homes[name]) for name in plan.spec.tensors if name in homes}
+
+
+def distributed_experts(model: nn.Module, plan: Plan) -> set[int]:
+    """The `id` of each parameter of experts that the ranks hold together (ep)."""
+    if plan.mesh.ep == 1:
+        return set()
+    return {id(tensor) for name, tensor in local_tensors(model, plan).items() if plan.tensor(name).axis == "ep"}
 
 
 def tie(homes: Mapping[str, tuple[nn.Module, str]], plan: Plan) -> None:

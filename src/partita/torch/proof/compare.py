@@ -19,7 +19,7 @@ from partita.torch.collectives.groups import ParallelGroups
 from partita.torch.layers.inner import take_ranges
 from partita.torch.model.balance import SWITCH, asks_for_balance
 from partita.torch.model.context import Context, context_of
-from partita.torch.model.parts import local_tensors, main_output
+from partita.torch.model.parts import distributed_experts, local_tensors, main_output
 from partita.torch.stages.cut import Absent
 from partita.torch.training.replicas import sum_gradients
 
@@ -67,10 +67,25 @@ def compare(
         weight = torch.randn(reference.shape, generator=generator, dtype=reference.dtype).to(reference.device)
         (reference * weight).sum().backward()
         (output * own(weight)).sum().backward()
-        sum_gradients(list(split.parameters()), groups.cp)
-        differences += _gradients(unsplit, split, plan, groups.tp)
-    axes = (groups.tp, groups.cp, groups.pp)
-    return largest_of_ranks([*modules, *differences], axes, [*expected, *plan.spec.tensors])
+        sum_compared(split, plan, groups)
+        differences += _gradients(unsplit, split, plan, groups)
+    return largest_of_ranks([*modules, *differences], ranks_of(groups), [*expected, *plan.spec.tensors])
+
+
+def ranks_of(groups: ParallelGroups) -> list[Communicator]:
+    """The groups along which the ranks hold a model: replicas too if they hold experts together."""
+    return [groups.tp, groups.cp, groups.pp, *([groups.dp] if groups.mesh.experts_join_replicas else [])]
+
+
+def sum_compared(split: nn.Module, plan: Plan, groups: ParallelGroups) -> None:
+    """Sum the gradients of a model that all replicas called with the same inputs, so that they are those of one."""
+    experts = distributed_experts(split, plan) if plan.mesh.experts_send_tokens else set()
+    sum_gradients([p for p in split.parameters() if id(p) not in experts], groups.cp)
+    held = [p for p in split.parameters() if id(p) in experts]
+    sum_gradients(held, groups.edp)
+    for parameter in held:
+        if parameter.grad is not None:
+            parameter.grad /= groups.dp.size
 
 
 def _parts_of(
@@ -99,21 +114,22 @@ def compare_parameters(unsplit: nn.Module, split: nn.Module, plan: Plan, groups:
     for name, local in local_tensors(split, plan).items():
         if name in whole:
             expected = whole[name].detach()
-            part = local_part_of(expected, plan, name, groups.tp.rank)
+            part = local_part_of(expected, plan, name, groups)
             found.append(
                 Difference(
                     "parameter", name, relative_error(part, local.detach(), max(float(expected.abs().max()), least))
                 )
             )
-    return largest_of_ranks(found, (groups.tp, groups.cp, groups.pp), list(plan.spec.tensors))
+    return largest_of_ranks(found, ranks_of(groups), list(plan.spec.tensors))
 
 
-def local_part_of(tensor: Tensor, plan: Plan, name: str, rank: int) -> Tensor:
-    """A tensor rank's part of an unsplit tensor of the plan's model."""
-    return take_ranges(tensor, plan.tensor(name).ranges(rank))
+def local_part_of(tensor: Tensor, plan: Plan, name: str, groups: ParallelGroups) -> Tensor:
+    """This rank's part of an unsplit tensor of the plan's model."""
+    cut = plan.tensor(name)
+    return take_ranges(tensor, cut.ranges(groups.part(cut)))
 
 
-def _gradients(unsplit: nn.Module, split: nn.Module, plan: Plan, comm: Communicator) -> Iterator[Difference]:
+def _gradients(unsplit: nn.Module, split: nn.Module, plan: Plan, groups: ParallelGroups) -> Iterator[Difference]:
     whole = dict(unsplit.named_parameters(remove_duplicate=False))
     mine = local_tensors(split, plan)
     largest = max((float(p.grad.abs().max()) for p in whole.values() if p.grad is not None), default=0.0)
@@ -126,7 +142,7 @@ def _gradients(unsplit: nn.Module, split: nn.Module, plan: Plan, comm: Communica
             none = grad is local or all(g is None or not bool(g.any()) for g in (grad, local))
             yield Difference("gradient", name, 0.0 if none else float("inf"))
             continue
-        part = local_part_of(grad, plan, name, comm.rank)
+        part = local_part_of(grad, plan, name, groups)
         scale = max(float(grad.abs().max()), SMALL * largest)
         yield Difference("gradient", name, relative_error(part, local, scale))
 

@@ -6,7 +6,7 @@ import copy
 import inspect
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -21,7 +21,8 @@ from partita.core.sharding.rules import Rules, isolated_rules
 from partita.errors import ModelError, PartitaError
 from partita.proof.differences import Difference, first_wrong
 from partita.proof.rounding import Measured
-from partita.torch.collectives.groups import single_groups
+from partita.torch.collectives.comm import Communicator
+from partita.torch.collectives.groups import ParallelGroups, single_groups
 from partita.torch.collectives.threads import run_as_threads
 from partita.torch.model.float64 import Float64Everywhere
 from partita.torch.model.towers import media_of, sample_media
@@ -61,7 +62,7 @@ def plan_of_model(
     """
     spec = spec_of(model)
     first = rules if rules is not None else rules_of(model, spec)
-    if mesh.tp == 1 or first.proven:
+    if not mesh.layer_meshes or first.proven:
         return Plan.make(spec, mesh, layout, first, vpp=vpp, placement=placement)
     reasons = []
     isolated = isolated_rules(spec)
@@ -76,7 +77,7 @@ def plan_of_model(
         else:
             return plan
     why = reasons[0] if len(set(reasons)) == 1 else f"{reasons[0]} With each linear layer split by itself: {reasons[1]}"
-    over = f"tp={mesh.tp}" + (f" with ep={mesh.ep}" if mesh.ep > 1 else "")
+    over = " with ".join(f"{axis}={getattr(mesh, axis)}" for axis in ("tp", "ep") if getattr(mesh, axis) > 1)
     raise ModelError(f"{spec.family} cannot be split over {over}: {why}")
 
 
@@ -86,7 +87,7 @@ def prove_unless_proven(model: nn.Module, plan: Plan) -> Plan:
     Raises:
         ModelError: They do not pass.
     """
-    if plan.mesh.tp > 1 and not plan.rules.proven:
+    if plan.mesh.layer_meshes and not plan.rules.proven:
         prove(model, plan)
     return plan
 
@@ -107,7 +108,7 @@ def prove(model: nn.Module, plan: Plan) -> None:
 def _key(model: nn.Module, plan: Plan) -> tuple[Any, ...]:
     # Every config option counts: a result for one config does not hold for another.
     config = json.dumps(dict(plan.spec.config), sort_keys=True, default=str)
-    return type(model).__name__, plan.spec.family, plan.mesh.layer_mesh, config, plan.rules, dtype_of(model)
+    return type(model).__name__, plan.spec.family, plan.mesh.layer_meshes, config, plan.rules, dtype_of(model)
 
 
 _proven: dict[Any, str] = {}
@@ -116,7 +117,7 @@ _media: dict[Any, dict[str, str]] = {}
 
 def unmeasured_media(model: nn.Module, plan: Plan) -> Mapping[str, str]:
     """The kinds of media for which `plan` could not be verified, and why. Call `prove` first."""
-    return _media.get(_key(model, plan), {}) if plan.mesh.tp > 1 else {}
+    return _media.get(_key(model, plan), {}) if plan.mesh.layer_meshes else {}
 
 
 def measure_media(unsplit: nn.Module, measure: Callable[[dict[str, Tensor]], str]) -> dict[str, str]:
@@ -141,13 +142,13 @@ def describe_error(error: BaseException) -> str:
 
 def _measure(model: nn.Module, plan: Plan) -> str:
     try:
-        unsplit = small_model(model, plan.spec.num_heads, experts=plan.mesh.ep)
+        unsplit = small_model(model, plan.spec.num_heads, experts=_experts(plan.mesh))
     except PartitaError as error:
         return f"its rules were not measured, and cannot be tested: {error}"
     try:
         spec = spec_of(unsplit)
-        small = Plan.make(spec, plan.mesh.layer_mesh, None, plan.rules)
-        reason = difference_on_threads(unsplit, small, sample_inputs(unsplit))
+        small = [Plan.make(spec, mesh, None, plan.rules) for mesh in plan.mesh.layer_meshes]
+        reason = _first_difference(unsplit, small, sample_inputs(unsplit))
     except PartitaError as error:
         return str(error)
     except Exception as error:
@@ -155,8 +156,17 @@ def _measure(model: nn.Module, plan: Plan) -> str:
     if not reason:
         reason = _rounding_difference(model, plan)
     if not reason:
-        _media[_key(model, plan)] = measure_media(unsplit, lambda inputs: difference_on_threads(unsplit, small, inputs))
+        _media[_key(model, plan)] = measure_media(unsplit, lambda inputs: _first_difference(unsplit, small, inputs))
     return reason
+
+
+def _experts(mesh: Mesh) -> int:
+    """The experts that all of `Mesh.layer_meshes` need."""
+    return max((one.ep for one in mesh.layer_meshes), default=1)
+
+
+def _first_difference(unsplit: nn.Module, plans: Sequence[Plan], inputs: dict[str, Any]) -> str:
+    return next(filter(None, (difference_on_threads(unsplit, plan, inputs) for plan in plans)), "")
 
 
 def difference_on_threads(unsplit: nn.Module, plan: Plan, inputs: dict[str, Any]) -> str:
@@ -173,17 +183,18 @@ def _rounding_difference(model: nn.Module, plan: Plan) -> str:
     if dtype == torch.float64:
         return ""
     try:
-        unsplit = small_model(model, plan.spec.num_heads, experts=plan.mesh.ep, dtype=dtype)
+        unsplit = small_model(model, plan.spec.num_heads, experts=_experts(plan.mesh), dtype=dtype)
     except ModelError:
         return ""  # The unsplit model does not run in this dtype here, so there is nothing to compare with.
     if sum(p.numel() for p in unsplit.parameters()) > LARGEST_ROUNDED:
         return ""
     try:
-        small = Plan.make(spec_of(unsplit), plan.mesh.layer_mesh, None, plan.rules)
-        found = compare_rounding_on_threads(unsplit, small)
+        spec = spec_of(unsplit)
+        small = [Plan.make(spec, mesh, None, plan.rules) for mesh in plan.mesh.layer_meshes]
+        found = [compare_rounding_on_threads(unsplit, one) for one in small]
     except Exception as error:
         return f"With its rules the forward fails in {name_of(dtype)}: {describe_error(error)}"
-    wrong = found.first_wrong(name_of(dtype))
+    wrong = next(filter(None, (one.first_wrong(name_of(dtype)) for one in found)), None)
     return f"With its rules {wrong}" if wrong else ""
 
 
@@ -269,17 +280,24 @@ def fill_unsplit(built: nn.Module, seed: int = 0) -> nn.Module:
     return filled.check(finish(built, plan, groups))
 
 
+def _groups_of(mesh: Mesh, comm: Communicator) -> ParallelGroups:
+    """The groups of a rank of one of `Mesh.layer_meshes`."""
+    alone = Communicator.single()
+    tp, replicas, ep = (comm if size > 1 else alone for size in (mesh.tp, mesh.dp, mesh.ep))
+    return ParallelGroups(mesh, tp, alone, replicas, alone, replicas, ep, alone)
+
+
 def compare_on_threads(unsplit: nn.Module, plan: Plan, inputs: dict[str, Any] | None = None) -> list[Difference]:
     """Split copies of `unsplit` by `plan` over threads, and compare them with it on `inputs` (default: text only)."""
     given = sample_inputs(unsplit) if inputs is None else inputs
 
     def one(comm: Any) -> list[Difference]:
-        groups = single_groups(mesh=plan.mesh, tp=comm)
+        groups = _groups_of(plan.mesh, comm)
         split = finish(apply_plan(copy.deepcopy(unsplit), plan, groups), plan, groups)
         with Float64Everywhere():
             return compare(copy.deepcopy(unsplit), split, plan, groups, given)
 
-    return run_as_threads(plan.mesh.tp, one)[0]
+    return run_as_threads(plan.mesh.size, one)[0]
 
 
 def compare_rounding_on_threads(unsplit: nn.Module, plan: Plan) -> Measured:
@@ -287,11 +305,11 @@ def compare_rounding_on_threads(unsplit: nn.Module, plan: Plan) -> Measured:
     inputs, exact = sample_inputs(unsplit), in_float64(unsplit)
 
     def one(comm: Any) -> Measured:
-        groups = single_groups(mesh=plan.mesh, tp=comm)
+        groups = _groups_of(plan.mesh, comm)
         split = finish(apply_plan(copy.deepcopy(unsplit), plan, groups), plan, groups)
         return compare_rounding(copy.deepcopy(exact), copy.deepcopy(unsplit), split, plan, groups, inputs)
 
-    return run_as_threads(plan.mesh.tp, one)[0]
+    return run_as_threads(plan.mesh.size, one)[0]
 
 
 def sample_inputs(model: nn.Module, *, batch: int = 2, length: int = 9) -> dict[str, Tensor]:

@@ -18,8 +18,8 @@ from partita.errors import ModelError
 from partita.proof.rounding import FACTOR, SAMPLES, Measured, Rounding, add_ranks, judge
 from partita.torch.collectives.groups import ParallelGroups
 from partita.torch.model.float64 import Float64Everywhere
-from partita.torch.model.parts import local_tensors, main_output, unsplit_name
-from partita.torch.proof.compare import local_output, local_part_of, watch
+from partita.torch.model.parts import local_tensors, main_output, plan_of, unsplit_name
+from partita.torch.proof.compare import local_output, local_part_of, ranks_of, sum_compared, watch
 from partita.torch.transformers_internals import use_plain_experts
 
 
@@ -115,7 +115,7 @@ def compare_rounding(
     measured: list[Rounding] = []
     for sample in range(SAMPLES):
         runs = _run_all(exact, unsplit, split, plan, _sample(inputs, sample), sample)
-        found, dtypes, outputs = _over_ranks(_measure(runs, plan, groups.tp.rank), groups)
+        found, dtypes, outputs = _over_ranks(_measure(runs, plan, groups), groups)
         measured = add_ranks([measured, found])
         judged = judge(measured, torch.finfo(runs.unsplit.output.dtype).eps / 2)
         if all(one.error <= one.allowed for one in judged):
@@ -134,7 +134,7 @@ def trained_rounding(
     measured = []
     for name, local in local_tensors(split, plan).items():
         if name in whole:
-            exact_part, own = (local_part_of(m[name].detach(), plan, name, groups.tp.rank) for m in (wide, whole))
+            exact_part, own = (local_part_of(m[name].detach(), plan, name, groups) for m in (wide, whole))
             measured.append(_rounding("parameter", name, exact_part, own, local))
     found, _, _ = _over_ranks((measured, {}, 0), groups)
     places = {name: place for place, name in enumerate(plan.spec.tensors)}
@@ -187,6 +187,8 @@ def _run_all(
             (run.output * weight.to(run.output.dtype)).sum().backward()
         for run, model in ((first, exact), (second, unsplit)):
             run.gradients = {n: p.grad for n, p in model.named_parameters(remove_duplicate=False)}
+        if plan.mesh.experts_send_tokens:
+            sum_compared(split, plan, plan_of(split)[1])
         third.gradients = {name: tensor.grad for name, tensor in local_tensors(split, plan).items()}
     return runs
 
@@ -203,13 +205,14 @@ Found = tuple[list[Rounding], dict[str, str], int]
 """The measurements, the dtypes that differ, and the number of compared dtypes."""
 
 
-def _measure(runs: _Runs, plan: Plan, rank: int) -> Found:
+def _measure(runs: _Runs, plan: Plan, groups: ParallelGroups) -> Found:
     """This rank's parts of all tensors that can be compared."""
     measured, dtypes = [], {}
     for path, output in runs.split.outputs.items():
         if path not in runs.exact.outputs or path not in runs.unsplit.outputs:
             continue
-        exact, unsplit = (local_output(run.outputs[path], path, plan, rank) for run in (runs.exact, runs.unsplit))
+        whole = (runs.exact.outputs[path], runs.unsplit.outputs[path])
+        exact, unsplit = (local_output(one, path, plan, groups.tp.rank) for one in whole)
         if unsplit.dtype != output.dtype:
             dtypes[path] = f"{name_of(output.dtype)} instead of {name_of(unsplit.dtype)}"
         if exact.shape == output.shape:
@@ -217,11 +220,11 @@ def _measure(runs: _Runs, plan: Plan, rank: int) -> Found:
     if runs.unsplit.output.dtype != runs.split.output.dtype:
         dtypes["the model"] = f"{name_of(runs.split.output.dtype)} instead of {name_of(runs.unsplit.output.dtype)}"
     measured.append(_rounding("output", "the model", runs.exact.output, runs.unsplit.output, runs.split.output))
-    measured += _gradients(runs, plan, rank)
+    measured += _gradients(runs, plan, groups)
     return measured, dtypes, len(runs.split.outputs) + 1
 
 
-def _gradients(runs: _Runs, plan: Plan, rank: int) -> Iterator[Rounding]:
+def _gradients(runs: _Runs, plan: Plan, groups: ParallelGroups) -> Iterator[Rounding]:
     mine = runs.split.gradients
     for name, unsplit in runs.unsplit.gradients.items():
         if name not in mine or plan.spec.tensors[name].tied_to in mine:
@@ -233,13 +236,14 @@ def _gradients(runs: _Runs, plan: Plan, rank: int) -> Iterator[Rounding]:
         if like is None or (local is None and bool(like.any())):
             yield Rounding("gradient", name, 1, 1.0, 0.0, float("inf"))
             continue
-        exact, own = (local_part_of(g if g is not None else torch.zeros_like(like), plan, name, rank) for g in whole)
+        found = (g if g is not None else torch.zeros_like(like) for g in whole)
+        exact, own = (local_part_of(g, plan, name, groups) for g in found)
         yield _rounding("gradient", name, exact, own, local if local is not None else torch.zeros_like(exact))
 
 
 def _over_ranks(found: Found, groups: ParallelGroups) -> Found:
     measured, dtypes, outputs = found
-    for comm in (groups.tp, groups.pp):
+    for comm in ranks_of(groups):
         parts: Any = comm.all_gather_object((measured, dtypes, outputs))
         measured = add_ranks(part[0] for part in parts)
         dtypes = {path: dtype for part in parts for path, dtype in part[1].items()}

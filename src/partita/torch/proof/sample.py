@@ -122,10 +122,10 @@ def named_inputs(model: nn.Module, sample: Any) -> dict[str, Any]:
 
 
 def _difference(unsplit: nn.Module, plan: Plan, inputs: dict[str, Any]) -> str:
-    if plan.mesh.tp > 1:
+    for mesh in plan.mesh.layer_meshes:
         if not any(cut.split is not None for cut in plan.cuts.values()):
             return "no rule splits any of its tensors."
-        small = Plan.make(plan.spec, plan.mesh.layer_mesh, None, plan.rules)
+        small = Plan.make(plan.spec, mesh, None, plan.rules)
         try:
             reason = difference_on_threads(unsplit, small, inputs)
         except Exception as error:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from partita.core.layout.layout import LayerType
 from partita.core.mesh import Mesh
 from partita.core.plan import Plan
+from partita.core.sharding.experts import why_not_alone
 from partita.core.sharding.rules import Rules
 from partita.errors import ModelError, PartitaError
 from partita.proof.differences import SMALL
@@ -63,7 +64,9 @@ def media_without_stages(model: nn.Module, plan: Plan) -> Mapping[str, str]:
 
 
 def refuse_undecodable(model: nn.Module, plan: Plan) -> None:
-    """Raise `ModelError` for a model whose cache failed with stages."""
+    """Raise `ModelError` for a model whose cache failed with stages, or whose replicas hold experts together."""
+    if why := why_not_alone(plan.mesh):
+        raise ModelError(why)
     reason = _verdicts.get(_key(model, plan), ("", ""))[1]
     if plan.num_stages > 1 and reason:
         raise ModelError(f"{plan.spec.family} cannot generate with pipeline stages: {reason} Use tp and pp=1.")
@@ -226,5 +229,4 @@ def _alone_at(rank: int, plan: Plan) -> ParallelGroups:
     """Groups of one process in the role of pipeline rank `rank`."""
     place = Communicator.single()
     place.rank, place.size = rank, plan.mesh.pp
-    groups = single_groups(mesh=plan.mesh)
-    return ParallelGroups(plan.mesh, groups.tp, place, groups.dp, groups.cp, groups.replicas)
+    return single_groups(mesh=plan.mesh, pp=place)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from partita.core.sharding.experts import why_not_alone
 from partita.errors import ModelError
 from partita.serving.embedding import Batch
 from partita.serving.pooling import Vectors
@@ -40,6 +41,8 @@ class TorchEncoder:
                 f"embeddings of {type(model).__name__} leave its head out, which does not work with pipeline stages: "
                 f"--pp must be 1, but is {self.plan.mesh.pp}. Use --tp {self.plan.mesh.pp}."
             )
+        if why := why_not_alone(self.plan.mesh):
+            raise ModelError(why)
         self.model, self.body = model, body
         self.decides = self.groups.is_first_of_replica
         self.most_tokens = max(0, self.plan.spec.positions - _first_position(model))

@@ -35,14 +35,14 @@ def apply_plan(model: nn.Module, plan: Plan, groups: ParallelGroups) -> nn.Modul
         ModelError: The model does not match the plan, or has a layer that cannot be split.
     """
     comm = groups.tp
-    if (comm.size, groups.pp.size) != (plan.mesh.tp, plan.mesh.pp):
+    if (comm.size, groups.pp.size, groups.ep.size) != (plan.mesh.tp, plan.mesh.pp, plan.mesh.ep):
         raise DistributedError(
-            f"the plan has tp={plan.mesh.tp} and pp={plan.mesh.pp}, but the groups have {comm.size} and {groups.pp.size} "
-            "ranks."
+            f"the plan has tp={plan.mesh.tp}, pp={plan.mesh.pp} and ep={plan.mesh.ep}, but the groups have {comm.size}, "
+            f"{groups.pp.size} and {groups.ep.size} ranks."
         )
     plan.check_shapes({name: tuple(t.shape) for name, t in model.state_dict(keep_vars=True).items()})
     cut_stages(model, plan, groups.pp.rank)
-    if comm.size == 1:
+    if comm.size * groups.ep.size == 1:
         return model
     unsplit = list(model.parameters())
     here = {path for path, _ in model.named_modules()}
@@ -50,11 +50,11 @@ def apply_plan(model: nn.Module, plan: Plan, groups: ParallelGroups) -> nn.Modul
     entries = _shared_entries(plan, comm, randomness)
     for path, module_plan in plan.modules.items():
         if path in here and not isinstance(model.get_submodule(path), Absent):
-            _split_module(model, path, module_plan, comm, entries, randomness)
+            _split_module(model, path, module_plan, groups, entries, randomness)
     for path, attention in plan.attention.items():
         if path in here:
             _localize_heads(model.get_submodule(path), attention, comm.rank)
-    _split_bare_parameters(parameter_homes(model), plan, comm)
+    _split_bare_parameters(parameter_homes(model), plan, groups)
     kept = {id(parameter) for parameter in model.parameters()}
     for parameter in unsplit:
         if id(parameter) not in kept:
@@ -79,11 +79,11 @@ def _split_module(
     model: nn.Module,
     path: str,
     plan: ModulePlan,
-    comm: Communicator,
+    groups: ParallelGroups,
     entries: Mapping[str, RegionInput],
     randomness: RegionRandomness | None,
 ) -> None:
-    module = model.get_submodule(path)
+    module, comm = model.get_submodule(path), groups.tp
     split: nn.Module
     if plan.style == "replicate":
         module.register_forward_hook(_copy_outputs(comm, plan.copy_output))
@@ -91,7 +91,9 @@ def _split_module(
     if plan.style == "experts":
         assert plan.split is not None
         if plan.distributed:
-            distribute_experts(module, comm, plan.split)
+            distribute_experts(module, groups.ep, plan.split, comm, sends=groups.mesh.experts_send_tokens)
+            if groups.mesh.experts_send_tokens:
+                return
         elif plan.split.local_size(comm.rank) % 8 and hasattr(module, "config"):
             # The grouped kernels require rows of a multiple of 16 bytes.
             module.config = LocalConfig(module.config, PLAIN_EXPERTS)  # type: ignore[assignment]
@@ -227,15 +229,15 @@ def _localize_heads(module: nn.Module, plan: AttentionPlan, rank: int) -> None:
         module.config = LocalConfig(config, counts)  # type: ignore[assignment]
 
 
-def _split_bare_parameters(homes: Mapping[str, tuple[nn.Module, str]], plan: Plan, comm: Communicator) -> None:
+def _split_bare_parameters(homes: Mapping[str, tuple[nn.Module, str]], plan: Plan, groups: ParallelGroups) -> None:
     """Split the tensors of modules that are not replaced: fused experts, and tensors with one row per head."""
     for name, cut in plan.cuts.items():
         if cut.split is None or cut.dim is None or name not in homes:
             continue
         module, attribute = homes[name]
         tensor: Tensor = getattr(module, attribute)
-        if tuple(tensor.shape) != cut.local_shape(comm.rank):
-            module._parameters[attribute] = slice_parameter(tensor, cut.dim, cut.split.ranges(comm.rank))
+        if tuple(tensor.shape) != cut.local_shape(groups.part(cut)):
+            module._parameters[attribute] = slice_parameter(tensor, cut.dim, cut.split.ranges(groups.part(cut)))
 
 
 def sum_partial_gradients(homes: Mapping[str, tuple[nn.Module, str]], plan: Plan, comm: Communicator) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from partita.core.plan import Plan
+from partita.core.sharding.experts import why_not_alone
 from partita.errors import ModelError
 from partita.torch.collectives.groups import ParallelGroups
 from partita.torch.model.attentions import gather_attentions
@@ -40,8 +41,11 @@ def _generate_alike(model: Any, *args: Any, **kwargs: Any) -> Any:
     state.
 
     Raises:
-        ModelError: A rank has no tensor, and transformers reads the device from one. Raised on every rank.
+        ModelError: A rank has no tensor, and transformers reads the device from one; or replicas hold experts together. Raised
+            on every rank.
     """
+    if why := why_not_alone(model.partita_plan.mesh):
+        raise ModelError(why)
     empty = [rank for rank in range(model.partita_plan.mesh.size) if not model.partita_plan.held_by(rank)]
     if empty:
         raise ModelError(

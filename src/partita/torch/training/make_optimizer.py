@@ -80,7 +80,7 @@ def _muon(
     gather = {
         place: _gather_of(cut, groups)
         for place, cut in matrices.items()
-        if cut.split is not None and groups.tp.size > 1
+        if cut.split is not None and groups.along(cut).size > 1
     }
     split = [
         {
@@ -100,8 +100,8 @@ def _gather_of(cut: TensorPlan, groups: ParallelGroups) -> Gather:
         assert split is not None
 
         def own(unsplit: Tensor) -> Tensor:
-            return take_ranges(unsplit, [split.ranges(groups.tp.rank)], dim)
+            return take_ranges(unsplit, [split.ranges(groups.part(cut))], dim)
 
-        return groups.tp.gather_split(part.contiguous(), dim, split), own
+        return groups.along(cut).gather_split(part.contiguous(), dim, split), own
 
     return gather

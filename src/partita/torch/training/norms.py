@@ -56,8 +56,19 @@ def _is_of_plan(name: str, plan: Plan) -> bool:
     return any(".".join(parts[:n]) in plan.spec.modules for n in range(1, len(parts)))
 
 
+Parts = tuple[Iterable[tuple[Tensor, Places]], Iterable[Communicator]]
+"""This rank's parts of tensors, with what it owns of each, and the groups over which these tensors are split."""
+
+
+def expert_part(
+    tensors: Iterable[tuple[Tensor, Places]], groups: ParallelGroups, *shards: Communicator
+) -> tuple[Parts, ...]:
+    """Parts of distributed experts for `unsplit_norm`; none if experts are not distributed."""
+    return ((tensors, (*shards, groups.ep, groups.pp)),) if groups.mesh.ep > 1 else ()
+
+
 def unsplit_norm(
-    tensors: Iterable[tuple[Tensor, Places]], norm_type: float, axes: Iterable[Communicator]
+    tensors: Iterable[tuple[Tensor, Places]], norm_type: float, axes: Iterable[Communicator], *more: Parts
 ) -> tuple[Tensor, torch.dtype]:
     """The norm of the unsplit tensors as one vector, the same on every rank. Every rank of `axes` must call it.
 
@@ -65,6 +76,7 @@ def unsplit_norm(
         tensors: This rank's parts, with what it owns of each.
         norm_type: The order of the norm: any number but 0, also inf and -inf.
         axes: The tensor and the pipeline group.
+        more: Tensors that are split over other groups.
 
     Returns:
         A scalar in float64, and the dtype to show it in: float64 if any rank has a float64 tensor, else float32.
@@ -77,17 +89,25 @@ def unsplit_norm(
         raise ModelError(
             f"norm_type is {order:g}, for which torch counts tensors; a split model needs another number, such as 2."
         )
-    found = list(tensors)
-    device = next((tensor.device for tensor, _ in found), torch.device("cpu"))
+    every = [(list(some), groups) for some, groups in ((tensors, axes), *more)]
+    device = next((tensor.device for some, _ in every for tensor, _ in some), torch.device("cpu"))
+    rows = torch.cat([_rows(some, order, groups, device) for some, groups in every])
+    return _combined(rows[:, 0], order), torch.float64 if bool((rows[:, 1] == 8).any()) else torch.float32
+
+
+def _rows(
+    found: list[tuple[Tensor, Places]], order: float, axes: Iterable[Communicator], device: torch.device
+) -> Tensor:
+    """For each rank of `axes` the norm of its parts, and the bytes of their widest dtype."""
     norms = [torch.linalg.vector_norm(part, order, dtype=torch.float64).to(device) for part in _owned(found)]
     nothing = torch.tensor(math.inf if order < 0 else 0.0, dtype=torch.float64, device=device)
     total = _combined(torch.stack(norms), order) if norms else nothing
     width = max((tensor.dtype.itemsize for tensor, _ in found), default=0)
-    # One row for each rank. Not a reduction by MAX, which may lose NaN.
+    # Not a reduction by MAX, which may lose NaN.
     rows = torch.stack((total, torch.full_like(total, width))).unsqueeze(0)
     for comm in axes:
         rows = comm.all_gather(rows, 0)
-    return _combined(rows[:, 0], order), torch.float64 if bool((rows[:, 1] == 8).any()) else torch.float32
+    return rows
 
 
 def _combined(norms: Tensor, order: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""Gradients over the ranks: summed over replicas, and clipped by the norm of the unsplit model's gradient."""
+"""Gradients over the ranks: summed over those with copies, and clipped by the norm of the unsplit model's gradient."""
 
 from __future__ import annotations
 
@@ -10,10 +10,25 @@ from torch import Tensor, nn
 from partita.core.plan import Plan
 from partita.torch.collectives.comm import Communicator
 from partita.torch.collectives.groups import ParallelGroups
-from partita.torch.training.norms import owned_parts, unsplit_norm
+from partita.torch.model.parts import distributed_experts, plan_of
+from partita.torch.training.norms import expert_part, owned_parts, unsplit_norm
 
 BUCKET_BYTES = 25 << 20
 """Approximate size of the buffers in which replicas exchange gradients."""
+
+
+def by_copies(model: nn.Module) -> list[tuple[list[Tensor], Communicator]]:
+    """The trainable parameters of a split model, with the ranks that hold copies of them: replicas, or ranks with the same
+    experts.
+
+    The loss is a sum over all replicas, and the experts of a rank see the tokens of several. So in both cases the gradient of
+    the loss is the sum over the copies, without another factor.
+    """
+    plan, groups = plan_of(model)
+    experts = distributed_experts(model, plan)
+    trained: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
+    kinds = [([p for p in trained if id(p) not in experts], groups.replicas)]
+    return [*kinds, ([p for p in trained if id(p) in experts], groups.edp)] if plan.mesh.ep > 1 else kinds
 
 
 @torch.no_grad()
@@ -81,11 +96,12 @@ def clip_gradients(model: nn.Module, plan: Plan, groups: ParallelGroups, clip_no
 
     Each element counts once: on the rank that owns it.
     """
-    owned = owned_parts(model, plan, groups)
-    found = [(p.grad, owned[id(p)]) for p in model.parameters() if p.grad is not None]
-    norm = float(unsplit_norm(found, 2.0, (groups.tp, groups.pp))[0])
+    owned, experts = owned_parts(model, plan, groups), distributed_experts(model, plan)
+    found = [(p.grad, owned[id(p)], id(p) in experts) for p in model.parameters() if p.grad is not None]
+    dense, sent = ([(grad, places) for grad, places, is_expert in found if is_expert is kind] for kind in (False, True))
+    norm = float(unsplit_norm(dense, 2.0, (groups.tp, groups.pp), *expert_part(sent, groups))[0])
     if clip_norm and norm > clip_norm:
         scale = clip_norm / (norm + 1e-6)
-        for grad, _ in found:
+        for grad, *_ in found:
             grad.mul_(scale)
     return norm

@@ -2,8 +2,8 @@
 
         1   gradients of all elements are summed on every replica; each steps its shard, and the parameters are gathered
         2   the gradients of a layer are summed and scattered to their owners when its last backward of the step is complete
-        3   and a layer's parameters are gathered before its forward and its backward, and released after them; gradients are
-            scattered after every backward
+        3   and a layer's parameters are gathered before its forward and its backward, while the layer before it computes,
+            and released after them; gradients are scattered after every backward
 
 Bytes a rank for P bfloat16 parameters over N replicas, with float32 masters and AdamW's moments: 4P + 12P/N, 2P + 14P/N and
 16P/N. Source: Rajbhandari et al. 2020, 1910.02054.
@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -22,12 +23,12 @@ from torch import Tensor, nn
 
 from partita.errors import DivergedError, ModelError, PlanError
 from partita.torch.layers.compiled import compiled_parts
-from partita.torch.model.parts import plan_of
+from partita.torch.model.parts import distributed_experts, plan_of
 from partita.torch.stages.copies import copies_of
 from partita.torch.stages.cut import is_cut, stage_layers
 from partita.torch.stages.memory import StageMemory
-from partita.torch.training.norms import owned_parts, unsplit_norm
-from partita.torch.training.shards import Slot, gather_shards, scatter_gradients
+from partita.torch.training.norms import expert_part, owned_parts, unsplit_norm
+from partita.torch.training.shards import Slot, Target, gather_shards, scatter_gradients, start_gathering
 
 
 @dataclass(eq=False)
@@ -37,6 +38,7 @@ class _Unit:
     module: nn.Module | None
     slots: list[Slot]
     is_gathered: bool = False
+    coming: Callable[[Target], None] | None = None
 
 
 class ShardedOptimizer(StageMemory):
@@ -63,13 +65,13 @@ class ShardedOptimizer(StageMemory):
         """
         self.model, self.level = model, level
         self.plan, self.groups = plan_of(model)
-        self.comm = self.groups.replicas
+        self.experts = distributed_experts(model, self.plan)
         trained = {id(p) for group in groups for p in group["params"]}
         if level == 3:
             _refuse_gathering(model)
         # What stays quantized is another class, whose tensors are not the parameter's own.
         self.slots = {
-            id(p): Slot.of(name, p, self.comm)
+            id(p): Slot.of(name, p, self.groups.edp if id(p) in self.experts else self.groups.replicas)
             for name, p in model.named_parameters()
             if id(p) in trained or (level == 3 and type(p) is nn.Parameter)
         }
@@ -141,7 +143,7 @@ class ShardedOptimizer(StageMemory):
             return
         for slot in self.slots.values():
             slot.open()
-        gather_shards(list(self.slots.values()), self.comm, Slot.allocate)
+        gather_shards(list(self.slots.values()), Slot.allocate)
         for slot in self.slots.values():
             slot.attach()
 
@@ -158,7 +160,7 @@ class ShardedOptimizer(StageMemory):
             yield
         finally:
             for unit in (self._outside, *self._layers.values()):
-                unit.is_gathered = False
+                unit.is_gathered, unit.coming = False, None
             for slot in self.slots.values():
                 slot.close()
 
@@ -175,6 +177,8 @@ class ShardedOptimizer(StageMemory):
     def _enters(self, unit: _Unit) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self._gather(unit)
+            if not self._is_backward:
+                self._start_next(unit)
             hidden = args[0] if args else kwargs.get("hidden_states")
             # The gradient of a leaf may arrive before those of the layer's parameters.
             if not self._is_backward and isinstance(hidden, Tensor) and hidden.requires_grad and not hidden.is_leaf:
@@ -189,13 +193,18 @@ class ShardedOptimizer(StageMemory):
             self._release(unit)
             hidden = output[0] if isinstance(output, (tuple, list)) else output
             if isinstance(hidden, Tensor) and hidden.requires_grad:
-                hidden.register_hook(lambda grad: self._gather(unit))
+                hidden.register_hook(lambda grad: self._enters_backward(unit))
 
         return hook
+
+    def _enters_backward(self, unit: _Unit) -> None:
+        self._gather(unit)
+        self._start_next(unit)
 
     @contextmanager
     def forward(self, stage: int) -> Iterator[None]:
         """See `StageMemory`."""
+        self._order(self._stage(stage)[::-1])
         self._gather(self._outside)
         try:
             yield
@@ -208,6 +217,7 @@ class ShardedOptimizer(StageMemory):
         self._is_backward = True
         self._reduces = has_weights and self._is_due(is_last)
         self._waiting = self._stage(stage) if self._reduces else []
+        self._order(self._stage(stage))
         self._gather(self._outside)
         try:
             yield
@@ -257,12 +267,26 @@ class ShardedOptimizer(StageMemory):
         for slot, norm in zip(has, torch._foreach_norm(grads, float("inf")) if grads else (), strict=True):
             before = self.largest.get(slot)
             self.largest[slot] = norm if before is None else torch.maximum(before, norm)
-        self._seen += scatter_gradients(slots, self.comm)
+        self._seen += scatter_gradients(slots)
 
     def _gather(self, unit: _Unit) -> None:
         if self.level == 3 and not unit.is_gathered:
             unit.is_gathered = True
-            gather_shards(unit.slots, self.comm, Slot.allocate)
+            finish = unit.coming or start_gathering(unit.slots)
+            unit.coming = None
+            finish(Slot.allocate)
+
+    def _order(self, units: Sequence[_Unit]) -> None:
+        """Set the order in which layers are used from now on."""
+        self._next = {id(one): after for one, after in pairwise(units)}
+
+    def _start_next(self, unit: _Unit) -> None:
+        """Start to gather the layer that is used after `unit`, if that proceeds while `unit` computes."""
+        after = self._next.get(id(unit))
+        if self.level < 3 or after is None or after.is_gathered or after.coming is not None or not after.slots:
+            return
+        if all(slot.comm.overlaps(slot.shard) for slot in after.slots):
+            after.coming = start_gathering(after.slots)
 
     def _release(self, unit: _Unit) -> None:
         if self.level == 3 and unit.is_gathered:
@@ -272,13 +296,12 @@ class ShardedOptimizer(StageMemory):
 
     def finish(self) -> None:
         """Reduce the gradients that are left: of parameters outside of the layers, and of copies on several stages."""
-        if self.trained:
+        for slots in self._by_ranks():
             has = torch.tensor(
-                [slot.parameter.grad is not None for slot in self.trained], dtype=torch.int32,
-                device=self.trained[0].shard.device,
-            )  # fmt: skip
-            left = self.comm.all_reduce_(has).tolist()
-            self._scatter([slot for slot, one in zip(self.trained, left, strict=True) if one])
+                [slot.parameter.grad is not None for slot in slots], dtype=torch.int32, device=slots[0].shard.device
+            )
+            left = slots[0].comm.all_reduce_(has).tolist()
+            self._scatter([slot for slot, one in zip(slots, left, strict=True) if one])
         with_gradient: set[Slot] = set()
         if self._seen:
             counts = torch.stack([count.double() for _, count in self._seen]).tolist()
@@ -288,6 +311,11 @@ class ShardedOptimizer(StageMemory):
             if slot not in with_gradient:
                 slot.shard.grad = None
 
+    def _by_ranks(self) -> list[list[Slot]]:
+        """The slots of trained parameters, those on the same ranks together."""
+        kinds = ([s for s in self.trained if (id(s.parameter) in self.experts) is one] for one in (False, True))
+        return [slots for slots in kinds if slots]
+
     def norms(self) -> dict[str, Tensor]:
         """The largest element of each gradient of this replica in the step, by the parameter's name."""
         return {slot.name: self.largest[slot] for slot in self.trained if slot in self.largest}
@@ -295,10 +323,18 @@ class ShardedOptimizer(StageMemory):
     @torch.no_grad()
     def clip(self, clip_norm: float) -> float:
         """As `replicas.clip_gradients`, of the shards' gradients."""
-        owned = owned_parts(self.model, self.plan, self.groups)
+        groups, owned = self.groups, owned_parts(self.model, self.plan, self.groups)
         grads = [(slot, slot.shard.grad) for slot in self.trained if slot.shard.grad is not None]
-        found = [(slot.owned(owned[id(slot.parameter)], grad), None) for slot, grad in grads]
-        norm = float(unsplit_norm(found, 2.0, (self.comm, self.groups.tp, self.groups.pp))[0])
+        dense, sent = (
+            [
+                (slot.owned(owned[id(slot.parameter)], grad), None)
+                for slot, grad in grads
+                if (id(slot.parameter) in self.experts) is kind
+            ]
+            for kind in (False, True)
+        )
+        axes = (groups.replicas, groups.tp, groups.pp)
+        norm = float(unsplit_norm(dense, 2.0, axes, *expert_part(sent, groups, groups.edp))[0])
         if clip_norm and norm > clip_norm:
             for _, grad in grads:
                 grad.mul_(clip_norm / (norm + 1e-6))
@@ -314,7 +350,7 @@ class ShardedOptimizer(StageMemory):
         self.inner.step()
         self.inner.zero_grad(set_to_none=True)
         if self.level < 3:
-            gather_shards(self.trained, self.comm, lambda slot: slot.parameter.data)
+            gather_shards(self.trained, lambda slot: slot.parameter.data)
 
 
 def _others(model: nn.Module, layers: set[nn.Module]) -> Iterator[tuple[str, nn.Module]]:

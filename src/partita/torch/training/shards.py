@@ -34,6 +34,7 @@ class Slot:
         shape: Its sizes in that order.
         chunk: Number of elements of a full shard.
         start: The first element of this replica's shard.
+        comm: The ranks that hold the parameter.
         shard: The elements from `start`, flat; a view of the parameter until `detach`.
         full: After `detach`, the parameter's memory, which is empty unless the parameter is gathered.
     """
@@ -45,6 +46,7 @@ class Slot:
     shape: tuple[int, ...]
     chunk: int
     start: int
+    comm: Communicator
     shard: nn.Parameter
     full: Tensor | None = None
 
@@ -60,7 +62,7 @@ class Slot:
         flat = parameter.data.permute(order).view(-1)
         shard = nn.Parameter(flat[start : start + chunk], parameter.requires_grad)
         shape = tuple(parameter.shape[dim] for dim in order)
-        return cls(name, parameter, numel, order, shape, chunk, start, shard)
+        return cls(name, parameter, numel, order, shape, chunk, start, comm, shard)
 
     def flat(self, tensor: Tensor) -> Tensor:
         """The elements of a tensor of the parameter's shape, in the order of the shards."""
@@ -122,7 +124,7 @@ class Slot:
 
 
 @torch.no_grad()
-def scatter_gradients(slots: Sequence[Slot], comm: Communicator) -> list[tuple[Slot, Tensor]]:
+def scatter_gradients(slots: Sequence[Slot]) -> list[tuple[Slot, Tensor]]:
     """Sum the gradients of `slots` over the replicas, add each replica's part to those of its shards, and free the rest.
 
     A gradient that a replica lacks counts as zero. Every replica must call it with the same slots.
@@ -132,7 +134,7 @@ def scatter_gradients(slots: Sequence[Slot], comm: Communicator) -> list[tuple[S
     """
     found: list[tuple[Slot, Tensor]] = []
     for bucket in _buckets(slots):
-        dtype = bucket[0].parameter.dtype
+        dtype, comm = bucket[0].parameter.dtype, bucket[0].comm
         wide = dtype if dtype.itemsize >= 4 else torch.float32
         total = sum(slot.chunk for slot in bucket)
         device = bucket[0].parameter.device
@@ -151,25 +153,47 @@ def scatter_gradients(slots: Sequence[Slot], comm: Communicator) -> list[tuple[S
     return found
 
 
+Target = Callable[[Slot], Tensor]
+"""Returns the tensor of a parameter's shape that is filled from its shards."""
+
+
 @torch.no_grad()
-def gather_shards(slots: Sequence[Slot], comm: Communicator, target: Callable[[Slot], Tensor]) -> None:
-    """Copy the shards of all replicas into tensors of the parameters' shapes; every replica calls it with the same slots."""
+def start_gathering(slots: Sequence[Slot]) -> Callable[[Target], None]:
+    """Start to gather the shards of all replicas; every replica calls it with the same slots.
+
+    Returns:
+        A function that waits for them and copies them into the tensors that it is given.
+    """
+    started = []
     for bucket in _buckets(slots):
         total = sum(slot.chunk for slot in bucket)
         mine = torch.zeros((1, total), dtype=bucket[0].parameter.dtype, device=bucket[0].parameter.device)
         for slot, offset in _offsets(bucket):
             mine[0, offset : offset + slot.shard.numel()] = slot.shard.data
-        rows = comm.all_gather(mine, 0)
-        for slot, offset in _offsets(bucket):
-            target(slot).copy_(slot.shaped(rows[:, offset : offset + slot.chunk].reshape(-1)[: slot.numel]))
+        started.append((bucket, *bucket[0].comm.start_all_gather(mine)))
+
+    @torch.no_grad()
+    def finish(target: Target) -> None:
+        for bucket, rows, work in started:
+            work.wait()
+            for slot, offset in _offsets(bucket):
+                target(slot).copy_(slot.shaped(rows[:, offset : offset + slot.chunk].reshape(-1)[: slot.numel]))
+        started.clear()
+
+    return finish
+
+
+def gather_shards(slots: Sequence[Slot], target: Target) -> None:
+    """Copy the shards of all replicas into tensors of the parameters' shapes; every replica calls it with the same slots."""
+    start_gathering(slots)(target)
 
 
 @torch.no_grad()
-def unsharded(slot: Slot, part: Tensor, comm: Communicator) -> Tensor:
+def unsharded(slot: Slot, part: Tensor) -> Tensor:
     """The tensor of the parameter's shape of which each replica has its shard `part`; every replica calls it."""
     mine = part.new_zeros((1, slot.chunk))
     mine[0, : part.numel()] = part
-    return slot.shaped(comm.all_gather(mine, 0).reshape(-1)[: slot.numel])
+    return slot.shaped(slot.comm.all_gather(mine, 0).reshape(-1)[: slot.numel])
 
 
 def _fill_rows(rows: Tensor, flat: Tensor) -> None:
@@ -190,11 +214,11 @@ def _offsets(slots: Iterable[Slot]) -> Iterator[tuple[Slot, int]]:
 
 
 def _buckets(slots: Iterable[Slot]) -> Iterator[list[Slot]]:
-    """The slots of one dtype in groups of about `BUCKET_BYTES`."""
-    by_dtype: dict[torch.dtype, list[Slot]] = {}
+    """The slots of one dtype on the same ranks in groups of about `BUCKET_BYTES`."""
+    alike: dict[tuple[int, torch.dtype], list[Slot]] = {}
     for slot in slots:
-        by_dtype.setdefault(slot.parameter.dtype, []).append(slot)
-    for same in by_dtype.values():
+        alike.setdefault((id(slot.comm), slot.parameter.dtype), []).append(slot)
+    for same in alike.values():
         bucket: list[Slot] = []
         size = 0
         for slot in same:

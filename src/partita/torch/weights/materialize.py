@@ -16,7 +16,7 @@ from partita.torch.model.parts import parameter_homes, tie
 from partita.torch.transformers_internals import can_initialize, initialize, mark_initialized
 
 Fill = Callable[[str, TensorPlan, int, Tensor], None]
-"""Takes a tensor's name, its `TensorPlan`, the tensor rank and an empty local tensor, and fills it."""
+"""Takes a tensor's name, its `TensorPlan`, the part that this rank holds and an empty local tensor, and fills it."""
 
 Quantized = Callable[[str, TensorPlan, int, Tensor], Tensor | None]
 """Takes the same, with the tensor on the meta device, and returns the local tensor still quantized, or None if it is plain."""
@@ -60,7 +60,6 @@ def materialize(
 
     Its unsaved buffers must be computed before it is split (`make_unsaved_buffers`). What `quantized` returns stays quantized.
     """
-    rank = groups.tp.rank
     homes = parameter_homes(model)
     filled: dict[str, tuple[Tensor, int]] = {}
     for name, (module, attribute) in homes.items():
@@ -70,7 +69,7 @@ def materialize(
             continue
         assert tensor.device.type == "meta", name
         # A tied tensor whose twin is on another stage is initialized like the twin.
-        given = spec.tied_to or name, plan.tensor(name), rank
+        given = spec.tied_to or name, plan.tensor(name), groups.part(plan.tensor(name))
         packed = quantized(*given, tensor) if quantized is not None else None
         local = torch.empty(tensor.shape, dtype=tensor.dtype, device=device) if packed is None else packed.to(device)
         if packed is None:

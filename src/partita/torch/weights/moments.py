@@ -129,7 +129,7 @@ def restore_optimizer(model: nn.Module, optimizer: AnyOptimizer | None, folder: 
                         value = initial_state(kind, tensor, master_dtype)
                         if _is_kept(folder, kind, name, tensor, kinds, sources, moments.tensors):
                             cut = plan.tensor(name) if name in plan.spec.tensors else parts[name].cut
-                            fill(name, cut, groups.tp.rank, value)
+                            fill(name, cut, groups.part(cut), value)
                         state[kind] = held.own(tensor, value)
 
 

@@ -119,6 +119,8 @@ def save_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, folder: P
 
     def write(writer: Writer) -> None:
         for (kind, name), tensor in state.tensors.items():
+            if groups.copies(plan.cuts.get(name)).rank > 0:
+                continue
             for piece, take, part in disk.parts(name, tensor, plan, groups):
                 writer.write(f"{kind}.{piece}", take, memory_of(part))
 
@@ -164,7 +166,7 @@ def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, folder: P
                     if tensor in names and stored[0] in part.infos:
                         value = torch.empty_like(tensor, dtype=DTYPES[part.infos[stored[0]].dtype], requires_grad=False)
                         cut = plan.tensor(name) if name in plan.spec.tensors else parts[name].cut
-                        fill(name, cut, groups.tp.rank, value)
+                        fill(name, cut, groups.part(cut), value)
                         optimizer.state[tensor][kind] = value
         for name, tensor in trained.items():
             for kind, number in data["numbers"].get(name, {}).items() if tensor in names else ():

@@ -70,7 +70,7 @@ def save_adapters(
     disk = adapters_on_disk(model, base, name)
 
     def write(writer: Writer) -> None:
-        for part_name, tensor in disk.own(model, plan, groups).items():
+        for part_name, tensor in disk.own(model, plan, groups).items() if groups.replicas.rank == 0 else ():
             for piece, take, part in disk.parts(part_name, tensor, plan, groups):
                 writer.write(piece, take, memory_of(part))
 
@@ -162,7 +162,7 @@ def _read_into(model: nn.Module, place: Path, reader: Reader, name: str) -> None
         check_shape(place, part.disk, part.cut.shape, infos[part.disk].shape if part.disk in infos else None)
     fill = CheckpointFill(reader, infos, {key: part.source for key, part in parts.items()}, nn.Module(), None, 0)
     for key, part in parts.items():
-        fill(key, part.cut, groups.tp.rank, part.tensor.detach())
+        fill(key, part.cut, groups.part(part.cut), part.tensor.detach())
 
 
 def _adapts_outside_layers(plan: Plan, source: Path) -> bool:
@@ -184,7 +184,7 @@ def _check_base(model: nn.Module, place: Path, reader: Reader) -> None:
         stored = torch.empty_like(local)
         source = Source((Piece(disk, cut.shape, (0,) * len(cut.shape)),))
         CheckpointFill(reader, reader.checkpoint.tensors, {name: source}, nn.Module())(
-            name, cut, groups.tp.rank, stored
+            name, cut, groups.part(cut), stored
         )
         if not torch.equal(stored, local):
             raise CheckpointError(
@@ -230,9 +230,9 @@ class AdaptersOnDisk:
         """The elements of a part that this rank owns: name on disk, ranges on disk, and values."""
         cut = self.own_parts[name].cut
         for piece in self.pieces[name]:
-            overlap = piece.overlap(cut.owned_ranges(groups.tp.rank))
+            overlap = piece.overlap(cut.owned_ranges(groups.part(cut)))
             if overlap is not None:
-                held = piece.overlap(cut.ranges(groups.tp.rank))
+                held = piece.overlap(cut.ranges(groups.part(cut)))
                 yield piece.name, overlap[0], own_part(tensor, held, overlap[0], stacked=False)
 
     def write_beside(self, model: nn.Module, folder: Path, tokenizer: Tokenizer | None) -> None:

@@ -119,4 +119,4 @@ def load_into(model: nn.Module, folder: str | os.PathLike[str]) -> None:
                     raise CheckpointError(
                         f"{Path(folder)}: has no tensor {name} of the model. Use a checkpoint of this model."
                     )
-                fill(stored, plan.tensor(name), groups.tp.rank, tensor)
+                fill(stored, plan.tensor(name), groups.part(plan.tensor(name)), tensor)

@@ -135,15 +135,15 @@ class RankShard:
 
     def _shares(self) -> Iterator[tuple[str, Tensor, bool]]:
         """The tensors that this rank owns, by name, and whether this replica writes them."""
-        replicas = self.groups.replicas
         for index, (name, tensor) in enumerate(self.disk.own(self.model, self.plan, self.groups).items()):
-            yield name, tensor, index % replicas.size == replicas.rank
+            copies = self.groups.copies(self.plan.cuts.get(name))
+            yield name, tensor, index % copies.size == copies.rank
 
     def _weights(self) -> Iterator[_Place]:
         for name, tensor, mine in self._shares():
             slot = self.held.slots.get(id(tensor))
             is_shard = slot is not None and slot.full is not None
-            value = unsharded(slot, slot.shard, self.groups.replicas) if slot is not None and is_shard else tensor
+            value = unsharded(slot, slot.shard) if slot is not None and is_shard else tensor
             if mine:
                 for piece, take, part in self.disk.parts(name, value, self.plan, self.groups):
                     yield piece, take, part, None if is_shard else value
@@ -162,7 +162,7 @@ class RankShard:
                     if one is None
                     else one
                 )
-                one = unsharded(slot, one, self.groups.replicas) if slot is not None else one
+                one = unsharded(slot, one) if slot is not None else one
                 if mine:
                     for piece, take, part in self.disk.parts(name, one, self.plan, self.groups):
                         yield f"{kind}.{piece}", take, part, None if slot is not None else one

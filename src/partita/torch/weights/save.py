@@ -74,15 +74,16 @@ def save(
         files = disk.files(max_shard_bytes)
 
     def write(writer: Writer) -> None:
-        own = disk.own(model, plan, groups)
+        own = {n: t for n, t in disk.own(model, plan, groups).items() if groups.copies(plan.tensor(n)).rank == 0}
         total = sum(tensor.numel() * tensor.itemsize for tensor in own.values())
         for name, tensor in own.items():
             for piece, take, part in disk.parts(name, tensor, plan, groups):
                 writer.write(piece, take, memory_of(part))
             if progress is not None:
                 progress(writer.bytes_written, total)
-        place = groups.pp.rank * plan.mesh.tp + groups.tp.rank
-        disk.unused.copy(writer.write, place, plan.mesh.pp * plan.mesh.tp)
+        if groups.replicas.rank == 0:
+            place = groups.pp.rank * plan.mesh.tp + groups.tp.rank
+            disk.unused.copy(writer.write, place, plan.mesh.pp * plan.mesh.tp)
 
     write_folder(
         Path(folder), groups, files, lambda made: disk.write_beside(model, made, tokenizer), write,
@@ -124,7 +125,8 @@ class OnDisk:
     ) -> Iterator[tuple[str, list[list[Range]], Tensor]]:
         """The elements of a local tensor that this rank owns, for each tensor on disk: name, ranges on disk, and values."""
         cut = plan.tensor(name)
-        ranges, owned = cut.ranges(groups.tp.rank), cut.owned_ranges(groups.tp.rank)
+        held = groups.part(cut)
+        ranges, owned = cut.ranges(held), cut.owned_ranges(held)
         for piece in self.pieces[name]:
             overlap = piece.overlap(owned)
             if overlap is not None:
