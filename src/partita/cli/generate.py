@@ -326,7 +326,6 @@ def _answer_all(options: GenerateOptions) -> NoReturn:
     if options.compile:
         raise ModelError("--compile does not work with --prompts. Leave one of them out.")
     request, plan = _planned(options, sequences=options.max_sequences)
-    refuse_context(request, "generate --prompts")
     if environment.is_first():
         if str(options.many) in inputs.STDIN or inputs.is_stream(options.many):
             raise ModelError(f"--prompts {options.many} must be a file, since a run that continues reads it again.")
@@ -359,6 +358,8 @@ def _planned(options: GenerateOptions, sequences: int) -> tuple[PlanRequest, Pla
         dtype=request.dtype,
     )  # fmt: skip
     request, given = planned(request, given, options, work, auto=options.auto)
+    if options.many is not None:
+        refuse_context(request, "generate --prompts")
     plan = plan_early(request, given)
     if options.compile and request.mesh.cp > 1:
         raise PlanError(f"--compile does not work with --cp {request.mesh.cp}. Leave one of them out.")

@@ -165,8 +165,8 @@ def start(options: ServingOptions, *, adapters: dict[str, str] | None = None, **
         dtype=request.dtype,
     )  # fmt: skip
     request, given = planned(request, given, options, work, auto=options.auto)
-    plan = plan_early(request, given)
     refuse_context(request, "a server")
+    plan = plan_early(request, given)
     refuse_device(engine, options.device)
     if is_local(options.model):
         open_checkpoint(find_model(options.model))
