@@ -72,6 +72,25 @@ EXPERTS = [
     Case("experts on MLX", "plan config.json --tp 2 --ep 2 --engine mlx", "--ep 2 needs the torch engine."),
 ]
 
+CONTEXT = [
+    Case(
+        "a server over parts of prompts",
+        "serve config.json --cp 2",
+        "a server does not split sequences over --cp 2 ranks",
+    ),
+    Case(
+        "a file of prompts over parts of them",
+        "generate config.json --prompts prompts.jsonl --out answers.jsonl --cp 2",
+        "generate --prompts does not split sequences over --cp 2 ranks",
+    ),
+    Case(
+        "compiled parts of prompts",
+        "generate config.json Once --cp 2 --compile",
+        "--compile does not work with --cp 2.",
+    ),
+    Case("parts of prompts on MLX", "generate config.json Once --cp 2 --engine mlx", "--cp 2 needs the torch engine."),
+]
+
 LAYOUT = [
     Case("layout without --pp", "layout EtL", "Missing option '--pp'."),
     Case("on no ranks", "layout EtL --pp 0", "--pp must be at least 1, but is 0"),
@@ -279,6 +298,6 @@ SERVE = [
 
 
 @pytest.mark.timeout(30)
-@rows([*NO_COMMAND, *MESH, *EXPERTS, *LAYOUT, *MODEL, *SCHEDULE, *DEMO, *SERVE])
+@rows([*NO_COMMAND, *MESH, *EXPERTS, *CONTEXT, *LAYOUT, *MODEL, *SCHEDULE, *DEMO, *SERVE])
 def test_is_refused(case: Case, partita: Run) -> None:
     refuses(case, partita)

@@ -57,7 +57,8 @@ def test_training_into_a_folder_with_a_model_is_refused_at_once(trained: tuple[P
     assert ended.stderr.count("\n") == 1
 
 
-def test_one_rank_and_two_write_the_same(trained: tuple[Path, dict[str, Any]], partita: Run) -> None:
+@pytest.mark.parametrize("axis", ["--tp", pytest.param("--cp", marks=pytest.mark.slow)])
+def test_one_rank_and_two_write_the_same(trained: tuple[Path, dict[str, Any]], partita: Run, axis: str) -> None:
     folder, _ = trained
     command = ("generate", str(folder), PROMPT, "--max-new-tokens", "12")
     whole = partita(*command, "--json")
@@ -67,7 +68,7 @@ def test_one_rank_and_two_write_the_same(trained: tuple[Path, dict[str, Any]], p
     assert len(written["tokens"]) == 12
     assert written["finish_reason"] == "length"
 
-    streamed = run(*PARTITA, *command, "--tp", "2")
+    streamed = run(*PARTITA, *command, axis, "2")
     assert streamed.returncode == 0, streamed.stderr
     assert streamed.stdout == PROMPT + written["text"] + "\n"
     assert streamed.stderr.startswith("12 tokens in ")

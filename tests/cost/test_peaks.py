@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -35,17 +37,26 @@ GENERATING: dict[str, Arrangement] = {
     "one rank": Arrangement(),
     "tp 2": Arrangement(mesh=Mesh(tp=2)),
     "pp 2": Arrangement(mesh=Mesh(pp=2), microbatches=2),
+    "cp 2": Arrangement(mesh=Mesh(cp=2)),
 }
+LONG: dict[str, Any] = {
+    "model_type": "llama", "hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 256, "max_position_embeddings": 1 << 16,
+}  # fmt: skip
 CASES = [*(("train", name) for name in TRAINING), *(("generate", name) for name in GENERATING)]
 
 
 def _run(config: dict[str, Any], dtype: str, arrangement: Arrangement, purpose: str) -> int:
     """On a rank: the largest bytes of its tensors at once."""
-    torch.set_num_threads(1)
-    gc.collect()
     mesh = arrangement.mesh
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        model = pt.fresh({**config, "dtype": dtype}, dtype=dtype, tp=mesh.tp, pp=mesh.pp, dp=mesh.dp)
+
+    def new() -> Any:
+        return pt.fresh({**config, "dtype": dtype}, dtype=dtype, tp=mesh.tp, pp=mesh.pp, dp=mesh.dp, cp=mesh.cp)
+
+    if mesh.cp > 1:
+        _generate(new(), 1, 8)  # measures the family on a small model
+    with _measured() as peak:
+        model = new()
         if purpose == "train":
             settings = pt.TrainSettings(
                 steps=2, batch_size=BATCH, sequence_length=LENGTH, microbatches=arrangement.microbatches,
@@ -54,14 +65,48 @@ def _run(config: dict[str, Any], dtype: str, arrangement: Arrangement, purpose: 
             )  # fmt: skip
             pt.train(model, torch.randint(6000, (BATCH * (LENGTH + 1) * 2,)), settings)
         else:
-            prompts = [[1 + (i * k) % 1000 for i in range(LENGTH)] for k in range(BATCH)]
-            pt.generate(model, prompts, pt.Sampling(max_new_tokens=NEW_TOKENS, ignore_eos=True))
+            _generate(model, BATCH, LENGTH)
+    return peak[0]
+
+
+def _generate(model: Any, count: int, length: int) -> None:
+    prompts = [[1 + (i * k) % 250 for i in range(length)] for k in range(count)]
+    pt.generate(model, prompts, pt.Sampling(max_new_tokens=NEW_TOKENS, ignore_eos=True))
+
+
+@contextmanager
+def _measured() -> Iterator[list[int]]:
+    """A list that has the largest bytes of the context's tensors at once after it has ended."""
+    torch.set_num_threads(1)
+    gc.collect()
+    found: list[int] = []
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        yield found
     used = peak = 0
     for event in profiler.profiler.kineto_results.events():  # type: ignore[union-attr]
         if event.name() == "[memory]":
             used += event.nbytes()
             peak = max(peak, used)
-    return peak
+    found.append(peak)
+
+
+def _of_prompt(cp: int, dtype: str, length: int) -> int:
+    """The largest bytes at once of what a prompt and new tokens take beside the weights."""
+    model = pt.fresh({**LONG, "dtype": dtype}, dtype=dtype, cp=cp)
+    _generate(model, 1, 8)
+    with _measured() as peak:
+        _generate(model, 1, length)
+    return peak[0]
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    ("dtype", "length"), [("float32", 1000), pytest.param("bfloat16", 4000, marks=pytest.mark.slow)]
+)
+def test_prompts_over_two_context_ranks_may_be_nearly_twice_as_long(dtype: str, length: int) -> None:
+    (alone,) = on(1, _of_prompt, 1, dtype, length)
+    for together in on(2, _of_prompt, 2, dtype, length * 19 // 10):
+        assert together <= alone
 
 
 def _predicted(config: dict[str, Any], dtype: str, arrangement: Arrangement, purpose: str) -> tuple[MemoryUse, ...]:

@@ -21,8 +21,9 @@ from partita.cli.arguments.model import (
     plan_early,
     read_tokenizer,
     refuse_compile,
+    refuse_context,
     refuse_device,
-    refuse_training_axes,
+    refuse_experts_over_replicas,
     request_of,
 )
 from partita.cli.arguments.options import (
@@ -358,8 +359,12 @@ def _planned(options: GenerateOptions, sequences: int) -> tuple[PlanRequest, Pla
         dtype=request.dtype,
     )  # fmt: skip
     request, given = planned(request, given, options, work, auto=options.auto)
+    if options.many is not None:
+        refuse_context(request, "generate --prompts")
     plan = plan_early(request, given)
-    refuse_training_axes(request)
+    refuse_experts_over_replicas(request)
+    if options.compile and request.mesh.cp > 1:
+        raise PlanError(f"--compile does not work with --cp {request.mesh.cp}. Leave one of them out.")
     refuse_device(name, options.device)
     if options.compile:
         refuse_compile(name)

@@ -17,7 +17,14 @@ from partita.checkpoint.index import open_checkpoint
 from partita.cli import launch
 from partita.cli.arguments.auto import PROMPT, planned
 from partita.cli.arguments.engine import choose_engine
-from partita.cli.arguments.model import plan_early, read_tokenizer, refuse_device, refuse_training_axes, request_of
+from partita.cli.arguments.model import (
+    plan_early,
+    read_tokenizer,
+    refuse_context,
+    refuse_device,
+    refuse_experts_over_replicas,
+    request_of,
+)
 from partita.cli.arguments.options import Auto, ModelArgument, NoVerify, PlanOptions, RunOptions, WeightsDtype
 from partita.cli.arguments.serving import CACHE, CacheBytes, ExactRows, MaxSequences, PrefillChunk
 from partita.cli.front_end import FRONT, FrontEnd
@@ -165,8 +172,9 @@ def start(options: ServingOptions, *, adapters: dict[str, str] | None = None, **
         dtype=request.dtype,
     )  # fmt: skip
     request, given = planned(request, given, options, work, auto=options.auto)
+    refuse_context(request, "a server")
     plan = plan_early(request, given)
-    refuse_training_axes(request)
+    refuse_experts_over_replicas(request)
     refuse_device(engine, options.device)
     if is_local(options.model):
         open_checkpoint(find_model(options.model))

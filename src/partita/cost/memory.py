@@ -256,7 +256,7 @@ def cache_bytes(
     model: ModelCost, work: Work, arrangement: Arrangement, degrees: Degrees, kernels: Kernels,
     stages: tuple[StageCost, ...], tp: int, context: int | None = None,
 ) -> int:  # fmt: skip
-    """Bytes of the cache of a rank for all sequences of its replica, each of `context` tokens."""
+    """Bytes of the cache of a rank for all sequences of its replica, each of `context` tokens, of which cp ranks have parts."""
     sequences = math.ceil(work.sequences / degrees.dp)
     length = work.context if context is None else context
     item = DTYPE_BYTES[weight_dtype(model, work)]
@@ -266,7 +266,8 @@ def cache_bytes(
         for kind, count in stage.kinds:
             attention = layers[kind].attention
             if attention is not None:
-                tokens = math.ceil(min(length, attention.window or length) / degrees.cp)
+                # The last tokens of a prompt, which a window sees, may all be on one rank.
+                tokens = min(math.ceil(length / degrees.cp), attention.window or length)
                 total += count * tokens * attention.cached(latent=kernels.caches_latent) * item
     return total * sequences
 
@@ -277,7 +278,8 @@ def _generating(
 ) -> tuple[int, int]:  # fmt: skip
     """Bytes of the cache, and of what a prompt's forward keeps alive."""
     sequences = math.ceil(math.ceil(work.sequences / degrees.dp) / arrangement.microbatches)
-    shape = Shape(sequences, work.sequence_length, work.sequence_length, weight_dtype(model, work), degrees.tp)
+    length = math.ceil(work.sequence_length / degrees.cp)
+    shape = Shape(sequences, length, work.sequence_length, weight_dtype(model, work), degrees.tp)
     sliced = model.sliced(*degrees.split)
     cache = cache_bytes(model, work, arrangement, degrees, kernels, stages, tp)
     inside = 0.0

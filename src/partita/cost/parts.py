@@ -31,7 +31,7 @@ def stage_s(
         return trained.total, trained.f
     each = math.ceil(math.ceil(work.sequences / degrees.dp) / arrangement.microbatches)
     dtype = weight_dtype(model, work)
-    past = max(1, (work.sequence_length + work.context) // 2)
+    past = max(1, (work.sequence_length + work.context) // 2 // degrees.cp)
     prompt = Shape(each, math.ceil(work.sequence_length / degrees.cp), work.sequence_length, dtype, degrees.tp)
     token = Shape(each, 1, past, dtype, degrees.tp)
 

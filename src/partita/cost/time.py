@@ -278,7 +278,7 @@ def _decode(model: ModelCost, work: Work, arrangement: Arrangement, hardware: Ha
     """A token of every sequence: groups of sequences pass the stages one behind the other."""
     degrees = degrees_of(arrangement.mesh)
     each = math.ceil(math.ceil(work.sequences / degrees.dp) / arrangement.microbatches)
-    past = max(1, (work.sequence_length + work.context) // 2)
+    past = max(1, (work.sequence_length + work.context) // 2 // degrees.cp)
     return _passes(model, work, arrangement, hardware, Shape(
         each, 1, past, weight_dtype(model, work), degrees.tp), past)  # fmt: skip
 

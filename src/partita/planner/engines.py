@@ -17,7 +17,7 @@ class Features:
         recompute: What is recomputed.
         sequence_parallel: Whether activations between products can be split over the tokens.
         overlap_gradients: Whether gradients can be summed over replicas while the backward runs.
-        context: Whether the sequences of training can be split over ranks (cp).
+        context: Whether sequences of training, and prompts with their cache, can be split over ranks (cp).
         experts: Whether complete experts of a layer can be distributed over the ranks of a stage (etp = 1).
     """
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 import sys
 import time
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
-from collections.abc import Set as SetOf
 from itertools import pairwise
 from typing import Any
 
@@ -24,25 +22,24 @@ from partita.generation.sample import Columns, choose, failure_of, generator_of
 from partita.ranks.liveness import doing
 from partita.schedule.fit import forward_only
 from partita.torch.collectives.comm import Work
+from partita.torch.layers.compiled import compiled_parts
 from partita.torch.layers.decode_matmul import decoding
-from partita.torch.model.balance import SWITCH, asks_for_balance
 from partita.torch.model.cache_buffers import reserve
 from partita.torch.model.head import local_logits, most_likely
 from partita.torch.model.modes import attributes_at_hand, mode_set
 from partita.torch.model.parts import plan_of
+from partita.torch.model.sequences import SequenceGroup, arguments_of
 from partita.torch.model.towers import refuse_forbidden
+from partita.torch.proof.context import prove_generation, refuse_length
 from partita.torch.proof.stages import refuse_undecodable
 from partita.torch.stages.pipeline import Pipeline
 from partita.torch.training.local_step import peak_bytes
 from partita.torch.transformers_internals import (
-    advance,
-    first_positions,
     fixed_positions,
     forget_lengths,
     is_plain_attention,
     is_stateful,
     misplaces_padding,
-    next_inputs,
 )
 
 _IDS = 1 << 20
@@ -62,9 +59,9 @@ def generate(
 ) -> list[Generation]:
     """Continue every prompt; every rank of the run calls it with the same arguments and returns the same.
 
-    Replicas (dp) share the prompts. With several stages the prompts pass through them in as many groups, so that all stages
-    are busy. A sequence's tokens do not depend on how the model is split, nor on the other prompts,
-    beyond the rounding of the dtype.
+    Replicas (dp) share the prompts. Context parallel ranks (cp) split each prompt, and each keeps the keys and values of its
+    own tokens. With several stages the prompts pass through them in as many groups, so that all stages are busy. A sequence's
+    tokens do not depend on how the model is split, nor on the other prompts, beyond the rounding of the dtype.
 
     Args:
         model: A split causal language model.
@@ -95,18 +92,26 @@ def generate(
     plan, groups = plan_of(model)
     refuse_undecodable(model, plan)
     _check(model)
+    prove_generation(model, plan)
     ids, tokenizer = encoded(prompts, tokenizer, getattr(model.config, "_name_or_path", None) or None)
     choice = settle(
         sampling or Sampling(), generation_of(model), tokenizer.eos_ids if tokenizer is not None else frozenset()
     )
     more = _more_inputs(model, ids, inputs)
+    if groups.cp.size > 1 and compiled_parts(model):
+        raise ModelError(f"compiled layers do not generate with cp={groups.cp.size}. Use cp=1, or do not compile them.")
+    if groups.cp.size > 1 and any(more):
+        raise ModelError(
+            f"prompts with other inputs than text cannot be split over ranks (cp={groups.cp.size}). Use cp=1 for them."
+        )
     check_ids(ids, choice, tokenizer, plan.spec.vocab_size, [place for place, one in enumerate(more) if one])
     for length in sorted({len(prompt) for prompt in ids}, reverse=True):
         new = choice.limit(length)
+        refuse_length(model, length, groups.cp)
         # The last new token is not fed back to the model.
         plan.spec.refuse_beyond_positions(length + new - 1, f"a prompt of {length} tokens with {new} new ones")
     replicas, replica = groups.dp.size, groups.dp.rank
-    listener = on_text if groups.tp.rank == groups.pp.rank == replica == 0 else None
+    listener = on_text if groups.is_first_of_replica and replica == 0 else None
     sequences = [
         Sequence(place, list(prompt), choice.limit(len(prompt)), is_streamed=listener is not None)
         for place, prompt in enumerate(ids)
@@ -159,7 +164,7 @@ def _more_inputs(
         return [{} for _ in prompts]
     if len(inputs) != len(prompts):
         raise PlanError(f"inputs must have one entry per prompt ({len(prompts)}); got {len(inputs)}.")
-    takes = _takes(model)
+    takes = arguments_of(model)
     more: list[Mapping[str, Tensor]] = []
     for place, given in enumerate(inputs):
         kept = {k: v for k, v in (given or {}).items() if k not in ("input_ids", "attention_mask")}
@@ -189,7 +194,7 @@ def _batches(model: nn.Module, sequences: list[Sequence]) -> list[list[Sequence]
 
 def _can_pad(model: nn.Module, longest: int) -> bool:
     """Whether padded texts, the longest of `longest` tokens, give the same results in a batch as alone."""
-    if "attention_mask" not in _takes(model) or is_stateful(model) or misplaces_padding(model):
+    if "attention_mask" not in arguments_of(model) or is_stateful(model) or misplaces_padding(model):
         return False
     # transformers' plain attention narrows a float64 mask to float32, where a padded row becomes NaN.
     wide = next((p.dtype for p in model.parameters()), None) == torch.float64
@@ -199,81 +204,8 @@ def _can_pad(model: nn.Module, longest: int) -> bool:
     fixed = fixed_positions(model.config)
     if fixed is not None and longest > fixed:
         return False
-    padded = _Group(model, [Sequence(0, [0], 1), Sequence(1, [0, 0], 1)], torch.device("cpu"), {})
+    padded = SequenceGroup(model, [Sequence(0, [0], 1), Sequence(1, [0, 0], 1)], torch.device("cpu"), {})
     return {"attention_mask", "position_ids"} <= padded.inputs(0).keys()
-
-
-def _takes(model: nn.Module) -> SetOf[str]:
-    return inspect.signature(type(model).forward).parameters.keys()
-
-
-class _Group:
-    """Sequences that pass through the pipeline as a group, and the model's next inputs."""
-
-    def __init__(
-        self, model: nn.Module, sequences: list[Sequence], device: torch.device, more: Mapping[str, Tensor]
-    ) -> None:
-        self.model, self.sequences = model, sequences
-        longest = max(len(s.prompt) for s in sequences)
-        pads = torch.tensor([longest - len(s.prompt) for s in sequences])
-        self.text = torch.tensor(
-            [[s.prompt[0]] * (longest - len(s.prompt)) + s.prompt for s in sequences], device=device
-        )
-        columns = torch.arange(longest)
-        mask = (columns >= pads.unsqueeze(1)).long().to(device)
-        positions = (columns - pads.unsqueeze(1)).clamp(min=0).to(device)
-        more = {name: value.to(device) for name, value in more.items()}
-        takes = _takes(model)
-        self.state: dict[str, Any] = {"use_cache": True}
-        if pads.any():
-            self.state["attention_mask"] = mask
-        if "position_ids" in takes:
-            self.state["position_ids"] = first_positions(model, self.text, mask, more, positions) if more else positions
-        if "logits_to_keep" in takes:
-            self.state["logits_to_keep"] = 1
-        if asks_for_balance(model):
-            self.state[SWITCH] = False
-        self.state.update(more)
-        self.caches: dict[int, Any] = {}
-        self.taken = 0
-        self.keeps_state = False
-        self.next: dict[int, dict[str, Any]] = {}
-
-    def inputs(self, stage: int) -> dict[str, Any]:
-        """The model's inputs at `stage`.
-
-        Raises:
-            ModelError: The model returned no cache, but is called with the last token only.
-        """
-        if stage not in self.next:
-            cache = self.caches.get(stage)
-            found = next_inputs(self.model, self.text, self.state, cache, is_first=self.taken == 0)
-            if (
-                self.taken
-                and cache is None
-                and not self.keeps_state
-                and found["input_ids"].shape[1] < self.text.shape[1]
-            ):
-                raise ModelError(f"{type(self.model).__name__} returns no cache, so it cannot generate token by token.")
-            self.next[stage] = found
-        return self.next[stage]
-
-    def go_on(self, chosen: Tensor, output: Any) -> None:
-        """Append the next token of each sequence, `[sequences]`.
-
-        `output` is the model's, from which some families keep a state; None if the last stage is on another rank.
-        """
-        known = self.state.keys()
-        self.state = advance(self.model, output, self.state)
-        self.keeps_state = self.keeps_state or not self.state.keys() <= known
-        self.text = torch.cat([self.text, chosen.view(-1, 1).to(self.text.device).clamp(min=0)], 1)
-        self.taken += 1
-        self.next.clear()
-
-    @property
-    def is_done(self) -> bool:
-        """Whether every sequence has ended."""
-        return all(s.finish_reason for s in self.sequences)
 
 
 class _Run:
@@ -290,14 +222,16 @@ class _Run:
     ) -> None:
         plan, groups = plan_of(model)
         self.model, self.choice, self.tokenizer, self.on_text = model, choice, tokenizer, on_text
-        self.pp, self.tp = groups.pp, groups.tp
+        self.pp, self.tp, self.cp = groups.pp, groups.tp, groups.cp
         self.picker = plan.stage_rank(plan.loss_stage)
         self.first = plan.stage_index(self.pp.rank, 0)
         self.has_outputs = plan.num_stages == 1
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         count = min(len(batch), plan.mesh.pp)
         edges = [i * len(batch) // count for i in range(count + 1)]
-        self.groups = [_Group(model, batch[a:b], device, more[batch[a].place]) for a, b in pairwise(edges)]
+        self.groups = [
+            SequenceGroup(model, batch[a:b], device, more[batch[a].place], groups.cp) for a, b in pairwise(edges)
+        ]
         self.pipeline = Pipeline(model, forward_only(plan, count))
         self.sent: list[tuple[Tensor, Work]] = []
         self.generators = {s.place: generator_of(choice, s.place) for s in batch}
@@ -336,12 +270,15 @@ class _Run:
     def _pick(self, output: Any, place: int) -> None:
         """Choose the next token of each sequence of a group, and send it to the other stages."""
         group = self.groups[place]
-        logits = output.logits[:, -1]
-        if self.choice.is_plain:
-            chosen = most_likely(logits, self.split, self.tp)
-        else:
-            chosen = self._choose(logits, group.sequences)
-        ids = chosen.cpu()
+        ids = torch.empty(len(group.sequences), dtype=torch.long)
+        if self.cp.rank == 0:
+            # Of a prompt's parts, that of the first rank has the last token.
+            logits = output.logits[:, -1]
+            if self.choice.is_plain:
+                ids = most_likely(logits, self.split, self.tp).cpu()
+            else:
+                ids = self._choose(logits, group.sequences).cpu()
+        self.cp.broadcast_(ids)
         for rank in range(self.pp.size):
             if rank != self.pp.rank:
                 self.sent.append((ids, self.pp.start_send(ids, rank, _IDS + place)))
@@ -379,7 +316,7 @@ class _Run:
         self.pp.start_recv_(ids, self.picker, _IDS + place).wait()
         self._take(group, ids)
 
-    def _take(self, group: _Group, ids: Tensor, output: Any = None) -> None:
+    def _take(self, group: SequenceGroup, ids: Tensor, output: Any = None) -> None:
         group.go_on(ids, output)
         if bool((ids < 0).any()):
             self.failed_step = min(self.failed_step, group.taken - 1)

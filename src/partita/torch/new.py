@@ -46,7 +46,7 @@ def fresh(
         tp: Tensor parallel ranks.
         pp: Pipeline parallel ranks.
         dp: Replicas.
-        cp: Context parallel ranks, over which the sequences of training are split.
+        cp: Context parallel ranks, over which the sequences of training, and prompts with their cache, are split.
         ep: Ranks over which the experts of each layer are distributed.
         etp: Ranks over which each expert is split.
         layout: Layers of each stage.

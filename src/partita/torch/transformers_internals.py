@@ -198,6 +198,9 @@ _WINDOW = "_partita_window"
 SDPA = "sdpa"
 """The attention that calls torch's scaled_dot_product_attention."""
 
+EAGER = "eager"
+"""The attention of matrix products and a softmax."""
+
 
 def hook_attention(
     attention: Callable[..., Any],
@@ -267,7 +270,7 @@ def is_plain_sdpa(name: str, options: Mapping[str, Any]) -> bool:
 
 def is_plain_attention(model: nn.Module) -> bool:
     """Whether a model's attention is computed by matrix products and a softmax, not by a fused kernel."""
-    return attention_of(model) == "eager"
+    return attention_of(model) == EAGER
 
 
 ATTENTIONS = "ALL_ATTENTION_FUNCTIONS"

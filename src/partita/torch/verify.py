@@ -44,6 +44,7 @@ from partita.torch.model.float64 import Float64Everywhere
 from partita.torch.model.parts import main_output, plan_of
 from partita.torch.model.transformers_models import build_on_meta, read_hf_config, spec_of
 from partita.torch.proof.compare import compare, compare_parameters
+from partita.torch.proof.context import prove_generation
 from partita.torch.proof.family import fill_unsplit, sample_inputs, small_model
 from partita.torch.proof.rounding import Choices, compare_rounding, in_float64, is_tie, name_of, trained_rounding
 from partita.torch.proof.stages import refuse_undecodable
@@ -293,9 +294,15 @@ def _whole(
 
 def _compare_tokens(unsplit: nn.Module, split: nn.Module, found: Collected, is_tie: IsTie = no_tie) -> None:
     """Whether both continue two prompts of different lengths with the same tokens."""
+    plan = plan_of(split)[0]
+
+    def refuse() -> None:
+        refuse_undecodable(split, plan)
+        prove_generation(split, plan)
+
     compare_tokens(
         found, lambda: sample_inputs(unsplit)["input_ids"].tolist(), partial(generate, unsplit), partial(generate, split),
-        lambda: refuse_undecodable(split, plan_of(split)[0]), is_tie,
+        refuse, is_tie,
     )  # fmt: skip
 
 

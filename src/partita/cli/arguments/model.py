@@ -59,14 +59,18 @@ def request_of(
     return found, plan
 
 
-def refuse_training_axes(request: PlanRequest) -> None:
-    """Raise `PlanError` for context parallel ranks and for experts over replicas where nothing is trained."""
+def refuse_experts_over_replicas(request: PlanRequest) -> None:
+    """Raise `PlanError` for experts over replicas where nothing is trained."""
     if why := why_not_alone(request.mesh):
         raise PlanError(why)
+
+
+def refuse_context(request: PlanRequest, command: str) -> None:
+    """Raise `PlanError` for context parallel ranks where requests are served: `command` says where."""
     if request.mesh.cp > 1:
         raise PlanError(
-            f"cp={request.mesh.cp} splits the sequences of training only; texts are generated on tp, pp and dp ranks. Leave "
-            "--cp out."
+            f"{command} does not split sequences over cp={request.mesh.cp} ranks; train, verify and generate do. Use --cp 1, "
+            "and --tp or --pp in its place."
         )
 
 

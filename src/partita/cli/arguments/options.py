@@ -41,7 +41,7 @@ ContextRanks = Annotated[
     typer.Option(
         "--cp",
         min=1,
-        help="Split every sequence over this many context parallel ranks in training.",
+        help="Split every sequence of training, or every prompt and its cache, over this many context parallel ranks.",
         rich_help_panel=SPLIT,
     ),
 ]

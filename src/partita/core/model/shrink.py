@@ -261,6 +261,11 @@ def reference_configs(config: Mapping[str, Any], *, window: bool = True) -> Iter
         yield {**small, **changes}
 
 
+def with_short_windows(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config whose sliding windows, if it has any, are at most as long as those of `reference_configs`."""
+    return {**config, **{key: min(value, _WINDOW) for key, value in _numbers(config, _WINDOWS)}}
+
+
 def _few_heads(config: Mapping[str, Any]) -> dict[str, Any]:
     """A config of at most 4 heads, and of the widths that follow from them."""
     heads = next((value for _, value in _numbers(config, _HEADS)), 0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from partita.core.sharding.split import deal
@@ -42,6 +42,20 @@ def chunks_of(length: int, ranks: int) -> tuple[Chunks, ...]:
 def positions_of(chunks: Chunks) -> list[int]:
     """The positions of a rank, in order."""
     return [position for start, stop in chunks for position in range(start, stop)]
+
+
+def keepers_of(counts: Sequence[int], tokens: int) -> list[int]:
+    """The rank that keeps each of `tokens` further tokens, where the ranks have `counts`: of those with the fewest, the first.
+
+    Examples:
+        >>> keepers_of((5, 3), 4)
+        [1, 1, 0, 1]
+    """
+    counts, keepers = list(counts), []
+    for _ in range(tokens):
+        keepers.append(counts.index(min(counts)))
+        counts[keepers[-1]] += 1
+    return keepers
 
 
 @dataclass(frozen=True)

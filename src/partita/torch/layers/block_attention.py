@@ -37,7 +37,7 @@ class Kernel:
 
     Attributes:
         forward: Called with query `[n, heads, rows, width]`, key, value `[n, kv heads, keys, width]`, whether row i sees keys
-            0..i only, the visible pairs `[rows, keys]` or None, and the scale of scores.
+            0..i only, the visible pairs `[rows, keys]` or `[n or 1, 1, rows, keys]` or None, and the scale of scores.
         backward: Called with the output's gradient, query, key, value, the output and log-sum-exp of the attention to all
             keys, and the last three arguments of `forward`.
         tile: Most rows of a block (default: any).
@@ -87,17 +87,19 @@ def _equals_plain(kernel: Kernel, device: str, dtype: torch.dtype, width: int, g
 
     query, key, value, grad = random(2 * groups), random(2), random(2), random(2 * groups)
     scale = 1 / math.sqrt(width)
-    for causal, mask in ((True, None), (False, None), (False, visible_pairs(24, 24, 3, 9, query.device))):
-        output, lse = PLAIN.forward(query, key, value, causal, mask, scale)
+    mask = visible_pairs(24, 24, 3, 9, query.device)
+    each = torch.stack([mask, mask.flip(1)])[:, None]
+    for causal, visible in ((True, None), (False, None), (False, mask), (False, each)):
+        output, lse = PLAIN.forward(query, key, value, causal, visible, scale)
         output, more = output.to(dtype), lse + 0.5
         try:
             theirs = (
-                *kernel.forward(query, key, value, causal, mask, scale),
-                *kernel.backward(grad, query, key, value, output, more, causal, mask, scale),
+                *kernel.forward(query, key, value, causal, visible, scale),
+                *kernel.backward(grad, query, key, value, output, more, causal, visible, scale),
             )
         except (RuntimeError, NotImplementedError, AttributeError, TypeError):
             return False
-        ours = output, lse, *PLAIN.backward(grad, query, key, value, output, more, causal, mask, scale)
+        ours = output, lse, *PLAIN.backward(grad, query, key, value, output, more, causal, visible, scale)
         for one, other in zip(theirs, ours, strict=True):
             error = (one.double() - other.double()).abs().max() / other.double().abs().max()
             if one.shape != other.shape or not float(error) <= _TOLERANCES[dtype]:
@@ -113,6 +115,8 @@ def _scores(query: Tensor, key: Tensor, causal: bool, visible: Tensor | None, sc
     scores: Tensor = (query * scale) @ key[:, :, None].mT
     if causal:
         visible = visible_pairs(query.shape[-2], key.shape[-2], 0, key.shape[-2], query.device)
+    if visible is not None and visible.dim() == 4:
+        visible = visible[:, :, None]
     hidden: Tensor = scores if visible is None else scores.masked_fill(~visible, _HIDDEN)
     return hidden
 

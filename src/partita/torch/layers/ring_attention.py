@@ -116,11 +116,12 @@ class _Merged:
 
     def add(self, rows: slice, output: Tensor, lse: Tensor) -> None:
         """Add what `rows` attend of further keys."""
-        before = self.lse[:, :, rows]
-        both = torch.logaddexp(before, lse)
-        merged = self.output[:, :, rows]
-        merged.mul_((before - both).exp_()[..., None]).add_(output * (lse - both).exp_()[..., None])
-        before.copy_(both)
+        # In tiles, since a product in the wide dtype takes twice the memory of a narrow output.
+        tiles = (one.split(TILE, 2) for one in (self.output[:, :, rows], self.lse[:, :, rows], output, lse))
+        for merged, before, part, sums in zip(*tiles, strict=True):
+            both = torch.logaddexp(before, sums)
+            merged.mul_((before - both).exp_()[..., None]).add_(part * (sums - both).exp_()[..., None])
+            before.copy_(both)
 
 
 def _gradients(

@@ -41,7 +41,7 @@ class _Append:
         # A reference to the entry would be a cycle, which would keep its memory until the next garbage collection.
         self.entry, self.window = weakref.ref(entry), window_of(entry)
         self.concatenate: Callable[..., tuple[Tensor, Tensor]] = type(entry).update
-        self.keys, self.values = _Buffer(), _Buffer()
+        self.keys, self.values = TokenBuffer(), TokenBuffer()
 
     def __call__(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """All keys and values that the new tokens see, `[batch, heads, tokens, width]`."""
@@ -64,7 +64,9 @@ def _is_large(kept: Tensor | None, new: Tensor) -> bool:
     return kept is not None and kept.numel() >= LARGE and kept.is_cpu and kept.dtype is new.dtype
 
 
-class _Buffer:
+class TokenBuffer:
+    """The memory of a growing tensor of tokens; `kept` is the tensor that the last append left, or its last tokens."""
+
     def __init__(self) -> None:
         self.kept: Tensor | None = None
         self.memory = torch.empty(0)
@@ -80,3 +82,9 @@ class _Buffer:
         self.memory.narrow(-2, self.end, added).copy_(new)
         self.end += added
         return self.memory.narrow(-2, self.end - count - added, count + added)
+
+    def extended(self, kept: Tensor, new: Tensor) -> Tensor:
+        """`kept` and then `new` along the tokens, in a buffer where that pays."""
+        if new.shape[-2] == 0:
+            return kept
+        return self.append(kept, new) if _is_large(kept, new) else torch.cat([kept, new], -2)

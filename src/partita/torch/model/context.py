@@ -7,6 +7,11 @@
     [4] elsewhere they are gathered before the family's own attention, and their gradients reduce-scattered after it; backward
         gathers again and recomputes the attention
 
+While a text is continued, every rank computes the new tokens, and the keys of earlier ones are distributed (`context_cache`):
+
+    [5] the mask has the columns of the rank's own keys; each rank attends these, and the parts are merged
+        (`layers.merged_attention`)
+
 Everything else of a transformer treats each token by itself. What does not, such as a convolution or a recurrence, is found
 before use (`proof.context`).
 """
@@ -29,14 +34,22 @@ from partita.core.sharding.context import Chunks, chunks_of, positions_of
 from partita.errors import ModelError
 from partita.torch.collectives.comm import Communicator
 from partita.torch.collectives.mappings import all_gather
+from partita.torch.layers.merged_attention import merged_attention
 from partita.torch.layers.ring_attention import Ring, ring_attention
-from partita.torch.transformers_internals import SDPA, hook_attention, is_causal_mask, is_plain_sdpa, mask_window
+from partita.torch.transformers_internals import (
+    EAGER,
+    SDPA,
+    hook_attention,
+    is_causal_mask,
+    is_plain_sdpa,
+    mask_window,
+)
 
 CONTEXT = "partita_context"
 """The entry of a forward's inputs that holds its `Context`, if the other inputs are those of this rank's positions."""
 
 _HERE = "_partita_context"
-_current: ContextVar[Context | None] = ContextVar("context", default=None)
+_current: ContextVar[Context | SharedTokens | None] = ContextVar("context", default=None)
 
 
 @dataclass(frozen=True)
@@ -76,6 +89,25 @@ class Context:
         return {**inputs, "input_ids": self.own(inputs["input_ids"]), "position_ids": positions, CONTEXT: self}
 
 
+@dataclass(frozen=True)
+class SharedTokens:
+    """A forward of tokens that every rank has, whose keys and those of earlier tokens are distributed over the ranks.
+
+    Attributes:
+        comm: The context parallel ranks.
+        own: int64, the columns whose keys this rank has, in order.
+        length: The number of columns, those of the forward included.
+    """
+
+    comm: Communicator
+    own: Tensor
+    length: int
+
+    def split(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """The inputs of this rank's forward."""
+        return {**inputs, CONTEXT: self}
+
+
 def split_context(model: nn.Module, comm: Communicator) -> None:
     """Let the attention of `model` see the keys of all ranks of `comm` in forwards whose inputs have a `Context`."""
     if comm.size == 1:
@@ -101,13 +133,14 @@ def context_of(inputs: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def current_context() -> Context | None:
-    """The context of the forward that runs, if it has one."""
-    return _current.get()
+    """The context of the forward that runs, if it has one in which sequences are split."""
+    context = _current.get()
+    return context if isinstance(context, Context) else None
 
 
 def own_rows(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
     """`inputs` with an attention mask of this rank's positions only."""
-    context, mask = _current.get(), inputs.get("attention_mask")
+    context, mask = current_context(), inputs.get("attention_mask")
     if context is None or mask is None:
         return inputs
     return {**inputs, "attention_mask": context.own(mask)}
@@ -146,6 +179,9 @@ def _attention(
     if comm is None:
         return compute(module, query, key, value, *args, **kwargs)
     mask, *more = args or (kwargs.pop("attention_mask", None),)
+    shared = _current.get()
+    if isinstance(shared, SharedTokens):
+        return _merged(name, shared, module, query, key, value, mask, *more, **kwargs), None
     if isinstance(mask, DeferredMask):
         if not more and is_plain_sdpa(name, kwargs) and _fits_ring(module, query, key, value, mask.shape[2]):
             scaling = kwargs.get("scaling")
@@ -173,6 +209,31 @@ def _attention(
     return compute(module, query, key, value, mask, *more, **kwargs)
 
 
+def _merged(
+    name: str, shared: SharedTokens, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any,
+    dropout: float = 0.0, scaling: float | None = None, **kwargs: Any,
+) -> Tensor:  # fmt: skip
+    """The attention of rows that every rank has, with the keys and values of this rank `[n, heads, own keys, width]`."""
+    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    groups = getattr(module, "num_key_value_groups", 1)
+    known = name in (SDPA, EAGER) and kwargs.get("position_bias") is None and not dropout
+    if not known or query.dim() != 4 or query.shape[1] != groups * key.shape[1]:
+        raise ModelError(
+            f"the attention of {type(module).__name__} ({name}) is not known to be the same in parts, so keys cannot be "
+            "distributed over ranks. Use attention sdpa or eager, or cp=1."
+        )
+    if mask is None and query.shape[2] > 1:
+        raise ModelError(
+            f"{type(module).__name__} attends without a mask over the keys of all ranks, so its keys cannot be distributed. "
+            "Use cp=1."
+        )
+    if isinstance(mask, Tensor):
+        # A layer with a window has the last of the rank's keys.
+        mask = mask[..., mask.shape[-1] - key.shape[2] :]
+    softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
+    return merged_attention(query, key, value, mask, scale, shared.comm, softcap=softcap, sinks=sinks)
+
+
 def _fits_ring(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, rows: int) -> bool:
     """Whether these are the queries, keys and values of the same `rows`, whose heads are grouped as the module says."""
     groups = getattr(module, "num_key_value_groups", 1)
@@ -183,7 +244,7 @@ def _fits_ring(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, row
 
 def _mask_arguments(inputs_embeds: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """What a mask is made from: embeddings, of which only the shape counts, and positions, both of the unsplit sequences."""
-    context = _current.get()
+    context = current_context()
     if context is None:
         return inputs_embeds, positions
     rows = inputs_embeds.shape[0]
@@ -193,7 +254,7 @@ def _mask_arguments(inputs_embeds: Tensor, positions: Tensor | None) -> tuple[Te
 
 def _positions(positions: Tensor) -> Tensor:
     """The positions of the unsplit sequences, in a forward of some of them."""
-    context = _current.get()
+    context = current_context()
     return positions if context is None else context.positions.expand(positions.shape[0], -1)
 
 
@@ -202,8 +263,36 @@ def _mask(name: str, make: Callable[..., Any], **given: Any) -> Any:
     context = _current.get()
     if context is None:
         return make(**given)
+    if isinstance(context, SharedTokens):
+        return _own_columns(name, make, context, given)
     whole = functools.partial(_whole_mask, make, context, given)
     return DeferredMask(context, given, whole) if name == SDPA and _is_plainly_causal(context, given) else whole()
+
+
+def _own_columns(name: str, make: Callable[..., Any], shared: SharedTokens, given: Mapping[str, Any]) -> Tensor | None:
+    """The columns of this rank's keys of the mask that `make` returns; None if the forward's only row sees them all."""
+    if (given["kv_length"], given.get("kv_offset", 0)) != (shared.length, 0):
+        raise ModelError("the model's mask is not as wide as the text, so its keys cannot be distributed. Use cp=1.")
+    padding, window = given.get("attention_mask"), mask_window(given["mask_function"])
+    is_causal = is_causal_mask(given["mask_function"]) and not given.get("use_vmap", False)
+    has_one_row = given["q_length"] == 1 and shared.length <= (window or shared.length)
+    if name == SDPA and is_causal and has_one_row and (padding is None or bool(padding.all())):
+        return None
+    mask = _tensor_mask(make(**_without_skips(given)))
+    return mask[..., shared.own.to(mask.device)]
+
+
+def _without_skips(given: Mapping[str, Any]) -> dict[str, Any]:
+    return {**given, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+
+
+def _tensor_mask(mask: Any) -> Tensor:
+    """`mask`, if it is one of rows and columns."""
+    if not isinstance(mask, Tensor) or mask.dim() != 4:
+        raise ModelError(
+            "the model's attention takes no mask of rows and keys, so cp must be 1. Use attention sdpa or eager."
+        )
+    return mask
 
 
 def _is_plainly_causal(context: Context, given: Mapping[str, Any]) -> bool:
@@ -217,15 +306,11 @@ def _is_plainly_causal(context: Context, given: Mapping[str, Any]) -> bool:
 
 
 def _whole_mask(make: Callable[..., Any], context: Context, given: Mapping[str, Any]) -> Tensor:
-    given = {**given, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+    given = _without_skips(given)
     rows = [
-        make(**{**given, "q_length": stop - start, "q_offset": given.get("q_offset", 0) + start})
+        _tensor_mask(make(**{**given, "q_length": stop - start, "q_offset": given.get("q_offset", 0) + start}))
         for start, stop in context.chunks[context.comm.rank]
     ]
-    if not all(isinstance(mask, Tensor) and mask.dim() == 4 for mask in rows):
-        raise ModelError(
-            "the model's attention takes no mask of rows and keys, so cp must be 1. Use attention sdpa or eager."
-        )
     return torch.cat(rows, 2)[..., _order(context.chunks, rows[0].device)]
 
 

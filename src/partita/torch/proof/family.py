@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from partita.core.layout.placement import Placement
 from partita.core.mesh import Mesh
-from partita.core.model.shrink import shrunk_configs
+from partita.core.model.shrink import shrunk_configs, with_short_windows
 from partita.core.plan import Plan
 from partita.core.sharding.rules import Rules, isolated_rules
 from partita.errors import ModelError, PartitaError
@@ -208,7 +208,13 @@ def dtype_of(model: nn.Module) -> torch.dtype:
 
 
 def small_model(
-    model: nn.Module, num_heads: int, *, layers: int = 0, experts: int = 1, dtype: torch.dtype = torch.float64
+    model: nn.Module,
+    num_heads: int,
+    *,
+    layers: int = 0,
+    experts: int = 1,
+    dtype: torch.dtype = torch.float64,
+    short_windows: bool = False,
 ) -> nn.Module:
     """A small model of the same class on the CPU, with random nonzero weights.
 
@@ -218,6 +224,7 @@ def small_model(
         layers: Minimum number of layers.
         experts: Minimum number of experts, if the model has as many.
         dtype: The dtype of the small model.
+        short_windows: Whether sliding windows become shorter than the texts that are compared.
 
     Raises:
         ModelError: The class has no config to reduce, or no small model can be built and run.
@@ -232,7 +239,7 @@ def small_model(
     runs_on_text: nn.Module | None = None
     for data in shrunk_configs(config.to_dict(), num_heads, layers, experts):
         try:
-            small = config_like(config, data)
+            small = config_like(config, with_short_windows(data) if short_windows else data)
             small.architectures = [type(model).__name__]
             built = build_on_meta(small, dtype, type(model))
             if sum(p.numel() for p in built.parameters()) > LARGEST_PARAMETERS:

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from partita.generation import Sequence
 from partita.schedule.fit import forward_only
-from partita.torch.generate import _Group, _takes
 from partita.torch.model.balance import SWITCH, asks_for_balance
 from partita.torch.model.block_cache import Place, Pools, block_cache
 from partita.torch.model.parts import plan_of
+from partita.torch.model.sequences import SequenceGroup, arguments_of
 from partita.torch.stages.cut import is_cut
 from partita.torch.stages.pipeline import Pipeline
 from partita.torch.transformers_internals import cache_argument
@@ -96,7 +96,7 @@ class BlockForward:
         if min(lengths) < columns:
             pads = columns - torch.tensor(lengths, device=device)
             self.given["attention_mask"] = (torch.arange(columns, device=device) >= pads[:, None]).long()
-        if "logits_to_keep" in _takes(model):
+        if "logits_to_keep" in arguments_of(model):
             self.given["logits_to_keep"] = 1
         if asks_for_balance(model):
             self.given[SWITCH] = False
@@ -122,7 +122,7 @@ class Alone:
         plan, groups = plan_of(model)
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self._first = plan.stage_index(groups.pp.rank, 0)
-        self._group = _Group(model, [sequence], device, {})
+        self._group = SequenceGroup(model, [sequence], device, {})
         self._output: Any = None
 
     @property

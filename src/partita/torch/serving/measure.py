@@ -16,9 +16,9 @@ from partita.notes import note
 from partita.ranks.memory import machine_bytes, share_of
 from partita.serving import ServeSettings
 from partita.serving.blocks import CacheLayout, layout_within
-from partita.torch.generate import _takes
 from partita.torch.model.block_cache import Form, Pools, entries_of
 from partita.torch.model.parts import plan_of
+from partita.torch.model.sequences import arguments_of
 from partita.torch.serving.adapters import ServedAdapters
 from partita.torch.serving.forwards import Alone, BlockForward, Through, own_entries
 from partita.torch.transformers_internals import attending_by_row, attends_by_chunks, is_stateful, misplaces_padding
@@ -105,7 +105,7 @@ def _free_bytes(model: nn.Module) -> int:
 
 def _pools_of(model: nn.Module, caches: dict[int, Any]) -> tuple[list[bool], dict[int, Form]] | None:
     """The entries of the model's cache and the forms of this rank's layers; None if rows cannot share a forward."""
-    if not {"attention_mask", "position_ids"} <= _takes(model):
+    if not {"attention_mask", "position_ids"} <= arguments_of(model):
         return None
     if is_stateful(model) or misplaces_padding(model) or attends_by_chunks(model.config):
         return None

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from partita.errors import PlanError
+from partita.errors import ModelError, PlanError
 from partita.generation import Tokenizer
 from partita.generation.choice import Choice
 from partita.generation.sample import Array, Columns
@@ -51,6 +51,10 @@ class TorchRows:
     ) -> None:
         """Measure the model's cache with a few short forwards, and allocate blocks."""
         self.plan, self.groups = plan_of(model)
+        if self.groups.cp.size > 1:
+            raise ModelError(
+                f"requests are not served over cp={self.groups.cp.size} ranks; generate() splits prompts. Load with cp=1."
+            )
         refuse_undecodable(model, self.plan)
         _check(model)
         self.model, self.tokenizer, self.adapters = model, tokenizer, adapters

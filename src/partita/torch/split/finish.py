@@ -53,7 +53,7 @@ def _generate_alike(model: Any, *args: Any, **kwargs: Any) -> Any:
             "partita.torch.generate(), or give each rank a layer."
         )
     state = torch.get_rng_state()
-    for comm in (model.partita_groups.pp, model.partita_groups.tp):
+    for comm in model.partita_groups.axes_of_replica:
         state = comm.broadcast_(state)
     torch.set_rng_state(state)
     return type(model).generate(model, *args, **kwargs)
