@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from partita.core.mesh import Mesh
 from partita.core.sharding.context import keepers_of
 from partita.errors import ModelError, PlanError
 from partita.generation import Sampling, Sequence
@@ -47,6 +48,7 @@ CASES = {
     "cp 3, a window": ("mistral", {"cp": 3}, GREEDY),
     "cp 2, a window over stages": ("mistral", {"cp": 2, "pp": 2}, GREEDY),
     "cp 2 x tp 2, experts": ("qwen3-moe", {"cp": 2, "tp": 2}, SAMPLED),
+    "cp 2, experts over its ranks": ("qwen3-moe", {"cp": 2, "ep": 2}, GREEDY),
     "cp 2 x pp 2, learned positions": ("gpt2", {"cp": 2, "pp": 2}, SAMPLED),
     "cp 3, latent keys": ("deepseek-v3", {"cp": 3}, GREEDY),
     "cp 2 x tp 2, latent keys": ("deepseek-v3", {"cp": 2, "tp": 2}, GREEDY),
@@ -62,8 +64,7 @@ def test_generates_the_tokens_of_one_rank(case: str) -> None:
     name, mesh, more = CASES[case]
     data = {**CONFIGS, **UNMEASURED}[name]
     (expected,) = ranks(1).run(_tokens, data, {}, PROMPTS, more)
-    size = torch.Size(mesh.values()).numel()
-    for found in ranks(size).run(_tokens, data, mesh, PROMPTS, more):
+    for found in ranks(Mesh(**mesh).size).run(_tokens, data, mesh, PROMPTS, more):
         assert found == expected
 
 

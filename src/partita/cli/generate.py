@@ -361,8 +361,8 @@ def _planned(options: GenerateOptions, sequences: int) -> tuple[PlanRequest, Pla
     request, given = planned(request, given, options, work, auto=options.auto)
     if options.many is not None:
         refuse_context(request, "generate --prompts")
-    plan = plan_early(request, given)
     refuse_experts_over_replicas(request)
+    plan = plan_early(request, given)
     if options.compile and request.mesh.cp > 1:
         raise PlanError(f"--compile does not work with --cp {request.mesh.cp}. Leave one of them out.")
     refuse_device(name, options.device)

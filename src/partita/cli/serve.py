@@ -173,8 +173,8 @@ def start(options: ServingOptions, *, adapters: dict[str, str] | None = None, **
     )  # fmt: skip
     request, given = planned(request, given, options, work, auto=options.auto)
     refuse_context(request, "a server")
-    plan = plan_early(request, given)
     refuse_experts_over_replicas(request)
+    plan = plan_early(request, given)
     refuse_device(engine, options.device)
     if is_local(options.model):
         open_checkpoint(find_model(options.model))
