@@ -201,7 +201,8 @@ def _own_optimizer(folder: str, mesh: dict[str, int], resume: bool) -> list[floa
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     saves = None if resume else Saves(Path(folder), every=2)
     with Float64Everywhere():
-        settings = _settings(microbatches=4 // mesh.get("dp", 1))
+        microbatches = 4 // mesh.get("dp", 1)
+        settings = TrainSettings(steps=3, batch_size=4, sequence_length=13, microbatches=microbatches, clip_norm=0.5)
         reports = train(model, _TOKENS, settings, optimizer=optimizer, saves=saves, resume=start)
     return [report.loss for report in reports]
 
