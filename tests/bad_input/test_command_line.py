@@ -64,11 +64,6 @@ EXPERTS = [
         "would distribute experts and split each of them as well, which a plan cannot express. "
         "Use --etp 1 with --ep 2, or with --ep 4 to use as many ranks.",
     ),
-    Case(
-        "generate with experts over replicas",
-        "generate config.json text --dp 2 --ep 2",
-        "--ep 2 distributes experts over several replicas (--dp 2)...Use --tp 2 with --ep 2, or leave --ep out.",
-    ),
     Case("experts on MLX", "plan config.json --tp 2 --ep 2 --engine mlx", "--ep 2 needs the torch engine."),
 ]
 

@@ -12,6 +12,7 @@ from partita.errors import DistributedError
 from partita.torch.collectives.comm import EXCHANGE_BYTES, Communicator
 from tests.support.compare import assert_equal
 from tests.support.ranks import RankError, ranks
+from tests.torch.test_mappings import row_tables
 
 SIZES = pytest.mark.parametrize("size", [2, 3, 4])
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool)
@@ -80,6 +81,24 @@ def scatter_uneven() -> None:
 @SIZES
 def test_reduce_scatter(size: int) -> None:
     ranks(size).run(scatter_uneven)
+
+
+def exchange_rows() -> None:
+    comm = Communicator()
+    for table in row_tables(comm.size):
+        received = [row[comm.rank] for row in table]
+        for dtype in (torch.float64, torch.bfloat16, torch.int64):
+            for shape in ((3, 2), ()):
+                every = [draw(sum(rows), *shape).mul(9).to(dtype) for rows in table]
+                found = comm.all_to_all(every[comm.rank], table[comm.rank], received)
+                sent = [x.split(rows)[comm.rank] for x, rows in zip(every, table, strict=True)]
+                assert found.dtype == dtype
+                assert torch.equal(found, torch.cat(sent)), f"{table}, {dtype}, {shape}"
+
+
+@SIZES
+def test_all_to_all(size: int) -> None:
+    ranks(size).run(exchange_rows)
 
 
 def scatter_odd() -> None:

@@ -30,6 +30,7 @@ from partita.torch.split.apply import apply_plan
 from partita.torch.split.finish import finish
 from partita.torch.train import TrainSettings, train
 from partita.torch.weights.adapters import add_lora
+from partita.torch.weights.save import save
 from partita.training import Saves
 from tests.support.models import CONFIGS, UNMEASURED
 from tests.support.quantized import FP8, QWEN_MOE, dequantized, fp8, write_quantized
@@ -176,6 +177,43 @@ def test_trains_and_saves_like_the_unsplit_model(case: str, tmp_path: Path) -> N
     assert expected.keys() == found.keys()
     for name, value in expected.items():
         assert float((found[name] - value).abs().max()) <= exact, name
+
+
+def _saved(folder: str, mesh: dict[str, int]) -> None:
+    where: dict[str, Any] = dict(mesh) if mesh else {"groups": single_groups()}
+    save(fresh(MODELS["mixtral, 5 experts"], dtype="float32", seed=3, **where), f"{folder}/new")
+    save(load(f"{folder}/new", **where), f"{folder}/again")
+
+
+def test_files_do_not_depend_on_ep(tmp_path: Path) -> None:
+    ranks(1).run(_saved, str(tmp_path / "alone"), {})
+    ranks(2).run(_saved, str(tmp_path / "split"), {"dp": 2, "ep": 2})
+    expected = (tmp_path / "alone" / "new" / "model.safetensors").read_bytes()
+    for name in ("new", "again"):
+        assert (tmp_path / "split" / name / "model.safetensors").read_bytes() == expected
+
+
+def _own_optimizer(folder: str, mesh: dict[str, int], resume: bool) -> list[float]:
+    where: dict[str, Any] = dict(mesh) if mesh else {"groups": single_groups()}
+    run = RunFolder(Path(folder))
+    start = run.step_folder(2) if resume else None
+    model = load(start, dtype="float64", **where) if start else fresh(AUXILIARY, dtype="float64", seed=3, **where)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    saves = None if resume else Saves(Path(folder), every=2)
+    with Float64Everywhere():
+        microbatches = 4 // mesh.get("dp", 1)
+        settings = TrainSettings(steps=3, batch_size=4, sequence_length=13, microbatches=microbatches, clip_norm=0.5)
+        reports = train(model, _TOKENS, settings, optimizer=optimizer, saves=saves, resume=start)
+    return [report.loss for report in reports]
+
+
+@pytest.mark.slow
+def test_an_optimizer_of_ones_own_resumes_in_another_layout(tmp_path: Path) -> None:
+    losses = ranks(2).run(_own_optimizer, str(tmp_path), {"dp": 2, "ep": 2}, False)[0]
+    meshes: list[dict[str, int]] = [{}, {"tp": 2, "ep": 2}, {"cp": 2, "ep": 2}]
+    for mesh in meshes:
+        for found in ranks(Mesh(**mesh).size).run(_own_optimizer, str(tmp_path), mesh, True):
+            assert found == pytest.approx(losses[2:], rel=1e-11)
 
 
 def _resumed(folder: str, mesh: dict[str, int], more: dict[str, Any]) -> list[float]:

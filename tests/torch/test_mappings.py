@@ -27,7 +27,15 @@ from partita.torch import (
     mp_scatter,
     reset_parallelism,
 )
-from partita.torch.collectives.mappings import all_gather, copy_to, gather_from, reduce_from, reduce_scatter, scatter_to
+from partita.torch.collectives.mappings import (
+    all_gather,
+    copy_to,
+    exchange,
+    gather_from,
+    reduce_from,
+    reduce_scatter,
+    scatter_to,
+)
 from tests.support.compare import assert_equal
 from tests.support.ranks import RankError, ranks
 
@@ -54,6 +62,15 @@ class Case:
 
 def draw(*shape: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64)
+
+
+def row_tables(size: int) -> list[list[list[int]]]:
+    """Rows from each rank to each: as many, unlike numbers with some zeros, and all to the last rank."""
+    return [
+        [[2] * size for _ in range(size)],
+        [[(source + 2 * to) % 3 for to in range(size)] for source in range(size)],
+        [[0] * (size - 1) + [source + 1] for source in range(size)],
+    ]
 
 
 def size_lists(size: int, parts: int) -> list[tuple[int, ...]]:
@@ -89,6 +106,17 @@ def cases(name: str, comm: Communicator) -> list[tuple[str, Case]]:
                     ),
                 )
             )
+        return made
+    if name == "exchange":
+        for table in row_tables(comm.size):
+            case = Case(
+                [draw(sum(rows), *SHAPE[1:]) for rows in table],
+                lambda x, t=table: exchange((x,), comm, t[comm.rank], [row[comm.rank] for row in t])[0],
+                lambda xs, t=table: [
+                    torch.cat([x.split(rows)[to] for x, rows in zip(xs, t, strict=True)]) for to in range(comm.size)
+                ],
+            )
+            made.append((f"rows {table}", case))
         return made
     for dim in (0, 1, 2, -1, -2, -3):
         for sizes in size_lists(SHAPE[dim], comm.size):
@@ -162,10 +190,10 @@ def run_cases(name: str) -> int:
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])
-@pytest.mark.parametrize("name", ["copy", "reduce", "scatter", "gather", "all_gather", "reduce_scatter"])
+@pytest.mark.parametrize("name", ["copy", "reduce", "scatter", "gather", "all_gather", "reduce_scatter", "exchange"])
 def test_equals_the_formula_of_one_process(name: str, size: int) -> None:
     counts = ranks(size).run(run_cases, name)
-    assert counts == [{"copy": 1, "reduce": 4}.get(name, 18)] * size
+    assert counts == [{"copy": 1, "reduce": 4, "exchange": 3}.get(name, 18)] * size
 
 
 # --- other reductions of the gradient -----------------------------------------------------------------------------------

@@ -38,7 +38,16 @@ def _as_with_gloo(name: str) -> None:
 @pytest.mark.parametrize("size", [2, 3, 4])
 @pytest.mark.parametrize(
     "name",
-    ["gather_uneven", "scatter_uneven", "gather_splits", "reduce_and_broadcast", "ring", "large_messages", "sub_group"],
+    [
+        "gather_uneven",
+        "scatter_uneven",
+        "exchange_rows",
+        "gather_splits",
+        "reduce_and_broadcast",
+        "ring",
+        "large_messages",
+        "sub_group",
+    ],
 )
 def test_does_what_gloo_does(name: str, size: int) -> None:
     if name != "sub_group" or size > 2:

@@ -50,7 +50,7 @@ def assert_alike(split: nn.Module, unsplit: nn.Module, grads: bool = False, tole
         expected = whole[name].grad if grads else whole[name]
         assert expected is not None, name
         found = tensor.grad if grads else tensor
-        part = local_part_of(expected, plan, name, groups.tp.rank)
+        part = local_part_of(expected, plan, name, groups)
         scale = float(expected.detach().abs().max() / part.detach().abs().max().clamp_min(1e-30))
         assert_equal(found, part, tolerance * max(1.0, scale) * 10, name)
 

@@ -25,6 +25,15 @@ def test_collectives() -> None:
         assert scattered == [3.0 * rank]
 
 
+def _rows(comm: Communicator) -> list[float]:
+    mine = torch.arange(3.0) + 10 * comm.rank
+    return comm.all_to_all(mine, [0, 1, 2], [comm.rank] * 3).tolist()
+
+
+def test_all_to_all() -> None:
+    assert run_as_threads(3, _rows) == [[], [0.0, 10.0, 20.0], [1.0, 2.0, 11.0, 12.0, 21.0, 22.0]]
+
+
 def _one_fails(comm: Communicator) -> None:
     if comm.rank == 1:
         raise ValueError("rank 1 cannot")

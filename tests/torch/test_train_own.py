@@ -152,7 +152,7 @@ def assert_same_weights(model: Any, unsplit: Any) -> None:
     plan, groups = plan_of(model)
     whole = unsplit.state_dict()
     for name, tensor in local_tensors(model, plan).items():
-        assert_equal(tensor, local_part_of(whole[name], plan, name, groups.tp.rank), 1e-10, name)
+        assert_equal(tensor, local_part_of(whole[name], plan, name, groups), 1e-10, name)
 
 
 def _equal(mesh: dict[str, int], optimizer: str, loss: str) -> None:
