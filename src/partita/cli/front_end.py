@@ -159,12 +159,18 @@ class FrontEnd:
         from partita.serving.pooling import read_pooling
 
         job, asked = self._job, self._job.request
-        folder, embeds = find_model(asked.model, code=asked.trust_remote_code), dict[str, Any]()
+        folder, more = find_model(asked.model, code=asked.trust_remote_code), dict[str, Any]()
         if "width" in facts:
-            embeds = {"embeddings": self.front, "width": facts["width"], "pooling": read_pooling(folder)}
+            more = {"embeddings": self.front, "width": facts["width"], "pooling": read_pooling(folder)}
+        if facts.get("no_images") == "":
+            from partita.serving.images import ImageProcessor
+
+            more["processor"] = ImageProcessor(folder, trust_remote_code=asked.trust_remote_code)
+        elif "no_images" in facts:
+            more["no_images"] = facts["no_images"]
         service = Service(
             self.front, read_tokenizer(folder, trust_remote_code=asked.trust_remote_code), job.name, facts["context"],
-            facts["vocab_size"], adapters=tuple(job.adapters), **embeds, max_tokens=job.max_tokens, api_key=job.api_key,
+            facts["vocab_size"], adapters=tuple(job.adapters), **more, max_tokens=job.max_tokens, api_key=job.api_key,
             plan=facts["plan"],
         )  # fmt: skip
         self._server = Server(make_app(service), self._bound)

@@ -264,5 +264,5 @@ def facts_of(plan: Plan, loop: ServingLoop | EmbeddingLoop) -> dict[str, Any]:
     spec = plan.spec
     facts = {"context": longest_text(spec), "vocab_size": spec.vocab_size, "plan": as_data(plan)}
     if isinstance(loop, ServingLoop):
-        return {**facts, "cache": str(loop.rows.layout)}
+        return {**facts, "cache": str(loop.rows.layout), "no_images": loop.rows.no_images}
     return {**facts, "context": loop.most_tokens or facts["context"], "width": loop.inbox.width}

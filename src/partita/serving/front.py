@@ -196,7 +196,7 @@ class Front:
             if not self._places or entry.place is not None or self._entries.get(entry.request.id) is not entry:
                 return
             found: Sequence[bytes] = ()
-            if len(self._places) > 1:
+            if len(self._places) > 1 and not entry.request.inputs:
                 found = digests(entry.request.prompt, self._places[0].replica.block_tokens, entry.request.adapter)
             place = min(self._places, key=lambda one: one.load - one.cached(found))
             place.keep(found)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from partita.generation import Sampling
-from partita.serving.requests import ServeRequest
+from partita.serving.requests import Input, ServeRequest
 
 
 @dataclass(frozen=True)
@@ -90,16 +91,27 @@ def plain_request(request: ServeRequest) -> list[Any]:
     """A request as JSON's values, which `read_request` takes as its arguments."""
     default = Sampling()
     given = {name: value for name, value in asdict(request.sampling).items() if value != getattr(default, name)}
-    return [request.id, request.prompt, given, request.logprobs, request.top_logprobs, request.grammar, request.adapter]
+    inputs = [[one.name, one.dtype, one.shape, base64.b64encode(one.data).decode("ascii")] for one in request.inputs]
+    return [
+        request.id, request.prompt, given, request.logprobs, request.top_logprobs, request.grammar, request.adapter, inputs
+    ]  # fmt: skip
 
 
 def read_request(
-    number: int, prompt: list[int], sampling: dict[str, Any], logprobs: bool, top: int, grammar: str, adapter: str
+    number: int,
+    prompt: list[int],
+    sampling: dict[str, Any],
+    logprobs: bool,
+    top: int,
+    grammar: str,
+    adapter: str,
+    inputs: list[list[Any]],
 ) -> ServeRequest:
     """The request of the values of `plain_request`."""
     known = {field.name for field in fields(Sampling)}
     given = {name: _tuples(value) for name, value in sampling.items() if name in known}
-    return ServeRequest(number, tuple(prompt), Sampling(**given), logprobs, top, grammar, adapter)
+    arrays = tuple(Input(name, dtype, tuple(shape), base64.b64decode(data)) for name, dtype, shape, data in inputs)
+    return ServeRequest(number, tuple(prompt), Sampling(**given), logprobs, top, grammar, adapter, arrays)
 
 
 def _tuples(value: Any) -> Any:

@@ -123,10 +123,11 @@ async def _tokenize(request: Request, service: Service) -> Response:
     def encode() -> list[int]:
         if body.prompt is not None:
             return service.tokenizer.encode(body.prompt, add_special_tokens=body.add_special_tokens)
-        return service.tokenizer.encode_messages(
+        ids, _ = service.encode_messages(
             messages, tools=chat_tools.described(body.tools), settings=settings,
             add_generation_prompt=body.add_generation_prompt,
         )  # fmt: skip
+        return ids
 
     ids = await service.encode(encode, "prompt" if body.messages is None else "messages")
     return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": service.context})
