@@ -53,6 +53,7 @@ class Step:
         admitted: Requests that start.
         batches: The forwards, each of rows with the same number of tokens and the same adapters.
         ends: Whether the loop ends after this step.
+        following: What is served after the end, as text; empty for nothing.
     """
 
     ended: tuple[int, ...] = ()
@@ -60,6 +61,7 @@ class Step:
     admitted: tuple[Admission, ...] = ()
     batches: tuple[tuple[Row, ...], ...] = ()
     ends: bool = False
+    following: str = ""
 
     @property
     def choosing(self) -> list[Row]:
@@ -71,19 +73,20 @@ def encode(step: Step) -> bytes:
     """A step as bytes, which `decode` reads."""
     batches = [[[row.id, row.start, row.count, row.chooses] for row in batch] for batch in step.batches]
     admitted = [[plain_request(one.request), one.blocks, one.cached] for one in step.admitted]
-    plain = [step.ended, step.tokens, admitted, batches, step.ends]
+    plain = [step.ended, step.tokens, admitted, batches, step.ends, step.following]
     return json.dumps(plain, separators=(",", ":"), allow_nan=False).encode()
 
 
 def decode(data: bytes) -> Step:
     """A step from the bytes of `encode`."""
-    ended, tokens, admitted, batches, ends = json.loads(data)
+    ended, tokens, admitted, batches, ends, following = json.loads(data)
     return Step(
         tuple(ended),
         tuple((number, token) for number, token in tokens),
         tuple(Admission(read_request(*request), tuple(blocks), cached) for request, blocks, cached in admitted),
         tuple(tuple(Row(*row) for row in batch) for batch in batches),
         ends,
+        following,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Any, TypeVar
 
@@ -15,7 +15,7 @@ from partita.errors import PlanError
 from partita.generation import Sampling, Tokenizer
 from partita.serving.http.answers import Answers
 from partita.serving.http.errors import ApiError, as_api_error
-from partita.serving.http.inbox import Embeds, Inbox
+from partita.serving.http.inbox import Embeds, Inbox, Library
 from partita.serving.http.metrics import Metrics
 from partita.serving.http.openai.logprobs import TokenBytes
 from partita.serving.http.openai.response_store import ResponseStore
@@ -53,6 +53,7 @@ class Service:
         plan: What each rank holds, for the page.
         processor: Makes prompts of messages with images; None if the model takes none.
         no_images: Why it takes none.
+        library: Other models that can be loaded instead; None if there are none.
     """
 
     inbox: Inbox
@@ -70,6 +71,7 @@ class Service:
     plan: dict[str, Any] = field(default_factory=dict)
     processor: ImageProcessor | None = None
     no_images: str = "this model takes text only"
+    library: Library | None = None
     created_s: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:
@@ -79,6 +81,12 @@ class Service:
         self.responses = ResponseStore()
         self._ids = count(1)
         self._lock = threading.Lock()
+
+    def followed_by(self, **changes: Any) -> Service:
+        """The service of another model of the same server, which goes on with its counts and its kept responses."""
+        one = replace(self, created_s=int(time.time()), **changes)
+        one.metrics, one.responses, one._ids = self.metrics, self.responses, self._ids
+        return one
 
     @property
     def closed(self) -> str:

@@ -224,6 +224,12 @@ class EmbeddingsBody(Body):
     dimensions: Annotated[int, Field(ge=1)] | None = None
 
 
+class LoadBody(Body):
+    """The body of `/models/load`."""
+
+    model: str
+
+
 class TokenizeBody(Body):
     """The body of `/tokenize`."""
 
