@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 import subprocess
@@ -11,7 +12,11 @@ from typing import Any
 
 import pytest
 
+from partita.generation import Sampling
+from partita.serving.images import ImageProcessor
+from partita.torch import generate
 from tests.serve.test_embeddings_route import BERT
+from tests.support.image_chat import about, as_transformers, data_url, save_llava
 from tests.support.served import Served, save_model, serving
 
 TEXT = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
@@ -25,7 +30,7 @@ ANSWERS = {
     "/v1/embeddings": lambda body: [one["embedding"] for one in body["data"]],
 }
 CALLS = {
-    "/v1/chat/completions": "chat.completions.create", "/v1/completions": "client.completions.create",
+    "/v1/chat/completions": "stream=True", "/v1/completions": "client.completions.create",
     "/v1/responses": "responses.create", "/v1/embeddings": "embeddings.create",
 }  # fmt: skip
 
@@ -71,6 +76,18 @@ def test_responses(served: Served) -> None:
     first = continued(served, "What is a fugue?")
     assert curl("/v1/responses", served) == first
     assert client("/v1/responses", served) == continued(served, "What is a fugue?", first, "And a partita?") + "\n"
+
+
+@pytest.mark.slow
+def test_images(tmp_path: Path) -> None:
+    (tmp_path / "picture.png").write_bytes(base64.b64decode(data_url(1).partition(",")[2]))
+    llava = save_llava(tmp_path / "llava")
+    with serving(llava, processor=ImageProcessor(llava), no_images="") as served:
+        code = block("python", "image_url", served)
+        ended = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, timeout=60, cwd=tmp_path)
+        ids, inputs = as_transformers(llava, about(data_url(1))[1:])
+        (alone,) = generate(served.model, [ids], Sampling(40), inputs=[inputs], tokenizer=served.tokenizer)
+        assert ended.stdout.decode() == alone.text + "\n"
 
 
 @pytest.mark.slow

@@ -30,7 +30,7 @@ TOOL = {"type": "function", "function": {"name": "f"}}
         ({"messages": []}, "messages", "at least 1 item"),
         ({"messages": [{"role": "king", "content": ""}]}, "messages.0.role", "but is 'king'"),
         ({"messages": [{"role": "function", "content": "x"}]}, "messages", "does not take these messages: no functions"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content", "'image_url' is an image"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content", "needs an image_url"),
         ({"messages": [{"role": "user", "content": [{"type": "file"}]}]}, "messages.0.content", "got 'file'"),
         ({"stop": [""]}, "stop", "at least one character"),
         ({"logit_bias": {"257": 1}}, "logit_bias", "ids 0 to 256; got 257"),

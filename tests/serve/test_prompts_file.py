@@ -36,7 +36,7 @@ def _line(i: int) -> dict[str, Any]:
 def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
     lines = [json.dumps(_line(i)) for i in range(COUNT)]
-    file.write_text("\n".join([*lines[:3], "", *lines[3:], json.dumps({"prompt": "x" * 2000})]))
+    file.write_text("\n".join([*lines[:3], "", *lines[3:], json.dumps({"prompt": "x" * 20000})]))
     return file
 
 
@@ -88,7 +88,7 @@ def _check(model: Path, out: Path) -> None:
         }  # fmt: skip
         assert (answer.get("id"), answer["error"]) == (line.get("id"), None)
     assert (last["index"], last["finish_reason"], last["tokens"]) == (COUNT, "error", [])
-    assert "needs 127 cache blocks" in last["error"]
+    assert "needs 1252 cache blocks" in last["error"]
 
 
 @pytest.mark.slow

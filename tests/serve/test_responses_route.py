@@ -205,7 +205,7 @@ def test_reasoning_and_calls_are_parts_of_one_message() -> None:
         ({"input": []}, "input", "at least one item"),
         ({"input": [{"type": "item_reference", "id": "x"}]}, "input.0.type", "got 'item_reference'"),
         ({"input": [{"role": "user"}]}, "input.0.content", "needs a role and a content"),
-        ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input.0.content", "is an image"),
+        ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input.0.content", "needs an image_url"),
         ({"input": [{"role": "king", "content": ""}]}, "input.0.role", "but is 'king'"),
         ({"input": [{"type": "function_call", "name": "f"}]}, "input.0", "needs a name and a call_id"),
         ({"max_output_tokens": 0}, "max_output_tokens", "greater than or equal to 1"),

@@ -14,21 +14,27 @@ import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import astuple
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from partita.checkpoint.find import find_model
 from partita.cli.arguments.model import read_tokenizer
+from partita.cli.library import Choice, ModelLibrary
 from partita.cli.replicas import Groups, Meeting, gather
 from partita.cli.terminal.console import err, out, write
 from partita.ranks import liveness
 from partita.ranks.launcher import Outcome
 from partita.serving import ServingLoop
-from partita.serving.front import Front, Replica
+from partita.serving.front import Entrance, Front, Replica
 
 if TYPE_CHECKING:
     from partita.cli.serve import ServeJob
     from partita.serving.embedding import EmbeddingLoop
+    from partita.serving.http.gate import Gate
+
+MODEL = "PARTITA_SERVED_MODEL"
+"""The variable with the name and the place of the model that the ranks load."""
 
 FRONT = "PARTITA_FRONT"
 """The variable with the socket of the front end, for the first rank of each replica."""
@@ -58,6 +64,13 @@ class FrontEnd:
         self._attempt, self._was_ready, self._is_draining = 0, False, False
         self._why = "the server was interrupted"
         self._error: BaseException | None = None
+        self._choice = first = Choice(job.name, job.request.model)
+        self._gate: Gate | None = None
+        self._library: ModelLibrary | None = None
+        if job.models is not None:
+            self._library = ModelLibrary(
+                job.models, first, job.check, lambda choice: self.front.replace(json.dumps(astuple(choice)))
+            )
 
     # --- beside the ranks of our launcher, whose `Beside` it is
 
@@ -69,7 +82,7 @@ class FrontEnd:
         listener.bind(path)
         listener.listen()
         self._meeting = Meeting(listener, self._job.request.mesh.dp, self._opened, self.front)
-        return {FRONT: path}
+        return {FRONT: path, MODEL: json.dumps(astuple(self._choice))}
 
     def _opened(self, replicas: Sequence[Replica], facts: dict[str, Any]) -> None:
         """`open`, in the thread of a meeting: an error ends the run."""
@@ -96,6 +109,8 @@ class FrontEnd:
         """End the answers that have begun; see `launcher.Beside`."""
         self._part()
         self.front.lose(why)
+        if self._library is not None:
+            self._library.loaded(why)
 
     def restarts(self, outcome: Outcome) -> bool:
         """Whether the ranks are started again: not if they would fail in the same way, because they have never served."""
@@ -119,6 +134,7 @@ class FrontEnd:
         Raises:
             Exception: What a step raised.
         """
+        self._part()
         self._meeting = gather(loop, facts, groups, self.front, self._opened if groups.mesh.dp > 1 else self.open)
         liveness.on_loss(self._lost)
         before = signal.signal(signal.SIGTERM, lambda number, frame: self._drain_or_raise())
@@ -126,6 +142,7 @@ class FrontEnd:
             loop.run()
         finally:
             signal.signal(signal.SIGTERM, before)
+        self.front.part()
         self._why = "the server is shutting down"
         liveness.on_loss(None)
 
@@ -145,10 +162,16 @@ class FrontEnd:
     def open(self, replicas: Sequence[Replica], facts: dict[str, Any]) -> None:
         """Serve with `replicas`. The first time, start the server and print its address."""
         self._was_ready = True
-        is_first = self._server is None
-        if is_first:
+        is_first, choice = self._server is None, Choice(*facts["model"])
+        is_other = choice != self._choice
+        if self._gate is None:
             self._start(facts)
-        self.front.open(replicas)
+        elif is_other:
+            self._choice = choice
+            self._gate.service = self._gate.service.followed_by(**self._of_model(facts, self.front.model + 1))
+        self.front.open(replicas, is_other=is_other)
+        if self._library is not None:
+            self._library.loaded(facts["failure"])
         if is_first:
             self._announce(facts.get("cache"))
 
@@ -156,19 +179,34 @@ class FrontEnd:
         from partita.serving.http.app import make_app
         from partita.serving.http.server import Server
         from partita.serving.http.service import Service
+
+        job, library = self._job, None if "width" in facts else self._library
+        service = Service(
+            **self._of_model(facts, self.front.model), max_tokens=job.max_tokens, api_key=job.api_key, library=library
+        )
+        self._gate = make_app(service)
+        self._server = Server(self._gate, self._bound)
+        self._server.start()
+
+    def _of_model(self, facts: dict[str, Any], number: int) -> dict[str, Any]:
+        """What a service has of the model `number` of the front end."""
+        from partita.serving.images import ImageProcessor
         from partita.serving.pooling import read_pooling
 
-        job, asked = self._job, self._job.request
-        folder, embeds = find_model(asked.model, code=asked.trust_remote_code), dict[str, Any]()
+        choice, trusted = Choice(*facts["model"]), self._job.request.trust_remote_code
+        folder, is_first = find_model(choice.model, code=trusted), choice.name == self._job.name
+        made: dict[str, Any] = {
+            "inbox": Entrance(self.front, number), "tokenizer": read_tokenizer(folder, trust_remote_code=trusted),
+            "model": choice.name, "context": facts["context"], "vocab_size": facts["vocab_size"], "plan": facts["plan"],
+            "adapters": tuple(self._job.adapters) if is_first else (),
+        }  # fmt: skip
         if "width" in facts:
-            embeds = {"embeddings": self.front, "width": facts["width"], "pooling": read_pooling(folder)}
-        service = Service(
-            self.front, read_tokenizer(folder, trust_remote_code=asked.trust_remote_code), job.name, facts["context"],
-            facts["vocab_size"], adapters=tuple(job.adapters), **embeds, max_tokens=job.max_tokens, api_key=job.api_key,
-            plan=facts["plan"],
-        )  # fmt: skip
-        self._server = Server(make_app(service), self._bound)
-        self._server.start()
+            made |= {"embeddings": self.front, "width": facts["width"], "pooling": read_pooling(folder)}
+        else:
+            reason = facts["no_images"]
+            processor = None if reason else ImageProcessor(folder, trust_remote_code=trusted)
+            made |= {"processor": processor, "no_images": reason}
+        return made
 
     def _announce(self, cache: str | None) -> None:
         from partita.serving.http.server import url_of
@@ -199,6 +237,8 @@ class FrontEnd:
         finally:
             self._part()
             self.front.close(self._why)
+            if self._library is not None:
+                self._library.loaded(self._why)
             if self._server is not None:
                 self._server.close()
             self._bound.close()

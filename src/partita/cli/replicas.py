@@ -117,9 +117,10 @@ class Meeting:
                 self._ready.append(replica)
                 if len(self._ready) != self._count:
                     return
-            for one in self._ready:
+                ready, self._ready = self._ready, []  # the replicas come again with another model
+            for one in ready:
                 one.start(self._front.begun)
-            self._on_all(self._ready, replica.facts)
+            self._on_all(ready, replica.facts)
 
     def _is_known(self, connection: socket.socket) -> bool:
         connection.settimeout(10)

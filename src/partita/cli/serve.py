@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import ipaddress
+import json
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -27,19 +29,22 @@ from partita.cli.arguments.model import (
 )
 from partita.cli.arguments.options import Auto, ModelArgument, NoVerify, PlanOptions, RunOptions, WeightsDtype
 from partita.cli.arguments.serving import CACHE, CacheBytes, ExactRows, MaxSequences, PrefillChunk
-from partita.cli.front_end import FRONT, FrontEnd
+from partita.cli.front_end import FRONT, MODEL, FrontEnd
 from partita.cli.job import Job
+from partita.cli.library import Choice
 from partita.cli.replicas import serve_beside
 from partita.cli.terminal.console import mesh_name
 from partita.cli.terminal.plan_figure import as_data
 from partita.cli.terminal.progress import loading
 from partita.core.model.spec import DEFAULT_CONTEXT, longest_text
 from partita.core.plan import Plan
+from partita.core.request import PlanRequest
 from partita.cost.work import Work
 from partita.engine import embedding_loop, open_engine, serving_loop
-from partita.errors import ModelError
+from partita.errors import ModelError, PartitaError
 from partita.notes import note
 from partita.ranks import environment
+from partita.ranks.agreement import first_text
 from partita.serving import ServeSettings, ServingLoop
 from partita.training.adapter_files import check_readable
 
@@ -102,6 +107,16 @@ class ServeOptions(ServingOptions):
             min=0, help="Start the ranks again when one is lost, at most this many times.", rich_help_panel=SERVER
         ),
     ] = 0  # fmt: skip
+    models: Annotated[
+        Path | None,
+        typer.Option(
+            "--models",
+            metavar="DIR",
+            help="Let clients load the models of this folder instead (POST /models/load).",
+            show_default=False,
+            rich_help_panel=SERVER,
+        ),
+    ] = None
     served_model_name: Annotated[
         str | None,
         typer.Option(
@@ -131,9 +146,11 @@ def serve(options: ServeOptions) -> None:
             f"--restarts is for ranks that `partita serve` starts itself, but {environment.launcher()} has started these. "
             "Leave it out, and let that launcher restart them (torchrun --max-restarts)."
         )
+    if options.models is not None and not options.models.is_dir():
+        raise ModelError(f"--models {options.models} must be a folder of models, but there is none.")
     start(
-        options, adapters=_adapters(options.adapters or [], name), host=options.host, port=options.port,
-        api_key=options.api_key or "", name=name, restarts=options.restarts,
+        options, models=options.models and options.models.resolve(), adapters=_adapters(options.adapters or [], name),
+        host=options.host, port=options.port, api_key=options.api_key or "", name=name, restarts=options.restarts,
     )  # fmt: skip
 
 
@@ -212,6 +229,7 @@ class ServeJob(Job):
         verify: Whether the files of a training checkpoint are compared with their checksums.
         as_json: Whether the address is printed as JSON.
         restarts: How often the ranks are started again when one is lost.
+        models: The folder of the models that clients may load instead; None for none.
     """
 
     host: str
@@ -224,6 +242,7 @@ class ServeJob(Job):
     verify: bool
     as_json: bool
     restarts: int = 0
+    models: Path | None = None
 
     @property
     def has_launcher(self) -> bool:
@@ -238,21 +257,65 @@ class ServeJob(Job):
 
     def work(self) -> int:
         """Load the model and serve it. Under another launcher the first rank answers HTTP requests."""
-        asked, engine, path = self.request, open_engine(self.request.engine), os.environ.pop(FRONT, None)
+        path, given = os.environ.pop(FRONT, None), os.environ.pop(MODEL, None)
+        choice, failure = Choice(*json.loads(given)) if given else self._first, ""
         with ExitStack() as stack:
             front_end = None
             if path is None and environment.is_first():
                 front_end = stack.enter_context(FrontEnd(self).closing())
-            folder = find_model(asked.model, code=asked.trust_remote_code)
-            with loading(f"loading, {mesh_name(asked.mesh)}") as progress:
-                split = engine.load(folder, **self.split, dtype=asked.dtype, verify=self.verify, progress=progress)
-            loop = self._loop(split, folder)
-            plan, groups = engine.plan_of(split)
-            if front_end is not None:
-                front_end.serve(loop, facts_of(plan, loop), groups)
-            else:
-                serve_beside(loop, facts_of(plan, loop), groups, path)
-        return 0
+            loop, groups, facts = self._loaded(choice)
+            while True:
+                facts |= {"model": astuple(choice), "failure": failure}
+                if front_end is not None:
+                    front_end.serve(loop, facts, groups)
+                else:
+                    serve_beside(loop, facts, groups, path)
+                if not (isinstance(loop, ServingLoop) and loop.following):
+                    return 0
+                following, failure = Choice(*json.loads(loop.following)), ""
+                del loop
+                gc.collect()
+                try:
+                    loop, _, facts = self._loaded(following, groups)
+                    choice = following
+                except PartitaError as error:
+                    failure = f"{following.name} cannot be loaded, and {choice.name} is served as before: {error}"
+                if failure:
+                    gc.collect()
+                    loop, _, facts = self._loaded(choice, groups)
+
+    @property
+    def _first(self) -> Choice:
+        return Choice(self.name, self.request.model)
+
+    def _job_of(self, choice: Choice) -> ServeJob:
+        """The job with another model, which is split over the same mesh in the default layout."""
+        if choice == self._first:
+            return self
+        asked = replace(self.request, model=choice.model, layout=None, rules=None)
+        return replace(self, request=asked, plan=None, adapters={}, name=choice.name)
+
+    def check(self, choice: Choice) -> None:
+        """Raise `PartitaError` for a model that cannot be split, as far as its files tell."""
+        plan_early(self._job_of(choice).request)
+        open_checkpoint(find_model(choice.model))
+
+    def _loaded(self, choice: Choice, groups: Any = None) -> tuple[ServingLoop | EmbeddingLoop, Any, dict[str, Any]]:
+        """The loop of a model, its groups, which are `groups` if they are given, and what the front end knows of it."""
+        job = self._job_of(choice)
+        asked, engine = job.request, open_engine(job.request.engine)
+        if groups is not None:
+            _agree_on_files(asked, groups)
+        folder = find_model(asked.model, code=asked.trust_remote_code)
+        with loading(f"loading, {mesh_name(asked.mesh)}") as progress:
+            split = engine.load(
+                folder, **job.split, dtype=asked.dtype, verify=job.verify, progress=progress, groups=groups
+            )
+        loop = job._loop(split, folder)
+        if groups is not None and not isinstance(loop, ServingLoop):
+            raise ModelError("it gives embeddings. Start a server of its own for it.")
+        plan, groups = engine.plan_of(split)
+        return loop, groups, facts_of(plan, loop)
 
     def _loop(self, split: Any, folder: Path) -> ServingLoop | EmbeddingLoop:
         asked = self.request
@@ -267,10 +330,21 @@ class ServeJob(Job):
         return serving_loop(asked.engine, split, self.settings, tokenizer=tokenizer, adapters=self.adapters)
 
 
+def _agree_on_files(asked: PlanRequest, groups: Any) -> None:
+    """Raise `ModelError` on all ranks if one of them cannot read a model's config or tokenizer."""
+    failure = None
+    try:
+        read_tokenizer(find_model(asked.model, code=asked.trust_remote_code), trust_remote_code=asked.trust_remote_code)
+    except PartitaError as error:
+        failure = str(error)
+    if failure := first_text(groups.axes, failure):
+        raise ModelError(failure)
+
+
 def facts_of(plan: Plan, loop: ServingLoop | EmbeddingLoop) -> dict[str, Any]:
     """What the front end knows of a model and of the cache of a replica."""
     spec = plan.spec
     facts = {"context": longest_text(spec), "vocab_size": spec.vocab_size, "plan": as_data(plan)}
     if isinstance(loop, ServingLoop):
-        return {**facts, "cache": str(loop.rows.layout)}
+        return {**facts, "cache": str(loop.rows.layout), "no_images": loop.rows.no_images}
     return {**facts, "context": loop.most_tokens or facts["context"], "width": loop.inbox.width}

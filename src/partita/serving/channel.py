@@ -1,6 +1,6 @@
 """A replica's loop at the other end of a socket: requests go one way, events the other. Nothing is pickled.
 
-front end    submit, cancel, shutdown              ->  deciding rank of a replica
+front end    submit, cancel, replace, shutdown     ->  deciding rank of a replica
              <-  ready, reply, begun, events of a step with the loop's numbers
 """
 
@@ -97,6 +97,8 @@ def serve_remote(loop: ServingLoop | EmbeddingLoop, channel: Channel, facts: dic
                 _embed(loop, channel, *values)
             elif kind == "cancel":
                 loop.inbox.cancel(values[0])
+            elif kind == "replace":
+                cast(ServingLoop, loop).inbox.replace(values[0])
             else:
                 loop.inbox.shutdown(drain=values[0])
         loop.inbox.shutdown(drain=False)
@@ -229,6 +231,10 @@ class RemoteReplica:
     def cancel(self, number: int) -> None:
         """End a request within a step; nothing happens if it has ended."""
         self._channel.send(["cancel", number])
+
+    def replace(self, following: str) -> None:
+        """End the loop after all its requests; see `Inbox.replace`."""
+        self._channel.send(["replace", following])
 
     def shutdown(self, *, drain: bool = True) -> None:
         """End the loop, after all its requests or after cancelling them."""

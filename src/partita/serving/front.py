@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 from partita.errors import ModelError, PartitaError, PlanError
 from partita.notes import note
 from partita.serving.blocks import digests
-from partita.serving.loop import Stats
+from partita.serving.loop import REPLACED, Stats
 from partita.serving.requests import Event, Finished, OnEvent, ServeRequest, Token
 
 if TYPE_CHECKING:  # it needs numpy, which the command line does without
@@ -47,6 +47,13 @@ class Replica(Protocol):
 
     def stats(self) -> Stats:
         """The state of the loop."""
+
+
+class TextReplica(Replica, Protocol):
+    """The entrance to the loop of a replica that continues texts."""
+
+    def replace(self, following: str) -> None:
+        """End the loop after all requests, to serve another model; see `Inbox`."""
 
 
 class EmbeddingReplica(Replica, Protocol):
@@ -117,7 +124,11 @@ class _Embedding:
 
 
 class Front:
-    """Distributes requests over replicas, by what each has to do and has in its cache. Any thread may call its methods."""
+    """Distributes requests over replicas, by what each has to do and has in its cache. Any thread may call its methods.
+
+    Attributes:
+        model: Which of the models that have been served is served now, from 0.
+    """
 
     def __init__(self) -> None:
         """Create a front end that accepts requests after `open`."""
@@ -128,11 +139,18 @@ class Front:
         self._down = "the ranks have not started"
         self._ending = ""
         self._drains = True
+        self.model = 0
 
-    def open(self, replicas: Sequence[Replica]) -> None:
-        """Serve with `replicas`, which are ready: first the requests that waited for them."""
+    def open(self, replicas: Sequence[Replica], *, is_other: bool = False) -> None:
+        """Serve with `replicas`, which are ready: first the requests that waited for them.
+
+        Args:
+            replicas: The replicas.
+            is_other: Whether they have another model than those before.
+        """
         with self._lock:
             self._places, self._down = [_Place(one) for one in replicas], ""
+            self.model += is_other
             waiting = [entry for entry in self._entries.values() if entry.place is None]
         for entry in waiting:
             try:
@@ -175,11 +193,33 @@ class Front:
         for entry in entries:
             self._take(entry, Finished(entry.request.id, "lost", why, len(entry.request.prompt)))
 
-    def submit(self, request: ServeRequest, on_event: OnEvent) -> None:
-        """Add a request; see `Inbox.submit`."""
+    def replace(self, following: str) -> None:
+        """End the loops of all replicas after the requests that they have, so that they come back with another model.
+
+        Requests are refused until `open`.
+
+        Raises:
+            ModelError: No request is accepted.
+        """
+        with self._lock:
+            if self.closed:
+                raise ModelError(f"no other model can be loaded now: {self.closed}.")
+            self._down, places = REPLACED, list(self._places)
+        for place in places:
+            cast(TextReplica, place.replica).replace(following)
+
+    def part(self) -> None:
+        """Forget the replicas, whose loops have ended, before others come."""
+        with self._lock:
+            self._places = []
+
+    def submit(self, request: ServeRequest, on_event: OnEvent, model: int | None = None) -> None:
+        """Add a request; see `Inbox.submit`. Its ids are those of the model `model`, if it is given."""
         with self._lock:
             if self.closed:
                 raise ModelError(f"no request is accepted any more: {self.closed}.")
+            if model not in (None, self.model):
+                raise ModelError("another model has been loaded since the prompt was read. Send the request again.")
             if request.id in self._entries:
                 raise PlanError(f"a request with id {request.id} is being served. Use an id of its own.")
             entry = _Entry(request, on_event, len(request.prompt) + (request.sampling.max_new_tokens or 0))
@@ -196,7 +236,7 @@ class Front:
             if not self._places or entry.place is not None or self._entries.get(entry.request.id) is not entry:
                 return
             found: Sequence[bytes] = ()
-            if len(self._places) > 1:
+            if len(self._places) > 1 and not entry.request.inputs:
                 found = digests(entry.request.prompt, self._places[0].replica.block_tokens, entry.request.adapter)
             place = min(self._places, key=lambda one: one.load - one.cached(found))
             place.keep(found)
@@ -300,3 +340,28 @@ class Front:
             places = list(self._places)
             waiting = sum(entry.place is None for entry in self._entries.values())
         return sum((place.replica.stats() for place in places), Stats(queued=waiting))
+
+
+class Entrance:
+    """The entrance to a front end for the requests of one model: their ids mean nothing to the next one."""
+
+    def __init__(self, front: Front, model: int) -> None:
+        """Add requests of the model `model` of `front`."""
+        self._front, self._model = front, model
+
+    def submit(self, request: ServeRequest, on_event: OnEvent) -> None:
+        """Add a request; see `Front.submit`."""
+        self._front.submit(request, on_event, self._model)
+
+    def cancel(self, number: int) -> None:
+        """End a request."""
+        self._front.cancel(number)
+
+    @property
+    def closed(self) -> str:
+        """Why no request is accepted; empty while requests are."""
+        return self._front.closed
+
+    def stats(self) -> Stats:
+        """The state of all loops."""
+        return self._front.stats()

@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 
 from partita.errors import ModelError, PlanError
 from partita.generation import Sequence
@@ -26,6 +26,10 @@ from partita.serving.scheduler import Running, Scheduler
 
 IDLE_S = 5.0
 """The longest time between two steps, so that no rank waits longer for one than its backend's time limit."""
+
+
+REPLACED = "another model is being loaded"
+"""Why no request is accepted while it is."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,7 @@ class Inbox:
     Attributes:
         block_tokens: Tokens of a cache block.
         num_blocks: Blocks of the cache.
+        following: What `replace` was given.
     """
 
     def __init__(
@@ -84,6 +89,7 @@ class Inbox:
         self._known: set[int] = set()
         self._closed = ""
         self._drains = True
+        self.following = ""
 
     def submit(self, request: ServeRequest, on_event: OnEvent) -> None:
         """Add a request. `on_event` receives its tokens and its end, from the loop's thread.
@@ -114,6 +120,14 @@ class Inbox:
         with self._changed:
             self._closed = self._closed or "the server is shutting down"
             self._drains = self._drains and drain
+            self.following = ""
+            self._changed.notify()
+
+    def replace(self, following: str) -> None:
+        """End the loop on every rank after all requests, with `following` as `ServingLoop.following`."""
+        with self._changed:
+            if not self._closed:
+                self._closed, self.following = REPLACED, following
             self._changed.notify()
 
     @property
@@ -175,6 +189,7 @@ class ServingLoop:
         inbox: Where requests arrive; used on the first rank of the replica only.
         on_begun: Called there with the ids of the requests that a step starts, before it is sent to any rank.
         on_step: Called there after the events of each step.
+        following: After `run`, on every rank, what is to be served instead; empty for nothing.
     """
 
     def __init__(self, rows: Rows, settings: ServeSettings) -> None:
@@ -184,6 +199,7 @@ class ServingLoop:
         self.scheduler = Scheduler(settings, pool, groups=rows.plan.mesh.pp)
         self.on_begun: Callable[[SequenceOf[int]], None] = lambda numbers: None
         self.on_step: Callable[[], None] = lambda: None
+        self.following = ""
         self._clients: dict[int, _Client] = {}
         self._counts = dict.fromkeys(("tokens", "prompt_tokens", "cached_tokens", "finished", "steps"), 0)
         self.inbox = Inbox(self._settled, self._stats, rows.layout)
@@ -212,6 +228,7 @@ class ServingLoop:
         while not step.ends:
             step = decode(self.rows.share(None))
             self.rows.run(step)
+        self.following = step.following
 
     def _lead(self) -> None:
         """Decide and run steps."""
@@ -225,6 +242,7 @@ class ServingLoop:
                 self._took(self._clients[row.id], picked)
             self._counts["steps"] += 1
             self.on_step()
+        self.following = step.following
 
     def _settled(self, request: ServeRequest) -> Choice:
         """A request's settings; raises `PartitaError` if it can never be served."""
@@ -249,7 +267,8 @@ class ServingLoop:
         for number in [*self._clients] if closed and not drains else cancelled:
             if number in self._clients:
                 self._finish(self._clients[number], "cancelled")
-        return self.scheduler.plan(ends=closed and not self._clients)
+        step = self.scheduler.plan(ends=closed and not self._clients)
+        return replace(step, following=self.inbox.following) if step.ends else step
 
     def _took(self, client: _Client, one: Picked) -> None:
         request, sequence = client.request, client.sequence

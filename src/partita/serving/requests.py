@@ -16,6 +16,23 @@ Reason = Literal["stop", "length", "cancelled", "error", "lost"]
 
 
 @dataclass(frozen=True)
+class Input:
+    """An array that a model takes beside the ids, such as the pixels of an image.
+
+    Attributes:
+        name: The argument of the model's forward.
+        dtype: numpy's name of its dtype.
+        shape: Its shape.
+        data: Its bytes, in row-major order.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    data: bytes
+
+
+@dataclass(frozen=True)
 class ServeRequest:
     """A prompt to continue.
 
@@ -27,6 +44,7 @@ class ServeRequest:
         top_logprobs: The number of most likely tokens whose log probabilities come with each token, up to 20.
         grammar: A grammar in llguidance's format that the answer follows; empty for none. See `partita.serving.grammar`.
         adapter: The name of the adapters that compute the answer; empty for the model without any.
+        inputs: What the model takes beside the ids. Such a prompt is computed by itself and shares no cache with others.
     """
 
     id: int
@@ -36,6 +54,7 @@ class ServeRequest:
     top_logprobs: int = 0
     grammar: str = ""
     adapter: str = ""
+    inputs: tuple[Input, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.prompt:

@@ -56,6 +56,10 @@ class Rows(Protocol):
     def tokenizer(self) -> Tokenizer | None:
         """The tokenizer, the same on every rank."""
 
+    @property
+    def no_images(self) -> str:
+        """Why requests have no images; empty if the model takes them."""
+
     def settle(self, request: ServeRequest) -> Choice:
         """The request's settings, completed from the model's own.
 

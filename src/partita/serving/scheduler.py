@@ -8,7 +8,7 @@ prompts.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -76,7 +76,7 @@ class Scheduler:
         if one is not None:
             self._ended.append(number)
             self._tokens = [entry for entry in self._tokens if entry[0] != number]
-            self.pool.keep([*one.request.prompt, *one.tokens][: one.computed], one.blocks, one.request.adapter)
+            self._keep(one, [*one.request.prompt, *one.tokens][: one.computed])
             self.pool.release(one.blocks)
         return one
 
@@ -95,14 +95,19 @@ class Scheduler:
             one = self.running[row.id]
             one.computed += row.count
             if one.computed == len(one.request.prompt):
-                self.pool.keep(one.request.prompt, one.blocks, one.request.adapter)
+                self._keep(one, one.request.prompt)
         return Step(ended, tokens, admitted, tuple(batches), ends)
+
+    def _keep(self, one: Running, ids: Sequence[int]) -> None:
+        """Let prompts to come reuse the blocks of `ids`, unless more than ids decided their content."""
+        if not one.request.inputs:
+            self.pool.keep(ids, one.blocks, one.request.adapter)
 
     def _admit(self) -> Iterable[Admission]:
         layout = self.pool.layout
         while self.waiting and len(self.running) < self.settings.max_sequences:
             request, limit = self.waiting[0]
-            shared = self.pool.match(request.prompt, request.adapter)
+            shared = [] if request.inputs else self.pool.match(request.prompt, request.adapter)
             # The last new token is not fed back to the model.
             needed = layout.blocks_for(len(request.prompt) + limit - 1)
             blocks = self.pool.take(needed + len(shared) * layout.copied, shared)
@@ -119,12 +124,13 @@ class Scheduler:
     def _decodes(self) -> list[tuple[Row, ...]]:
         """The next token of each running request; those of the same adapters share `groups` forwards.
 
-        There are more forwards if fewer rows are exact.
+        There are more forwards if fewer rows are exact. A request with inputs beside the ids has a forward of its own.
         """
-        sets: dict[str, list[Row]] = {}
+        sets: dict[tuple[object, ...], list[Row]] = {}
         for number, one in self.running.items():
             if one.is_prefilled:
-                sets.setdefault(one.request.adapter, []).append(Row(number, one.computed, 1, True))
+                key = (number,) if one.request.inputs else (one.request.adapter, "")
+                sets.setdefault(key, []).append(Row(number, one.computed, 1, True))
         return [batch for rows in sets.values() for batch in self._divided(rows)]
 
     def _divided(self, rows: list[Row]) -> list[tuple[Row, ...]]:
@@ -143,9 +149,10 @@ class Scheduler:
             if one.is_prefilled or left <= 0:
                 continue
             rest = len(one.request.prompt) - one.computed
-            count = min(rest, left) if layout.chunked else rest
+            is_whole = bool(one.request.inputs) or not layout.chunked
+            count = rest if is_whole else min(rest, left)
             left -= count
-            is_beside = layout.batched and not layout.exact_rows
+            is_beside = layout.batched and not layout.exact_rows and not one.request.inputs
             key = (one.computed, count, one.request.adapter) if is_beside else (number,)
             batches.setdefault(key, []).append(Row(number, one.computed, count, count == rest))
         return [tuple(rows) for rows in batches.values()]

@@ -42,7 +42,8 @@ class Texts:
         """
         choice = self._choice(request)
         self._matcher(request)
-        check_ids([request.prompt], choice, self._tokenizer, self._plan.spec.vocab_size)
+        unchecked = [0] if request.inputs else []
+        check_ids([request.prompt], choice, self._tokenizer, self._plan.spec.vocab_size, unchecked)
         length, new = len(request.prompt), choice.limit(len(request.prompt))
         self._plan.spec.refuse_beyond_positions(length + new - 1, f"a prompt of {length} tokens with {new} new ones")
         return choice

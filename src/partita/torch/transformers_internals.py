@@ -297,7 +297,8 @@ def attending_by_row(lengths_of: Callable[[], Sequence[int]]) -> Iterator[None]:
     """A context in which fused attention of several rows computes each by itself, without its padding.
 
     Args:
-        lengths_of: The number of tokens of each row, which are the last columns of keys and values.
+        lengths_of: The number of tokens of each row, which are the last columns of keys and values; none if rows are not
+            texts of different lengths.
     """
     functions = find(
         LIBRARY, "transformers.modeling_utils", "ALL_ATTENTION_FUNCTIONS", "compute the attention of each row by itself"
@@ -305,11 +306,12 @@ def attending_by_row(lengths_of: Callable[[], Sequence[int]]) -> Iterator[None]:
     fused = functions["sdpa"]
 
     def by_row(module: Any, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None, **settings: Any) -> Any:
-        if q.shape[0] == 1:
+        lengths = lengths_of()
+        if q.shape[0] == 1 or not lengths:
             return fused(module, q, k, v, attention_mask, **settings)
         columns = k.shape[-2]
         outputs = []
-        for row, length in enumerate(lengths_of()):
+        for row, length in enumerate(lengths):
             start, own = columns - length, slice(row, row + 1)
             mask = attention_mask
             if mask is not None:

@@ -64,12 +64,19 @@ class MlxRows:
         self.layout: CacheLayout = measured.layout
         self._blocks = Blocks(settings.block_tokens, forgets=measured.forgets) if self.layout.reused else None
 
+    @property
+    def no_images(self) -> str:
+        """Why requests have no images; see `Rows`."""
+        return "--engine mlx serves text only; serve the model with --engine torch"
+
     def settle(self, request: ServeRequest) -> Choice:
         """The request's settings; see `Rows`."""
         if request.adapter:
             raise PlanError(
                 f"adapter must be empty on MLX, whose models have one set of adapters; got {request.adapter!r:.100}."
             )
+        if request.inputs:
+            raise PlanError(f"{request.inputs[0].name} is given, but {self.no_images}.")
         choice, length = self._texts.settle(request), len(request.prompt)
         new = choice.limit(length)
         refuse_beyond_window(self.plan.spec, length + new, f"a prompt of {length} tokens with {new} new ones")

@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from importlib.resources import files
 
+import anyio.to_thread
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import ASGIApp
 
+from partita.errors import PartitaError
 from partita.serving.embedding import NO_TEXT
 from partita.serving.http.errors import ApiError, as_api_error
 from partita.serving.http.gate import Gate
 from partita.serving.http.openai import tools as chat_tools
-from partita.serving.http.openai.bodies import TokenizeBody, parse
+from partita.serving.http.openai.bodies import LoadBody, TokenizeBody, parse
 from partita.serving.http.openai.chat import chat
 from partita.serving.http.openai.completions import completions
 from partita.serving.http.openai.embeddings import embeddings
@@ -33,8 +34,8 @@ NOTHING_ELSE = (
 """The page loads nothing, neither from this server nor from others; it only asks this server's API."""
 
 
-def make_app(service: Service) -> ASGIApp:
-    """The server of a model, as an ASGI application."""
+def make_app(service: Service) -> Gate:
+    """The server of a model, as an ASGI application; its `service` may be replaced by that of another model."""
     table: tuple[tuple[str, str, Handler], ...] = (
         ("GET", "/", _page),
         ("GET", "/health", _health),
@@ -42,6 +43,8 @@ def make_app(service: Service) -> ASGIApp:
         ("GET", "/plan", _plan),
         ("GET", "/v1/models", _models),
         ("GET", "/v1/models/{model:path}", _model),
+        ("GET", "/models", _library),
+        ("POST", "/models/load", _load),
         ("POST", "/tokenize", _tokenize),
         ("POST", "/v1/chat/completions", chat),
         ("POST", "/v1/completions", completions),
@@ -53,6 +56,7 @@ def make_app(service: Service) -> ASGIApp:
 
     def bound(path: str, handler: Handler) -> Callable[[Request], Awaitable[Response]]:
         async def handle(request: Request) -> Response:
+            service = gate.service
             if path in CONTINUE and service.embeddings is not None:
                 raise ApiError(400, NO_TEXT, param="model")
             return await handler(request, service)
@@ -61,7 +65,9 @@ def make_app(service: Service) -> ASGIApp:
 
     routes = [Route(path, bound(path, handler), methods=[method]) for method, path, handler in table]
     handlers = {ApiError: _api_error, HTTPException: _http_error, Exception: _failure}
-    return Gate(Starlette(routes=routes, exception_handlers=handlers), service, {path for _, path, _ in table})  # type: ignore[arg-type]
+    app = Starlette(routes=routes, exception_handlers=handlers)  # type: ignore[arg-type]
+    gate = Gate(app, service, {path for _, path, _ in table})
+    return gate
 
 
 async def _api_error(request: Request, error: ApiError) -> Response:
@@ -112,6 +118,35 @@ async def _model(request: Request, service: Service) -> Response:
     return JSONResponse(_described(service, service.model_of(request.path_params["model"])))
 
 
+async def _library(request: Request, service: Service) -> Response:
+    others = [] if service.library is None else service.library.names()
+    names = sorted({service.model, *others})
+    data = [
+        {"id": name, "object": "model", "status": {"value": "loaded" if name == service.model else "unloaded"}}
+        for name in names
+    ]
+    return JSONResponse({"object": "list", "data": data})
+
+
+async def _load(request: Request, service: Service) -> Response:
+    body, library = parse(LoadBody, await request.body()), service.library
+    if library is None:
+        text = "this server loads no other model: it was started without --models, or gives embeddings."
+        raise ApiError(404, text, param="model")
+    if body.model != service.model and body.model not in library.names():
+        known = ", ".join(map(repr, library.names()))
+        text = f"there is no model {body.model!r:.100} among those that can be loaded: {known}."
+        raise ApiError(404, text, param="model", code="model_not_found")
+    if why := service.closed:
+        raise ApiError(503, f"no other model can be loaded now: {why}.", code="unavailable")
+    if body.model != service.model:
+        try:
+            await anyio.to_thread.run_sync(library.load, body.model)
+        except PartitaError as error:
+            raise as_api_error(error, "model") from error
+    return JSONResponse({"success": True, "model": body.model})
+
+
 async def _tokenize(request: Request, service: Service) -> Response:
     body = parse(TokenizeBody, await request.body())
     service.model_of(body.model)
@@ -123,10 +158,11 @@ async def _tokenize(request: Request, service: Service) -> Response:
     def encode() -> list[int]:
         if body.prompt is not None:
             return service.tokenizer.encode(body.prompt, add_special_tokens=body.add_special_tokens)
-        return service.tokenizer.encode_messages(
+        ids, _ = service.encode_messages(
             messages, tools=chat_tools.described(body.tools), settings=settings,
             add_generation_prompt=body.add_generation_prompt,
         )  # fmt: skip
+        return ids
 
     ids = await service.encode(encode, "prompt" if body.messages is None else "messages")
     return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": service.context})

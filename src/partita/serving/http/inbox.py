@@ -73,3 +73,17 @@ class Inbox(Protocol):
 
     def stats(self) -> Stats:
         """What the loop is doing."""
+
+
+class Library(Protocol):
+    """The models that a server can load."""
+
+    def names(self) -> Sequence[str]:
+        """Their names."""
+
+    def load(self, name: str) -> None:
+        """Serve the model of a name from now on, once the requests of the present one have ended.
+
+        Raises:
+            PartitaError: There is none, or it cannot be loaded; the present one is then still served.
+        """

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Any, TypeVar
 
 import anyio.to_thread
 
+from partita.errors import PlanError
 from partita.generation import Sampling, Tokenizer
 from partita.serving.http.answers import Answers
 from partita.serving.http.errors import ApiError, as_api_error
-from partita.serving.http.inbox import Embeds, Inbox
+from partita.serving.http.inbox import Embeds, Inbox, Library
 from partita.serving.http.metrics import Metrics
 from partita.serving.http.openai.logprobs import TokenBytes
 from partita.serving.http.openai.response_store import ResponseStore
 from partita.serving.http.openai.tools import template_of
+from partita.serving.images import ImageProcessor, images_of
 from partita.serving.pooling import Pooling
-from partita.serving.requests import ServeRequest
+from partita.serving.requests import Input, ServeRequest
 
 MAX_BODY_BYTES = 8 << 20
 """The largest body of a request."""
@@ -49,6 +51,9 @@ class Service:
         api_key: What clients must send as a bearer token; empty to let everyone in.
         max_body_bytes: The largest body.
         plan: What each rank holds, for the page.
+        processor: Makes prompts of messages with images; None if the model takes none.
+        no_images: Why it takes none.
+        library: Other models that can be loaded instead; None if there are none.
     """
 
     inbox: Inbox
@@ -64,6 +69,9 @@ class Service:
     api_key: str = ""
     max_body_bytes: int = MAX_BODY_BYTES
     plan: dict[str, Any] = field(default_factory=dict)
+    processor: ImageProcessor | None = None
+    no_images: str = "this model takes text only"
+    library: Library | None = None
     created_s: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:
@@ -73,6 +81,12 @@ class Service:
         self.responses = ResponseStore()
         self._ids = count(1)
         self._lock = threading.Lock()
+
+    def followed_by(self, **changes: Any) -> Service:
+        """The service of another model of the same server, which goes on with its counts and its kept responses."""
+        one = replace(self, created_s=int(time.time()), **changes)
+        one.metrics, one.responses, one._ids = self.metrics, self.responses, self._ids
+        return one
 
     @property
     def closed(self) -> str:
@@ -94,6 +108,26 @@ class Service:
             return await anyio.to_thread.run_sync(locked)
         except Exception as error:
             raise as_api_error(error, param) from error
+
+    def encode_messages(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        settings: Mapping[str, Any],
+    ) -> tuple[list[int], tuple[Input, ...]]:
+        """The ids of a chat, and what the model takes beside them; for the `work` of `encode`.
+
+        Raises:
+            PartitaError: The model, its chat template or its processor does not take these messages.
+        """
+        given: dict[str, Any] = {"tools": tools, "add_generation_prompt": add_generation_prompt, "settings": settings}
+        if not images_of(messages):
+            return self.tokenizer.encode_messages(messages, **given), ()
+        if self.processor is None:
+            raise PlanError(f"there is an image among the messages, but {self.no_images.rstrip('.')}.")
+        return self.processor.encode(messages, **given)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -132,9 +166,21 @@ class Service:
         return wanted or min(room, self.max_tokens)
 
     def answers(
-        self, model: str, prompts: Sequence[tuple[Sequence[int], Sampling]], logprobs: int | None, grammar: str = ""
+        self,
+        model: str,
+        prompts: Sequence[tuple[Sequence[int], Sampling]],
+        logprobs: int | None,
+        grammar: str = "",
+        inputs: tuple[Input, ...] = (),
     ) -> Answers:
         """The requests for the answers of `model`, one of `names`, to prompts; not submitted yet.
+
+        Args:
+            model: The name.
+            prompts: The ids of each prompt, and its settings.
+            logprobs: The number of most likely tokens to report with each token; None for no log probabilities.
+            grammar: The grammar of the answers.
+            inputs: What the model takes beside the ids of each prompt.
 
         Raises:
             ApiError: The server is shutting down, or no step can be made.
@@ -144,7 +190,7 @@ class Service:
         adapter = model if model in self.adapters else ""
         requests = [
             ServeRequest(
-                next(self._ids), tuple(prompt), sampling, logprobs is not None, logprobs or 0, grammar, adapter
+                next(self._ids), tuple(prompt), sampling, logprobs is not None, logprobs or 0, grammar, adapter, inputs
             )
             for prompt, sampling in prompts
         ]

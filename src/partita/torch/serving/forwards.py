@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -117,12 +118,19 @@ class BlockForward:
 class Alone:
     """The forwards of one text with a cache of its own, as `generate` runs it: the whole prompt, then token by token."""
 
-    def __init__(self, model: nn.Module, sequence: Sequence) -> None:
-        """Start with the prompt of `sequence`."""
+    def __init__(
+        self,
+        model: nn.Module,
+        sequence: Sequence,
+        more: Mapping[str, Tensor] = MappingProxyType({}),
+        pools: Pools | None = None,
+    ) -> None:
+        """Start with the prompt of `sequence`, which has `more` inputs beside its ids; other texts may be in `pools`."""
         plan, groups = plan_of(model)
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self._first = plan.stage_index(groups.pp.rank, 0)
-        self._group = SequenceGroup(model, [sequence], device, {})
+        self._group = SequenceGroup(model, [sequence], device, more)
+        self._pools = pools
         self._output: Any = None
 
     @property
@@ -137,6 +145,8 @@ class Alone:
 
     def inputs(self, stage: int) -> dict[str, Any]:
         """The model's inputs at `stage`."""
+        if self._pools is not None:
+            self._pools.lengths = []
         return self._group.inputs(stage)
 
     def keep_cache(self, stage: int, cache: Any) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -18,14 +19,16 @@ from partita.serving import ServeRequest, ServeSettings
 from partita.serving.blocks import CacheLayout
 from partita.serving.choosing import Served, chosen
 from partita.serving.message import Row, Step
+from partita.serving.requests import Input
 from partita.serving.rows import Picked
 from partita.serving.texts import Texts, write_log_probabilities
-from partita.torch.generate import _check, generation_of
+from partita.torch.generate import _check, _more_inputs, generation_of
 from partita.torch.layers.decode_matmul import PAYS_AFTER_TOKENS, decoding
 from partita.torch.model.block_cache import Pools
 from partita.torch.model.head import local_logits, most_likely
 from partita.torch.model.modes import mode_set
 from partita.torch.model.parts import plan_of
+from partita.torch.model.towers import MEDIA, forbidden_media, media_of
 from partita.torch.proof.stages import refuse_undecodable
 from partita.torch.serving.adapters import ServedAdapters
 from partita.torch.serving.forwards import Alone, BlockForward, Forward, Through
@@ -82,6 +85,8 @@ class TorchRows:
     def settle(self, request: ServeRequest) -> Choice:
         """The request's settings; see `Rows`."""
         self.adapters.check(request.adapter)
+        if request.inputs:
+            _more_inputs(self.model, [request.prompt], [_tensors(request.inputs)])
         choice, length = self._texts.settle(request), len(request.prompt)
         new = choice.limit(length)
         if self._fixed is not None and length + new > self._fixed:
@@ -91,6 +96,14 @@ class TorchRows:
                 "it, or use `partita generate`."
             )
         return choice
+
+    @property
+    def no_images(self) -> str:
+        """Why requests have no images; see `Rows`."""
+        image = MEDIA[0]
+        if image in media_of(self.model):
+            return forbidden_media(self.model).get(image.name, "")
+        return "this model takes text only"
 
     def share(self, data: bytes | None) -> bytes:
         """The bytes of the replica's deciding rank; see `Rows`."""
@@ -132,12 +145,12 @@ class TorchRows:
         return self._texts.unpacked(rows, picked)
 
     def _admit(self, served: Served) -> None:
-        number = served.admission.request.id
-        if self.layout.batched:
+        number, inputs = served.admission.request.id, served.admission.request.inputs
+        if self.layout.batched and not inputs:
             blocks, size = torch.tensor(served.admission.blocks, dtype=torch.int64), self.layout.block_tokens
             self._slots[number] = (blocks[:, None] * size + torch.arange(size)).view(-1)
         else:
-            self._alone[number] = Alone(self.model, served.sequence)
+            self._alone[number] = Alone(self.model, served.sequence, _tensors(inputs), self._pools)
 
     def _forward(self, step: Step, picked: Array) -> None:
         """Run the step's batches through the stages, and write what the last one chooses to `picked`."""
@@ -165,7 +178,7 @@ class TorchRows:
             self._stages.run(forwards, pick)
 
     def _batch(self, rows: tuple[Row, ...]) -> Forward:
-        if not self.layout.batched:
+        if rows[0].id in self._alone:
             return self._alone[rows[0].id]
         ids = [self._texts[row.id].ids(row.start, row.count) for row in rows]
         assert self._pools is not None
@@ -203,3 +216,8 @@ class TorchRows:
 
         rank = self.groups.tp.rank
         return Columns(split.ranges(rank)[0][0], max(split.local_sizes), rank, gather)
+
+
+def _tensors(inputs: Sequence[Input]) -> dict[str, Tensor]:
+    """Arrays as tensors, by their names."""
+    return {one.name: torch.from_numpy(np.frombuffer(one.data, one.dtype).reshape(one.shape).copy()) for one in inputs}

@@ -96,11 +96,18 @@ def new_seed() -> int:
     return secrets.randbits(62)
 
 
-class TextPart(Body):
-    """A part of a message. Only those of the type `text` have a text."""
+class ImageUrl(Body):
+    """Where an image is."""
+
+    url: str
+
+
+class ContentPart(Body):
+    """A part of a message: of the type `text` with a text, or of `image_url` with an image."""
 
     type: str
     text: str | None = None
+    image_url: ImageUrl | None = None
 
 
 class FunctionCall(Body):
@@ -122,7 +129,7 @@ class Message(Body):
     """A message of a chat."""
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: str | list[TextPart] | None = None
+    content: str | list[ContentPart] | None = None
     name: str | None = None
     reasoning_content: str | None = None
     tool_calls: list[ToolCall] | None = None
@@ -217,6 +224,12 @@ class EmbeddingsBody(Body):
     dimensions: Annotated[int, Field(ge=1)] | None = None
 
 
+class LoadBody(Body):
+    """The body of `/models/load`."""
+
+    model: str
+
+
 class TokenizeBody(Body):
     """The body of `/tokenize`."""
 
@@ -230,14 +243,8 @@ class TokenizeBody(Body):
 
 
 def part_error(kind: str, where: str) -> ApiError:
-    """The error for a part of a message, of the type `kind`, that has no text."""
-    if kind in ("image_url", "input_image", "image"):
-        text = (
-            f"{where}: {kind!r} is an image, and this server takes text only, also for models with a vision tower: a step "
-            "sends token ids to the ranks and no pixels. Leave it out, or use partita.torch.generate(inputs=...)."
-        )
-    else:
-        text = f"{where}: this server takes parts with a text ('text', 'input_text'); got {kind!r:.60}."
+    """The error for a part of a message, of the type `kind`, that is neither text nor an image."""
+    text = f"{where}: this server takes texts and images ('text', 'image_url', 'input_text', 'input_image'); got {kind!r:.60}."
     return ApiError(400, text, param=where)
 
 

@@ -18,7 +18,7 @@ from partita.serving.http.openai.reader import Marks, Piece, Reader
 from partita.serving.http.openai.usage import Usage
 from partita.serving.http.respond import respond
 from partita.serving.http.service import Service
-from partita.serving.requests import Event, Token
+from partita.serving.requests import Event, Input, Token
 
 LAST_TOKENS = 16
 """The number of a prompt's last tokens that are searched for the mark of reasoning."""
@@ -33,15 +33,15 @@ async def chat(request: Request, service: Service) -> Response:
     messages = chat_tools.as_template_messages(body.messages)
     settings = chat_tools.template_settings(body.chat_template_kwargs, service.tokenizer)
 
-    def encode() -> tuple[list[int], str]:
-        ids = service.tokenizer.encode_messages(messages, tools=offered, settings=settings)
-        return ids, service.tokenizer.decode(ids[-LAST_TOKENS:])
+    def encode() -> tuple[list[int], tuple[Input, ...], str]:
+        ids, inputs = service.encode_messages(messages, tools=offered, settings=settings)
+        return ids, inputs, service.tokenizer.decode(ids[-LAST_TOKENS:])
 
-    prompt, end = await service.encode(encode, "messages")
+    prompt, inputs, end = await service.encode(encode, "messages")
     most = service.new_tokens(prompt, body.max_completion_tokens or body.max_tokens, "messages")
     seed, places = new_seed(), range(body.n or 1)
     samplings = [body.sampling(most, service.vocab_size, place, seed) for place in places]
-    answers = service.answers(model, [(prompt, one) for one in samplings], body.wanted_logprobs, grammar)
+    answers = service.answers(model, [(prompt, one) for one in samplings], body.wanted_logprobs, grammar, inputs)
     is_call = bool(offered) and body.tool_choice not in (None, "auto")
     form = _Chat(service, model, body, chat_tools.marks_of(service.template, end, offered, is_call), len(places))
     return await respond(

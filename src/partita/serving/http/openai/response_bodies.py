@@ -11,8 +11,10 @@ from partita.serving.http.errors import ApiError
 from partita.serving.http.openai.bodies import (
     Body,
     ChatBody,
+    ContentPart,
     Function,
     FunctionCall,
+    ImageUrl,
     JsonSchema,
     Message,
     NamedFunction,
@@ -28,11 +30,16 @@ TEXTS = ("input_text", "output_text", "text", "reasoning_text", "summary_text")
 """The types of parts that have a text."""
 
 
+IMAGE = "input_image"
+"""The type of parts that have an image."""
+
+
 class Part(Body):
-    """A part of an item. Only those of the types `TEXTS` have a text."""
+    """A part of an item. Only those of the types `TEXTS` have a text, and only those of `IMAGE` an image."""
 
     type: str
     text: str | None = None
+    image_url: str | None = None
 
 
 class Item(Body):
@@ -167,7 +174,7 @@ def messages_of(items: Sequence[Item], before: Sequence[Message] = ()) -> list[M
             if item.role is None or item.content is None:
                 missing = "role" if item.role is None else "content"
                 raise ApiError(400, f"{where}: a message needs a role and a content.", param=f"{where}.{missing}")
-            message = Message(role=item.role, content=_text(item.content, f"{where}.content"))
+            message = Message(role=item.role, content=_content(item.content, f"{where}.content"))
             if item.role == "assistant" and reasoning:
                 message.reasoning_content, reasoning = reasoning, ""
             made.append(message)
@@ -191,6 +198,21 @@ def messages_of(items: Sequence[Item], before: Sequence[Message] = ()) -> list[M
                 f"reasoning; got {kind!r:.60}."
             )
             raise ApiError(400, text, param=f"{where}.type")
+    return made
+
+
+def _content(content: str | Sequence[Part], where: str) -> str | list[ContentPart]:
+    """A text, or parts if there are images."""
+    if isinstance(content, str) or not any(part.type == IMAGE for part in content):
+        return _text(content, where)
+    made = []
+    for part in content:
+        if part.type != IMAGE:
+            made.append(ContentPart(type="text", text=_text([part], where)))
+        elif part.image_url is None:
+            raise ApiError(400, f"{where}: an input_image needs an image_url; files are not kept here.", param=where)
+        else:
+            made.append(ContentPart(type="image_url", image_url=ImageUrl(url=part.image_url)))
     return made
 
 

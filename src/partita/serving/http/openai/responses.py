@@ -21,7 +21,7 @@ from partita.serving.http.openai.response_store import Stored, unknown
 from partita.serving.http.openai.usage import Usage
 from partita.serving.http.respond import respond
 from partita.serving.http.service import Service
-from partita.serving.requests import Token
+from partita.serving.requests import Input, Token
 
 Data = dict[str, Any]
 
@@ -47,13 +47,14 @@ async def responses(request: Request, service: Service) -> Response:
     first = [Message(role="system", content=body.instructions)] if body.instructions else []
     shown = chat_tools.as_template_messages([*first, *messages])
 
-    def encode() -> tuple[list[int], str]:
-        ids = service.tokenizer.encode_messages(shown, tools=offered, settings=settings)
-        return ids, service.tokenizer.decode(ids[-LAST_TOKENS:])
+    def encode() -> tuple[list[int], tuple[Input, ...], str]:
+        ids, inputs = service.encode_messages(shown, tools=offered, settings=settings)
+        return ids, inputs, service.tokenizer.decode(ids[-LAST_TOKENS:])
 
-    prompt, end = await service.encode(encode, "input")
+    prompt, inputs, end = await service.encode(encode, "input")
     most = service.new_tokens(prompt, body.max_output_tokens, "input")
-    answers = service.answers(model, [(prompt, body.sampling(most, service.vocab_size, 0, new_seed()))], None, grammar)
+    sampling = body.sampling(most, service.vocab_size, 0, new_seed())
+    answers = service.answers(model, [(prompt, sampling)], None, grammar, inputs)
     is_call = bool(offered) and body.tool_choice not in (None, "auto")
     marks = chat_tools.marks_of(service.template, end, offered, is_call)
     form = _Response(service, model, body, marks, messages)

@@ -112,14 +112,19 @@ def marks_of(template: str, prompt_end: str, tools: list[dict[str, Any]], is_cal
 
 
 def as_template_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """Messages as chat templates take them: text contents, and the arguments of calls as objects.
+    """Messages as chat templates take them: the arguments of calls as objects, and contents as texts.
+
+    If there are images, contents are lists of parts, as processors take them: texts, and images with their `url`.
 
     Raises:
-        ApiError: A part of a message is no text.
+        ApiError: A part of a message is neither text nor an image.
     """
     made = []
-    for place, message in enumerate(messages):
-        one: dict[str, Any] = {"role": message.role, "content": _text(message, place)}
+    parts = [_parts(message, place) for place, message in enumerate(messages)]
+    has_images = any(part["type"] == "image" for content in parts for part in content)
+    for message, content in zip(messages, parts, strict=True):
+        text = "".join(part.get("text", "") for part in content)
+        one: dict[str, Any] = {"role": message.role, "content": content if has_images else text}
         for name in ("name", "reasoning_content", "tool_call_id"):
             if getattr(message, name) is not None:
                 one[name] = getattr(message, name)
@@ -136,13 +141,21 @@ def as_template_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
     return made
 
 
-def _text(message: Message, place: int) -> str:
+def _parts(message: Message, place: int) -> list[dict[str, str]]:
     if message.content is None or isinstance(message.content, str):
-        return message.content or ""
+        return [{"type": "text", "text": message.content}] if message.content else []
+    made = []
     for part in message.content:
-        if part.type != "text" or part.text is None:
+        if part.type == "text" and part.text is not None:
+            made.append({"type": "text", "text": part.text})
+        elif part.type == "image_url" and part.image_url is not None:
+            made.append({"type": "image", "url": part.image_url.url})
+        elif part.type == "image_url":
+            where = f"messages.{place}.content"
+            raise ApiError(400, f"{where}: a part of the type image_url needs an image_url with a url.", param=where)
+        else:
             raise part_error(part.type, f"messages.{place}.content")
-    return "".join(part.text or "" for part in message.content)
+    return made
 
 
 def _arguments(text: str) -> Any:
