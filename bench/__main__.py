@@ -28,6 +28,7 @@ from bench import (
     pipeline_decode,
     planner,
     quantized,
+    serving,
     startup,
     waiting,
 )
@@ -43,6 +44,7 @@ COMPARISONS = {
     "decode": decode.run,
     "quantized": quantized.run,
     "chat": chat.run,
+    "serving": serving.run,
     "compile": compile.run,
     "pipeline": pipeline.run,
     "pipeline-decode": pipeline_decode.run,
