@@ -30,6 +30,7 @@ from bench import (
     planner,
     quantized,
     sharded,
+    serving,
     startup,
     waiting,
 )
@@ -45,6 +46,7 @@ COMPARISONS = {
     "decode": decode.run,
     "quantized": quantized.run,
     "chat": chat.run,
+    "serving": serving.run,
     "compile": compile.run,
     "pipeline": pipeline.run,
     "pipeline-decode": pipeline_decode.run,

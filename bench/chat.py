@@ -123,6 +123,7 @@ def _times_of_a_read(samples: Samples, sizes: dict[str, int]) -> Samples:
 
 def make_files(folder: Path) -> dict[str, int]:
     """Write the model in every form into `folder`; the bytes of each form's weights. For one rank alone."""
+    from gguf import GGMLQuantizationType
     from mlx_lm.convert import convert as to_mlx
 
     from partita.checkpoint.find import find_model
@@ -132,7 +133,7 @@ def make_files(folder: Path) -> dict[str, int]:
 
     folder.mkdir()
     (folder / "Q4_1.gguf").symlink_to(sample_model().resolve())
-    write_q8_0(folder / "Q4_1.gguf", folder / "Q8_0.gguf")
+    write_gguf(folder / "Q4_1.gguf", folder / "Q8_0.gguf", GGMLQuantizationType.Q8_0)
     for dtype in ("float32", "bfloat16"):
         convert(folder / "Q4_1.gguf", folder / dtype, dtype)
     # Groups of 32, as in Q4_1; with 64 the model answers the first question wrongly.
@@ -149,9 +150,8 @@ def path_of(folder: Path, form: str) -> Path:
     return folder / (f"{form}.gguf" if form.startswith("Q") else form)
 
 
-def write_q8_0(source: Path, target: Path) -> None:
-    """The same model with its matrices in Q8_0."""
-    from gguf import GGMLQuantizationType as Kind
+def write_gguf(source: Path, target: Path, kind: Any) -> None:
+    """The same model with its matrices in a form of GGUF, a `GGMLQuantizationType`."""
     from gguf import GGUFReader, GGUFValueType, GGUFWriter
     from gguf.quants import dequantize, quantize
 
@@ -168,7 +168,7 @@ def write_q8_0(source: Path, target: Path) -> None:
         if values.ndim == 1:
             writer.add_tensor(tensor.name, values.astype("float32"))
         else:
-            writer.add_tensor(tensor.name, quantize(values, Kind.Q8_0), raw_dtype=Kind.Q8_0)
+            writer.add_tensor(tensor.name, quantize(values, kind), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -26,7 +26,7 @@ from partita.torch.quantized.tensor import QuantizedTensor, with_bias
 PAYS_AFTER_TOKENS = 32
 """Looking for faster forms of a model's modules pays off after about this many tokens."""
 
-MOST_PLAIN_ROWS = 8
+MOST_PLAIN_ROWS = {torch.float32: 16, torch.bfloat16: 8}
 """Up to this many rows of x, our products with plain weights are faster than torch's."""
 
 Product = Callable[[Tensor], Tensor]
@@ -98,7 +98,8 @@ def _products(model: nn.Module, rows: int | None) -> dict[nn.Module, Product]:
                 found[inner] = _usual_product(inner)
                 most, weight = FEW_ROWS.get(inner.weight.dtype, 0), _quantized(inner)
             else:
-                most, weight = MOST_PLAIN_ROWS, _plain(inner) if rows is not None and rows <= MOST_PLAIN_ROWS else None
+                most = MOST_PLAIN_ROWS.get(inner.weight.dtype, 0)
+                weight = _plain(inner) if rows is not None and rows <= most else None
             if weight is not None:
                 groups.setdefault((weight.shape[1], inner.weight.dtype, most), []).append((inner, weight))
         for (_, dtype, most), members in groups.items():

@@ -238,8 +238,8 @@ static void tile(const Weight& w, const Product& p, int64_t row, int64_t first) 
 
 // As many sums as registers hold.
 constexpr int rows_at_once(int m) {
-  int sums = LANES == 16 ? 16 : 8;
-  return sums / m >= 4 ? 4 : sums / m >= 2 ? 2 : 1;
+  int sums = LANES == 16 ? 24 : 8;
+  return sums / m >= 4 ? 4 : sums / m >= 2 ? sums / m : 1;
 }
 
 template <class Form, int M>

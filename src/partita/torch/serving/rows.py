@@ -68,8 +68,6 @@ class TorchRows:
         self._texts = Texts(self.plan, generation_of(model), tokenizer)
         self._slots: dict[int, Tensor] = {}
         self._alone: dict[int, Alone] = {}
-        with decoding(model, 1, PAYS_AFTER_TOKENS):
-            pass
         self._stages = Through(model)
         self._is_exact = settings.exact_rows
         with self._faster(), mode_set(model, training=False), torch.inference_mode():
@@ -121,8 +119,8 @@ class TorchRows:
                 self.adapters.choose("")
 
     def _faster(self) -> AbstractContextManager[None]:
-        """The products of `generate` for one text, where each row must have its bits."""
-        return decoding(self.model, 1, PAYS_AFTER_TOKENS) if self._is_exact else nullcontext()
+        """The layers as `generate` runs them for one text."""
+        return decoding(self.model, 1, PAYS_AFTER_TOKENS)
 
     def run(self, step: Step) -> list[Picked]:
         """Execute this rank's part of a step; see `Rows`."""
