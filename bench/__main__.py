@@ -29,8 +29,8 @@ from bench import (
     pipeline_decode,
     planner,
     quantized,
-    sharded,
     serving,
+    sharded,
     startup,
     waiting,
 )

@@ -22,7 +22,7 @@ SPLITS = ({"tp": 1}, {"tp": 2}, {"tp": 3}, {"pp": 2})
 IDS = torch.arange(3, 15).view(2, 6)
 
 REFUSED = {
-    **{(kind, "tp"): "cannot be split over tp" for kind in ("mamba", "falcon_mamba", "t5", "umt5")},
+    **{(kind, "tp"): "cannot be split over tp" for kind in ("mamba", "falcon_mamba")},
     **{(kind, "pp"): "cannot be split into stages" for kind in ("t5", "umt5")},
 }
 """What of which model type is refused, and why."""

@@ -136,7 +136,7 @@ def write_model(
     config = model.config.get_text_config()
     architecture = _ARCHITECTURES.get(config.model_type, config.model_type)
     writer = GGUFWriter(file, architecture)
-    _write_metadata(writer, config, model)
+    write_metadata(writer, config, model)
     if extra is not None:
         extra(writer)
     rng, places = np.random.default_rng(seed), 0
@@ -284,7 +284,7 @@ def _kv_heads(config: Any) -> int:
     return getattr(config, "num_key_value_heads", config.num_attention_heads)
 
 
-def _write_metadata(writer: GGUFWriter, config: Any, model: Any) -> None:
+def write_metadata(writer: GGUFWriter, config: Any, model: Any) -> None:
     writer.add_vocab_size(config.vocab_size)
     write_tokenizer(writer, config.vocab_size)
     if "mamba" in config.model_type:

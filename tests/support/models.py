@@ -21,6 +21,10 @@ _MLA = {
     "first_k_dense_replace": 1, "q_lora_rank": 12, "kv_lora_rank": 12, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4,
     "v_head_dim": 6,
 }  # fmt: skip
+_T5 = {
+    "vocab_size": 101, "d_model": 24, "d_kv": 8, "d_ff": 37, "num_layers": 2, "num_heads": 3, "pad_token_id": 0,
+    "decoder_start_token_id": 0, "relative_attention_num_buckets": 9,
+}  # fmt: skip
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama-7-heads-1-kv": {"model_type": "llama", **_BASE},
@@ -56,5 +60,8 @@ UNMEASURED: dict[str, dict[str, Any]] = {
     "bloom": {"model_type": "bloom", "vocab_size": 101, "hidden_size": 56, "n_layer": 2, "n_head": 7},
     "falcon": {"model_type": "falcon", **{k: v for k, v in _BERT.items() if k != "intermediate_size"}},
     "mpt": {"model_type": "mpt", "vocab_size": 101, "d_model": 56, "n_layers": 2, "n_heads": 7, "max_seq_len": 64},
-}
+    "t5": {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"], **_T5},
+    "umt5": {"model_type": "umt5", "architectures": ["UMT5ForConditionalGeneration"], **_T5,
+             "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+}  # fmt: skip
 """Families whose rules no table calls proven: they are measured before use."""

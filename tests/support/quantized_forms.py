@@ -472,11 +472,11 @@ def write_experts(folder: Path, form: Form, config: Mapping[str, Any]) -> None:
     write_folder(folder, tensors, values, {**config, form.key: dict(form.config)})
 
 
-def write_gpt_oss(folder: Path) -> None:
+def write_gpt_oss(folder: Path, config: Mapping[str, Any] = GPT_OSS) -> None:
     """GPT-OSS with experts in MXFP4."""
     tensors: Tensors = {}
     values: Tensors = {}
-    for name, tensor in plain_model(GPT_OSS).state_dict().items():
+    for name, tensor in plain_model(config).state_dict().items():
         if name.endswith((".experts.gate_up_proj", ".experts.down_proj")):
             experts, inputs, outputs = tensor.shape
             made = [_fp4(outputs, inputs) for _ in range(experts)]
@@ -487,7 +487,7 @@ def write_gpt_oss(folder: Path) -> None:
             tensors |= {f"{name}_blocks": blocks, f"{name}_scales": exponents}
         else:
             tensors[name] = values[name] = tensor
-    write_folder(folder, tensors, values, {**GPT_OSS, "quantization_config": GPT_OSS_FORM})
+    write_folder(folder, tensors, values, {**config, "quantization_config": GPT_OSS_FORM})
 
 
 def write_folder(folder: Path, tensors: Tensors, values: Tensors, config: Mapping[str, Any]) -> None:

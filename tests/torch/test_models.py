@@ -152,6 +152,25 @@ def _as_transformers(data: dict[str, Any], tp: int) -> tuple[list[int], float, f
     )
 
 
+def _encoder_decoder(data: dict[str, Any], tp: int) -> list[tuple[list[int], float]]:
+    """Tokens of transformers' `generate`, with a cache, and the loss of labels: of the unsplit model, and of the split."""
+    unsplit = fill_unsplit(build_on_meta(read_hf_config(data), torch.float64))
+    split = shard(copy.deepcopy(unsplit), tp=tp)
+    ids, found = torch.arange(3, 15).view(2, 6), []
+    for model in (unsplit, split):
+        tokens = model.generate(ids, do_sample=False, max_new_tokens=8, min_new_tokens=8)
+        found.append((tokens.flatten().tolist(), float(model(input_ids=ids, labels=ids[:, :4].contiguous()).loss)))
+    return found
+
+
+@pytest.mark.parametrize("name", ["t5", "umt5"])
+def test_an_encoder_and_a_decoder_over_tensor_ranks(name: str) -> None:
+    """Relative position biases are split by heads, and both of a decoder layer's caches hold a rank's own heads."""
+    for unsplit, split in ranks(2).run(_encoder_decoder, UNMEASURED[name], 2):
+        assert split[0] == unsplit[0]
+        assert split[1] == pytest.approx(unsplit[1], rel=1e-6)
+
+
 def test_called_like_the_unsplit_model() -> None:
     for name in ("llama-biases-tied", "gpt2"):
         first, *others = ranks(3).run(_as_transformers, CONFIGS[name], 3)

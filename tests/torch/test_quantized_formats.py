@@ -14,6 +14,9 @@ from partita.errors import ModelError
 from partita.torch.load import load
 from partita.torch.model.float64 import Float64Everywhere
 from partita.torch.quantized.tensor import QuantizedTensor
+from partita.torch.train import TrainSettings, train
+from partita.torch.weights.adapters import add_lora
+from partita.torch.weights.peft_format import load_adapters, save_adapters
 from tests.support.compare import EXACT
 from tests.support.quantized_forms import (
     DEEPSEEK,
@@ -134,3 +137,29 @@ def test_the_dtype_is_that_of_the_plain_weights(name: str, tmp_path: Path, caplo
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     noted = any("input_activations" in record.getMessage() for record in caplog.records)
     assert noted == (name == "int-channel")
+
+
+def _adapted(folder: Path, out: Path, tp: int) -> tuple[list[float], float]:
+    """The losses of training adapters, and the error of the logits after they were saved and loaded again."""
+    model = load(folder, tp=tp, dtype="float64")
+    add_lora(model, rank=4, seed=0)
+    settings = TrainSettings(steps=3, batch_size=2, sequence_length=8, learning_rate=0.01, warmup_steps=0)
+    losses = [report.loss for report in train(model, torch.arange(96) % 64, settings)]
+    save_adapters(model, out)
+    again, base = (load(folder, tp=tp, dtype="float64") for _ in range(2))
+    load_adapters(again, out)
+    ids = torch.arange(7)[None] + 1
+    with torch.no_grad():
+        expected, found, without = (one(input_ids=ids).logits for one in (model, again, base))
+    assert not torch.equal(expected, without)
+    return losses, float((found - expected).abs().max() / expected.abs().max())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gptq-4-order", "nf4-nested", "mlx-4", "nvfp4"])
+def test_adapters_are_trained_saved_and_loaded(name: str, tmp_path: Path) -> None:
+    write(tmp_path / "model", FORMS[name])
+    [(expected, _)] = on(1, _adapted, tmp_path / "model", tmp_path / "alone", 1)
+    for losses, error in on(2, _adapted, tmp_path / "model", tmp_path / "adapters", 2):
+        assert losses == pytest.approx(expected, rel=1e-12)
+        assert error == 0

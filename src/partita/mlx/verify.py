@@ -34,6 +34,7 @@ from partita.mlx.proof.rounding import (
     in_wide_dtype,
     is_quantized,
     is_tie,
+    moved_by_rounding,
     trained_rounding,
     unit_roundoff,
 )
@@ -53,7 +54,7 @@ from partita.proof.report import (
     no_tie,
     rounding_rows,
 )
-from partita.proof.rounding import judge
+from partita.proof.rounding import Rounding, judge_trained
 from partita.proof.verify import NEW_TOKENS, compare_tokens, expect_all, unsplit_settings, verification_settings
 from partita.ranks.liveness import doing
 from partita.training import TrainSettings, schedule_of
@@ -179,7 +180,7 @@ def _compare(
     _compare_tokens(whole, split, inputs, is_close, found)
     if trains and can_learn:
         exact = None if exact is None else shard(exact, groups=single_groups())
-        _compare_training(exact, whole, split, groups, settings, STEPS_TOLERANCES[wanted], found)
+        _compare_training(unsplit, exact, whole, split, groups, settings, STEPS_TOLERANCES[wanted], found)
     elif trains:
         found.skip("loss", "parameter", why=NO_GRADIENTS)
 
@@ -237,6 +238,7 @@ def _compare_tokens(whole: nn.Module, split: nn.Module, ids: mx.array, is_close:
 
 
 def _compare_training(
+    initial: nn.Module,
     exact: nn.Module | None,
     whole: nn.Module,
     split: nn.Module,
@@ -245,7 +247,10 @@ def _compare_training(
     tolerance: float,
     found: Collected,
 ) -> None:
-    """The loss of each step, and every parameter after the last, of both models trained on the same random tokens."""
+    """The loss of each step, and every parameter after the last, of both models trained on the same random tokens.
+
+    `initial` is the unsplit model before it was trained.
+    """
     plan, _ = plan_of(split)
     tokens = np.random.default_rng(0).integers(0, plan.spec.vocab_size, 512)
     for model in (whole, split) if exact is None else (exact, whole, split):
@@ -258,10 +263,18 @@ def _compare_training(
         found.skip("loss", "parameter", why=f"the unsplit model does not train: {first_line(error)}")
         return
     if exact is not None:
-        losses = loss_rounding(wide, expected, train(split, tokens, settings))
+        steps, reference = train(split, tokens, settings), exact
+
+        def again(seed: int) -> list[Rounding]:
+            other, moved = moved_by_rounding(initial, seed)
+            _without_dropout(other)
+            reports = train(shard(other, groups=single_groups()), tokens, alone)
+            return [*loss_rounding(wide, reports, steps), *trained_rounding(reference, other, split, moved)]
+
         dtype = as_dtype(found.dtype)
         assert dtype is not None
-        found.add(rounding_rows(judge([*losses, *trained_rounding(exact, whole, split)], unit_roundoff(dtype))))
+        measured = [*loss_rounding(wide, expected, steps), *trained_rounding(exact, whole, split)]
+        found.add(rounding_rows(judge_trained(measured, again, unit_roundoff(dtype))))
         return
     found.add(loss_rows(expected, train(split, tokens, settings), tolerance))
     parameters = compare_parameters(whole, split, plan, groups)

@@ -9,7 +9,7 @@ that round equally well. For a sum of two rounded parts the expected root mean s
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 
@@ -23,6 +23,9 @@ is zero in exact arithmetic and rounding is all that is left of it."""
 
 SAMPLES = 16
 """The largest number of samples before an error counts as more than rounding."""
+
+REPEATS = 8
+"""The largest number of times that the unsplit model is trained again before a difference counts as more than rounding."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +124,31 @@ def judge(measured: Sequence[Rounding], unit_roundoff: float) -> list[Judged]:
             Judged(kind, one.name, _mean(one.split, one) / scale, max(FACTOR * max(error, usual), unit_roundoff))
             for one, scale, error in zip(tensors, scales, own, strict=True)
         ]
+    return judged
+
+
+def judge_trained(
+    measured: Sequence[Rounding], again: Callable[[int], Sequence[Rounding]], unit_roundoff: float
+) -> list[Judged]:
+    """Compare the errors of trained models with those that are allowed, as `judge`, but with a fair sample of the unsplit's.
+
+    Each step of training amplifies the rounding of the steps before it, and one amplified direction makes up the error of all
+    parameters. So the errors of two equally good models differ by any factor. Where one is over its limit, the unsplit model is
+    trained again from weights that differ in the last bit, and its largest error of all runs counts.
+
+    Args:
+        measured: All losses and parameters.
+        again: Trains the unsplit model from weights that the given seed changes by one rounding, and measures it.
+        unit_roundoff: See `judge`.
+    """
+    judged = judge(measured, unit_roundoff)
+    for seed in range(1, REPEATS + 1):
+        wrong = [one.error for one in judged if not one.error <= one.allowed]
+        if not wrong or not all(map(math.isfinite, wrong)):
+            break
+        errors = {(one.kind, one.name): one.unsplit for one in again(seed)}
+        measured = [replace(one, unsplit=max(one.unsplit, errors[one.kind, one.name])) for one in measured]
+        judged = judge(measured, unit_roundoff)
     return judged
 
 

@@ -32,7 +32,7 @@ from partita.proof.report import (
     no_tie,
     rounding_rows,
 )
-from partita.proof.rounding import judge
+from partita.proof.rounding import Rounding, judge_trained
 from partita.proof.verify import compare_tokens, expect_all, unsplit_settings, verification_settings
 from partita.quantized.find import parts_of, quantized_weights
 from partita.ranks.liveness import doing
@@ -46,7 +46,15 @@ from partita.torch.model.transformers_models import build_on_meta, read_hf_confi
 from partita.torch.proof.compare import compare, compare_parameters
 from partita.torch.proof.context import prove_generation
 from partita.torch.proof.family import fill_unsplit, sample_inputs, small_model
-from partita.torch.proof.rounding import Choices, compare_rounding, in_float64, is_tie, name_of, trained_rounding
+from partita.torch.proof.rounding import (
+    Choices,
+    compare_rounding,
+    in_float64,
+    is_tie,
+    moved_by_rounding,
+    name_of,
+    trained_rounding,
+)
 from partita.torch.proof.stages import refuse_undecodable
 from partita.torch.quantized.tensor import QuantizedTensor, has_quantized
 from partita.torch.split.apply import apply_plan
@@ -173,7 +181,8 @@ def _dtypes(dtype: str | Sequence[str] | None, folder: Path, config: Any) -> lis
 def _required_bytes(built: nn.Module, dtype: torch.dtype) -> int:
     """Memory of a rank for the unsplit and the split model and their gradients; for narrower dtypes also a float64 model."""
     parameters = sum(p.numel() for p in built.parameters())
-    return parameters * (3 * dtype.itemsize + (0 if dtype == torch.float64 else 2 * torch.float64.itemsize))
+    narrow = 2 * torch.float64.itemsize + dtype.itemsize  # and the weights before they are trained
+    return parameters * (3 * dtype.itemsize + (0 if dtype == torch.float64 else narrow))
 
 
 def _ranks_on(device: torch.device, mesh: Mesh) -> int:
@@ -245,6 +254,7 @@ def _compare_rounding(unsplit: nn.Module, split: nn.Module, settings: TrainSetti
         )
         return
     tokens, choices = _training_tokens(exact, unsplit, split), Choices()
+    initial = copy.deepcopy(unsplit)
     with Float64Everywhere(), choices.of(exact):
         wide = _trained(exact, tokens, settings, found)
     if wide is None:
@@ -254,9 +264,16 @@ def _compare_rounding(unsplit: nn.Module, split: nn.Module, settings: TrainSetti
     if expected is None:
         return
     with choices.of(split):
-        losses = loss_rounding(wide, expected, train(split, tokens, settings))
-    rounding = [*losses, *trained_rounding(exact, unsplit, split, plan, groups)]
-    found.add(rounding_rows(judge(rounding, torch.finfo(getattr(torch, found.dtype)).eps / 2)))
+        steps = train(split, tokens, settings)
+    rounding = [*loss_rounding(wide, expected, steps), *trained_rounding(exact, unsplit, split, plan, groups)]
+
+    def again(seed: int) -> list[Rounding]:
+        other, moved = moved_by_rounding(initial, seed)
+        with choices.of(other):
+            reports = train(other, tokens, unsplit_settings(settings))
+        return [*loss_rounding(wide, reports, steps), *trained_rounding(exact, other, split, plan, groups, moved)]
+
+    found.add(rounding_rows(judge_trained(rounding, again, torch.finfo(getattr(torch, found.dtype)).eps / 2)))
 
 
 def _inputs(unsplit: nn.Module, groups: ParallelGroups, found: Collected) -> dict[str, Tensor] | None:

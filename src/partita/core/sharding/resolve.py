@@ -88,7 +88,7 @@ class _Resolver:
         elif rule.style == "experts":
             self._experts(path, rule, tensors)
         elif rule.style == "head":
-            self._head(tensors)
+            self._head(rule, tensors)
         elif "weight" in tensors and len(tensors["weight"].shape) in (2, 3):
             self._linear(path, rule, tensors)
         elif rule.style != "vocab" or "weight" in tensors:
@@ -178,12 +178,12 @@ class _Resolver:
         unit = group if size % group == 0 else 1
         return _even(size, self.tp, unit=unit) if size // unit >= self.tp else None
 
-    def _head(self, tensors: Mapping[str, TensorSpec]) -> None:
+    def _head(self, rule: Rule, tensors: Mapping[str, TensorSpec]) -> None:
         for tensor in tensors.values():
-            heads = self.spec.num_heads
-            if tensor.shape and self._has_heads and tensor.shape[0] % heads == 0:
-                split = _heads(heads, self.spec.num_kv_heads, self.tp, tensor.shape[0] // heads, self.together)
-                self.cuts[tensor.name] = TensorPlan(tensor.name, tensor.shape, 0, split)
+            heads, dim = self.spec.num_heads, len(tensor.shape) - 1 if rule.transposed else 0
+            if tensor.shape and self._has_heads and tensor.shape[dim] % heads == 0:
+                split = _heads(heads, self.spec.num_kv_heads, self.tp, tensor.shape[dim] // heads, self.together)
+                self.cuts[tensor.name] = TensorPlan(tensor.name, tensor.shape, dim, split)
 
     def _experts(self, path: str, rule: Rule, tensors: Mapping[str, TensorSpec]) -> None:
         """Fused experts `[E, 2I, H]` and `[E, H, I]`: the inner width I is split, or with ep the E. Others are replicated."""

@@ -37,7 +37,8 @@ class Rule:
             part of the gradient, so that the parts are summed.
         copy_output: For `replicate`: the config key with the number of trailing outputs that enter a split region
             (`qk_rope_head_dim` in DeepSeek's latent attention), so that their gradients are summed.
-        transposed: Whether the weight is stored as [in, out], as in transformers' Conv1D.
+        transposed: Whether the weight is stored as [in, out], as in transformers' Conv1D. For `head`: whether a tensor has one
+            column per head instead.
     """
 
     pattern: str
@@ -191,6 +192,16 @@ ALBERT = (
     Rule("predictions.decoder", "vocab"),
     Rule("embeddings.word_embeddings", "vocab"),
 )
+T5 = (
+    Rule("{shared,embed_tokens}", "vocab"),
+    Rule("lm_head", "vocab"),
+    Rule("{SelfAttention,EncDecAttention}.q", "column", "heads"),
+    Rule("{SelfAttention,EncDecAttention}.{k,v}", "column", "kv_heads"),
+    Rule("{SelfAttention,EncDecAttention}.o", "row", "heads"),
+    Rule("{SelfAttention,EncDecAttention}.relative_attention_bias", "head", transposed=True),
+    Rule("DenseReluDense.{wi,wi_0,wi_1}", "column"),
+    Rule("DenseReluDense.wo", "row"),
+)
 WIDE_NORMS = (
     # A norm over all heads together needs all of them on each rank.
     Rule("self_attn.{q_proj,k_proj,v_proj}", "column", gather_output=True),
@@ -215,6 +226,7 @@ TABLES: Mapping[str, tuple[Rule, ...]] = {
     "gpt_neox": VOCABULARY + QKV_BY_HEAD + MLP,
     **dict.fromkeys(("bert", "roberta", "electra", "camembert", "xlm-roberta"), BERT),
     "albert": ALBERT,
+    **dict.fromkeys(("t5", "mt5", "umt5"), T5),
     **dict.fromkeys(("deepseek_v2", "deepseek_v3"), VOCABULARY + LATENT_ATTENTION + MLP + EXPERTS),
 }  # fmt: skip
 

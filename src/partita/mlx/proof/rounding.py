@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,15 +72,35 @@ def compare_rounding(
     return Measured(judged, dtypes, outputs)
 
 
-def trained_rounding(exact: nn.Module, unsplit: nn.Module, split: nn.Module) -> list[Rounding]:
-    """The rounding of every parameter after all three models were trained; every rank calls it, and gets the same."""
+def moved_by_rounding(model: nn.Module, seed: int) -> tuple[nn.Module, dict[str, mx.array]]:
+    """A copy of `model` whose weights differ by at most one rounding each, and the differences, by name."""
+    moved = copy.deepcopy(model)
+    differences = {}
+    for place, (name, (home, key)) in enumerate(parameter_homes(moved).items()):
+        before = home[key]
+        if mx.issubdtype(before.dtype, mx.floating):
+            direction = mx.random.randint(-1, 2, before.shape, key=mx.random.key(seed * 100_003 + place))
+            step = mx.finfo(before.dtype).eps * direction.astype(mx.float32)
+            home[key] = (before.astype(mx.float32) * (1 + step)).astype(before.dtype)
+            differences[name] = home[key].astype(mx.float32) - before.astype(mx.float32)
+    return moved, differences
+
+
+def trained_rounding(
+    exact: nn.Module, unsplit: nn.Module, split: nn.Module, moved: Mapping[str, mx.array] | None = None
+) -> list[Rounding]:
+    """The rounding of every parameter after all three models were trained; every rank calls it, and gets the same.
+
+    `moved` has the differences of the weights with which the unsplit model's training began.
+    """
     plan, groups = plan_of(split)
-    wide, whole = parameter_homes(exact), parameter_homes(unsplit)
+    wide, whole = ({name: home[key] for name, (home, key) in parameter_homes(one).items()} for one in (exact, unsplit))
+    whole |= {name: whole[name].astype(widest()) - difference for name, difference in (moved or {}).items()}
     measured = []
     for name, (home, key) in parameter_homes(split).items():
         if name in whole and mx.issubdtype(home[key].dtype, mx.floating):
             ranges = local_ranges(home, key, name, plan, groups.tp.rank)
-            parts = [take(homes[name][0][homes[name][1]], ranges) for homes in (wide, whole)]
+            parts = [take(values[name], ranges) for values in (wide, whole)]
             measured.append(_rounding("parameter", name, parts[0], parts[1], home[key]))
     found, _, _ = _over_ranks(measured, {}, 0, groups)
     places = {name: place for place, name in enumerate(whole)}

@@ -322,6 +322,8 @@ def compare_rounding_on_threads(unsplit: nn.Module, plan: Plan) -> Measured:
 def sample_inputs(model: nn.Module, *, batch: int = 2, length: int = 9) -> dict[str, Tensor]:
     """Random ids with some padding at the end, as every transformers text model accepts, on the model's device.
 
+    An encoder-decoder also gets ids for its decoder: some models make them from the encoder's, others require them.
+
     Raises:
         ModelError: The model has no vocabulary, or accepts no text.
     """
@@ -339,4 +341,13 @@ def sample_inputs(model: nn.Module, *, batch: int = 2, length: int = 9) -> dict[
     mask = torch.ones_like(ids)
     mask[0, -3:] = 0
     device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
-    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    if takes_decoder_ids(model):
+        inputs["decoder_input_ids"] = ids.flip(1)[:, : length - 2].contiguous()
+    return {name: tensor.to(device) for name, tensor in inputs.items()}
+
+
+def takes_decoder_ids(model: nn.Module) -> bool:
+    """Whether `model` is an encoder-decoder, whose forward takes the ids of its decoder beside those of its encoder."""
+    is_encoder_decoder = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+    return is_encoder_decoder and "decoder_input_ids" in inspect.signature(type(model).forward).parameters

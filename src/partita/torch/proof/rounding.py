@@ -126,15 +126,42 @@ def compare_rounding(
     return Measured(judged, dtypes, outputs)
 
 
+@torch.no_grad()
+def moved_by_rounding(model: nn.Module, seed: int) -> tuple[nn.Module, dict[str, Tensor]]:
+    """A copy of `model` whose weights differ by at most one rounding each, and the differences, by name, in float64."""
+    moved = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in moved.parameters():
+        direction = torch.randint(-1, 2, parameter.shape, generator=generator).to(parameter.device)
+        step = torch.finfo(parameter.dtype).eps * direction
+        parameter.copy_((parameter.double() * (1 + step)).to(parameter.dtype))
+    before = dict(model.named_parameters(remove_duplicate=False))
+    return moved, {
+        name: parameter.double() - before[name].double()
+        for name, parameter in moved.named_parameters(remove_duplicate=False)
+    }
+
+
 def trained_rounding(
-    exact: nn.Module, unsplit: nn.Module, split: nn.Module, plan: Plan, groups: ParallelGroups
+    exact: nn.Module,
+    unsplit: nn.Module,
+    split: nn.Module,
+    plan: Plan,
+    groups: ParallelGroups,
+    moved: Mapping[str, Tensor] | None = None,
 ) -> list[Rounding]:
-    """The rounding of every parameter after all three models were trained; every rank calls it, and gets the same."""
-    wide, whole = (dict(m.named_parameters(remove_duplicate=False)) for m in (exact, unsplit))
+    """The rounding of every parameter after all three models were trained; every rank calls it, and gets the same.
+
+    `moved` has the differences of the weights with which the unsplit model's training began.
+    """
+    wide, whole = (
+        {name: p.detach() for name, p in m.named_parameters(remove_duplicate=False)} for m in (exact, unsplit)
+    )
+    whole |= {name: whole[name].double() - difference for name, difference in (moved or {}).items()}
     measured = []
     for name, local in local_tensors(split, plan).items():
         if name in whole:
-            exact_part, own = (local_part_of(m[name].detach(), plan, name, groups) for m in (wide, whole))
+            exact_part, own = (local_part_of(m[name], plan, name, groups) for m in (wide, whole))
             measured.append(_rounding("parameter", name, exact_part, own, local))
     found, _, _ = _over_ranks((measured, {}, 0), groups)
     places = {name: place for place, name in enumerate(plan.spec.tensors)}
@@ -143,7 +170,7 @@ def trained_rounding(
 
 def _sample(inputs: Mapping[str, Tensor], sample: int) -> dict[str, Tensor]:
     """`inputs` for the first sample, with permuted ids for others, except beside images, where order matters."""
-    if sample == 0 or set(inputs) - {"input_ids", "attention_mask"}:
+    if sample == 0 or set(inputs) - {"input_ids", "attention_mask", "decoder_input_ids"}:
         return dict(inputs)
     ids = inputs["input_ids"]
     order = torch.randperm(ids.numel(), generator=torch.Generator().manual_seed(sample)).to(ids.device)
