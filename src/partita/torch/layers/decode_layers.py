@@ -37,7 +37,14 @@ from partita.torch.layers.inner import has_no_hooks
 from partita.torch.layers.linear import ColumnParallelLinear, RowParallelLinear
 from partita.torch.quantized.kernels import Products, threads
 from partita.torch.quantized.native import library
-from partita.torch.transformers_internals import ATTENTIONS, ROTATE, attention_functions, usual_layers
+from partita.torch.transformers_internals import (
+    ATTENTIONS,
+    ROTATE,
+    attention_functions,
+    attention_of,
+    cache_argument,
+    usual_layers,
+)
 
 ProductsOf = Callable[[list[nn.Linear]], tuple[Products, int] | None]
 """The products of layers of one input in one call, and for how many rows they are faster; None if there are none."""
@@ -217,7 +224,7 @@ class _Layer:
         self.most_rows = min(most for _, most in products)
         self.dtype: torch.dtype = self.enter.dtype
         self.hidden, self.width = self.enter.inputs, attention.head_dim
-        self.implementation, self.scaling = attention.config._attn_implementation, attention.scaling
+        self.implementation, self.scaling = attention_of(attention), attention.scaling
         names = inner_function(type(attention).forward).__code__.co_consts  # type: ignore[union-attr]
         window = getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None))
         self.window = (
@@ -225,8 +232,7 @@ class _Layer:
             if any("sliding_window" in one for one in names if isinstance(one, tuple))
             else {}
         )
-        code = inner_function(type(layer).forward).__code__  # type: ignore[union-attr]
-        self.cache_name = "cache" if "cache" in code.co_varnames else "past_key_values"
+        self.cache_name = cache_argument(layer)
         self.fits = (
             len({one.dtype for one, _ in products} | {norm.weight.dtype for norm in norms}) == 1
             and self.dtype in DTYPES
