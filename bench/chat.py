@@ -63,8 +63,10 @@ class Work:
 
 
 WORKS = (
-    Work("decode-1", "decoding, one sequence", 1, 16),
-    Work("decode-8", "decoding, eight sequences", 8, 8),
+    Work(
+        "decode-1", "decoding, one sequence", 1, 64
+    ),  # from 32 tokens on ours looks for faster forms of a model's layers
+    Work("decode-8", "decoding, eight sequences", 8, 32),
     Work("prefill-1", "prefill of 128 tokens, one sequence", 1, 1, 128),
     Work("prefill-8", "prefill of 32 tokens each, eight sequences", 8, 1, 32),
 )
@@ -83,11 +85,16 @@ def run(setting: Setting) -> list[Table]:
     """A table for each work, and how far decoding is from reading the weights."""
     folder = setting.folder / "chat"
     with setting.ranks(1) as ranks:
-        sizes = ranks.call(make_files, folder)[0]
+        sizes = ranks.call(make_files, folder, not setting.quick)[0]
     works = WORKS[:1] if setting.quick else WORKS
-    budget_s = 10 if setting.quick else 200
-    contest = Contest(set_up, (folder, works), budget_s=budget_s, rounds=2, warm_up=1, limit_s=1200)
-    title = "SmolLM2-135M-Instruct, 2 threads or 2 ranks"
+    budget_s, rounds = (10, 1) if setting.quick else (200, 2)
+    contest = Contest(
+        set_up, (folder, works, not setting.quick), budget_s=budget_s, rounds=rounds, warm_up=1, limit_s=1200
+    )
+    left_out = ["mlx-lm, which takes minutes"] if setting.quick else []
+    if find_spec("xllamacpp") is None:
+        left_out.append("llama.cpp, since xllamacpp is not installed")
+    title = "SmolLM2-135M-Instruct, 2 threads or 2 ranks" + (f" (without {', '.join(left_out)})" if left_out else "")
     with setting.work(title) as progress, setting.ranks(2) as ranks:
         samples = compete(ranks, contest, progress)
     first = ours("one rank", "Q4_1")
@@ -121,10 +128,9 @@ def _times_of_a_read(samples: Samples, sizes: dict[str, int]) -> Samples:
     return times
 
 
-def make_files(folder: Path) -> dict[str, int]:
+def make_files(folder: Path, has_mlx: bool) -> dict[str, int]:
     """Write the model in every form into `folder`; the bytes of each form's weights. For one rank alone."""
     from gguf import GGMLQuantizationType
-    from mlx_lm.convert import convert as to_mlx
 
     from partita.checkpoint.find import find_model
     from partita.checkpoint.index import open_checkpoint
@@ -136,9 +142,12 @@ def make_files(folder: Path) -> dict[str, int]:
     write_gguf(folder / "Q4_1.gguf", folder / "Q8_0.gguf", GGMLQuantizationType.Q8_0)
     for dtype in ("float32", "bfloat16"):
         convert(folder / "Q4_1.gguf", folder / dtype, dtype)
-    # Groups of 32, as in Q4_1; with 64 the model answers the first question wrongly.
-    to_mlx(str(folder / "float32"), str(folder / "4 bits"), quantize=True, q_group_size=32, q_bits=4)
-    paths = {form: path_of(folder, form) for form in (*FORMS, "4 bits")}
+    if has_mlx:
+        from mlx_lm.convert import convert as to_mlx
+
+        # Groups of 32, as in Q4_1; with 64 the model answers the first question wrongly.
+        to_mlx(str(folder / "float32"), str(folder / "4 bits"), quantize=True, q_group_size=32, q_bits=4)
+    paths = {form: path_of(folder, form) for form in (*FORMS, *(["4 bits"] if has_mlx else []))}
     return {
         form: sum(info.nbytes for info in open_checkpoint(find_model(path)).tensors.values())
         for form, path in paths.items()
@@ -175,7 +184,7 @@ def write_gguf(source: Path, target: Path, kind: Any) -> None:
     writer.close()
 
 
-def set_up(folder: Path, works: tuple[Work, ...]) -> dict[str, Contestant]:
+def set_up(folder: Path, works: tuple[Work, ...], has_mlx: bool) -> dict[str, Contestant]:
     """Every contestant, for every work; those that are one process live in rank 0."""
     import torch
     from transformers import AutoTokenizer
@@ -189,7 +198,7 @@ def set_up(folder: Path, works: tuple[Work, ...]) -> dict[str, Contestant]:
                 steps[ours(layout, form)] = partita(path_of(folder, form), split), not split
             else:
                 steps[ours(layout, form)] = nothing, True
-    peers = [(TRANSFORMERS, of_transformers), ({"4 bits": MLX_LM}, of_mlx_lm)]
+    peers = [(TRANSFORMERS, of_transformers), *([({"4 bits": MLX_LM}, of_mlx_lm)] if has_mlx else [])]
     if find_spec("xllamacpp") is not None:
         peers.append((LLAMA_CPP, of_llama_cpp))
     for names, make in peers:

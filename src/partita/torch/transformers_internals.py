@@ -292,6 +292,20 @@ def plain_sdpa() -> Any:
     return find(LIBRARY, "transformers.integrations.sdpa_attention", "sdpa_attention_forward", "compute attention")
 
 
+@functools.cache
+def usual_layers() -> tuple[type[nn.Module], tuple[type[nn.Module], ...], type[nn.Module]]:
+    """The decoder layer that most families copy; its attention without and with a window, and with norms of each head; its
+    feed-forward part.
+    """
+
+    def kind(family: str, part: str) -> Any:
+        module = f"transformers.models.{family.lower()}.modeling_{family.lower()}"
+        return find(LIBRARY, module, family + part, "compute a layer in few calls")
+
+    attentions = (kind(family, "Attention") for family in ("Llama", "Qwen2", "Mistral", "Qwen3"))
+    return kind("Llama", "DecoderLayer"), tuple(attentions), kind("Llama", "MLP")
+
+
 @contextlib.contextmanager
 def attending_by_row(lengths_of: Callable[[], Sequence[int]]) -> Iterator[None]:
     """A context in which fused attention of several rows computes each by itself, without its padding.

@@ -69,13 +69,15 @@ def faster_step(module: nn.Module) -> Forward | None:
     """A faster forward of a norm or an attention module without hooks, where no gradients are computed; None if it has none."""
     if any(True for _ in module.children()):
         return _faster_attention(module)
-    return _faster_norm(module)
+    fast: Forward | None = faster_norm(module)
+    return fast
 
 
 # --- norms --------------------------------------------------------------------------------------------------------------
 
 
-def _faster_norm(module: nn.Module) -> Forward | None:
+def faster_norm(module: nn.Module) -> Any:
+    """A faster forward of a norm, with its `_Norm` as attribute `norm`; None if it has none."""
     weight = module._parameters.get("weight")
     if len(module._parameters) != 1 or module._buffers or type(weight) not in (nn.Parameter, Tensor):
         return None
@@ -86,25 +88,25 @@ def _faster_norm(module: nn.Module) -> Forward | None:
     if epsilon is None or library() is None:
         return None
     plain = tuple(sorted((k, v) for k, v in vars(module).items() if isinstance(v, int | float | str)))
-    form = _norm_form(_Kind(module, (type(module), plain, weight.shape, weight.dtype)), epsilon)
+    form = _norm_form(Kind(module, (type(module), plain, weight.shape, weight.dtype)), epsilon)
     return None if form is None else _norm(weight.detach(), epsilon, form, type(module).forward.__get__(module))
 
 
-class _Kind:
+class Kind:
     """A module, which equals others with the same `facts`."""
 
     def __init__(self, module: nn.Module, facts: Any) -> None:
         self.module, self.facts = module, facts
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Kind) and self.facts == other.facts
+        return isinstance(other, Kind) and self.facts == other.facts
 
     def __hash__(self) -> int:
         return hash(self.facts)
 
 
 @functools.lru_cache(maxsize=256)
-def _norm_form(kind: _Kind, epsilon: float) -> tuple[float, int] | None:
+def _norm_form(kind: Kind, epsilon: float) -> tuple[float, int] | None:
     """Offset of the weight and order of roundings (see `steps.h`) with which a norm is the C++'s; None if it is not."""
     twin = copy.copy(kind.module)
     width, dtype = kind.module.weight.numel(), kind.module.weight.dtype  # type: ignore[operator]
@@ -139,6 +141,7 @@ def _norm(weight: Tensor, epsilon: float, form: tuple[float, int], forward: Forw
         return y
 
     fast.weight = weight  # type: ignore[attr-defined]  # its memory is in use
+    fast.norm = norm  # type: ignore[attr-defined]
     return fast
 
 
@@ -177,21 +180,21 @@ def _faster_attention(module: nn.Module) -> Forward | None:
 def _attention_forward(kind: type[nn.Module]) -> Forward | None:
     """A copy of a module's forward that calls our attention and rotary positions; None if it asks transformers for neither."""
     forward: Any = kind.forward
-    inner = _inner(forward)
+    inner = inner_function(forward)
     if inner is None or ATTENTIONS not in inner.__code__.co_names:
         return None
     functions = inner.__globals__.get(ATTENTIONS)
     if functions is not attention_functions() or library() is None:
         return None
-    replaced: dict[str, Any] = {ATTENTIONS: _Attentions(functions)}
+    replaced: dict[str, Any] = {ATTENTIONS: Attentions(functions)}
     rotate = inner.__globals__.get(ROTATE)
-    if ROTATE in inner.__code__.co_names and (fast := _rotary(rotate)) is not None:
+    if ROTATE in inner.__code__.co_names and (fast := faster_rotary(rotate)) is not None:
         replaced[ROTATE] = fast
     made: Forward = with_globals(forward, replaced)
     return made
 
 
-def _inner(function: Any) -> FunctionType | None:
+def inner_function(function: Any) -> FunctionType | None:
     """The function that decorators wrap, each of which says so and holds it."""
     while isinstance(function, FunctionType):
         if not hasattr(function, "__wrapped__"):
@@ -219,7 +222,7 @@ def _copy(function: Any, names: dict[str, Any], closure: tuple[CellType, ...] | 
     return made
 
 
-class _Attentions:
+class Attentions:
     """transformers' table of attention implementations, with ours in place of `sdpa`."""
 
     def __init__(self, functions: Any) -> None:
@@ -322,7 +325,7 @@ def _attention_sizes(query: _Form, key: _Form, value: _Form, mask: _Form | None,
 
 
 @functools.cache
-def _rotary(rotate: Any) -> Forward | None:
+def faster_rotary(rotate: Any) -> Forward | None:
     """A faster form of a family's function that applies rotary positions to queries and keys, if it rotates halves."""
     if not callable(rotate):
         return None

@@ -302,16 +302,13 @@ struct Linear {
 };
 
 // For each of `count` layers with as many inputs: y [rows, out] = x [rows, in] times the transposed weight, plus the bias; all
-// but the weights have `dtype`. Returns 0, or 1 without memory.
-extern "C" int partita_products(const Linear* layers, int count, const void* x, int64_t rows, void* const* ys, int dtype,
-                                int threads) {
+// but the weights have `dtype`. `wide` [rows, in] is memory for x in float32 if it has another dtype.
+static void products(const Linear* layers, int count, const void* x, int64_t rows, void* const* ys, int dtype, float* wide,
+                     int threads) {
   int64_t inputs = layers[0].weight->in, outputs = 0;
-  float* wide = nullptr;
   if (dtype != FLOAT32) {
-    void* memory;
-    if (posix_memalign(&memory, 64, rows * inputs * sizeof(float))) return 1;
-    wide = static_cast<float*>(memory);
     for (int64_t i = 0; i < rows * inputs; i++) wide[i] = element(x, i, dtype);
+    x = wide;
   }
   for (int i = 0; i < count; i++) outputs += layers[i].weight->out;
   // Threads share the outputs of all layers.
@@ -319,14 +316,93 @@ extern "C" int partita_products(const Linear* layers, int count, const void* x, 
     for (int i = 0; i < count && stop > 0; i++) {
       const Weight& w = *layers[i].weight;
       if (start < w.out) {
-        Product p = {wide ? wide : static_cast<const float*>(x), rows, ys[i], dtype, layers[i].bias};
+        Product p = {static_cast<const float*>(x), rows, ys[i], dtype, layers[i].bias};
         multiply_rows(w, p, start < 0 ? 0 : start, stop < w.out ? stop : w.out);
       }
       start -= w.out, stop -= w.out;
     }
   });
-  free(wide);
+}
+
+// Memory for one call, which a thread keeps for the next; nullptr without memory.
+static float* scratch(int64_t floats) {
+  static thread_local struct Kept {
+    float* memory = nullptr;
+    int64_t size = 0;
+    ~Kept() { free(memory); }
+  } kept;
+  if (kept.size < floats) {
+    free(kept.memory);
+    void* memory;
+    kept.memory = posix_memalign(&memory, 64, floats * sizeof(float)) ? nullptr : static_cast<float*>(memory);
+    kept.size = kept.memory ? floats : 0;
+  }
+  return kept.memory;
+}
+
+// See `products`. Returns 0, or 1 without memory.
+extern "C" int partita_products(const Linear* layers, int count, const void* x, int64_t rows, void* const* ys, int dtype,
+                                int threads) {
+  float* wide = dtype == FLOAT32 ? nullptr : scratch(rows * layers[0].weight->in);
+  if (dtype != FLOAT32 && !wide) return 1;
+  products(layers, count, x, rows, ys, dtype, wide, threads);
   return 0;
+}
+
+// What enters the attention of a decoder layer, for one token of each sequence.
+struct AttentionInputs {
+  const Norm* norm;
+  const Norm* head_norms[2];  // of each head of queries and of keys, or null
+  const Linear* layers;  // of queries, keys and values
+  int64_t hidden, width;  // of x, and of a head
+};
+
+// y: queries, keys and values [rows, heads, width] of the normed x [rows, hidden]; the first two with rotary positions.
+extern "C" int partita_attention_inputs(const AttentionInputs* a, const void* x, int64_t rows, const void* cos,
+                                        const void* sin, int64_t angle_stride, void* const* ys, int dtype, int threads) {
+  float* memory = scratch(2 * rows * a->hidden);
+  if (!memory) return 1;
+  void* normed = memory + rows * a->hidden;
+  partita_norm(a->norm, x, rows, normed);
+  products(a->layers, 3, normed, rows, ys, dtype, memory, threads);
+  Rotation both[2];
+  for (int i = 0; i < 2; i++) {
+    int64_t outputs = a->layers[i].weight->out;
+    if (a->head_norms[i]) partita_norm(a->head_norms[i], ys[i], rows * outputs / a->width, ys[i]);
+    both[i] = {rows, outputs / a->width, outputs, a->width, angle_stride, a->width};
+  }
+  partita_rotate(both, dtype, ys[0], ys[1], cos, sin, ys[0], ys[1]);
+  return 0;
+}
+
+// What follows the attention of a decoder layer.
+struct FeedForward {
+  const Norm* norm;
+  const Linear *gate_and_up, *down;
+  int64_t hidden, inner;
+  int32_t adds;  // whether the residual is added to the output
+};
+
+// residual [rows, hidden] = x + attended; y = down(SiLU(gate(norm(residual))) * up(norm(residual))), plus the residual.
+extern "C" int partita_feed_forward(const FeedForward* f, const void* x, const void* attended, int64_t rows, void* residual,
+                                    void* y, int dtype, int threads) {
+  int64_t hidden = rows * f->hidden, inner = rows * f->inner;
+  float* memory = scratch((hidden > inner ? hidden : inner) + hidden + 2 * inner);
+  if (!memory) return 1;
+  float *normed = memory + (hidden > inner ? hidden : inner), *gate = normed + hidden, *up = gate + inner;
+  dtype == BFLOAT16 ? add<BFLOAT16>(x, attended, hidden, residual) : add<FLOAT32>(x, attended, hidden, residual);
+  partita_norm(f->norm, residual, rows, normed);
+  void* const ys[] = {gate, up};
+  products(f->gate_and_up, 2, normed, rows, ys, dtype, memory, threads);
+  dtype == BFLOAT16 ? gated<BFLOAT16>(gate, up, inner) : gated<FLOAT32>(gate, up, inner);
+  products(f->down, 1, gate, rows, &y, dtype, memory, threads);
+  if (f->adds) dtype == BFLOAT16 ? add<BFLOAT16>(residual, y, hidden, y) : add<FLOAT32>(residual, y, hidden, y);
+  return 0;
+}
+
+// y = SiLU(x), as `partita_feed_forward` computes it.
+extern "C" void partita_silu(const void* x, int64_t size, void* y, int dtype) {
+  dtype == BFLOAT16 ? silu<BFLOAT16>(x, size, y) : silu<FLOAT32>(x, size, y);
 }
 
 // Rows `start` to `stop` of the weight, dequantized to `to` [stop - start, in] in `dtype`.

@@ -250,7 +250,7 @@ class Products:
         self._kept = [(kernel.address(), kernel.tensors) for kernel in kernels], biases
         shapes = [kernel.shape for kernel in kernels]
         self.outputs, self.inputs, self.dtype = [out for out, _ in shapes], shapes[0][1], dtype
-        self._layers = (_Linear * len(kernels))(
+        self.layers = (_Linear * len(kernels))(
             *(
                 _Linear(ctypes.addressof(weight), None if bias is None else bias.data_ptr())
                 for (weight, _), bias in zip(*self._kept, strict=True)
@@ -268,7 +268,7 @@ class Products:
         ys = [x.new_empty((*head, out)) for out in self.outputs]
         places = self._ys(*(y.data_ptr() for y in ys))
         rows = x.numel() // self.inputs
-        if self._call(self._layers, len(ys), x.data_ptr(), rows, places, DTYPES[self.dtype], threads()):
+        if self._call(self.layers, len(ys), x.data_ptr(), rows, places, DTYPES[self.dtype], threads()):
             raise MemoryError(f"{rows * self.inputs * 4} bytes for the input of a product could not be allocated")
         return ys
 

@@ -126,6 +126,51 @@ static INLINE Floats16 exponential(Floats16 x) {
   return out;
 }
 
+// Sixteen elements, or the last `count` of a row.
+template <int DTYPE>
+static INLINE Floats16 some(const void* from, int64_t i, int64_t count) {
+  typedef typename Numbers<DTYPE>::Stored Stored;
+  const Stored* place = static_cast<const Stored*>(from) + i;
+  if (count >= 16) return Numbers<DTYPE>::sixteen(place);
+  Stored kept[16] = {};
+  std::memcpy(kept, place, count * sizeof(Stored));
+  return Numbers<DTYPE>::sixteen(kept);
+}
+
+template <int DTYPE>
+static INLINE void set_some(void* to, int64_t i, int64_t count, Floats16 values) {
+  float floats[16];
+  values.store(floats);
+  for (int64_t j = 0; j < 16 && j < count; j++) set_element(to, i + j, floats[j], DTYPE);
+}
+
+// x / (1 + e^-x), each result rounded to the dtype.
+template <int DTYPE>
+static void silu(const void* from, int64_t size, void* to) {
+  for (int64_t i = 0; i < size; i += 16) {
+    Floats16 x = some<DTYPE>(from, i, size - i), negative;
+    for (int j = 0; j < VECTORS; j++) {
+      Lanes value = -x.part[j];
+      IntLanes is_large = value > 87.0f;
+      negative.part[j] = (Lanes)(((IntLanes)value & ~is_large) | ((IntLanes)(Lanes{} + 87.0f) & is_large));
+    }
+    Floats16 below = exponential(negative) + 1.0f;
+    for (int j = 0; j < VECTORS; j++) x.part[j] /= below.part[j];
+    set_some<DTYPE>(to, i, size - i, x);
+  }
+}
+
+template <int DTYPE>
+static void gated(void* gate, const void* up, int64_t size) {
+  silu<DTYPE>(gate, size, gate);
+  for (int64_t i = 0; i < size; i++) set_element(gate, i, element(gate, i, DTYPE) * element(up, i, DTYPE), DTYPE);
+}
+
+template <int DTYPE>
+static void add(const void* a, const void* b, int64_t size, void* to) {
+  for (int64_t i = 0; i < size; i++) set_element(to, i, element(a, i, DTYPE) + element(b, i, DTYPE), DTYPE);
+}
+
 struct Attention {
   int64_t q_batch, q_head;                      // strides of q [batch, heads, width]
   int64_t k_batch, k_head, k_token;             // of k [batch, groups, tokens, width]
