@@ -168,14 +168,30 @@ def layer_s(layer: Layer, model: ModelCost, shape: Shape, setting: Setting, past
     beside = weights if kernels.overlaps_tensor else 0.0
     exposed = _beside(hidden, beside, setting)
     if setting.recompute == "full":
-        backward += forward
-        tp_b += tp_f
+        skipped, reduced = _not_again(layer, model, shape, setting)
+        backward += forward - skipped
+        tp_b += tp_f - reduced
     elif setting.recompute == "selective":
         backward += core
         if kernels.recomputes_attention:
             inside = (p for p in layer.products if is_in_attention(p))
             backward += math.fsum(product_s(device, dtype, shape.tokens, product) for product in inside)
     return Seconds(forward + tp_f, backward + tp_b + exposed, weights, tp_f, tp_b + exposed)
+
+
+def _not_again(layer: Layer, model: ModelCost, shape: Shape, setting: Setting) -> tuple[float, float]:
+    """Seconds of what is left out when a layer is computed again: its last product, and the all-reduce behind it.
+
+    The outputs of experts are kept, since they are weighted.
+    """
+    rows = [p for p in layer.products if p.style_in == "row" and not is_in_attention(p)]
+    if not setting.kernels.stops_early or not rows or any(p.experts > 1 for p in layer.products):
+        return 0.0, 0.0
+    skipped = product_s(setting.device, shape.product_dtype or shape.dtype, shape.tokens, rows[-1])
+    if rows[-1].style != "row":
+        return skipped, 0.0
+    name = "reduce_scatter" if shape.sequence_parallel else "all_reduce"
+    return skipped, seconds(setting.hardware, setting.tp, name, shape.tokens * model.hidden * shape.item)
 
 
 def _beside(collective: float, computing: float, setting: Setting) -> float:
