@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from partita.core.plan_settings import PlanSettings
 from tests.cli.conftest import Run
 from tests.cli.models import DEEPSEEK_V3, LLAMA_8B, TINY, write
 from tests.cost.published import ROWS
+from tests.support.serve_command import PARTITA, wait_until_gone
 
 LLAMA_70B: dict[str, Any] = {
     **LLAMA_8B, "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
@@ -57,7 +60,7 @@ def test_every_plan_holds_the_model_and_fits(
     model = json.loads(partita("plan", write(tmp_path, config), "--json").out)
     assert 1 <= len(found) <= 10
     for one in found:
-        assert one["dp"] * one["pp"] * one["tp"] == len(one["memory_bytes"]) == ranks
+        assert one["dp"] * one["pp"] * one["tp"] * one["cp"] == len(one["memory_bytes"]) == ranks
         assert all(use["total"] <= limit for use, limit in zip(one["memory_bytes"], one["limit_bytes"], strict=True))
         assert all(
             sum(value for name, value in use.items() if name != "total") == use["total"] for use in one["memory_bytes"]
@@ -105,8 +108,8 @@ def test_a_published_row_is_predicted_from_the_command_line(partita: Run, tmp_pa
 
 @pytest.mark.parametrize(
     ("config", "option", "missing"),
-    [(LLAMA_8B, ("--cp", "2"), []), (MIXTRAL, ("--ep", "4"), ["--ep 4"])],
-    ids=["cp", "ep"],
+    [(LLAMA_8B, ("--cp", "2"), []), (MIXTRAL, ("--ep", "4"), []), (MIXTRAL, ("--ep", "2"), ["--ep 2"])],
+    ids=["cp", "ep", "ep below tp"],
 )
 def test_sequences_and_experts_over_ranks(
     partita: Run, tmp_path: Path, config: dict[str, Any], option: tuple[str, str], missing: list[str]
@@ -114,8 +117,8 @@ def test_sequences_and_experts_over_ranks(
     options = (*FIXED, *option, "--ranks", "16", "--tp", "4", "--recompute", "full")
     found = _plans(partita, tmp_path, config, *options)
     assert {one[option[0].strip("-")] for one in found} == {int(option[1])}
-    assert all(one["dp"] * one["pp"] * one["tp"] * one.get("cp", 1) == 16 for one in found)
-    assert all(one["unsupported"] == (missing if one["dp"] > 1 else []) for one in found)
+    assert all(one["dp"] * one["pp"] * one["tp"] * one["cp"] == 16 for one in found)
+    assert all(one["unsupported"] == missing for one in found)
 
 
 def test_the_best_plan_is_shown_first_and_no_other_is_faster(partita: Run, tmp_path: Path) -> None:
@@ -160,8 +163,8 @@ def test_nothing_fits_and_what_does(partita: Run, tmp_path: Path) -> None:
 
 
 def test_a_fixed_part_that_is_the_cause_is_named(partita: Run, tmp_path: Path) -> None:
-    said = partita("plan", write(tmp_path, LLAMA_8B), "--ranks", "4", *FIXED, "--tp", "1", "--pp", "1", "--recompute", "none",
-                   "--memory", "48GB")  # fmt: skip
+    fixed = ("--tp", "1", "--pp", "1", "--cp", "1", "--recompute", "none", "--memory", "48GB")
+    said = partita("plan", write(tmp_path, LLAMA_8B), "--ranks", "4", *FIXED, *fixed)
     assert said.code == 2
     assert "without --tp 1: --tp 4 --" in said.err
 
@@ -283,3 +286,41 @@ def test_auto_and_a_plan_that_does_not_fit(partita: Run, tmp_path: Path, monkeyp
     assert said.code == 2
     assert "the plan needs " in said.err
     assert "of this machine can be used (`partita measure`). This fits: --" in said.err
+
+
+@pytest.mark.slow
+def test_auto_on_two_real_ranks(tmp_path: Path) -> None:
+    """`train`, `generate` and `serve` choose a plan, work by it, and leave no process."""
+    folder, port = tmp_path / "trained", 18_431
+    model = write(tmp_path, {**TINY, "num_hidden_layers": 4, "vocab_size": 260})
+    (tmp_path / "hardware.toml").write_text(MEASURED.format(memory=1 << 33))
+    environment = {**os.environ, "PARTITA_CACHE": str(tmp_path), "OMP_NUM_THREADS": "1"}
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            (*PARTITA, *arguments, "--auto"), env=environment, capture_output=True, text=True, timeout=200, check=False
+        )
+
+    trained = run("train", "--config", model, "--data", "stdlib", "--steps", "2", "--out", str(folder))
+    assert trained.returncode == 0, trained.stderr
+    assert "the planner chose" in trained.stderr
+    generated = run("generate", str(folder), "hello", "--max-new-tokens", "4")
+    assert generated.returncode == 0, generated.stderr
+    assert "for 2 ranks of this machine" in generated.stderr
+    serving = subprocess.Popen(
+        (*PARTITA, "serve", str(folder), "--auto", "--port", str(port)),
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert serving.stderr is not None
+    lines = []
+    for line in serving.stderr:
+        lines.append(line)
+        if "is served at" in line:
+            break
+    serving.terminate()
+    serving.stderr.read()
+    assert serving.wait(60) == 0, lines
+    assert "the planner chose" in "".join(lines)
+    wait_until_gone(tmp_path)
