@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+import signal
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from partita.core.plan_settings import PlanSettings
 from tests.cli.conftest import Run
 from tests.cli.models import DEEPSEEK_V3, LLAMA_8B, TINY, write
 from tests.cost.published import ROWS
-from tests.support.serve_command import PARTITA, wait_until_gone
+from tests.support.serve_command import PARTITA, started
 
 LLAMA_70B: dict[str, Any] = {
     **LLAMA_8B, "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
@@ -289,38 +289,24 @@ def test_auto_and_a_plan_that_does_not_fit(partita: Run, tmp_path: Path, monkeyp
 
 
 @pytest.mark.slow
-def test_auto_on_two_real_ranks(tmp_path: Path) -> None:
+@pytest.mark.timeout(600)
+def test_auto_on_two_real_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`train`, `generate` and `serve` choose a plan, work by it, and leave no process."""
-    folder, port = tmp_path / "trained", 18_431
+    folder = tmp_path / "tiny"
     model = write(tmp_path, {**TINY, "num_hidden_layers": 4, "vocab_size": 260})
     (tmp_path / "hardware.toml").write_text(MEASURED.format(memory=1 << 33))
-    environment = {**os.environ, "PARTITA_CACHE": str(tmp_path), "OMP_NUM_THREADS": "1"}
-
-    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            (*PARTITA, *arguments, "--auto"), env=environment, capture_output=True, text=True, timeout=200, check=False
-        )
-
-    trained = run("train", "--config", model, "--data", "stdlib", "--steps", "2", "--out", str(folder))
-    assert trained.returncode == 0, trained.stderr
-    assert "the planner chose" in trained.stderr
-    generated = run("generate", str(folder), "hello", "--max-new-tokens", "4")
-    assert generated.returncode == 0, generated.stderr
-    assert "for 2 ranks of this machine" in generated.stderr
-    serving = subprocess.Popen(
-        (*PARTITA, "serve", str(folder), "--auto", "--port", str(port)),
-        env=environment,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert serving.stderr is not None
-    lines = []
-    for line in serving.stderr:
-        lines.append(line)
-        if "is served at" in line:
-            break
-    serving.terminate()
-    serving.stderr.read()
-    assert serving.wait(60) == 0, lines
-    assert "the planner chose" in "".join(lines)
-    wait_until_gone(tmp_path)
+    monkeypatch.setenv("PARTITA_CACHE", str(tmp_path))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    for command in (
+        ("train", "--config", model, "--data", "stdlib", "--steps", "2", "--out", str(folder)),
+        ("generate", str(folder), "hello", "--max-new-tokens", "4"),
+    ):
+        said = subprocess.run((*PARTITA, *command, "--auto"), capture_output=True, text=True, timeout=250, check=False)
+        assert said.returncode == 0, said.stderr
+        assert "the planner chose" in said.stderr
+        assert "for 2 ranks of this machine" in said.stderr
+    with started(folder, "--auto") as server:
+        assert "".join(server.stream(max_tokens=2))
+        code, err = server.end(signal.SIGTERM)
+        assert code == 0, err
+        assert "the planner chose" in err
