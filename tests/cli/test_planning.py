@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from partita.core.plan_settings import PlanSettings
 from tests.cli.conftest import Run
 from tests.cli.models import DEEPSEEK_V3, LLAMA_8B, TINY, write
 from tests.cost.published import ROWS
+from tests.support.serve_command import PARTITA, started
 
 LLAMA_70B: dict[str, Any] = {
     **LLAMA_8B, "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
@@ -57,7 +60,7 @@ def test_every_plan_holds_the_model_and_fits(
     model = json.loads(partita("plan", write(tmp_path, config), "--json").out)
     assert 1 <= len(found) <= 10
     for one in found:
-        assert one["dp"] * one["pp"] * one["tp"] == len(one["memory_bytes"]) == ranks
+        assert one["dp"] * one["pp"] * one["tp"] * one["cp"] == len(one["memory_bytes"]) == ranks
         assert all(use["total"] <= limit for use, limit in zip(one["memory_bytes"], one["limit_bytes"], strict=True))
         assert all(
             sum(value for name, value in use.items() if name != "total") == use["total"] for use in one["memory_bytes"]
@@ -104,18 +107,18 @@ def test_a_published_row_is_predicted_from_the_command_line(partita: Run, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("config", "option"),
-    [(LLAMA_8B, ("--cp", "2")), (MIXTRAL, ("--ep", "4"))],
-    ids=["cp", "ep"],
+    ("config", "option", "missing"),
+    [(LLAMA_8B, ("--cp", "2"), []), (MIXTRAL, ("--ep", "4"), []), (MIXTRAL, ("--ep", "2"), [])],
+    ids=["cp", "ep", "ep below tp"],
 )
 def test_sequences_and_experts_over_ranks(
-    partita: Run, tmp_path: Path, config: dict[str, Any], option: tuple[str, str]
+    partita: Run, tmp_path: Path, config: dict[str, Any], option: tuple[str, str], missing: list[str]
 ) -> None:
     options = (*FIXED, *option, "--ranks", "16", "--tp", "4", "--recompute", "full")
     found = _plans(partita, tmp_path, config, *options)
     assert {one[option[0].strip("-")] for one in found} == {int(option[1])}
-    assert all(one["dp"] * one["pp"] * one["tp"] * one.get("cp", 1) == 16 for one in found)
-    assert all(one["unsupported"] == [] for one in found)
+    assert all(one["dp"] * one["pp"] * one["tp"] * one["cp"] == 16 for one in found)
+    assert all(one["unsupported"] == missing for one in found)
 
 
 def test_the_best_plan_is_shown_first_and_no_other_is_faster(partita: Run, tmp_path: Path) -> None:
@@ -160,8 +163,8 @@ def test_nothing_fits_and_what_does(partita: Run, tmp_path: Path) -> None:
 
 
 def test_a_fixed_part_that_is_the_cause_is_named(partita: Run, tmp_path: Path) -> None:
-    said = partita("plan", write(tmp_path, LLAMA_8B), "--ranks", "4", *FIXED, "--tp", "1", "--pp", "1", "--recompute", "none",
-                   "--memory", "48GB")  # fmt: skip
+    fixed = ("--tp", "1", "--pp", "1", "--cp", "1", "--recompute", "none", "--memory", "48GB")
+    said = partita("plan", write(tmp_path, LLAMA_8B), "--ranks", "4", *FIXED, *fixed)
     assert said.code == 2
     assert "without --tp 1: --tp 4 --" in said.err
 
@@ -283,3 +286,27 @@ def test_auto_and_a_plan_that_does_not_fit(partita: Run, tmp_path: Path, monkeyp
     assert said.code == 2
     assert "the plan needs " in said.err
     assert "of this machine can be used (`partita measure`). This fits: --" in said.err
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_auto_on_two_real_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`train`, `generate` and `serve` choose a plan, work by it, and leave no process."""
+    folder = tmp_path / "tiny"
+    model = write(tmp_path, {**TINY, "num_hidden_layers": 4, "vocab_size": 260})
+    (tmp_path / "hardware.toml").write_text(MEASURED.format(memory=1 << 33))
+    monkeypatch.setenv("PARTITA_CACHE", str(tmp_path))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    for command in (
+        ("train", "--config", model, "--data", "stdlib", "--steps", "2", "--out", str(folder)),
+        ("generate", str(folder), "hello", "--max-new-tokens", "4"),
+    ):
+        said = subprocess.run((*PARTITA, *command, "--auto"), capture_output=True, text=True, timeout=250, check=False)
+        assert said.returncode == 0, said.stderr
+        assert "the planner chose" in said.stderr
+        assert "for 2 ranks of this machine" in said.stderr
+    with started(folder, "--auto") as server:
+        assert "".join(server.stream(max_tokens=2))
+        code, err = server.end(signal.SIGTERM)
+        assert code == 0, err
+        assert "the planner chose" in err

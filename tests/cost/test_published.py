@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from statistics import mean
 
 import pytest
@@ -16,10 +17,9 @@ from tests.cost.unseen import UNSEEN
 LIMITS = {
     # source: (largest mean, largest error) of the rows that calibrated nothing. Calculon's own on the first: 3.65 % and 8.87 %.
     "2205.05198 table 5": (0.0365, 0.0887),
-    "LLM foundry": (0.05, 0.125),
+    "LLM foundry": (0.0365, 0.0887),
     "2104.04473 table 1": (0.0365, 0.0887),
-    # Predicted 5 % too fast since gradients are summed beside all micro-batches that pass meanwhile.
-    "2407.21783 table 4": (0.055, 0.0887),
+    "2407.21783 table 4": (0.0365, 0.0887),
     "llama.cpp": (0.0365, 0.0887),
 }
 
@@ -27,12 +27,13 @@ LIMITS_UNSEEN = {
     # The same of rows that were entered after all numbers had been chosen. Those of A100 ran on DeepSpeed and FSDP, whose own
     # costs the kernels of Megatron do not have.
     "NeMo, FP8": (0.05, 0.10),
-    "Megatron-Core": (0.10, 0.23),
+    "PTD-P": (0.0365, 0.0887),
+    "Megatron-Core": (0.06, 0.14),
     "MT-NLG": (0.22, 0.25),
     "BLOOM": (0.20, 0.20),
-    "OPT": (0.20, 0.20),
+    "OPT": (0.11, 0.11),
     "GPT-NeoX": (0.20, 0.20),
-    "DeepSeek-V3": (0.25, 0.25),
+    "DeepSeek-V3": (0.22, 0.22),
 }
 
 
@@ -59,8 +60,8 @@ def test_held_out_rows_are_predicted(source: str, capsys: pytest.CaptureFixture[
     assert max(map(abs, errors.values())) <= largest
 
 
-def test_all_held_out_rows_are_within_a_mean_of_4_percent() -> None:
-    assert mean(abs(row.error()) for row in ROWS if not row.calibrated) < 0.04
+def test_all_held_out_rows_are_within_a_mean_of_3_percent() -> None:
+    assert mean(abs(row.error()) for row in ROWS if not row.calibrated) < 0.03
 
 
 @pytest.mark.parametrize("name", ["22B", "175B", "530B", "1T"])
@@ -72,17 +73,20 @@ def test_ratios_of_recomputation_are_those_measured(name: str) -> None:
 
 def test_a_forward_and_a_backward_of_the_22b_layer_take_what_table_4_says() -> None:
     # 2205.05198, table 4, milliseconds: forward, backward, and the backward with full recomputation.
+    # With and without sequence parallelism; the first and the third row were used to choose numbers.
     row = next(row for row in ROWS if row.name == "22B full")
-    for recompute, forward, backward in (("none", 7.7, 11.9), ("full", 7.7, 19.5)):
-        found = _layer(row, recompute)
+    for recompute, parallel, forward, backward in (
+        ("none", False, 7.7, 11.9), ("none", True, 7.2, 11.8), ("full", False, 7.7, 19.5),
+        ("selective", False, 7.7, 13.2), ("selective", True, 7.2, 13.1),
+    ):  # fmt: skip
+        arrangement = replace(row.arrangement, sequence_parallel=parallel)
+        found = _layer(replace(row, arrangement=arrangement), recompute)
         assert found[0] == pytest.approx(forward, rel=0.06)
         assert found[1] == pytest.approx(backward, rel=0.06)
 
 
 def _layer(row: Row, recompute: str) -> tuple[float, float]:
     """Milliseconds of a layer: the difference between models of 49 and 48 layers."""
-    from dataclasses import replace
-
     hardware = Hardware.read(row.hardware[0]).with_kernels(row.hardware[1])
     stages = []
     for layers in (48, 49):

@@ -60,6 +60,28 @@ def _megatron_core() -> list[Row]:
     return rows
 
 
+def _ptd_p() -> list[Row]:
+    """2104.04473, table 2: teraflop/s of an A100 with PTD-P, as seconds of an iteration (its equation 3), micro-batches of one.
+
+    Not printed: virtual stages (none, the paper's default schedule).
+    """
+    table = [
+        ("174.6B on 384", 12288, 96, 96, 12, 1536, 384, 153), ("174.6B on 768", 12288, 96, 96, 12, 1536, 768, 149),
+        ("174.6B on 1536", 12288, 96, 96, 12, 1536, 1536, 141), ("529.6B on 560", 20480, 128, 105, 35, 2240, 560, 171),
+        ("529.6B on 1120", 20480, 128, 105, 35, 2240, 1120, 167), ("529.6B on 2240", 20480, 128, 105, 35, 2240, 2240, 159),
+    ]  # fmt: skip
+    rows = []
+    for name, hidden, heads, layers, pp, batch, gpus, teraflops in table:
+        config, dp = gpt(hidden, heads, layers), gpus // (8 * pp)
+        arrangement = Arrangement(
+            mesh=Mesh(dp=dp, pp=pp, tp=8), layers=(layers // pp,) * pp, microbatches=batch // dp, recompute="full"
+        )
+        work = Work(batch_size=batch, sequence_length=2048, gradient_dtype="float32")
+        seconds = _flops(config, batch, 2048, 4) / (gpus * teraflops * 1e12)
+        rows.append(_row("PTD-P", name, "s", seconds, config, ("a100-80gb", "megatron-2021"), work, arrangement))
+    return rows
+
+
 def _mt_nlg() -> list[Row]:
     """2201.11990, section 2.4: seconds of an iteration of 530B on 280, 350 and 420 DGX A100, 1,920 sequences of 2,048 tokens.
 
@@ -171,7 +193,7 @@ def _nemo() -> list[Row]:
     return rows
 
 
-UNSEEN = (*_megatron_core(), *_mt_nlg(), *_bloom(), *_opt(), *_neox(), *_deepseek(), *_nemo())
+UNSEEN = (*_ptd_p(), *_megatron_core(), *_mt_nlg(), *_bloom(), *_opt(), *_neox(), *_deepseek(), *_nemo())
 
 
 if __name__ == "__main__":

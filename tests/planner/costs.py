@@ -14,7 +14,7 @@ from partita.errors import PlanError, ScheduleError
 from partita.planner import Bound
 from partita.planner.layers import Amounts, Memory, compositions, seconds_of
 from partita.planner.model_costs import ModelCosts
-from partita.planner.space import SCHEDULES, Group
+from partita.planner.space import SCHEDULES, Group, Most
 from partita.schedule import check_kind, placement_of
 
 
@@ -24,7 +24,12 @@ class RandomCosts:
     def __init__(self, seed: int, work: Work, ranks: int, *, unlike: bool = False, scale: float = 1.0) -> None:
         chance = random.Random(seed)
         self.work, self.ranks = work, ranks
-        self.num_layers, self.max_tp = chance.randint(2, 5), chance.choice((2, 4, 8))
+        self.most = Most(
+            chance.choice((2, 4, 8)), chance.randint(2, 5), chance.choice((1, 2, 4)), chance.choice((1, 2, 8))
+        )
+        self.num_layers = self.most.pp
+        self.cp_latency, self.ep_latency = chance.uniform(0, 0.5), chance.uniform(0, 0.5)
+        self.ep_share = chance.uniform(0.5, 1)
         kinds = [chance.uniform(1, 4) for _ in range(chance.choice((1, 1, 2)))]
         self.sizes = sorted(chance.choice(kinds) for _ in range(self.num_layers))
         self.head = chance.uniform(0, 4)
@@ -44,14 +49,15 @@ class RandomCosts:
     def bound(self, mesh: Mesh) -> Bound:
         if mesh.tp == 7:
             raise PlanError("no model of these tests has seven parts")
-        total = sum(self.sizes) * min(self.slowness) / (mesh.tp * mesh.pp)
+        total = sum(self.sizes) * min(self.slowness) * self._distributed(mesh) / (mesh.tp * mesh.pp * mesh.cp)
         share = -(-self.work.batch_size // mesh.dp)
-        bytes_ = round(1e6 * sum(self.sizes) * (4 + 12 / mesh.dp) / (mesh.tp * mesh.pp) * 0.999)
+        each = (4 + 12 / (mesh.dp * mesh.cp)) * self._distributed(mesh)
+        bytes_ = round(1e6 * sum(self.sizes) * each / (mesh.tp * mesh.pp) * 0.999)
         return Bound(min(self.factor.values()) * total * share, bytes_, max(self.limits))
 
     def least_seconds(self, group: Group, recompute: Recompute = "none") -> float:
         sequences = self.work.batch_size // (group.mesh.dp * group.microbatches)
-        total = sum(self._layer(group.mesh.tp, sequences, size) for size in self.sizes) * min(self.slowness)
+        total = sum(self._layer(group.mesh, sequences, size) for size in self.sizes) * min(self.slowness)
         least = total / group.vpp + (group.microbatches - 1 / group.vpp) * total / group.mesh.pp
         return self.factor[group.schedule] * least * (1 + self.again[recompute]) * (1 - 1e-9)
 
@@ -64,15 +70,15 @@ class RandomCosts:
         again = 1 + self.again[arrangement.recompute]
         slowness = [self._slowness(mesh, self._home(arrangement, stage)) for stage in self._stages(arrangement)]
         rows = tuple(
-            tuple(slow * again * self._layer(mesh.tp, sequences, size) for size in self.sizes) for slow in slowness
+            tuple(slow * again * self._layer(mesh, sequences, size) for size in self.sizes) for slow in slowness
         )
-        return Amounts(rows, (0.0,) * (len(rows) - 1) + (slowness[-1] * self._layer(mesh.tp, sequences, self.head),))
+        return Amounts(rows, (0.0,) * (len(rows) - 1) + (slowness[-1] * self._layer(mesh, sequences, self.head),))
 
     def stage_bytes(self, arrangement: Arrangement) -> Memory:
         mesh = arrangement.mesh
         sequences = self.work.batch_size // (mesh.dp * arrangement.microbatches)
-        each = 4 + 12 / (mesh.dp if arrangement.zero else 1)
-        rows, kept = [], self.activation * self.kept[arrangement.recompute] * sequences
+        each = (4 + 12 / (mesh.dp * mesh.cp if arrangement.zero else 1)) * self._distributed(mesh)
+        rows, kept = [], self.activation * self.kept[arrangement.recompute] * sequences / mesh.cp
         for stage in self._stages(arrangement):
             alive = self._alive(arrangement, self._home(arrangement, stage))
             rows.append(tuple(size * (each + kept * alive) / mesh.tp for size in self.sizes))
@@ -85,7 +91,8 @@ class RandomCosts:
         homes = [self._home(arrangement, stage) for stage in self._stages(arrangement)]
         times = self.stage_seconds(arrangement).of(arrangement.layers)
         step_s = self.factor[arrangement.schedule] * seconds_of(times, homes, arrangement.microbatches)
-        step_s += self.dp_latency * (mesh.dp > 1) + (0.2 / (mesh.dp if arrangement.zero else 1))
+        step_s += self.dp_latency * (mesh.dp * mesh.cp > 1)
+        step_s += 0.2 / (mesh.dp * mesh.cp if arrangement.zero else 1)
         used = [0.0] * mesh.pp
         for home, amount in zip(homes, held, strict=True):
             used[home] += amount
@@ -111,8 +118,13 @@ class RandomCosts:
 
     # --- the terms -------------------------------------------------------------------------------------------------
 
-    def _layer(self, tp: int, sequences: int, size: float) -> float:
-        return size * sequences / tp + self.tp_latency * (tp > 1)
+    def _layer(self, mesh: Mesh, sequences: int, size: float) -> float:
+        latency = self.tp_latency * (mesh.tp > 1) + self.cp_latency * (mesh.cp > 1) + self.ep_latency * (mesh.ep > 1)
+        return size * sequences * self._distributed(mesh) / (mesh.tp * mesh.cp) + latency
+
+    def _distributed(self, mesh: Mesh) -> float:
+        """What distributed experts leave of the time and bytes."""
+        return self.ep_share if mesh.ep > 1 else 1.0
 
     def _slowness(self, mesh: Mesh, pp: int) -> float:
         return max(self.slowness[rank] for rank in self._ranks(mesh, pp))
@@ -147,19 +159,23 @@ class AllArrangements:
         return [self.costs.estimate(one) for one in self._arrangements()]
 
     def _arrangements(self) -> Iterator[Arrangement]:
-        ranks, layers = self.ranks, self.costs.num_layers
-        for tp in range(1, min(ranks, self.costs.max_tp) + 1):
-            for pp in range(1, min(ranks, layers) + 1):
-                if ranks % (tp * pp) == 0 and tp != 7:
-                    yield from self._of(Mesh(dp=ranks // (tp * pp), pp=pp, tp=tp))
+        ranks, most = self.ranks, self.costs.most
+        for tp in range(1, min(ranks, most.tp) + 1):
+            for pp in range(1, min(ranks, most.pp) + 1):
+                for cp in range(1, min(ranks, most.cp) + 1):
+                    for ep in range(1, most.ep + 1):
+                        if ranks % (tp * pp * cp) == 0 and tp != 7 and ep in (1, tp):
+                            yield from self._of(
+                                Mesh(dp=ranks // (tp * pp * cp), pp=pp, tp=tp, cp=cp, ep=ep, etp=tp // ep)
+                            )
 
     def _of(self, mesh: Mesh) -> Iterator[Arrangement]:
         batch = self.batch_size
         for microbatches in range(1, batch + 1):
-            if batch % (mesh.dp * microbatches):
-                continue
+            if batch % (mesh.dp * microbatches) or math.gcd(batch // (mesh.dp * microbatches), mesh.cp) > 1:
+                continue  # several sequences that are split where each could be on a replica of its own
             for schedule in SCHEDULES if mesh.pp > 1 else ("1f1b",):
-                for vpp in range(1, self.costs.num_layers // mesh.pp + 1):
+                for vpp in range(1, self.costs.most.pp // mesh.pp + 1):
                     is_new = not self._is_repeated(mesh, schedule, vpp)
                     if is_new and self._exists(schedule, mesh.pp, microbatches, vpp):
                         yield from self._with(mesh, microbatches, schedule, vpp)
@@ -176,14 +192,14 @@ class AllArrangements:
 
     def _is_repeated(self, mesh: Mesh, schedule: str, vpp: int) -> bool:
         """Whether fewer virtual stages, but more than one, have as many layers in their largest one."""
-        largest = math.ceil(self.costs.num_layers / (mesh.pp * vpp))
-        fewer = [math.ceil(self.costs.num_layers / (mesh.pp * other)) for other in range(2, vpp)]
+        largest = math.ceil(self.costs.most.pp / (mesh.pp * vpp))
+        fewer = [math.ceil(self.costs.most.pp / (mesh.pp * other)) for other in range(2, vpp)]
         return schedule == "interleaved-1f1b" and largest in fewer
 
     def _with(self, mesh: Mesh, microbatches: int, schedule: str, vpp: int) -> Iterator[Arrangement]:
-        for layers in compositions(self.costs.num_layers, mesh.pp * vpp):
+        for layers in compositions(self.costs.most.pp, mesh.pp * vpp):
             for recompute in RECOMPUTE:
-                for zero in (0, 1) if mesh.dp > 1 else (0,):
+                for zero in (0, 1, 2, 3) if mesh.dp * mesh.cp > 1 else (0,):
                     yield Arrangement(
                         mesh=mesh, layers=layers, placement=placement_of(schedule), schedule=schedule,
                         microbatches=microbatches, zero=zero, recompute=recompute,

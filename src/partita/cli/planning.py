@@ -160,7 +160,7 @@ def as_data(model: str, question: Question, result: Result, features: Features) 
 def _plan_data(one: Estimate, features: Features) -> dict[str, Any]:
     made = one.arrangement
     return {
-        **made.mesh.to_data(),
+        **{name: getattr(made.mesh, name) for name in ("dp", "pp", "tp", "cp", "ep", "etp")},
         "vpp": made.vpp,
         "layout": str(layout_of(made.layers, made.mesh.pp)),
         "placement": made.placement,

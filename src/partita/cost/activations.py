@@ -91,13 +91,13 @@ def _elements(layer: Layer, shape: Shape, kernels: Kernels) -> tuple[float, floa
         if product.source in seen:
             continue
         seen.add(product.source)
-        rows = product.chosen * product.share if product.experts > 1 else 1
+        rows = product.chosen * product.share if product.is_routed else 1
         if product.style == "row" or (product.style_in == "row" and shape.tp == 1):
             split += product.inputs * rows
         else:
             whole += product.inputs * rows
     for product in layer.products:
-        if product.experts > 1 and product.style_in == "row" and kernels.keeps_views:
+        if product.is_routed and product.style_in == "row" and kernels.keeps_views:
             # The outputs that are weighted, and what the router chose.
             whole += product.outputs * product.chosen
             flat += 4 * product.experts + 40 * product.chosen + 4

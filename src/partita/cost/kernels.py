@@ -41,11 +41,15 @@ class Kernels:
         attention_backward: Operations of an attention's backward for one of its forward.
         accumulated_bytes: Bytes that move for an element of a weight gradient, to add it to the other micro-batches'.
         optimizer_passes: How often a step of the optimizer reads or writes a gradient: norm, scaling, update, zeroing.
+        logit_moved: Bytes of a logit that the loss reads and writes, in the forward and in the backward. Megatron's loss casts
+            the logits to float32, and takes their maximum, difference, exponential, sum and quotient one after the other.
         logit_bytes: Bytes of a logit that a training step keeps, beside those in the model's dtype.
         keeps_logits: Whether logits in the model's dtype are kept too.
         frees_gradients: Whether gradients exist only from a step's first backward to its end, rather than in a fixed buffer.
         caches_latent: Whether a latent attention caches its latent, rather than keys and values.
         gathers_again: Whether sequence parallelism gathers a layer's input again in the backward, which keeps its part only.
+        stops_early: Whether computing a layer again stops at what its backward needs: its last product, whose output nothing
+            keeps, and the all-reduce behind it are left out (torch.utils.checkpoint without reentrance).
         overlaps_tensor: Whether the all-reduce of a layer's input gradient runs beside its weight gradients.
         hides_tensor: Whether all collectives between tensor ranks run beside the layer's products.
         splits_messages: Whether each tensor rank sends its part of a message between stages, which is gathered again there
@@ -74,11 +78,13 @@ class Kernels:
     attention_backward: float = 2.5
     accumulated_bytes: float = 8.0
     optimizer_passes: float = 5.0
+    logit_moved: tuple[float, float] = (16.0, 8.0)
     logit_bytes: float = 4.0
     keeps_logits: bool = False
     frees_gradients: bool = False
     caches_latent: bool = True
     gathers_again: bool = True
+    stops_early: bool = False
     overlaps_tensor: bool = True
     hides_tensor: bool = False
     splits_messages: bool = True
@@ -86,34 +92,41 @@ class Kernels:
     gradient_dtype: str | None = None
 
 
+_MEGATRON_LOGITS = (38.0, 22.0)
+"""Forward: cast 6, maximum 4, difference 8, exponential 8, sum 4, quotient 8. Backward: the target's 8, scaling 8, cast 6."""
+
 KERNELS = MappingProxyType(
     {
         kernels.name: kernels
         for kernels in (
             Kernels(
                 name="megatron", stores_scores=True, causal_share=1.0, dropout=True, score_passes=6.5, residual_passes=4.5,
-                attention_backward=2.0, gradient_dtype="float32",
+                attention_backward=2.0, logit_moved=_MEGATRON_LOGITS, gradient_dtype="float32",
             ),
             Kernels(
                 name="megatron-2021", stores_scores=True, causal_share=1.0, dropout=True, score_passes=7.0, residual_passes=6.0,
                 norm_passes=3.0, activation_passes=1.2, attention_backward=2.0, overlaps_tensor=False,
-                gradient_dtype="float32",
+                logit_moved=_MEGATRON_LOGITS, gradient_dtype="float32",
             ),
             Kernels(
                 name="eager", stores_scores=False, causal_share=0.5, eager_norms=True, gated_saved=3.0,
-                norm_passes=12.0, activation_passes=4.0, residual_passes=6.5, rotary_passes=9.0, attention_speed=0.6,
+                norm_passes=12.0, activation_passes=4.0, residual_passes=6.5, rotary_passes=9.0, attention_speed=0.57,
+                stops_early=True,
             ),
             Kernels(name="fused", stores_scores=False, causal_share=0.5),
-            Kernels(name="megatron-core", stores_scores=False, causal_share=0.5, hides_tensor=True, sends_block=False),
+            Kernels(
+                name="megatron-core", stores_scores=False, causal_share=0.5, hides_tensor=True, sends_block=False,
+                logit_moved=_MEGATRON_LOGITS,
+            ),
             Kernels(
                 name="torch", stores_scores=False, causal_share=0.5, recomputes_attention=True,
                 eager_norms=True, eager_gelu=True, keeps_views=True, gated_saved=3.0,
                 norm_passes=8.0, activation_passes=1.7, rotary_passes=9.0, backward=1.5, keeps_logits=True,
-                frees_gradients=True, caches_latent=False, splits_messages=False, sends_block=False,
+                frees_gradients=True, caches_latent=False, splits_messages=False, sends_block=False, stops_early=True,
             ),
             Kernels(
                 name="mlx", stores_scores=False, causal_share=0.5, gated_saved=3.0, activation_passes=1.7, backward=1.5,
-                keeps_logits=True, splits_messages=False, sends_block=False,
+                keeps_logits=True, splits_messages=False, sends_block=False, stops_early=True,
             ),
         )
     }

@@ -63,9 +63,11 @@ def product_s(device: Device, dtype: str, rows: float, product: Product) -> floa
     if not rows or not inputs or not outputs:
         return 0.0
     visited = 1.0
-    if count > 1:
+    if product.is_routed:
         rows = rows * product.chosen * product.share
-        visited = 1 - (1 - min(1.0, product.chosen / count)) ** max(1.0, rows / product.chosen)
+        own = product.chosen * product.share
+        chance, tokens = (own / count, rows / own) if own <= count else (1 / count, rows)
+        visited = 1 - (1 - chance) ** max(1.0, tokens)
     each = rows / (count * visited)
     operations = 2.0 * rows * inputs * outputs
     bits = 8 * item if product.bits is None else product.bits
@@ -168,14 +170,30 @@ def layer_s(layer: Layer, model: ModelCost, shape: Shape, setting: Setting, past
     beside = weights if kernels.overlaps_tensor else 0.0
     exposed = _beside(hidden, beside, setting)
     if setting.recompute == "full":
-        backward += forward
-        tp_b += tp_f
+        skipped, reduced = _not_again(layer, model, shape, setting)
+        backward += forward - skipped
+        tp_b += tp_f - reduced
     elif setting.recompute == "selective":
         backward += core
         if kernels.recomputes_attention:
             inside = (p for p in layer.products if is_in_attention(p))
             backward += math.fsum(product_s(device, dtype, shape.tokens, product) for product in inside)
     return Seconds(forward + tp_f, backward + tp_b + exposed, weights, tp_f, tp_b + exposed)
+
+
+def _not_again(layer: Layer, model: ModelCost, shape: Shape, setting: Setting) -> tuple[float, float]:
+    """Seconds of what is left out when a layer is computed again: its last product, and the all-reduce behind it.
+
+    The outputs of experts are kept, since they are weighted.
+    """
+    rows = [p for p in layer.products if p.style_in == "row" and not is_in_attention(p)]
+    if not setting.kernels.stops_early or not rows or any(p.is_routed for p in layer.products):
+        return 0.0, 0.0
+    skipped = product_s(setting.device, shape.product_dtype or shape.dtype, shape.tokens, rows[-1])
+    if rows[-1].style != "row":
+        return skipped, 0.0
+    name = "reduce_scatter" if shape.sequence_parallel else "all_reduce"
+    return skipped, seconds(setting.hardware, setting.tp, name, shape.tokens * model.hidden * shape.item)
 
 
 def _beside(collective: float, computing: float, setting: Setting) -> float:
@@ -190,7 +208,7 @@ def _casts(layer: Layer, shape: Shape, device: Device) -> tuple[float, float]:
     if shape.product_dtype is None:
         return 0.0, 0.0
     moved = shape.item + 2 * DTYPE_BYTES[shape.product_dtype]
-    rows = {p.name: shape.tokens * (p.chosen * p.share if p.experts > 1 else 1) for p in layer.products}
+    rows = {p.name: shape.tokens * (p.chosen * p.share if p.is_routed else 1) for p in layer.products}
     read = {p.source: rows[p.name] * p.inputs for p in layer.products}
     forward = math.fsum(move_s(device, moved * size) for size in read.values())
     return forward, math.fsum(move_s(device, moved * rows[p.name] * p.outputs) for p in layer.products)

@@ -286,7 +286,7 @@ def _generating(
     for stage in stages:
         for kind, _ in stage.kinds:
             layer = sliced.layers[tp][kind]
-            widest = max((p.outputs * (p.chosen if p.experts > 1 else 1) for p in layer.products), default=0)
+            widest = max((p.outputs * (p.chosen if p.is_routed else 1) for p in layer.products), default=0)
             # A gated activation, what it multiplies and the result; the residual stream and what a norm makes of it.
             gated = max((3 * mlp.inner * mlp.rows for mlp in layer.mlps if mlp.is_gated), default=0.0)
             inside = max(inside, shape.tokens * shape.item * (4.0 * model.hidden + max(gated, 2 * widest)))

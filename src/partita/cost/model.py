@@ -16,13 +16,14 @@ from typing import Any
 from partita.core.layout.layout import PipelineParallelLayerLayout
 from partita.core.mesh import Mesh
 from partita.core.model.mtp import mtp_count, with_mtp
+from partita.core.model.rotary import Rotary
 from partita.core.model.spec import ModelSpec, TensorSpec, config_number, text_config
 from partita.core.plan import Plan
 from partita.core.sharding.cuts import AttentionPlan, ModulePlan, TensorPlan
 from partita.core.sharding.resolve import resolve
 from partita.core.sharding.rules import Rules, rules_for
 from partita.core.sharding.split import Split
-from partita.errors import PlanError
+from partita.errors import ModelError, PlanError
 
 _NORM = re.compile(r"(^|[._])(norm|layernorm|layer_norm|rmsnorm|ln|ln_\w+|\w*norm\w*)($|[._\d])", re.IGNORECASE)
 _ATTENTION = re.compile(r"(^|[._])(self_)?(attn|attention)([._]|$)|(^|\.)attention\.")
@@ -39,12 +40,13 @@ class Product:
         outputs: Outputs on this rank.
         style: How it is split: `column`, `row` or `replicate`.
         source: What names the tensor that it reads; products of one source share it.
-        experts: The number of matrices, each for a part of the rows; 1 for a plain product.
+        experts: The number of matrices on this rank, each for a part of the rows; 1 for a plain product.
         chosen: For each token, the experts that it visits.
         share: Rows on this rank for one of the replica's: experts that are elsewhere see other ranks' tokens instead.
         bits: Bits of a weight's element; None in the model's dtype.
         unsplit: Inputs and outputs of the unsplit product.
         style_in: The style that its rule has, also where nothing is split.
+        is_routed: Whether its matrices are experts, which see only some tokens; a rank may have a single one.
     """
 
     name: str
@@ -58,6 +60,7 @@ class Product:
     bits: float | None = None
     unsplit: tuple[int, int] = (0, 0)
     style_in: str = "replicate"
+    is_routed: bool = False
 
 
 @dataclass(frozen=True)
@@ -287,6 +290,33 @@ class ModelCost:
         return config_number(self.config, "num_experts_per_tok", "moe_top_k", "num_experts_per_token") or 1
 
     @cached_property
+    def has_fused_experts(self) -> bool:
+        """Whether the experts of a layer are one tensor, [experts, ...], which ranks can distribute."""
+        return any(self.is_expert(tensor.name) and len(tensor.shape) == 3 for tensor in self.spec.tensors.values())
+
+    def longest_split(self, length: int) -> int:
+        """The most ranks that can share sequences of `length` tokens: 1 where a layer needs all tokens on one rank.
+
+        Those are layers without attention (recurrences, convolutions), attention in both directions, and rotary frequencies
+        that depend on the length.
+        """
+        forms = self.config.get("rope_parameters") or self.config.get("rope_scaling") or {}
+        rotary = Rotary(
+            0, {"rope_type": forms.get("type"), **forms} if isinstance(forms, Mapping) else {}, self._positions
+        )
+        try:
+            limit = rotary.limit
+        except ModelError:
+            return 1
+        kinds = ([t.name for t in self._by_layer.get(layer, [])] for layer in self.first)
+        splits = self.is_causal and all(any(map(_ATTENTION.search, names)) for names in kinds)
+        return length if splits and (limit is None or length <= limit) else 1
+
+    @cached_property
+    def _positions(self) -> int:
+        return config_number(self.config, "max_position_embeddings", "n_positions")
+
+    @cached_property
     def is_causal(self) -> bool:
         """Whether tokens attend to earlier ones only."""
         return "MaskedLM" not in self.spec.architecture and not self.spec.family.startswith(("bert", "roberta"))
@@ -357,6 +387,8 @@ class ModelCost:
             self.spec, tensors=MappingProxyType({n: t for n, t in self.spec.tensors.items() if n in tensors})
         )
         modules, attention, cuts = resolve(spec, Mesh(tp=tp), self.rules)
+        # Tokens are sent to their experts, but for experts within a tensor group, whose ranks have all tokens and sum outputs.
+        sends = None if ep > 1 and (ep, etp) == (tp, 1) else ep > 1
         if (ep, etp) != (1, tp):
             if ep > 1 and self.num_experts < ep:
                 raise PlanError(
@@ -365,7 +397,7 @@ class ModelCost:
             cuts, modules = dict(cuts), dict(modules)
             others = resolve(spec, Mesh(tp=etp), self.rules) if etp > 1 else None
             for name in cuts:
-                if self._is_expert(name):
+                if self.is_expert(name):
                     path = name.rpartition(".")[0]
                     cuts[name] = self._expert_cut(
                         cuts[name] if others is None else others[2][name], tp, ep, others is None
@@ -374,11 +406,13 @@ class ModelCost:
                     if others is not None and path in others[0]:
                         modules[path] = others[0][path]
         layers = tuple(
-            tuple(self._layer(layer, rank, modules, attention, cuts, etp / tp) for layer in shown) for rank in range(tp)
+            tuple(self._layer(layer, rank, modules, attention, cuts, etp / tp, sends=sends) for layer in shown)
+            for rank in range(tp)
         )
         return Sliced(layers, tuple(self._ends(rank, modules, cuts) for rank in range(tp)))
 
-    def _is_expert(self, name: str) -> bool:
+    def is_expert(self, name: str) -> bool:
+        """Whether a tensor is the weight of routed experts."""
         return ".experts." in name and len(self.spec.tensors[name].shape) >= 2
 
     def _expert_cut(self, cut: TensorPlan, tp: int, ep: int, whole: bool) -> TensorPlan:
@@ -399,6 +433,8 @@ class ModelCost:
         attention: Mapping[str, AttentionPlan],
         cuts: Mapping[str, TensorPlan],
         share: float,
+        *,
+        sends: bool | None,
     ) -> Layer:
         prefix = f"{self.spec.layers}.{layer}."
         tensors = self._by_layer.get(layer, [])
@@ -419,10 +455,13 @@ class ModelCost:
             elif len(tensor.shape) >= 2 and not tensor.is_buffer and (leaf == "weight" or leaf.endswith("_proj")):
                 products += self._product(tensor, inner, leaf, rank, modules.get(path), cuts[tensor.name], share)
         reduces, entries, gathers = self._collectives(products, prefix, modules, tensors)
+        is_routed = any(p.is_routed for p in products)
+        if is_routed and sends is None:
+            reduces, entries = reduces + 1, entries + 1
         biased = any(t.name.endswith("bias") and len(t.shape) == 1 and _NORM.search(t.name) for t in tensors)
         return Layer(
             held, tuple(products), here, self._mlps(products), tuple(norms), head_norms, reduces, entries, gathers,
-            not biased, self.is_parallel, self.hidden * self.chosen_experts * any(p.experts > 1 for p in products),
+            not biased, self.is_parallel, self.hidden * self.chosen_experts * bool(is_routed and sends),
         )  # fmt: skip
 
     def _product(
@@ -450,7 +489,7 @@ class ModelCost:
             return [
                 Product(
                     f"{inner}.{leaf}", inputs, outputs, style, f"{inner}.{'inner' if down else 'hidden'}",
-                    local[0], self.chosen_experts, share, tensor.packed_bits, whole, "row" if down else "column",
+                    local[0], self.chosen_experts, share, tensor.packed_bits, whole, "row" if down else "column", True,
                 )
             ]  # fmt: skip
         if len(shape) != 2:
@@ -533,7 +572,7 @@ class ModelCost:
     def _collectives(
         self, products: list[Product], prefix: str, modules: Mapping[str, ModulePlan], tensors: list[TensorSpec]
     ) -> tuple[int, int, int]:
-        rows = {p.name.rpartition(".")[0] if p.experts > 1 else p.name for p in products if p.style == "row"}
+        rows = {p.name.rpartition(".")[0] if p.is_routed else p.name for p in products if p.style == "row"}
         entries = {p.source for p in products if p.style == "column" and not self._gathers(prefix, p, modules)}
         gathers = sum(p.unsplit[1] for p in products if self._gathers(prefix, p, modules))
         split_inputs = sum(
@@ -563,7 +602,7 @@ class ModelCost:
             if tensor.is_buffer:
                 continue
             parameters += numel
-            experts += numel if self._is_expert(tensor.name) else 0
+            experts += numel if self.is_expert(tensor.name) else 0
             shape = cuts[tensor.name].local_shape(rank)
             if self.spec.layer_of(tensor.name) is not None:
                 if len(shape) == 2 or (len(shape) == 3 and ".experts." in tensor.name):

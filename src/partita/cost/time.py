@@ -210,12 +210,15 @@ def _head(model: ModelCost, shape: Shape, setting: Setting, degrees: Degrees, tp
     if head is None:
         return Seconds()
     product = product_s(setting.device, shape.dtype, shape.tokens, head)
-    logits = move_s(setting.device, 4.0 * shape.tokens * head.outputs * 4) / setting.device.others_share
+    forward_s, backward_s = (
+        move_s(setting.device, moved * shape.tokens * head.outputs) / setting.device.others_share
+        for moved in setting.kernels.logit_moved
+    )
     message = shape.tokens * model.hidden * shape.item
     gather = seconds(setting.hardware, setting.tp, "all_gather", message) if shape.sequence_parallel else 0.0
     back = seconds(setting.hardware, setting.tp, "reduce_scatter" if shape.sequence_parallel else "all_reduce", message)
     weights = product if setting.trains_weights else 0.0
-    return Seconds(product + logits + gather, product + logits / 2 + back, weights, gather, back)
+    return Seconds(product + forward_s + gather, product + backward_s + back, weights, gather, back)
 
 
 def _transfer(model: ModelCost, shape: Shape, hardware: Hardware, groups: Groups) -> float:

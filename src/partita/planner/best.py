@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from partita.core.mesh import Mesh
 from partita.cost.work import RECOMPUTE, Estimate, Work
 from partita.errors import PlanError
 from partita.planner.costs import CostsOf
@@ -140,6 +141,14 @@ def _losers(search: Search, fixed: Fixed, winner: Estimate, optimize: Optimize) 
             yield loser
 
 
+def _may_distribute(mesh: Mesh, ep: int, features: Features) -> bool:
+    """Whether the engine distributes complete experts of this mesh over `ep` ranks."""
+    try:
+        return features.executes_experts(replace(mesh, ep=ep, etp=1 if ep > 1 else None))
+    except PlanError:
+        return False
+
+
 def _loser(change: str, found: Found) -> Loser | None:
     if found.plans:
         return Loser(change, found.plans[0])
@@ -156,16 +165,28 @@ def _classes(search: Search, fixed: Fixed, winner: Estimate) -> Iterator[tuple[s
     made, mesh = winner.arrangement, winner.arrangement.mesh
     trains = search.work.purpose == "train"
     schedule = fixed.schedule or (made.schedule if trains and mesh.pp > 1 else None)
-    for axis, most in (("tp", search.costs.max_tp), ("pp", search.costs.num_layers), ("dp", search.ranks)):
+    most_of = search.costs.most
+    sizes_of = (
+        ("tp", most_of.tp),
+        ("pp", most_of.pp),
+        ("dp", search.ranks),
+        ("cp", most_of.cp if search.features.context else 1),
+        ("ep", most_of.ep),
+    )
+    for axis, most in sizes_of:
         size = int(getattr(mesh, axis))
         for other in dict.fromkeys((1, size // 2, size * 2)):
             if 1 <= other <= most and other != size and getattr(fixed, axis) is None and fixed.layers is None:
                 sizes: dict[str, Any] = {axis: other}
+                if axis == "ep":
+                    if not _may_distribute(mesh, other, search.features):
+                        continue
+                    sizes["tp"] = mesh.tp
                 kept = fixed.schedule if axis == "pp" and other == 1 else schedule
                 yield f"{axis} {other}", replace(fixed, **sizes, schedule=kept)
     if not trains:
         return
-    here = replace(fixed, tp=mesh.tp, pp=mesh.pp, dp=mesh.dp)
+    here = replace(fixed, tp=mesh.tp, pp=mesh.pp, dp=mesh.dp, cp=mesh.cp, ep=mesh.ep)
     if mesh.pp > 1 and fixed.schedule is None:
         for kind in SCHEDULES:
             if kind != made.schedule:
@@ -180,7 +201,7 @@ def _classes(search: Search, fixed: Fixed, winner: Estimate) -> Iterator[tuple[s
         for recompute in RECOMPUTE:
             if recompute != made.recompute:
                 yield f"recompute {recompute}", replace(here, recompute=recompute)
-    if fixed.zero is None and mesh.dp > 1:
+    if fixed.zero is None and mesh.dp * mesh.cp > 1:
         yield f"zero {1 - min(made.zero, 1)}", replace(here, zero=1 - min(made.zero, 1))
 
 
@@ -193,11 +214,13 @@ def _external(search: Search, fixed: Fixed, winner: Estimate, optimize: Optimize
     if search.work.purpose != "train":
         return None
     schedule = fixed.schedule or (winner.arrangement.schedule if winner.arrangement.mesh.pp > 1 else None)
-    found = search.run(replace(fixed, schedule=schedule), optimize=optimize, count=1, features=EXTERNAL).plans
+    value = search.value(winner, optimize)[0]
+    found = search.run(
+        replace(fixed, schedule=schedule), optimize=optimize, count=1, features=EXTERNAL, below=value
+    ).plans
     if not found or not unsupported(found[0].arrangement, search.features):
         return None
-    values = [search.value(one, optimize)[0] for one in (found[0], winner)]
-    return found[0] if values[0] < values[1] else None
+    return found[0] if search.value(found[0], optimize)[0] < value else None
 
 
 def _nearest(costs_of: CostsOf, work: Work, ranks: int, fixed: Fixed, features: Features) -> Iterator[Nearest]:
@@ -249,6 +272,7 @@ def _freed(fixed: Fixed) -> Iterator[tuple[str, Fixed]]:
         "schedule",
         "layers",
         "vpp",
+        "etp",
         "ep",
         "cp",
         "dp",

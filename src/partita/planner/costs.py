@@ -8,14 +8,13 @@ from typing import Protocol
 from partita.core.mesh import Mesh
 from partita.cost.work import Arrangement, Estimate, MemoryUse, Recompute, Work
 from partita.planner.layers import Amounts, Memory
-from partita.planner.space import Bound, Group
+from partita.planner.space import Bound, Group, Most
 
 
 class Costs(Protocol):
     """The costs of one piece of work with one model on one machine."""
 
-    num_layers: int
-    max_tp: int
+    most: Most
 
     def bound(self, mesh: Mesh) -> Bound:
         """What all arrangements of a mesh need at least. Raises `PlanError` for a mesh that cannot split the model."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from partita.core.mesh import Mesh
 from partita.cost.work import RECOMPUTE, Arrangement, Recompute
 
 
@@ -28,6 +29,10 @@ class Features:
     context: bool = True
     experts: bool = True
 
+    def executes_experts(self, mesh: Mesh) -> bool:
+        """Whether the experts of a mesh are on ranks as the engine can distribute them."""
+        return mesh.ep == 1 or (self.experts and mesh.expert_tp == 1)
+
 
 ENGINES: Mapping[str, Features] = {
     "torch": Features(sequence_parallel=(False,), overlap_gradients=(False,)),
@@ -44,8 +49,8 @@ def unsupported(arrangement: Arrangement, features: Features) -> tuple[str, ...]
     found, mesh = [], arrangement.mesh
     if mesh.cp > 1 and not features.context:
         found.append(f"--cp {mesh.cp}")
-    if mesh.ep > 1 and not (features.experts and mesh.expert_tp == 1):
-        found.append(f"--ep {mesh.ep}")
+    if not features.executes_experts(mesh):
+        found.append(f"--ep {mesh.ep}" + (f" --etp {mesh.etp}" if mesh.expert_tp > 1 else ""))
     if arrangement.zero not in features.zero:
         found.append(f"--zero {arrangement.zero}")
     if arrangement.recompute not in features.recompute:

@@ -60,11 +60,12 @@ class Amounts:
 
     def of(self, counts: Sequence[int]) -> list[float]:
         """The amount of each stage with these numbers of layers."""
-        edges = [0, *accumulate(counts)]
-        return [
-            sums[end] - sums[start] + outside
-            for sums, outside, (start, end) in zip(self.sums, self.outside, pairwise(edges), strict=True)
-        ]
+        found, start = [], 0
+        for sums, outside, count in zip(self.sums, self.outside, counts, strict=True):
+            end = start + count
+            found.append(sums[end] - sums[start] + outside)
+            start = end
+        return found
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from partita.cost.stages import StageCost
 from partita.cost.work import Arrangement, Estimate, MemoryUse, Recompute, Work
 from partita.planner.costs import CostsOf
 from partita.planner.layers import Amounts, Memory, loads_of
-from partita.planner.space import Bound, Group
+from partita.planner.space import Bound, Group, Most
 
 _BELOW = 1 - 1e-6
 """A bound is that much below what it adds up, for sums are rounded."""
@@ -43,17 +43,22 @@ class ModelCosts:
 
     def __init__(self, model: ModelCost, work: Work, hardware: Hardware, ranks: int) -> None:
         self._model, self._work, self._hardware = model, work, hardware.for_ranks(ranks)
-        self.num_layers = model.spec.num_layers
-        self.max_tp = model.spec.num_heads or ranks
+        self.most = Most(
+            model.spec.num_heads or ranks, model.spec.num_layers,
+            model.longest_split(work.sequence_length) if work.purpose == "train" else 1,
+            model.num_experts if model.has_fused_experts else 1,
+        )  # fmt: skip
         self._seconds: dict[tuple[object, ...], Amounts] = {}
         self._found: dict[tuple[object, ...], _Parts] = {}
         self._wholes: dict[tuple[object, ...], tuple[float, float]] = {}
         self._leasts: dict[tuple[object, ...], tuple[float, float]] = {}
         self._counts = Counter(model.kinds)
-        self._parts_of: dict[Arrangement, StageBytes] = {}
+        self._parts_of: dict[tuple[object, ...], StageBytes] = {}
         self._bytes: dict[Arrangement, Memory] = {}
         self._kept: dict[tuple[object, ...], tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]] = {}
         self._limits: dict[int, tuple[int, ...]] = {}
+        self._sums: dict[tuple[object, ...], tuple[int, tuple[int, ...], int]] = {}
+        self._limits_by_rank: dict[Mesh, tuple[float, ...]] = {}
 
     def bound(self, mesh: Mesh) -> Bound:
         """What all arrangements of a mesh need at least."""
@@ -135,11 +140,15 @@ class ModelCosts:
 
     def least_share(self, arrangement: Arrangement) -> float:
         """The share of the memory of all ranks together that all layers need at least."""
-        parts, alive, mesh = self._parts_bytes(arrangement), self._alive(arrangement), arrangement.mesh
-        kept, last = min(min(most) for _, most in alive), len(arrangement.layers) - 1
+        parts, mesh = self._parts_bytes(arrangement), arrangement.mesh
+        key = arrangement.schedule, arrangement.placement, mesh.pp, arrangement.microbatches, arrangement.vpp
+        if key not in self._sums:
+            alive, last = self._alive(arrangement), len(arrangement.layers) - 1
+            ends = Counter((0 in indexes) + 2 * (last in indexes) for indexes, _ in alive)
+            self._sums[key] = min(min(most) for _, most in alive), tuple(ends[end] for end in range(4)), alive[0][1][0]
+        kept, ends_of, first = self._sums[key]
         held = sum(n * (parts.kinds[kind] + kept * parts.kept[kind]) for kind, n in self._counts.items())
-        held += sum(parts.rank[(0 in indexes) + 2 * (last in indexes)] for indexes, _ in alive)
-        held += parts.embedding * alive[0][1][0]
+        held += sum(n * one for n, one in zip(ends_of, parts.rank, strict=True)) + parts.embedding * first
         return held / sum(self._limits_of(mesh))
 
     # --- the terms ----------------------------------------------------------------------------------------------------
@@ -236,14 +245,13 @@ class ModelCosts:
 
     def _limits_of(self, mesh: Mesh) -> tuple[float, ...]:
         """The bytes that each pipeline rank may use: those of its smallest device."""
-        limit = self.limit(mesh)
-        if self._hardware.is_uniform:
-            return (float(limit[0]),) * mesh.pp
-        inner = mesh.cp * mesh.tp
-        return tuple(
-            float(min(limit[(dp * mesh.pp + pp) * inner + rank] for dp in range(mesh.dp) for rank in range(inner)))
-            for pp in range(mesh.pp)
-        )
+        if mesh not in self._limits_by_rank:
+            limit, inner = self.limit(mesh), mesh.cp * mesh.tp
+            self._limits_by_rank[mesh] = (float(limit[0]),) * mesh.pp if self._hardware.is_uniform else tuple(
+                float(min(limit[(dp * mesh.pp + pp) * inner + rank] for dp in range(mesh.dp) for rank in range(inner)))
+                for pp in range(mesh.pp)
+            )  # fmt: skip
+        return self._limits_by_rank[mesh]
 
     def _alive(self, arrangement: Arrangement) -> tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]:
         """For each pipeline rank its stages, and the largest number of micro-batches that each keeps alive."""
@@ -261,10 +269,12 @@ class ModelCosts:
         return self._kept[key]
 
     def _parts_bytes(self, arrangement: Arrangement) -> StageBytes:
-        one = replace(arrangement, schedule="1f1b", layers=(), placement="loop", overlap_gradients=False)
-        if one not in self._parts_of:
-            self._parts_of[one] = stage_bytes(self._model, self._work, one, self._hardware)
-        return self._parts_of[one]
+        mesh, zero = arrangement.mesh, arrangement.zero
+        key = mesh, arrangement.microbatches, zero, arrangement.recompute, arrangement.sequence_parallel
+        if key not in self._parts_of:
+            one = replace(arrangement, schedule="1f1b", layers=(), placement="loop", overlap_gradients=False)
+            self._parts_of[key] = stage_bytes(self._model, self._work, one, self._hardware)
+        return self._parts_of[key]
 
 
 def costs_of(spec: ModelSpec, hardware: Hardware) -> CostsOf:

@@ -7,6 +7,7 @@ The search ends when no bound is below the value of the worst plan that would be
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import count as counter
@@ -56,6 +57,8 @@ class Search:
         self.work, self.costs, self.ranks, self.features = work, costs, ranks, features
         self._estimates: dict[Arrangement, Estimate] = {}
         self._shares: dict[Arrangement, float] = {}
+        self._placed: dict[tuple[Arrangement, bool], Placed] = {}
+        self._founds: dict[tuple[object, ...], Found] = {}
         self._bounds: dict[Mesh, Bound | None] = {}
         self._places: dict[
             tuple[int, tuple[int, ...], int, int], tuple[Amounts, Memory | None, tuple[int, ...] | None]
@@ -77,22 +80,25 @@ class Search:
         return len(self._estimates)
 
     def run(
-        self, fixed: Fixed, *, optimize: Optimize = "time", count: int = 10, features: Features | None = None
-    ) -> Found:
-        """The best plans.
+        self, fixed: Fixed, *, optimize: Optimize = "time", count: int = 10, features: Features | None = None,
+        below: float = math.inf,
+    ) -> Found:  # fmt: skip
+        """The best plans; those that are not better than the value `below` may be left out.
 
         Raises:
             PlanError: No mesh of the ranks has the sizes that are fixed.
         """
-        return Found(self, fixed, optimize, count, features or self.features)
+        question = fixed, optimize, count, features or self.features, below
+        if question not in self._founds:
+            self._founds[question] = Found(self, *question)
+        return self._founds[question]
 
-    def meshes(self, fixed: Fixed, optimize: Optimize) -> Iterator[Mesh]:
+    def meshes(self, fixed: Fixed, optimize: Optimize, features: Features) -> Iterator[Mesh]:
         """Every mesh; if cost is to be minimized, also those of fewer ranks, which divide all."""
-        many = {"num_layers": self.costs.num_layers, "max_tp": self.costs.max_tp}
-        yield from meshes(self.ranks, fixed, **many)
+        yield from meshes(self.ranks, fixed, self.costs.most, features)
         for ranks in divisors(self.ranks)[:-1] if optimize == "cost" else ():
             try:
-                yield from meshes(ranks, fixed, **many)
+                yield from meshes(ranks, fixed, self.costs.most, features)
             except PlanError:
                 continue
 
@@ -121,6 +127,12 @@ class Search:
 
     def placed(self, bare: Arrangement, group: Group, optimize: Optimize) -> Placed:
         """The best assignment of the layers that fits; if none does, one that does not, or none."""
+        key = bare, optimize == "memory"
+        if key not in self._placed:
+            self._placed[key] = self._find_place(bare, group, optimize)
+        return self._placed[key]
+
+    def _find_place(self, bare: Arrangement, group: Group, optimize: Optimize) -> Placed:
         least = self.costs.least_share(bare)
         if least > 1 + SLACK:
             return Placed(bare, least, is_free=False, group=group)
@@ -163,9 +175,11 @@ class Found:
         least: Of the meshes that cannot fit, the bound of the one that needs the smallest share of its memory.
     """
 
-    def __init__(self, search: Search, fixed: Fixed, optimize: Optimize, count: int, features: Features) -> None:
+    def __init__(
+        self, search: Search, fixed: Fixed, optimize: Optimize, count: int, features: Features, below: float
+    ) -> None:
         self._search, self._fixed, self._optimize, self._count = search, fixed, optimize, count
-        self._features = features
+        self._features, self._below = features, below
         self._best: dict[Key, tuple[Value, Estimate]] = {}
         self._rejected: list[tuple[float, int, Placed]] = []
         self._number = counter()
@@ -191,7 +205,7 @@ class Found:
     def _run(self) -> None:
         search, number = self._search, self._number
         heap: list[tuple[float, int, Mesh | Group]] = []
-        for mesh in search.meshes(self._fixed, self._optimize):
+        for mesh in search.meshes(self._fixed, self._optimize, self._features):
             bound = search.bound(mesh)
             if bound is None:
                 continue
@@ -206,7 +220,7 @@ class Found:
                 continue
             bound = search.bound(item)
             assert bound is not None
-            for group in groups(item, search.work, self._fixed, search.costs.num_layers):
+            for group in groups(item, search.work, self._fixed, search.costs.most.pp):
                 try:
                     seconds = search.costs.least_seconds(group)
                 except PlanError:
@@ -221,8 +235,8 @@ class Found:
     def _worst(self) -> float:
         """The value that a plan must be below, or reach, to be listed."""
         if len(self._best) < self._count:
-            return float("inf")
-        return sorted(value for value, _ in self._best.values())[self._count - 1][0]
+            return self._below
+        return min(self._below, sorted(value for value, _ in self._best.values())[self._count - 1][0])
 
     def _try(self, group: Group) -> None:
         search = self._search

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from typing import TypeVar
 
@@ -29,8 +29,9 @@ class Fixed:
         tp: Tensor parallel ranks.
         pp: Pipeline ranks.
         dp: Replicas.
-        cp: Ranks over which every sequence is split; 1 unless it is fixed.
-        ep: Groups of ranks over which experts are distributed; 1 unless it is fixed.
+        cp: Ranks over which every sequence is split.
+        ep: Groups of ranks over which experts are distributed.
+        etp: Ranks over which each expert is split, where experts are distributed; 1 unless it is fixed.
         vpp: Stages on each pipeline rank.
         layers: Decoder layers of each stage.
         schedule: The pipeline schedule.
@@ -46,6 +47,7 @@ class Fixed:
     dp: int | None = None
     cp: int | None = None
     ep: int | None = None
+    etp: int | None = None
     vpp: int | None = None
     layers: tuple[int, ...] | None = None
     schedule: str | None = None
@@ -123,8 +125,25 @@ class Bound:
         return self.bytes <= self.limit
 
 
-def meshes(ranks: int, fixed: Fixed, *, num_layers: int, max_tp: int) -> Iterator[Mesh]:
-    """Every mesh of that many ranks. More tensor ranks than heads, and more stages than layers, must be fixed.
+@dataclass(frozen=True)
+class Most:
+    """The largest sizes of a mesh's axes that a model can use; larger ones must be fixed.
+
+    Attributes:
+        tp: Tensor ranks: the heads.
+        pp: Pipeline ranks: the layers.
+        cp: Context ranks: the tokens of a sequence; 1 where sequences cannot be split.
+        ep: Groups with different experts: the experts; 1 without.
+    """
+
+    tp: int
+    pp: int
+    cp: int = 1
+    ep: int = 1
+
+
+def meshes(ranks: int, fixed: Fixed, most: Most, features: Features) -> Iterator[Mesh]:
+    """Every mesh of that many ranks whose sizes are fixed, or that the model can use and the engine executes.
 
     Raises:
         PlanError: No mesh of `ranks` ranks has the sizes that are fixed.
@@ -138,21 +157,34 @@ def meshes(ranks: int, fixed: Fixed, *, num_layers: int, max_tp: int) -> Iterato
         raise PlanError(
             f"the fixed sizes {named} must {rule} the {ranks} ranks, but come to {taken}. Change one of them."
         )
-    cp, ep = fixed.cp or 1, fixed.ep or 1
-    ranks //= cp
-    for tp in [fixed.tp] if fixed.tp is not None else divisors(ranks):
-        if fixed.tp is None and tp > max_tp:
+    contexts = most.cp if features.context else 1
+    for tp in _sizes(fixed.tp, ranks, most.tp):
+        for pp in _sizes(fixed.pp, ranks // tp, most.pp):
+            for cp in _sizes(fixed.cp, ranks // (tp * pp), contexts):
+                dp = ranks // (tp * pp * cp)
+                if fixed.dp in (None, dp):
+                    yield from _with_experts(Mesh(dp=dp, pp=pp, tp=tp, cp=cp), fixed, most.ep, features)
+
+
+def _sizes(fixed: int | None, ranks: int, most: int) -> Sequence[int]:
+    """The sizes of an axis that divide `ranks`: the fixed one, or all up to `most`."""
+    if fixed is not None:
+        return () if ranks % fixed else (fixed,)
+    return [size for size in divisors(ranks) if size <= most]
+
+
+def _with_experts(mesh: Mesh, fixed: Fixed, most: int, features: Features) -> Iterator[Mesh]:
+    """The mesh with each distribution of experts over the ranks of its stages."""
+    for ep in _sizes(fixed.ep, mesh.stage_size, most):
+        etp = None if ep == 1 else fixed.etp or 1
+        if ep == 1 and fixed.etp not in (None, mesh.tp):
             continue
-        for pp in [fixed.pp] if fixed.pp is not None else divisors(ranks // tp if ranks % tp == 0 else 1):
-            if ranks % (tp * pp) or (fixed.pp is None and pp > num_layers):
-                continue
-            dp = ranks // (tp * pp)
-            if fixed.dp not in (None, dp):
-                continue
-            try:
-                yield Mesh(dp=dp, pp=pp, tp=tp, cp=cp, ep=ep, etp=1 if ep > 1 else None)
-            except PlanError:
-                continue  # ep does not divide the ranks of a stage
+        try:
+            made = replace(mesh, ep=ep, etp=etp)
+        except PlanError:
+            continue  # ep x etp does not divide the ranks of a stage
+        if fixed.ep is not None or features.executes_experts(made):
+            yield made
 
 
 def groups(mesh: Mesh, work: Work, fixed: Fixed, num_layers: int) -> Iterator[Group]:
@@ -168,6 +200,8 @@ def groups(mesh: Mesh, work: Work, fixed: Fixed, num_layers: int) -> Iterator[Gr
     for microbatches in divisors(share) if fixed.microbatches is None else [fixed.microbatches]:
         if share % microbatches:
             continue
+        if fixed.cp is None and fixed.dp is None and math.gcd(share // microbatches, mesh.cp) > 1:
+            continue  # as many replicas with fewer sequences each have the same tokens, and exchange no keys
         for schedule in _schedules(mesh, fixed):
             for vpp in _stages(mesh, schedule, fixed, num_layers):
                 is_twin = schedule == "interleaved-1f1b" and vpp == 1 and fixed.schedule is None  # that is 1f1b
@@ -180,9 +214,11 @@ def settings(mesh: Mesh, work: Work, fixed: Fixed, features: Features) -> list[S
     if work.purpose != "train":
         sequence = fixed.sequence_parallel or False
         return [Settings(0, sequence, False)]
-    zeros = _choices(fixed.zero, features.zero, matters=mesh.dp > 1, without=0)
+    zeros = _choices(fixed.zero, features.zero, matters=mesh.dp * mesh.cp > 1, without=0)
     sequences = _choices(fixed.sequence_parallel, features.sequence_parallel, matters=mesh.tp > 1, without=False)
-    overlaps = _choices(fixed.overlap_gradients, features.overlap_gradients, matters=mesh.dp > 1, without=False)
+    overlaps = _choices(
+        fixed.overlap_gradients, features.overlap_gradients, matters=mesh.dp * mesh.cp > 1, without=False
+    )
     return [Settings(zero, sequence, overlap) for zero in zeros for sequence in sequences for overlap in overlaps]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from partita.cli.arguments.model import make_plan, read_spec
 from partita.cli.arguments.options import PlanOptions
-from partita.cli.arguments.planning import Question, hardware_of
+from partita.cli.arguments.planning import Question, fixed_sizes, hardware_of
 from partita.cli.planning import ask, no_plan, options_of, settings_of
 from partita.cli.terminal.console import plural, size
 from partita.core.layout.layout import LayerType
@@ -46,8 +46,7 @@ def auto_plan(request: PlanRequest, options: PlanOptions, work: Work, fixed: Map
         raise PlanError(f"--auto chooses the layout, but --layout {options.layout} is given. Leave one out.")
     hardware = hardware_of(None)
     ranks = environment.world() or _ranks_of(hardware)
-    sizes = {name: getattr(options, name) for name in ("tp", "pp", "dp", "cp", "vpp") if name in options.given}
-    question = Question(work, ranks, hardware.for_ranks(ranks), Fixed(**sizes, **fixed))
+    question = Question(work, ranks, hardware.for_ranks(ranks), Fixed(**fixed_sizes(options), **fixed))
     spec, _ = read_spec(request.model, trust_remote_code=request.trust_remote_code)
     result = ask(spec, question, ENGINES[request.engine], explain=False)
     if not result.plans:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from partita.cli.arguments.inputs import parse_bytes
 from partita.cli.arguments.options import Dtype, PlanOptions, WeightsDtype
 from partita.core.layout.layout import LayerType, PipelineParallelLayerLayout
+from partita.core.mesh import AXES
 from partita.cost.hardware import Hardware, measured_file
 from partita.cost.kernels import KERNELS, Kernels, kernels_of
 from partita.cost.work import Purpose, Recompute, Work
@@ -283,7 +284,7 @@ def _work_of(options: PlanningOptions, kernels: Kernels) -> Work:
 def _ranks_of(options: PlanningOptions, hardware: Hardware) -> tuple[Hardware, int]:
     """The hardware with as many ranks on a machine as the options say, and the number of ranks."""
     fixed, nodes = (
-        {name: getattr(options, name) for name in ("tp", "pp", "dp", "cp") if name in options.given},
+        {name: getattr(options, name) for name in AXES if name in options.given},
         options.nodes,
     )
     ranks = options.ranks
@@ -302,8 +303,14 @@ def _ranks_of(options: PlanningOptions, hardware: Hardware) -> tuple[Hardware, i
     return hardware, ranks
 
 
+def fixed_sizes(options: PlanOptions) -> dict[str, Any]:
+    """The sizes of the split that the options give, by the names that `Fixed` has."""
+    names = (*AXES, "ep", "etp", "vpp")
+    return {name: getattr(options, name) for name in names if name in options.given}
+
+
 def _fixed_of(options: PlanningOptions) -> Fixed:
-    sizes = {name: getattr(options, name) for name in ("tp", "pp", "dp", "cp", "ep", "vpp") if name in options.given}
+    sizes = fixed_sizes(options)
     layers = None
     if options.layout is not None:
         if "pp" not in options.given:

@@ -99,10 +99,7 @@ def _products(model: nn.Module, rows: int | None) -> dict[nn.Module, Product]:
                 continue
             if isinstance(inner.weight, QuantizedTensor):
                 found[inner] = _usual_product(inner)
-                most, weight = FEW_ROWS.get(inner.weight.dtype, 0), _quantized(inner)
-            else:
-                most = MOST_PLAIN_ROWS.get(inner.weight.dtype, 0)
-                weight = _plain(inner) if rows is not None and rows <= most else None
+            weight, most = _native(inner, rows)
             if weight is not None:
                 groups.setdefault((weight.shape[1], inner.weight.dtype, most), []).append((inner, weight))
         for (_, dtype, most), members in groups.items():
@@ -114,18 +111,19 @@ def _products(model: nn.Module, rows: int | None) -> dict[nn.Module, Product]:
 
 def _joint(layers: Sequence[nn.Linear], rows: int) -> tuple[Products, int] | None:
     """The products of layers of one input in one call of C++, and for how many rows it is faster; None if there is none."""
-    found, most = [], []
-    for layer in layers:
-        if isinstance(layer.weight, QuantizedTensor):
-            most.append(FEW_ROWS.get(layer.weight.dtype, 0))
-            found.append(_quantized(layer))
-        else:
-            most.append(MOST_PLAIN_ROWS)
-            found.append(_plain(layer) if rows <= MOST_PLAIN_ROWS else None)
+    found, most = zip(*(_native(layer, rows) for layer in layers), strict=True)
     weights, dtypes = [weight for weight in found if weight is not None], {layer.weight.dtype for layer in layers}
     if len(weights) < len(layers) or len(dtypes) > 1 or len({weight.shape[1] for weight in weights}) > 1:
         return None
     return Products(weights, dtypes.pop(), [layer.bias for layer in layers]), min(most)
+
+
+def _native(layer: nn.Linear, rows: int | None) -> tuple[NativeWeight | None, int]:
+    """The kernel of a layer's weight, if it is faster for `rows` rows, and for how many rows it is at most."""
+    if isinstance(layer.weight, QuantizedTensor):
+        return _quantized(layer), FEW_ROWS.get(layer.weight.dtype, 0)
+    most = MOST_PLAIN_ROWS.get(layer.weight.dtype, 0)
+    return (_plain(layer) if rows is not None and rows <= most else None), most
 
 
 def _quantized(layer: nn.Linear) -> NativeWeight | None:
