@@ -182,7 +182,7 @@ def test_command_lines_are_parsed(page: str, tmp_path: Path, monkeypatch: pytest
     from partita.cli.app import app
 
     monkeypatch.chdir(tmp_path)
-    for name in ("plan.json", "story.txt", "config.json"):
+    for name in ("plan.json", "story.txt", "book.txt", "config.json"):
         Path(name).write_text("{}")
     Path("runs/adapted/adapters").mkdir(parents=True)
     group: Any = typer.main.get_command(app)

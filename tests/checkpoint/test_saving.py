@@ -52,7 +52,7 @@ class One:
 
 def groups_of(comm: Any = None) -> AxisGroups[Any]:
     comm = comm if comm is not None else One()
-    return AxisGroups(Mesh(dp=comm.size), One(), One(), comm, One(), comm)
+    return AxisGroups(Mesh(dp=comm.size), One(), One(), comm, One(), comm, One(), comm)
 
 
 class Gathers:

@@ -52,8 +52,8 @@ def test_names_ranks_stages_parts_and_bytes(partita: Run, tmp_path: Path) -> Non
 def test_virtual_stages_and_copies(partita: Run, tmp_path: Path) -> None:
     found = texts(partita, tmp_path, GPT_OSS, "--tp", "2", "--pp", "2", "--vpp", "2")
     assert "pp 0: vpp 0: embedding, layers 0-8; vpp 1: layers 18-26" in found
-    assert "complete on every tensor rank" in found
-    assert "complete on every tensor rank" not in texts(partita, tmp_path, LLAMA_8B, "--pp", "2")
+    assert "complete on every rank of a layer" in found
+    assert "complete on every rank of a layer" not in texts(partita, tmp_path, LLAMA_8B, "--pp", "2")
 
 
 def test_ranks_that_hold_the_same_share_a_bar_of_a_large_mesh(partita: Run, tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ def test_prompts_end_with_the_first_token_of_the_last_sequence() -> None:
     second  10        12     13        14   15   16
     call    | batch 1 a0     a1 b0     b1   b2 | batch 2 ... c0, c1
     """
-    groups: Any = AxisGroups(Mesh(), *[Alone()] * 5)
+    groups: Any = AxisGroups(Mesh(), *[Alone()] * 7)
     batches = [(10.5, [arrived(3, 12.0, 13.0), arrived(2, 13.0, 14.0, 15.0)]), (15.0, [arrived(4, 15.5, 16.0)])]
     found = report_of(10.0, batches, 7, groups)
     assert found == GenerationReport(2.0, 9, 2.5 + 0.5, 3, 2.0 + 0.5, 7)
@@ -55,12 +55,14 @@ def test_prompts_end_with_the_first_token_of_the_last_sequence() -> None:
 
 
 def test_replicas_add_their_tokens() -> None:
-    groups: Any = AxisGroups(Mesh(dp=2), Alone(), Alone(), (both := Replica(1.5, 5, 2.0, 8, 3.0, 9)), Alone(), both)
+    groups: Any = AxisGroups(
+        Mesh(dp=2), Alone(), Alone(), (both := Replica(1.5, 5, 2.0, 8, 3.0, 9)), Alone(), both, Alone(), both
+    )
     found = report_of(0.0, [(0.0, [arrived(3, 1.0, 2.0)])], 7, groups)
     assert found == GenerationReport(1.0, 8, 2.0, 9, 3.0, 9)
     idle = report_of(0.0, [], 7, groups)
     assert idle == GenerationReport(1.5, 5, 2.0, 8, 3.0, 9)
-    assert report_of(0.0, [(0.0, [arrived(3, 1.0)])], 0, AxisGroups(Mesh(), *[Alone()] * 5)).decode_tokens_per_s is None  # type: ignore[arg-type]
+    assert report_of(0.0, [(0.0, [arrived(3, 1.0)])], 0, AxisGroups(Mesh(), *[Alone()] * 7)).decode_tokens_per_s is None  # type: ignore[arg-type]
 
 
 def reported(config: str, engine: str, mesh: dict[str, int]) -> tuple[list[float], float, int]:

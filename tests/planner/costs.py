@@ -164,10 +164,9 @@ class AllArrangements:
             for pp in range(1, min(ranks, most.pp) + 1):
                 for cp in range(1, min(ranks, most.cp) + 1):
                     for ep in range(1, most.ep + 1):
-                        if ranks % (tp * pp * cp) == 0 and tp != 7 and ep in (1, tp):
-                            yield from self._of(
-                                Mesh(dp=ranks // (tp * pp * cp), pp=pp, tp=tp, cp=cp, ep=ep, etp=tp // ep)
-                            )
+                        if ranks % (tp * pp * cp) == 0 and tp != 7 and ranks // pp % ep == 0:
+                            etp = tp if ep == 1 else 1
+                            yield from self._of(Mesh(dp=ranks // (tp * pp * cp), pp=pp, tp=tp, cp=cp, ep=ep, etp=etp))
 
     def _of(self, mesh: Mesh) -> Iterator[Arrangement]:
         batch = self.batch_size

@@ -86,7 +86,7 @@ def assert_equal(
         assert learned <= {name for kind, name, _ in found if kind == "gradient"}
 
 
-@pytest.mark.parametrize("name", [*CONFIGS, *UNMEASURED, "gemma3-mixed"])
+@pytest.mark.parametrize("name", [*CONFIGS, *(name for name in UNMEASURED if "t5" not in name), "gemma3-mixed"])
 def test_stages_equal_the_unsplit_model(name: str) -> None:
     assert_equal(deep(name), (2, 1))
 
@@ -290,7 +290,9 @@ def test_a_model_that_holds_tensors_itself() -> None:
 
 def test_groups_of_another_mesh() -> None:
     model = unsplit_of(deep("llama-7-heads-1-kv"))
-    with pytest.raises(DistributedError, match="the plan has tp=1 and pp=2, but the groups have 1 and 1"):
+    with pytest.raises(
+        DistributedError, match="the plan has tp=1, pp=2 and ep=1, but the groups have 1, 1 and 1 ranks"
+    ):
         apply_plan(model, Plan.make(spec_of(model), Mesh(pp=2)), single_groups())
 
 

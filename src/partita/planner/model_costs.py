@@ -25,6 +25,9 @@ from partita.planner.space import Bound, Group, Most
 _BELOW = 1 - 1e-6
 """A bound is that much below what it adds up, for sums are rounded."""
 
+LONG = 8192
+"""Tokens of a sequence from which the search splits it over ranks; shorter ones only where ranks would have none."""
+
 _NOTHING = StageCost((), 0, embedding=False, loss=False)
 
 
@@ -45,7 +48,7 @@ class ModelCosts:
         self._model, self._work, self._hardware = model, work, hardware.for_ranks(ranks)
         self.most = Most(
             model.spec.num_heads or ranks, model.spec.num_layers,
-            model.longest_split(work.sequence_length) if work.purpose == "train" else 1,
+            model.longest_split(work.sequence_length) if _may_split_sequences(work, ranks) else 1,
             model.num_experts if model.has_fused_experts else 1,
         )  # fmt: skip
         self._seconds: dict[tuple[object, ...], Amounts] = {}
@@ -275,6 +278,10 @@ class ModelCosts:
             one = replace(arrangement, schedule="1f1b", layers=(), placement="loop", overlap_gradients=False)
             self._parts_of[key] = stage_bytes(self._model, self._work, one, self._hardware)
         return self._parts_of[key]
+
+
+def _may_split_sequences(work: Work, ranks: int) -> bool:
+    return work.purpose == "train" and (work.sequence_length >= LONG or work.batch_size < ranks)
 
 
 def costs_of(spec: ModelSpec, hardware: Hardware) -> CostsOf:

@@ -142,6 +142,13 @@ class Most:
     ep: int = 1
 
 
+EVERY_SIZE = 16
+"""Ranks of a stage up to which every number of ranks for experts is tried."""
+
+SIZES_OF_EXPERTS = (8, 64)
+"""What is tried of more ranks, besides 1, the tensor ranks, and as many as possible: those of one node, and of several."""
+
+
 def meshes(ranks: int, fixed: Fixed, most: Most, features: Features) -> Iterator[Mesh]:
     """Every mesh of that many ranks whose sizes are fixed, or that the model can use and the engine executes.
 
@@ -175,7 +182,10 @@ def _sizes(fixed: int | None, ranks: int, most: int) -> Sequence[int]:
 
 def _with_experts(mesh: Mesh, fixed: Fixed, most: int, features: Features) -> Iterator[Mesh]:
     """The mesh with each distribution of experts over the ranks of its stages."""
-    for ep in _sizes(fixed.ep, mesh.stage_size, most):
+    sizes = _sizes(fixed.ep, mesh.stage_size, most)
+    if mesh.stage_size > EVERY_SIZE and fixed.ep is None:
+        sizes = sorted({1, max(sizes), *(size for size in (mesh.tp, *SIZES_OF_EXPERTS) if size in sizes)})
+    for ep in sizes:
         etp = None if ep == 1 else fixed.etp or 1
         if ep == 1 and fixed.etp not in (None, mesh.tp):
             continue
