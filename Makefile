@@ -36,8 +36,8 @@ lock: | $(BIN)/python
 demo: install
 	$(BIN)/python -m partita demo
 
-# Three workers, since many tests wait for processes that start or for limits that pass.
-WORKERS ?= 3
+# Four workers on two cores, since many tests wait for processes that start or for limits that pass.
+WORKERS ?= 4
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
 
 test: install

@@ -4,6 +4,7 @@ import os
 import sys
 import tempfile
 import tomllib
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -73,16 +74,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                     f"tests/slow.toml keeps {sorted(set(kept) - set(found))} of {function}, which has {sorted(found)}."
                 )
     if config.pluginmanager.hasplugin("xdist"):
-        # A pool belongs to one worker. So one worker runs all tests with ranks of torch, and one those with ranks of MLX, both
+        # A pool belongs to one worker. So two workers run all tests with ranks of torch, and one those with ranks of MLX, these
         # first; the others run the tests that compute in one process or wait for processes of their own, a file at a time.
         groups = {item: _pool_of(item) or str(item.path) for item in items}
-        items.sort(key=lambda item: (groups[item] != "torch ranks", groups[item] != "mlx ranks"))
+        first = ("torch ranks, one", "torch ranks, two", "mlx ranks")
+        items.sort(key=lambda item: first.index(groups[item]) if groups[item] in first else len(first))
         for item in items:
             item.add_marker(pytest.mark.xdist_group(groups[item]))
 
 
 def _pool_of(item: pytest.Item) -> str | None:
-    """The group of a test whose module uses ranks of a pool: torch's if it uses both."""
+    """The group of a test whose module uses ranks of a pool: torch's if it uses both. Those of torch are in two groups."""
     names = vars(item.module)  # type: ignore[attr-defined]
     used = {POOLS[n] for n in POOLS if getattr(names.get(n), "__module__", "").startswith("tests.support")}
+    if "torch ranks" in used:
+        return f"torch ranks, {('one', 'two')[zlib.crc32(item.path.name.encode()) % 2]}"
     return max(used, default=None)

@@ -15,7 +15,7 @@ from tests.cli.conftest import Run
 from tests.cli.models import TINY, write
 from tests.support.ranks import ROOT
 
-pytestmark = [pytest.mark.fresh, pytest.mark.timeout(60)]
+pytestmark = [pytest.mark.fresh, pytest.mark.timeout(120)]
 
 PARTITA = (sys.executable, "-m", "partita")
 PROMPT = "import sys\n"
