@@ -21,7 +21,7 @@ settings.load_profile("tests")
 ROOT = Path(__file__).resolve().parent
 _LISTS = tomllib.loads((ROOT / "slow.toml").read_text())
 SLOW: dict[str, list[str] | int] = _LISTS["kept"]
-CI = {f"{file}::{name}" for file, names in _LISTS["ci"].items() for name in names}
+CI: dict[str, list[str]] = _LISTS["ci"]
 
 POOLS = {"ranks": "torch ranks", "on": "torch ranks", "mlx_ranks": "mlx ranks", "on_mlx": "mlx ranks"}
 """The functions that a test module takes ranks of a shared pool from, and the tests that run on one worker for that."""
@@ -60,8 +60,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             if place % kept if isinstance(kept, int) else seen[function][-1] not in kept:
                 item.add_marker(pytest.mark.slow)
         if function in CI and item.get_closest_marker("slow") is None:
-            item.add_marker(pytest.mark.slow)
-            item.add_marker(pytest.mark.ci)
+            moved = CI[function]
+            if not moved or parameters.removesuffix("]") in moved:
+                item.add_marker(pytest.mark.slow)
+                item.add_marker(pytest.mark.ci)
     if not any("::" in argument for argument in config.args):
         files, there = {item.nodeid.partition("::")[0] for item in items}, {i.nodeid.partition("[")[0] for i in items}
         gone = sorted(one for one in CI if one.partition("::")[0] in files and one not in there)
