@@ -86,9 +86,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _pool_of(item: pytest.Item) -> str | None:
-    """The group of a test whose module uses ranks of a pool: torch's if it uses both. Those of torch are in two groups."""
+    """The group of a test whose module uses ranks of a pool: MLX's if it uses both. Those of torch are in two groups."""
     names = vars(item.module)  # type: ignore[attr-defined]
     used = {POOLS[n] for n in POOLS if getattr(names.get(n), "__module__", "").startswith("tests.support")}
-    if "torch ranks" in used:
+    if used == {"torch ranks"}:
         return f"torch ranks, {('one', 'two')[zlib.crc32(item.path.name.encode()) % 2]}"
-    return max(used, default=None)
+    return min(used, default=None)
