@@ -185,7 +185,8 @@ def start_gathering(slots: Sequence[Slot]) -> Callable[[Target], None]:
 
 def gather_shards(slots: Sequence[Slot], target: Target) -> None:
     """Copy the shards of all replicas into tensors of the parameters' shapes; every replica calls it with the same slots."""
-    start_gathering(slots)(target)
+    for bucket in _buckets(slots):
+        start_gathering(bucket)(target)
 
 
 @torch.no_grad()
