@@ -15,8 +15,9 @@ import math
 from dataclasses import dataclass, replace
 
 from partita.core.model.spec import DTYPE_BYTES
+from partita.cost.facts import Attention, Layer, is_in_attention
 from partita.cost.kernels import Kernels
-from partita.cost.model import Attention, Layer, ModelCost, is_in_attention
+from partita.cost.model import ModelCost
 from partita.cost.work import Recompute
 
 

@@ -7,9 +7,10 @@ import math
 from partita.core.mesh import Mesh
 from partita.core.model.spec import DTYPE_BYTES
 from partita.cost.degrees import degrees_of
+from partita.cost.facts import Part
 from partita.cost.hardware import Hardware
 from partita.cost.memory import memory, optimizer_bytes, weight_dtype
-from partita.cost.model import ModelCost, Part
+from partita.cost.model import ModelCost
 from partita.cost.time import least_flops_s, model_flops, prefill_s, step
 from partita.cost.work import Arrangement, Estimate, Work
 

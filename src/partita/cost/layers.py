@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from partita.core.model.spec import DTYPE_BYTES
 from partita.cost.activations import Shape, context_of
 from partita.cost.collectives import seconds
+from partita.cost.facts import Attention, Layer, Product, is_in_attention
 from partita.cost.hardware import Device, Group, Hardware, value_at
 from partita.cost.kernels import Kernels
-from partita.cost.model import Attention, Layer, ModelCost, Product, is_in_attention
+from partita.cost.model import ModelCost
 from partita.cost.work import Recompute
 
 

@@ -10,8 +10,9 @@ from partita.core.optimizers import check_optimizer
 from partita.cost.activations import Shape, embedding_bytes, head_bytes, layer_bytes, micro_batch
 from partita.cost.alive import Counts, alive
 from partita.cost.degrees import Degrees, degrees_of
+from partita.cost.facts import Layer, Part, bytes_of_bits
 from partita.cost.kernels import Kernels, kernels_of
-from partita.cost.model import Layer, ModelCost, Part, bytes_of_bits
+from partita.cost.model import ModelCost
 from partita.cost.stages import StageCost, stages_of
 from partita.cost.work import Arrangement, MemoryUse, Work
 

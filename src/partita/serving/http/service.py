@@ -110,19 +110,15 @@ class Service:
             raise as_api_error(error, param) from error
 
     def encode_messages(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        add_generation_prompt: bool = True,
-        settings: Mapping[str, Any],
+        self, messages: Sequence[Mapping[str, Any]], **given: Any
     ) -> tuple[list[int], tuple[Input, ...]]:
         """The ids of a chat, and what the model takes beside them; for the `work` of `encode`.
+
+        The arguments are those of `ImageProcessor.encode`.
 
         Raises:
             PartitaError: The model, its chat template or its processor does not take these messages.
         """
-        given: dict[str, Any] = {"tools": tools, "add_generation_prompt": add_generation_prompt, "settings": settings}
         if not images_of(messages):
             return self.tokenizer.encode_messages(messages, **given), ()
         if self.processor is None:
