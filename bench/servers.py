@@ -217,7 +217,7 @@ import os, sys, threading
 import xllamacpp
 path, port = sys.argv[1:]
 params = xllamacpp.CommonParams()
-params.model.path, params.hostname, params.port = path, "127.0.0.1", int(port)
+params.model.path, params.hostnames, params.port = path, ["127.0.0.1"], int(port)
 params.cpuparams.n_threads = params.cpuparams_batch.n_threads = os.cpu_count() or 1
 params.n_parallel, params.n_ctx = 16, 16 * 512
 server = xllamacpp.Server(params)
