@@ -19,6 +19,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -105,7 +106,8 @@ def faster_layer(layer: nn.Module, products: ProductsOf) -> Forward | None:
     made = [products(inner) for inner in (enter, gate_up, [leave[0][0]], [leave[1][0]])]  # type: ignore[arg-type,index]
     if None in made:
         return None
-    return _Layer(layer, norms, made, [after for _, after in leave]).forward  # type: ignore[arg-type,misc]
+    after, sums = [after for _, after in leave], _sums(attention.o_proj, mlp.down_proj)  # type: ignore[misc]
+    return DecodeLayer(layer, norms, made, after, sums).forward  # type: ignore[arg-type]
 
 
 def _has_usual_code(layer: nn.Module) -> bool:
@@ -164,6 +166,24 @@ def _leaving(layer: Any) -> tuple[nn.Linear, Callable[[Tensor], Tensor] | None] 
     return layer.linear, all_reduce_ if bias is None else lambda y: all_reduce_(y) + bias.to(y.dtype)
 
 
+@dataclass(frozen=True)
+class Sums:
+    """How both products that leave a layer's parts are summed over the ranks: in place, or not at all."""
+
+    all_reduce_: Callable[[Tensor], Tensor] | None
+
+
+def _sums(*leaving: Any) -> Sums | None:
+    """The only thing that is done with their products; None if there is more, as a bias to add."""
+    kinds = {
+        None if type(one) is nn.Linear or (one.comm.size == 1 and one.bias is None) else one.comm.all_reduce_
+        for one in leaving
+    }
+    if len(kinds) > 1 or any(isinstance(one, RowParallelLinear) and one.bias is not None for one in leaving):
+        return None
+    return Sums(kinds.pop())
+
+
 @functools.cache
 def _silu() -> Any:
     functions = library()
@@ -205,7 +225,7 @@ def _gives_silu(kind: Kind) -> bool:
     return True
 
 
-class _Layer:
+class DecodeLayer:
     """One decoder layer; see the module's description."""
 
     def __init__(
@@ -214,10 +234,12 @@ class _Layer:
         norms: list[Any],
         products: list[tuple[Products, int]],
         after: list[Callable[[Tensor], Tensor] | None],
+        sums: Sums | None,
     ) -> None:
         attention: Any = layer.self_attn
         functions = library()
         assert functions is not None
+        self.sums = sums
         self.usual: Forward = type(layer).forward.__get__(layer)
         self.attention, self.norms, self.after = attention, norms, after
         self.enter, self.gate_up, self.out, self.down = (one for one, _ in products)
@@ -246,7 +268,7 @@ class _Layer:
             and self.enter.outputs[1] == self.enter.outputs[2]
             and not any(outputs % self.width for outputs in self.enter.outputs)
             and self.width % 2 == 0
-            and _attentions().get_interface(self.implementation, None) is not None
+            and attentions().get_interface(self.implementation, None) is not None
         )
         self.heads = [outputs // self.width for outputs in self.enter.outputs]
         places: list[Any] = [ctypes.addressof(norm.norm) for norm in norms]
@@ -267,13 +289,14 @@ class _Layer:
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The layer's output, as its own forward gives it."""
-        if args or self.is_proven is False or not self._takes(hidden, kwargs):
+        if args or self.is_proven is False or not self.takes(hidden, kwargs):
             return self.usual(hidden, *args, **kwargs)
         if self.is_proven is None:
             return self._proven(hidden, kwargs)
         return self._computed(hidden, kwargs, kwargs[self.cache_name])
 
-    def _takes(self, hidden: Tensor, kwargs: Mapping[str, Any]) -> bool:
+    def takes(self, hidden: Tensor, kwargs: Mapping[str, Any]) -> bool:
+        """Whether C++ computes the layer for these arguments."""
         shape = hidden.shape
         if len(shape) != 3 or shape[1] != 1 or shape[2] != self.hidden or not 0 < shape[0] <= self.most_rows:
             return False
@@ -306,7 +329,7 @@ class _Layer:
             raise MemoryError("the input of an attention could not be allocated")
         given = {"kwargs": more} if self.update_names else {}
         keys, values = cache.update(k, v, self.attention.layer_idx, **given)
-        attend = _attentions().get_interface(self.implementation, None)
+        attend = attentions().get_interface(self.implementation, None)
         mask = kwargs.get("attention_mask")
         found, _ = attend(
             self.attention, q, keys, values, mask, dropout=0.0, scaling=self.scaling, **self.window, **more
@@ -376,5 +399,6 @@ def _is_close(got: Tensor, want: Tensor) -> bool:
 
 
 @functools.cache
-def _attentions() -> Attentions:
+def attentions() -> Attentions:
+    """transformers' table of attention implementations, with ours in place of `sdpa`."""
     return Attentions(attention_functions())

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from partita.torch.layers.compiled import compiled_parts
-from partita.torch.layers.decode_layers import faster_layer
+from partita.torch.layers.decode_layers import DecodeLayer, faster_layer
+from partita.torch.layers.decode_stacks import Stack, can_follow
 from partita.torch.layers.decode_steps import faster_step
 from partita.torch.layers.inner import has_no_hooks
 from partita.torch.layers.linear import ColumnParallelLinear, RowParallelLinear
@@ -60,11 +61,30 @@ def decoding(model: nn.Module, rows: int, tokens: int) -> Iterator[None]:
         if forward is not None:
             layer.forward = forward
             changed.append(layer)
+    _stack(model)
     try:
         yield
     finally:
         for layer in changed:
             del layer.forward
+
+
+def _stack(model: nn.Module) -> None:
+    """Let layers that follow each other be computed together."""
+    for parent in model.modules():
+        if not isinstance(parent, nn.ModuleList):
+            continue
+        run: list[tuple[nn.Module, DecodeLayer]] = []
+        for child in (*parent, nn.Module()):
+            owner = getattr(child.__dict__.get("forward"), "__self__", None)
+            if isinstance(owner, DecodeLayer) and (not run or can_follow(run[-1][1], owner)):
+                run.append((child, owner))
+                continue
+            if len(run) > 1:
+                stack = Stack([fast for _, fast in run])
+                for place, (layer, _) in enumerate(run):
+                    layer.forward = functools.partial(stack.forward, place)
+            run = [(child, owner)] if isinstance(owner, DecodeLayer) else []
 
 
 def _faster_forward(layer: nn.Module, products: dict[nn.Module, Product]) -> Product | None:

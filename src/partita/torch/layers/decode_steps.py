@@ -61,7 +61,7 @@ class _Attention(ctypes.Structure):
         *((name, _SIZE) for name in ("q_batch", "q_head", "k_batch", "k_head", "k_token")),
         *((name, _SIZE) for name in ("v_batch", "v_head", "v_token", "mask_batch")),
         *((name, _SIZE) for name in ("batch", "heads", "groups", "tokens", "width", "dtype")),
-        *((name, _ADDRESS) for name in ("q", "k", "v", "mask", "y")),
+        *((name, _ADDRESS) for name in ("q", "k", "v", "mask", "y", "slots")),
     )
 
 
@@ -247,7 +247,7 @@ class Attentions:
         return self._fast.get(found, found)
 
 
-_IGNORED = frozenset({"is_causal", "sliding_window", "position_ids", "use_cache", "cache", "cache_position"})
+IGNORED = frozenset({"is_causal", "sliding_window", "position_ids", "use_cache", "cache", "cache_position"})
 """Arguments that transformers' function does not use for one query."""
 
 
@@ -268,7 +268,7 @@ def _attention(sdpa: Forward) -> Forward:
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         sizes = None
-        if query.shape[2] == 1 and not dropout and all(v is None or name in _IGNORED for name, v in kwargs.items()):
+        if query.shape[2] == 1 and not dropout and all(v is None or name in IGNORED for name, v in kwargs.items()):
             mask = None if attention_mask is None else _form(attention_mask)
             shared = getattr(module, "num_key_value_groups", 1)
             sizes = _attention_sizes(_form(query), _form(key), _form(value), mask, shared)
@@ -283,7 +283,27 @@ def _attention(sdpa: Forward) -> Forward:
         call(ctypes.byref(sizes), *places, scale, threads())
         return y, None
 
+    attend.is_ours = True  # type: ignore[attr-defined]
     return attend
+
+
+def is_ours(attend: Any) -> bool:
+    """Whether an implementation of attention is that of the C++."""
+    return getattr(attend, "is_ours", False)
+
+
+def mask_stride(mask: Any, batch: int, tokens: int) -> int | None:
+    """The elements from a sequence's mask to the next one's, 0 if they share one; None if the C++ does not take the mask."""
+    return _mask_stride(_form(mask), batch, tokens) if isinstance(mask, Tensor) else None
+
+
+def _mask_stride(mask: _Form, batch: int, tokens: int) -> int | None:
+    shape, stride, kind, on_cpu = mask
+    if len(shape) != 4 or shape[0] not in (1, batch) or tuple(shape[1:]) != (1, 1, tokens):
+        return None
+    if kind != torch.bool or not on_cpu or (tokens > 1 and stride[3] != 1):
+        return None
+    return stride[0] if shape[0] > 1 else 0
 
 
 _Form = tuple[torch.Size, tuple[int, ...], torch.dtype, bool]
@@ -309,16 +329,11 @@ def _attention_sizes(query: _Form, key: _Form, value: _Form, mask: _Form | None,
         return None
     if not (query[3] and key[3] and value[3]) or (width > 1 and not q[3] == k[3] == v[3] == 1):
         return None
-    mask_stride = 0
-    if mask is not None:
-        shape, stride, kind, on_cpu = mask
-        if len(shape) != 4 or shape[0] not in (1, batch) or tuple(shape[1:]) != (1, 1, key[0][2]):
-            return None
-        if kind != torch.bool or not on_cpu or (shape[3] > 1 and stride[3] != 1):
-            return None
-        mask_stride = stride[0] if shape[0] > 1 else 0
+    of_mask = 0 if mask is None else _mask_stride(mask, batch, key[0][2])
+    if of_mask is None:
+        return None
     sizes = batch, heads, key[0][1], key[0][2], width, DTYPES[dtype]
-    return _Attention(q[0], q[1], k[0], k[1], k[2], v[0], v[1], v[2], mask_stride, *sizes)
+    return _Attention(q[0], q[1], k[0], k[1], k[2], v[0], v[1], v[2], of_mask, *sizes)
 
 
 # --- rotary positions ---------------------------------------------------------------------------------------------------

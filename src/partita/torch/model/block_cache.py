@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from partita.torch.layers.decode_stacks import Room
 from partita.torch.transformers_internals import cache_of_entries, growing_entry, holds_plain_tokens
 
 
@@ -120,6 +121,15 @@ def _entry_class() -> Any:
                 _exchange(self.pools.keys[self.layer], keys, self.place),
                 _exchange(self.pools.values[self.layer], values, self.place),
             )
+
+        def room(self) -> Room | None:
+            if not self.is_own:
+                return None
+            keys, values = self.pools.keys[self.layer], self.pools.values[self.layer]
+            return Room(keys, values, self.place.past + 1, self.place.read, self.place.write)
+
+        def appended(self) -> None:
+            self.seen = self.place.past + 1
 
         def get_seq_length(self) -> int:
             return self.seen

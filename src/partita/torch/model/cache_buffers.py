@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from partita.torch.layers.decode_stacks import Room
 from partita.torch.transformers_internals import appends_tokens, window_of
 
 LARGE = 1 << 14
@@ -59,6 +60,23 @@ class _Append:
         self.keys.kept, self.values.kept = entry.keys, entry.values
         return all_keys, all_values
 
+    def room(self) -> Room | None:
+        """Where the next token of each sequence goes; see `decode_stacks.HasRoom`."""
+        entry: Any = self.entry()
+        if getattr(entry, "record_past", False) or not (entry.keys.is_cpu and entry.values.is_cpu):
+            return None
+        keys, values = self.keys.room(entry.keys), self.values.room(entry.values)
+        return Room(keys, values, keys.shape[-2])
+
+    def appended(self) -> None:
+        """The next token of each sequence is there."""
+        entry: Any = self.entry()
+        count = entry.keys.shape[-2] + 1
+        if self.window is not None:
+            entry.cumulative_length += 1
+            count = min(count, self.window - 1)
+        entry.keys, entry.values = self.keys.grown(count), self.values.grown(count)
+
 
 def _is_large(kept: Tensor | None, new: Tensor) -> bool:
     return kept is not None and kept.numel() >= LARGE and kept.is_cpu and kept.dtype is new.dtype
@@ -75,13 +93,29 @@ class TokenBuffer:
     def append(self, kept: Tensor, new: Tensor) -> Tensor:
         """`kept` and then `new` along the tokens; `kept` is not copied if the previous call left it here."""
         count, added = kept.shape[-2], new.shape[-2]
+        self._reserve(kept, added)
+        self.memory.narrow(-2, self.end, added).copy_(new)
+        self.end += added
+        return self.memory.narrow(-2, self.end - count - added, count + added)
+
+    def room(self, kept: Tensor) -> Tensor:
+        """`kept` and then the memory of one more token, which `grown` appends."""
+        self._reserve(kept, 1)
+        self.kept, count = kept, kept.shape[-2]
+        return self.memory.narrow(-2, self.end - count, count + 1)
+
+    def grown(self, count: int) -> Tensor:
+        """The last `count` tokens, with the one that was written to the room."""
+        self.end += 1
+        self.kept = self.memory.narrow(-2, self.end - count, count)
+        return self.kept
+
+    def _reserve(self, kept: Tensor, added: int) -> None:
+        count = kept.shape[-2]
         if kept is not self.kept or self.end + added > self.capacity:
             self.capacity, self.end = count + added + max(LEAST_ROOM, count // 8), count
             self.memory = kept.new_empty((*kept.shape[:-2], self.capacity, kept.shape[-1]))
             self.memory.narrow(-2, 0, count).copy_(kept)
-        self.memory.narrow(-2, self.end, added).copy_(new)
-        self.end += added
-        return self.memory.narrow(-2, self.end - count - added, count + added)
 
     def extended(self, kept: Tensor, new: Tensor) -> Tensor:
         """`kept` and then `new` along the tokens, in a buffer where that pays."""

@@ -400,6 +400,69 @@ extern "C" int partita_feed_forward(const FeedForward* f, const void* x, const v
   return 0;
 }
 
+// A decoder layer, and those that follow it with as many heads.
+struct Layer {
+  const AttentionInputs* inputs;
+  const Linear* out;
+  const FeedForward* rest;
+  float scale;  // of the scores
+};
+
+// The memory of a layer's keys and values: of a sequence, a slot of a token in it, and a head. Strides are in elements.
+struct Slots {
+  void *keys, *values;
+  int64_t batch, token, head;
+};
+
+// One new token of each of `rows` sequences.
+struct Step {
+  int64_t rows, tokens;                        // with the new ones; sequences end together
+  int64_t hidden, heads, groups, width;        // of x; heads of queries, and of keys and values; of a head
+  const int64_t *read, *write;                 // the slots of all tokens [rows, tokens] and of the new ones [rows]; or null
+  const uint8_t* mask;                         // bool [rows or 1, tokens], true where a token is seen; or null
+  int64_t mask_batch, angle_stride;            // of a row
+  const void *cos, *sin;                       // [rows or 1, width]
+  void *x, *residual, *attended, *y;           // [rows, hidden] each
+  void *q, *k, *v, *seen;                      // [rows, heads or groups, width]
+  int32_t dtype, threads;
+};
+
+// x = the output of `count` layers for x. `sum` adds up `attended` (0) or y (1) over the ranks and returns 0; it may be null.
+// Returns 0, 1 without memory, or what `sum` returned.
+extern "C" int partita_layers(const Layer* layers, const Slots* slots, int64_t count, const Step* s, int (*sum)(int)) {
+  int64_t bytes = s->width * (s->dtype == FLOAT32 ? 4 : 2), hidden = s->rows * s->hidden;
+  void* const inputs[] = {s->q, s->k, s->v};
+  for (int64_t i = 0; i < count; i++) {
+    const Layer& layer = layers[i];
+    const Slots& at = slots[i];
+    if (partita_attention_inputs(layer.inputs, s->x, s->rows, s->cos, s->sin, s->angle_stride, inputs, s->dtype, s->threads))
+      return 1;
+    for (int64_t row = 0; row < s->rows; row++)
+      for (int64_t group = 0; group < s->groups; group++) {
+        int64_t slot = s->write ? s->write[row] : s->tokens - 1;
+        int64_t to = (row * at.batch + slot * at.token + group * at.head) * (s->dtype == FLOAT32 ? 4 : 2);
+        int64_t from = (row * s->groups + group) * bytes;
+        std::memcpy(static_cast<char*>(at.keys) + to, static_cast<char*>(s->k) + from, bytes);
+        std::memcpy(static_cast<char*>(at.values) + to, static_cast<char*>(s->v) + from, bytes);
+      }
+    Attention a = {s->heads * s->width, s->width, at.batch, at.head, at.token, at.batch, at.head, at.token, s->mask_batch,
+                   s->rows, s->heads, s->groups, s->tokens, s->width, s->dtype, s->q, at.keys, at.values, s->mask, s->seen,
+                   s->read};
+    attend(a, layer.scale, s->threads);
+    if (partita_products(layer.out, 1, s->seen, s->rows, &s->attended, s->dtype, s->threads)) return 1;
+    if (sum)
+      if (int error = sum(0)) return error;
+    if (partita_feed_forward(layer.rest, s->x, s->attended, s->rows, s->residual, s->y, s->dtype, s->threads)) return 1;
+    if (sum) {
+      if (int error = sum(1)) return error;
+      s->dtype == BFLOAT16 ? add<BFLOAT16>(s->residual, s->y, hidden, s->x) : add<FLOAT32>(s->residual, s->y, hidden, s->x);
+    } else {
+      std::memcpy(s->x, s->y, hidden * (s->dtype == FLOAT32 ? 4 : 2));
+    }
+  }
+  return 0;
+}
+
 // y = SiLU(x), as `partita_feed_forward` computes it.
 extern "C" void partita_silu(const void* x, int64_t size, void* y, int dtype) {
   dtype == BFLOAT16 ? silu<BFLOAT16>(x, size, y) : silu<FLOAT32>(x, size, y);

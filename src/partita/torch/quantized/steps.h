@@ -181,6 +181,7 @@ struct Attention {
   const void *q, *k, *v;
   const uint8_t* mask;                          // bool [batch, tokens], true where a token is seen; or null
   void* y;                                      // [batch, heads, width], contiguous
+  const int64_t* slots;                         // [batch, tokens], which of the memory's tokens each is; or null: in order
 };
 
 template <int DTYPE>
@@ -204,11 +205,13 @@ static void attend(const Attention& a, float scale, int64_t place) {
   const Stored* keys = static_cast<const Stored*>(a.k) + b * a.k_batch + group * a.k_head;
   const Stored* values = static_cast<const Stored*>(a.v) + b * a.v_batch + group * a.v_head;
   const uint8_t* mask = a.mask ? a.mask + b * a.mask_batch : nullptr;
-  // Without the padding on its left a row has the same bits as alone.
-  for (; mask && tokens > 0 && !*mask; mask++, tokens--) keys += a.k_token, values += a.v_token;
+  int64_t padding = 0;  // without which a row has the same bits as alone
+  for (; mask && tokens > 0 && !*mask; mask++, tokens--) padding++;
+  const int64_t* slots = a.slots ? a.slots + b * a.tokens + padding : nullptr;
+  auto slot = [&](int64_t t) { return slots ? slots[t] : padding + t; };
   for (int64_t t = 0; t < tokens; t++) {
     if (mask && !mask[t]) continue;
-    scores[t] = dot<DTYPE>(query, keys + t * a.k_token, width);
+    scores[t] = dot<DTYPE>(query, keys + slot(t) * a.k_token, width);
     if (scores[t] > most) most = scores[t];
   }
   if (most == -INFINITY) most = 0.0f;
@@ -223,24 +226,28 @@ static void attend(const Attention& a, float scale, int64_t place) {
     for (int64_t t = 0; t < tokens; t++) {
       if (mask && !mask[t]) continue;
       Floats16 share = Floats16{} + scores[t];
-      found.add_product(share, Numbers<DTYPE>::sixteen(values + t * a.v_token + i));
+      found.add_product(share, Numbers<DTYPE>::sixteen(values + slot(t) * a.v_token + i));
     }
     found.store(sum + i);
   }
   for (; i < width; i++)
     for (int64_t t = 0; t < tokens; t++)
-      if (!mask || mask[t]) sum[i] += scores[t] * element(values + t * a.v_token, i, DTYPE);
+      if (!mask || mask[t]) sum[i] += scores[t] * element(values + slot(t) * a.v_token, i, DTYPE);
   for (i = 0; i < width; i++) set_element(a.y, place * width + i, total == 0 ? 0 : sum[i] / total, DTYPE);
 }
 
 // The attention of one query a sequence and head.
-extern "C" void partita_attend(const Attention* sizes, const void* q, const void* k, const void* v, const uint8_t* mask, void* y,
-                               float scale, int threads) {
-  Attention a = *sizes;
-  a.q = q, a.k = k, a.v = v, a.mask = mask, a.y = y;
+static void attend(const Attention& a, float scale, int threads) {
   int64_t few = 32768 / (a.tokens * a.width + 1) + 1;  // heads that are worth a thread
   in_parallel(0, a.batch * a.heads, few, threads, [&](int64_t start, int64_t stop) {
     for (int64_t place = start; place < stop; place++)
       a.dtype == BFLOAT16 ? attend<BFLOAT16>(a, scale, place) : attend<FLOAT32>(a, scale, place);
   });
+}
+
+extern "C" void partita_attend(const Attention* sizes, const void* q, const void* k, const void* v, const uint8_t* mask, void* y,
+                               float scale, int threads) {
+  Attention a = *sizes;
+  a.q = q, a.k = k, a.v = v, a.mask = mask, a.y = y, a.slots = nullptr;
+  attend(a, scale, threads);
 }
