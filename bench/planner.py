@@ -1,12 +1,14 @@
 """Predicted beside measured: training steps and decoded tokens of models and layouts that calibrated nothing.
 
 The machine is measured once (as `partita measure` does), by the ranks that then run the cases by turns, round after round.
+The resident memory is that of new ranks for each case: the largest of a process, beside the predicted bytes and what the
+process took after it had run a tiny model of the same family (its libraries).
 """
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
@@ -15,11 +17,14 @@ from partita.core.mesh import Mesh
 from partita.core.model.families import spec_from_config
 from partita.cost.estimate import estimate
 from partita.cost.hardware import Hardware, parse, write
+from partita.cost.memory import memory
 from partita.cost.model import ModelCost
 from partita.cost.work import Arrangement, Work
+from partita.ranks.memory import peak_resident_bytes
 from partita.schedule import placement_of
 
 RANKS = 2
+MIB = 1 << 20
 WITHIN = Target(0.95, "predicted within 5%", most=1.05)
 NEW_TOKENS = 24
 
@@ -86,6 +91,17 @@ CASES = (
     Case("GPT-2 640 x 6, tp 2, token", _config("gpt2", 640, 6, 10), _decode(64), Arrangement(mesh=TP)),
 )  # fmt: skip
 
+LARGE = (
+    Case("Llama 1024 x 6, tp 2, step, recomputed", _config("llama", 1024, 6, 16), _train(8, 256),
+         Arrangement(mesh=TP, recompute="full")),
+    Case("GPT-NeoX 1024 x 6, pp 2, ZB-H1", _config("gpt_neox", 1024, 6, 16), _train(8, 128),
+         Arrangement(mesh=PP, layers=(3, 3), microbatches=4, schedule="zb-h1")),
+    Case("Llama 1024 x 4, dp 2, step", _config("llama", 1024, 4, 16), _train(8, 256), Arrangement(mesh=DP)),
+    Case("Qwen3 2048 x 4, pp 2, tokens", _config("qwen3", 2048, 4, 16, head_dim=128, num_key_value_heads=8), _decode(256),
+         Arrangement(mesh=PP, layers=(2, 2))),
+)  # fmt: skip
+"""Cases whose resident memory is measured, large beside their libraries."""
+
 
 def run(setting: Setting) -> list[Table]:
     """Measure the machine, then every case."""
@@ -98,8 +114,13 @@ def run(setting: Setting) -> list[Table]:
             for case in CASES:
                 found = ranks.call(seconds, case.name)
                 measured[case.name].append((max(wall for wall, _ in found), max(busy for _, busy in found)))
-            progress(0.3 + 0.7 * (number + 1) / rounds)
+            progress(0.3 + 0.6 * (number + 1) / rounds)
+    held: dict[str, list[tuple[int, int]]] = {}
+    for case in LARGE:
+        with setting.ranks(RANKS) as ranks:
+            held[case.name] = ranks.call(resident, case.name)
     return [
+        _resident_table(held),
         _table("planner", "Predicted and measured time", hardware, measured, 0),
         _table(
             "planner-busy", "Predicted and measured computing of the slowest rank (CPU time)", hardware, measured, 1
@@ -124,6 +145,23 @@ def _table(
     return Table(name, f"{title} ({error})", "ms", tuple(rows))
 
 
+def _resident_table(measured: dict[str, list[tuple[int, int]]]) -> Table:
+    """The rank of each case whose memory is predicted worst."""
+    rows = []
+    for case in LARGE:
+        uses = memory(ModelCost.of(spec_from_config(case.config)), case.work, case.arrangement, "torch")
+        ratios = [
+            ((libraries + use.total) / peak, use.total, libraries, peak)
+            for use, (libraries, peak) in zip(uses, measured[case.name], strict=True)
+        ]
+        ratio, predicted, libraries, peak = max(ratios, key=lambda one: abs(one[0] - 1))
+        label = f"{case.name}: {predicted / MIB:.0f} MiB predicted + {libraries / MIB:.0f} MiB of libraries"
+        rows.append(Row(label, peak / MIB, peak / MIB, peak / MIB, 1, ratio, ratio, ratio, WITHIN))
+    errors = [abs(row.ratio - 1) for row in rows]
+    error = f"mean error {sum(errors) / len(errors):.1%}, worst {max(errors):.1%}; x: predicted with libraries over measured"
+    return Table("planner-memory", f"Predicted and measured resident memory of a rank ({error})", "MiB", tuple(rows))
+
+
 def _hardware(tables: dict[str, Any]) -> Hardware:
     data = {"name": "this machine", "devices_per_node": RANKS, "kernels": "torch", "device": tables["device"]}
     return parse(write({**data, "links": {"shared": tables["link"]}}), "bench")
@@ -141,12 +179,32 @@ _models: dict[str, Any] = {}
 
 def seconds(name: str) -> tuple[float, float]:
     """On every rank: seconds of a step or a token of a case, and those of them in which its thread computed."""
+    return _seconds(next(one for one in CASES if one.name == name))
+
+
+def resident(name: str) -> tuple[int, int]:
+    """On every rank: bytes of the process after a tiny model of a large case's family, and its peak after the case."""
+    case = next(one for one in LARGE if one.name == name)
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "head_dim": 16,
+    }
+    config = {**case.config, **{key: value for key, value in sizes.items() if key in case.config}}
+    _seconds(replace(case, name="tiny", config=config))
+    libraries = peak_resident_bytes()
+    _seconds(case)
+    return libraries, peak_resident_bytes()
+
+
+def _seconds(case: Case) -> tuple[float, float]:
     import torch
 
     import partita.torch as pt
 
-    case = next(one for one in CASES if one.name == name)
-    arrangement = case.arrangement
+    name, arrangement = case.name, case.arrangement
     if name not in _models:
         layers = arrangement.layers
         layout = "|".join("E" * (i == 0) + "t" * n + "L" * (i == len(layers) - 1) for i, n in enumerate(layers)) or None

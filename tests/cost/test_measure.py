@@ -13,6 +13,50 @@ from partita.cost.hardware import Hardware
 from partita.cost.model import ModelCost
 from partita.cost.work import Arrangement, Work
 from partita.ranks.launcher import start
+from partita.torch.measure import PARTS, Budget
+
+
+class _Clock:
+    """A clock of a machine on which each call takes `call_s` seconds."""
+
+    def __init__(self, call_s: float) -> None:
+        self.now, self.call_s, self.calls = 0.0, call_s, 0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def call(self) -> float:
+        self.calls += 1
+        self.now += self.call_s
+        return self.call_s
+
+
+def test_a_slow_machine_repeats_less_and_keeps_the_budget() -> None:
+    for call_s, fewest, most in ((0.01, 15, 15), (0.9, 1, 2), (30.0, 1, 1)):
+        clock = _Clock(call_s)
+        budget = Budget(90.0, clock)
+        for part in PARTS:
+            budget.begin(part)
+            clock.calls = 0
+            assert budget.rounds(clock.call, 15, 0.5) == [call_s] * clock.calls
+            assert fewest <= clock.calls <= most
+        assert clock.now <= max(90.0, call_s * len(PARTS))
+
+
+def test_a_part_has_its_share_of_what_is_left() -> None:
+    clock = _Clock(1.0)
+    budget = Budget(100.0, clock)
+    names = list(PARTS)
+    budget.begin(names[0])
+    assert budget.left_s == pytest.approx(100.0 * PARTS[names[0]] / sum(PARTS.values()))
+    clock.now = 90.0
+    budget.begin(names[-1])
+    assert budget.left_s == pytest.approx(10.0)
+    clock.now = 130.0
+    budget.begin(names[-1])
+    assert budget.left_s == 0.0
+    assert budget.rounds(clock.call, 15, 0.5) == [1.0]
+
 
 CONFIG = {
     "model_type": "llama", "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 4,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 
 from partita.core.layout.placement import home_of
@@ -14,7 +14,7 @@ from partita.errors import PlanError, ScheduleError
 from partita.planner import Bound
 from partita.planner.layers import Amounts, Memory, compositions, seconds_of
 from partita.planner.model_costs import ModelCosts
-from partita.planner.space import SCHEDULES, Group, Most
+from partita.planner.space import SCHEDULES, Group, Most, Settings
 from partita.schedule import check_kind, placement_of
 
 
@@ -55,7 +55,10 @@ class RandomCosts:
         bytes_ = round(1e6 * sum(self.sizes) * each / (mesh.tp * mesh.pp) * 0.999)
         return Bound(min(self.factor.values()) * total * share, bytes_, max(self.limits))
 
-    def least_seconds(self, group: Group, recompute: Recompute = "none") -> float:
+    def least_seconds(
+        self, group: Group, recompute: Recompute = "none", chosen: Settings | None = None,
+        parallel: Sequence[bool] = (False, True),
+    ) -> float:  # fmt: skip
         sequences = self.work.batch_size // (group.mesh.dp * group.microbatches)
         total = sum(self._layer(group.mesh, sequences, size) for size in self.sizes) * min(self.slowness)
         least = total / group.vpp + (group.microbatches - 1 / group.vpp) * total / group.mesh.pp

@@ -8,12 +8,14 @@ import pytest
 
 from partita import spec_from_config
 from partita.core.mesh import Mesh
+from partita.cost.estimate import estimate
 from partita.cost.hardware import Hardware
 from partita.cost.model import ModelCost
 from partita.cost.parts import limits
-from partita.cost.work import Estimate, Work
+from partita.cost.work import Arrangement, Estimate, Work
 from partita.planner import best, costs_of
 from partita.planner.model_costs import ModelCosts
+from partita.planner.space import Group, Settings
 from tests.cli.models import DEEPSEEK_V3, TINY
 from tests.planner.costs import AllArrangements, RandomCosts
 
@@ -28,10 +30,10 @@ def _key(estimate: Estimate) -> Key:
 def _best_of_all(costs: RandomCosts, optimize: str) -> dict[Key, float]:
     """The best value of each mesh, schedule and number of stages."""
     found: dict[Key, float] = {}
-    for estimate in AllArrangements(costs, costs.work.batch_size, costs.ranks).estimates:
-        if estimate.fits:
-            value = estimate.step_s if optimize == "time" else max(use.total for use in estimate.memory)
-            found[_key(estimate)] = min(value, found.get(_key(estimate), value))
+    for one in AllArrangements(costs, costs.work.batch_size, costs.ranks).estimates:
+        if one.fits:
+            value = one.step_s if optimize == "time" else max(use.total for use in one.memory)
+            found[_key(one)] = min(value, found.get(_key(one), value))
     return found
 
 
@@ -78,3 +80,30 @@ def test_all_arrangements_of_a_real_model_are_no_better(machine: str) -> None:
         if found:
             proven = [one.step_s for one in all_costs if machine == "h100" or one.arrangement.schedule != "zb-v"]
             assert found[0].step_s <= min(proven) * (1 + 1e-6)
+
+
+def test_no_estimate_is_below_its_bounds() -> None:
+    config = {**TINY, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "vocab_size": 4096}
+    work, ranks = Work(batch_size=4, sequence_length=512), 4
+    costs = ModelCosts(ModelCost.of(spec_from_config(config)), work, Hardware.read("h100"), ranks)
+    for made in (one.arrangement for one in AllArrangements(costs, work.batch_size, ranks).estimates[::20]):
+        group = Group(made.mesh, made.microbatches, made.schedule, made.vpp)
+        chosen = Settings(made.zero, made.sequence_parallel, made.overlap_gradients)
+        step_s = costs.estimate(made).step_s
+        assert costs.least_seconds(group, made.recompute) <= step_s
+        assert costs.least_seconds(group, made.recompute, chosen) <= step_s
+        assert costs.least_seconds_of(made) <= step_s
+
+
+def test_gathered_weights_take_the_time_of_their_own_replicas() -> None:
+    """ZeRO 3 over 2 ranks of a machine and over 16 of two, in both orders."""
+    config = {**TINY, "hidden_size": 1024, "intermediate_size": 4096, "vocab_size": 4096}
+    work = Work(batch_size=16, sequence_length=64)
+    few = Arrangement(mesh=Mesh(dp=2), microbatches=8, zero=3)
+    many = Arrangement(mesh=Mesh(dp=16), zero=3)
+
+    def seconds(*arrangements: Arrangement) -> dict[Arrangement, float]:
+        model = ModelCost(spec_from_config(config))
+        return {one: estimate(model, work, one, Hardware.read("h100")).step_s for one in arrangements}
+
+    assert seconds(few, many) == seconds(many, few)

@@ -15,6 +15,7 @@ from partita.schedule import (
     build,
     check_kind,
     grid,
+    orders,
     placement_of,
     simulate,
     vpp_of,
@@ -135,3 +136,12 @@ def test_what_cannot_be_built_is_one_clear_message(arguments: tuple[object, ...]
     assert message in str(error.value)
     with pytest.raises(ScheduleError):
         build(*arguments[:4], group_size=arguments[4] if len(arguments) > 4 else None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("kind", "vpp"), [*((kind, None) for kind in KINDS), ("interleaved-1f1b", 3), ("forward-only", 2)]
+)
+def test_orders_are_those_of_the_built_schedule(kind: str, vpp: int | None) -> None:
+    for pp, microbatches in ((1, 3), (2, 1), (3, 5), (4, 9)):
+        rows = build(kind, pp, microbatches, vpp).ranks
+        assert list(orders(kind, pp, microbatches, vpp)) == [[(one.stage, one.kind) for one in row] for row in rows]

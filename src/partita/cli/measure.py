@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +26,9 @@ from partita.cost.hardware import Hardware, measured_file, parse, write
 from partita.engine import check_measures, measure_machine
 from partita.ranks import environment
 from partita.ranks.backends import open_mpi
+
+LIMIT_S, SECOND_S, LINKS_S = 100.0, 30.0, 10.0
+"""Seconds after which measuring has ended, and of them those kept for the start and the measurements of a second backend."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +54,8 @@ class MeasureOptions:
 def measure(options: MeasureOptions) -> None:
     """Measure matrix products, memory, layers and collectives of this machine, and write a hardware file.
 
-    The file is what predictions of memory and time are made from. Measuring takes about a minute; other work on the machine
-    distorts it.
+    The file is what predictions of memory and time are made from. Measuring takes about a minute, and less than two on a busy
+    machine, where it repeats less; other work on the machine distorts it.
     """
     name = choose_engine(options.engine)
     check_measures(name)
@@ -60,11 +64,13 @@ def measure(options: MeasureOptions) -> None:
     if name == "torch" and options.ranks > 1:
         backends = ["mpi", "gloo"] if open_mpi() is not None else ["gloo"]
     found: dict[str | None, dict[str, Any]] = {}
+    begin = time.time()
     with tempfile.TemporaryDirectory(prefix="partita-") as folder:
         for backend in backends:
             target = Path(folder) / f"{backend}.json"
             request = PlanRequest("", Mesh(dp=options.ranks), engine=name)
-            job = MeasureJob(request=request, backend=backend, target=target, links_only=bool(found))
+            ends = begin + (LIMIT_S if backend == backends[-1] else LIMIT_S - SECOND_S)
+            job = MeasureJob(request=request, backend=backend, target=target, links_only=bool(found), ends=ends)
             code = launch.start_job(job) if options.ranks > 1 else launch.work_together(job.work, name)
             if code:
                 raise typer.Exit(code)
@@ -87,16 +93,21 @@ class MeasureJob(Job):
     Attributes:
         target: The file for the first rank's numbers.
         links_only: Whether only the collectives are measured, over another backend.
+        ends: The time (of `time.time`) at which it shall have ended.
     """
 
     target: Path
     links_only: bool = False
+    ends: float
 
     def work(self) -> int:
         """Measure, and write the numbers on the first rank."""
         what = f"measuring ({self.backend})" if self.backend else "measuring"
         with _progress(what) as show:
-            found = measure_machine(self.request.engine, links_only=self.links_only, on_progress=show)
+            budget_s = min(self.ends - time.time(), LINKS_S if self.links_only else LIMIT_S)
+            found = measure_machine(
+                self.request.engine, links_only=self.links_only, on_progress=show, budget_s=budget_s
+            )
         if environment.is_first():
             self.target.write_text(json.dumps(found), encoding="utf-8")
         return 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 
 from partita.core.layout.placement import home_of
-from partita.schedule import Kind, build, placement_of, vpp_of
+from partita.schedule import Kind, orders, placement_of, vpp_of
 
 Counts = tuple[int, ...]
 
@@ -28,12 +28,13 @@ def _alive(kind: str, pp: int, microbatches: int, vpp: int) -> tuple[tuple[Count
     placement = placement_of(kind)
     last = Kind.F if kind == "forward-only" else None
     found = []
-    for row in build(kind, pp, microbatches, vpp if vpp_of(kind, None) > 1 or vpp > 1 else None).ranks:
+    places = [home_of(placement, pp, stage)[1] for stage in range(pp * vpp)]
+    for row in orders(kind, pp, microbatches, vpp if vpp_of(kind, None) > 1 or vpp > 1 else None):
         counts = [0] * vpp
         seen: set[Counts] = {(0,) * vpp}
         grew = False
-        for stage, action, _ in row:
-            place = home_of(placement, pp, stage)[1]
+        for stage, action in row:
+            place = places[stage]
             if action is Kind.F:
                 counts[place] += 1
                 grew = True

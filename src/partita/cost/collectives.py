@@ -44,6 +44,24 @@ def seconds(hardware: Hardware, group: Group, name: str, message_bytes: float) -
     return max(latency, between.latency_s) + volume(name, n) * message_bytes / speed
 
 
+def least_seconds(hardware: Hardware, group: Group, name: str, message_bytes: float) -> float:
+    """Seconds that reductions, scatters or gathers of so many bytes take at least: at the best efficiency, without latency."""
+    if group.size <= 1:
+        return 0.0
+    inside, between = hardware.link_inside(), hardware.link_between()
+    link = inside if group.is_inside else between
+    speed = _fastest(link) if group.is_inside else min(_fastest(inside), group.per_node * _fastest(between))
+    if (group.is_inside or group.per_node == 1) and link.measured:
+        return 0.0
+    if group.per_node == 1:
+        speed = _fastest(between)
+    return volume(name, group.size) * message_bytes / speed
+
+
+def _fastest(link: Link) -> float:
+    return link.bandwidth * max(share for _, share in link.efficiency)
+
+
 def volume(name: str, n: int) -> float:
     """The share of the bytes that each rank sends in a ring."""
     if name == "all_reduce":

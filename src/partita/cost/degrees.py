@@ -51,21 +51,7 @@ class Degrees:
 
     def groups(self, hardware: Hardware) -> Groups:
         """The groups along each axis: tp is innermost, then cp, pp and dp."""
-        n = self.ranks
-        stage = self.tp * self.cp
-        return Groups(
-            tp=hardware.group(1, self.tp, n),
-            cp=hardware.group(self.tp, self.cp, n),
-            pp=hardware.group(stage, self.pp, n),
-            dp=self._replicas(hardware),
-            ep=hardware.group(self.etp, self.ep, n),
-        )
-
-    def _replicas(self, hardware: Hardware) -> Group:
-        """The ranks along cp and dp together, between which the pipeline ranks are."""
-        inner = hardware.group(self.tp, self.cp, self.ranks)
-        outer = hardware.group(self.tp * self.cp * self.pp, self.dp, self.ranks)
-        return Group(self.replicas, inner.per_node * (outer.per_node if inner.is_inside else 1))
+        return _groups(self, hardware)
 
 
 @dataclass(frozen=True)
@@ -77,6 +63,21 @@ class Groups:
     pp: Group
     dp: Group
     ep: Group
+
+
+@lru_cache(maxsize=4096)
+def _groups(degrees: Degrees, hardware: Hardware) -> Groups:
+    n, stage = degrees.ranks, degrees.tp * degrees.cp
+    context = hardware.group(degrees.tp, degrees.cp, n)
+    # The ranks along cp and dp together, between which the pipeline ranks are.
+    outer = hardware.group(stage * degrees.pp, degrees.dp, n)
+    return Groups(
+        tp=hardware.group(1, degrees.tp, n),
+        cp=context,
+        pp=hardware.group(stage, degrees.pp, n),
+        dp=Group(degrees.replicas, context.per_node * (outer.per_node if context.is_inside else 1)),
+        ep=hardware.group(degrees.etp, degrees.ep, n),
+    )
 
 
 @lru_cache(maxsize=4096)

@@ -43,7 +43,7 @@ def memory(model: ModelCost, work: Work, arrangement: Arrangement, kernels: str 
         if place not in known:
             sliced = model.sliced(*degrees.split)
             uses = {
-                tp: _of_rank(model, work, arrangement, degrees, kernels_of(kernels), *place, tp)
+                tp: memory_of(model, work, arrangement, degrees, kernels_of(kernels), *place, tp)
                 for tp in sliced.distinct
             }
             known[place] = tuple(uses[tp] for tp in sliced.same_as)
@@ -51,15 +51,25 @@ def memory(model: ModelCost, work: Work, arrangement: Arrangement, kernels: str 
     return tuple(replica) * degrees.dp
 
 
-def _of_rank(
+def memory_of(
     model: ModelCost, work: Work, arrangement: Arrangement, degrees: Degrees, kernels: Kernels,
     stages: tuple[StageCost, ...], counts: tuple[Counts, ...], tp: int,
 ) -> MemoryUse:  # fmt: skip
-    held = held_by(model, stages, degrees, tp)
-    weights = weight_bytes(model, work, held)
+    """The bytes of tensor rank `tp` with these stages, of which `counts` micro-batches are alive."""
     if work.purpose != "train":
+        weights = weight_bytes(model, work, held_by(model, stages, degrees, tp))
         cache, buffers = _generating(model, work, arrangement, degrees, kernels, stages, tp)
         return MemoryUse(weights=weights, cache=cache, buffers=buffers)
+    held = held_bytes(model, work, arrangement, degrees, stages, tp)
+    return at_peak(held, moments(model, work, arrangement, degrees, kernels, stages, counts, tp))
+
+
+def held_bytes(
+    model: ModelCost, work: Work, arrangement: Arrangement, degrees: Degrees, stages: tuple[StageCost, ...], tp: int
+) -> MemoryUse:
+    """Training: the bytes of weights, gradients and the optimizer's state on a rank with these stages."""
+    held = held_by(model, stages, degrees, tp)
+    weights = weight_bytes(model, work, held)
     trained = _trained(model, work, held)
     item = DTYPE_BYTES[weight_dtype(model, work)]
     gradient = DTYPE_BYTES[work.gradient_dtype] if work.gradient_dtype else item
@@ -70,14 +80,20 @@ def _of_rank(
         """Bytes of a rank's shard, if ZeRO distributes them from `stage` on."""
         return math.ceil(size if arrangement.zero < stage else size * ((1 - apart) / dense + apart / experts))
 
-    optimizer = optimizer_bytes(work, held, trained, item)
-    gradients = sharded(trained * gradient, 2)
-    moments = _training(model, work, arrangement, degrees, kernels, stages, counts, tp)
-    peak = max(moments, key=lambda one: one.activations + one.buffers + one.has_gradients * gradients)
     return MemoryUse(
         weights=sharded(weights, 3) + (item * trained if work.lora_rank else 0),
-        gradients=gradients if peak.has_gradients else 0,
-        optimizer=sharded(optimizer, 1),
+        gradients=sharded(trained * gradient, 2),
+        optimizer=sharded(optimizer_bytes(work, held, trained, item), 1),
+    )
+
+
+def at_peak(held: MemoryUse, moments: tuple[Moment, ...]) -> MemoryUse:
+    """What is held throughout, and what is besides at the moment with the most."""
+    peak = max(moments, key=lambda one: one.activations + one.buffers + one.has_gradients * held.gradients)
+    return MemoryUse(
+        weights=held.weights,
+        gradients=held.gradients if peak.has_gradients else 0,
+        optimizer=held.optimizer,
         activations=math.ceil(peak.activations),
         buffers=math.ceil(peak.buffers),
     )
@@ -167,7 +183,7 @@ def stage_activations(
 
 
 @dataclass(frozen=True)
-class _Moment:
+class Moment:
     """A moment of a step at which memory may be largest: bytes of activations and buffers, and whether gradients exist."""
 
     activations: float
@@ -175,17 +191,17 @@ class _Moment:
     has_gradients: bool = True
 
 
-def _training(
+def moments(
     model: ModelCost, work: Work, arrangement: Arrangement, degrees: Degrees, kernels: Kernels,
     stages: tuple[StageCost, ...], counts: tuple[Counts, ...], tp: int,
-) -> tuple[_Moment, ...]:  # fmt: skip
+) -> tuple[Moment, ...]:  # fmt: skip
     """The moments of a step at which memory may be largest."""
     shape = training_shape(work, arrangement, degrees, weight_dtype(model, work))
     key = (
         "training", shape, arrangement.recompute, arrangement.zero >= 3, degrees.pp > 1, degrees.replicas > 1, degrees.split,
         kernels.name, stages, counts, tp, _accumulates(arrangement, stages, counts),
     )  # fmt: skip
-    found: tuple[_Moment, ...] | None = model.cache.get(key)
+    found: tuple[Moment, ...] | None = model.cache.get(key)
     if found is None:
         found = model.cache[key] = _moments(model, shape, arrangement, degrees, kernels, stages, counts, tp)
     return found
@@ -199,7 +215,7 @@ def _accumulates(arrangement: Arrangement, stages: tuple[StageCost, ...], counts
 def _moments(
     model: ModelCost, shape: Shape, arrangement: Arrangement, degrees: Degrees, kernels: Kernels,
     stages: tuple[StageCost, ...], counts: tuple[Counts, ...], tp: int,
-) -> tuple[_Moment, ...]:  # fmt: skip
+) -> tuple[Moment, ...]:  # fmt: skip
     sizes = [stage_activations(model, stage, shape, kernels, arrangement, tp) for stage in stages]
     activations = max(sum(n * size for n, size in zip(one, sizes, strict=True)) for one in counts)
     sliced = model.sliced(*degrees.split)
@@ -224,12 +240,12 @@ def _moments(
         copies = 4 + (shape.item if shape.item < 4 else 0) if kernels.frees_gradients else 2 * 4
         buckets = copies * min(BUCKET_BYTES / shape.item, held_by(model, stages, degrees, tp).parameters)
     if not kernels.frees_gradients:
-        return (_Moment(activations + kept, buffers + max(loss, layer) + buckets),)
+        return (Moment(activations + kept, buffers + max(loss, layer) + buckets),)
     return (
-        _Moment(activations + kept, buffers + loss, has_gradients=_accumulates(arrangement, stages, counts)),
+        Moment(activations + kept, buffers + loss, has_gradients=_accumulates(arrangement, stages, counts)),
         # The last layer of a backward, when all gradients exist: other micro-batches' activations, and this layer's.
-        _Moment(max(0.0, activations - sum(sizes)), buffers + layer),
-        _Moment(0.0, buckets),
+        Moment(max(0.0, activations - sum(sizes)), buffers + layer),
+        Moment(0.0, buckets),
     )
 
 

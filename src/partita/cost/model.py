@@ -217,11 +217,19 @@ class ModelCost:
                     modules.pop(path, None)
                     if others is not None and path in others[0]:
                         modules[path] = others[0][path]
-        layers = tuple(
-            tuple(self._layer(layer, rank, modules, attention, cuts, etp / tp, sends=sends) for layer in shown)
-            for rank in range(tp)
-        )
-        return Sliced(layers, tuple(self._ends(rank, modules, cuts) for rank in range(tp)))
+        made: dict[Any, tuple[tuple[Layer, ...], Ends]] = {}
+        found = []
+        for rank in range(tp):
+            # What a rank holds follows from its shapes and heads, which most ranks share.
+            heads = tuple((one.local_heads(rank), one.local_kv_heads(rank)) for one in attention.values())
+            key = heads, tuple(cut.local_shape(rank) for cut in cuts.values())
+            if key not in made:
+                made[key] = (
+                    tuple(self._layer(layer, rank, modules, attention, cuts, etp / tp, sends=sends) for layer in shown),
+                    self._ends(rank, modules, cuts),
+                )
+            found.append(made[key])
+        return Sliced(tuple(layers for layers, _ in found), tuple(ends for _, ends in found))
 
     def is_expert(self, name: str) -> bool:
         """Whether a tensor is the weight of routed experts."""

@@ -8,15 +8,24 @@ from functools import partial
 
 from partita.cost.activations import Shape
 from partita.cost.alive import Counts, alive
-from partita.cost.degrees import degrees_of
+from partita.cost.degrees import Degrees, degrees_of
 from partita.cost.estimate import _limit
 from partita.cost.hardware import Hardware
-from partita.cost.kernels import kernels_of
-from partita.cost.memory import _of_rank, stage_activations, training_shape, weight_dtype
+from partita.cost.kernels import Kernels, kernels_of
+from partita.cost.memory import (
+    Moment,
+    at_peak,
+    held_bytes,
+    memory_of,
+    moments,
+    stage_activations,
+    training_shape,
+    weight_dtype,
+)
 from partita.cost.model import ModelCost
 from partita.cost.stages import StageCost, stages_of
 from partita.cost.time import _end_of_step, _forward, _slowest, _stage
-from partita.cost.work import Arrangement, Work
+from partita.cost.work import Arrangement, MemoryUse, Work
 
 
 def stage_s(
@@ -85,37 +94,72 @@ def stage_bytes(model: ModelCost, work: Work, arrangement: Arrangement, hardware
     ranks = model.sliced(*degrees.split).distinct
     kinds = range(len(model.first))
 
-    def use(stage: StageCost) -> list[int]:
-        return [_of_rank(model, work, arrangement, degrees, kernels, (stage,), ((0,),), tp).total for tp in ranks]
-
     def kept(stage: StageCost) -> float:
         if not trains:
             return 0.0
         return max(stage_activations(model, stage, shape, kernels, arrangement, tp) for tp in ranks)
 
-    every = tuple((kind, 1) for kind in kinds)
-    base = use(StageCost(every, 0, embedding=False, loss=False))
-    layers = [
-        max(
-            more - one
-            for more, one in zip(
-                use(StageCost(tuple((k, 2 if k == kind else 1) for k in kinds), 0, embedding=False, loss=False)), base,
-                strict=True,
-            )
-        )
-        for kind in kinds
-    ]  # fmt: skip
+    if trains:
+        uses = _training_bytes(model, work, arrangement, degrees, kernels, shape)
+    else:
+        uses = [
+            [memory_of(model, work, arrangement, degrees, kernels, (stage,), ((0,),), tp).total for tp in ranks]
+            for stage in _samples(model)
+        ]
+    base, ends = uses[0], [max(uses[0]), *map(max, uses[1:4])]
+    layers = [max(more - one for more, one in zip(use, base, strict=True)) for use in uses[4:]]
+    key = ("kept", shape, arrangement.recompute, degrees.split, kernels.name) if trains else ("nothing is kept",)
+    found: tuple[tuple[float, ...], float] | None = model.cache.get(key)
+    if found is None:
+        of_kinds = tuple(kept(StageCost(((kind, 1),), 0, embedding=False, loss=False)) for kind in kinds)
+        found = model.cache[key] = of_kinds, kept(StageCost((), 0, embedding=True, loss=False))
     rest = sum(layers)
+    return StageBytes(
+        tuple(layers), found[0], (ends[0] - rest, ends[1] - rest, ends[2] - rest, ends[3] - rest), found[1]
+    )
+
+
+def _samples(model: ModelCost) -> list[StageCost]:
+    """Stages with a layer of each kind: with no end of the model, the embedding, the loss, both; then one more of each kind."""
+    kinds = range(len(model.first))
+    every = tuple((kind, 1) for kind in kinds)
     ends = [
-        max(use(StageCost(every, model.mtp if loss else 0, embedding=embedding, loss=loss))) - rest
+        StageCost(every, model.mtp if loss else 0, embedding=embedding, loss=loss)
         for embedding, loss in ((False, False), (True, False), (False, True), (True, True))
     ]
-    return StageBytes(
-        tuple(layers),
-        tuple(kept(StageCost(((kind, 1),), 0, embedding=False, loss=False)) for kind in kinds),
-        (ends[0], ends[1], ends[2], ends[3]),
-        kept(StageCost((), 0, embedding=True, loss=False)),
-    )
+    more = (tuple((k, 2 if k == kind else 1) for k in kinds) for kind in kinds)
+    return [*ends, *(StageCost(counts, 0, embedding=False, loss=False) for counts in more)]
+
+
+def _training_bytes(
+    model: ModelCost, work: Work, arrangement: Arrangement, degrees: Degrees, kernels: Kernels, shape: Shape
+) -> list[list[int]]:
+    """The bytes of `_samples` on each tensor rank that differs.
+
+    Many arrangements hold the same, others have the same moments: both are kept apart.
+    """
+    replicas = degrees.replicas, degrees.expert_replicas
+    key: tuple[object, ...] = "sampled bytes", work, arrangement.zero, replicas, degrees.split
+    held: list[list[MemoryUse]] | None = model.cache.get(key)
+    ranks = model.sliced(*degrees.split).distinct
+    if held is None:
+        held = model.cache[key] = [
+            [held_bytes(model, work, arrangement, degrees, (stage,), tp) for tp in ranks] for stage in _samples(model)
+        ]
+    key = (
+        "sampled moments", shape, arrangement.recompute, arrangement.zero >= 3, degrees.pp > 1, degrees.replicas > 1,
+        degrees.split, kernels.name,
+    )  # fmt: skip
+    found: list[list[tuple[Moment, ...]]] | None = model.cache.get(key)
+    if found is None:
+        found = model.cache[key] = [
+            [moments(model, work, arrangement, degrees, kernels, (stage,), ((0,),), tp) for tp in ranks]
+            for stage in _samples(model)
+        ]
+    return [
+        [at_peak(one, its).total for one, its in zip(uses, those, strict=True)]
+        for uses, those in zip(held, found, strict=True)
+    ]
 
 
 def alive_of(work: Work, arrangement: Arrangement) -> tuple[tuple[Counts, ...], ...]:

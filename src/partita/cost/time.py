@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
@@ -11,10 +12,11 @@ from partita.core.layout.placement import Placement, home_of, stage_at
 from partita.core.model.spec import DTYPE_BYTES
 from partita.cost import makespan as pipelines
 from partita.cost.activations import Shape
-from partita.cost.collectives import seconds
+from partita.cost.collectives import least_seconds, seconds
 from partita.cost.degrees import Degrees, Groups, degrees_of
+from partita.cost.facts import Part
 from partita.cost.flops import flops_per_token
-from partita.cost.hardware import Device, Hardware, value_at
+from partita.cost.hardware import Device, Group, Hardware, value_at
 from partita.cost.kernels import Kernels, kernels_of
 from partita.cost.layers import Seconds, Setting, layer_s, move_s, product_s
 from partita.cost.memory import held_by, optimizer_bytes, training_shape, weight_dtype
@@ -172,7 +174,8 @@ def _stage_of_rank(
     kinds = [*stage.kinds, *((len(model.first) + k, 1) for k in range(stage.mtp))]
     for kind, count in kinds:
         layer = sliced.layers[tp][kind]
-        key = ("layer", kind, tp, shape, setting, degrees.split, arrangement.zero >= 3)
+        gathering = groups.dp if arrangement.zero >= 3 else None
+        key = ("layer", kind, tp, shape, setting, degrees.split, gathering)
         one: Seconds | None = model.cache.get(key)
         if one is None:
             one = layer_s(layer, model, shape, setting)
@@ -247,9 +250,7 @@ def _end_of_step(
     dp = 0.0
     if degrees.replicas > 1 and arrangement.zero < 3:
         dense = trained - (0 if work.lora_rank else held.experts)
-        experts = replace(
-            groups.dp, size=degrees.expert_replicas, per_node=min(groups.dp.per_node, degrees.expert_replicas)
-        )
+        experts = _expert_replicas(degrees, groups)
         summed = gathered = 0.0
         for elements, group in ((dense, groups.dp), (trained - dense, experts)):
             summed += seconds(
@@ -265,13 +266,59 @@ def _end_of_step(
             count = min(arrangement.microbatches, degrees.pp if arrangement.vpp > 1 else 1)
             backward, forward = (count * sum(one) for one in zip(*((s.b + s.w, s.f) for s in own), strict=True))
             dp = max(0.0, summed - backward) + max(0.0, gathered - forward) + hardware.link_between().occupies * dp
-    shards = degrees.replicas if arrangement.zero >= 1 else 1
-    passes = kernels_of(hardware.kernels).optimizer_passes
-    moved = (2 * optimizer_bytes(work, held, trained, item) + trained * (item + passes * gradient)) / shards
-    device = hardware.devices[0] if hardware.is_uniform else min(hardware.devices, key=lambda d: d.memory_bandwidth)
+    moved = _moved_by_update(work, arrangement, hardware, held, trained, item)
+    device = _updating(hardware)
     layers = sum(stage.layers for stage in stages_of(model, arrangement)[pp])
     loops = device.update_layer_s * layers
     return dp, (move_s(device, moved) / device.optimizer_share + loops) if trained else 0.0
+
+
+def least_end_of_step_s(model: ModelCost, work: Work, arrangement: Arrangement, hardware: Hardware) -> float:
+    """Seconds in which the slowest rank at least sums its gradients and updates its weights, whatever layers it has.
+
+    One rank holds no less than their mean, and each byte of it takes as long as at the best efficiency, without latency.
+    """
+    degrees = degrees_of(arrangement.mesh)
+    kinds = Counter(model.kinds)
+    every = StageCost(tuple(sorted(kinds.items())), model.mtp, embedding=True, loss=True)
+    held = held_by(model, (every,), degrees, model.sliced(*degrees.split).distinct[0])
+    trained = held.lora * work.lora_rank if work.lora_rank else held.parameters
+    item = DTYPE_BYTES[weight_dtype(model, work)]
+    gradient = DTYPE_BYTES[work.gradient_dtype] if work.gradient_dtype else max(4, item)
+    dp = 0.0
+    if degrees.replicas > 1 and arrangement.zero < 3:
+        groups = degrees.groups(hardware)
+        apart = 0 if work.lora_rank else held.experts
+        for elements, group in ((trained - apart, groups.dp), (apart, _expert_replicas(degrees, groups))):
+            name = "reduce_scatter" if arrangement.zero else "all_reduce"
+            dp += least_seconds(hardware, group, name, elements * gradient)
+            if arrangement.zero:
+                dp += least_seconds(hardware, group, "all_gather", elements * item)
+        if arrangement.overlap_gradients:
+            dp *= hardware.link_between().occupies
+    device = _updating(hardware)
+    most = device.memory_bandwidth * max(share for _, share in device.memory_efficiency) * device.optimizer_share
+    return (dp + _moved_by_update(work, arrangement, hardware, held, trained, item) / most) / degrees.pp
+
+
+def _expert_replicas(degrees: Degrees, groups: Groups) -> Group:
+    """The ranks that hold the same experts."""
+    return replace(groups.dp, size=degrees.expert_replicas, per_node=min(groups.dp.per_node, degrees.expert_replicas))
+
+
+def _moved_by_update(
+    work: Work, arrangement: Arrangement, hardware: Hardware, held: Part, trained: int, item: int
+) -> float:
+    """Bytes that the optimizer's step moves on a rank."""
+    gradient = DTYPE_BYTES[work.gradient_dtype] if work.gradient_dtype else max(4, item)
+    shards = degrees_of(arrangement.mesh).replicas if arrangement.zero >= 1 else 1
+    passes = kernels_of(hardware.kernels).optimizer_passes
+    return (2 * optimizer_bytes(work, held, trained, item) + trained * (item + passes * gradient)) / shards
+
+
+def _updating(hardware: Hardware) -> Device:
+    """The device that updates its weights last."""
+    return hardware.devices[0] if hardware.is_uniform else min(hardware.devices, key=lambda d: d.memory_bandwidth)
 
 
 # --- generating ---------------------------------------------------------------------------------------------------------

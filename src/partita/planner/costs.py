@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from partita.core.mesh import Mesh
 from partita.cost.work import Arrangement, Estimate, MemoryUse, Recompute, Work
 from partita.planner.layers import Amounts, Memory
-from partita.planner.space import Bound, Group, Most
+from partita.planner.space import Bound, Group, Most, Settings
 
 
 class Costs(Protocol):
@@ -19,8 +19,12 @@ class Costs(Protocol):
     def bound(self, mesh: Mesh) -> Bound:
         """What all arrangements of a mesh need at least. Raises `PlanError` for a mesh that cannot split the model."""
 
-    def least_seconds(self, group: Group, recompute: Recompute = "none") -> float:
-        """The seconds that all arrangements of a group that recompute so much, or more, need at least.
+    def least_seconds(
+        self, group: Group, recompute: Recompute = "none", chosen: Settings | None = None,
+        parallel: Sequence[bool] = (False, True),
+    ) -> float:  # fmt: skip
+        """The seconds that all arrangements of a group that recompute so much, or more, need at least: with the `chosen`
+        settings, or with any whose sequence parallelism is one of `parallel`.
 
         Raises `PlanError` as `bound` does.
         """

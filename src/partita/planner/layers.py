@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, combinations, pairwise
+from typing import NamedTuple
 
 from partita.core.sharding.split import deal
 
@@ -78,6 +79,30 @@ class Memory:
     def share(self, counts: Sequence[int], homes: Sequence[int]) -> float:
         """The largest share of its memory that a rank needs."""
         return max(held / limit for held, limit in zip(loads_of(self.bytes.of(counts), homes), self.limit, strict=True))
+
+    def is_short(self, homes: Sequence[int], slack: float = 0.0) -> bool:
+        """Whether no assignment fits: not all layers have room, if each rank takes as many as it can of those with the fewest
+        bytes."""
+        room = 0
+        stages: dict[int, list[int]] = {}
+        for stage, home in enumerate(homes):
+            stages.setdefault(home, []).append(stage)
+        sums: dict[tuple[int, ...], list[float] | float] = {}
+        for home, own in stages.items():
+            free = self.limit[home] * (1 + slack + PRECISION) - sum(self.bytes.outside[stage] for stage in own)
+            if free < 0:
+                return True
+            rows = {id(self.bytes.layers[stage]): self.bytes.layers[stage] for stage in own}
+            key = tuple(sorted(rows))
+            if key not in sums:
+                least = (
+                    next(iter(rows.values())) if len(rows) == 1 else tuple(map(min, zip(*rows.values(), strict=True)))
+                )
+                one = min(least)
+                sums[key] = one if one == max(least) else list(accumulate(sorted(least)))
+            found = sums[key]
+            room += bisect_right(found, free) if isinstance(found, list) else int(free / found * (1 + PRECISION))
+        return room < len(self.bytes.layers[0])
 
     @cached_property
     def may_suffice(self) -> bool:
@@ -262,55 +287,104 @@ def _place_several(
     """Several stages on each rank: all assignments if they are few, else from an even one by moving single layers."""
     stages, layers = len(homes), len(seconds.layers[0])
 
-    def rating(counts: Sequence[int]) -> tuple[float, float, int]:
-        """Bytes beyond the limits, the seconds of a step, and how unequal the stages are."""
+    own: list[list[int]] = [[] for _ in range(max(homes) + 1)]
+    for stage, home in enumerate(homes):
+        own[home].append(stage)
+    vpp = stages // len(own)
+
+    def rated(counts: list[int], times: _Values, held: _Values | None) -> _Assignment:
         over = 0.0
-        if memory is not None:
-            held = loads_of(memory.bytes.of(counts), homes)
-            over = sum(max(0.0, used - limit) for used, limit in zip(held, memory.limit, strict=True))
-        return over, seconds_of(seconds.of(counts), homes, microbatches), sum(count * count for count in counts)
+        if memory is not None and held is not None:
+            over = sum(used - limit for used, limit in zip(held.loads, memory.limit, strict=True) if used > limit)
+        step_s = sum(times.each) / vpp + (microbatches - 1 / vpp) * max(times.loads)
+        return _Assignment((over, step_s, sum(count * count for count in counts)), counts, times, held)
+
+    def assigned(counts: Sequence[int]) -> _Assignment:
+        held = None if memory is None else _Values.of(memory.bytes, own, counts)
+        return rated(list(counts), _Values.of(seconds, own, counts), held)
+
+    def moved(before: _Assignment, giver: int, taker: int) -> _Assignment:
+        counts = before.counts.copy()
+        counts[giver] -= 1
+        counts[taker] += 1
+        span = min(giver, taker), max(giver, taker)
+        held = (
+            before.held if memory is None or before.held is None else before.held.moved(memory.bytes, own, counts, span)
+        )
+        return rated(counts, before.times.moved(seconds, own, counts, span), held)
 
     even = deal(layers, stages, allow_empty=True)
     if math.comb(layers + stages - 1, stages - 1) <= EXHAUSTIVE:
-        best = min((even, *compositions(layers, stages)), key=rating)
+        best = min(map(assigned, (even, *compositions(layers, stages))), key=_rating)
     else:
-        best = _improved(even, homes, seconds, memory, rating)
-    return tuple(best) if rating(best)[0] == 0 else None
+        best = _improved(assigned(even), own, memory, moved)
+    return tuple(best.counts) if best.rating[0] == 0 else None
+
+
+class _Values(NamedTuple):
+    """The amounts of each stage, and their sums on each rank."""
+
+    each: list[float]
+    loads: list[float]
+
+    @classmethod
+    def of(cls, amounts: Amounts, own: list[list[int]], counts: Sequence[int]) -> _Values:
+        """Those of an assignment; `own` has the stages of each rank."""
+        each = amounts.of(counts)
+        return cls(each, [sum(map(each.__getitem__, stages)) for stages in own])
+
+    def moved(self, amounts: Amounts, own: list[list[int]], counts: list[int], span: tuple[int, int]) -> _Values:
+        """Those of another assignment, which differs from the first to the last stage of `span`."""
+        each, (first, last) = self.each.copy(), span
+        start, sums, outside = sum(counts[:first]), amounts.sums, amounts.outside
+        for stage in range(first, last + 1):
+            end = start + counts[stage]
+            row = sums[stage]
+            each[stage] = row[end] - row[start] + outside[stage]
+            start = end
+        return _Values(each, [sum(map(each.__getitem__, stages)) for stages in own])
+
+
+class _Assignment(NamedTuple):
+    """Layers of each stage, and what they come to.
+
+    Attributes:
+        rating: Bytes beyond the limits, the seconds of a step, and how unequal the stages are; the smallest is the best.
+        counts: Layers of each stage.
+        times: Seconds of a micro-batch.
+        held: Bytes; None where memory is not a limit.
+    """
+
+    rating: tuple[float, float, int]
+    counts: list[int]
+    times: _Values
+    held: _Values | None
+
+
+def _rating(one: _Assignment) -> tuple[float, float, int]:
+    return one.rating
 
 
 def _improved(
-    counts: Sequence[int],
-    homes: Sequence[int],
-    seconds: Amounts,
+    best: _Assignment,
+    own: list[list[int]],
     memory: Memory | None,
-    rating: Callable[[Sequence[int]], tuple[float, float, int]],
-) -> list[int]:
+    moved: Callable[[_Assignment, int, int], _Assignment],
+) -> _Assignment:
     """Move single layers from the rank that is over its limit, or else has the most to compute, to others while that helps."""
-    best, least = list(counts), rating(counts)
     while True:
-        loads = loads_of(seconds.of(best), homes)
-        if memory is not None and least[0] > 0:
-            used = loads_of(memory.bytes.of(best), homes)
-            loads = [held - limit for held, limit in zip(used, memory.limit, strict=True)]
+        loads = best.times.loads
+        if memory is not None and best.held is not None and best.rating[0] > 0:
+            loads = [held - limit for held, limit in zip(best.held.loads, memory.limit, strict=True)]
         order = sorted(range(len(loads)), key=loads.__getitem__)
-        giver = max(_of_rank(homes, order[-1]), key=best.__getitem__)
-        takers = order[: min(TAKERS, len(order) - 1)] if best[giver] else []
-        moves = (_moved(best, giver, min(_of_rank(homes, rank), key=best.__getitem__)) for rank in takers)
-        found = min(((rating(move), move) for move in moves), default=(least, best))
-        if found[0] >= least:
+        layers_of = best.counts.__getitem__
+        giver = max(own[order[-1]], key=layers_of)
+        takers = order[: min(TAKERS, len(order) - 1)] if best.counts[giver] else []
+        moves = (moved(best, giver, min(own[rank], key=layers_of)) for rank in takers)
+        found = min(moves, key=lambda one: (one.rating, one.counts), default=best)
+        if found.rating >= best.rating:
             return best
-        least, best = found
-
-
-def _of_rank(homes: Sequence[int], rank: int) -> Iterator[int]:
-    return (stage for stage, home in enumerate(homes) if home == rank)
-
-
-def _moved(counts: Sequence[int], giver: int, taker: int) -> list[int]:
-    made = list(counts)
-    made[giver] -= 1
-    made[taker] += 1
-    return made
+        best = found
 
 
 def compositions(total: int, parts: int) -> Iterator[tuple[int, ...]]:

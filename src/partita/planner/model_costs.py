@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
@@ -15,12 +15,13 @@ from partita.cost.estimate import estimate, lower_bound
 from partita.cost.hardware import Hardware
 from partita.cost.memory import memory
 from partita.cost.model import ModelCost
-from partita.cost.parts import StageBytes, alive_of, limits, new_tokens, stage_bytes, stage_s
+from partita.cost.parts import StageBytes, alive_of, end_of_step_s, limits, new_tokens, stage_bytes, stage_s
 from partita.cost.stages import StageCost
+from partita.cost.time import least_end_of_step_s
 from partita.cost.work import Arrangement, Estimate, MemoryUse, Recompute, Work
 from partita.planner.costs import CostsOf
 from partita.planner.layers import Amounts, Memory, loads_of
-from partita.planner.space import Bound, Group, Most
+from partita.planner.space import Bound, Group, Most, Settings
 
 _BELOW = 1 - 1e-6
 """A bound is that much below what it adds up, for sums are rounded."""
@@ -55,6 +56,7 @@ class ModelCosts:
         self._found: dict[tuple[object, ...], _Parts] = {}
         self._wholes: dict[tuple[object, ...], tuple[float, float]] = {}
         self._leasts: dict[tuple[object, ...], tuple[float, float]] = {}
+        self._ends: dict[tuple[object, ...], float] = {}
         self._counts = Counter(model.kinds)
         self._parts_of: dict[tuple[object, ...], StageBytes] = {}
         self._bytes: dict[Arrangement, Memory] = {}
@@ -70,7 +72,10 @@ class ModelCosts:
             seconds *= new_tokens(self._work)
         return Bound(seconds, bytes_, max(self.limit(mesh)))
 
-    def least_seconds(self, group: Group, recompute: Recompute = "none") -> float:
+    def least_seconds(
+        self, group: Group, recompute: Recompute = "none", chosen: Settings | None = None,
+        parallel: Sequence[bool] = (False, True),
+    ) -> float:  # fmt: skip
         """The seconds of the layers alone, evenly distributed, and of the bubble that no assignment avoids.
 
         Letters: p ranks, v stages of a rank, m micro-batches, S the seconds of all stages, a share q of them the forwards.
@@ -78,9 +83,13 @@ class ModelCosts:
         t = (T - q times what they have) / m, and all ranks together have S = T / q (1 - (1 - q / m)^p).
         """
         p, v, m = group.mesh.pp, group.vpp, group.microbatches
-        total, forward = self._least(group, recompute)
+        if chosen is None or self._work.purpose != "train":
+            (total, forward), end = self._least(group, recompute, parallel), 0.0
+        else:
+            bare = self._bare(group, recompute, chosen)
+            (total, forward), end = self._whole(bare), self._end(bare)
         if p == 1:
-            return m * total * _BELOW
+            return (m * total + end) * _BELOW
         if group.schedule == "interleaved-1f1b":
             least = (m + (p - 1) / v) * total / p
         elif group.schedule in ("zb-h1", "zb-h2"):
@@ -92,20 +101,28 @@ class ModelCosts:
             least = total + (m - 1) * total / p
         else:
             least = max(total, m * total / p)
-        return least * _BELOW
+        return (least + end) * _BELOW
 
     def least_seconds_of(self, arrangement: Arrangement) -> float:
         """The seconds that a complete arrangement needs at least: its ranks start when the first micro-batch has come."""
         times = self.stage_seconds(arrangement).of(arrangement.layers)
         if not arrangement.schedule.startswith("zb"):
             return 0.0  # its estimate takes no longer than this
-        first = times[: arrangement.mesh.pp]
         homes = [home_of(arrangement.placement, arrangement.mesh.pp, index)[0] for index in range(len(times))]
-        group = Group(arrangement.mesh, arrangement.microbatches, arrangement.schedule, arrangement.vpp)
-        forward = min(forward / total for total, forward in (self._whole(bare) for bare in self._both(group)))
-        starts = (0.0, *accumulate(time * forward for time in first))
+        starts = (0.0, *accumulate(self._forwards(arrangement, homes[: arrangement.mesh.pp])))
         loads = loads_of(times, homes)
-        return _BELOW * max(start + arrangement.microbatches * load for start, load in zip(starts, loads, strict=False))
+        latest = max(start + arrangement.microbatches * load for start, load in zip(starts, loads, strict=False))
+        return _BELOW * (latest + end_of_step_s(self._model, self._work, arrangement, self._hardware))
+
+    def _forwards(self, arrangement: Arrangement, homes: Sequence[int]) -> Iterator[float]:
+        """Seconds of a micro-batch's forward on each of the first stages, which are on the ranks `homes`."""
+        start, last = 0, len(arrangement.layers) - 1
+        for stage, home in enumerate(homes):
+            parts = self._parts(arrangement, 0 if self._hardware.is_uniform else home)
+            end = start + arrangement.layers[stage]
+            ends = parts.embedding[1] * (stage == 0) + parts.loss[1] * (stage == last)
+            yield parts.empty[1] + ends + sum(parts.kinds[kind][1] for kind in self._model.kinds[start:end])
+            start = end
 
     def stage_seconds(self, arrangement: Arrangement) -> Amounts:
         """Seconds of a micro-batch by stage and layer."""
@@ -156,25 +173,38 @@ class ModelCosts:
 
     # --- the terms ----------------------------------------------------------------------------------------------------
 
-    def _both(self, group: Group, recompute: Recompute = "none") -> Iterator[Arrangement]:
+    def _both(
+        self, group: Group, recompute: Recompute = "none", parallel: Sequence[bool] = (False, True)
+    ) -> Iterator[Arrangement]:
         """Arrangements of a group with and without sequence parallelism."""
-        for sequence_parallel in (False, True) if group.mesh.tp > 1 and self._work.purpose == "train" else (False,):
-            yield Arrangement(
-                mesh=group.mesh, layers=(0,) * (group.mesh.pp * group.vpp), schedule=group.schedule,
-                placement=group.placement, microbatches=group.microbatches,
-                sequence_parallel=sequence_parallel, recompute=recompute,
-            )  # fmt: skip
+        for sequence_parallel in parallel if group.mesh.tp > 1 and self._work.purpose == "train" else (False,):
+            yield self._bare(group, recompute, Settings(0, sequence_parallel, overlap_gradients=False))
 
-    def _least(self, group: Group, recompute: Recompute) -> tuple[float, float]:
+    @staticmethod
+    def _bare(group: Group, recompute: Recompute, chosen: Settings) -> Arrangement:
+        return Arrangement(
+            mesh=group.mesh, layers=(0,) * (group.mesh.pp * group.vpp), schedule=group.schedule,
+            placement=group.placement, microbatches=group.microbatches, zero=chosen.zero, recompute=recompute,
+            sequence_parallel=chosen.sequence_parallel, overlap_gradients=chosen.overlap_gradients,
+        )  # fmt: skip
+
+    def _end(self, bare: Arrangement) -> float:
+        """Seconds that the end of a step takes at least."""
+        key = bare.mesh, bare.zero, bare.overlap_gradients
+        if key not in self._ends:
+            self._ends[key] = least_end_of_step_s(self._model, self._work, bare, self._hardware)
+        return self._ends[key]
+
+    def _least(self, group: Group, recompute: Recompute, parallel: Sequence[bool]) -> tuple[float, float]:
         """The smaller of `_whole` with and without sequence parallelism."""
-        key = group.mesh, group.microbatches, group.vpp, recompute
+        key = group.mesh, group.microbatches, group.vpp, recompute, tuple(parallel)
         if key not in self._leasts:
-            self._leasts[key] = min(self._whole(bare) for bare in self._both(group, recompute))
+            self._leasts[key] = min(self._whole(bare) for bare in self._both(group, recompute, parallel))
         return self._leasts[key]
 
     def _whole(self, bare: Arrangement) -> tuple[float, float]:
         """Seconds of all stages for a micro-batch on the fastest rank, and those of the forwards."""
-        key = bare.mesh, bare.microbatches, bare.sequence_parallel, bare.recompute, len(bare.layers)
+        key = bare.mesh, bare.microbatches, bare.sequence_parallel, bare.recompute, len(bare.layers), bare.zero >= 3
         if key not in self._wholes:
             ranks = range(1 if self._hardware.is_uniform else bare.mesh.pp)
             self._wholes[key] = min(self._sum_on(bare, pp) for pp in ranks)

@@ -141,10 +141,13 @@ class Search:
             layers = self._place(memory.bytes, replace(group, microbatches=LARGEST_ONLY), None)
             assert layers is not None
             return self._with(bare, layers, memory, group, is_free=False)
+        if memory.is_short(group.homes, SLACK):
+            return Placed(bare, max(least, math.nextafter(1, 2)), is_free=False, group=group)
         fastest = self.fastest(bare, group)
         if fastest.share <= 1:
             return fastest
-        fitted = self._place(self.costs.stage_seconds(bare), group, memory)
+        is_short = memory.is_short(group.homes)
+        fitted = None if is_short else self._place(self.costs.stage_seconds(bare), group, memory)
         return fastest if fitted is None else self._with(bare, fitted, memory, group, is_free=False)
 
     def fastest(self, bare: Arrangement, group: Group) -> Placed:
@@ -181,6 +184,7 @@ class Found:
         self._search, self._fixed, self._optimize, self._count = search, fixed, optimize, count
         self._features, self._below = features, below
         self._best: dict[Key, tuple[Value, Estimate]] = {}
+        self._limit = below
         self._rejected: list[tuple[float, int, Placed]] = []
         self._number = counter()
         self.least: Bound | None = None
@@ -220,9 +224,11 @@ class Found:
                 continue
             bound = search.bound(item)
             assert bound is not None
+            choices = settings(item, search.work, self._fixed, self._features)
+            parallel = sorted({chosen.sequence_parallel for chosen in choices})
             for group in groups(item, search.work, self._fixed, search.costs.most.pp):
                 try:
-                    seconds = search.costs.least_seconds(group)
+                    seconds = search.costs.least_seconds(group, parallel=parallel)
                 except PlanError:
                     break  # the model cannot be split so
                 heapq.heappush(heap, (self._least(item, seconds, bound.bytes), next(number), group))
@@ -234,9 +240,7 @@ class Found:
 
     def _worst(self) -> float:
         """The value that a plan must be below, or reach, to be listed."""
-        if len(self._best) < self._count:
-            return self._below
-        return min(self._below, sorted(value for value, _ in self._best.values())[self._count - 1][0])
+        return self._limit
 
     def _try(self, group: Group) -> None:
         search = self._search
@@ -244,7 +248,7 @@ class Found:
         for chosen in settings(group.mesh, search.work, self._fixed, self._features):
             for recompute in levels:
                 if self._optimize != "memory" and not self._may_be_better(
-                    group, search.costs.least_seconds(group, recompute)
+                    group, search.costs.least_seconds(group, recompute, chosen)
                 ):
                     break
                 bare = _bare(group, chosen, recompute)
@@ -272,6 +276,9 @@ class Found:
         key, value = (group.mesh, group.schedule), self._search.value(estimate, self._optimize)
         if key not in self._best or value < self._best[key][0]:
             self._best[key] = value, estimate
+            if len(self._best) >= self._count:
+                values = sorted(value for value, _ in self._best.values())
+                self._limit = min(self._below, values[self._count - 1][0])
 
     def _note_closest(self, placed: Placed) -> None:
         heapq.heappush(self._rejected, (placed.share, next(self._number), placed))

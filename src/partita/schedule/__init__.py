@@ -1,7 +1,7 @@
 """Pipeline schedules as data: which rank computes what when. They are built, lowered, checked, simulated and drawn here."""
 
 from partita.schedule.action import Action, Kind, Schedule, format_row, parse_row
-from partita.schedule.build import KINDS, build, check_kind, placement_of, vpp_of
+from partita.schedule.build import KINDS, build, check_kind, orders, placement_of, vpp_of
 from partita.schedule.check import check
 from partita.schedule.draw import chrome_trace, grid, picture
 from partita.schedule.lower import lower
@@ -24,6 +24,7 @@ __all__ = [
     "grid",
     "lower",
     "measured_costs",
+    "orders",
     "parse_row",
     "picture",
     "placement_of",

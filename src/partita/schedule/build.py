@@ -62,6 +62,19 @@ def build(kind: str, pp: int, microbatches: int, vpp: int | None = None, *, grou
     return Schedule(tuple(_numbered(pattern, microbatches) for pattern in patterns))
 
 
+def orders(kind: str, pp: int, microbatches: int, vpp: int | None = None) -> Iterator[list[tuple[int, Kind]]]:
+    """For each rank the stages and kinds of the actions that `build` gives it, without the numbers of their micro-batches."""
+    check_kind(kind, pp, microbatches, vpp)
+    v = vpp_of(kind, vpp)
+    actions = v * microbatches * (3 if kind.startswith("zb") else 1 if kind == "forward-only" else 2)
+    for rank in range(pp):
+        pattern = list(_pattern(kind, pp, v, rank, microbatches, pp))
+        has_surplus = len(pattern) > actions
+        yield (
+            [(stage, action) for stage, action, _ in _numbered(iter(pattern), microbatches)] if has_surplus else pattern
+        )
+
+
 def check_kind(kind: str, pp: int, microbatches: int, vpp: int | None = None, group_size: int | None = None) -> None:
     """Raise an error for arguments that `build` does not support.
 

@@ -3,6 +3,9 @@
 All ranks measure at once, since they share memory and cores when they run; every number is the median over the ranks. The
 factors that no separate operation shows (what a layer takes beside its products) come from small Llamas that are run as
 `train` and `generate` run them; docs/planning.md explains each.
+
+A budget of wall time is divided over the parts, and what a part leaves goes to those after it. On a slow machine calls are
+repeated less often, and sizes between others are left out.
 """
 
 from __future__ import annotations
@@ -37,19 +40,36 @@ from partita.torch.weights.fill import as_device
 from partita.training import StepReport, TrainSettings
 
 PRODUCTS = (
-    (4, 256, 256), (16, 256, 256), (64, 256, 256), (256, 256, 256), (64, 512, 1408), (256, 512, 512), (512, 512, 1408),
-    (256, 1024, 1024), (16, 1024, 1024), (64, 1024, 4096), (512, 1024, 4096), (1024, 2048, 2048),
+    (256, 256, 256), (4, 256, 256), (16, 256, 256), (64, 256, 256), (512, 512, 1408), (512, 1024, 4096), (256, 512, 512),
+    (256, 1024, 1024), (1024, 2048, 2048), (64, 512, 1408), (16, 1024, 1024), (64, 1024, 4096),
 )  # fmt: skip
-"""Rows, inputs and outputs of the products."""
+"""Rows, inputs and outputs of the products, the most informative first."""
 
-MOVED = (1 << 12, 1 << 15, 1 << 18, 1 << 21, 1 << 24, 1 << 26)
-"""Elements of the tensors that are added."""
+NEEDED_PRODUCTS = 6
+"""So many of them are measured in any case."""
+
+NARROW_PRODUCTS = ((256, 1024, 1024), (256, 512, 512), (512, 512, 1408))
+"""The products of other dtypes, whose peak alone is wanted."""
+
+MOVED = (1 << 26, 1 << 12, 1 << 21, 1 << 24, 1 << 18, 1 << 15)
+"""Elements of the tensors that are added, the most informative first."""
 
 ATTENTIONS = ((4, 64), (2, 256), (1, 768))
 """Sequences and their tokens, 8 heads of 64."""
 
-MESSAGES = (1 << 12, 1 << 14, 1 << 16, 1 << 18, 1 << 20, 1 << 22, 1 << 24)
-"""Bytes of the collectives."""
+MESSAGES = (1 << 12, 1 << 24, 1 << 18, 1 << 22, 1 << 16, 1 << 20, 1 << 14)
+"""Bytes of the collectives, the most informative first."""
+
+ENDS = 2
+"""So many of these sizes and of the tensors that are added are measured in any case."""
+
+BUDGET_S = 75.0
+"""Seconds that a measurement takes at most, unless its caller has another budget."""
+
+PARTS = {
+    "matrix products": 20, "memory": 8, "attention": 4, "layers": 24, "optimizer": 16, "decoding": 16, "collectives": 12,
+}  # fmt: skip
+"""The parts in their order, each with its share of the time."""
 
 SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 4}
 MIDDLE = {"hidden_size": 512, "intermediate_size": 1408, "num_attention_heads": 8, "num_key_value_heads": 8}
@@ -63,12 +83,46 @@ VOCABULARY = 260
 OnProgress = Callable[[float, str], None]
 
 
+class Budget:
+    """The wall time of a measurement, divided over its parts.
+
+    Args:
+        seconds: All of it.
+        clock: What tells the time.
+    """
+
+    def __init__(self, seconds: float, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock, self._end = clock, clock() + seconds
+        self._part_end = self._end
+
+    def begin(self, part: str) -> None:
+        """Give a part its share of what is left."""
+        names = list(PARTS)
+        rest = sum(PARTS[name] for name in names[names.index(part) :])
+        self._part_end = self._clock() + max(0.0, self._end - self._clock()) * PARTS[part] / rest
+
+    @property
+    def left_s(self) -> float:
+        """Seconds of the part that are left; negative if it took longer."""
+        return self._part_end - self._clock()
+
+    def rounds(self, call: Callable[[], float], most: int, seconds: float) -> list[float]:
+        """What `call` returns, once and then up to `most` times while `seconds` of the part are not over."""
+        end = self._clock() + min(seconds, self.left_s)
+        found = [call()]
+        while len(found) < most and self._clock() < end:
+            found.append(call())
+        return found
+
+
 def measure(
     *,
     dtypes: tuple[str, ...] = ("float32", "bfloat16"),
     device: str | None = None,
     links_only: bool = False,
     on_progress: OnProgress | None = None,
+    budget_s: float = BUDGET_S,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Any]:
     """Measure the device of this rank and the links between the ranks. Every rank calls it.
 
@@ -77,20 +131,29 @@ def measure(
         device: The device (default: this rank's CUDA device, else the CPU).
         links_only: Whether only the links are measured.
         on_progress: Called with the fraction that is done, and what comes next.
+        budget_s: Seconds of wall time that it may take; a machine so slow that each call once takes longer exceeds it.
+        clock: What tells the wall time.
 
     Returns:
         `device` and `link` as the tables of a hardware file, for `partita.cost.hardware.parse`.
     """
     init_process_group()
     groups = make_groups(Mesh(dp=torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1))
-    measurement = _Measurement(groups, as_device(device), dtypes, on_progress or (lambda done, what: None))
+    budget = Budget(budget_s, clock)
+    measurement = _Measurement(groups, as_device(device), dtypes, on_progress or (lambda done, what: None), budget)
     return {"link": measurement.collectives()} if links_only else measurement.run()
 
 
 class _Measurement:
     def __init__(
-        self, groups: ParallelGroups, device: torch.device, dtypes: tuple[str, ...], on_progress: OnProgress
+        self,
+        groups: ParallelGroups,
+        device: torch.device,
+        dtypes: tuple[str, ...],
+        on_progress: OnProgress,
+        budget: Budget,
     ) -> None:
+        self.budget = budget
         self.groups, self.comm, self.device = groups, groups.dp, device
         self.dtypes, self.on_progress = dtypes, on_progress
         self.is_cpu = device.type == "cpu"
@@ -102,24 +165,32 @@ class _Measurement:
             "memory_bytes": self._memory(),
             "is_asynchronous": not self.is_cpu,
         }
-        self.on_progress(0.0, "matrix products")
+        self._begin("matrix products")
         tables |= self._products()
-        self.on_progress(0.3, "memory")
+        self._begin("memory")
         tables |= self._bandwidth()
-        self.on_progress(0.4, "attention")
+        self._begin("attention")
         tables |= self._attention(tables)
-        self.on_progress(0.5, "layers")
+        self._begin("layers")
         tables |= self._fixed()
         tables |= self._others(tables)
-        self.on_progress(0.7, "optimizer")
+        self._begin("optimizer")
         tables |= self._update(tables)
-        self.on_progress(0.8, "decoding")
+        self._begin("decoding")
         tables |= self._decoding(tables)
-        self.on_progress(0.9, "collectives")
         link = self.collectives()
         tables["reserved_bytes"] = int(self._agree(min(peak_resident_bytes(), 700_000_000)))
         self.on_progress(1.0, "done")
         return {"device": tables, "link": link}
+
+    def _begin(self, part: str) -> None:
+        names = list(PARTS)
+        self.on_progress(sum(PARTS[name] for name in names[: names.index(part)]) / sum(PARTS.values()), part)
+        self.budget.begin(part)
+
+    def _has_time(self) -> bool:
+        """Whether all ranks have time left for this part: they decide alike."""
+        return min(float(one) for one in self.comm.all_gather_object(self.budget.left_s)) > 0  # type: ignore[arg-type]
 
     # --- the tables ---------------------------------------------------------------------------------------------------
 
@@ -140,7 +211,10 @@ class _Measurement:
         for name in self.dtypes:
             dtype = getattr(torch, name)
             speeds = {}
-            for rows, inputs, outputs in PRODUCTS if name == self.dtypes[0] else PRODUCTS[5:8]:
+            for index, (rows, inputs, outputs) in enumerate(PRODUCTS if name == self.dtypes[0] else NARROW_PRODUCTS):
+                needed = NEEDED_PRODUCTS if name == self.dtypes[0] else 1
+                if index >= needed and not self._has_time():
+                    break
                 x = torch.randn(rows, inputs, device=self.device).to(dtype)
                 w = torch.randn(outputs, inputs, device=self.device).to(dtype)
                 speeds[rows, inputs, outputs] = 2.0 * rows * inputs * outputs / self._time(partial(F.linear, x, w))
@@ -161,11 +235,13 @@ class _Measurement:
 
     def _bandwidth(self) -> dict[str, Any]:
         speeds: dict[float, float] = {}
-        for numel in MOVED:
+        for index, numel in enumerate(MOVED):
+            if index >= ENDS and not self._has_time():
+                break
             a, b = torch.randn(numel, device=self.device), torch.randn(numel, device=self.device)
             out = torch.empty_like(a)
             speeds[12.0 * numel] = 12.0 * numel / self._time(partial(torch.add, a, b, out=out))
-        last = speeds[12.0 * MOVED[-1]]
+        last = speeds[12.0 * MOVED[0]]
         return {"memory_bandwidth": last, "memory_efficiency": _curve({k: v / last for k, v in speeds.items()})}
 
     def _attention(self, tables: Mapping[str, Any]) -> dict[str, Any]:
@@ -187,8 +263,11 @@ class _Measurement:
 
     def _others(self, tables: Mapping[str, Any]) -> dict[str, Any]:
         """What a layer takes beside its products, its attention and its fixed time."""
-        forwards, backwards = [], []
+        forwards: list[float] = []
+        backwards: list[float] = []
         for batch, length in ((1, 256), (4, 128)):
+            if forwards and not self._has_time():
+                break
             times = {layers: self._passes(self._model(MIDDLE, layers), batch, length) for layers in (FEW, MORE)}
             measured = [(times[MORE][i] - times[FEW][i]) / (MORE - FEW) for i in range(2)]
             bare, full = (self._layer(MIDDLE, batch, length, tables, share) for share in (1e9, 1.0))
@@ -210,9 +289,12 @@ class _Measurement:
         steps = {}
         for layers in (FEW, MORE):
             model = self._model(SMALL, layers)
-            settings = TrainSettings(steps=9, batch_size=self.comm.size, sequence_length=16, warmup_steps=0)
-            tokens = torch.randint(256, (self.comm.size * 17 * 9,))
-            steps[layers] = self._agree(_typical(self._steps(model, tokens, settings)))
+            settings = TrainSettings(steps=3, batch_size=self.comm.size, sequence_length=16, warmup_steps=0)
+            tokens = torch.randint(256, (self.comm.size * 17 * 3,))
+            found = self._steps(model, tokens, settings)
+            while len(found) < 8 and self._has_time():
+                found += self._steps(model, tokens, settings)
+            steps[layers] = self._agree(_typical(found))
         fixed = tables["layer_s"] + tables["layer_backward_s"]
         layer = (steps[MORE] - steps[FEW]) / (MORE - FEW) - fixed
         rest = steps[FEW] - FEW * (fixed + max(0.0, layer)) - tables["microbatch_s"]
@@ -238,14 +320,16 @@ class _Measurement:
         """Seconds of the collectives by their bytes; nothing of a single rank."""
         if self.comm.size == 1:
             return {}
-        measured: dict[str, list[list[float]]] = {}
-        for name, call in _calls(self.comm).items():
-            rows = {}
-            for size in MESSAGES:
+        self._begin("collectives")
+        found: dict[str, dict[float, float]] = {name: {} for name in _calls(self.comm)}
+        for index, size in enumerate(MESSAGES):
+            if index >= ENDS and not self._has_time():
+                break
+            for name, call in _calls(self.comm).items():
                 x = torch.zeros(size // 4, device=self.device)
                 seconds = self._time(partial(call, x), together=True)
-                rows[float(size)] = seconds / 2 if name == "send" else seconds  # there and back
-            measured[name] = _curve(rows)
+                found[name][float(size)] = seconds / 2 if name == "send" else seconds  # there and back
+        measured = {name: _curve(rows) for name, rows in found.items()}
         latency, (last, slowest) = measured["send"][0][1], measured["send"][-1]
         return {
             "latency_s": latency, "bandwidth": last / max(1e-9, slowest - latency), "algorithms": ["ring"],
@@ -280,9 +364,9 @@ class _Measurement:
         for _ in range(2):
             once()
         spans.clear()
-        start = time.perf_counter()
-        while len(spans) < 4 or (time.perf_counter() - start < 0.6 and len(spans) < 30):
+        for _ in range(3):
             once()
+        self.budget.rounds(lambda: _span(self._now, once, 1), 27, 0.6)
         f, b = (self._agree(_typical([span[i] for span in spans])) for i in range(2))
         return f, b
 
@@ -306,7 +390,10 @@ class _Measurement:
 
         tokenizer = byte_tokenizer()
         seconds(2)
-        few, more = (_typical([seconds(count) for _ in range(3)]) for count in (2, 18))
+        spans = [(seconds(2), seconds(18))]
+        while len(spans) < 3 and self._has_time():
+            spans.append((seconds(2), seconds(18)))
+        few, more = map(_typical, zip(*spans, strict=True))
         return self._agree(max(0.0, more - few) / 16)
 
     def _layer(self, sizes: Mapping[str, int], batch: int, length: int, tables: Mapping[str, Any], share: float) -> Any:
@@ -339,6 +426,9 @@ class _Measurement:
             one = self._agree(one)
         repeats = max(1, min(200, int(0.004 / one)))
         rounds = max(3, min(15, int(0.12 / (one * repeats))))
+        if not together:
+            return self._agree(_typical(self.budget.rounds(lambda: _span(clock, call, repeats), rounds, 0.5)))
+        rounds = rounds if self._has_time() else 1
         return self._agree(_typical([_span(clock, call, repeats) for _ in range(rounds)]))
 
     def _agree(self, value: float) -> float:
