@@ -41,6 +41,9 @@ CASES: list[Any] = [
             *(("mistral, a window", {"cp": 2, "dp": 2, "zero": level}) for level in (1, 2, 3)),
             *(("deepseek-v3, latent attention", {"dp": 4, "ep": 2, "zero": level}) for level in (1, 2, 3)),
             ("qwen3-moe with an auxiliary loss", {"dp": 2, "tp": 2, "ep": 4, "etp": 1, "zero": 2}),
+            ("gpt-oss", {"dp": 2, "tp": 2, "ep": 2, "etp": 2, "zero": 3}),
+            ("gpt-oss", {"tp": 4, "ep": 2, "etp": 2}),
+            ("deepseek-v3, latent attention", {"cp": 2, "tp": 2, "ep": 2, "etp": 2, "zero": 2}),
             ("mixtral", {"dp": 2, "pp": 2, "ep": 2, "zero": 3, "microbatches": 2}),
         )
     ),
