@@ -153,6 +153,7 @@ class Engine(Protocol):
         group_size: int | None = None,
         microbatches: int = 1,
         steps: int = 3,
+        zero: int | None = None,
         dtype: Sequence[str] | None = None,
         **split: Unpack[LoadArguments],
     ) -> Report:

@@ -59,10 +59,10 @@ EXPERTS = [
         "does not divide 2. The nearest that does is",
     ),
     Case(
-        "experts over replicas",
-        "plan config.json --dp 2 --tp 2 --ep 2",
-        "would distribute experts and split each of them as well, which a plan cannot express. "
-        "Use --etp 1 with --ep 2, or with --ep 4 to use as many ranks.",
+        "experts on more ranks than a stage has",
+        "plan config.json --dp 2 --tp 2 --ep 4 --etp 2",
+        "ep x etp must divide the ranks of a stage, dp x cp x tp, but 4 x 2 does not divide 4. "
+        "The nearest that does is --ep 2.",
     ),
     Case("experts on MLX", "plan config.json --tp 2 --ep 2 --engine mlx", "--ep 2 needs the torch engine."),
 ]

@@ -50,7 +50,7 @@ def test_a_rank_receives_what_was_sent(tmp_path: Path, kind: str, is_planned: bo
             trace=tmp_path / "t.json", profile=None,
         ),
         "verify": lambda: VerifyJob(
-            **given, training={"microbatches": 2, "schedule": None}, steps=1, dtypes=["float64"], all_rows=False,
+            **given, training={"microbatches": 2, "schedule": None}, steps=1, zero=3, dtypes=["float64"], all_rows=False,
             as_json=True,
         ),
     }  # fmt: skip

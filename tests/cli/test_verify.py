@@ -106,7 +106,9 @@ def asked(partita: Run, monkeypatch: pytest.MonkeyPatch, file: str, engine: str,
         ("--pp 2 --schedule interleaved-1f1b", Mesh(pp=2), {"vpp": 2, "placement": "loop"}),
         ("--pp 2 --layout E|t|tt|tL", Mesh(pp=2), {"vpp": 2, "layout": "E|t|tt|tL"}),
         ("--pp 2 --microbatches 3", Mesh(pp=2), {"microbatches": 3}),
-        ("", Mesh(tp=2), {"vpp": 1, "layout": None, "microbatches": 1}),
+        ("", Mesh(tp=2), {"vpp": 1, "layout": None, "microbatches": 1, "zero": None}),
+        ("--dp 2 --zero", Mesh(dp=2), {"zero": 1}),
+        ("--cp 2 --zero 3", Mesh(cp=2, tp=2), {"zero": 3}),
     ],
 )
 def test_options_of_stages_reach_the_engine(
@@ -153,11 +155,26 @@ def test_two_ranks_prove_a_v_of_stages(tmp_path: Path) -> None:
     data = json.loads(ended.stdout)
     assert data["equal"]
     assert data["mesh"] == {"dp": 1, "pp": 2, "tp": 1}
-    kinds = {"module", "output", "gradient", "tokens", "loss", "parameter"}
+    kinds = {"module", "output", "gradient", "tokens", "loss", "norm", "parameter"}
     assert {row["kind"] for row in data["rows"] if row["dtype"] == "float64"} == kinds
     assert {row["tolerance"] for row in data["rows"] if row["dtype"] == "float64"} == {1e-12, 0.5}
     assert {row["dtype"] for row in data["rows"]} == {"float64"}
     assert (data["skipped"], data["substituted"]) == ([], [])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--tp 2 --zero 2", "distributes states over replicas (dp and cp)"),
+        ("--dp 2 --zero 4", "--zero must be 0, 1, 2 or 3"),
+    ],
+)
+def test_shards_that_cannot_be_are_refused_before_ranks_start(
+    partita: Run, tmp_path: Path, options: str, message: str
+) -> None:
+    said = partita("verify", write(tmp_path, TINY), *options.split())
+    assert said.code == 2
+    assert message in " ".join(said.err.split())
 
 
 # --- on MLX -----------------------------------------------------------------------------------------------------------

@@ -49,9 +49,39 @@ def test_experts_fold_over_replicas_and_tensor_ranks() -> None:
     assert plan.rank_bytes(0) - plan.rank_bytes(4) == 4 * 3 * 20 * 28
 
 
+def test_experts_are_distributed_and_each_is_split() -> None:
+    mesh = Mesh(dp=2, tp=2, ep=2)
+    plan = Plan.make(mixtral(5), mesh)
+    assert (mesh.etp, mesh.expert_groups) == (2, ((0, 1, 2, 3),))
+    # experts       0 1 2    3 4
+    # inner width   0:10 10:20 on neighbours
+    shapes = [plan.local_shape("model.layers.0.mlp.experts.gate_up_proj", rank) for rank in range(4)]
+    assert shapes == [(3, 20, 28), (3, 20, 28), (2, 20, 28), (2, 20, 28)]
+    down = plan.tensor("model.layers.0.mlp.experts.down_proj")
+    assert [down.ranges(plan.part(down, rank)) for rank in range(4)] == [
+        (((0, 3),), ((0, 28),), ((0, 10),)), (((0, 3),), ((0, 28),), ((10, 20),)),
+        (((3, 5),), ((0, 28),), ((0, 10),)), (((3, 5),), ((0, 28),), ((10, 20),)),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("mesh", "groups"),
+    [
+        (Mesh(tp=2), ((0,), (1,))),
+        (Mesh(tp=4, ep=2), ((0, 1, 2, 3),)),
+        (Mesh(dp=2, pp=2, tp=2, ep=2, etp=1), ((0, 1), (2, 3), (4, 5), (6, 7))),
+        (Mesh(dp=2, pp=2, tp=2, ep=2), ((0, 1, 4, 5), (2, 3, 6, 7))),
+    ],
+    ids=repr,
+)
+def test_which_ranks_hold_experts_together(mesh: Mesh, groups: tuple[tuple[int, ...], ...]) -> None:
+    assert mesh.expert_groups == groups
+
+
 MESHES = [
     Mesh(tp=2, ep=2), Mesh(dp=2, pp=2, tp=2, ep=2, etp=1), Mesh(dp=2, ep=2), Mesh(dp=2, tp=2, ep=4, etp=1),
-    Mesh(cp=2, dp=2, ep=2), Mesh(dp=3, tp=2, ep=3, etp=1),
+    Mesh(cp=2, dp=2, ep=2), Mesh(dp=3, tp=2, ep=3, etp=1), Mesh(tp=4, ep=2), Mesh(dp=2, tp=3, ep=2, etp=3),
+    Mesh(dp=2, pp=2, tp=2, ep=2),
 ]  # fmt: skip
 
 
@@ -61,7 +91,7 @@ def test_every_element_has_one_owner_and_json_keeps_it(mesh: Mesh) -> None:
     plan = Plan.make(spec, mesh)
     for name, cut in plan.cuts.items():
         owned = 0
-        for rank in range(mesh.axis_size(cut.axis)):
+        for rank in range(mesh.tp if cut.axis == "tp" else len(mesh.expert_groups[0])):
             size = 1
             for ranges in cut.owned_ranges(rank):
                 size *= sum(stop - start for start, stop in ranges)
@@ -76,7 +106,7 @@ def test_every_element_has_one_owner_and_json_keeps_it(mesh: Mesh) -> None:
         (llama(), {"tp": 2, "ep": 2}, r"no layer of the model \(llama\) has fused experts. Leave ep out"),
         (mixtral(2), {"tp": 3, "ep": 3}, "ep=3 needs at least 3 experts, but there are 2. Leave ep out"),
         (mixtral(5), {"tp": 2, "etp": 1}, "etp=1 differs from tp=2, but ep is 1"),
-        (mixtral(5), {"dp": 2, "tp": 2, "ep": 2}, "ep=2 with etp=2 would .* Use etp=1 with ep=2, or with ep=4"),
+        (mixtral(5), {"dp": 48, "ep": 2, "etp": 24}, "cannot each be split over etp=24 ranks, as .* less .* Use etp=1"),
         (mixtral(5), {"dp": 4, "tp": 2, "ep": 8, "etp": 1}, "needs at least 8 experts, but there are 5. Use ep=4"),
     ],
 )

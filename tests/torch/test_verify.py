@@ -24,7 +24,7 @@ from tests.support.models import CONFIGS
 from tests.support.ranks import ranks
 
 FORWARD = {"module", "output", "gradient"}
-ALL = {*FORWARD, "tokens", "loss", "parameter"}
+ALL = {*FORWARD, "tokens", "loss", "norm", "parameter"}
 LARGE: dict[str, Any] = {**CONFIGS["llama-3-heads"], "num_hidden_layers": 8}
 
 
@@ -67,7 +67,7 @@ def test_the_dtype_of_a_config_is_compared_beside_float64(name: str, mesh: dict[
     assert report.equal, [row for row in report.rows if not row.ok]
     assert report.dtypes == ("float64", "bfloat16")
     assert report.skipped == report.substituted == ()
-    assert (kinds(report, "float64"), kinds(report, "bfloat16")) == (ALL, {*ALL, "dtype"})
+    assert (kinds(report, "float64"), kinds(report, "bfloat16")) == (ALL, {*ALL - {"norm"}, "dtype"})
     assert {row.tolerance for row in report.rows if row.dtype == "float64"} == {1e-12, 0.5}
     errors = [row.error for row in report.rows if row.dtype == "bfloat16" and row.kind == "gradient"]
     assert 1e-3 < max(errors) < 0.1
@@ -142,7 +142,7 @@ def test_a_base_model_has_no_tokens_no_loss_and_no_trained_parameters(tmp_path: 
     assert report.equal
     assert {row.kind for row in report.rows} == FORWARD
     reasons = {kind: skip.reason for skip in report.skipped for kind in skip.kinds}
-    assert set(reasons) == ALL - FORWARD
+    assert set(reasons) == ALL - FORWARD - {"norm"}
     assert reasons["tokens"] == (
         "the unsplit model does not generate: BertModel has no language model head, so it cannot generate"
     )
@@ -151,7 +151,7 @@ def test_a_base_model_has_no_tokens_no_loss_and_no_trained_parameters(tmp_path: 
 
 def test_without_steps_no_loss_is_missing(tmp_path: Path) -> None:
     report = verify(written(tmp_path, CONFIGS["llama-3-heads"]), steps=0)
-    assert ({row.kind for row in report.rows}, report.skipped) == (ALL - {"loss", "parameter"}, ())
+    assert ({row.kind for row in report.rows}, report.skipped) == (ALL - {"loss", "norm", "parameter"}, ())
 
 
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16"])

@@ -160,6 +160,7 @@ def as_data(model: str | None, made: Plan, *, tensors: bool) -> dict[str, Any]:
                 "rank": rank,
                 **mesh.coordinate(rank)._asdict(),
                 **({"ep": mesh.expert_coordinate(rank).ep} if mesh.ep > 1 else {}),
+                **({"etp": mesh.expert_coordinate(rank).etp} if mesh.ep > 1 and mesh.expert_tp > 1 else {}),
                 "parameters": made.rank_parameters(rank),
                 "bytes": made.rank_bytes(rank),
                 "unpacked_bytes": made.rank_bytes(rank, unpacked=spec.is_packed),
@@ -175,11 +176,11 @@ def as_data(model: str | None, made: Plan, *, tensors: bool) -> dict[str, Any]:
                 "shape": cut.shape,
                 "dim": cut.dim,
                 **({"axis": cut.axis} if mesh.ep > 1 else {}),
+                **({} if cut.inner is None else {"inner_dim": cut.inner_dim}),
                 "ranges": (
-                    None
-                    if cut.split is None
-                    else [list(cut.split.ranges(part)) for part in range(mesh.axis_size(cut.axis))]
+                    None if cut.split is None else [list(cut.split.ranges(part)) for part in range(cut.split.parts)]
                 ),
+                **({} if cut.inner is None else {"inner_ranges": [list(one) for one in cut.inner.by_rank]}),
                 "tied_to": spec.tensors[cut.name].tied_to,
             }
             for cut in made.cuts.values()

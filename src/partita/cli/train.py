@@ -17,6 +17,7 @@ from partita.cli.arguments.auto import auto_plan, recompute_of, refuse_too_large
 from partita.cli.arguments.data import DataOptions, read_sources
 from partita.cli.arguments.engine import EngineChoice, choose_engine
 from partita.cli.arguments.follow import FollowOptions, check_follow
+from partita.cli.arguments.memory import zero_level
 from partita.cli.arguments.model import plan_early, refuse_compile, refuse_device, request_of
 from partita.cli.arguments.optimizer import OptimizerOptions
 from partita.cli.arguments.options import (
@@ -53,7 +54,7 @@ from partita.cost.work import Work
 from partita.errors import CheckpointError, ModelError
 from partita.ranks import environment
 from partita.training import TrainSettings
-from partita.training.settings import ZERO_LEVELS, default_schedule
+from partita.training.settings import default_schedule
 
 if TYPE_CHECKING:
     from partita.training.state import TrainingState
@@ -400,7 +401,7 @@ def _asked(options: TrainOptions, source: str) -> _Run:
         "dtype": options.dtype and options.dtype.value, "lora_rank": options.lora_rank,
         **{name: getattr(options, name) for name in LORA}, "save_every": options.save_every,
         "keep": options.keep, "run_id": elastic.run_id(), "engine": options.engine and options.engine.value,
-        "zero": _zero(options.zero), "checkpointing": _recomputed(options.checkpointing), "compile": options.compile,
+        "zero": zero_level(options.zero), "checkpointing": _recomputed(options.checkpointing), "compile": options.compile,
         "report_to": options.report_to, "peak_flops": options.peak_flops,
     }  # fmt: skip
     return _Run(source, places, settings, notes)
@@ -417,14 +418,6 @@ def _recomputed(given: str | None) -> bool | int | str:
     if value != "selective" and not (isinstance(value, int) and value >= 1):
         raise ModelError(f"--checkpointing must be full, selective, none or a number of at least 1, but is {given!r}.")
     return value
-
-
-def _zero(given: str | None) -> bool | int:
-    """`TrainSettings.zero` from the option: False for 0 and True for 1, as checkpoints have them."""
-    if given not in (None, *map(str, ZERO_LEVELS)):
-        raise ModelError(f"--zero must be 0, 1, 2 or 3, but is {given!r}.")
-    level = int(given or 0)
-    return bool(level) if level < 2 else level
 
 
 def _resumed(options: TrainOptions) -> _Run:

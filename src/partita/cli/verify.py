@@ -11,6 +11,7 @@ import typer
 
 from partita.cli import launch
 from partita.cli.arguments.engine import choose_engine
+from partita.cli.arguments.memory import zero_level
 from partita.cli.arguments.model import plan_early, refuse_device, request_of
 from partita.cli.arguments.options import (
     OUTPUT,
@@ -28,6 +29,7 @@ from partita.cli.terminal.console import out, plural, print_json, runs
 from partita.core.mesh import Mesh
 from partita.engine import open_engine
 from partita.proof.report import Report, Row
+from partita.proof.verify import level_of
 from partita.ranks import environment
 from partita.ranks.failure import Failure
 
@@ -53,6 +55,17 @@ class VerifyOptions(RunOptions, PlanOptions):
             "--steps", min=0, help="Also compare this many training steps; 0 compares none.", rich_help_panel=COMPARISON
         ),
     ] = 3
+    zero: Annotated[
+        str | None,
+        typer.Option(
+            "--zero",
+            metavar="LEVEL",
+            help="Train with states that replicas (--dp, --cp) share: `1` (also without a value) the optimizer's, `2` "
+            "gradients too, `3` weights too (default: that of --plan, or 0).",
+            show_default=False,
+            rich_help_panel=COMPARISON,
+        ),
+    ] = None
     dtype: Annotated[
         list[Dtype] | None,
         typer.Option(
@@ -86,12 +99,15 @@ def verify(options: VerifyOptions) -> None:
     stages = choose(
         request, options.schedule, batch_size=wanted * mesh.dp, microbatches=wanted, is_planned=given is not None
     )
+    zero = None if options.zero is None else int(zero_level(options.zero))
+    level_of(zero, given, mesh)  # raises here, before ranks start
     refuse_device(name, options.device)
     launch.run(
         VerifyJob(
             request=stages.request, plan=plan_early(stages.request, given), backend=options.backend, device=options.device,
-            training=stages.training, steps=options.steps, dtypes=[one.value for one in options.dtype or ()] or None,
-            all_rows=options.all_rows, as_json=options.as_json,
+            training=stages.training, steps=options.steps, zero=zero,
+            dtypes=[one.value for one in options.dtype or ()] or None, all_rows=options.all_rows,
+            as_json=options.as_json,
         )
     )  # fmt: skip
 
@@ -103,6 +119,7 @@ class VerifyJob(Job):
     Attributes:
         training: Settings of the training steps.
         steps: Number of training steps.
+        zero: What the replicas share in them; None for the plan's level.
         dtypes: The dtypes to compare in; None for the default.
         all_rows: Whether every layer gets a row.
         as_json: Whether the report is printed as JSON.
@@ -110,6 +127,7 @@ class VerifyJob(Job):
 
     training: dict[str, Any]
     steps: int
+    zero: int | None
     dtypes: list[str] | None
     all_rows: bool
     as_json: bool
@@ -117,7 +135,9 @@ class VerifyJob(Job):
     def work(self) -> int:
         """Compare, and print the report on the first rank."""
         engine = open_engine(self.request.engine)
-        report = engine.verify(self.request.model, **self.split, **self.training, steps=self.steps, dtype=self.dtypes)
+        report = engine.verify(
+            self.request.model, **self.split, **self.training, steps=self.steps, zero=self.zero, dtype=self.dtypes
+        )
         if environment.is_first():
             if self.as_json:
                 print_json(_as_data(self.request.model, self.request.mesh, report))

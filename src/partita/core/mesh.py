@@ -113,14 +113,17 @@ class Mesh:
 
         Experts that are distributed beyond a tensor group are in two: distributed over it, and over replicas.
         """
+        if self.ep > 1 and not self.experts_send_tokens:
+            return (Mesh(tp=self.tp, ep=self.ep, etp=self.etp),)
         inside = (Mesh(tp=self.tp, ep=self.tp if self.ep > 1 else 1),) if self.tp > 1 else ()
-        beyond = (Mesh(dp=self.ep, ep=self.ep),) if self.ep > 1 and self.experts_send_tokens else ()
-        return (*inside, *beyond)
+        beyond = (Mesh(dp=self.ep, ep=self.ep),) if self.ep > 1 else ()
+        parts = (Mesh(tp=self.expert_tp),) if self.ep > 1 and self.expert_tp > 1 else ()
+        return (*inside, *beyond, *parts)
 
     @property
     def experts_send_tokens(self) -> bool:
         """Whether tokens are sent to the ranks of their experts; not inside a tensor group, whose ranks have all tokens."""
-        return self.ep > 1 and (self.ep, self.expert_tp) != (self.tp, 1)
+        return self.ep > 1 and self.ep * self.expert_tp != self.tp
 
     @property
     def experts_join_replicas(self) -> bool:
@@ -193,6 +196,13 @@ class Mesh:
         """Every group along `axes`, in the order of its first rank. Each rank is in one."""
         axes = axes if isinstance(axes, str) else tuple(axes)
         return tuple(sorted({self.group(axes, rank) for rank in range(self.size)}))
+
+    @property
+    def expert_groups(self) -> tuple[tuple[int, ...], ...]:
+        """The ranks that hold the experts of a layer together, ep x etp; each rank alone if experts are not distributed."""
+        count = self.ep * self.expert_tp if self.ep > 1 else 1
+        stages = [self.group(("dp", "cp", "tp"), self.rank(pp=pp)) for pp in range(self.pp)]
+        return tuple(sorted(stage[at : at + count] for stage in stages for at in range(0, len(stage), count)))
 
     def _expert_group(self, index: int, rank: int) -> tuple[int, ...]:
         here = self.coordinate(rank)

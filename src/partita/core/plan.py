@@ -229,8 +229,11 @@ class Plan:
         return self.tensor(name).local_shape(self.part(self.tensor(name), rank))
 
     def part(self, cut: TensorPlan, rank: int) -> int:
-        """The part of a tensor that `rank` holds: its index along the axis over which the tensor is split."""
-        return self.mesh.expert_coordinate(rank).ep if cut.axis == "ep" else self.mesh.coordinate(rank).tp
+        """The part of a tensor that `rank` holds: its index among the ranks over which the tensor is split."""
+        if cut.axis == "tp":
+            return self.mesh.coordinate(rank).tp
+        here = self.mesh.expert_coordinate(rank)
+        return here.ep * self.mesh.expert_tp + here.etp
 
     def rank_parameters(self, rank: int) -> int:
         """Parameters that `rank` holds, copies counted."""

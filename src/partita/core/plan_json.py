@@ -54,6 +54,7 @@ def as_data(plan: PlanFacts) -> dict[str, Any]:
             "split": index(cut.split),
             "partial_grad": cut.partial_grad,
             **({} if cut.axis == "tp" else {"axis": cut.axis}),
+            **({} if cut.inner is None else {"inner_dim": cut.inner_dim, "inner": index(cut.inner)}),
         }
         for name, cut in plan.cuts.items()
         if cut.split is not None or cut.partial_grad
@@ -119,6 +120,8 @@ def from_data(data: dict[str, Any]) -> PlanFacts:
             split(cut.get("split")),
             cut.get("partial_grad", False),
             cut.get("axis", "tp"),
+            cut.get("inner_dim"),
+            split(cut.get("inner")),
         )
         _check_cut(cuts[name], mesh)
     modules = {p: ModulePlan.from_data(p, {**m, "split": split(m["split"])}) for p, m in data["modules"].items()}
@@ -178,16 +181,23 @@ def _check_cut(cut: TensorPlan, mesh: Mesh) -> None:
     _is(bool, "partial_grad", cut.partial_grad)
     if cut.axis not in ("tp", "ep"):
         raise PlanError(f"tensor {cut.name}: `axis` must be tp or ep, but is {cut.axis!r:.40}.")
-    if (cut.dim is None) != (cut.split is None):
-        raise PlanError(f"tensor {cut.name}: `dim` and `split` go together, but one is missing.")
+    for names, dim, split in (
+        ("`dim` and `split`", cut.dim, cut.split),
+        ("`inner_dim` and `inner`", cut.inner_dim, cut.inner),
+    ):
+        if (dim is None) != (split is None):
+            raise PlanError(f"tensor {cut.name}: {names} go together, but one is missing.")
     if cut.dim is None or cut.split is None:
         return
-    parts = mesh.axis_size(cut.axis)
-    if _whole("dim", cut.dim) >= len(cut.shape) or (cut.split.parts, cut.split.size) != (parts, cut.shape[cut.dim]):
-        raise PlanError(
-            f"tensor {cut.name}: its split ({cut.split}) along dim {cut.dim} does not fit its shape {cut.shape} and "
-            f"{cut.axis}={parts}."
-        )
+    parts = mesh.tp if cut.axis == "tp" else mesh.ep * mesh.expert_tp
+    if cut.inner is not None and (cut.axis, cut.inner.parts) != ("ep", mesh.expert_tp):
+        raise PlanError(f"tensor {cut.name}: `inner` is for experts split over etp={mesh.expert_tp}.")
+    for dim, split in ((cut.dim, cut.split), *(((cut.inner_dim, cut.inner),) if cut.inner is not None else ())):
+        if _whole("dim", dim) >= len(cut.shape) or split.size != cut.shape[dim] or cut.parts != parts:
+            raise PlanError(
+                f"tensor {cut.name}: its split ({split}) along dim {dim} does not fit its shape {cut.shape} and "
+                f"{cut.axis}={parts}."
+            )
 
 
 def _check_parts(modules: Mapping[str, ModulePlan], attention: Mapping[str, AttentionPlan], mesh: Mesh) -> None:

@@ -200,7 +200,7 @@ class ModelCost:
         )
         modules, attention, cuts = resolve(spec, Mesh(tp=tp), self.rules)
         # Tokens are sent to their experts, but for experts within a tensor group, whose ranks have all tokens and sum outputs.
-        sends = None if ep > 1 and (ep, etp) == (tp, 1) else ep > 1
+        sends = None if ep > 1 and ep * etp == tp else ep > 1
         if (ep, etp) != (1, tp):
             if ep > 1 and self.num_experts < ep:
                 raise PlanError(

@@ -205,6 +205,11 @@ def _check(settings: TrainSettings, plan: Plan) -> None:
             "(output_router_logits) or aux_loss_scope is set. Set output_router_logits to False and leave aux_loss_scope out, "
             "or use the torch engine."
         )
+    refuse_settings(settings)
+
+
+def refuse_settings(settings: TrainSettings) -> None:
+    """Raise `PlanError` for settings of memory and dtypes that this engine does not support."""
     if settings.checkpointing == "selective":
         raise PlanError(
             "the MLX engine does not support checkpointing='selective': MLX differentiates functions, so it recomputes whole "

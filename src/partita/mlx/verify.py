@@ -39,7 +39,7 @@ from partita.mlx.proof.rounding import (
     unit_roundoff,
 )
 from partita.mlx.proof.stages import refuse_undecodable
-from partita.mlx.train import train
+from partita.mlx.train import refuse_settings, train
 from partita.mlx.weights.fill import as_dtype
 from partita.proof.report import (
     Collected,
@@ -55,7 +55,14 @@ from partita.proof.report import (
     rounding_rows,
 )
 from partita.proof.rounding import Rounding, judge_trained
-from partita.proof.verify import NEW_TOKENS, compare_tokens, expect_all, unsplit_settings, verification_settings
+from partita.proof.verify import (
+    NEW_TOKENS,
+    compare_tokens,
+    expect_all,
+    level_of,
+    unsplit_settings,
+    verification_settings,
+)
 from partita.ranks.liveness import doing
 from partita.training import TrainSettings, schedule_of
 
@@ -79,6 +86,7 @@ def verify(
     group_size: int | None = None,
     microbatches: int = 1,
     steps: int = 3,
+    zero: int | None = None,
     dtype: str | Sequence[str] | None = None,
     device: None = None,
     trust_remote_code: bool = False,
@@ -101,6 +109,7 @@ def verify(
         group_size: Group size of interleaved schedules.
         microbatches: Micro-batches per training step.
         steps: Training steps; 0 for none.
+        zero: Must be 0 or None: on MLX every replica keeps the complete states.
         dtype: The dtype of the weights that are not quantized, or several to compare in turn (default: float32).
         device: Must be None: MLX runs on its default device (`mx.set_default_device`).
         trust_remote_code: Has no effect: a model's own code is for transformers, and models with such code raise here.
@@ -115,7 +124,8 @@ def verify(
     how = SplitRequest.of(plan, split)
     mesh = how.mesh
     groups = make_groups(mesh)
-    settings = verification_settings(steps, microbatches, mesh.dp, schedule, group_size)
+    settings = verification_settings(steps, microbatches, mesh.dp, schedule, group_size, level_of(zero, plan, mesh))
+    refuse_settings(settings)
     names = list(dict.fromkeys([dtype] if isinstance(dtype, str) else dtype or ["float32"]))
     with collective_errors(groups):
         refuse_device(device)

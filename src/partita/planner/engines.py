@@ -19,7 +19,7 @@ class Features:
         sequence_parallel: Whether activations between products can be split over the tokens.
         overlap_gradients: Whether gradients can be summed over replicas while the backward runs.
         context: Whether sequences of training, and prompts with their cache, can be split over ranks (cp).
-        experts: Whether complete experts of a layer can be distributed over the ranks of a stage (etp = 1).
+        experts: Whether the experts of a layer can be distributed over the ranks of a stage (ep).
     """
 
     zero: tuple[int, ...] = (0, 1, 2, 3)
@@ -31,7 +31,7 @@ class Features:
 
     def executes_experts(self, mesh: Mesh) -> bool:
         """Whether the experts of a mesh are on ranks as the engine can distribute them."""
-        return mesh.ep == 1 or (self.experts and mesh.expert_tp == 1)
+        return mesh.ep == 1 or self.experts
 
 
 ENGINES: Mapping[str, Features] = {

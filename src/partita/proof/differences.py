@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from partita.ranks.groups import Communicator
 
-KINDS = ("module", "output", "gradient", "parameter")
+KINDS = ("module", "output", "gradient", "shard", "parameter")
 
 SMALL = 1e-3
 """Parameters and gradients are compared relative to no less than this fraction of the model's largest: the gradient of a key's

@@ -18,7 +18,8 @@ class Row:
 
     Attributes:
         kind: `module` and `output` (of a forward pass), `dtype` (of all outputs), `gradient`, `tokens` (generated, greedily),
-            `loss` (of each step of training) or `parameter` (after these steps).
+            `shard` (a replica's share of a gradient), `loss` and `norm` (of each step of training, and of its gradient) or
+            `parameter` (after these steps).
         name: Its path in the unsplit model.
         error: In float64 the largest difference over all ranks, relative to the unsplit value's largest magnitude. In a
             narrower dtype the root mean square of the difference from the float64 value, relative to the value's own. For
@@ -59,7 +60,7 @@ class Report:
     """All comparisons, in order of execution, and those that were skipped.
 
     Attributes:
-        rows: Modules, the output, dtypes, gradients, tokens, losses, parameters; for each dtype in turn.
+        rows: Modules, the output, dtypes, gradients, tokens, shards, losses, norms, parameters; for each dtype in turn.
         what: The model, its size and the mesh, in one line.
         skipped: The requested comparisons that were skipped.
         substituted: Replaced comparisons, one sentence each.
@@ -182,6 +183,15 @@ def loss_rows(expected: Sequence[StepReport], found: Sequence[StepReport], toler
     return [
         Row("loss", f"step {one.step}", abs(one.loss - other.loss) / abs(one.loss), tolerance)
         for one, other in zip(expected, found, strict=True)
+    ]
+
+
+def norm_rows(expected: Sequence[StepReport], found: Sequence[StepReport], tolerance: float) -> list[Row]:
+    """The error of the gradient's norm in each training step."""
+    pairs = zip(expected, found, strict=True)
+    return [
+        Row("norm", f"step {a.step}", abs(a.grad_norm - b.grad_norm) / (a.grad_norm or 1.0), tolerance)
+        for a, b in pairs
     ]
 
 

@@ -6,7 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from partita.errors import ModelError
+from partita.core.mesh import Mesh
+from partita.core.plan import Plan
+from partita.errors import ModelError, PlanError
 from partita.generation import Generation, Sampling
 from partita.proof.report import Collected, IsTie, first_line, no_tie, token_rows
 from partita.training import TrainSettings
@@ -24,7 +26,7 @@ Generate = Callable[[list[list[int]], Sampling], list[Generation]]
 
 
 def verification_settings(
-    steps: int, microbatches: int, replicas: int, schedule: str | None, group_size: int | None
+    steps: int, microbatches: int, replicas: int, schedule: str | None, group_size: int | None, zero: int = 0
 ) -> TrainSettings:
     """The training steps that are compared: one sequence for each micro-batch and replica.
 
@@ -34,12 +36,33 @@ def verification_settings(
     return TrainSettings(
         steps=max(steps, 1), batch_size=microbatches * replicas, sequence_length=SEQUENCE_LENGTH, microbatches=microbatches,
         warmup_steps=1, learning_rate=1e-3, epsilon=EPSILON, schedule=schedule, group_size=group_size,
+        zero=zero,
     )  # fmt: skip
 
 
 def unsplit_settings(settings: TrainSettings) -> TrainSettings:
-    """The same steps for the unsplit model, which has no schedule."""
-    return replace(settings, schedule=None, group_size=None)
+    """The same steps for the unsplit model: no schedule, no shards, and every micro-batch of every replica one of its own.
+
+    So a router's auxiliary loss is the mean over the same micro-batches.
+    """
+    return replace(settings, schedule=None, group_size=None, zero=0, microbatches=settings.batch_size)
+
+
+def level_of(zero: int | None, plan: Plan | None, mesh: Mesh) -> int:
+    """The level of the compared training steps: the one given, else the plan's, if it has any effect.
+
+    Raises:
+        PlanError: A level is given, and there are no replicas to share states.
+    """
+    replicas = mesh.dp * mesh.cp
+    if zero and replicas == 1:
+        raise PlanError(
+            f"zero={zero} distributes states over replicas (dp and cp), but the mesh {mesh} has one. Use dp=2 or more, or "
+            "leave zero out."
+        )
+    if zero is None and plan is not None and plan.settings is not None and replicas > 1:
+        return plan.settings.zero or 0
+    return zero or 0
 
 
 def expect_all(found: Collected, steps: int) -> None:

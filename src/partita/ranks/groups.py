@@ -49,7 +49,7 @@ class AxisGroups(Generic[C]):
         dp: The data parallel group: the replicas, which see different sequences.
         cp: The context parallel group, whose ranks see parts of the same sequences.
         replicas: The ranks that hold the same weights, and whose gradients are summed: dp and cp together.
-        ep: The ranks that hold the experts of a layer together; this rank alone if experts are not distributed.
+        ep: The ranks that hold the experts of a layer together (ep x etp); this rank alone if experts are not distributed.
         edp: The ranks that hold the same experts; `replicas` if experts are not distributed.
     """
 
@@ -63,7 +63,7 @@ class AxisGroups(Generic[C]):
     edp: C
 
     def part(self, cut: TensorPlan) -> int:
-        """The part of a tensor that this rank holds: its index along the axis over which the tensor is split."""
+        """The part of a tensor that this rank holds: its index among the ranks over which the tensor is split."""
         return self.ep.rank if cut.axis == "ep" else self.tp.rank
 
     def along(self, cut: TensorPlan) -> C:
@@ -114,7 +114,7 @@ def along_axes(mesh: Mesh, make: Callable[[Sequence[Sequence[int]]], T]) -> dict
     made: dict[tuple[tuple[int, ...], ...], T] = {}
     found: dict[str, T] = {}
     for name, axes in AXES_OF_GROUPS.items():
-        groups = mesh.groups(axes)
+        groups = mesh.expert_groups if axes == "ep" else mesh.groups(axes)
         if groups not in made:
             made[groups] = make(groups)
         found[name] = made[groups]

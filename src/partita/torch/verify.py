@@ -30,10 +30,11 @@ from partita.proof.report import (
     loss_rounding,
     loss_rows,
     no_tie,
+    norm_rows,
     rounding_rows,
 )
 from partita.proof.rounding import Rounding, judge_trained
-from partita.proof.verify import compare_tokens, expect_all, unsplit_settings, verification_settings
+from partita.proof.verify import compare_tokens, expect_all, level_of, unsplit_settings, verification_settings
 from partita.quantized.find import parts_of, quantized_weights
 from partita.ranks.liveness import doing
 from partita.torch.collectives.collective_errors import collective_errors, gather_from_all
@@ -55,11 +56,12 @@ from partita.torch.proof.rounding import (
     name_of,
     trained_rounding,
 )
+from partita.torch.proof.shards import compare_shards
 from partita.torch.proof.stages import refuse_undecodable
 from partita.torch.quantized.tensor import QuantizedTensor, has_quantized
 from partita.torch.split.apply import apply_plan
 from partita.torch.split.finish import finish
-from partita.torch.train import TrainSettings, train
+from partita.torch.train import TrainSettings, accumulate_gradients, train
 from partita.torch.weights.adapters import add_lora
 from partita.torch.weights.fill import as_device, as_dtype
 from partita.training import StepReport
@@ -83,6 +85,7 @@ def verify(
     group_size: int | None = None,
     microbatches: int = 1,
     steps: int = 3,
+    zero: int | None = None,
     dtype: str | Sequence[str] | None = None,
     device: torch.device | str | None = None,
     trust_remote_code: bool = False,
@@ -110,6 +113,8 @@ def verify(
         group_size: Group size of interleaved schedules.
         microbatches: Micro-batches per training step.
         steps: Training steps; 0 for none.
+        zero: What the replicas share in these steps: the optimizer's states (1), gradients too (2), parameters too (3). Then
+            each replica's shares of the gradients of a batch are compared too (default: the plan's, else 0).
         dtype: One dtype or several to compare in turn. In float64 nothing is narrowed to float32, so that errors are
             at most 1e-12. In narrower dtypes the split model may round at most twice as much as the unsplit one. Default:
             float64 and the dtype of the weights.
@@ -126,7 +131,9 @@ def verify(
     how = SplitRequest.of(plan, split)
     mesh = how.mesh
     groups = make_groups(mesh)
-    settings = verification_settings(steps, microbatches, mesh.dp, schedule, group_size)
+    settings = verification_settings(
+        steps, microbatches, mesh.dp, schedule, group_size, level_of(zero, plan, mesh)
+    )  # fmt: skip
     with collective_errors(groups):
         place = as_device(device)
         folder = find_model(model, code=trust_remote_code)
@@ -223,9 +230,14 @@ def _compare_in_float64(unsplit: nn.Module, split: nn.Module, settings: TrainSet
             for model in (unsplit, split):
                 add_lora(model, ADAPTERS_RANK, seed=0)
         tokens = _training_tokens(unsplit, split)
+        initial = copy.deepcopy(unsplit) if settings.zero else unsplit
         expected = _trained(unsplit, tokens, settings, found)
         if expected is not None:
-            found.add(loss_rows(expected, train(split, tokens, settings), TOLERANCE))
+            if settings.zero:
+                differences = compare_shards(initial, split, tokens, settings, accumulate_gradients)
+                found.add(Row(d.kind, d.name, d.error, TOLERANCE) for d in differences)
+            steps = train(split, tokens, settings)
+            found.add([*loss_rows(expected, steps, TOLERANCE), *norm_rows(expected, steps, TOLERANCE)])
             parameters = compare_parameters(unsplit, split, plan, groups)
             found.add(Row(d.kind, d.name, d.error, TOLERANCE) for d in parameters)
 

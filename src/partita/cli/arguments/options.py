@@ -59,7 +59,7 @@ ExpertTensorRanks = Annotated[
     typer.Option(
         "--etp",
         min=1,
-        help="Split each expert over this many ranks (default: as many of --tp as remain after --ep).",
+        help="Split each expert over this many of the ranks, beside --ep (default: as many of --tp as remain after --ep).",
         show_default=False,
         rich_help_panel=SPLIT,
     ),

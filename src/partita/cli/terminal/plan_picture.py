@@ -239,7 +239,7 @@ def _cut_tables(plan: Plan, *, all_kinds: bool) -> Iterator[Table]:
         else:
             inside.setdefault(layer, []).append(cut)
     for layer, cuts in inside.items():
-        key = tuple((_inner_name(plan, cut), cut.shape, cut.dim, cut.split) for cut in cuts)
+        key = tuple((_inner_name(plan, cut), cut.shape, cut.dim, cut.split, cut.inner) for cut in cuts)
         kinds.setdefault(key, []).append(layer)
     if plan.mesh.distinct == 1 and not all_kinds:
         return
@@ -271,6 +271,7 @@ def _fill(plan: Plan, cuts: list[TensorPlan], title: str, width: int) -> Table:
 
     mesh = plan.mesh
     axes = [("tp", mesh.tp), *([("ep", mesh.ep)] if any(cut.axis == "ep" for cut in cuts) else [])]
+    axes += [("etp", mesh.expert_tp)] if mesh.ep > 1 and any(cut.axis == "ep" for cut in cuts) else []
     over = " and ".join(f"{axis} {size}" for axis, size in axes if size > 1)
     over = f", split over {over}" if over else ""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=f"{title}{over}", title_justify="left", title_style="bold")
@@ -290,8 +291,13 @@ def _row(plan: Plan, cut: TensorPlan, *, narrow: bool) -> tuple[str, list[str | 
     name = _inner_name(plan, cut) + (" (tied)" if plan.spec.tensors[cut.name].tied_to else "")
     if cut.split is None or cut.dim is None:
         return name, [_shape(cut.shape), "", _plain("on every rank" if narrow else "unsplit on every rank"), ""]
-    bar = _bar(cut.split, BAR_WIDTH // (2 if narrow else 1))
-    return name, [_shape(cut.shape), _dim_name(cut), bar, _parts(cut)]
+    room = BAR_WIDTH // (2 if narrow else 1)
+    if cut.inner is None or cut.inner_dim is None:
+        return name, [_shape(cut.shape), _dim_name(cut), _bar(cut.split, room), _parts(cut)]
+    # Parts of an expert are on neighbours, so the bar shows for each range of experts the ranks that hold it.
+    repeated = tuple(ranges for ranges in cut.split.by_rank for _ in range(cut.inner.parts))
+    split = f"experts, and dim {cut.inner_dim} over {cut.inner.parts}"
+    return name, [_shape(cut.shape), split, _bar(Split(cut.split.size, repeated), room), _parts(cut)]
 
 
 def _folded(name: str, room: int) -> str:
@@ -314,7 +320,7 @@ def _dim_name(cut: TensorPlan) -> str:
 
 def _parts(cut: TensorPlan) -> str:
     assert cut.split is not None
-    shapes = [cut.local_shape(rank) for rank in range(cut.split.parts)]
+    shapes = [cut.local_shape(part) for part in range(cut.parts)]
     kinds = dict.fromkeys(shapes)
     if len(kinds) == 1:
         return _shape(shapes[0])

@@ -27,7 +27,9 @@ class TensorPlan:
         dim: The dimension that is split, or None if it is replicated.
         split: The ranges of that dimension of each part.
         partial_grad: Whether ranks that hold the same elements each see a part of their gradient, to sum.
-        axis: The axis whose ranks hold the parts.
+        axis: The axis whose ranks hold the parts: tp, or ep for the ranks that hold experts together (ep x etp).
+        inner_dim: A second dimension that is split, of experts that are distributed over ep and each split over etp.
+        inner: The ranges of that dimension of each of the etp ranks, which are neighbours.
     """
 
     name: str
@@ -36,12 +38,29 @@ class TensorPlan:
     split: Split | None = None
     partial_grad: bool = False
     axis: SplitAxis = "tp"
+    inner_dim: int | None = None
+    inner: Split | None = None
+
+    @property
+    def parts(self) -> int:
+        """Number of parts."""
+        return 1 if self.split is None else self.split.parts * (1 if self.inner is None else self.inner.parts)
+
+    def split_dims(self, part: int) -> tuple[tuple[int, Split, int], ...]:
+        """The dimensions that are split: each with its split, and the index of a part in it."""
+        if self.split is None or self.dim is None:
+            return ()
+        if self.inner is None or self.inner_dim is None:
+            return ((self.dim, self.split, part),)
+        outer, inner = divmod(part, self.inner.parts)
+        return (self.dim, self.split, outer), (self.inner_dim, self.inner, inner)
 
     def local_shape(self, part: int) -> tuple[int, ...]:
         """The shape of a part."""
-        if self.split is None or self.dim is None:
-            return self.shape
-        return (*self.shape[: self.dim], self.split.local_size(part), *self.shape[self.dim + 1 :])
+        shape = list(self.shape)
+        for dim, split, place in self.split_dims(part):
+            shape[dim] = split.local_size(place)
+        return tuple(shape)
 
     def local_numel(self, part: int) -> int:
         """Elements of a part."""
@@ -49,20 +68,19 @@ class TensorPlan:
 
     def ranges(self, part: int) -> tuple[tuple[tuple[int, int], ...], ...]:
         """For each dimension the ranges of the unsplit tensor that a part has, in local order."""
-        ranges = [((0, size),) for size in self.shape]
-        if self.split is not None and self.dim is not None:
-            return (*ranges[: self.dim], self.split.ranges(part), *ranges[self.dim + 1 :])
+        ranges: list[tuple[tuple[int, int], ...]] = [((0, size),) for size in self.shape]
+        for dim, split, place in self.split_dims(part):
+            ranges[dim] = split.ranges(place)
         return tuple(ranges)
 
     def owned_ranges(self, part: int) -> tuple[tuple[tuple[int, int], ...], ...]:
         """The ranges that a part owns: over all parts every element once."""
         if self.split is None or self.dim is None:
             return self.ranges(part) if part == 0 else ((),) * len(self.shape)
-        return (
-            *self.ranges(part)[: self.dim],
-            self.split.owned_ranges(part),
-            *self.ranges(part)[self.dim + 1 :],
-        )
+        ranges = list(self.ranges(part))
+        for dim, split, place in self.split_dims(part):
+            ranges[dim] = split.owned_ranges(place)
+        return tuple(ranges)
 
 
 @dataclass(frozen=True)

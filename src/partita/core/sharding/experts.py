@@ -6,24 +6,17 @@ from collections.abc import Mapping
 
 from partita.core.mesh import Mesh
 from partita.core.model.spec import ModelSpec, TensorSpec
-from partita.core.sharding.cuts import ModulePlan
+from partita.core.sharding.cuts import ModulePlan, TensorPlan
 from partita.core.sharding.split import Split
 from partita.errors import PlanError
 
 
 def check_experts(mesh: Mesh) -> None:
     """Raise `PlanError` for a distribution of experts that no engine computes."""
-    if mesh.ep == 1:
-        if mesh.expert_tp != mesh.tp:
-            raise PlanError(
-                f"etp={mesh.etp} differs from tp={mesh.tp}, but ep is 1: without ep every expert is split over all tensor "
-                "ranks. Use ep, or leave etp out."
-            )
-    elif mesh.expert_tp > 1:
-        most = f", or with ep={mesh.ep * mesh.expert_tp} to use as many ranks" if mesh.ep < mesh.stage_size else ""
+    if mesh.ep == 1 and mesh.expert_tp != mesh.tp:
         raise PlanError(
-            f"ep={mesh.ep} with etp={mesh.etp} would distribute experts and split each of them as well, which a plan cannot "
-            f"express. Use etp=1 with ep={mesh.ep}{most}."
+            f"etp={mesh.etp} differs from tp={mesh.tp}, but ep is 1: without ep every expert is split over all tensor "
+            "ranks. Use ep, or leave etp out."
         )
 
 
@@ -52,11 +45,35 @@ def experts_of(path: str, tensors: Mapping[str, TensorSpec], mesh: Mesh) -> Spli
     return Split.even(count, mesh.ep)
 
 
+def split_experts(path: str, inner: Mapping[str, TensorPlan], experts: Split, mesh: Mesh) -> dict[str, TensorPlan]:
+    """The tensors of a module whose `experts` are distributed over ep and each split over etp.
+
+    `inner` are the same tensors as split over `etp` ranks alone.
+
+    Raises:
+        PlanError: An expert cannot be split over so many ranks.
+    """
+    if all(cut.split is None for cut in inner.values()):
+        raise PlanError(
+            f"{path}: its experts cannot each be split over etp={mesh.etp} ranks, as their inner width is less or "
+            "their tensors have another form. Use etp=1."
+        )
+    found = {}
+    for name, cut in inner.items():
+        if cut.split is not None:
+            found[name] = TensorPlan(name, cut.shape, 0, experts, axis="ep", inner_dim=cut.dim, inner=cut.split)
+        else:
+            copies = Split(experts.size, tuple(ranges for ranges in experts.by_rank for _ in range(mesh.expert_tp)))
+            found[name] = TensorPlan(name, cut.shape, 0, copies, cut.partial_grad, "ep")
+    return found
+
+
 def why_not_alone(mesh: Mesh) -> str:
     """Why a replica cannot generate without the others; empty if it can."""
     if not mesh.experts_join_replicas:
         return ""
-    inside = f"ep={mesh.tp}" if mesh.tp > 1 else f"tp={mesh.ep} with ep={mesh.ep}"
+    alone = " with etp=1" if mesh.expert_tp > 1 else ""
+    inside = f"ep={mesh.tp}{alone}" if mesh.tp > 1 else f"tp={mesh.ep} with ep={mesh.ep}"
     return (
         f"ep={mesh.ep} distributes experts over several replicas (dp={mesh.dp}), which generate independently: none can "
         f"wait for the experts of another. Use {inside}, or leave ep out."

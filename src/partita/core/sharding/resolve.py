@@ -11,7 +11,7 @@ from types import MappingProxyType
 from partita.core.mesh import Mesh
 from partita.core.model.spec import ModelSpec, TensorSpec, config_number, text_config
 from partita.core.sharding.cuts import AttentionPlan, ModulePlan, TensorPlan, kv_expansion
-from partita.core.sharding.experts import check_experts, experts_of, refuse_without_experts
+from partita.core.sharding.experts import check_experts, experts_of, refuse_without_experts, split_experts
 from partita.core.sharding.rules import Rule, Rules, isolate
 from partita.core.sharding.split import Split
 from partita.errors import PlanError
@@ -186,11 +186,17 @@ class _Resolver:
                 self.cuts[tensor.name] = TensorPlan(tensor.name, tensor.shape, dim, split)
 
     def _experts(self, path: str, rule: Rule, tensors: Mapping[str, TensorSpec]) -> None:
-        """Fused experts `[E, 2I, H]` and `[E, H, I]`: the inner width I is split, or with ep the E. Others are replicated."""
+        """Fused experts `[E, 2I, H]` and `[E, H, I]`: I is split, or with ep the E, or both. Others are replicated."""
         if self.mesh.ep > 1:
             split = experts_of(path, tensors, self.mesh)
+            cuts = {t.name: TensorPlan(t.name, t.shape, 0, split, axis="ep") for t in tensors.values()}
+            if self.mesh.expert_tp > 1:
+                alone = _Resolver(self.spec, Mesh(tp=self.mesh.expert_tp), self.together)
+                alone._experts(path, rule, tensors)
+                whole = {t.name: TensorPlan(t.name, t.shape) for t in tensors.values()}
+                cuts = split_experts(path, {**whole, **alone.cuts}, split, self.mesh)
             self.modules[path] = ModulePlan(path, "experts", split, distributed=True)
-            self.cuts.update((t.name, TensorPlan(t.name, t.shape, 0, split, axis="ep")) for t in tensors.values())
+            self.cuts.update(cuts)
             return
         if rule.over == "gate_up_pairs":
             self._experts_of_pairs(path, tensors)

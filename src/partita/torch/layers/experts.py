@@ -1,4 +1,4 @@
-"""Complete experts on each rank: inside a tensor group, whose ranks have all tokens, or with tokens sent to their experts."""
+"""The experts of a rank, complete or in parts: inside a tensor group, which has all tokens, or with tokens sent to them."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ class OwnExperts:
     Attributes:
         start: The first expert of the rank.
         stop: The expert after its last one.
+        copies: Neighbours in the group that hold the same experts, each a part of their inner width (etp).
         names: The names of the module's arguments: tokens, indexes, weights.
     """
 
@@ -42,7 +43,8 @@ class OwnExperts:
         Raises:
             ModelError: The module is not called with tokens, the indexes of their experts and weights.
         """
-        ((self.start, self.stop),) = split.ranges(comm.rank)
+        self.copies = comm.size // split.parts
+        ((self.start, self.stop),) = split.ranges(comm.rank // self.copies)
         self.names = tuple(inspect.signature(type(module).forward).parameters)[1:]
         if len(self.names) != 3:
             raise ModelError(
@@ -69,7 +71,8 @@ class OwnExperts:
 class SentExperts(OwnExperts):
     """The experts of one rank, to which other ranks send their tokens; the ranks fold over those of a stage.
 
-    Letters as in `OwnExperts`; R ranks hold the experts together. N_t of the N tokens of a tensor group, whose T ranks all
+    Letters as in `OwnExperts`; R ranks hold the experts together. Where `copies` of them hold parts of the same experts, each
+    pair goes to all of these, and their outputs are summed. N_t of the N tokens of a tensor group, whose T ranks all
     have them, are those of tensor rank t, so that each token is sent once. M_rs pairs go from rank r to rank s.
 
         scatter      x [N, H], index and weights [N, k]        ->  those of N_t tokens
@@ -109,13 +112,27 @@ class SentExperts(OwnExperts):
         by_expert, order = index.where((index >= 0) & (index < self.experts), self.experts).sort(stable=True)
         starts = torch.tensor([*self._starts, self.experts], dtype=by_expert.dtype, device=index.device)
         counts = torch.searchsorted(by_expert, starts).diff()
-        table = self.comm.all_gather(counts.unsqueeze(0), 0).tolist()
+        table = self.comm.all_gather(counts.repeat_interleave(self.copies).unsqueeze(0), 0).tolist()
         sent, received = table[self.comm.rank], [row[self.comm.rank] for row in table]
-        pairs = order[: sum(sent)]
+        own = order[: sum(sent[:: self.copies])]
+        pairs = self._repeated(own, sent)
         tokens, scales = exchange((x[pairs // chosen], weights[pairs]), self.comm, sent, received)
         experts = self.comm.all_to_all(index[pairs], sent, received) - self.start
         (outputs,) = exchange((_computed(module, tokens, experts, scales),), self.comm, received, sent)
-        return gather_from(_placed(outputs, pairs, x, chosen), self.tp, 0, parts)
+        return gather_from(_placed(self._summed(outputs, sent), own, x, chosen), self.tp, 0, parts)
+
+    def _repeated(self, pairs: Tensor, sent: list[int]) -> Tensor:
+        """The pairs in the order of the ranks that they are sent to, `sent` to each."""
+        if self.copies == 1:
+            return pairs
+        return torch.cat([one for one in pairs.split(sent[:: self.copies]) for _ in range(self.copies)])
+
+    def _summed(self, outputs: Tensor, sent: list[int]) -> Tensor:
+        """The outputs of each pair, summed over the parts of its expert."""
+        if self.copies == 1:
+            return outputs
+        parts = outputs.split(sent)
+        return torch.cat([torch.stack(parts[at : at + self.copies]).sum(0) for at in range(0, len(parts), self.copies)])
 
 
 def _chosen(module: nn.Module, x: Tensor, index: Tensor, weights: Tensor) -> int:
@@ -157,15 +174,15 @@ def distribute_experts(module: nn.Module, comm: Communicator, split: Split, tp: 
 
     Args:
         module: The module.
-        comm: The ranks that hold the experts together.
-        split: The experts of each.
+        comm: The ranks that hold the experts together, in groups of neighbours with the same experts.
+        split: The experts of each group.
         tp: The tensor group, whose ranks have the same tokens.
         sends: Whether tokens are sent to their experts; otherwise `comm` is the tensor group, which sums the outputs.
     """
     vars(module)[_STATE] = SentExperts(module, comm, split, tp) if sends else OwnExperts(module, comm, split)
     for name, value in vars(module).items():
         if "expert" in name and type(value) is int and value == split.size:
-            vars(module)[name] = split.local_size(comm.rank)
+            vars(module)[name] = split.local_size(comm.rank // (comm.size // split.parts))
     module.forward = MethodType(_forward, module)
 
 

@@ -120,7 +120,7 @@ def compare_parameters(unsplit: nn.Module, split: nn.Module, plan: Plan, groups:
                     "parameter", name, relative_error(part, local.detach(), max(float(expected.abs().max()), least))
                 )
             )
-    return largest_of_ranks(found, ranks_of(groups), list(plan.spec.tensors))
+    return largest_of_ranks(found, [*ranks_of(groups), groups.dp], list(plan.spec.tensors))
 
 
 def local_part_of(tensor: Tensor, plan: Plan, name: str, groups: ParallelGroups) -> Tensor:

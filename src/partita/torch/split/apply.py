@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from partita.core.plan import Plan
 from partita.core.sharding.cuts import AttentionPlan, ModulePlan
+from partita.core.sharding.split import Split
 from partita.errors import DistributedError, ModelError
 from partita.torch.collectives.comm import Communicator
 from partita.torch.collectives.groups import ParallelGroups
@@ -35,9 +37,10 @@ def apply_plan(model: nn.Module, plan: Plan, groups: ParallelGroups) -> nn.Modul
         ModelError: The model does not match the plan, or has a layer that cannot be split.
     """
     comm = groups.tp
-    if (comm.size, groups.pp.size, groups.ep.size) != (plan.mesh.tp, plan.mesh.pp, plan.mesh.ep):
+    experts = len(plan.mesh.expert_groups[0])
+    if (comm.size, groups.pp.size, groups.ep.size) != (plan.mesh.tp, plan.mesh.pp, experts):
         raise DistributedError(
-            f"the plan has tp={plan.mesh.tp}, pp={plan.mesh.pp} and ep={plan.mesh.ep}, but the groups have {comm.size}, "
+            f"the plan has tp={plan.mesh.tp}, pp={plan.mesh.pp} and ep x etp={experts}, but the groups have {comm.size}, "
             f"{groups.pp.size} and {groups.ep.size} ranks."
         )
     plan.check_shapes({name: tuple(t.shape) for name, t in model.state_dict(keep_vars=True).items()})
@@ -50,6 +53,9 @@ def apply_plan(model: nn.Module, plan: Plan, groups: ParallelGroups) -> nn.Modul
     entries = _shared_entries(plan, comm, randomness)
     for path, module_plan in plan.modules.items():
         if path in here and not isinstance(model.get_submodule(path), Absent):
+            if module_plan.distributed:
+                _distribute_experts(model.get_submodule(path), plan, module_plan, groups)
+                continue
             _split_module(model, path, module_plan, groups, entries, randomness)
     for path, attention in plan.attention.items():
         if path in here:
@@ -90,17 +96,8 @@ def _split_module(
         return
     if plan.style == "experts":
         assert plan.split is not None
-        if plan.distributed:
-            distribute_experts(module, groups.ep, plan.split, comm, sends=groups.mesh.experts_send_tokens)
-            if groups.mesh.experts_send_tokens:
-                return
-        elif plan.split.local_size(comm.rank) % 8 and hasattr(module, "config"):
-            # The grouped kernels require rows of a multiple of 16 bytes.
-            module.config = LocalConfig(module.config, PLAIN_EXPERTS)  # type: ignore[assignment]
         _sum_experts(module, comm)
-        if not plan.distributed and module._parameters.get("down_proj_bias") is not None and comm.rank > 0:
-            module.register_forward_pre_hook(_hide_bias)
-            module.register_forward_hook(_show_bias, always_call=True)
+        _split_experts(module, plan.split, comm.rank)
         return
     try:
         if plan.style == "vocab" and isinstance(module, nn.Embedding):
@@ -124,6 +121,29 @@ def _split_module(
         raise ModelError(f"{path}: {error}") from error
     parent, _, name = path.rpartition(".")
     setattr(model.get_submodule(parent), name, split)
+
+
+def _distribute_experts(module: nn.Module, plan: Plan, module_plan: ModulePlan, groups: ParallelGroups) -> None:
+    """Make a module compute the experts of this rank, or with etp its part of each of them."""
+    assert module_plan.split is not None
+    sends = plan.mesh.experts_send_tokens
+    distribute_experts(module, groups.ep, module_plan.split, groups.tp, sends=sends)
+    if not sends:
+        _sum_experts(module, groups.tp)
+    if plan.mesh.expert_tp > 1:
+        down = plan.tensor(f"{module_plan.path}.down_proj")
+        assert down.inner is not None
+        _split_experts(module, down.inner, groups.ep.rank % plan.mesh.expert_tp)
+
+
+def _split_experts(module: nn.Module, inner: Split, rank: int) -> None:
+    """Make a module compute with a part of the inner width of its experts; the sum over the ranks follows."""
+    if inner.local_size(rank) % 8 and hasattr(module, "config"):
+        # The grouped kernels require rows of a multiple of 16 bytes.
+        module.config = LocalConfig(module.config, PLAIN_EXPERTS)  # type: ignore[assignment]
+    if module._parameters.get("down_proj_bias") is not None:
+        module.register_forward_pre_hook(partial(_scale_bias, scale=0.0 if rank else 1.0))
+        module.register_forward_hook(_show_bias, always_call=True)
 
 
 def _feature_index(blocks: tuple[int, ...], width: int) -> Tensor:
@@ -163,13 +183,14 @@ def _sum_experts(module: nn.Module, comm: Communicator) -> None:
     module.register_forward_hook(leave)
 
 
-def _hide_bias(module: nn.Module, args: object) -> None:
-    """Make the bias of experts' outputs zero while they compute: the outputs of the ranks are summed, so one rank adds it."""
+def _scale_bias(module: nn.Module, args: object, scale: float) -> None:
+    """Multiply the bias of experts' outputs while they compute: the outputs of the ranks are summed, so one rank adds it."""
     bias = module._parameters["down_proj_bias"]
     assert bias is not None
     vars(module)["_partita_bias"] = bias
-    # (The product keeps the bias in the graph, so that every rank takes part in the sum of its gradient.)
-    module._parameters["down_proj_bias"] = bias * 0  # type: ignore[assignment]
+    # The product keeps the bias in the graph, so that every rank takes part in the sum of its gradient; and at the same place
+    # of the graph on each, so that this sum and other collectives are in one order.
+    module._parameters["down_proj_bias"] = bias * scale  # type: ignore[assignment]
 
 
 def _show_bias(module: nn.Module, args: object, output: object) -> None:
@@ -237,10 +258,12 @@ def _split_bare_parameters(homes: Mapping[str, tuple[nn.Module, str]], plan: Pla
         module, attribute = homes[name]
         tensor: Tensor = getattr(module, attribute)
         if tuple(tensor.shape) != cut.local_shape(groups.part(cut)):
-            module._parameters[attribute] = slice_parameter(tensor, cut.dim, cut.split.ranges(groups.part(cut)))
+            for dim, split, place in cut.split_dims(groups.part(cut)):
+                tensor = slice_parameter(tensor, dim, split.ranges(place))
+            module._parameters[attribute] = tensor  # type: ignore[assignment]
 
 
-def sum_partial_gradients(homes: Mapping[str, tuple[nn.Module, str]], plan: Plan, comm: Communicator) -> None:
+def sum_partial_gradients(homes: Mapping[str, tuple[nn.Module, str]], plan: Plan, groups: ParallelGroups) -> None:
     """Sum the gradients of parameters for which each rank computes only a part."""
     for name, cut in plan.cuts.items():
         if not cut.partial_grad or name not in homes or plan.spec.tensors[name].tied_to in homes:
@@ -249,6 +272,6 @@ def sum_partial_gradients(homes: Mapping[str, tuple[nn.Module, str]], plan: Plan
         if isinstance(parameter, QuantizedTensor):
             continue
         if cut.split is None or cut.dim is None:
-            sum_gradient(parameter, comm)
+            sum_gradient(parameter, groups.along(cut))
         else:
-            sum_shared_gradient(parameter, comm, cut.dim, cut.split)
+            sum_shared_gradient(parameter, groups.along(cut), cut.dim, cut.split)

@@ -24,7 +24,7 @@ def finish(model: nn.Module, plan: Plan, groups: ParallelGroups) -> nn.Module:
     """Tie shared tensors, and sum the gradients of parameters that several ranks hold."""
     homes = parameter_homes(model)
     tie(homes, plan)
-    sum_partial_gradients(homes, plan, groups.tp)
+    sum_partial_gradients(homes, plan, groups)
     wire_stages(model, plan, groups.pp.rank)
     split_context(model, groups.cp)
     model.partita_plan = plan  # type: ignore[assignment]

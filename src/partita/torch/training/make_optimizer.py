@@ -104,4 +104,11 @@ def _gather_of(cut: TensorPlan, groups: ParallelGroups) -> Gather:
 
         return groups.along(cut).gather_split(part.contiguous(), dim, split), own
 
-    return gather
+    def gather_both(part: Tensor) -> tuple[Tensor, Any]:
+        ranges = cut.ranges(groups.part(cut))
+        places = [torch.cat([torch.arange(*one, device=part.device) for one in held]) for held in ranges]
+        unsplit = part.new_zeros(cut.shape)
+        unsplit[torch.meshgrid(*places, indexing="ij")] = part
+        return groups.along(cut).all_reduce_(unsplit), lambda whole: take_ranges(whole, ranges)
+
+    return gather if cut.inner is None else gather_both
