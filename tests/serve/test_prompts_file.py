@@ -117,7 +117,7 @@ def test_ctrl_c_and_a_half_written_line_are_continued(model: Path, prompts: Path
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("options", [["--tp", "2"], ["--pp", "2"], ["--dp", "2"]])
+@pytest.mark.parametrize("options", [["--tp", "2"], ["--pp", "2"], ["--dp", "2"], ["--cp", "2"]])
 def test_killed_ranks_are_continued_in_another_layout(
     model: Path, prompts: Path, tmp_path: Path, options: list[str]
 ) -> None:
