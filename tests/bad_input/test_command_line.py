@@ -69,14 +69,14 @@ EXPERTS = [
 
 CONTEXT = [
     Case(
-        "a server over parts of prompts",
-        "serve config.json --cp 2",
-        "a server does not split sequences over --cp 2 ranks",
+        "a server over parts of prompts with exact rows",
+        "serve config.json --cp 2 --exact-rows",
+        "--exact-rows does not work with --cp 2: merged parts of attention are rounded in another order.",
     ),
     Case(
-        "a file of prompts over parts of them",
-        "generate config.json --prompts prompts.jsonl --out answers.jsonl --cp 2",
-        "generate --prompts does not split sequences over --cp 2 ranks",
+        "a file of prompts over parts of them with exact rows",
+        "generate config.json --prompts prompts.jsonl --out answers.jsonl --cp 2 --exact-rows",
+        "--exact-rows does not work with --cp 2: merged parts of attention are rounded in another order.",
     ),
     Case(
         "compiled parts of prompts",

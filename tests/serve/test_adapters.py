@@ -99,7 +99,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("where", [{"tp": 2}, {"pp": 2}, {"dp": 2}, {"tp": 2, "pp": 2}])
+@pytest.mark.parametrize("where", [{"tp": 2}, {"pp": 2}, {"dp": 2}, {"cp": 2}, {"tp": 2, "pp": 2}])
 def test_ranks(saved: Path, where: dict[str, int]) -> None:
     for wrong in on(Mesh(**where).size, compare, str(saved), "llama", where):
         assert wrong == []

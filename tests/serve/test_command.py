@@ -40,7 +40,7 @@ def alone(model: Path) -> str:
 
 @pytest.mark.parametrize(
     "split",
-    ["--tp 2", *(pytest.param(one, marks=pytest.mark.slow) for one in ("--pp 2", "--dp 2", *MLX))],
+    ["--tp 2", *(pytest.param(one, marks=pytest.mark.slow) for one in ("--pp 2", "--dp 2", "--cp 2", *MLX))],
 )  # fmt: skip
 def test_sigterm_drains_and_exits_with_0(model: Path, alone: str, split: str) -> None:
     with started(model, *split.split(), "--served-model-name", "mine") as server:

@@ -39,7 +39,8 @@ def test_one_rank(family: str) -> None:
     [
         ("llama", {"tp": 2}), ("llama", {"pp": 2}), ("llama", {"dp": 2}), ("gemma3_text", {"tp": 2}),
         ("gemma3_text", {"pp": 2}), ("mixtral", {"tp": 2}), ("gpt2", {"pp": 2}), ("mamba", {"pp": 2}),
-        ("qwen2", {"tp": 2, "pp": 2}), ("qwen2", {"tp": 2, "dp": 2}),
+        ("qwen2", {"tp": 2, "pp": 2}), ("qwen2", {"tp": 2, "dp": 2}), ("llama", {"cp": 2}), ("gemma3_text", {"cp": 3}),
+        ("mistral", {"cp": 2, "tp": 2}), ("gpt2", {"cp": 2, "pp": 2}), ("mixtral", {"cp": 2, "ep": 2}),
     ],
 )  # fmt: skip
 def test_ranks(family: str, where: dict[str, int]) -> None:

@@ -68,6 +68,13 @@ def test_generates_the_tokens_of_one_rank(case: str) -> None:
         assert found == expected
 
 
+@pytest.mark.parametrize("name", ["deepseek-v3", "mistral"])
+def test_a_rank_without_a_key(name: str) -> None:
+    (expected,) = ranks(1).run(_tokens, CONFIGS[name], {}, [[2]], GREEDY)
+    for found in ranks(2).run(_tokens, CONFIGS[name], {"cp": 2}, [[2]], GREEDY):
+        assert found == expected
+
+
 def _logits(data: dict[str, Any], mesh: dict[str, int], length: int) -> list[torch.Tensor]:
     model = _model(data, mesh)
     prompts = [[(i * i + 3 * row) % 97 + 1 for i in range(length)] for row in range(2)]

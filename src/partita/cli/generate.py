@@ -340,9 +340,7 @@ def _answer_all(options: GenerateOptions) -> NoReturn:
             request=request, plan=plan, backend=options.backend, device=options.device, prompts=options.many,
             answers=options.answers, sampling=_sampling(options), chat=options.chat, system=options.system,
             adapters=options.adapters, verify=not options.no_verify, as_json=options.as_json,
-            settings=ServeSettings(
-                options.max_sequences, options.prefill_chunk, options.cache_bytes, exact_rows=options.exact_rows
-            ),
+            settings=_settings(options),
         )
     )  # fmt: skip
 
@@ -359,10 +357,10 @@ def _planned(options: GenerateOptions, sequences: int) -> tuple[PlanRequest, Pla
         dtype=request.dtype,
     )  # fmt: skip
     request, given = planned(request, given, options, work, auto=options.auto)
-    if options.many is not None:
-        refuse_context(request, "generate --prompts")
     refuse_experts_over_replicas(request)
     plan = plan_early(request, given)
+    if options.many is not None:
+        refuse_context(request, _settings(options))
     if options.compile and request.mesh.cp > 1:
         raise PlanError(f"--compile does not work with --cp {request.mesh.cp}. Leave one of them out.")
     refuse_device(name, options.device)
@@ -376,6 +374,12 @@ def _planned(options: GenerateOptions, sequences: int) -> tuple[PlanRequest, Pla
 
         (read_adapter_config if request.engine == "mlx" else check_readable)(find_adapters(options.adapters))
     return request, plan
+
+
+def _settings(options: GenerateOptions) -> ServeSettings:
+    return ServeSettings(
+        options.max_sequences, options.prefill_chunk, options.cache_bytes, exact_rows=options.exact_rows
+    )
 
 
 def _sampling(options: TextOptions) -> Sampling:

@@ -189,15 +189,15 @@ def start(options: ServingOptions, *, adapters: dict[str, str] | None = None, **
         dtype=request.dtype,
     )  # fmt: skip
     request, given = planned(request, given, options, work, auto=options.auto)
-    refuse_context(request, "a server")
     refuse_experts_over_replicas(request)
     plan = plan_early(request, given)
-    refuse_device(engine, options.device)
-    if is_local(options.model):
-        open_checkpoint(find_model(options.model))
     settings = ServeSettings(
         options.max_sequences, options.prefill_chunk, options.cache_bytes, exact_rows=options.exact_rows
     )
+    _refuse_context(request, settings)
+    refuse_device(engine, options.device)
+    if is_local(options.model):
+        open_checkpoint(find_model(options.model))
     launch.run(
         ServeJob(
             request=request, plan=plan, backend=options.backend, device=options.device, settings=settings,
@@ -205,6 +205,19 @@ def start(options: ServingOptions, *, adapters: dict[str, str] | None = None, **
             **where,
         )
     )  # fmt: skip
+
+
+def _refuse_context(request: PlanRequest, settings: ServeSettings) -> None:
+    """Raise `PartitaError` for a model that cannot be served over context parallel ranks, as far as its files tell."""
+    if request.mesh.cp > 1 and Path(request.model).is_dir():
+        from partita.serving.pooling import read_pooling  # needs numpy, which the command line does without
+
+        if read_pooling(Path(request.model)).is_given:
+            raise ModelError(
+                f"{request.model} is a model for embeddings (modules.json), whose texts are not split over ranks "
+                f"(--cp {request.mesh.cp}). Leave --cp out."
+            )
+    refuse_context(request, settings)
 
 
 def _is_loopback(host: str) -> bool:
@@ -297,7 +310,9 @@ class ServeJob(Job):
 
     def check(self, choice: Choice) -> None:
         """Raise `PartitaError` for a model that cannot be split, as far as its files tell."""
-        plan_early(self._job_of(choice).request)
+        request = self._job_of(choice).request
+        plan_early(request)
+        _refuse_context(request, self.settings)
         open_checkpoint(find_model(choice.model))
 
     def _loaded(self, choice: Choice, groups: Any = None) -> tuple[ServingLoop | EmbeddingLoop, Any, dict[str, Any]]:

@@ -26,6 +26,7 @@ from partita.ranks.environment import EngineName
 
 if TYPE_CHECKING:
     from partita.generation import Tokenizer
+    from partita.serving import ServeSettings
 
 
 def request_of(
@@ -65,13 +66,29 @@ def refuse_experts_over_replicas(request: PlanRequest) -> None:
         raise PlanError(why)
 
 
-def refuse_context(request: PlanRequest, command: str) -> None:
-    """Raise `PlanError` for context parallel ranks where requests are served: `command` says where."""
-    if request.mesh.cp > 1:
+def refuse_context(request: PlanRequest, settings: ServeSettings) -> None:
+    """Raise `PartitaError` for a model whose requests cannot be served over the context parallel ranks, before these start."""
+    cp = request.mesh.cp
+    if cp == 1:
+        return
+    if request.engine == "mlx":
+        raise PlanError(f"--cp {cp} needs the torch engine. Leave --engine mlx or --cp out.")
+    if settings.exact_rows:
         raise PlanError(
-            f"{command} does not split sequences over cp={request.mesh.cp} ranks; train, verify and generate do. Use --cp 1, "
-            "and --tp or --pp in its place."
+            f"--exact-rows does not work with --cp {cp}: merged parts of attention are rounded in another order. Leave one of "
+            "them out."
         )
+    config = read_config(find_config(request.model))
+    if request.trust_remote_code and config.get("auto_map"):
+        return
+    _need_transformers(config)
+    adopt_all()
+    from partita.torch.model.transformers_models import build_on_meta, read_hf_config
+    from partita.torch.proof.family import plan_of_model
+    from partita.torch.serving.context import refuse_context
+
+    model = build_on_meta(read_hf_config(config))
+    refuse_context(model, plan_of_model(model, Mesh(cp=cp)), settings)
 
 
 def read_plan(file: Path) -> Plan:

@@ -41,7 +41,8 @@ ContextRanks = Annotated[
     typer.Option(
         "--cp",
         min=1,
-        help="Split every sequence of training, or every prompt and its cache, over this many context parallel ranks.",
+        help="Split every sequence of training, or every prompt, request and its cache, over this many context parallel "
+        "ranks.",
         rich_help_panel=SPLIT,
     ),
 ]

@@ -58,6 +58,16 @@ def keepers_of(counts: Sequence[int], tokens: int) -> list[int]:
     return keepers
 
 
+def tokens_held(length: int, rank: int, ranks: int) -> int:
+    """How many of `length` tokens a rank holds where token t is on rank t mod `ranks`: it is at place t // `ranks` there.
+
+    Examples:
+        >>> [tokens_held(7, rank, 3) for rank in range(3)]
+        [3, 2, 2]
+    """
+    return max(0, -(-(length - rank) // ranks))
+
+
 @dataclass(frozen=True)
 class Block:
     """Rows of a rank that attend keys of a rank, all given by their places in the ranks' tensors.

@@ -6,6 +6,8 @@ all ranks have the same bits.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -23,6 +25,7 @@ def merged_attention(
     *,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    sizes: Sequence[int] | None = None,
 ) -> Tensor:
     """The attention of all rows to the keys of all ranks.
 
@@ -35,14 +38,20 @@ def merged_attention(
         comm: The ranks; each sends its output and log-sum-exp.
         softcap: The largest magnitude that scores approach (default: none).
         sinks: `[heads]`, scores of a key without a value for each head (default: none).
+        sizes: How many of the rows, in their order, each rank wants (default: every rank all).
 
     Returns:
-        `[n, rows, heads, value width]`, the same on every rank.
+        `[n, rows, heads, value width]` of the rows that this rank wants.
     """
     output, lse = _part(query, key, value, mask, scale, softcap)
     dtype = wide(query.dtype)
     own = torch.cat([output.to(dtype), lse.to(dtype)[..., None]], -1)
-    parts = comm.all_gather(own[None].contiguous(), 0)
+    if sizes is None:
+        parts = comm.all_gather(own[None].contiguous(), 0)
+    else:
+        count = sizes[comm.rank]
+        found = comm.all_to_all(own.movedim(2, 0).contiguous(), sizes, [count] * comm.size)
+        parts = found.unflatten(0, (comm.size, count)).movedim(1, 3)
     sums = parts[..., -1]
     total = sums.logsumexp(0)
     if sinks is not None:

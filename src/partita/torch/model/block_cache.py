@@ -3,6 +3,7 @@
 Slot `i` of a pool holds the keys and values of one token of one text. A forward writes its new tokens to their slots and reads
 each row's slots in order, the rows aligned at their last token; padding reads slot 0, which stays zero. A layer with a sliding
 window keeps every token, and its mask hides those outside the window: so the keys of a prompt can be reused at any length.
+Of context parallel ranks each has the slots of its own tokens: token t of a text is on rank t mod cp.
 """
 
 from __future__ import annotations
@@ -73,14 +74,19 @@ class Place:
     """Where the tokens of a forward are.
 
     Attributes:
-        read: int64 `[rows, columns]`, the slot of each token of each row, new ones included; 0 for padding on the left.
-        write: int64 `[rows * count]`, the slots of the new tokens.
+        read: int64 `[rows, keys]`, the slot of each token of each row that is kept on this rank, new ones included; 0 for
+            padding on the left.
+        write: int64, the slots of the new tokens that are kept.
         past: The number of columns before the new tokens.
+        length: The number of columns, new tokens included.
+        kept: int64, the places in `[rows * count]` of the new tokens that are kept (default: all).
     """
 
     read: Tensor
     write: Tensor
     past: int
+    length: int
+    kept: Tensor | None = None
 
 
 def block_cache(pools: Pools, place: Place, layers: frozenset[int]) -> Any:
@@ -114,7 +120,7 @@ def _entry_class() -> Any:
             self.seen = place.past
 
         def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-            self.seen = self.place.past + keys.shape[-2]
+            self.seen = self.place.length
             if not self.is_own:
                 return keys, values
             return (
@@ -141,7 +147,8 @@ def _entry_class() -> Any:
 
 
 def _exchange(pool: Tensor, new: Tensor, place: Place) -> Tensor:
-    """Store `new`, `[rows, heads, count, width]`, and return all tokens of the rows, `[rows, heads, columns, width]`."""
-    pool.index_copy_(0, place.write, new.transpose(1, 2).reshape(-1, *pool.shape[1:]))
-    rows, columns = place.read.shape
-    return pool.index_select(0, place.read.view(-1)).view(rows, columns, *pool.shape[1:]).transpose(1, 2)
+    """Store `new`, `[rows, heads, count, width]`, and return the kept tokens of the rows, `[rows, heads, keys, width]`."""
+    tokens = new.transpose(1, 2).reshape(-1, *pool.shape[1:])
+    pool.index_copy_(0, place.write, tokens if place.kept is None else tokens[place.kept])
+    rows, keys = place.read.shape
+    return pool.index_select(0, place.read.view(-1)).view(rows, keys, *pool.shape[1:]).transpose(1, 2)

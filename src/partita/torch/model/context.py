@@ -11,6 +11,7 @@ While a text is continued, every rank computes the new tokens, and the keys of e
 
     [5] the mask has the columns of the rank's own keys; each rank attends these, and the parts are merged
         (`layers.merged_attention`)
+    [6] of many tokens, each rank computes its own, and the queries of all are gathered for [5]
 
 Everything else of a transformer treats each token by itself. What does not, such as a convolution or a recurrence, is found
 before use (`proof.context`).
@@ -91,17 +92,23 @@ class Context:
 
 @dataclass(frozen=True)
 class SharedTokens:
-    """A forward of tokens that every rank has, whose keys and those of earlier tokens are distributed over the ranks.
+    """A forward of tokens whose keys and those of earlier tokens are distributed over the ranks.
 
     Attributes:
         comm: The context parallel ranks.
-        own: int64, the columns whose keys this rank has, in order.
+        own: int64, the columns whose keys this rank has, in order: `[own keys]`, or `[n, own keys]` if texts differ in them.
         length: The number of columns, those of the forward included.
+        is_key: Which of `own` are keys, `[n, own keys]`; the others are hidden (default: all).
+        rows: For each rank those of the forward's tokens that it computes (default: every rank computes all).
+        positions: With `rows`, the positions of all tokens of the forward `[n, tokens]`.
     """
 
     comm: Communicator
     own: Tensor
     length: int
+    is_key: Tensor | None = None
+    rows: tuple[tuple[int, ...], ...] | None = None
+    positions: Tensor | None = None
 
     def split(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """The inputs of this rank's forward."""
@@ -230,8 +237,12 @@ def _merged(
     if isinstance(mask, Tensor):
         # A layer with a window has the last of the rank's keys.
         mask = mask[..., mask.shape[-1] - key.shape[2] :]
+    sizes = None
+    if shared.rows is not None:
+        sizes = tuple(map(len, shared.rows))
+        query = shared.comm.all_gather(query.contiguous(), 2, sizes)
     softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
-    return merged_attention(query, key, value, mask, scale, shared.comm, softcap=softcap, sinks=sinks)
+    return merged_attention(query, key, value, mask, scale, shared.comm, softcap=softcap, sinks=sinks, sizes=sizes)
 
 
 def _fits_ring(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, rows: int) -> bool:
@@ -244,8 +255,8 @@ def _fits_ring(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, row
 
 def _mask_arguments(inputs_embeds: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """What a mask is made from: embeddings, of which only the shape counts, and positions, both of the unsplit sequences."""
-    context = current_context()
-    if context is None:
+    context = _current.get()
+    if context is None or context.positions is None:
         return inputs_embeds, positions
     rows = inputs_embeds.shape[0]
     wide = inputs_embeds.new_empty((rows, context.positions.shape[1], 1))
@@ -270,16 +281,31 @@ def _mask(name: str, make: Callable[..., Any], **given: Any) -> Any:
 
 
 def _own_columns(name: str, make: Callable[..., Any], shared: SharedTokens, given: Mapping[str, Any]) -> Tensor | None:
-    """The columns of this rank's keys of the mask that `make` returns; None if the forward's only row sees them all."""
+    """The columns of this rank's keys of the mask that `make` returns, its rows in the order in which the ranks' are gathered.
+
+    None if the forward's only row sees all keys.
+    """
     if (given["kv_length"], given.get("kv_offset", 0)) != (shared.length, 0):
         raise ModelError("the model's mask is not as wide as the text, so its keys cannot be distributed. Use cp=1.")
     padding, window = given.get("attention_mask"), mask_window(given["mask_function"])
     is_causal = is_causal_mask(given["mask_function"]) and not given.get("use_vmap", False)
     has_one_row = given["q_length"] == 1 and shared.length <= (window or shared.length)
-    if name == SDPA and is_causal and has_one_row and (padding is None or bool(padding.all())):
+    all_keys = shared.is_key is None or bool(shared.is_key.all())
+    if name == SDPA and is_causal and has_one_row and all_keys and (padding is None or bool(padding.all())):
         return None
     mask = _tensor_mask(make(**_without_skips(given)))
-    return mask[..., shared.own.to(mask.device)]
+    if shared.rows is not None:
+        mask = mask[:, :, [row for rows in shared.rows for row in rows]]
+    own = shared.own.to(mask.device)
+    if own.dim() == 1:
+        return mask[..., own]
+    count = own.shape[0]
+    mask = mask.expand(count, -1, -1, -1)
+    mask = mask.gather(-1, own[:, None, None].expand(-1, *mask.shape[1:3], -1))
+    if shared.is_key is None:
+        return mask
+    hidden = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+    return mask.masked_fill(~shared.is_key.to(mask.device)[:, None, None], hidden)
 
 
 def _without_skips(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -95,7 +95,11 @@ class KeptTokens:
             self._counts[keeper] += 1
         self.taken = [row for row, keeper in enumerate(keepers) if keeper == self.comm.rank]
         self.own = torch.cat([self.own, self.past + torch.tensor(self.taken, dtype=torch.int64)])
-        return SharedTokens(self.comm, self.own, self.past + self.new)
+        length, rows = self.past + self.new, inputs["input_ids"].shape[0]
+        if len(self.own):
+            return SharedTokens(self.comm, self.own, length)
+        nothing = torch.zeros((rows, 1), dtype=torch.int64)
+        return SharedTokens(self.comm, nothing, length, is_key=nothing.bool())
 
 
 _SPLIT = frozenset({"input_ids", "position_ids", "attention_mask"})
@@ -135,7 +139,7 @@ def _entry_class() -> Any:
             if self.is_empty:
                 self.is_empty, self.is_initialized, self.device = False, True, keys.device
                 self.keys, self.values = (_alone(_last(tensor, count)) for tensor in new)
-                return new
+                return _some(new[0]), _some(new[1])
             seen = tuple(
                 buffer.extended(tensor, more)
                 for buffer, tensor, more in zip(self.buffers, (self.keys, self.values), new, strict=True)
@@ -143,7 +147,7 @@ def _entry_class() -> Any:
             self.keys, self.values = (_last(tensor, count) for tensor in seen)
             for buffer, tensor in zip(self.buffers, (self.keys, self.values), strict=True):
                 buffer.kept = tensor
-            return seen[0], seen[1]
+            return _some(seen[0]), _some(seen[1])
 
         def get_seq_length(self) -> int:
             return self.kept.past + (self.kept.new if self.step == self.kept.steps else 0)
@@ -157,6 +161,11 @@ def _entry_class() -> Any:
 def _last(tensor: Tensor, count: int) -> Tensor:
     """The last `count` tokens of `tensor` `[n, heads, tokens, width]`, or all if there are fewer."""
     return tensor[:, :, max(tensor.shape[2] - count, 0) :]
+
+
+def _some(tensor: Tensor) -> Tensor:
+    """`tensor`, or zeros of a token that the mask hides: some families cannot expand the keys of no token."""
+    return tensor if tensor.shape[2] else tensor.new_zeros((*tensor.shape[:2], 1, tensor.shape[3]))
 
 
 def _alone(tensor: Tensor) -> Tensor:

@@ -41,6 +41,10 @@ class TorchEncoder:
                 f"embeddings of {type(model).__name__} leave its head out, which does not work with pipeline stages: "
                 f"--pp must be 1, but is {self.plan.mesh.pp}. Use --tp {self.plan.mesh.pp}."
             )
+        if self.plan.mesh.cp > 1:
+            raise ModelError(
+                f"texts of embeddings are not split over ranks (cp={self.plan.mesh.cp}). Use cp=1, and tp or dp in its place."
+            )
         if why := why_not_alone(self.plan.mesh):
             raise ModelError(why)
         self.model, self.body = model, body

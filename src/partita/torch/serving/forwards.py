@@ -10,15 +10,21 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from partita.core.sharding.context import tokens_held
 from partita.generation import Sequence
 from partita.schedule.fit import forward_only
+from partita.torch.collectives.comm import Communicator
 from partita.torch.model.balance import SWITCH, asks_for_balance
 from partita.torch.model.block_cache import Place, Pools, block_cache
+from partita.torch.model.context import SharedTokens
 from partita.torch.model.parts import plan_of
 from partita.torch.model.sequences import SequenceGroup, arguments_of
 from partita.torch.stages.cut import is_cut
 from partita.torch.stages.pipeline import Pipeline
 from partita.torch.transformers_internals import cache_argument
+
+DIVIDED = 2
+"""So many new tokens for each context parallel rank are divided; fewer are computed by every rank."""
 
 
 class Forward(Protocol):
@@ -69,29 +75,49 @@ class Through:
 class BlockForward:
     """A forward of rows with the same number of new tokens, whose earlier tokens are in the pools.
 
+    Context parallel ranks keep token t of a text on rank t mod cp. Each computes its own of the new tokens if all rows have
+    them at the same places and each rank has `DIVIDED` of them; otherwise every rank computes all.
+
     Attributes:
-        shape: The shape of the new ids.
+        shape: The shape of the new ids on this rank.
         lengths: The number of tokens of each row, new ones included.
+        last: The context parallel rank that computes the last token; None if every rank does.
     """
 
     def __init__(
         self, model: nn.Module, pools: Pools, ids: list[list[int]], texts: SequenceOf[tuple[Tensor, int]]
     ) -> None:
-        """Place the tokens `ids` of each of `texts`: the slots of its tokens, and the number of earlier ones."""
-        count = len(ids[0])
-        lengths = [start + count for _, start in texts]
+        """Place the tokens `ids` of each of `texts`: the slots of its tokens on this rank, and the number of earlier ones."""
+        count, cp = len(ids[0]), plan_of(model)[1].cp
+        starts = [start for _, start in texts]
+        lengths = [start + count for start in starts]
         self.lengths = lengths
         columns = max(lengths)
-        read = torch.zeros(len(ids), columns, dtype=torch.int64)
-        for row, ((slots, _), length) in enumerate(zip(texts, lengths, strict=True)):
-            read[row, columns - length :] = slots[:length]
-        write = torch.cat([slots[start : start + count] for slots, start in texts])
+        held = [tokens_held(length, cp.rank, cp.size) for length in lengths]
+        before = [tokens_held(start, cp.rank, cp.size) for start in starts]
+        # Some families cannot expand the keys of no token.
+        read = torch.zeros(len(ids), max(1, *held), dtype=torch.int64)
+        for row, ((slots, _), own) in enumerate(zip(texts, held, strict=True)):
+            read[row, read.shape[1] - own :] = slots[:own]
+        write = torch.cat([slots[a:b] for (slots, _), a, b in zip(texts, before, held, strict=True)])
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        self.model, self.pools, self.shape = model, pools, (len(ids), count)
-        self.place = Place(read.to(device), write.to(device), columns - count)
+        positions = torch.arange(count) + torch.tensor(starts)[:, None]
+        given, kept, context = torch.tensor(ids), None, None
+        self.last: int | None = None
+        if cp.size > 1:
+            context = _distributed(cp, read > 0, lengths, positions)
+            kept = (positions.view(-1) % cp.size == cp.rank).nonzero().view(-1)
+            if context.rows is not None:
+                own_rows = list(context.rows[cp.rank])
+                given, positions, kept = given[:, own_rows], positions[:, own_rows], None
+                self.last = (columns - 1) % cp.size
+        self.model, self.pools, self.shape, self._context = model, pools, tuple(given.shape), context
+        self.place = Place(
+            read.to(device), write.to(device), columns - count, columns, None if kept is None else kept.to(device)
+        )
         self.given: dict[str, Any] = {
-            "input_ids": torch.tensor(ids, device=device),
-            "position_ids": torch.tensor([list(range(start, start + count)) for _, start in texts], device=device),
+            "input_ids": given.to(device),
+            "position_ids": positions.to(device),
             "use_cache": True,
         }
         if min(lengths) < columns:
@@ -106,7 +132,8 @@ class BlockForward:
         """The model's inputs at `stage`."""
         self.pools.lengths = self.lengths
         cache = block_cache(self.pools, self.place, own_entries(self.model, stage, len(self.pools.entries)))
-        return {**self.given, cache_argument(self.model): cache}
+        given = {**self.given, cache_argument(self.model): cache}
+        return given if self._context is None else self._context.split(given)
 
     def keep_cache(self, stage: int, cache: Any) -> None:
         """Do nothing: the pools have the new keys and values."""
@@ -160,6 +187,23 @@ class Alone:
     def advance(self, token: int) -> None:
         """Append the next token."""
         self._group.go_on(torch.tensor([token]), self._output)
+
+
+def _distributed(cp: Communicator, is_key: Tensor, lengths: SequenceOf[int], positions: Tensor) -> SharedTokens:
+    """What the ranks have of a forward of tokens at `positions` `[rows, count]` of texts of `lengths` tokens, these included.
+
+    `is_key` `[rows, keys]` tells padding on the left from this rank's keys.
+    """
+    columns, (_, count), keys = max(lengths), positions.shape, is_key.shape[1]
+    own = torch.zeros(is_key.shape, dtype=torch.int64)
+    for row, length in enumerate(lengths):
+        held = int(is_key[row].sum())
+        own[row, keys - held :] = columns - length + cp.rank + cp.size * torch.arange(held)
+    if count < DIVIDED * cp.size or min(lengths) < columns:
+        return SharedTokens(cp, own, columns, is_key)
+    start = columns - count
+    rows = tuple(tuple(range((rank - start) % cp.size, count, cp.size)) for rank in range(cp.size))
+    return SharedTokens(cp, own, columns, is_key, rows, positions)
 
 
 def own_entries(model: nn.Module, stage: int, entries: int) -> frozenset[int]:

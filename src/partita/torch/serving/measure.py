@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,16 +12,19 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from partita.core.model.spec import longest_text
+from partita.errors import ModelError
 from partita.generation import Sequence
 from partita.notes import note
 from partita.ranks.memory import machine_bytes, share_of
 from partita.serving import ServeSettings
 from partita.serving.blocks import CacheLayout, layout_within
 from partita.torch.model.block_cache import Form, Pools, entries_of
+from partita.torch.model.float64 import Float64Everywhere
 from partita.torch.model.parts import plan_of
 from partita.torch.model.sequences import arguments_of
+from partita.torch.proof.family import dtype_of
 from partita.torch.serving.adapters import ServedAdapters
-from partita.torch.serving.forwards import Alone, BlockForward, Through, own_entries
+from partita.torch.serving.forwards import DIVIDED, Alone, BlockForward, Through, own_entries
 from partita.torch.transformers_internals import attending_by_row, attends_by_chunks, is_stateful, misplaces_padding
 
 _LONG, _SHORT = 9, 6
@@ -49,16 +53,21 @@ def measure(model: nn.Module, stages: Through, settings: ServeSettings, adapters
         ModelError: The budget has no room for a block.
     """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    texts = [_text(model, _LONG), _text(model, _SHORT)]
+    cp = plan_of(model)[1].cp.size
+    # A chunk of the first text is divided over context parallel ranks.
+    texts = [_text(model, max(_LONG, DIVIDED * cp + 4)), _text(model, _SHORT)]
     alone = [Alone(model, Sequence(0, text, 1)) for text in texts]
     expected: dict[int, Tensor] = {}
-    stages.run(alone, lambda output, place: expected.update({place: output.logits[:, -1].clone()}))
+    with _precisely(model):
+        stages.run(alone, lambda output, place: expected.update({place: output.logits[:, -1].clone()}))
     found = _pools_of(model, alone[0].caches)
     size = settings.block_tokens
     if _agree(model, found is not None):
         entries, forms = found or ([], {})
         trial = Pools(entries, forms, _SLOTS, device)
-        if _agree(model, _is_equal(model, stages, trial, texts, expected)):
+        with _precisely(model):
+            is_equal = _is_equal(model, stages, trial, texts, expected)
+        if _agree(model, is_equal):
             layout = _layout(model, settings, sum(form.bytes for form in forms.values()) * size, 1)
             pools = Pools(entries, forms, (layout.num_blocks + 1) * size, device)
             if settings.exact_rows:
@@ -69,6 +78,11 @@ def measure(model: nn.Module, stages: Through, settings: ServeSettings, adapters
                     rows = min(rows, _exact_rows(model, stages, trial))
                 layout = replace(layout, exact_rows=rows, chunked=False, reused=False)
             return Measured(layout, pools)
+    if cp > 1:
+        raise ModelError(
+            f"{type(model).__name__} cannot share forwards between requests exactly, and the cache of a request by itself is "
+            f"not distributed over ranks (cp={cp}). Use cp=1, and tp or pp in its place."
+        )
     if plan_of(model)[1].rank == 0:
         note(
             f"{type(model).__name__} cannot share forwards between requests exactly, so each runs in forwards of its own."
@@ -80,13 +94,20 @@ def measure(model: nn.Module, stages: Through, settings: ServeSettings, adapters
     return Measured(_layout(model, settings, block, 0, state_blocks=-(-state // block)), None)
 
 
+def _precisely(model: nn.Module) -> AbstractContextManager[object]:
+    """A context in which a model in float64 rounds nothing to float32: some families' softmax does, merged parts do not."""
+    parts = plan_of(model)[1].cp.size > 1 and dtype_of(model) == torch.float64
+    return Float64Everywhere() if parts else nullcontext()
+
+
 def _layout(
     model: nn.Module, settings: ServeSettings, block_bytes: int, reserved: int, state_blocks: int = 0
 ) -> CacheLayout:
     """The layout in which the rank whose blocks are the largest keeps its budget."""
     batched = reserved > 0
+    tokens = settings.block_tokens * plan_of(model)[1].cp.size
     layout = CacheLayout(
-        0, settings.block_tokens, _largest(model, state_blocks), batched=batched, chunked=batched, reused=batched,
+        0, tokens, _largest(model, state_blocks), batched=batched, chunked=batched, reused=batched,
         block_bytes=_largest(model, block_bytes),
     )  # fmt: skip
     free = -_largest(model, -_free_bytes(model)) if settings.cache_bytes is None else None
@@ -128,9 +149,10 @@ def _is_equal(
     model: nn.Module, stages: Through, pools: Pools, texts: list[list[int]], expected: dict[int, Tensor]
 ) -> bool:
     """Whether both texts in chunks, and then in one batch, give the logits of each alone; true where no logits are."""
-    slots = [torch.arange(_SLOTS - 1, _SLOTS - 1 - _LONG, -1), torch.arange(1, 1 + 2 * _SHORT, 2)]
+    long, short = map(len, texts)
+    slots = [torch.arange(_SLOTS - 1, _SLOTS - 1 - _LONG, -1), torch.arange(1, 1 + 2 * short, 2)]
     steps = [
-        [(0, 0, 5)], [(1, 0, _SHORT - 1)], [(0, 5, _LONG - 6)], [(0, _LONG - 1, 1), (1, _SHORT - 1, 1)],
+        [(0, 0, long - 4)], [(1, 0, short - 1)], [(0, long - 4, 3)], [(0, long - 1, 1), (1, short - 1, 1)],
     ]  # fmt: skip
     found: dict[int, Tensor] = {}
     try:
@@ -139,8 +161,8 @@ def _is_equal(
             forward = BlockForward(model, pools, ids, [(slots[text], start) for text, start, _ in step])
             stages.run([forward], lambda output, place: found.update({place: output.logits[:, -1].clone()}))
     except Exception:
-        # With stages, the others would wait for this one.
-        if plan_of(model)[0].num_stages > 1:
+        # With stages or context parallel ranks, the others would wait for this one.
+        if plan_of(model)[0].num_stages > 1 or plan_of(model)[1].cp.size > 1:
             raise
         return False
     if not expected:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from partita.errors import ModelError, PlanError
+from partita.errors import PlanError
 from partita.generation import Tokenizer
 from partita.generation.choice import Choice
 from partita.generation.sample import Array, Columns
@@ -31,6 +31,7 @@ from partita.torch.model.parts import plan_of
 from partita.torch.model.towers import MEDIA, forbidden_media, media_of
 from partita.torch.proof.stages import refuse_undecodable
 from partita.torch.serving.adapters import ServedAdapters
+from partita.torch.serving.context import refuse_context
 from partita.torch.serving.forwards import Alone, BlockForward, Forward, Through
 from partita.torch.serving.measure import measure
 from partita.torch.serving.sharing import shared
@@ -54,12 +55,9 @@ class TorchRows:
     ) -> None:
         """Measure the model's cache with a few short forwards, and allocate blocks."""
         self.plan, self.groups = plan_of(model)
-        if self.groups.cp.size > 1:
-            raise ModelError(
-                f"requests are not served over cp={self.groups.cp.size} ranks; generate() splits prompts. Load with cp=1."
-            )
         refuse_undecodable(model, self.plan)
         _check(model)
+        refuse_context(model, self.plan, settings)
         self.model, self.tokenizer, self.adapters = model, tokenizer, adapters
         self.decides = self.groups.is_first_of_replica
         self.replica = self.groups.dp.rank
@@ -83,6 +81,8 @@ class TorchRows:
     def settle(self, request: ServeRequest) -> Choice:
         """The request's settings; see `Rows`."""
         self.adapters.check(request.adapter)
+        if request.inputs and self.groups.cp.size > 1:
+            raise PlanError(f"a prompt with {request.inputs[0].name} is not served: {self.no_images}.")
         if request.inputs:
             _more_inputs(self.model, [request.prompt], [_tensors(request.inputs)])
         choice, length = self._texts.settle(request), len(request.prompt)
@@ -98,6 +98,8 @@ class TorchRows:
     @property
     def no_images(self) -> str:
         """Why requests have no images; see `Rows`."""
+        if self.groups.cp.size > 1:
+            return f"prompts with other inputs than text are not split over ranks (cp={self.groups.cp.size})"
         image = MEDIA[0]
         if image in media_of(self.model):
             return forbidden_media(self.model).get(image.name, "")
@@ -145,7 +147,8 @@ class TorchRows:
     def _admit(self, served: Served) -> None:
         number, inputs = served.admission.request.id, served.admission.request.inputs
         if self.layout.batched and not inputs:
-            blocks, size = torch.tensor(served.admission.blocks, dtype=torch.int64), self.layout.block_tokens
+            blocks = torch.tensor(served.admission.blocks, dtype=torch.int64)
+            size = self.layout.block_tokens // self.groups.cp.size
             self._slots[number] = (blocks[:, None] * size + torch.arange(size)).view(-1)
         else:
             self._alone[number] = Alone(self.model, served.sequence, _tensors(inputs), self._pools)
@@ -171,9 +174,18 @@ class TorchRows:
             def pick(output: Any, place: int) -> None:
                 forwards[place].keep_output(output if self.plan.num_stages == 1 else None)
                 if any(row.chooses for row in batches[place]):
-                    self._pick(output.logits[:, -1], batches[place], split, picked[place])
+                    logits = self._last_logits(output, forwards[place])
+                    if self.groups.cp.rank == 0:
+                        self._pick(logits, batches[place], split, picked[place])
 
             self._stages.run(forwards, pick)
+
+    def _last_logits(self, output: Any, forward: Forward) -> Tensor:
+        """The logits of the last token of each row, on the first context parallel rank, which chooses."""
+        logits: Tensor = output.logits[:, -1]
+        if isinstance(forward, BlockForward) and forward.last:
+            return self.groups.cp.broadcast_(logits.contiguous(), forward.last)
+        return logits
 
     def _batch(self, rows: tuple[Row, ...]) -> Forward:
         if rows[0].id in self._alone:
