@@ -79,7 +79,7 @@ def serve_beside(
 
 @contextlib.contextmanager
 def _outliving_sigterm() -> Iterator[None]:
-    """Ignore one SIGTERM: other launchers send theirs to all ranks at once, but the first rank decides when the run has ended."""
+    """Ignore one SIGTERM: other launchers send theirs to all ranks at once, but the first rank decides when to end."""
     before = signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
     try:
         yield
