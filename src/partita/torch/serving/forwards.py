@@ -67,10 +67,10 @@ class Through:
 
 
 class BlockForward:
-    """A forward of rows with the same number of new tokens, whose earlier tokens are in the pools.
+    """A forward of rows whose earlier tokens are in the pools; rows with fewer new tokens than others are padded before them.
 
     Attributes:
-        shape: The shape of the new ids.
+        shape: The shape of the new ids, with their padding.
         lengths: The number of tokens of each row, new ones included.
     """
 
@@ -78,25 +78,30 @@ class BlockForward:
         self, model: nn.Module, pools: Pools, ids: list[list[int]], texts: SequenceOf[tuple[Tensor, int]]
     ) -> None:
         """Place the tokens `ids` of each of `texts`: the slots of its tokens, and the number of earlier ones."""
-        count = len(ids[0])
-        lengths = [start + count for _, start in texts]
+        count = max(map(len, ids))
+        pads = [count - len(new) for new in ids]
+        lengths = [start + len(new) for new, (_, start) in zip(ids, texts, strict=True)]
         self.lengths = lengths
-        columns = max(lengths)
+        columns = max(*lengths, count)
         read = torch.zeros(len(ids), columns, dtype=torch.int64)
         for row, ((slots, _), length) in enumerate(zip(texts, lengths, strict=True)):
             read[row, columns - length :] = slots[:length]
-        write = torch.cat([slots[start : start + count] for slots, start in texts])
+        write = torch.full((len(ids), count), pools.unread)
+        positions = torch.zeros(len(ids), count, dtype=torch.int64)
+        for row, ((slots, start), length, pad) in enumerate(zip(texts, lengths, pads, strict=True)):
+            write[row, pad:] = slots[start:length]
+            positions[row, pad:] = torch.arange(start, length)
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self.model, self.pools, self.shape = model, pools, (len(ids), count)
-        self.place = Place(read.to(device), write.to(device), columns - count)
+        self.place = Place(read.to(device), write.view(-1).to(device), columns - count)
         self.given: dict[str, Any] = {
-            "input_ids": torch.tensor(ids, device=device),
-            "position_ids": torch.tensor([list(range(start, start + count)) for _, start in texts], device=device),
+            "input_ids": torch.tensor([[0] * pad + new for pad, new in zip(pads, ids, strict=True)], device=device),
+            "position_ids": positions.to(device),
             "use_cache": True,
         }
         if min(lengths) < columns:
-            pads = columns - torch.tensor(lengths, device=device)
-            self.given["attention_mask"] = (torch.arange(columns, device=device) >= pads[:, None]).long()
+            before = columns - torch.tensor(lengths, device=device)
+            self.given["attention_mask"] = (torch.arange(columns, device=device) >= before[:, None]).long()
         if "logits_to_keep" in arguments_of(model):
             self.given["logits_to_keep"] = 1
         if asks_for_balance(model):

@@ -130,7 +130,7 @@ def _is_equal(
     """Whether both texts in chunks, and then in one batch, give the logits of each alone; true where no logits are."""
     slots = [torch.arange(_SLOTS - 1, _SLOTS - 1 - _LONG, -1), torch.arange(1, 1 + 2 * _SHORT, 2)]
     steps = [
-        [(0, 0, 5)], [(1, 0, _SHORT - 1)], [(0, 5, _LONG - 6)], [(0, _LONG - 1, 1), (1, _SHORT - 1, 1)],
+        [(0, 0, 5), (1, 0, 3)], [(1, 3, _SHORT - 4), (0, 5, _LONG - 6)], [(0, _LONG - 1, 1), (1, _SHORT - 1, 1)],
     ]  # fmt: skip
     found: dict[int, Tensor] = {}
     try:
