@@ -110,7 +110,7 @@ def test_ranks_of_torchrun_join(trained: tuple[Path, dict[str, Any]]) -> None:
     wrong = run(*torchrun, *command, "--tp", "3")
     assert wrong.returncode != 0
     assert wrong.stdout == ""
-    assert wrong.stderr.count("has 3 ranks, but the launcher started 2") == 1
+    assert wrong.stderr.count("has 3 ranks, but torchrun started 2") == 1
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ import pty
 import select
 import signal
 import subprocess
+import sys
 import termios
 import time
 from importlib.util import find_spec
@@ -62,6 +63,20 @@ def test_an_encoder_is_served(tmp_path: Path) -> None:
     with started(encoder, "--tp", "2") as server:
         assert len(server.client().embeddings.create(model="encoder", input=["Hi"]).data[0].embedding) == 24
         assert server.end(signal.SIGTERM) == (0, "")
+
+
+@pytest.mark.slow
+def test_sigterm_under_torchrun_drains(model: Path) -> None:
+    """Of torchrun, which signals all ranks, and of the first rank alone, after which torchrun exits with 0."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "partita"]
+    for is_first in (False, True):
+        with started(model, "--tp", "2", program=torchrun) as server:
+            expected = "".join(server.stream(max_tokens=60, temperature=0))
+            stream = server.stream(max_tokens=60, temperature=0)
+            texts = [next(stream)]
+            os.kill(server.pid if is_first else server.process.pid, signal.SIGTERM)
+            assert "".join(texts + list(stream)) == expected
+            assert server.ended()[0] == (0 if is_first else 1)
 
 
 @pytest.mark.slow

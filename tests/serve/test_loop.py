@@ -46,3 +46,10 @@ def test_one_rank(family: str) -> None:
 def test_ranks(family: str, where: dict[str, int]) -> None:
     for wrong in on(Mesh(**where).size, compare, family, FAMILIES[family], where, SMALL, 24, 2, family not in ALONE):
         assert wrong == []
+
+
+@pytest.mark.slow
+def test_prompts_divided_over_stages() -> None:
+    settings = ServeSettings(max_sequences=3, prefill_chunk=100, cache_bytes=1 << 21, block_tokens=4)
+    for wrong in on(2, compare, "llama", {}, {"pp": 2}, settings, 16, 3, True, 90):
+        assert wrong == []

@@ -18,7 +18,7 @@ from tests.support.served import save_model
 
 LOST = 75
 SLOW = pytest.mark.slow
-MLX = ("engine mlx --tp", "engine mlx --pp") if find_spec("mlx") else ()
+MLX = ("engine mlx --tp", "engine mlx --pp", "engine mlx --dp") if find_spec("mlx") else ()
 pytestmark = pytest.mark.timeout(600)
 
 
@@ -51,13 +51,14 @@ def lose(server: Server, model: Path, rank: int, number: int) -> None:
     [
         ("tp", 1, signal.SIGKILL), ("tp", 0, signal.SIGSTOP), ("pp", 0, signal.SIGKILL), ("pp", 1, signal.SIGSTOP),
         ("dp", 1, signal.SIGKILL),
+        *((axis, 1, signal.SIGKILL) for axis in MLX),
     ],
 )  # fmt: skip
 def test_a_lost_rank_is_replaced_and_requests_that_wait_survive(
     model: Path, axis: str, rank: int, number: signal.Signals
 ) -> None:
     settings = ("--max-sequences", "2", "--restarts", "2", "--lost-after", "12", "--max-tokens", "30")
-    with started(model, f"--{axis}", "2", *settings) as server:
+    with started(model, *f"--{axis}".split(), "2", *settings) as server:
         expected = "".join(server.stream(max_tokens=30, seed=5))
         lose(server, model, rank, number)
         assert server.status() == 503
@@ -65,7 +66,7 @@ def test_a_lost_rank_is_replaced_and_requests_that_wait_survive(
             server.client().completions.create(model="tiny", prompt="Hi")
         server.wait_for(200)
         assert "".join(server.stream(max_tokens=30, seed=5)) == expected
-        if axis == "dp":  # two replicas run four requests at once
+        if axis.endswith("dp"):  # two replicas run four requests at once
             assert server.end(signal.SIGTERM)[0] == 0
             return
         # Two requests run, and one waits, which survives the loss.

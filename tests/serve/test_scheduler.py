@@ -48,6 +48,41 @@ def test_running_requests_form_a_group_for_each_stage() -> None:
     assert _rows(scheduler.plan()) == [[(0, 2, 1, True)], [(1, 2, 1, True), (2, 2, 1, True)]]
 
 
+def test_prompts_of_about_the_same_length_share_a_forward() -> None:
+    scheduler = _scheduler(100, prefill_chunk=100)
+    for number, length in enumerate((20, 31, 12, 23, 11)):
+        scheduler.submit(ServeRequest(number, tuple(range(100 * number, 100 * number + length))), 3)
+    whole = [(1, 0, 31, True), (3, 0, 23, True), (0, 0, 20, True), (2, 0, 12, True), (4, 0, 11, True)]
+    assert _rows(scheduler.plan()) == [whole[:2], whole[2:4], whole[4:]]
+
+
+def test_a_prompt_that_fits_a_chunk_waits_for_one_of_its_own() -> None:
+    scheduler = _scheduler(100, prefill_chunk=16)
+    for number, length in enumerate((12, 10, 4, 30)):
+        scheduler.submit(ServeRequest(number, tuple(range(100 * number, 100 * number + length))), 1)
+    # Request 1 is not divided, and what it leaves is for request 2. Request 3 needs several chunks, and takes what is left.
+    assert _rows(scheduler.plan()) == [[(0, 0, 12, True), (2, 0, 4, True)]]
+    for number in (0, 2):
+        scheduler.end(number)
+    assert _rows(scheduler.plan()) == [[(1, 0, 10, True), (3, 0, 6, False)]]
+
+
+def test_prompts_are_divided_over_pipeline_stages() -> None:
+    scheduler = _scheduler(100, groups=2, prefill_chunk=100)
+    scheduler.submit(ServeRequest(0, tuple(range(150))), 1)
+    # The parts of a prompt follow each other through the stages.
+    assert _rows(scheduler.plan()) == [[(0, start, 25, False)] for start in (0, 25, 50, 75)]
+    scheduler.submit(ServeRequest(1, tuple(range(200, 240))), 1)
+    assert _rows(scheduler.plan()) == [
+        [(0, 100, 25, False)], [(0, 125, 25, True)], [(1, 0, 20, False)], [(1, 20, 20, True)]
+    ]  # fmt: skip
+    scheduler.end(0)
+    scheduler.end(1)
+    for number in (2, 3, 4):
+        scheduler.submit(ServeRequest(number, tuple(range(300 * number, 300 * number + 20))), 1)
+    assert _rows(scheduler.plan()) == [[(number, 0, 20, True)] for number in (2, 3, 4)]
+
+
 def test_requests_that_cannot_share_forwards_run_alone() -> None:
     scheduler = _scheduler(100, batched=False, prefill_chunk=2)
     for number in range(2):
@@ -85,7 +120,7 @@ def test_a_prompt_that_begins_like_an_earlier_text_computes_the_rest_alone() -> 
     # At least one token of a prompt is computed, and another text shares nothing.
     scheduler.submit(ServeRequest(2, tuple(range(8))), 1)
     scheduler.submit(ServeRequest(3, (9, *range(1, 8))), 1)
-    assert _rows(scheduler.plan())[1:] == [[(2, 4, 4, True)], [(3, 0, 8, True)]]
+    assert _rows(scheduler.plan())[1:] == [[(3, 0, 8, True), (2, 4, 4, True)]]
 
 
 @given(st.integers(0, 1 << 30), st.integers(1, 12))

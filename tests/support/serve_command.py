@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ def wait_until_gone(folder: Path) -> None:
 class Server:
     process: subprocess.Popen[str]
     url: str
+    pid: int
 
     def client(self) -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60)
@@ -95,16 +96,17 @@ class Server:
 
 
 @contextlib.contextmanager
-def started(folder: Path, *options: str) -> Iterator[Server]:
+def started(folder: Path, *options: str, program: Sequence[str] = PARTITA) -> Iterator[Server]:
     process = subprocess.Popen(
-        [*PARTITA, "serve", str(folder), "--port", "0", "--json", *options], stdout=subprocess.PIPE,
+        [*program, "serve", str(folder), "--port", "0", "--json", *options], stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, text=True, preexec_fn=take_signals,
     )  # fmt: skip
     assert process.stdout is not None
     try:
         line = process.stdout.readline()
         assert line, process.communicate()[1]
-        yield Server(process, json.loads(line)["url"])
+        address = json.loads(line)
+        yield Server(process, address["url"], address["pid"])
     finally:
         process.kill()
         process.communicate()

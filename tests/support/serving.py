@@ -143,6 +143,7 @@ def compare(
     count: int,
     seed: int,
     batched: bool,
+    longest: int = 24,
 ) -> list[str]:
     """Serve random requests, and describe each whose answer is not the one that it gets alone; on the first rank only."""
     torch.set_num_threads(1)
@@ -151,7 +152,7 @@ def compare(
         unsplit = unsplit_model(family, changes, torch.float64)
         loop = serving_loop(split_model(unsplit, where), settings, tokenizer=byte_tokenizer())
         assert loop.rows.layout.batched == batched
-        requests = random_requests(count, seed)
+        requests = random_requests(count, seed, longest=longest)
         cancelled = tuple(request.id for request in requests[::7])
         heard = served(loop, requests, cancelled=cancelled)
         if not loop.rows.decides:

@@ -16,6 +16,7 @@ from partita.cli.job import Job
 from partita.cli.replicas import Groups, gather, serve_beside
 from partita.cli.terminal.console import err, mesh_name, plural, print_json
 from partita.cli.terminal.progress import answering, loading
+from partita.core.model.spec import longest_text
 from partita.engine import open_engine, serving_loop
 from partita.generation import Sampling
 from partita.notes import note
@@ -25,6 +26,7 @@ from partita.serving.answer_all import AnswerAll, Progress
 from partita.serving.answer_lines import AnswerLines
 from partita.serving.front import Front, Replica
 from partita.serving.prompt_lines import PromptLine, PromptLines
+from partita.serving.requests import refuse_beyond_context
 
 
 @dataclass(kw_only=True)
@@ -68,9 +70,12 @@ class AnswerJob(Job):
             loop, groups = self._loop()
             tokenizer, front = loop.rows.tokenizer, Front()
             assert tokenizer is not None
+            context = longest_text(loop.rows.plan.spec)
 
             def encode(line: PromptLine) -> list[int]:
-                return line.encode(tokenizer, chat=self.chat, system=self.system)
+                ids = line.encode(tokenizer, chat=self.chat, system=self.system)
+                refuse_beyond_context(context, len(ids), line.sampling.max_new_tokens)
+                return ids
 
             start_s = time.perf_counter()
             # Requests wait, so that no step waits for one.

@@ -8,6 +8,7 @@ our launcher    all replicas are ready -> FrontEnd.open -> HTTP, whose port stay
 from __future__ import annotations
 
 import json
+import os
 import signal
 import socket
 import tempfile
@@ -213,7 +214,10 @@ class FrontEnd:
 
         url, job = url_of(self._bound), self._job
         if job.as_json:
-            write(json.dumps({"url": url, "model": job.name} | ({"cache": cache} if cache else {})) + "\n")
+            write(
+                json.dumps({"url": url, "model": job.name, "pid": os.getpid()} | ({"cache": cache} if cache else {}))
+                + "\n"
+            )
         else:
             if cache:
                 out().print(f"The cache has {cache}.", style="dim", soft_wrap=True)

@@ -7,9 +7,10 @@ import hmac
 import json
 import os
 import secrets
+import signal
 import socket
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from partita.ranks.addresses import addresses, connect, listen
@@ -69,10 +70,21 @@ def serve_beside(
         connection = socket.socket(socket.AF_UNIX)
         connection.connect(path)
         channel = Channel(connection)
-    if channel is not None:
-        serve_remote(loop, channel, facts)
-    else:
-        loop.run()
+    with _outliving_sigterm() if path is None else contextlib.nullcontext():
+        if channel is not None:
+            serve_remote(loop, channel, facts)
+        else:
+            loop.run()
+
+
+@contextlib.contextmanager
+def _outliving_sigterm() -> Iterator[None]:
+    """Ignore one SIGTERM: other launchers send theirs to all ranks at once, but the first rank decides when to end."""
+    before = signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _is_one_machine() -> bool:

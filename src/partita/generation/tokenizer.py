@@ -27,6 +27,10 @@ _OF_READING = ("is_local", "local_files_only")
 """Settings in which transformers records the origin of a tokenizer, which are not part of the tokenizer."""
 
 
+_PROBE = "Hi there"
+"""A message that shows which contents a chat template takes."""
+
+
 class Tokenizer:
     """A tokenizer of transformers.
 
@@ -98,7 +102,7 @@ class Tokenizer:
         """The ids of a chat.
 
         Args:
-            messages: The messages, as transformers' chat templates take them.
+            messages: The messages. Each has a `content` that is a text, or a list of parts `{"type": "text", "text": ...}`.
             tools: The functions that the model may call, as OpenAI's JSON describes them.
             add_generation_prompt: Whether the ids end where the next answer begins.
             settings: Variables for the template, such as `enable_thinking`.
@@ -108,15 +112,44 @@ class Tokenizer:
         """
         if not self.has_chat_template:
             raise CheckpointError("the model's tokenizer has no chat template, so it takes no messages.")
+        shown = self.as_template_messages(messages)
         try:
             ids = self.inner.apply_chat_template(
-                list(messages), tools=list(tools) if tools else None, add_generation_prompt=add_generation_prompt,
+                shown, tools=list(tools) if tools else None, add_generation_prompt=add_generation_prompt,
                 return_dict=False, **settings,
             )  # fmt: skip
         except Exception as error:
             why = " ".join(str(error).split()) or type(error).__name__
             raise CheckpointError(f"the model's chat template does not take these messages: {why[:300]}") from error
         return [int(i) for i in ids]
+
+    def as_template_messages(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Messages whose contents have the one form that the chat template shows: texts if it takes them, else lists of parts.
+
+        Raises:
+            CheckpointError: A part is no text.
+        """
+        made = []
+        for message in messages:
+            content = message.get("content")
+            if isinstance(content, (list, tuple)):
+                content = "".join(_text_of(part) for part in content)
+            if isinstance(content, str) and self._takes_parts_only:
+                content = [{"type": "text", "text": content}] if content else []
+            made.append({**message, "content": content} if "content" in message else {**message})
+        return made
+
+    @functools.cached_property
+    def _takes_parts_only(self) -> bool:
+        """Whether the chat template leaves out or refuses a content that is a text, but shows the same text as a part."""
+        return not self._shows(_PROBE) and self._shows([{"type": "text", "text": _PROBE}])
+
+    def _shows(self, content: Any) -> bool:
+        try:
+            text = self.inner.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
+        except Exception:
+            return False
+        return _PROBE in text
 
     def decode(self, ids: list[int]) -> str:
         """The text of ids, without special tokens."""
@@ -134,6 +167,12 @@ class Tokenizer:
         kept = {name: value for name, value in config.items() if name not in _OF_READING}
         if kept != config:
             file.write_text(json.dumps(kept, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _text_of(part: Any) -> str:
+    if isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str):
+        return str(part["text"])
+    raise CheckpointError(f'a part of a message must be {{"type": "text", "text": ...}} here, but is {part!r:.80}.')
 
 
 def byte_tokenizer() -> Tokenizer:

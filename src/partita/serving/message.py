@@ -51,7 +51,7 @@ class Step:
         ended: Requests whose state is released, before anything else.
         tokens: Requests and the tokens that earlier steps chose for them, which are appended before the forwards.
         admitted: Requests that start.
-        batches: The forwards, each of rows with the same number of tokens and the same adapters.
+        batches: The forwards, each of rows with the same adapters. Under pp a row may be divided over several, in order.
         ends: Whether the loop ends after this step.
         following: What is served after the end, as text; empty for nothing.
     """

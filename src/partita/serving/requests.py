@@ -63,6 +63,16 @@ class ServeRequest:
             raise PlanError(f"top_logprobs must be from 0 to {MOST_TOP_LOGPROBS}, but is {self.top_logprobs}.")
 
 
+def refuse_beyond_context(context: int, prompt: int, wanted: int | None) -> None:
+    """Raise `PlanError` for a prompt of `prompt` tokens with `wanted` new ones, or with any, that are more than `context`."""
+    if prompt + (wanted or 1) > context:
+        asked = f" and {wanted} new ones" if wanted else ""
+        raise PlanError(
+            f"this model's context has {context} tokens, but the prompt has {prompt}{asked}. Shorten the prompt, or ask for "
+            "fewer tokens."
+        )
+
+
 @dataclass(frozen=True)
 class Token:
     """A new token of a request.

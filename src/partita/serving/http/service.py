@@ -22,7 +22,7 @@ from partita.serving.http.openai.response_store import ResponseStore
 from partita.serving.http.openai.tools import template_of
 from partita.serving.images import ImageProcessor, images_of
 from partita.serving.pooling import Pooling
-from partita.serving.requests import Input, ServeRequest
+from partita.serving.requests import Input, ServeRequest, refuse_beyond_context
 
 MAX_BODY_BYTES = 8 << 20
 """The largest body of a request."""
@@ -149,17 +149,11 @@ class Service:
         """
         if not prompt:
             raise ApiError(400, f"{param} has no tokens. Give at least one.", param=param)
-        room = self.context - len(prompt)
-        if room < 1 or (wanted or 1) > room:
-            asked = f" and {wanted} new ones" if wanted else ""
-            raise ApiError(
-                400,
-                f"this model's context has {self.context} tokens, but the prompt has {len(prompt)}{asked}. Shorten the "
-                "prompt, or ask for fewer tokens.",
-                param=param,
-                code="context_length_exceeded",
-            )
-        return wanted or min(room, self.max_tokens)
+        try:
+            refuse_beyond_context(self.context, len(prompt), wanted)
+        except PlanError as error:
+            raise ApiError(400, str(error), param=param, code="context_length_exceeded") from error
+        return wanted or min(self.context - len(prompt), self.max_tokens)
 
     def answers(
         self,

@@ -10,6 +10,7 @@ import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,19 +39,30 @@ Product = Callable[[Tensor], Tensor]
 def decoding(model: nn.Module, rows: int, tokens: int) -> Iterator[None]:
     """Speed up the layers of `model` for `rows` rows inside the context, where no gradients are computed.
 
-    Weights stay where they are and must not be moved inside.
+    Weights stay where they are and must not be moved inside, nor layers be replaced.
 
     Args:
         model: A split or unsplit model.
         rows: Sequences in a batch.
         tokens: Maximum number of new tokens per sequence.
     """
-    if torch.is_autocast_enabled("cpu"):
+    forwards = faster_forwards(model, rows, tokens)
+    for layer, forward in forwards.items():
+        layer.forward = forward
+    try:
         yield
-        return
+    finally:
+        for layer in forwards:
+            del layer.forward
+
+
+def faster_forwards(model: nn.Module, rows: int, tokens: int) -> dict[nn.Module, Callable[..., Any]]:
+    """The forwards that `decoding` gives to layers of `model`, which has none of them now; its arguments are the same."""
+    if torch.is_autocast_enabled("cpu"):
+        return {}
     is_long = tokens >= PAYS_AFTER_TOKENS
     compiled = compiled_parts(model)
-    changed: list[nn.Module] = []
+    found: dict[nn.Module, Callable[..., Any]] = {}
     products = _products(model, rows if is_long else None)
     for layer in model.modules():
         forward = None if layer in compiled else _faster_forward(layer, products)
@@ -59,31 +71,26 @@ def decoding(model: nn.Module, rows: int, tokens: int) -> Iterator[None]:
         if forward is None and is_long and layer not in compiled and has_no_hooks(layer):
             forward = faster_step(layer)
         if forward is not None:
-            layer.forward = forward
-            changed.append(layer)
-    _stack(model)
-    try:
-        yield
-    finally:
-        for layer in changed:
-            del layer.forward
+            found[layer] = forward
+    _stack(model, found)
+    return found
 
 
-def _stack(model: nn.Module) -> None:
+def _stack(model: nn.Module, forwards: dict[nn.Module, Callable[..., Any]]) -> None:
     """Let layers that follow each other be computed together."""
     for parent in model.modules():
         if not isinstance(parent, nn.ModuleList):
             continue
         run: list[tuple[nn.Module, DecodeLayer]] = []
         for child in (*parent, nn.Module()):
-            owner = getattr(child.__dict__.get("forward"), "__self__", None)
+            owner = getattr(forwards.get(child), "__self__", None)
             if isinstance(owner, DecodeLayer) and (not run or can_follow(run[-1][1], owner)):
                 run.append((child, owner))
                 continue
             if len(run) > 1:
                 stack = Stack([fast for _, fast in run])
                 for place, (layer, _) in enumerate(run):
-                    layer.forward = functools.partial(stack.forward, place)
+                    forwards[layer] = functools.partial(stack.forward, place)
             run = [(child, owner)] if isinstance(owner, DecodeLayer) else []
 
 

@@ -1,9 +1,10 @@
 """Keys and values of many texts in one pool of token slots per layer, and the cache that a model sees of it.
 
 Slot `i` of a pool holds the keys and values of one token of one text. A forward writes its new tokens to their slots and reads
-each row's slots in order, the rows aligned at their last token; padding reads slot 0, which stays zero. A layer with a sliding
-window keeps every token, and its mask hides those outside the window: so the keys of a prompt can be reused at any length.
-Of context parallel ranks each has the slots of its own tokens: token t of a text is on rank t mod cp.
+each row's slots in order, the rows aligned at their last token; padding reads slot 0, which stays zero. Rows with fewer new
+tokens than others of their forward are padded before them; this padding writes to a slot that is never read. A layer with a
+sliding window keeps every token, and its mask hides those outside the window: so the keys of a prompt can be reused at any
+length. Of context parallel ranks each has the slots of its own tokens: token t of a text is on rank t mod cp.
 """
 
 from __future__ import annotations
@@ -49,11 +50,13 @@ class Pools:
         keys: By layer, `[slots, heads, key_width]`.
         values: By layer, `[slots, heads, value_width]`.
         lengths: The number of tokens of each row of the forward that runs.
+        unread: The slot to which padding writes.
     """
 
     def __init__(self, entries: list[bool], forms: Mapping[int, Form], slots: int, device: torch.device) -> None:
-        """Allocate `slots` slots for each layer of `forms`."""
-        self.entries = entries
+        """Allocate `slots` slots for each layer of `forms`, and `unread`."""
+        self.entries, self.unread = entries, slots
+        slots += 1
         self.lengths: list[int] = []
         self.keys = {i: _zeros(slots, f.heads, f.key_width, f.dtype, device) for i, f in forms.items()}
         self.values = {i: _zeros(slots, f.heads, f.value_width, f.dtype, device) for i, f in forms.items()}
@@ -76,10 +79,10 @@ class Place:
     Attributes:
         read: int64 `[rows, keys]`, the slot of each token of each row that is kept on this rank, new ones included; 0 for
             padding on the left.
-        write: int64, the slots of the new tokens that are kept.
+        write: int64, the slots of the new tokens that are kept; `Pools.unread` for padding before them.
         past: The number of columns before the new tokens.
         length: The number of columns, new tokens included.
-        kept: int64, the places in `[rows * count]` of the new tokens that are kept (default: all).
+        kept: int64, the places in `[rows * count]` of the new tokens that are kept (default: all, and the padding).
     """
 
     read: Tensor
@@ -129,7 +132,7 @@ def _entry_class() -> Any:
             )
 
         def room(self) -> Room | None:
-            if not self.is_own:
+            if not self.is_own or self.place.kept is not None:
                 return None
             keys, values = self.pools.keys[self.layer], self.pools.values[self.layer]
             return Room(keys, values, self.place.past + 1, self.place.read, self.place.write)

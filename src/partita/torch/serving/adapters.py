@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from partita.errors import ModelError, PlanError
+from partita.torch.layers.decode_matmul import PAYS_AFTER_TOKENS, faster_forwards
 from partita.torch.weights.adapters import places, unload_lora
 from partita.torch.weights.peft_format import load_adapters
 from partita.torch.weights.peft_models import INITS_OF_WEIGHTS
@@ -30,6 +33,8 @@ class ServedAdapters:
         """
         self._places: dict[str, list[tuple[nn.Module, str, nn.Module, nn.Module]]] = {}
         self._chosen = ""
+        self._model = model
+        self._forwards: dict[str, dict[nn.Module, Callable[..., Any]]] | None = None
         trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         if folders:
             refuse_adapted(bool(places(model)))
@@ -56,12 +61,37 @@ class ServedAdapters:
         """Let the adapters of a name compute, or none. Every rank of the replica calls it; nothing is sent."""
         if name == self._chosen:
             return
+        self._slow_down()
         for parent, attribute, _, plain in self._places.get(self._chosen, ()):
             setattr(parent, attribute, plain)
         for parent, attribute, adapted, plain in self._places.get(name, ()):
             adapted.train(plain.training)
             setattr(parent, attribute, adapted)
         self._chosen = name
+        self._speed_up()
+
+    @contextmanager
+    def decoding(self) -> Iterator[None]:
+        """The layers as `generate` runs them for one text, for each of the adapters that `choose` puts in."""
+        self._forwards = {}
+        self._speed_up()
+        try:
+            yield
+        finally:
+            self._slow_down()
+            self._forwards = None
+
+    def _speed_up(self) -> None:
+        if self._forwards is None:
+            return
+        if self._chosen not in self._forwards:
+            self._forwards[self._chosen] = faster_forwards(self._model, 1, PAYS_AFTER_TOKENS)
+        for layer, forward in self._forwards[self._chosen].items():
+            layer.forward = forward
+
+    def _slow_down(self) -> None:
+        for layer in (self._forwards or {}).get(self._chosen, ()):
+            del layer.forward
 
 
 def _refuse_changed_base(folder: Path) -> None:

@@ -73,13 +73,13 @@ class Through:
 
 
 class BlockForward:
-    """A forward of rows with the same number of new tokens, whose earlier tokens are in the pools.
+    """A forward of rows whose earlier tokens are in the pools; rows with fewer new tokens than others are padded before them.
 
     Context parallel ranks keep token t of a text on rank t mod cp. Each computes its own of the new tokens if all rows have
     them at the same places and each rank has `DIVIDED` of them; otherwise every rank computes all.
 
     Attributes:
-        shape: The shape of the new ids on this rank.
+        shape: The shape of the new ids on this rank, with their padding.
         lengths: The number of tokens of each row, new ones included.
         last: The context parallel rank that computes the last token; None if every rank does.
     """
@@ -88,9 +88,10 @@ class BlockForward:
         self, model: nn.Module, pools: Pools, ids: list[list[int]], texts: SequenceOf[tuple[Tensor, int]]
     ) -> None:
         """Place the tokens `ids` of each of `texts`: the slots of its tokens on this rank, and the number of earlier ones."""
-        count, cp = len(ids[0]), plan_of(model)[1].cp
+        count, cp = max(map(len, ids)), plan_of(model)[1].cp
         starts = [start for _, start in texts]
-        lengths = [start + count for start in starts]
+        pads = torch.tensor([count - len(new) for new in ids])[:, None]
+        lengths = [start + len(new) for start, new in zip(starts, ids, strict=True)]
         self.lengths = lengths
         columns = max(lengths)
         held = [tokens_held(length, cp.rank, cp.size) for length in lengths]
@@ -101,16 +102,20 @@ class BlockForward:
             read[row, read.shape[1] - own :] = slots[:own]
         write = torch.cat([slots[a:b] for (slots, _), a, b in zip(texts, before, held, strict=True)])
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        positions = torch.arange(count) + torch.tensor(starts)[:, None]
-        given, kept, context = torch.tensor(ids), None, None
+        is_new = torch.arange(count) >= pads
+        positions = (torch.arange(count) - pads + torch.tensor(starts)[:, None]) * is_new
+        given = torch.tensor([[0] * (count - len(new)) + new for new in ids])
+        kept, context = None, None
         self.last: int | None = None
         if cp.size > 1:
             context = _distributed(cp, read > 0, lengths, positions)
-            kept = (positions.view(-1) % cp.size == cp.rank).nonzero().view(-1)
+            kept = ((positions % cp.size == cp.rank) & is_new).view(-1).nonzero().view(-1)
             if context.rows is not None:
                 own_rows = list(context.rows[cp.rank])
                 given, positions, kept = given[:, own_rows], positions[:, own_rows], None
                 self.last = (columns - 1) % cp.size
+        else:
+            write = torch.full(is_new.shape, pools.unread).masked_scatter_(is_new, write).view(-1)
         self.model, self.pools, self.shape, self._context = model, pools, tuple(given.shape), context
         self.place = Place(
             read.to(device), write.to(device), columns - count, columns, None if kept is None else kept.to(device)
@@ -121,8 +126,8 @@ class BlockForward:
             "use_cache": True,
         }
         if min(lengths) < columns:
-            pads = columns - torch.tensor(lengths, device=device)
-            self.given["attention_mask"] = (torch.arange(columns, device=device) >= pads[:, None]).long()
+            left = columns - torch.tensor(lengths, device=device)
+            self.given["attention_mask"] = (torch.arange(columns, device=device) >= left[:, None]).long()
         if "logits_to_keep" in arguments_of(model):
             self.given["logits_to_keep"] = 1
         if asks_for_balance(model):
@@ -199,7 +204,7 @@ def _distributed(cp: Communicator, is_key: Tensor, lengths: SequenceOf[int], pos
     for row, length in enumerate(lengths):
         held = int(is_key[row].sum())
         own[row, keys - held :] = columns - length + cp.rank + cp.size * torch.arange(held)
-    if count < DIVIDED * cp.size or min(lengths) < columns:
+    if count < DIVIDED * cp.size or bool((positions != positions[0]).any()):
         return SharedTokens(cp, own, columns, is_key)
     start = columns - count
     rows = tuple(tuple(range((rank - start) % cp.size, count, cp.size)) for rank in range(cp.size))

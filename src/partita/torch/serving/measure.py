@@ -152,7 +152,7 @@ def _is_equal(
     long, short = map(len, texts)
     slots = [torch.arange(_SLOTS - 1, _SLOTS - 1 - _LONG, -1), torch.arange(1, 1 + 2 * short, 2)]
     steps = [
-        [(0, 0, long - 4)], [(1, 0, short - 1)], [(0, long - 4, 3)], [(0, long - 1, 1), (1, short - 1, 1)],
+        [(0, 0, long - 4)], [(0, long - 4, 3), (1, 0, 2)], [(1, 2, short - 3)], [(0, long - 1, 1), (1, short - 1, 1)],
     ]  # fmt: skip
     found: dict[int, Tensor] = {}
     try:

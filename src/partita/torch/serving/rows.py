@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,6 @@ from partita.serving.requests import Input
 from partita.serving.rows import Picked
 from partita.serving.texts import Texts, write_log_probabilities
 from partita.torch.generate import _check, _more_inputs, generation_of
-from partita.torch.layers.decode_matmul import PAYS_AFTER_TOKENS, decoding
 from partita.torch.model.block_cache import Pools
 from partita.torch.model.head import local_logits, most_likely
 from partita.torch.model.modes import mode_set
@@ -68,7 +67,7 @@ class TorchRows:
         self._alone: dict[int, Alone] = {}
         self._stages = Through(model)
         self._is_exact = settings.exact_rows
-        with self._faster(), mode_set(model, training=False), torch.inference_mode():
+        with adapters.decoding(), mode_set(model, training=False), torch.inference_mode():
             measured = measure(model, self._stages, settings, adapters)
         self.layout: CacheLayout = measured.layout
         self._pools: Pools | None = measured.pools
@@ -114,15 +113,11 @@ class TorchRows:
         """Evaluate, without gradients; see `Rows`."""
         by_row = attending_by_row(lambda: self._pools.lengths if self._pools is not None else [])
         exact = by_row if self._is_exact else nullcontext()
-        with self._faster(), exact, mode_set(self.model, training=False), torch.inference_mode():
+        with self.adapters.decoding(), exact, mode_set(self.model, training=False), torch.inference_mode():
             try:
                 yield
             finally:
                 self.adapters.choose("")
-
-    def _faster(self) -> AbstractContextManager[None]:
-        """The layers as `generate` runs them for one text."""
-        return decoding(self.model, 1, PAYS_AFTER_TOKENS)
 
     def run(self, step: Step) -> list[Picked]:
         """Execute this rank's part of a step; see `Rows`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, groupby
 from typing import Any
 
@@ -112,6 +112,7 @@ def _chat(record: Chat, tokenizer: Tokenizer, name: str) -> Encoded:
             "model), add a chat_template.jinja to its folder, or give `prompt` and `completion` columns."
         )
     try:
+        record = replace(record, messages=tokenizer.as_template_messages(record.messages))
         if "generation" in _tags(template) and not record.start:
             made = inner.apply_chat_template(
                 list(record.messages),
