@@ -144,3 +144,13 @@ def test_layers_that_are_called_otherwise_raise_an_error() -> None:
         layers[1].forward = lambda hidden, **kwargs: between(hidden * 2, **kwargs)
         with pytest.raises(RuntimeError, match="in another way than for the token before"):
             step(model, out.past_key_values)
+
+
+def after_context_parallelism() -> list[int]:
+    model_of("qwen3", mesh={"cp": 2})
+    return both("qwen3", "float32", {"tp": 2}, {})[2]
+
+
+def test_attention_is_ours_again_after_a_model_over_context_parallel_ranks() -> None:
+    for calls in ranks(2).run(after_context_parallelism):
+        assert calls

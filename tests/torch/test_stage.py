@@ -291,7 +291,7 @@ def test_a_model_that_holds_tensors_itself() -> None:
 def test_groups_of_another_mesh() -> None:
     model = unsplit_of(deep("llama-7-heads-1-kv"))
     with pytest.raises(
-        DistributedError, match="the plan has tp=1, pp=2 and ep=1, but the groups have 1, 1 and 1 ranks"
+        DistributedError, match="the plan has tp=1, pp=2 and ep x etp=1, but the groups have 1, 1 and 1 ranks"
     ):
         apply_plan(model, Plan.make(spec_of(model), Mesh(pp=2)), single_groups())
 

@@ -202,11 +202,25 @@ EAGER = "eager"
 """The attention of matrix products and a softmax."""
 
 
+class HookedAttention:
+    """An attention function `plain` of transformers that goes through `hook` for the modules that it `concerns`."""
+
+    def __init__(
+        self, hook: Callable[..., Any], name: str, plain: Callable[..., Any], concerns: Callable[[nn.Module], bool]
+    ) -> None:
+        self.hook, self.name, self.plain, self.concerns = hook, name, plain, concerns
+
+    def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """The attention of `module`."""
+        return self.hook(self.name, self.plain, module, *args, **kwargs)
+
+
 def hook_attention(
     attention: Callable[..., Any],
     arguments: Callable[[Tensor, Any], tuple[Tensor, Any]],
     positions: Callable[[Tensor], Tensor],
     mask: Callable[..., Any],
+    concerns: Callable[[nn.Module], bool],
 ) -> None:
     """Let every family's attention and masks go through functions of ours, from now on.
 
@@ -215,6 +229,7 @@ def hook_attention(
         arguments: Called with the embeddings and positions from which a mask is made; returns others in their place.
         positions: Called with the positions that tell the documents of a packed row.
         mask: Called with the name of an attention, transformers' function for its masks, and the function's arguments by name.
+        concerns: Whether `attention` does something else for a module than to call the family's function.
     """
     if _attention_hooks:
         return
@@ -228,7 +243,7 @@ def hook_attention(
     windowed = getattr(module, "sliding_window_causal_mask_function", None)
 
     def get_interface(self: Any, name: Any, *args: Any, **kwargs: Any) -> Any:
-        return functools.partial(attention, name, named(self, name, *args, **kwargs))
+        return HookedAttention(attention, name, named(self, name, *args, **kwargs), concerns)
 
     def with_window(sliding_window: int) -> Any:
         made = windowed(sliding_window)  # type: ignore[misc]

@@ -176,12 +176,13 @@ class Stack:
 
     def _runs(self, hidden: Tensor, kwargs: Mapping[str, Any]) -> bool:
         first = self.first
+        attend = attentions().get_interface(first.implementation, None)
         more = {k: v for k, v in kwargs.items() if k not in ("position_embeddings", "attention_mask", first.cache_name)}
         return (
             hidden.shape[0] <= self.most_rows
             and first.takes(hidden, kwargs)
             and all(value is None or name in IGNORED for name, value in more.items())
-            and is_ours(attentions().get_interface(first.implementation, None))
+            and all(is_ours(attend, layer.attention) for layer in self.layers)
         )
 
     def _computed(self, hidden: Tensor, kwargs: Mapping[str, Any]) -> Tensor | None:

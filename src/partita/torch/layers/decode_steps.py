@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from partita.torch.quantized.kernels import threads
 from partita.torch.quantized.native import library
-from partita.torch.transformers_internals import ATTENTIONS, ROTATE, attention_functions, plain_sdpa
+from partita.torch.transformers_internals import ATTENTIONS, ROTATE, HookedAttention, attention_functions, plain_sdpa
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
@@ -242,6 +242,9 @@ class Attentions:
 
     def _ours(self, found: Any) -> Any:
         """Ours in place of `found`; a row's result does not depend on other rows, so it also replaces one for each row."""
+        if isinstance(found, HookedAttention):
+            ours = self._ours(found.plain)
+            return found if ours is found.plain else _Unhooked(found, ours)
         if found not in self._fast and getattr(found, "fused", None) is self._sdpa:
             self._fast = {self._sdpa: self._fast[self._sdpa], found: _attention(found)}
         return self._fast.get(found, found)
@@ -287,8 +290,21 @@ def _attention(sdpa: Forward) -> Forward:
     return attend
 
 
-def is_ours(attend: Any) -> bool:
-    """Whether an implementation of attention is that of the C++."""
+class _Unhooked:
+    """Ours for the modules that a hook does not concern."""
+
+    def __init__(self, hooked: HookedAttention, ours: Forward) -> None:
+        self.hooked, self.ours = hooked, ours
+
+    def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        attend = self.hooked if self.hooked.concerns(module) else self.ours
+        return attend(module, *args, **kwargs)
+
+
+def is_ours(attend: Any, module: nn.Module) -> bool:
+    """Whether an implementation of attention is that of the C++ for `module`."""
+    if isinstance(attend, _Unhooked):
+        return not attend.hooked.concerns(module) and is_ours(attend.ours, module)
     return getattr(attend, "is_ours", False)
 
 

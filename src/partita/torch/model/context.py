@@ -119,7 +119,7 @@ def split_context(model: nn.Module, comm: Communicator) -> None:
     """Let the attention of `model` see the keys of all ranks of `comm` in forwards whose inputs have a `Context`."""
     if comm.size == 1:
         return
-    hook_attention(_attention, _mask_arguments, _positions, _mask)
+    hook_attention(_attention, _mask_arguments, _positions, _mask, lambda module: _HERE in module.__dict__)
     for module in model.modules():
         module.__dict__[_HERE] = comm
 
