@@ -223,7 +223,7 @@ def test_processes_that_start_together_compile_once(tmp_path: Path) -> None:
     ("compiler", "said"),
     [
         ("/nowhere/c++", "the compiler '/nowhere/c++' that CXX names was not found. Correct or unset CXX."),
-        ("false", "false failed: exit code 1. Set CXX to another C++ compiler (GCC 9 or Clang 15, or newer)."),
+        ("false", "false failed: exit code 1. Set CXX to another C++ compiler (GCC 10 or Clang 15, or newer)."),
         ("c++ -include /nowhere/missing.h", "missing.h: No such file or directory"),
         (None, "no C++ compiler was found. Install one (on Debian `apt-get install g++`"),
     ],

@@ -185,8 +185,12 @@ struct PlainB16 {
   template <class Use>
   static INLINE void each(const Weight& w, int64_t row, int64_t i, Use use) {
     const uint16_t* from = reinterpret_cast<const uint16_t*>(w.codes + row * w.row_bytes) + i * 32;
+#if MULTIPLIES_PAIRS
+    use(0, Pairs16::load(from));
+#else
     use(0, Numbers<BFLOAT16>::sixteen(from));
     use(1, Numbers<BFLOAT16>::sixteen(from + 16));
+#endif
   }
 };
 
@@ -198,8 +202,15 @@ constexpr int plain_dtype<Plain32> = FLOAT32;
 template <>
 constexpr int plain_dtype<PlainB16> = BFLOAT16;
 
+// Whether a form's values are multiplied by x in bfloat16.
+template <class Form>
+constexpr bool takes_bfloat16 = false;
+template <>
+constexpr bool takes_bfloat16<PlainB16> = MULTIPLIES_PAIRS;
+
 struct Product {
-  const float* x;  // [rows, in]
+  const float* x;          // [rows, in]
+  const uint16_t* narrow;  // x for forms that take bfloat16
   int64_t rows;
   void* y;  // [rows, out]
   int dtype;
@@ -212,18 +223,26 @@ static INLINE void set_output(const Product& p, int64_t at, int64_t row, float s
   if (p.bias) set_element(p.y, at, element(p.y, at, p.dtype) + element(p.bias, row, p.dtype), p.dtype);
 }
 
+template <class Form>
+static INLINE auto* input(const Product& p) {
+  if constexpr (takes_bfloat16<Form>)
+    return p.narrow;
+  else
+    return p.x;
+}
+
 // The product of M rows of x, from `first`, with R rows of the weight, from `row`.
 template <class Form, int R, int M>
 static void tile(const Weight& w, const Product& p, int64_t row, int64_t first) {
   NarrowSum sums[R][M] = {};  // for any M, so that a row's result does not depend on the others
-  const float* x = p.x + first * w.in;
+  const auto* x = input<Form>(p) + first * w.in;
   const int64_t distance = R * w.row_bytes > 4096 ? R * w.row_bytes : 4096;  // rows are too short for the CPU to foresee
   for (int64_t i = 0; i < w.in / Form::step; i++, x += Form::step)
     UNROLLED for (int r = 0; r < R; r++) {
       const uint8_t* ahead = w.codes + (row + r) * w.row_bytes + i * Form::bytes + distance;
       for (int line = 0; line < Form::bytes; line += 64) __builtin_prefetch(ahead + line);
-      Form::each(w, row + r, i, [&](int vector, Floats16 values) __attribute__((always_inline)) {
-        UNROLLED for (int m = 0; m < M; m++) sums[r][m].add_product(values, Floats16::load(x + m * w.in + vector * 16));
+      Form::each(w, row + r, i, [&](int vector, auto values) __attribute__((always_inline)) {
+        UNROLLED for (int m = 0; m < M; m++) sums[r][m].add_product(values, values.load(x + m * w.in + vector * 16));
       });
     }
   for (int m = 0; m < M; m++)
@@ -231,7 +250,8 @@ static void tile(const Weight& w, const Product& p, int64_t row, int64_t first) 
       float sum = sums[r][m].sum();
       if constexpr (plain_dtype<Form> >= 0)
         for (int64_t i = w.in / Form::step * Form::step; i < w.in; i++)
-          sum += p.x[(first + m) * w.in + i] * element(w.codes + (row + r) * w.row_bytes, i, plain_dtype<Form>);
+          sum += element(input<Form>(p), (first + m) * w.in + i, takes_bfloat16<Form> ? BFLOAT16 : FLOAT32) *
+                 element(w.codes + (row + r) * w.row_bytes, i, plain_dtype<Form>);
       set_output(p, (first + m) * w.out + row + r, row + r, sum);
     }
 }
@@ -306,17 +326,21 @@ struct Linear {
 static void products(const Linear* layers, int count, const void* x, int64_t rows, void* const* ys, int dtype, float* wide,
                      int threads) {
   int64_t inputs = layers[0].weight->in, outputs = 0;
-  if (dtype != FLOAT32) {
-    for (int64_t i = 0; i < rows * inputs; i++) wide[i] = element(x, i, dtype);
-    x = wide;
+  const uint16_t* narrow = dtype == BFLOAT16 ? static_cast<const uint16_t*>(x) : nullptr;
+  bool takes_floats = false;
+  for (int i = 0; i < count; i++) {
+    outputs += layers[i].weight->out;
+    takes_floats |= !(MULTIPLIES_PAIRS && layers[i].weight->form == 9);
   }
-  for (int i = 0; i < count; i++) outputs += layers[i].weight->out;
+  if (dtype != FLOAT32 && takes_floats)
+    for (int64_t i = 0; i < rows * inputs; i++) wide[i] = element(x, i, dtype);
+  const float* floats = dtype == FLOAT32 ? static_cast<const float*>(x) : wide;
   // Threads share the outputs of all layers.
   in_parallel(0, outputs, chunk_rows(*layers[0].weight, rows), threads, [&](int64_t start, int64_t stop) {
     for (int i = 0; i < count && stop > 0; i++) {
       const Weight& w = *layers[i].weight;
       if (start < w.out) {
-        Product p = {static_cast<const float*>(x), rows, ys[i], dtype, layers[i].bias};
+        Product p = {floats, narrow, rows, ys[i], dtype, layers[i].bias};
         multiply_rows(w, p, start < 0 ? 0 : start, stop < w.out ? stop : w.out);
       }
       start -= w.out, stop -= w.out;

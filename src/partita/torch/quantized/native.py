@@ -30,6 +30,9 @@ X86_FLAGS = {
 }
 """The compiler's flags for what torch found out about the CPU; `ATEN_CPU_CAPABILITY` may ask for less."""
 
+BFLOAT16_FLAG = "-mavx512bf16"
+"""Added for CPUs of `AVX512` that multiply bfloat16."""
+
 LIMIT_S = 120.0
 """A compiler that takes longer is stopped. It takes about 3 s on an idle machine."""
 
@@ -58,7 +61,10 @@ class _CannotCompileError(Exception):
 def _built() -> Path:
     flags = ["-std=c++17", "-O3", "-fPIC", "-shared", "-w", "-ffp-contract=fast"]
     if platform.machine().lower() in ("x86_64", "amd64"):
-        flags += X86_FLAGS.get(torch.backends.cpu.get_cpu_capability(), "").split()
+        capability = torch.backends.cpu.get_cpu_capability()
+        flags += X86_FLAGS.get(capability, "").split()
+        if capability == "AVX512" and torch.cpu._is_avx512_bf16_supported():
+            flags.append(BFLOAT16_FLAG)
     if sys.platform == "darwin":
         flags += ["-undefined", "dynamic_lookup"]
     compiler = _compiler()
@@ -111,6 +117,6 @@ def _compile(compiler: list[str], flags: list[str], place: Path) -> None:
         if done.returncode != 0 or not built.exists():
             line = next((line for line in done.stderr.splitlines() if "error" in line), f"exit code {done.returncode}")
             raise _CannotCompileError(
-                f"{compiler[0]} failed: {line.strip()}. Set CXX to another C++ compiler (GCC 9 or Clang 15, or newer)"
+                f"{compiler[0]} failed: {line.strip()}. Set CXX to another C++ compiler (GCC 10 or Clang 15, or newer)"
             )
         built.replace(place)
