@@ -89,7 +89,7 @@ def held_bytes(
 
 def at_peak(held: MemoryUse, moments: tuple[Moment, ...]) -> MemoryUse:
     """What is held throughout, and what is besides at the moment with the most."""
-    peak = max(moments, key=lambda one: one.activations + one.buffers + one.has_gradients * held.gradients)
+    peak = _peak(held, moments)
     return MemoryUse(
         weights=held.weights,
         gradients=held.gradients if peak.has_gradients else 0,
@@ -97,6 +97,20 @@ def at_peak(held: MemoryUse, moments: tuple[Moment, ...]) -> MemoryUse:
         activations=math.ceil(peak.activations),
         buffers=math.ceil(peak.buffers),
     )
+
+
+def total_at_peak(held: MemoryUse, moments: tuple[Moment, ...]) -> int:
+    """The bytes of `at_peak` together."""
+    peak = _peak(held, moments)
+    kept = math.ceil(peak.activations) + math.ceil(peak.buffers)
+    return held.weights + held.optimizer + (held.gradients if peak.has_gradients else 0) + kept
+
+
+def _peak(held: MemoryUse, moments: tuple[Moment, ...]) -> Moment:
+    """The moment with the most bytes."""
+    if len(moments) == 1:
+        return moments[0]
+    return max(moments, key=lambda one: one.activations + one.buffers + one.has_gradients * held.gradients)
 
 
 def weight_dtype(model: ModelCost, work: Work) -> str:

@@ -14,11 +14,11 @@ from partita.cost.hardware import Hardware
 from partita.cost.kernels import Kernels, kernels_of
 from partita.cost.memory import (
     Moment,
-    at_peak,
     held_bytes,
     memory_of,
     moments,
     stage_activations,
+    total_at_peak,
     training_shape,
     weight_dtype,
 )
@@ -157,7 +157,7 @@ def _training_bytes(
             for stage in _samples(model)
         ]
     return [
-        [at_peak(one, its).total for one, its in zip(uses, those, strict=True)]
+        [total_at_peak(one, its) for one, its in zip(uses, those, strict=True)]
         for uses, those in zip(held, found, strict=True)
     ]
 

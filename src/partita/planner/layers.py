@@ -51,8 +51,8 @@ class Amounts:
     @cached_property
     def sums(self) -> tuple[tuple[float, ...], ...]:
         """For each stage, the sums of the first n layers."""
-        made: dict[tuple[float, ...], tuple[float, ...]] = {}
-        return tuple(made.setdefault(row, (0.0, *accumulate(row))) for row in self.layers)
+        made = {id(row): (0.0, *accumulate(row)) for row in {id(row): row for row in self.layers}.values()}
+        return tuple(made[id(row)] for row in self.layers)
 
     @cached_property
     def is_uniform(self) -> bool:
