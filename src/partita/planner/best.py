@@ -247,7 +247,7 @@ def _nearest(costs_of: CostsOf, work: Work, ranks: int, fixed: Fixed, features: 
             yield Nearest(f"without {change}", found)
     if not freed and len(fixed.given) > 1 and (found := _first(search, Fixed())):
         yield Nearest("without all that is fixed", found)
-    for cp in divisors(ranks)[1:] if work.purpose != "serve" and fixed.cp is None and features.context else ():
+    for cp in divisors(ranks)[1:] if fixed.cp is None and features.context else ():
         if found := _first(search, replace(fixed, cp=cp)):
             yield Nearest(f"cp {cp}", found)
             break
