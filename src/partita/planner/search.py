@@ -19,7 +19,7 @@ from partita.cost.work import Arrangement, Estimate, Recompute, Work
 from partita.errors import PlanError
 from partita.planner.costs import Costs
 from partita.planner.engines import ENGINES, Features
-from partita.planner.layers import SLACK, Amounts, Memory, place
+from partita.planner.layers import LARGEST_ONLY, SLACK, Amounts, Memory, place
 from partita.planner.space import (
     Bound,
     Family,
@@ -39,9 +39,6 @@ OPTIMIZE: tuple[Optimize, ...] = get_args(Optimize)
 
 SURELY = 1.1
 """A rank whose stages need so much of its memory, by the sum of their parts, has too little."""
-
-LARGEST_ONLY = 1 << 40
-"""A number of micro-batches beside which only the largest stage counts."""
 
 Value = tuple[float, float]
 Key = tuple[Mesh, str]
