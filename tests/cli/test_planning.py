@@ -148,6 +148,14 @@ def test_serving_fits_the_cache(partita: Run, tmp_path: Path) -> None:
     assert best["tokens_per_s"] == pytest.approx(64 / best["step_s"])
 
 
+def test_serving_over_context_ranks_is_planned(partita: Run, tmp_path: Path) -> None:
+    """`--for serve` and `--for generate` refused `--cp`, which `partita serve` and `partita generate` take."""
+    for work in ("serve", "generate"):
+        said = partita("plan", write(tmp_path, TINY), "--for", work, "--hardware", "h100", "--ranks", "2", "--cp", "2")
+        assert said.code == 0
+        assert "--cp 2" in said.out
+
+
 def test_two_unlike_macs_get_unequal_layers(partita: Run, tmp_path: Path) -> None:
     options = ("--for", "generate", "--hardware", "two-macs", "--pp", "2", "--context", "2048")
     best = _plans(partita, tmp_path, LLAMA_70B, *options)[0]
@@ -179,6 +187,10 @@ def test_a_fixed_part_that_is_the_cause_is_named(partita: Run, tmp_path: Path) -
             "--ranks must be a multiple of --nodes (2), but is 9.",
         ),
         (("--ranks", "8", "--hardware", "h100", "--memory", "lots"), "must be a number of bytes, as in 4GiB or 500MB"),
+        (
+            ("--ranks", "8", "--hardware", "h100", "--memory", "1GB"),
+            "must exceed the 1,500,000,000 bytes that libraries",
+        ),
         (("--ranks", "8", "--hardware", "h100", "--tp", "3"), "the fixed sizes tp 3 must divide the 8 ranks"),
         (("--hardware", "h100"), "the number of ranks is missing"),
         (("--ranks", "8", "--hardware", "h100", "--context", "99"), "--context does not belong to --for train"),

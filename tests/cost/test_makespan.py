@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from random import Random
+
 import pytest
 
 from partita.cost.makespan import exact, makespan
+from partita.schedule import Costs, build, simulate
 
 UNIFORM = [("gpipe", 1), ("1f1b", 1), ("interleaved-1f1b", 2), ("interleaved-1f1b", 3)]
 
@@ -16,6 +19,16 @@ def test_equal_stages_take_the_simulators_time(kind: str, vpp: int, pp: int, rou
     m, stages = pp * rounds, pp * vpp
     costs = [2.0] * stages, [3.0] * stages, [1.5] * stages
     assert makespan(kind, pp, m, vpp, *costs) == pytest.approx(exact(kind, pp, m, vpp, *costs), rel=1e-12)
+
+
+@pytest.mark.parametrize(("kind", "vpp"), [*UNIFORM, ("zb-h1", 1), ("zb-h2", 1), ("zb-v", 2), ("forward-only", 2)])
+@pytest.mark.parametrize(("pp", "m"), [(2, 1), (3, 5), (4, 13), (7, 2)])
+def test_the_order_in_which_actions_are_timed_is_the_simulators(kind: str, vpp: int, pp: int, m: int) -> None:
+    chance = Random(m)
+    f, b, w = (tuple(chance.choice((0.0, chance.random())) for _ in range(pp * vpp)) for _ in range(3))
+    schedule = build(kind, pp, m, vpp if vpp > 1 else None)
+    wanted = simulate(schedule, Costs(f, b, w, 0.1)).makespan
+    assert exact(kind, pp, m, vpp, f, b, w, 0.1) == pytest.approx(wanted, rel=1e-12)
 
 
 @pytest.mark.parametrize("kind", ["zb-h1", "zb-h2", "zb-v"])

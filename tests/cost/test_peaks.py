@@ -31,6 +31,7 @@ TRAINING: dict[str, Arrangement] = {
     "tp 2": Arrangement(mesh=Mesh(tp=2)),
     "pp 2": Arrangement(mesh=Mesh(pp=2), microbatches=4),
     "zero 1": Arrangement(mesh=Mesh(dp=2), zero=1),
+    "zero 2, two micro-batches": Arrangement(mesh=Mesh(dp=2), zero=2, microbatches=2),
     "recomputed": Arrangement(recompute="full"),
 }
 GENERATING: dict[str, Arrangement] = {
@@ -60,7 +61,7 @@ def _run(config: dict[str, Any], dtype: str, arrangement: Arrangement, purpose: 
         if purpose == "train":
             settings = pt.TrainSettings(
                 steps=2, batch_size=BATCH, sequence_length=LENGTH, microbatches=arrangement.microbatches,
-                zero=arrangement.zero == 1, warmup_steps=0,
+                zero=arrangement.zero, warmup_steps=0,
                 checkpointing=False if arrangement.recompute == "none" else arrangement.recompute,
             )  # fmt: skip
             pt.train(model, torch.randint(6000, (BATCH * (LENGTH + 1) * 2,)), settings)

@@ -14,7 +14,7 @@ from partita.errors import PlanError, ScheduleError
 from partita.planner import Bound
 from partita.planner.layers import Amounts, Memory, compositions, seconds_of
 from partita.planner.model_costs import ModelCosts
-from partita.planner.space import SCHEDULES, Group, Most, Settings
+from partita.planner.space import SCHEDULES, Family, Group, Most, Settings
 from partita.schedule import check_kind, placement_of
 
 
@@ -54,6 +54,22 @@ class RandomCosts:
         each = (4 + 12 / (mesh.dp * mesh.cp)) * self._distributed(mesh)
         bytes_ = round(1e6 * sum(self.sizes) * each / (mesh.tp * mesh.pp) * 0.999)
         return Bound(min(self.factor.values()) * total * share, bytes_, max(self.limits))
+
+    def least_seconds_of_family(
+        self, family: Family, recompute: Recompute = "none", parallel: Sequence[bool] = (False, True)
+    ) -> float:
+        sequences = self.work.batch_size // (family.mesh.dp * family.microbatches)
+        total = sum(self._layer(family.mesh, sequences, size) for size in self.sizes) * min(self.slowness)
+        least = family.microbatches * total / family.mesh.pp
+        return min(self.factor.values()) * least * (1 + self.again[recompute]) * (1 - 1e-9)
+
+    def least_share_of_family(self, family: Family, recompute: Recompute, chosen: Settings) -> float:
+        mesh = family.mesh
+        each = (4 + 12 / (mesh.dp * mesh.cp if chosen.zero else 1)) * self._distributed(mesh)
+        kept = self.activation * self.kept[recompute] * (self.work.batch_size // (mesh.dp * family.microbatches))
+        held = sum(self.sizes) * (each + kept / mesh.cp) / mesh.tp + self.head * each / mesh.tp
+        limit = [min(self.limits[rank] for rank in self._ranks(mesh, pp)) / 1e6 for pp in range(mesh.pp)]
+        return held * (1 - 1e-9) / sum(limit)
 
     def least_seconds(
         self, group: Group, recompute: Recompute = "none", chosen: Settings | None = None,
@@ -108,10 +124,18 @@ class RandomCosts:
     def memory(self, arrangement: Arrangement) -> tuple[MemoryUse, ...]:
         return self.estimate(arrangement).memory
 
-    def least_share(self, arrangement: Arrangement) -> float:
+    def least_bytes(self, arrangement: Arrangement) -> float:
         memory = self.stage_bytes(arrangement)
         least = sum(map(min, zip(*memory.bytes.layers, strict=True))) + sum(memory.bytes.outside)
-        return least / sum(memory.limit)
+        return 1e6 * least / arrangement.mesh.pp
+
+    def least_share(self, arrangement: Arrangement) -> float:
+        limit = self.stage_bytes(arrangement).limit
+        return self.least_bytes(arrangement) / 1e6 * len(limit) / sum(limit)
+
+    def is_short(self, arrangement: Arrangement, slack: float = 0.0) -> bool:
+        homes = [self._home(arrangement, stage) for stage in self._stages(arrangement)]
+        return self.stage_bytes(arrangement).is_short(homes, slack)
 
     def limit(self, mesh: Mesh) -> tuple[int, ...]:
         return tuple(self.limits[: mesh.size])

@@ -55,7 +55,7 @@ def test_deepseek_v3_on_1024_ranks_needs_few_estimates() -> None:
     costs = costs_of(spec_from_config(DEEPSEEK_V3), Hardware.read("h100"))
     found = best(costs, Work(batch_size=4096, sequence_length=4096), 1024, explain=False)
     assert len(found.plans) == 10
-    assert found.evaluated < 100
+    assert found.evaluated < 250  # of more than 30,000 groups with ZeRO and distributed experts
     assert all(plan.fits and plan.arrangement.mesh.size == 1024 for plan in found.plans)
     assert [plan.step_s for plan in found.plans] == sorted(plan.step_s for plan in found.plans)
 

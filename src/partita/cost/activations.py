@@ -63,14 +63,23 @@ def layer_bytes(layer: Layer, model: ModelCost, shape: Shape, kernels: Kernels, 
     """Bytes that a layer keeps of a micro-batch."""
     if recompute == "full":
         return shape.tokens * model.hidden * shape.item * shape.whole
-    if recompute == "selective" and kernels.recomputes_attention:
-        products = tuple(p for p in layer.products if not is_in_attention(p) or p.source.endswith(f".{model.hidden}"))
-        layer = replace(layer, products=products, attention=None, head_norms=0)
-    split, whole, flat = _elements(layer, shape, kernels)
+    is_selective = recompute == "selective" and kernels.recomputes_attention
+    key = "elements", id(layer), shape.item, shape.tp == 1, shape.whole, kernels.name, is_selective
+    found: tuple[Layer, tuple[float, float, float]] | None = model.cache.get(key)
+    if found is None:
+        one = _without_attention(layer, model) if is_selective else layer
+        found = model.cache[key] = layer, _elements(one, shape, kernels)  # the layer, so that its id stays its own
+    split, whole, flat = found[1]
     kept = shape.tokens * (split + whole * shape.whole) * shape.item + shape.tokens * flat
     if layer.attention is not None and recompute == "none" and kernels.stores_scores:
         kept += score_bytes(layer.attention, shape, kernels)
     return kept
+
+
+def _without_attention(layer: Layer, model: ModelCost) -> Layer:
+    """What a layer keeps if its attention is computed again."""
+    products = tuple(p for p in layer.products if not is_in_attention(p) or p.source.endswith(f".{model.hidden}"))
+    return replace(layer, products=products, attention=None, head_norms=0)
 
 
 def score_bytes(attention: Attention, shape: Shape, kernels: Kernels) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from operator import ge
 
 from partita.core.layout.placement import home_of
 from partita.schedule import Kind, orders, placement_of, vpp_of
@@ -55,9 +56,13 @@ def _enough(pp: int, microbatches: int) -> int:
 
 
 def _largest(seen: set[Counts]) -> tuple[Counts, ...]:
-    return tuple(
-        sorted(
-            one for one in seen
-            if not any(other != one and all(a >= b for a, b in zip(other, one, strict=True)) for other in seen)
-        )
-    )  # fmt: skip
+    """The counts that no others exceed everywhere. Of counts with the same sum none does."""
+    found: list[Counts] = []
+    above = 0  # how many of those found have a larger sum
+    last = None
+    for total, one in sorted(((sum(one), one) for one in seen), reverse=True):
+        if total != last:
+            above, last = len(found), total
+        if not any(all(map(ge, other, one)) for other in found[:above]):
+            found.append(one)
+    return tuple(sorted(found))

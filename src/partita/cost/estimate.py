@@ -49,8 +49,8 @@ def estimate(
     else:
         tokens = work.sequences
         prefill = prefill_s(model, work, arrangement, hardware)
-    limit = tuple(_limit(hardware, rank) for rank in range(ranks)) if len(hardware.devices) > 1 else (
-        _limit(hardware, 0),) * ranks  # fmt: skip
+    limit = tuple(limit_of(hardware, rank) for rank in range(ranks)) if len(hardware.devices) > 1 else (
+        limit_of(hardware, 0),) * ranks  # fmt: skip
     return Estimate(
         arrangement=arrangement,
         step_s=found.step_s,
@@ -64,9 +64,10 @@ def estimate(
     )
 
 
-def _limit(hardware: Hardware, rank: int) -> int:
+def limit_of(hardware: Hardware, rank: int) -> int:
+    """The bytes that a rank may use."""
     device = hardware.device(rank)
-    return max(0, int((device.memory_bytes - device.reserved_bytes) * (1 - RESERVE)))
+    return max(1, int((device.memory_bytes - device.reserved_bytes) * (1 - RESERVE)))
 
 
 def lower_bound(model: ModelCost, work: Work, mesh: Mesh, hardware: Hardware) -> tuple[float, int]:

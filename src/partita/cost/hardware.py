@@ -203,6 +203,12 @@ class Hardware:
         """The same hardware whose devices have `memory_bytes` each."""
         if type(memory_bytes) is not int or memory_bytes < 1:
             raise PlanError(f"memory_bytes must be a whole number of at least 1, but is {memory_bytes!r}.")
+        reserved = max(device.reserved_bytes for device in self.devices)
+        if memory_bytes <= reserved:
+            raise PlanError(
+                f"the memory of a device must exceed the {reserved:,} bytes that libraries take on {self.name}, but is "
+                f"{memory_bytes:,}. Use more, or a hardware file with fewer reserved_bytes."
+            )
         return self._with_devices(memory_bytes=memory_bytes)
 
     def with_kernels(self, kernels: str) -> Hardware:
@@ -372,6 +378,11 @@ class _Reader:
                 given[key] = self._count(table, dot, key, 0, least=0)
             else:
                 given[key] = self._number(table, dot, key, 0.0)
+        if given.get("reserved_bytes", 0) >= given["memory_bytes"]:
+            raise self._error(
+                f"{dot}reserved_bytes",
+                f"it must be below memory_bytes ({given['memory_bytes']:,}), but is {given['reserved_bytes']:,}",
+            )
         return Device(**given)
 
     def _link(self, name: str, table: Any, where: str = "links") -> Link:

@@ -10,12 +10,13 @@ Letters: p ranks, v virtual stages of a rank, m micro-batches, f, b, w the secon
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import accumulate
 
 from partita.core.layout.placement import home_of
-from partita.schedule import Costs, Schedule, build, placement_of, simulate
+from partita.schedule import Kind, orders, placement_of
 
 MAX_SIMULATED = 400_000
 """Actions at most that `exact` simulates."""
@@ -85,12 +86,73 @@ def _simulated(
 def _run(
     kind: str, p: int, m: int, v: int, f: Sequence[float], b: Sequence[float], w: Sequence[float], comm: float
 ) -> float:
-    return simulate(_schedule(kind, p, m, v), Costs(tuple(f), tuple(b), tuple(w), comm)).makespan
+    """The makespan of `simulate`: every action starts when its rank is free and its input has arrived."""
+    actions, slots = _in_order(kind, p, m, v)
+    seconds = [*f, *b, *w, *map(float.__add__, map(float, b), map(float, w))]
+    free, arrivals = [0.0] * p, [0.0] * slots
+    for rank, duration, takes, gives, hops in actions:
+        start = free[rank]
+        if arrivals[takes] > start:
+            start = arrivals[takes]
+        free[rank] = end = start + seconds[duration]
+        arrivals[gives] = end + comm if hops else end
+    return max(free)
 
 
-@lru_cache(maxsize=16)
-def _schedule(kind: str, p: int, m: int, v: int) -> Schedule:
-    return build(kind, p, m, v if v > 1 else None)
+_Step = tuple[int, int, int, int, bool]
+
+_NONE, _NOBODY = 0, 1
+"""The slots of an input that an action does not need, and of an output that nobody takes."""
+
+
+@lru_cache(maxsize=32)
+def _in_order(kind: str, p: int, m: int, v: int) -> tuple[list[_Step], int]:
+    """All actions in an order in which they can run, which no duration changes, and the number of slots for what is passed.
+
+    An action is its rank, the index of its duration among those of f, b, w and b + w by stage, the slots of its input and of
+    its output, and whether the output goes to another rank. A slot is for the input of a stage's forward or backward.
+    """
+    stages = p * v
+    homes = [home_of(placement_of(kind), p, stage)[0] for stage in range(stages)]
+    rows = [_steps(row, rank, homes) for rank, row in enumerate(orders(kind, p, m, v if v > 1 else None))]
+    found: list[_Step] = []
+    arrived, waiting = {_NONE}, dict[int, int]()
+    held: list[_Step | None] = [next(row, None) for row in rows]
+    todo = list(range(p - 1, -1, -1))
+    while todo:
+        rank = todo.pop()
+        row, step = rows[rank], held[rank]
+        while step is not None and step[2] in arrived:
+            found.append(step)
+            arrived.add(step[3])
+            if step[3] in waiting:
+                todo.append(waiting.pop(step[3]))
+            step = next(row, None)
+        held[rank] = step
+        if step is not None:
+            waiting[step[2]] = rank
+    assert not any(held), "every schedule that `build` makes can run"
+    return found, 2 + 2 * stages * m
+
+
+def _steps(row: Sequence[tuple[int, Kind]], rank: int, homes: Sequence[int]) -> Iterator[_Step]:
+    """The actions of a rank; micro-batches pass each stage in their order."""
+    stages, counts = len(homes), Counter[tuple[int, Kind]]()
+    for place in row:
+        stage, action = place
+        first = 2 + 2 * stages * counts[place]
+        counts[place] += 1
+        takes, gives, to = _NONE, _NOBODY, rank
+        if action is Kind.F:
+            takes = first + 2 * stage if stage else _NONE
+            gives, to = (first + 2 * (stage + 1), homes[stage + 1]) if stage + 1 < stages else (_NOBODY, rank)
+        elif action is not Kind.W:
+            takes = first + 2 * stage + 1 if stage + 1 < stages else _NONE
+            gives, to = (first + 2 * stage - 1, homes[stage - 1]) if stage else (_NOBODY, rank)
+        yield rank, _DURATIONS[action] * stages + stage, takes, gives, to != rank
+
+
+_DURATIONS = {Kind.F: 0, Kind.B: 1, Kind.W: 2, Kind.BW: 3}
 
 
 def _by_rank(kind: str, p: int, values: Sequence[float]) -> list[float]:

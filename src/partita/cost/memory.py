@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from partita.core.model.spec import DTYPE_BYTES
 from partita.core.optimizers import check_optimizer
@@ -89,7 +89,7 @@ def held_bytes(
 
 def at_peak(held: MemoryUse, moments: tuple[Moment, ...]) -> MemoryUse:
     """What is held throughout, and what is besides at the moment with the most."""
-    peak = max(moments, key=lambda one: one.activations + one.buffers + one.has_gradients * held.gradients)
+    peak = _peak(held, moments)
     return MemoryUse(
         weights=held.weights,
         gradients=held.gradients if peak.has_gradients else 0,
@@ -97,6 +97,20 @@ def at_peak(held: MemoryUse, moments: tuple[Moment, ...]) -> MemoryUse:
         activations=math.ceil(peak.activations),
         buffers=math.ceil(peak.buffers),
     )
+
+
+def total_at_peak(held: MemoryUse, moments: tuple[Moment, ...]) -> int:
+    """The bytes of `at_peak` together."""
+    peak = _peak(held, moments)
+    kept = math.ceil(peak.activations) + math.ceil(peak.buffers)
+    return held.weights + held.optimizer + (held.gradients if peak.has_gradients else 0) + kept
+
+
+def _peak(held: MemoryUse, moments: tuple[Moment, ...]) -> Moment:
+    """The moment with the most bytes."""
+    if len(moments) == 1:
+        return moments[0]
+    return max(moments, key=lambda one: one.activations + one.buffers + one.has_gradients * held.gradients)
 
 
 def weight_dtype(model: ModelCost, work: Work) -> str:
@@ -198,13 +212,21 @@ def moments(
     """The moments of a step at which memory may be largest."""
     shape = training_shape(work, arrangement, degrees, weight_dtype(model, work))
     key = (
-        "training", shape, arrangement.recompute, arrangement.zero >= 3, degrees.pp > 1, degrees.replicas > 1, degrees.split,
-        kernels.name, stages, counts, tp, _accumulates(arrangement, stages, counts),
+        "training", shape, arrangement.recompute, distribution(work, arrangement, degrees, kernels), degrees.pp > 1,
+        degrees.split, kernels.name, stages, counts, tp, _accumulates(arrangement, stages, counts),
     )  # fmt: skip
     found: tuple[Moment, ...] | None = model.cache.get(key)
     if found is None:
-        found = model.cache[key] = _moments(model, shape, arrangement, degrees, kernels, stages, counts, tp)
+        found = model.cache[key] = _moments(model, work, shape, arrangement, degrees, kernels, stages, counts, tp)
     return found
+
+
+def distribution(work: Work, arrangement: Arrangement, degrees: Degrees, kernels: Kernels) -> tuple[object, ...]:
+    """What `moments` need to know of replicas and of what is distributed over them."""
+    if not kernels.frees_gradients or arrangement.zero == 0 or degrees.replicas == 1:
+        return arrangement.zero >= 3, degrees.replicas > 1
+    gradients = work.gradient_dtype, work.lora_rank, degrees.expert_replicas, arrangement.microbatches > 1
+    return arrangement.zero, degrees.replicas, *(gradients if arrangement.zero > 1 else ())
 
 
 def _accumulates(arrangement: Arrangement, stages: tuple[StageCost, ...], counts: tuple[Counts, ...]) -> bool:
@@ -213,7 +235,7 @@ def _accumulates(arrangement: Arrangement, stages: tuple[StageCost, ...], counts
 
 
 def _moments(
-    model: ModelCost, shape: Shape, arrangement: Arrangement, degrees: Degrees, kernels: Kernels,
+    model: ModelCost, work: Work, shape: Shape, arrangement: Arrangement, degrees: Degrees, kernels: Kernels,
     stages: tuple[StageCost, ...], counts: tuple[Counts, ...], tp: int,
 ) -> tuple[Moment, ...]:  # fmt: skip
     sizes = [stage_activations(model, stage, shape, kernels, arrangement, tp) for stage in stages]
@@ -224,7 +246,7 @@ def _moments(
     head = sliced.ends[tp].head
     columns = head.outputs if head is not None else 0
     layers = [sliced.layers[tp][kind] for stage in stages for kind, _ in stage.kinds]
-    loss = kept = layer = buckets = 0.0
+    loss = kept = layer = buckets = gathered = 0.0
     if any(stage.loss for stage in stages):
         kept = head_bytes(model, columns, shape, kernels, sliced.ends[tp].norm, is_rms=sliced.ends[tp].is_rms)
         beside = shape.item + kernels.logit_bytes
@@ -238,15 +260,52 @@ def _moments(
     if degrees.replicas > 1:
         # One buffer in float32, to which that of a narrower dtype is cast.
         copies = 4 + (shape.item if shape.item < 4 else 0) if kernels.frees_gradients else 2 * 4
-        buckets = copies * min(BUCKET_BYTES / shape.item, held_by(model, stages, degrees, tp).parameters)
+        elements = min(BUCKET_BYTES / shape.item, held_by(model, stages, degrees, tp).parameters)
+        buckets = copies * elements
+        if arrangement.zero:
+            # The shards of a bucket, what all replicas have of it, and the copy from which gloo returns it.
+            gathered = elements * shape.item * (2 + 1 / degrees.replicas)
+        if arrangement.zero == 3:
+            gathered += held_by(model, stages, degrees, tp).parameters * shape.item
     if not kernels.frees_gradients:
         return (Moment(activations + kept, buffers + max(loss, layer) + buckets),)
+    waiting = _undistributed(model, work, arrangement, degrees, stages, tp)
+    accumulates = _accumulates(arrangement, stages, counts)
     return (
-        Moment(activations + kept, buffers + loss, has_gradients=_accumulates(arrangement, stages, counts)),
+        Moment(
+            activations + kept,
+            buffers + loss + (waiting if accumulates and arrangement.microbatches > 1 else 0.0),
+            has_gradients=accumulates,
+        ),
         # The last layer of a backward, when all gradients exist: other micro-batches' activations, and this layer's.
-        Moment(max(0.0, activations - sum(sizes)), buffers + layer),
-        Moment(0.0, buckets),
+        Moment(max(0.0, activations - sum(sizes)), buffers + layer + waiting),
+        Moment(0.0, buckets + waiting),
+        # Weights are gathered when they are updated (ZeRO 1 and 2), or beside their shards when the training ends (3).
+        # Gradients that ZeRO 2 distributed are gone by then.
+        Moment(0.0, gathered, has_gradients=arrangement.zero == 1),
     )
+
+
+def _undistributed(
+    model: ModelCost, work: Work, arrangement: Arrangement, degrees: Degrees, stages: tuple[StageCost, ...], tp: int
+) -> float:
+    """Bytes by which gradients exceed their shards when a backward ends, with ZeRO 2 and 3.
+
+    ZeRO 2 distributes those of a layer after its last backward of a step, so that those of earlier micro-batches are complete;
+    what belongs to no layer is distributed after all layers.
+    """
+    if arrangement.zero < 2 or degrees.replicas == 1 or work.lora_rank:
+        return 0.0
+    item = DTYPE_BYTES[work.gradient_dtype] if work.gradient_dtype else DTYPE_BYTES[weight_dtype(model, work)]
+    held = held_by(model, stages, degrees, tp)
+    dense, experts = held.parameters - held.experts, held.experts
+    if arrangement.zero == 3 or arrangement.microbatches == 1:
+        layers = [model.sliced(*degrees.split).layers[tp][kind].held for stage in stages for kind, _ in stage.kinds]
+        inside = held_by(model, tuple(replace(one, embedding=False, loss=False) for one in stages), degrees, tp)
+        largest = max(layers, key=lambda one: one.parameters, default=Part())
+        dense, experts = dense - (inside.parameters - inside.experts), largest.experts
+        dense += largest.parameters - largest.experts
+    return item * (dense * (1 - 1 / degrees.replicas) + experts * (1 - 1 / degrees.expert_replicas))
 
 
 BUCKET_BYTES = 25 << 20

@@ -9,22 +9,23 @@ from functools import partial
 from partita.cost.activations import Shape
 from partita.cost.alive import Counts, alive
 from partita.cost.degrees import Degrees, degrees_of
-from partita.cost.estimate import _limit
+from partita.cost.estimate import limit_of
 from partita.cost.hardware import Hardware
 from partita.cost.kernels import Kernels, kernels_of
 from partita.cost.memory import (
     Moment,
-    at_peak,
+    distribution,
     held_bytes,
     memory_of,
     moments,
     stage_activations,
+    total_at_peak,
     training_shape,
     weight_dtype,
 )
 from partita.cost.model import ModelCost
 from partita.cost.stages import StageCost, stages_of
-from partita.cost.time import _end_of_step, _forward, _slowest, _stage
+from partita.cost.time import end_of_step, seconds_of_forward, seconds_of_stage, slowest_of
 from partita.cost.work import Arrangement, MemoryUse, Work
 
 
@@ -35,8 +36,8 @@ def stage_s(
     degrees = degrees_of(arrangement.mesh)
     if work.purpose == "train":
         shape = training_shape(work, arrangement, degrees, weight_dtype(model, work))
-        of = partial(_stage, model, stage, shape, work, arrangement, hardware, degrees)
-        trained = _slowest(hardware, degrees, pp, of)
+        of = partial(seconds_of_stage, model, stage, shape, work, arrangement, hardware, degrees)
+        trained = slowest_of(hardware, degrees, pp, of)
         return trained.total, trained.f
     each = math.ceil(math.ceil(work.sequences / degrees.dp) / arrangement.microbatches)
     dtype = weight_dtype(model, work)
@@ -45,8 +46,11 @@ def stage_s(
     token = Shape(each, 1, past, dtype, degrees.tp)
 
     def forward(shape: Shape, past: int) -> float:
-        return _slowest(
-            hardware, degrees, pp, lambda device: _forward(model, stage, shape, hardware, degrees, past, device)
+        return slowest_of(
+            hardware,
+            degrees,
+            pp,
+            lambda device: seconds_of_forward(model, stage, shape, hardware, degrees, past, device),
         ).f
 
     total = forward(prompt, 0) + new_tokens(work) * forward(token, past)
@@ -60,7 +64,7 @@ def end_of_step_s(model: ModelCost, work: Work, arrangement: Arrangement, hardwa
     degrees = degrees_of(arrangement.mesh)
     groups = degrees.groups(hardware)
     unlike = {stage: pp for pp, stage in enumerate(stages_of(model, arrangement))}
-    return max(sum(_end_of_step(model, work, arrangement, hardware, degrees, groups, pp, [])) for pp in unlike.values())
+    return max(sum(end_of_step(model, work, arrangement, hardware, degrees, groups, pp, [])) for pp in unlike.values())
 
 
 def new_tokens(work: Work) -> int:
@@ -147,7 +151,7 @@ def _training_bytes(
             [held_bytes(model, work, arrangement, degrees, (stage,), tp) for tp in ranks] for stage in _samples(model)
         ]
     key = (
-        "sampled moments", shape, arrangement.recompute, arrangement.zero >= 3, degrees.pp > 1, degrees.replicas > 1,
+        "sampled moments", shape, arrangement.recompute, distribution(work, arrangement, degrees, kernels), degrees.pp > 1,
         degrees.split, kernels.name,
     )  # fmt: skip
     found: list[list[tuple[Moment, ...]]] | None = model.cache.get(key)
@@ -157,7 +161,7 @@ def _training_bytes(
             for stage in _samples(model)
         ]
     return [
-        [at_peak(one, its).total for one, its in zip(uses, those, strict=True)]
+        [total_at_peak(one, its) for one, its in zip(uses, those, strict=True)]
         for uses, those in zip(held, found, strict=True)
     ]
 
@@ -173,5 +177,5 @@ def limits(hardware: Hardware, ranks: int) -> tuple[int, ...]:
     """The bytes that each rank may use."""
     hardware = hardware.for_ranks(ranks)
     if len(hardware.devices) == 1:
-        return (_limit(hardware, 0),) * ranks
-    return tuple(_limit(hardware, rank) for rank in range(ranks))
+        return (limit_of(hardware, 0),) * ranks
+    return tuple(limit_of(hardware, rank) for rank in range(ranks))

@@ -69,8 +69,11 @@ def _train(model: ModelCost, work: Work, arrangement: Arrangement, hardware: Har
     homes = _homes(arrangement.placement, degrees.pp, arrangement.vpp)
     mine = stages_of(model, arrangement)
     stages = [
-        _slowest(
-            hardware, degrees, pp, partial(_stage, model, mine[pp][place], shape, work, arrangement, hardware, degrees)
+        slowest_of(
+            hardware,
+            degrees,
+            pp,
+            partial(seconds_of_stage, model, mine[pp][place], shape, work, arrangement, hardware, degrees),
         )
         for pp, place in homes
     ]
@@ -85,7 +88,7 @@ def _train(model: ModelCost, work: Work, arrangement: Arrangement, hardware: Har
         arrangement.schedule, degrees.pp, arrangement.microbatches, arrangement.vpp, f, b, w, 0.0 if blocked else comm
     )
     unlike = {stage: pp for pp, stage in enumerate(mine)}
-    ends = [_end_of_step(model, work, arrangement, hardware, degrees, groups, pp, stages) for pp in unlike.values()]
+    ends = [end_of_step(model, work, arrangement, hardware, degrees, groups, pp, stages) for pp in unlike.values()]
     dp, optimizer = max(ends, key=sum)
     busy = [
         arrangement.microbatches * sum(stages[i].total for i in _of_rank(arrangement, pp)) for pp in range(degrees.pp)
@@ -113,7 +116,7 @@ def _homes(placement: Placement, pp: int, vpp: int) -> tuple[tuple[int, int], ..
     return tuple(home_of(placement, pp, stage) for stage in range(pp * vpp))
 
 
-def _slowest(hardware: Hardware, degrees: Degrees, pp: int, of: Callable[[Device], Seconds]) -> Seconds:
+def slowest_of(hardware: Hardware, degrees: Degrees, pp: int, of: Callable[[Device], Seconds]) -> Seconds:
     """The seconds of the slowest device of a pipeline rank: its tensor ranks and replicas wait for each other."""
     if hardware.is_uniform:
         return of(hardware.devices[0])
@@ -127,7 +130,7 @@ def _slowest(hardware: Hardware, degrees: Degrees, pp: int, of: Callable[[Device
     return max((of(device) for device in devices.values()), key=lambda one: one.total)
 
 
-def _stage(
+def seconds_of_stage(
     model: ModelCost, stage: StageCost, shape: Shape, work: Work, arrangement: Arrangement, hardware: Hardware,
     degrees: Degrees, device: Device,
 ) -> Seconds:  # fmt: skip
@@ -238,7 +241,7 @@ def _transfer(model: ModelCost, shape: Shape, hardware: Hardware, groups: Groups
     return seconds(hardware, link, "send", message)
 
 
-def _end_of_step(
+def end_of_step(
     model: ModelCost, work: Work, arrangement: Arrangement, hardware: Hardware, degrees: Degrees, groups: Groups,
     pp: int, stages: list[Seconds],
 ) -> tuple[float, float]:  # fmt: skip
@@ -349,7 +352,9 @@ def _passes(
     groups = degrees.groups(hardware)
     mine = stages_of(model, arrangement)
     stages = [
-        _slowest(hardware, degrees, pp, partial(_forward, model, mine[pp][place], shape, hardware, degrees, past))
+        slowest_of(
+            hardware, degrees, pp, partial(seconds_of_forward, model, mine[pp][place], shape, hardware, degrees, past)
+        )
         for pp, place in _homes(arrangement.placement, degrees.pp, arrangement.vpp)
     ]
     comm = _transfer(model, shape, hardware, groups)
@@ -370,9 +375,10 @@ def _passes(
     return StepTime(total, share, parts, tuple(stages), comm)
 
 
-def _forward(
+def seconds_of_forward(
     model: ModelCost, stage: StageCost, shape: Shape, hardware: Hardware, degrees: Degrees, past: int, device: Device
 ) -> Seconds:
+    """Seconds of a stage's forward: of a prompt, or with `past` tokens in the cache of one token of each sequence."""
     key = ("forward", stage, shape, hardware, device, degrees, past)
     found: Seconds | None = model.cache.get(key)
     if found is None:

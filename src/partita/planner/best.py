@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-from partita.core.mesh import Mesh
 from partita.cost.work import RECOMPUTE, Estimate, Work
 from partita.errors import PlanError
 from partita.planner.costs import CostsOf
 from partita.planner.engines import ENGINES, Features, unsupported
 from partita.planner.search import Found, Optimize, Search
-from partita.planner.space import SCHEDULES, Bound, Fixed, divisors
+from partita.planner.space import SCHEDULES, Bound, Fixed, divisors, with_experts
 
 MORE_RANKS = 10
 """How often the number of ranks is doubled to find one that suffices."""
@@ -98,7 +99,26 @@ def best(
     Raises:
         PlanError: The parts that are fixed contradict each other, or the machine has fewer ranks.
     """
-    fixed = fixed or Fixed()
+    with _without_collector():
+        return _best(costs_of, work, ranks, fixed or Fixed(), optimize, count, features, explain=explain)
+
+
+@contextmanager
+def _without_collector() -> Iterator[None]:
+    """Pause the garbage collector: a search makes many objects, keeps most, and leaves no cycles behind."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _best(
+    costs_of: CostsOf, work: Work, ranks: int, fixed: Fixed, optimize: Optimize, count: int, features: Features, *,
+    explain: bool,
+) -> Result:  # fmt: skip
     search = Search(work, costs_of(work, ranks), ranks, features)
     found = search.run(fixed, optimize=optimize, count=count)
     plans = found.plans
@@ -141,14 +161,6 @@ def _losers(search: Search, fixed: Fixed, winner: Estimate, optimize: Optimize) 
             yield loser
 
 
-def _may_distribute(mesh: Mesh, ep: int, features: Features) -> bool:
-    """Whether the engine distributes complete experts of this mesh over `ep` ranks."""
-    try:
-        return features.executes_experts(replace(mesh, ep=ep, etp=1 if ep > 1 else None))
-    except PlanError:
-        return False
-
-
 def _loser(change: str, found: Found) -> Loser | None:
     if found.plans:
         return Loser(change, found.plans[0])
@@ -179,7 +191,7 @@ def _classes(search: Search, fixed: Fixed, winner: Estimate) -> Iterator[tuple[s
             if 1 <= other <= most and other != size and getattr(fixed, axis) is None and fixed.layers is None:
                 sizes: dict[str, Any] = {axis: other}
                 if axis == "ep":
-                    if not _may_distribute(mesh, other, search.features):
+                    if with_experts(mesh, other, fixed, search.features) is None:
                         continue
                     sizes["tp"] = mesh.tp
                 kept = fixed.schedule if axis == "pp" and other == 1 else schedule
@@ -235,7 +247,7 @@ def _nearest(costs_of: CostsOf, work: Work, ranks: int, fixed: Fixed, features: 
             yield Nearest(f"without {change}", found)
     if not freed and len(fixed.given) > 1 and (found := _first(search, Fixed())):
         yield Nearest("without all that is fixed", found)
-    for cp in divisors(ranks)[1:] if work.purpose != "serve" and fixed.cp is None and features.context else ():
+    for cp in divisors(ranks)[1:] if fixed.cp is None and features.context else ():
         if found := _first(search, replace(fixed, cp=cp)):
             yield Nearest(f"cp {cp}", found)
             break

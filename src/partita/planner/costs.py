@@ -8,7 +8,7 @@ from typing import Protocol
 from partita.core.mesh import Mesh
 from partita.cost.work import Arrangement, Estimate, MemoryUse, Recompute, Work
 from partita.planner.layers import Amounts, Memory
-from partita.planner.space import Bound, Group, Most, Settings
+from partita.planner.space import Bound, Family, Group, Most, Settings
 
 
 class Costs(Protocol):
@@ -18,6 +18,14 @@ class Costs(Protocol):
 
     def bound(self, mesh: Mesh) -> Bound:
         """What all arrangements of a mesh need at least. Raises `PlanError` for a mesh that cannot split the model."""
+
+    def least_seconds_of_family(
+        self, family: Family, recompute: Recompute = "none", parallel: Sequence[bool] = (False, True)
+    ) -> float:
+        """`least_seconds` of all groups of a family. Raises `PlanError` as `bound` does."""
+
+    def least_share_of_family(self, family: Family, recompute: Recompute, chosen: Settings) -> float:
+        """`least_share` of all groups of a family."""
 
     def least_seconds(
         self, group: Group, recompute: Recompute = "none", chosen: Settings | None = None,
@@ -37,6 +45,12 @@ class Costs(Protocol):
 
     def stage_bytes(self, arrangement: Arrangement) -> Memory:
         """Bytes by stage and layer, which come to at least those of `estimate`, and the limits of the pipeline ranks."""
+
+    def least_bytes(self, arrangement: Arrangement) -> float:
+        """The bytes that an arrangement needs at least on the mean pipeline rank, by the sums of `stage_bytes`."""
+
+    def is_short(self, arrangement: Arrangement, slack: float = 0.0) -> bool:
+        """Whether no assignment of the layers fits, by the sums of `stage_bytes`, with so much more memory."""
 
     def least_share(self, arrangement: Arrangement) -> float:
         """The share of the memory of all ranks together that an arrangement needs at least, by the sums of `stage_bytes`."""

@@ -26,6 +26,9 @@ from partita.core.sharding.split import deal
 EXHAUSTIVE = 2_000
 """With several stages on a rank, up to this many assignments are all compared."""
 
+LARGEST_ONLY = 1 << 40
+"""A number of micro-batches beside which only the largest stage counts."""
+
 PRECISION = 1e-12
 """The relative difference below which two times are equal."""
 
@@ -51,8 +54,8 @@ class Amounts:
     @cached_property
     def sums(self) -> tuple[tuple[float, ...], ...]:
         """For each stage, the sums of the first n layers."""
-        made: dict[tuple[float, ...], tuple[float, ...]] = {}
-        return tuple(made.setdefault(row, (0.0, *accumulate(row))) for row in self.layers)
+        made = {id(row): (0.0, *accumulate(row)) for row in {id(row): row for row in self.layers}.values()}
+        return tuple(made[id(row)] for row in self.layers)
 
     @cached_property
     def is_uniform(self) -> bool:
@@ -148,7 +151,7 @@ class _Chain:
         largest = self._smallest_largest()
         if largest is None:
             return None
-        if self._seconds.is_uniform:
+        if self._seconds.is_uniform or self._microbatches >= LARGEST_ONLY:
             return self._near_even(largest)
         return self._shortest(largest)
 

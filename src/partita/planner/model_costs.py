@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from typing import NamedTuple
 
 from partita.core.layout.placement import home_of, stage_at
 from partita.core.mesh import Mesh
@@ -20,8 +21,8 @@ from partita.cost.stages import StageCost
 from partita.cost.time import least_end_of_step_s
 from partita.cost.work import Arrangement, Estimate, MemoryUse, Recompute, Work
 from partita.planner.costs import CostsOf
-from partita.planner.layers import Amounts, Memory, loads_of
-from partita.planner.space import Bound, Group, Most, Settings
+from partita.planner.layers import PRECISION, Amounts, Memory, loads_of
+from partita.planner.space import Bound, Family, Group, Most, Settings
 
 _BELOW = 1 - 1e-6
 """A bound is that much below what it adds up, for sums are rounded."""
@@ -30,6 +31,24 @@ LONG = 8192
 """Tokens of a sequence from which the search splits it over ranks; shorter ones only where ranks would have none."""
 
 _NOTHING = StageCost((), 0, embedding=False, loss=False)
+
+
+class _Needs(NamedTuple):
+    """What a pipeline rank keeps besides layers, and of each of them at least.
+
+    Attributes:
+        end: The ends of the model that it has: 1 for the embedding, 2 for the loss, 3 for both.
+        first: Micro-batches that the model's first stage keeps alive, if it is on this rank.
+        kept: Micro-batches of the stage that keeps the fewest.
+    """
+
+    end: int
+    first: int
+    kept: int
+
+    def outside(self, parts: StageBytes) -> float:
+        """Bytes besides the layers."""
+        return parts.rank[self.end] + self.first * parts.embedding
 
 
 @dataclass(frozen=True)
@@ -55,14 +74,13 @@ class ModelCosts:
         self._seconds: dict[tuple[object, ...], Amounts] = {}
         self._found: dict[tuple[object, ...], _Parts] = {}
         self._wholes: dict[tuple[object, ...], tuple[float, float]] = {}
-        self._leasts: dict[tuple[object, ...], tuple[float, float]] = {}
         self._ends: dict[tuple[object, ...], float] = {}
         self._counts = Counter(model.kinds)
         self._parts_of: dict[tuple[object, ...], StageBytes] = {}
         self._bytes: dict[Arrangement, Memory] = {}
         self._kept: dict[tuple[object, ...], tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]] = {}
         self._limits: dict[int, tuple[int, ...]] = {}
-        self._sums: dict[tuple[object, ...], tuple[int, tuple[int, ...], int]] = {}
+        self._needs: dict[tuple[object, ...], tuple[tuple[_Needs, int], ...]] = {}
         self._limits_by_rank: dict[Mesh, tuple[float, ...]] = {}
 
     def bound(self, mesh: Mesh) -> Bound:
@@ -71,6 +89,24 @@ class ModelCosts:
         if self._work.purpose != "train":
             seconds *= new_tokens(self._work)
         return Bound(seconds, bytes_, max(self.limit(mesh)))
+
+    def least_seconds_of_family(
+        self, family: Family, recompute: Recompute = "none", parallel: Sequence[bool] = (False, True)
+    ) -> float:
+        """The seconds of the layers alone, evenly distributed: no schedule has no bubble."""
+        group = Group(family.mesh, family.microbatches, "1f1b", 1)
+        return family.microbatches * self._least(group, recompute, parallel)[0] / family.mesh.pp * _BELOW
+
+    def least_share_of_family(self, family: Family, recompute: Recompute, chosen: Settings) -> float:
+        """The share of the memory of all ranks together that all layers need with one micro-batch alive on each rank."""
+        pp = family.mesh.pp
+        bare = self._bare(Group(family.mesh, family.microbatches, "1f1b", 1), recompute, chosen)
+        parts = self._parts_bytes(bare)
+        held = sum(n * (parts.kinds[kind] + parts.kept[kind]) for kind, n in self._counts.items()) + parts.embedding
+        middle, first, last, both = parts.rank
+        ends = both + (pp - 1) * middle if pp == 1 else min(
+            both + (pp - 1) * middle, first + last + (pp - 2) * middle)  # fmt: skip
+        return (held + ends) / sum(self._limits_of(family.mesh))
 
     def least_seconds(
         self, group: Group, recompute: Recompute = "none", chosen: Settings | None = None,
@@ -86,8 +122,8 @@ class ModelCosts:
         if chosen is None or self._work.purpose != "train":
             (total, forward), end = self._least(group, recompute, parallel), 0.0
         else:
-            bare = self._bare(group, recompute, chosen)
-            (total, forward), end = self._whole(bare), self._end(bare)
+            total, forward = self._whole(group, recompute, chosen.sequence_parallel, gathers=chosen.zero >= 3)
+            end = self._end(group, chosen)
         if p == 1:
             return (m * total + end) * _BELOW
         if group.schedule == "interleaved-1f1b":
@@ -158,27 +194,46 @@ class ModelCosts:
         """Seconds of the work."""
         return seconds_of(self._work, estimate)
 
+    def least_bytes(self, arrangement: Arrangement) -> float:
+        """The bytes that all layers need at least, on the mean pipeline rank."""
+        parts, needs = self._parts_bytes(arrangement), self._needs_of(arrangement)
+        fewest = min([need.kept for need, _ in needs])
+        held = 0.0
+        for kind, n in self._counts.items():
+            held += n * (parts.kinds[kind] + fewest * parts.kept[kind])
+        ends: float = sum([n * need.outside(parts) for need, n in needs])
+        return (held + ends) / arrangement.mesh.pp
+
     def least_share(self, arrangement: Arrangement) -> float:
         """The share of the memory of all ranks together that all layers need at least."""
-        parts, mesh = self._parts_bytes(arrangement), arrangement.mesh
-        key = arrangement.schedule, arrangement.placement, mesh.pp, arrangement.microbatches, arrangement.vpp
-        if key not in self._sums:
-            alive, last = self._alive(arrangement), len(arrangement.layers) - 1
-            ends = Counter((0 in indexes) + 2 * (last in indexes) for indexes, _ in alive)
-            self._sums[key] = min(min(most) for _, most in alive), tuple(ends[end] for end in range(4)), alive[0][1][0]
-        kept, ends_of, first = self._sums[key]
-        held = sum(n * (parts.kinds[kind] + kept * parts.kept[kind]) for kind, n in self._counts.items())
-        held += sum(n * one for n, one in zip(ends_of, parts.rank, strict=True)) + parts.embedding * first
-        return held / sum(self._limits_of(mesh))
+        return self.least_bytes(arrangement) * arrangement.mesh.pp / sum(self._limits_of(arrangement.mesh))
+
+    def is_short(self, arrangement: Arrangement, slack: float = 0.0) -> bool:
+        """Whether no assignment fits, as `Memory.is_short`, which this equals, finds from the bytes of every stage."""
+        if not self._hardware.is_uniform:
+            homes = [home_of(arrangement.placement, arrangement.mesh.pp, i)[0] for i in range(len(arrangement.layers))]
+            return self.stage_bytes(arrangement).is_short(homes, slack)
+        parts, room = self._parts_bytes(arrangement), 0
+        limit = self._limits_of(arrangement.mesh)[0] * (1 + slack + PRECISION)
+        for need, ranks in self._needs_of(arrangement):
+            free = limit - need.outside(parts)
+            if free < 0:
+                return True
+            room += ranks * self._layers_within(free, parts, need.kept)
+        return room < len(self._model.kinds)
+
+    def _layers_within(self, free: float, parts: StageBytes, kept: int) -> int:
+        """How many layers, the smallest first, fit into `free` bytes with so many micro-batches alive."""
+        room = 0
+        for size, count in sorted((parts.kinds[kind] + kept * parts.kept[kind], n) for kind, n in self._counts.items()):
+            fit = min(count, int(free / size * (1 + PRECISION)))
+            room += fit
+            free -= fit * size
+            if fit < count:
+                break
+        return room
 
     # --- the terms ----------------------------------------------------------------------------------------------------
-
-    def _both(
-        self, group: Group, recompute: Recompute = "none", parallel: Sequence[bool] = (False, True)
-    ) -> Iterator[Arrangement]:
-        """Arrangements of a group with and without sequence parallelism."""
-        for sequence_parallel in parallel if group.mesh.tp > 1 and self._work.purpose == "train" else (False,):
-            yield self._bare(group, recompute, Settings(0, sequence_parallel, overlap_gradients=False))
 
     @staticmethod
     def _bare(group: Group, recompute: Recompute, chosen: Settings) -> Arrangement:
@@ -188,27 +243,37 @@ class ModelCosts:
             sequence_parallel=chosen.sequence_parallel, overlap_gradients=chosen.overlap_gradients,
         )  # fmt: skip
 
-    def _end(self, bare: Arrangement) -> float:
+    def _end(self, group: Group, chosen: Settings) -> float:
         """Seconds that the end of a step takes at least."""
-        key = bare.mesh, bare.zero, bare.overlap_gradients
+        key = group.mesh, chosen.zero, chosen.overlap_gradients
         if key not in self._ends:
+            bare = self._bare(group, "none", chosen)
             self._ends[key] = least_end_of_step_s(self._model, self._work, bare, self._hardware)
         return self._ends[key]
 
     def _least(self, group: Group, recompute: Recompute, parallel: Sequence[bool]) -> tuple[float, float]:
         """The smaller of `_whole` with and without sequence parallelism."""
-        key = group.mesh, group.microbatches, group.vpp, recompute, tuple(parallel)
-        if key not in self._leasts:
-            self._leasts[key] = min(self._whole(bare) for bare in self._both(group, recompute, parallel))
-        return self._leasts[key]
+        splits = parallel if group.mesh.tp > 1 and self._work.purpose == "train" else (False,)
+        return min(self._whole(group, recompute, sequence_parallel, gathers=False) for sequence_parallel in splits)
 
-    def _whole(self, bare: Arrangement) -> tuple[float, float]:
-        """Seconds of all stages for a micro-batch on the fastest rank, and those of the forwards."""
-        key = bare.mesh, bare.microbatches, bare.sequence_parallel, bare.recompute, len(bare.layers), bare.zero >= 3
-        if key not in self._wholes:
-            ranks = range(1 if self._hardware.is_uniform else bare.mesh.pp)
-            self._wholes[key] = min(self._sum_on(bare, pp) for pp in ranks)
-        return self._wholes[key]
+    def _whole(
+        self, group: Group, recompute: Recompute, sequence_parallel: bool, *, gathers: bool
+    ) -> tuple[float, float]:
+        """Seconds of all stages for a micro-batch on the fastest rank, and those of the forwards.
+
+        Args:
+            group: The arrangements.
+            recompute: What they recompute.
+            sequence_parallel: Whether activations between products are split.
+            gathers: Whether weights are gathered before they are used (ZeRO 3).
+        """
+        key = group.mesh, group.microbatches, group.vpp, recompute, sequence_parallel, gathers
+        found = self._wholes.get(key)
+        if found is None:
+            chosen = Settings(3 if gathers else 0, sequence_parallel, overlap_gradients=False)
+            bare, ranks = self._bare(group, recompute, chosen), range(1 if self._hardware.is_uniform else group.mesh.pp)
+            found = self._wholes[key] = min(self._sum_on(bare, pp) for pp in ranks)
+        return found
 
     def _sum_on(self, bare: Arrangement, pp: int) -> tuple[float, float]:
         seconds, stages = self._parts(bare, pp), len(bare.layers)
@@ -300,6 +365,18 @@ class ModelCosts:
                 for rank in range(pp)
             )
         return self._kept[key]
+
+    def _needs_of(self, arrangement: Arrangement) -> tuple[tuple[_Needs, int], ...]:
+        """What the pipeline ranks keep, and how many of them keep the same."""
+        key = arrangement.schedule, arrangement.mesh.pp, arrangement.microbatches, arrangement.vpp
+        found = self._needs.get(key)
+        if found is None:
+            last, counts = len(arrangement.layers) - 1, Counter[_Needs]()
+            for indexes, most in self._alive(arrangement):
+                end = (0 in indexes) + 2 * (last in indexes)
+                counts[_Needs(end, most[indexes.index(0)] if 0 in indexes else 0, min(most))] += 1
+            found = self._needs[key] = tuple(counts.items())
+        return found
 
     def _parts_bytes(self, arrangement: Arrangement) -> StageBytes:
         mesh, zero = arrangement.mesh, arrangement.zero

@@ -1,6 +1,7 @@
 """The best arrangements of a model over ranks, by branch and bound.
 
-Meshes are visited in the order of a bound on their time (or bytes), then the groups of a mesh in the order of their own bounds.
+Meshes are visited in the order of a bound on their time (or bytes), then their families and groups in the order of their own
+bounds; those in which nothing fits once more with the bound of what recomputes more.
 The search ends when no bound is below the value of the worst plan that would be listed, so what it finds is the best of all.
 """
 
@@ -8,7 +9,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import count as counter
 from typing import Literal, NamedTuple, get_args
@@ -18,17 +19,26 @@ from partita.cost.work import Arrangement, Estimate, Recompute, Work
 from partita.errors import PlanError
 from partita.planner.costs import Costs
 from partita.planner.engines import ENGINES, Features
-from partita.planner.layers import SLACK, Amounts, Memory, place
-from partita.planner.space import Bound, Fixed, Group, Settings, divisors, groups, meshes, recomputes, settings
+from partita.planner.layers import LARGEST_ONLY, SLACK, Amounts, Memory, place
+from partita.planner.space import (
+    Bound,
+    Family,
+    Fixed,
+    Group,
+    Settings,
+    divisors,
+    families,
+    groups,
+    meshes,
+    recomputes,
+    settings,
+)
 
 Optimize = Literal["time", "memory", "cost"]
 OPTIMIZE: tuple[Optimize, ...] = get_args(Optimize)
 
 SURELY = 1.1
 """A rank whose stages need so much of its memory, by the sum of their parts, has too little."""
-
-LARGEST_ONLY = 1 << 40
-"""A number of micro-batches beside which only the largest stage counts."""
 
 Value = tuple[float, float]
 Key = tuple[Mesh, str]
@@ -50,6 +60,20 @@ class Placed(NamedTuple):
     group: Group | None = None
 
 
+class _Node(NamedTuple):
+    """What the search visits at once: the arrangements of a family or a group that recompute so much, or more."""
+
+    of: Family | Group
+    level: int
+
+
+class _Unplaced(NamedTuple):
+    """The arrangements of a family with these settings, none of which fits."""
+
+    node: _Node
+    chosen: Settings
+
+
 class Search:
     """The search for one piece of work on one machine. Estimates are kept, so that further questions about it are cheap."""
 
@@ -57,6 +81,7 @@ class Search:
         self.work, self.costs, self.ranks, self.features = work, costs, ranks, features
         self._estimates: dict[Arrangement, Estimate] = {}
         self._shares: dict[Arrangement, float] = {}
+        self._leasts: dict[Arrangement, float] = {}
         self._placed: dict[tuple[Arrangement, bool], Placed] = {}
         self._founds: dict[tuple[object, ...], Found] = {}
         self._bounds: dict[Mesh, Bound | None] = {}
@@ -73,6 +98,10 @@ class Search:
                 use.total / limit for use, limit in set(zip(uses, limit, strict=True))
             )
         return found
+
+    def most_bytes(self, arrangement: Arrangement) -> int:
+        """The bytes of the rank that needs the most."""
+        return max(use.total for use in set(self.costs.memory(arrangement)))
 
     @property
     def evaluated(self) -> int:
@@ -133,22 +162,32 @@ class Search:
         return self._placed[key]
 
     def _find_place(self, bare: Arrangement, group: Group, optimize: Optimize) -> Placed:
-        least = self.costs.least_share(bare)
-        if least > 1 + SLACK:
+        least = self.least_share(bare)
+        if least > 1:
             return Placed(bare, least, is_free=False, group=group)
-        memory = self.costs.stage_bytes(bare)
         if optimize == "memory":
+            memory = self.costs.stage_bytes(bare)
             layers = self._place(memory.bytes, replace(group, microbatches=LARGEST_ONLY), None)
             assert layers is not None
             return self._with(bare, layers, memory, group, is_free=False)
-        if memory.is_short(group.homes, SLACK):
-            return Placed(bare, max(least, math.nextafter(1, 2)), is_free=False, group=group)
         fastest = self.fastest(bare, group)
         if fastest.share <= 1:
             return fastest
-        is_short = memory.is_short(group.homes)
-        fitted = None if is_short else self._place(self.costs.stage_seconds(bare), group, memory)
+        if self.costs.is_short(bare):
+            return fastest
+        memory = self.costs.stage_bytes(bare)
+        fitted = self._place(self.costs.stage_seconds(bare), group, memory)
         return fastest if fitted is None else self._with(bare, fitted, memory, group, is_free=False)
+
+    def least_share(self, bare: Arrangement) -> float:
+        """The share of its memory that a rank needs at least; above 1 only if no assignment of the layers fits."""
+        found = self._leasts.get(bare)
+        if found is None:
+            found = self.costs.least_share(bare)
+            if found <= 1 + SLACK:
+                found = max(found, math.nextafter(1, 2)) if self.costs.is_short(bare, SLACK) else min(found, 1.0)
+            self._leasts[bare] = found
+        return found
 
     def fastest(self, bare: Arrangement, group: Group) -> Placed:
         """The best assignment of the layers, whether it fits or not."""
@@ -183,9 +222,11 @@ class Found:
     ) -> None:
         self._search, self._fixed, self._optimize, self._count = search, fixed, optimize, count
         self._features, self._below = features, below
+        self._levels = recomputes(search.work, fixed, features)
+        self._choices: dict[Mesh, list[Settings]] = {}
         self._best: dict[Key, tuple[Value, Estimate]] = {}
         self._limit = below
-        self._rejected: list[tuple[float, int, Placed]] = []
+        self._rejected: list[tuple[float, int, Placed | _Unplaced]] = []
         self._number = counter()
         self.least: Bound | None = None
         self._run()
@@ -194,11 +235,18 @@ class Found:
     def closest(self) -> Estimate | None:
         """Of the arrangements that do not fit, the one whose fullest rank needs the smallest share of its memory."""
         while self._rejected:
-            placed = self._rejected[0][2]
-            if placed.group is None:
-                return self._search.estimate(placed.arrangement)
+            found = self._rejected[0][2]
+            if isinstance(found, Placed) and found.group is None:
+                return self._search.estimate(found.arrangement)
             heapq.heappop(self._rejected)
-            self._note_closest(self._search.fastest(placed.arrangement, placed.group))
+            if isinstance(found, Placed):
+                assert found.group is not None
+                self._note_closest(self._search.fastest(found.arrangement, found.group))
+                continue
+            assert isinstance(found.node.of, Family)
+            for group in self._groups(found.node.of):
+                bare = _bare(group, found.chosen, self._levels[found.node.level])
+                self._note_closest(Placed(bare, self._search.least_share(bare), is_free=False, group=group))
         return None
 
     @property
@@ -208,7 +256,7 @@ class Found:
 
     def _run(self) -> None:
         search, number = self._search, self._number
-        heap: list[tuple[float, int, Mesh | Group]] = []
+        heap: list[tuple[float, int, Mesh | _Node]] = []
         for mesh in search.meshes(self._fixed, self._optimize, self._features):
             bound = search.bound(mesh)
             if bound is None:
@@ -218,20 +266,61 @@ class Found:
                 continue
             heapq.heappush(heap, (self._least(mesh, bound.seconds, bound.bytes), next(number), mesh))
         while heap and heap[0][0] < self._worst():
-            _, _, item = heapq.heappop(heap)
-            if isinstance(item, Group):
-                self._try(item)
+            least, _, item = heapq.heappop(heap)
+            if not isinstance(item, _Node):
+                nodes = [_Node(family, 0) for family in families(item, search.work, self._fixed)]
+            elif not self._may_fit(item):
+                nodes = [_Node(item.of, item.level + 1)] if item.level + 1 < len(self._levels) else []
+            elif isinstance(item.of, Family):
+                nodes = [_Node(group, item.level) for group in self._groups(item.of)]
+            else:
+                self._try(item.of, item.level)
                 continue
-            bound = search.bound(item)
-            assert bound is not None
-            choices = settings(item, search.work, self._fixed, self._features)
-            parallel = sorted({chosen.sequence_parallel for chosen in choices})
-            for group in groups(item, search.work, self._fixed, search.costs.most.pp):
+            for node in nodes:
                 try:
-                    seconds = search.costs.least_seconds(group, parallel=parallel)
+                    its = self._least(node.of.mesh, self._least_seconds(node), 0)
                 except PlanError:
                     break  # the model cannot be split so
-                heapq.heappush(heap, (self._least(item, seconds, bound.bytes), next(number), group))
+                heapq.heappush(heap, (max(least, its), next(number), node))
+
+    def _groups(self, family: Family) -> Iterator[Group]:
+        return groups(family, self._search.work, self._fixed, self._search.costs.most.pp)
+
+    def _least_seconds(self, node: _Node) -> float:
+        costs, recompute, parallel = self._search.costs, self._levels[node.level], self._parallel(node.of.mesh)
+        if isinstance(node.of, Family):
+            return costs.least_seconds_of_family(node.of, recompute, parallel)
+        return costs.least_seconds(node.of, recompute, parallel=parallel)
+
+    def _settings(self, mesh: Mesh) -> list[Settings]:
+        if mesh not in self._choices:
+            self._choices[mesh] = settings(mesh, self._search.work, self._fixed, self._features)
+        return self._choices[mesh]
+
+    def _parallel(self, mesh: Mesh) -> list[bool]:
+        return sorted({chosen.sequence_parallel for chosen in self._settings(mesh)})
+
+    def _may_fit(self, node: _Node) -> bool:
+        """Whether an arrangement of a node that recomputes this much may fit. The frugal ones that do not are noted."""
+        if self._optimize == "memory" or self._fixed.layers is not None:
+            return True
+        search, recompute = self._search, self._levels[node.level]
+        rejected: list[tuple[float, Placed | _Unplaced]] = []
+        for chosen in _frugal(self._settings(node.of.mesh)):
+            if isinstance(node.of, Family):
+                share = search.costs.least_share_of_family(node.of, recompute, chosen)
+                rejected.append((share, _Unplaced(node, chosen)))
+                if share <= 1 + SLACK:
+                    return True
+            else:
+                bare = _bare(node.of, chosen, recompute)
+                share = search.least_share(bare)
+                rejected.append((share, Placed(bare, share, is_free=False, group=node.of)))
+                if share <= 1:
+                    return True
+        for share, one in rejected:
+            heapq.heappush(self._rejected, (share, next(self._number), one))
+        return False
 
     def _least(self, mesh: Mesh, seconds: float, bytes_: int) -> float:
         if self._optimize == "memory":
@@ -242,16 +331,17 @@ class Found:
         """The value that a plan must be below, or reach, to be listed."""
         return self._limit
 
-    def _try(self, group: Group) -> None:
+    def _try(self, group: Group, level: int) -> None:
+        """Price the arrangements of a group that recompute this much or more."""
         search = self._search
-        levels = recomputes(search.work, self._fixed, self._features)
-        for chosen in settings(group.mesh, search.work, self._fixed, self._features):
-            for recompute in levels:
-                if self._optimize != "memory" and not self._may_be_better(
-                    group, search.costs.least_seconds(group, recompute, chosen)
-                ):
-                    break
+        for chosen in self._settings(group.mesh):
+            for recompute in self._levels[level:]:
                 bare = _bare(group, chosen, recompute)
+                if self._optimize == "memory":
+                    if not self._may_need_less(group, search.costs.least_bytes(bare) / (1 + SLACK)):
+                        continue
+                elif not self._may_be_better(group, search.costs.least_seconds(group, recompute, chosen)):
+                    break
                 if self._fixed.layers is not None:
                     fixed = replace(bare, layers=self._fixed.layers)
                     placed = Placed(fixed, search.share(fixed), is_free=True)
@@ -261,7 +351,11 @@ class Found:
                     self._note_closest(placed)
                     continue
                 made = placed.arrangement
-                if self._optimize == "memory" or self._may_be_better(group, search.costs.least_seconds_of(made)):
+                if (
+                    self._may_need_less(group, search.most_bytes(made))
+                    if self._optimize == "memory"
+                    else self._may_be_better(group, search.costs.least_seconds_of(made))
+                ):
                     self._note(group, search.estimate(made))
                 if placed.is_free and self._optimize != "memory":
                     break  # to compute more again takes longer; it may only help where memory decides the layers
@@ -271,6 +365,14 @@ class Found:
         least = seconds * (group.mesh.size if self._optimize == "cost" else 1)
         own = self._best.get((group.mesh, group.schedule))
         return least < self._worst() and (own is None or least < own[0][0])
+
+    def _may_need_less(self, group: Group, bytes_: float) -> bool:
+        """Whether what needs so many bytes at least may be better than the best of its mesh and schedule, and be listed.
+
+        Of two plans that need the same, the faster one is better.
+        """
+        own = self._best.get((group.mesh, group.schedule))
+        return bytes_ <= self._worst() and (own is None or bytes_ <= own[0][0])
 
     def _note(self, group: Group, estimate: Estimate) -> None:
         key, value = (group.mesh, group.schedule), self._search.value(estimate, self._optimize)
@@ -286,6 +388,14 @@ class Found:
     def _note_bound(self, bound: Bound) -> None:
         if self.least is None or bound.bytes / bound.limit < self.least.bytes / self.least.limit:
             self.least = bound
+
+
+def _frugal(choices: Sequence[Settings]) -> list[Settings]:
+    """Of settings those that may need the least memory: what ZeRO gathers in stage 3 is the only thing that a stage adds."""
+    zeros = {chosen.zero for chosen in choices}
+    few = {max(zeros), max(zeros - {3}, default=3)}
+    seen = {(chosen.zero, chosen.sequence_parallel): chosen for chosen in choices if chosen.zero in few}
+    return list(seen.values())
 
 
 def _bare(group: Group, chosen: Settings, recompute: Recompute) -> Arrangement:

@@ -65,6 +65,19 @@ class Fixed:
 
 
 @dataclass(frozen=True)
+class Family:
+    """Arrangements with the same mesh and micro-batches.
+
+    Attributes:
+        mesh: The ranks.
+        microbatches: Micro-batches of a replica's share of a step.
+    """
+
+    mesh: Mesh
+    microbatches: int
+
+
+@dataclass(frozen=True)
 class Group:
     """Arrangements that differ only in layers and settings.
 
@@ -186,23 +199,29 @@ def _with_experts(mesh: Mesh, fixed: Fixed, most: int, features: Features) -> It
     if mesh.stage_size > EVERY_SIZE and fixed.ep is None:
         sizes = sorted({1, max(sizes), *(size for size in (mesh.tp, *SIZES_OF_EXPERTS) if size in sizes)})
     for ep in sizes:
-        etp = None if ep == 1 else fixed.etp or 1
-        if ep == 1 and fixed.etp not in (None, mesh.tp):
-            continue
-        try:
-            made = replace(mesh, ep=ep, etp=etp)
-        except PlanError:
-            continue  # ep x etp does not divide the ranks of a stage
-        if fixed.ep is not None or features.executes_experts(made):
+        made = with_experts(mesh, ep, fixed, features)
+        if made is not None:
             yield made
 
 
-def groups(mesh: Mesh, work: Work, fixed: Fixed, num_layers: int) -> Iterator[Group]:
-    """Every group of a mesh: the micro-batches, schedules and numbers of stages that `partita train` accepts for it."""
+def with_experts(mesh: Mesh, ep: int, fixed: Fixed, features: Features) -> Mesh | None:
+    """The mesh with experts distributed over `ep` ranks; None if they cannot be, or if the engine does not execute it."""
+    if ep == 1 and fixed.etp not in (None, mesh.tp):
+        return None
+    try:
+        made = replace(mesh, ep=ep, etp=None if ep == 1 else fixed.etp or 1)
+    except PlanError:
+        return None  # ep x etp does not divide the ranks of a stage
+    return made if fixed.ep is not None or features.executes_experts(made) else None
+
+
+def families(mesh: Mesh, work: Work, fixed: Fixed) -> Iterator[Family]:
+    """Every family of a mesh: the micro-batches that `partita train` accepts for it."""
     if work.purpose != "train":
-        if mesh.experts_join_replicas:
-            return
-        yield from _inference_group(mesh, work, fixed)
+        share = -(-work.sequences // mesh.dp)
+        microbatches = fixed.microbatches or min(share, mesh.pp)
+        if not mesh.experts_join_replicas and mesh.dp <= work.sequences and microbatches <= share:
+            yield Family(mesh, microbatches)
         return
     if work.batch_size % mesh.dp:
         return
@@ -212,11 +231,22 @@ def groups(mesh: Mesh, work: Work, fixed: Fixed, num_layers: int) -> Iterator[Gr
             continue
         if fixed.cp is None and fixed.dp is None and math.gcd(share // microbatches, mesh.cp) > 1:
             continue  # as many replicas with fewer sequences each have the same tokens, and exchange no keys
-        for schedule in _schedules(mesh, fixed):
-            for vpp in _stages(mesh, schedule, fixed, num_layers):
-                is_twin = schedule == "interleaved-1f1b" and vpp == 1 and fixed.schedule is None  # that is 1f1b
-                if not is_twin and _exists(schedule, mesh.pp, microbatches, vpp):
-                    yield Group(mesh, microbatches, schedule, vpp)
+        yield Family(mesh, microbatches)
+
+
+def groups(family: Family, work: Work, fixed: Fixed, num_layers: int) -> Iterator[Group]:
+    """Every group of a family: the schedules and numbers of stages that `partita train` accepts for it."""
+    mesh, microbatches = family.mesh, family.microbatches
+    if work.purpose != "train":
+        vpp = fixed.vpp or (len(fixed.layers) // mesh.pp if fixed.layers else 1)
+        if fixed.layers is None or len(fixed.layers) == mesh.pp * vpp:
+            yield Group(mesh, microbatches, "forward-only", vpp)
+        return
+    for schedule in _schedules(mesh, fixed):
+        for vpp in _stages(mesh, schedule, fixed, num_layers):
+            is_twin = schedule == "interleaved-1f1b" and vpp == 1 and fixed.schedule is None  # that is 1f1b
+            if not is_twin and _exists(schedule, mesh.pp, microbatches, vpp):
+                yield Group(mesh, microbatches, schedule, vpp)
 
 
 def settings(mesh: Mesh, work: Work, fixed: Fixed, features: Features) -> list[Settings]:
@@ -250,17 +280,6 @@ def _choices(fixed: _T | None, possible: Sequence[_T], *, matters: bool, without
     if fixed is not None:
         return (fixed,)
     return possible if matters else (without,)
-
-
-def _inference_group(mesh: Mesh, work: Work, fixed: Fixed) -> Iterator[Group]:
-    """The one group of a mesh: as many groups of sequences circulate as there are pipeline ranks."""
-    if mesh.dp > work.sequences:
-        return
-    share = -(-work.sequences // mesh.dp)
-    microbatches = fixed.microbatches or min(share, mesh.pp)
-    vpp = fixed.vpp or (len(fixed.layers) // mesh.pp if fixed.layers else 1)
-    if microbatches <= share and (fixed.layers is None or len(fixed.layers) == mesh.pp * vpp):
-        yield Group(mesh, microbatches, "forward-only", vpp)
 
 
 def _schedules(mesh: Mesh, fixed: Fixed) -> Sequence[str]:

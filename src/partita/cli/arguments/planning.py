@@ -260,7 +260,7 @@ def _work_of(options: PlanningOptions, kernels: Kernels) -> Work:
     other = (
         ("context", "sequences")
         if purpose == "train"
-        else ("batch_size", "microbatches", "zero", "recompute", "schedule", "gradient_dtype", "cp")
+        else ("batch_size", "microbatches", "zero", "recompute", "schedule", "gradient_dtype")
     )
     for name in other:
         if name in options.given:

@@ -83,7 +83,8 @@ def _memory(use: MemoryUse) -> str:
 def _table(plans: tuple[Estimate, ...], question: Question, width: int) -> Table:
     """A row for each plan. Where this is too wide, the parts of memory and what is the same in all rows are left out."""
     rows = [_row(one, question) for one in plans]
-    kinds = [name for name in rows[0] if any(row[name] != "0" for row in rows)]
+    optional = {"cp": "1", "ep": "1"}
+    kinds = [name for name in rows[0] if any(row[name] != optional.get(name, "0") for row in rows)]
     needed = sum(max(len(name), *(len(row[name]) for row in rows)) + 2 for name in kinds)
     if needed > width:
         kinds = [name for name in kinds if name not in SHORT.values() and len({row[name] for row in rows}) > 1]
@@ -109,7 +110,7 @@ def _row(one: Estimate, question: Question) -> dict[str, str]:
     """A plan's column by the head: sizes, settings, time, and the memory of its fullest rank by part."""
     made, mesh = one.arrangement, one.arrangement.mesh
     row = {"tp": str(mesh.tp), "pp": str(mesh.pp), "dp": str(mesh.dp)}
-    row |= {axis: str(getattr(mesh, axis)) for axis in ("cp", "ep") if getattr(mesh, axis) > 1}
+    row |= {axis: str(getattr(mesh, axis)) for axis in ("cp", "ep")}
     if question.work.purpose == "train":
         row |= {
             "vpp": str(made.vpp),
