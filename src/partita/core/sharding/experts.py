@@ -76,8 +76,8 @@ def why_not_alone(mesh: Mesh) -> str:
     inside = f"ep={mesh.tp}{alone}" if mesh.tp > 1 else f"tp={mesh.ep} with ep={mesh.ep}"
     return (
         f"ep={mesh.ep} distributes experts over several replicas (dp={mesh.dp}), of which each answers requests of its own: "
-        f"none can wait for the experts of another. Use {inside}, leave ep out, or generate from given prompts (`partita generate "
-        "MODEL PROMPT...`, partita.torch.generate), which replicas compute together."
+        f"none can wait for the experts of another. Use {inside}, leave ep out, or generate from given prompts (`partita "
+        "generate MODEL PROMPT...`, partita.torch.generate), which replicas compute together."
     )
 
 

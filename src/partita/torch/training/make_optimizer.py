@@ -50,8 +50,8 @@ def make_optimizer(
     split = _by_decay(parameters, settings, master_dtype=settings.master_dtype)
     if settings.zero and groups.replicas.size == 1 and groups.rank == 0:
         note(
-            f"zero={settings.zero} has no effect: it distributes states over replicas (dp and cp), but the mesh {groups.mesh} has "
-            "one."
+            f"zero={settings.zero} has no effect: it distributes states over replicas (dp and cp), but the mesh {groups.mesh} "
+            "has one."
         )
     if not settings.zero or groups.replicas.size == 1:
         optimizer: torch.optim.Optimizer = kind(split, **given)
