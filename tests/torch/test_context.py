@@ -265,3 +265,14 @@ def test_the_proof_reaches_the_boundary_of_a_long_window(monkeypatch: pytest.Mon
     monkeypatch.setattr(context_module, "mask_window", wrong)
     with pytest.raises(ModelError, match="would differ from whole sequences'"):
         prove_context(unsplit, plan)
+
+
+def test_eager_attention_in_float32_is_proven_in_float64() -> None:
+    """Its recomputation narrowed scores to float32, so VaultGemma and Granite with windows were refused."""
+    data = {
+        **CONFIGS["llama-7-heads-1-kv"], "model_type": "vaultgemma", "sliding_window": 4, "head_dim": 8,
+        "query_pre_attn_scalar": 8, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2,
+    }  # fmt: skip
+    unsplit = build_on_meta(read_hf_config(data), torch.float64)
+    unsplit.set_attn_implementation("eager")
+    prove_context(unsplit, plan_of_model(unsplit, Mesh(cp=2)))
