@@ -12,7 +12,7 @@ import torch
 from partita.core.mesh import Mesh
 from partita.core.plan import Plan
 from partita.core.plan_settings import PlanSettings
-from partita.errors import PlanError
+from partita.errors import ModelError, PlanError
 from partita.proof.report import Report
 from partita.torch.model.transformers_models import build_on_meta, read_hf_config, spec_of
 from partita.torch.training import sharded
@@ -120,3 +120,21 @@ def planned(file: str, level: int | None) -> set[str]:
 def test_a_plan_has_its_level(level: int | None, is_sharded: bool, tmp_path: Path) -> None:
     for kinds in ranks(2).run(planned, written(tmp_path, CONFIGS["gpt2"]), level):
         assert ("shard" in kinds) is is_sharded
+
+
+INDEXED = {
+    **CONFIGS["deepseek-v3"], "model_type": "deepseek_v32", "index_n_heads": 2, "index_head_dim": 16, "index_topk": 8,
+}  # fmt: skip
+
+
+def refused_context(file: str) -> str:
+    with pytest.raises(ModelError) as error:
+        verify(file, cp=2, dtype="float64", steps=0)
+    return str(error.value)
+
+
+def test_a_family_that_mixes_tokens_beside_its_attention_is_refused(tmp_path: Path) -> None:
+    """DeepSeek-V3.2 adds masks to the scores of its indexer. `verify` failed in its forward, with a traceback."""
+    for why in ranks(2).run(refused_context, written(tmp_path, INDEXED)):
+        assert "cannot be trained with cp=2: its forward fails on parts of sequences" in why
+        assert why.endswith("Use cp=1.")

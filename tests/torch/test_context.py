@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from partita.core.mesh import Mesh
 from partita.core.sharding.context import chunks_of, positions_of
 from partita.errors import ModelError, PlanError
 from partita.torch.collectives.comm import Communicator
@@ -21,7 +22,11 @@ from partita.torch.load import load
 from partita.torch.model import context as context_module
 from partita.torch.model.context import Context, context_of
 from partita.torch.model.parts import local_tensors, plan_of
+from partita.torch.model.transformers_models import build_on_meta, read_hf_config
 from partita.torch.new import fresh
+from partita.torch.proof import context as proof_module
+from partita.torch.proof.context import prove_context
+from partita.torch.proof.family import plan_of_model
 from partita.torch.train import TrainSettings, train
 from partita.training import Saves
 from tests.support.models import CONFIGS
@@ -236,3 +241,38 @@ def _saved_and_loaded(folder: str) -> tuple[list[float], list[float]]:
 def test_saves_the_unsplit_model_once(tmp_path: Path) -> None:
     for differences, zeros in ranks(2).run(_saved_and_loaded, str(tmp_path / "run")):
         assert differences == zeros
+
+
+def test_the_proof_reaches_the_boundary_of_a_long_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A window of 4096 tokens is shortened on the small model, so that one that is wrong by a token is found."""
+    data = {
+        **CONFIGS["llama-7-heads-1-kv"],
+        "model_type": "mistral",
+        "sliding_window": 4096,
+        "max_position_embeddings": 8192,
+    }
+    unsplit = build_on_meta(read_hf_config(data), torch.float64)
+    plan = plan_of_model(unsplit, Mesh(cp=2))
+    monkeypatch.setattr(proof_module, "_known", {})
+    prove_context(unsplit, plan)
+    right = context_module.mask_window
+
+    def wrong(function: Any) -> int | None:
+        window = right(function)
+        return None if window is None else window + 1
+
+    monkeypatch.setattr(proof_module, "_known", {})
+    monkeypatch.setattr(context_module, "mask_window", wrong)
+    with pytest.raises(ModelError, match="would differ from whole sequences'"):
+        prove_context(unsplit, plan)
+
+
+def test_eager_attention_in_float32_is_proven_in_float64() -> None:
+    """Its recomputation narrowed scores to float32, so VaultGemma and Granite with windows were refused."""
+    data = {
+        **CONFIGS["llama-7-heads-1-kv"], "model_type": "vaultgemma", "sliding_window": 4, "head_dim": 8,
+        "query_pre_attn_scalar": 8, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2,
+    }  # fmt: skip
+    unsplit = build_on_meta(read_hf_config(data), torch.float64)
+    unsplit.set_attn_implementation("eager")
+    prove_context(unsplit, plan_of_model(unsplit, Mesh(cp=2)))

@@ -357,9 +357,9 @@ def _planned(options: GenerateOptions, sequences: int) -> tuple[PlanRequest, Pla
         dtype=request.dtype,
     )  # fmt: skip
     request, given = planned(request, given, options, work, auto=options.auto)
-    refuse_experts_over_replicas(request)
     plan = plan_early(request, given)
     if options.many is not None:
+        refuse_experts_over_replicas(request)
         refuse_context(request, _settings(options))
     if options.compile and request.mesh.cp > 1:
         raise PlanError(f"--compile does not work with --cp {request.mesh.cp}. Leave one of them out.")

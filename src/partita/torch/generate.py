@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from partita.generation.report import Batch, report_of
 from partita.generation.sample import Columns, choose, failure_of, generator_of
 from partita.ranks.liveness import doing
 from partita.schedule.fit import forward_only
-from partita.torch.collectives.comm import Work
+from partita.torch.collectives.comm import Communicator, Work
 from partita.torch.layers.compiled import compiled_parts
 from partita.torch.layers.decode_matmul import decoding
 from partita.torch.model.cache_buffers import reserve
@@ -59,7 +59,8 @@ def generate(
 ) -> list[Generation]:
     """Continue every prompt; every rank of the run calls it with the same arguments and returns the same.
 
-    Replicas (dp) share the prompts. Context parallel ranks (cp) split each prompt, and each keeps the keys and values of its
+    Replicas (dp) share the prompts. Where they hold the experts of a layer together (ep), they compute each step together,
+    those without prompts too. Context parallel ranks (cp) split each prompt, and each keeps the keys and values of its
     own tokens. With several stages the prompts pass through them in as many groups, so that all stages are busy. A sequence's
     tokens do not depend on how the model is split, nor on the other prompts, beyond the rounding of the dtype.
 
@@ -115,24 +116,25 @@ def generate(
     sequences = [
         Sequence(place, list(prompt), choice.limit(len(prompt)), is_streamed=listener is not None)
         for place, prompt in enumerate(ids)
-        if place % replicas == replica
     ]
-    plain = [s for s in sequences if not more[s.place]]
-    special = [s for s in sequences if more[s.place]]
-    alone = [special[i : i + plan.mesh.pp] for i in range(0, len(special), plan.mesh.pp)]
+    shares = [_batches(model, sequences[first::replicas], more, plan.mesh.pp) for first in range(replicas)]
+    peers = groups.dp if plan.mesh.experts_join_replicas else Communicator.single()
+    # Replicas that compute together run as many batches, of as many groups, for as many steps.
+    rounds = [*zip_longest(*(shares if peers.size > 1 else [shares[replica]]), fillvalue=[])]
+    sequences = sequences[replica::replicas]
     timed: list[Batch] = []
     with mode_set(model, training=False):
-        for batch in _batches(model, plain) + alone:
+        for batches in rounds:
+            batch = batches[replica if peers.size > 1 else 0]
+            count = max(min(len(one), plan.mesh.pp) for one in batches)
+            steps = max(s.limit for one in batches for s in one)
             together = max(1, len(batch) // plan.mesh.pp)
             forget_lengths(model)
-            timed.append((time.perf_counter(), batch))
-            with (
-                decoding(model, together, max(s.limit for s in batch)),
-                attributes_at_hand(model),
-                torch.inference_mode(),
-            ):
-                _Run(model, batch, choice, tokenizer, listener, more).run()
-            if any(s.failure for s in batch):
+            if batch:
+                timed.append((time.perf_counter(), batch))
+            with decoding(model, together, steps), attributes_at_hand(model), torch.inference_mode():
+                _Run(model, batch, choice, tokenizer, listener, more, peers, count, steps).run()
+            if any(peers.all_gather_object(any(s.failure for s in batch))):
                 break
     mine = {s.place: s.generation(tokenizer) for s in sequences}, failure_of(sequences, plan, replica)
     replies: list[Any] = groups.dp.all_gather_object(mine)
@@ -179,7 +181,19 @@ def _more_inputs(
     return more
 
 
-def _batches(model: nn.Module, sequences: list[Sequence]) -> list[list[Sequence]]:
+def _batches(
+    model: nn.Module, sequences: list[Sequence], more: SequenceOf[Mapping[str, Tensor]], pp: int
+) -> list[list[Sequence]]:
+    """The batches of a replica, of which each passes through `pp` stages in as many groups.
+
+    Prompts with other inputs than text are groups of their own.
+    """
+    special = [s for s in sequences if more[s.place]]
+    plain = _plain_batches(model, [s for s in sequences if not more[s.place]])
+    return plain + [special[i : i + pp] for i in range(0, len(special), pp)]
+
+
+def _plain_batches(model: nn.Module, sequences: list[Sequence]) -> list[list[Sequence]]:
     """Batch all prompts, padded on the left, or one length at a time if padding would change the results."""
     if not sequences:
         return []
@@ -209,7 +223,11 @@ def _can_pad(model: nn.Module, longest: int) -> bool:
 
 
 class _Run:
-    """Generation on one rank. The stage with the loss chooses tokens and sends them to all others."""
+    """Generation on one rank. The stage with the loss chooses tokens and sends them to all others.
+
+    Replicas that hold experts together (`peers`) compute every group of every step together. A replica whose group has ended,
+    or that has none, computes one token in its place, since the others wait for its experts.
+    """
 
     def __init__(
         self,
@@ -219,19 +237,26 @@ class _Run:
         tokenizer: Tokenizer | None,
         on_text: OnText | None,
         more: SequenceOf[Mapping[str, Tensor]],
+        peers: Communicator,
+        count: int,
+        steps: int,
     ) -> None:
         plan, groups = plan_of(model)
+        self.peers, self.count, self.steps = peers, count, steps
         self.model, self.choice, self.tokenizer, self.on_text = model, choice, tokenizer, on_text
         self.pp, self.tp, self.cp = groups.pp, groups.tp, groups.cp
         self.picker = plan.stage_rank(plan.loss_stage)
         self.first = plan.stage_index(self.pp.rank, 0)
         self.has_outputs = plan.num_stages == 1
-        device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        count = min(len(batch), plan.mesh.pp)
-        edges = [i * len(batch) // count for i in range(count + 1)]
+        self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        own = min(len(batch), plan.mesh.pp)
+        edges = [i * len(batch) // own for i in range(own + 1)] if own else []
         self.groups = [
-            SequenceGroup(model, batch[a:b], device, more[batch[a].place], groups.cp) for a, b in pairwise(edges)
+            SequenceGroup(model, batch[a:b], self.device, more[batch[a].place], groups.cp) for a, b in pairwise(edges)
         ]
+        self.substitutes: dict[int, SequenceGroup] = {}
+        self.skipped: dict[int, bool] = {}
+        self.failed: set[int] = set()
         self.pipeline = Pipeline(model, forward_only(plan, count))
         self.sent: list[tuple[Tensor, Work]] = []
         self.generators = {s.place: generator_of(choice, s.place) for s in batch}
@@ -242,26 +267,51 @@ class _Run:
     def run(self) -> None:
         """Continue every sequence to its end."""
         with local_logits(self.model) as self.split:
-            for step in range(max(s.limit for group in self.groups for s in group.sequences)):
+            for step in range(self.steps):
                 self.step = step
+                self.substitutes.clear()
+                self.skipped.clear()
                 self.pipeline.run(
-                    lambda stage, place: self.groups[place].inputs(stage),
+                    lambda stage, place: self._group(place).inputs(stage),
                     self._pick,
-                    key=lambda place: tuple(self.groups[place].inputs(self.first)["input_ids"].shape),
-                    skips=self._is_done,
+                    key=lambda place: tuple(self._group(place).inputs(self.first)["input_ids"].shape),
+                    skips=self._is_skipped,
                     keep_cache=self._keep_cache,
                 )
+                if self.peers.size > 1:
+                    if all(self._is_skipped(place) for place in range(self.count)):
+                        break
                 # All ranks know by now whether the previous step failed.
-                if all(group.is_done for group in self.groups) or self.failed_step < step:
+                elif all(group.is_done for group in self.groups) or self.failed_step < step:
                     break
             for place, group in enumerate(self.groups):
-                if group.taken <= self.step and not group.is_done:
+                if group.taken <= self.step and not group.is_done and place not in self.substitutes:
                     self._receive_tokens(place)
         self.pipeline.flush()
         for _, work in self.sent:
             work.wait()
 
+    def _group(self, place: int) -> SequenceGroup:
+        """What is computed at `place` in this step."""
+        return self.substitutes.get(place) or self.groups[place]
+
+    def _is_skipped(self, place: int) -> bool:
+        """Whether nothing is computed at `place` in this step, as the group there has ended on every replica of `peers`."""
+        if place not in self.skipped:
+            ended = place >= len(self.groups) or self._is_done(place)
+            if self.peers.size == 1:
+                return ended
+            ended = ended or place in self.failed
+            self.skipped[place] = int(self.peers.all_reduce_(torch.tensor(int(ended)))) == self.peers.size
+            if ended:
+                self.substitutes[place] = SequenceGroup(
+                    self.model, [Sequence(place, [0], 1)], self.device, context=self.cp
+                )
+        return self.skipped[place]
+
     def _keep_cache(self, stage: int, place: int, cache: Any) -> None:
+        if place in self.substitutes:
+            return
         caches = self.groups[place].caches
         if stage not in caches:
             reserve(cache)
@@ -269,6 +319,8 @@ class _Run:
 
     def _pick(self, output: Any, place: int) -> None:
         """Choose the next token of each sequence of a group, and send it to the other stages."""
+        if place in self.substitutes:
+            return
         group = self.groups[place]
         ids = torch.empty(len(group.sequences), dtype=torch.long)
         if self.cp.rank == 0:
@@ -282,7 +334,7 @@ class _Run:
         for rank in range(self.pp.size):
             if rank != self.pp.rank:
                 self.sent.append((ids, self.pp.start_send(ids, rank, _IDS + place)))
-        self._take(group, ids, output if self.has_outputs else None)
+        self._take(place, ids, output if self.has_outputs else None)
 
     def _choose(self, logits: Tensor, batch: list[Sequence]) -> Tensor:
         """The next token of each sequence, int64 `[batch]`, the same on every rank."""
@@ -305,7 +357,7 @@ class _Run:
     def _is_done(self, place: int) -> bool:
         """Whether a group has ended, once the previous step's tokens are known."""
         group = self.groups[place]
-        if group.taken < self.step and not group.is_done:
+        if group.taken < self.step and not group.is_done and place not in self.failed:
             self._receive_tokens(place)
         return group.is_done
 
@@ -314,11 +366,13 @@ class _Run:
         group = self.groups[place]
         ids = torch.empty(len(group.sequences), dtype=torch.long)
         self.pp.start_recv_(ids, self.picker, _IDS + place).wait()
-        self._take(group, ids)
+        self._take(place, ids)
 
-    def _take(self, group: SequenceGroup, ids: Tensor, output: Any = None) -> None:
+    def _take(self, place: int, ids: Tensor, output: Any = None) -> None:
+        group = self.groups[place]
         group.go_on(ids, output)
         if bool((ids < 0).any()):
+            self.failed.add(place)
             self.failed_step = min(self.failed_step, group.taken - 1)
         for sequence, token in zip(group.sequences, ids.tolist(), strict=True):
             if not sequence.finish_reason:

@@ -45,7 +45,7 @@ from partita.torch.model.float64 import Float64Everywhere
 from partita.torch.model.parts import main_output, plan_of
 from partita.torch.model.transformers_models import build_on_meta, read_hf_config, spec_of
 from partita.torch.proof.compare import compare, compare_parameters
-from partita.torch.proof.context import prove_generation
+from partita.torch.proof.context import prove_context, prove_generation
 from partita.torch.proof.family import fill_unsplit, sample_inputs, small_model
 from partita.torch.proof.rounding import (
     Choices,
@@ -159,6 +159,8 @@ def verify(
         with collective_errors(groups):
             made = choose_plan(unsplit, plan if small is None else None, how)
             part = finish(apply_plan(copy.deepcopy(unsplit), made, groups), made, groups)
+            if mesh.cp > 1:
+                prove_context(part, made)
         found = Collected(name_of(wanted))
         compare_in = _compare_in_float64 if wanted == torch.float64 else _compare_rounding
         compare_in(unsplit, part, settings if steps else None, found)

@@ -61,7 +61,7 @@ def request_of(
 
 
 def refuse_experts_over_replicas(request: PlanRequest) -> None:
-    """Raise `PlanError` for experts over replicas where nothing is trained."""
+    """Raise `PlanError` for experts over replicas where each replica answers requests of its own."""
     if why := why_not_alone(request.mesh):
         raise PlanError(why)
 

@@ -69,14 +69,15 @@ def split_experts(path: str, inner: Mapping[str, TensorPlan], experts: Split, me
 
 
 def why_not_alone(mesh: Mesh) -> str:
-    """Why a replica cannot generate without the others; empty if it can."""
+    """Why a replica cannot answer requests of its own; empty if it can."""
     if not mesh.experts_join_replicas:
         return ""
     alone = " with etp=1" if mesh.expert_tp > 1 else ""
     inside = f"ep={mesh.tp}{alone}" if mesh.tp > 1 else f"tp={mesh.ep} with ep={mesh.ep}"
     return (
-        f"ep={mesh.ep} distributes experts over several replicas (dp={mesh.dp}), which generate independently: none can "
-        f"wait for the experts of another. Use {inside}, or leave ep out."
+        f"ep={mesh.ep} distributes experts over several replicas (dp={mesh.dp}), of which each answers requests of its own: "
+        f"none can wait for the experts of another. Use {inside}, leave ep out, or generate from given prompts (`partita "
+        "generate MODEL PROMPT...`, partita.torch.generate), which replicas compute together."
     )
 
 

@@ -37,6 +37,7 @@ from partita.torch.collectives.comm import Communicator
 from partita.torch.collectives.mappings import all_gather
 from partita.torch.layers.merged_attention import merged_attention
 from partita.torch.layers.ring_attention import Ring, ring_attention
+from partita.torch.model.float64 import recomputed_alike
 from partita.torch.transformers_internals import (
     EAGER,
     SDPA,
@@ -207,7 +208,7 @@ def _attention(
         if not torch.is_grad_enabled():
             return gathered(query, key, value)
         # Gathered again in backward: all keys of every layer at once would take the memory that cp saves.
-        return checkpoint(gathered, query, key, value, use_reentrant=False)
+        return checkpoint(gathered, query, key, value, use_reentrant=False, **recomputed_alike())
     if _current.get() is not None:
         raise ModelError(
             f"{type(module).__name__} attends without a mask over the keys of all ranks, so its sequences cannot be split. Use "

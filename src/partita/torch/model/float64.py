@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from contextlib import nullcontext
+from contextvars import ContextVar
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -39,6 +41,17 @@ class Float64Everywhere(TorchFunctionMode):
     - the default dtype: `torch.zeros(n)`, `torch.tensor(0.5)`, `ids / 2`.
     """
 
+    def __enter__(self) -> Self:
+        """Activate the mode."""
+        _depth.set(_depth.get() + 1)
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Deactivate the mode."""
+        super().__exit__(*error)
+        _depth.set(_depth.get() - 1)
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in _REINTERPRETING:
@@ -58,6 +71,17 @@ class Float64Everywhere(TorchFunctionMode):
             kwargs["dtype"] = torch.float64
         result = func(*args, **kwargs)
         return _widened_default(result, [*args, *kwargs.values()])
+
+
+_depth: ContextVar[int] = ContextVar("_depth", default=0)
+
+
+def recomputed_alike() -> dict[str, Any]:
+    """Arguments of `torch.utils.checkpoint.checkpoint` that recompute in float64 what is now computed so.
+
+    torch deactivates the mode during backward, and so for what backward recomputes.
+    """
+    return {"context_fn": lambda: (nullcontext(), Float64Everywhere())} if _depth.get() else {}
 
 
 def _widened_default(result: Any, given: Sequence[Any]) -> Any:

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from partita.core.plan import Plan
 from partita.errors import ModelError
 from partita.torch.layers.compiled import compiled_parts
+from partita.torch.model.float64 import recomputed_alike
 
 
 @contextmanager
@@ -149,6 +150,6 @@ def _checkpointed(module: nn.Module, forward: Callable[..., Any]) -> Callable[..
     def recomputed(*args: Any, **kwargs: Any) -> Any:
         if not module.training or not torch.is_grad_enabled():
             return forward(*args, **kwargs)
-        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+        return checkpoint(forward, *args, use_reentrant=False, **recomputed_alike(), **kwargs)
 
     return recomputed

@@ -80,7 +80,7 @@ def _reason(model: nn.Module, plan: Plan, measure: Callable[[nn.Module, int], st
     key = type(model).__name__, config, attention_of(model), ranks, measure.__name__
     if key not in _known:
         try:
-            small: Any = small_model(model, plan.spec.num_heads, short_windows=measure is _measured_generation)
+            small: Any = small_model(model, plan.spec.num_heads, short_windows=True)
             if attention_of(small) != attention_of(model):
                 small.set_attn_implementation(attention_of(model))
             _known[key] = measure(small, ranks)

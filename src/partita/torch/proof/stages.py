@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from partita.core.layout.layout import LayerType
 from partita.core.mesh import Mesh
 from partita.core.plan import Plan
-from partita.core.sharding.experts import why_not_alone
 from partita.core.sharding.rules import Rules
 from partita.errors import ModelError, PartitaError
 from partita.proof.differences import SMALL
@@ -64,9 +63,7 @@ def media_without_stages(model: nn.Module, plan: Plan) -> Mapping[str, str]:
 
 
 def refuse_undecodable(model: nn.Module, plan: Plan) -> None:
-    """Raise `ModelError` for a model whose cache failed with stages, or whose replicas hold experts together."""
-    if why := why_not_alone(plan.mesh):
-        raise ModelError(why)
+    """Raise `ModelError` for a model whose cache failed with stages."""
     reason = _verdicts.get(_key(model, plan), ("", ""))[1]
     if plan.num_stages > 1 and reason:
         raise ModelError(f"{plan.spec.family} cannot generate with pipeline stages: {reason} Use tp and pp=1.")

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from partita.errors import PlanError
+from partita.core.sharding.experts import why_not_alone
+from partita.errors import ModelError, PlanError
 from partita.generation import Tokenizer
 from partita.generation.choice import Choice
 from partita.generation.sample import Array, Columns
@@ -54,6 +55,8 @@ class TorchRows:
     ) -> None:
         """Measure the model's cache with a few short forwards, and allocate blocks."""
         self.plan, self.groups = plan_of(model)
+        if why := why_not_alone(self.plan.mesh):
+            raise ModelError(why)
         refuse_undecodable(model, self.plan)
         _check(model)
         refuse_context(model, self.plan, settings)

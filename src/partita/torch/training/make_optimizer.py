@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from partita.core.optimizers import is_hidden_matrix
 from partita.core.sharding.cuts import TensorPlan
 from partita.errors import ModelError, PlanError
+from partita.notes import note
 from partita.torch.collectives.groups import ParallelGroups
 from partita.torch.layers.inner import take_ranges
 from partita.torch.model.parts import local_tensors, plan_of
@@ -47,6 +48,11 @@ def make_optimizer(
     if settings.optimizer == "muon":
         return _muon(model, parameters, settings, given)
     split = _by_decay(parameters, settings, master_dtype=settings.master_dtype)
+    if settings.zero and groups.replicas.size == 1 and groups.rank == 0:
+        note(
+            f"zero={settings.zero} has no effect: it distributes states over replicas (dp and cp), but the mesh {groups.mesh} "
+            "has one."
+        )
     if not settings.zero or groups.replicas.size == 1:
         optimizer: torch.optim.Optimizer = kind(split, **given)
         return optimizer

@@ -48,6 +48,7 @@ class _Recorder(TorchDispatchMode):
             self.names.setdefault(id(tensor), name)
         self.recipes = {name: Recipe() for name in tensors}
         self.views: dict[int, tuple[Tensor, str, int]] = {}
+        self.others: dict[int, tuple[Tensor, Recipe]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -61,19 +62,33 @@ class _Recorder(TorchDispatchMode):
             if operation in ("select", "slice") or (isinstance(result, Tensor) and result._is_view()):
                 row = args[2] if operation == "select" and len(args) > 2 and args[1] == 0 else None
                 self.views[id(result)] = (result, name, row % target.shape[0] if isinstance(row, int) else -1)
-            elif operation in _DRAWS:
-                recipe.steps, recipe.rows = [(func, args[1:], kwargs or {})], {}
-            elif operation in _CHANGES:
-                recipe.steps.append((func, args[1:], kwargs or {}))
-            elif operation.endswith("_"):
-                recipe.unknown = operation
+            else:
+                self._record(recipe, target, func, args[1:], kwargs or {})
         elif id(target) in self.views:
             _, name, row = self.views[id(target)]
             if row >= 0 and operation in ("zero_", "fill_"):
                 self.recipes[name].rows[row] = float(args[1]) if operation == "fill_" else 0.0
             elif operation.endswith("_"):
                 self.recipes[name].unknown = f"{operation} on a part"
+        elif target.device.type == "meta" and operation.endswith("_"):
+            # Keeping the tensor keeps its `id` its own.
+            _, recipe = self.others.setdefault(id(target), (target, Recipe()))
+            self._record(recipe, target, func, args[1:], kwargs or {})
         return result
+
+    def _record(self, recipe: Recipe, target: Tensor, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Record an operation on all of `target`."""
+        operation = func._schema.name.removeprefix("aten::")
+        source = self.others.get(id(args[0])) if operation == "copy_" else None
+        if source is not None and source[0].shape == target.shape:
+            # Sampled apart, and then copied: the same as sampled here.
+            recipe.steps, recipe.rows, recipe.unknown = [*source[1].steps], {}, source[1].unknown
+        elif operation in _DRAWS:
+            recipe.steps, recipe.rows = [(func, args, kwargs)], {}
+        elif operation in _CHANGES:
+            recipe.steps.append((func, args, kwargs))
+        elif operation.endswith("_"):
+            recipe.unknown = operation
 
 
 def record_initialization(model: nn.Module) -> dict[str, Recipe]:
