@@ -53,10 +53,43 @@ def _ids(tmp_path: Path, text: str, **data: Any) -> list[str]:
 @pytest.mark.parametrize(
     ("split", "expected"),
     [("gpt-2", ["Ġth", "e", "Ġ", "12"]), ("smollm", ["Ġth", "e", "Ġ", "1", "2"]), ("qwen2", ["Ġth", "e", "Ġ", "1", "2"]),
-     ("llama-bpe", ["<s>", "Ġth", "e", "Ġ", "12"])],
+     ("llama-bpe", ["<s>", "Ġth", "e", "Ġ", "12"]), ("gpt-4o", ["Ġth", "e", "Ġ", "12"]), ("falcon", ["Ġth", "e", "Ġ", "12"]),
+     ("lfm2", ["<s>", "Ġth", "e", "Ġ", "12"]), ("deepseek-coder", ["Ġth", "e", "Ġ", "1", "2"])],
 )  # fmt: skip
 def test_texts_are_split_into_words_as_the_file_says(split: str, expected: list[str], tmp_path: Path) -> None:
     assert _ids(tmp_path, " the 12", pre=split, bos_token_id=256) == expected
+
+
+WORDS = "I'LL Isn't 1234567 fooBar(x)/\n\n a+b"
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        ({"pre": "gpt-2"}, ["I", "'", "LL", " Isn", "'t", " 1234567", " fooBar", "(", "x", ")/", "\n\n", " a", "+", "b"]),
+        ({"pre": "gpt-4o"}, ["I'LL", " Isn't", " ", "123", "456", "7", " foo", "Bar", "(x", ")/\n\n", " a", "+b"]),
+        ({"pre": "falcon"}, ["I", "'", "LL", " Isn", "'", "t", " ", "123", "456", "7", " fooBar", "(", "x", ")/", "\n\n", " a",
+                             "+", "b"]),
+        ({"pre": "deepseek-coder"}, ["I", "'", "LL", " Isn", "'", "t", " ", *"1234567", " fooBar", "(", "x", ")/", "\n", "\n",
+                                     " a", "+", "b"]),
+        ({"pre": "deepseek-v3"}, ["I", "'LL", " Isn", "'t", " ", "123", "456", "7", " fooBar", "(x", ")/\n\n", " a", "+b"]),
+        ({"architecture": "gpt-oss"}, ["I'LL", " Isn't", " ", "123", "456", "7", " foo", "Bar", "(x", ")/\n\n", " a", "+b"]),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_words(data: dict[str, Any], expected: list[str], tmp_path: Path) -> None:
+    """The words that the regular expressions of the published tokenizers give."""
+    content = {f"tokenizer.ggml.{key}": value for key, value in data.items() if key == "pre"}
+    content |= {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.tokens": BYTES, "tokenizer.ggml.merges": MERGES}
+    (tmp_path / "gguf_tokenizer.json").write_text(json.dumps(content | {k: v for k, v in data.items() if k != "pre"}))
+    fast = load_tokenizer(tmp_path).inner.backend_tokenizer
+    found = [WORDS[start:end] for _, (start, end) in fast.pre_tokenizer.pre_tokenize_str(WORDS)]
+    assert found == expected
+
+
+def test_a_split_that_the_file_does_not_name_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    _ids(tmp_path, "he")
+    assert "does not say how its tokenizer splits texts into words" in caplog.text
 
 
 def test_first_and_last_tokens(tmp_path: Path) -> None:

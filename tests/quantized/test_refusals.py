@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from partita.checkpoint.index import open_checkpoint
+from partita.checkpoint.read import Reader
 from partita.errors import CheckpointError, ModelError, PartitaError
 from partita.quantized.find import quantization_note, quantized_weights
 from tests.support.quantized_forms import FORMS, Form
@@ -177,3 +178,32 @@ def test_the_groups_of_compressed_tensors(tmp_path: Path) -> None:
 def test_a_note_says_that_inputs_are_not_quantized(config: dict[str, object], said: str | None) -> None:
     note = quantization_note({"quantization_config": config})
     assert not note if said is None else said in note
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8])
+def test_bytes_under_fp8_that_are_no_floats(dtype: torch.dtype, tmp_path: Path) -> None:
+    form, tensors = _form("fp8")
+    tensors["weight"] = tensors["weight"].view(dtype)
+    _refused(
+        tmp_path, tensors, dict(form.config), CheckpointError, "must be F8_E4M3 or F8_E5M2 where quant_method is fp8"
+    )
+
+
+def test_ordered_inputs_without_their_groups(tmp_path: Path) -> None:
+    form, tensors = _form("gptq-4-order")
+    del tensors["g_idx"]
+    _refused(tmp_path, tensors, dict(form.config), CheckpointError, "has no g_idx, which says the group of each input")
+
+
+@pytest.mark.parametrize("add", [-1, 1])
+@pytest.mark.parametrize(("name", "index"), [("gptq-4-order", "g_idx"), ("packed-4-order", "weight_g_idx")])
+def test_groups_of_inputs_that_have_no_scales(name: str, index: str, add: int, tmp_path: Path) -> None:
+    form, tensors = _form(name)
+    tensors[index] = tensors[index] + add
+    if index == "weight_g_idx" and add < 0:
+        tensors[index][tensors[index] < 0] = 7  # -1 is allowed there: it says that inputs are in order
+    save_file({f"layer.{n}": t.contiguous() for n, t in tensors.items()}, tmp_path / "model.safetensors")
+    checkpoint = open_checkpoint(tmp_path)
+    [weight] = quantized_weights(checkpoint, {"quantization_config": dict(form.config)}).values()
+    with Reader(checkpoint) as reader, pytest.raises(CheckpointError, match=r"must be within 0 to 1, as .* has 2"):
+        weight.read(reader, [(0, 64)], [(0, 64)])

@@ -223,7 +223,8 @@ def _find_files(folder: Path) -> list[str]:
 def _refuse_pickled(place: Path, names: Sequence[str]) -> None:
     pickled = [name for name in names if name.endswith(_PICKLED_SUFFIXES)]
     if pickled:
-        raise CheckpointError(f"{place}: must be safetensors, but {brief(pickled)} is not: {PICKLED}")
+        verb = "are" if len(pickled) > 1 else "is"
+        raise CheckpointError(f"{place}: must be safetensors, but {brief(pickled)} {verb} not: {PICKLED}")
 
 
 def _is_plain(name: str) -> bool:

@@ -26,21 +26,50 @@ _TEKKEN = (
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _BLOOM = r" ?[^(\s|.,!?…。，、।۔،)]+"
+_GPT4O = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_FALCON = (r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, r"[0-9][0-9][0-9]")
+_DEEPSEEK_CODER = (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+", r"\p{N}")
+_DEEPSEEK_WORDS = (
+    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*"""
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_DEEPSEEK_V3 = (r"\p{N}{1,3}", "[一-龥぀-ゟ゠-ヿ]+", _DEEPSEEK_WORDS)
 
-_REGEXES: Mapping[str, str] = {
-    **dict.fromkeys(("llama3", "llama-v3", "llama-bpe", "falcon3", "pixtral", "dbrx", "smaug-bpe"), _LLAMA3),
-    **dict.fromkeys(("qwen2", "stablelm2", "deepseek-r1-qwen", "megrez"), _QWEN2),
-    "tekken": _TEKKEN,
-    **dict.fromkeys(("bloom", "poro-chat", "gpt3-finnish"), _BLOOM),
-}
-"""Splits into words by a regular expression."""
+_SPLITS: Mapping[str, tuple[str, ...]] = {
+    **dict.fromkeys(
+        ("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "dbrx", "smaug-bpe", "glm4",
+         "chatglm-bpe"), (_LLAMA3,)
+    ),
+    **dict.fromkeys(
+        ("qwen2", "stablelm2", "deepseek-r1-qwen", "megrez", "hunyuan", "solar-open", "grok-2", "kormo"), (_QWEN2,)
+    ),
+    "tekken": (_TEKKEN,),
+    **dict.fromkeys(("gpt-4o", "llama4", "kanana2", "minimax-m2"), (_GPT4O,)),
+    **dict.fromkeys(("bloom", "poro-chat", "gpt3-finnish"), (_BLOOM,)), "viking": (_BLOOM, r"\p{N}"),
+    **dict.fromkeys(
+        ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b", "mellum2"), (r"\p{N}", _GPT2)
+    ),
+    **dict.fromkeys(
+        ("gpt-2", "gpt2", "mpt", "olmo", "jais", "trillion", "phi-2", "exaone4", "gigachat", "mellum", "a.x-4.0",
+         "granite-docling"), (_GPT2,)
+    ),
+    "falcon": _FALCON, "deepseek-coder": _DEEPSEEK_CODER, "deepseek-v3": _DEEPSEEK_V3, "hunyuan-dense": _DEEPSEEK_V3,
+}  # fmt: skip
+"""Splits into words: each regular expression splits further what those before it left, and what it matches is a word."""
 
-_DIGITS = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
-"""Splits as GPT-2 has them, after every digit is separated."""
-
-_GPT2 = ("gpt-2", "gpt2", "mpt", "olmo", "jais", "trillion", "phi-2", "default")
-_WHOLE_WORDS = ("llama3", "llama-v3", "llama-bpe", "falcon3", "pixtral", "tekken")
+_WHOLE_WORDS = ("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "tekken")
 """Vocabularies whose words that are tokens are not built from merges, and whose texts begin with a first token."""
+
+_ARCHITECTURES: Mapping[str, str] = {
+    "falcon": "falcon", "bloom": "bloom", "gpt-oss": "gpt-4o", "qwen2": "qwen2", "qwen2moe": "qwen2", "qwen3": "qwen2",
+    "qwen3moe": "qwen2", "starcoder2": "starcoder", "lfm2": "lfm2", "minimax-m2": "minimax-m2", "gpt2": "gpt-2",
+}  # fmt: skip
+"""By architecture, the split of its published models, for a file that does not name one."""
 
 
 def gguf_tokenizer(file: Path) -> Any:
@@ -68,8 +97,10 @@ def _built(data: Mapping[str, Any]) -> Any:
     from tokenizers import AddedToken
 
     kind = data.get("tokenizer.ggml.model")
+    split = ""
     if kind == "gpt2":
-        fast = _byte_level(data)
+        split = _split_of(data)
+        fast = _byte_level(data, split)
     elif kind == "llama":
         fast = _sentencepiece(data)
     else:
@@ -82,7 +113,7 @@ def _built(data: Mapping[str, Any]) -> Any:
     marked = [(t, k) for t, k in zip(data["tokenizer.ggml.tokens"], kinds, strict=False) if t in vocabulary]
     fast.add_special_tokens([AddedToken(t, normalized=False, special=True) for t, k in marked if k == _CONTROL])
     fast.add_tokens([AddedToken(t, normalized=False, special=False) for t, k in marked if k == _USER_DEFINED])
-    _add_ends(fast, data, begins=kind == "llama" or data.get("tokenizer.ggml.pre") in _WHOLE_WORDS)
+    _add_ends(fast, data, begins=kind == "llama" or split in _WHOLE_WORDS)
     return fast
 
 
@@ -104,7 +135,7 @@ def _add_ends(fast: Any, data: Mapping[str, Any], *, begins: bool) -> None:
         )
 
 
-def _byte_level(data: Mapping[str, Any]) -> Any:
+def _byte_level(data: Mapping[str, Any], split: str) -> Any:
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     vocabulary = {token: place for place, token in enumerate(data["tokenizer.ggml.tokens"])}
@@ -113,25 +144,29 @@ def _byte_level(data: Mapping[str, Any]) -> Any:
         raise CheckpointError(
             "the GGUF file has a byte-level tokenizer without merges. Use the model's Hugging Face folder."
         )
-    split = data.get("tokenizer.ggml.pre", "default")
     pairs = [tuple(merge.split(" ", 1)) for merge in merges]
     fast = Tokenizer(models.BPE(vocab=vocabulary, merges=pairs, ignore_merges=split in _WHOLE_WORDS))
-    plain = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split not in _REGEXES)
-    if split in _REGEXES:
-        words = pre_tokenizers.Split(Regex(_REGEXES[split]), behavior="isolated")
-        fast.pre_tokenizer = pre_tokenizers.Sequence([words, plain])
-    elif split in _DIGITS:
-        fast.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), plain])
-    else:
-        if split not in _GPT2:
-            note(
-                f"the GGUF file's tokenizer splits texts as {split!r}, which is not known: they are split as GPT-2 does."
-            )
-        fast.pre_tokenizer = plain
-    if _REGEXES.get(split) == _QWEN2:
+    words = [pre_tokenizers.Split(Regex(regex), behavior="isolated") for regex in _SPLITS[split]]
+    plain = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    fast.pre_tokenizer = pre_tokenizers.Sequence([*words, plain])
+    if _QWEN2 in _SPLITS[split]:
         fast.normalizer = normalizers.NFC()
     fast.decoder = decoders.ByteLevel()
     return fast
+
+
+def _split_of(data: Mapping[str, Any]) -> str:
+    """The name of the split into words: the file's or, if it names none, that of its architecture."""
+    split, architecture = data.get("tokenizer.ggml.pre"), data.get("architecture")
+    if split is None or split == "default":
+        own = _ARCHITECTURES.get(str(architecture))
+        if own is None:
+            note("the GGUF file does not say how its tokenizer splits texts into words: they are split as GPT-2 does.")
+        return own or "gpt-2"
+    if split not in _SPLITS:
+        note(f"the GGUF file's tokenizer splits texts as {split!r}, which is not known: they are split as GPT-2 does.")
+        return "gpt-2"
+    return str(split)
 
 
 def _sentencepiece(data: Mapping[str, Any]) -> Any:

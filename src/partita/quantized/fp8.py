@@ -25,19 +25,27 @@ def fp8_weights(infos: Infos, config: Mapping[str, Any]) -> list[QuantizedWeight
     block = config.get("weight_block_size")
     found: list[QuantizedWeight] = []
     for name, info in infos.items():
-        if info.dtype not in EIGHT_BITS or len(info.shape) != 2:
+        if info.dtype not in (*EIGHT_BITS, "U8") or len(info.shape) != 2:
             continue
         stem = name.removesuffix("weight")
         # Experts that are one tensor each have no attribute of their own.
         names = [f"{stem}{scale}" for scale in _SCALES] if stem != name else [f"{name}_scale_inv", f"{name}_scale"]
         scales = next((infos[one] for one in names if one in infos), None)
+        if not info.dtype.startswith("F8"):
+            if scales is None:
+                continue
+            raise CheckpointError(
+                f"{info.file}: {brief(name)} with scales beside it must be F8_E4M3 or F8_E5M2 where quant_method is fp8, but "
+                f"is {info.dtype}, whose values are unknown. Correct quantization_config in config.json, or download the "
+                "checkpoint again."
+            )
         if scales is None:
             raise CheckpointError(
                 f"{info.file}: {brief(name)} is {info.dtype}, but has no scale beside it ({names[0]}), without which its "
                 "values are unknown. The checkpoint is incomplete: download it again."
             )
         extra = tuple(one for one in (f"{stem}input_scale", f"{stem}activation_scale") if one in infos)
-        found.append(ScaledBytes(name, _words(info, block), info, scale_grid(info, scales, block), extra=extra))
+        found.append(ScaledBytes(name, _words(block), info, scale_grid(info, scales, block), extra=extra))
     return found
 
 
@@ -65,6 +73,5 @@ def scale_grid(info: TensorInfo, scales: TensorInfo, block: Any) -> Grid:
     )
 
 
-def _words(info: TensorInfo, block: Any) -> str:
-    name = "fp8" if info.dtype.startswith("F8") else "int8"
-    return f"{name}, blocks of {block[0]} x {block[1]}" if isinstance(block, list | tuple) and len(block) == 2 else name
+def _words(block: Any) -> str:
+    return f"fp8, blocks of {block[0]} x {block[1]}" if isinstance(block, list | tuple) and len(block) == 2 else "fp8"

@@ -59,6 +59,11 @@ def _gptq(infos: Infos, qweight: TensorInfo, config: Mapping[str, Any], minus_on
         index = None
     expected = {"qweight": (inputs * bits // 32, outputs), "qzeros": (groups, outputs * bits // 32)}
     _check(infos, stem, expected | ({"g_idx": (inputs,)} if index is not None else {}))
+    if index is None and groups > 1 and config.get("desc_act") is True:
+        raise CheckpointError(
+            f"{qweight.file}: {brief(stem)} has no g_idx, which says the group of each input where desc_act is true in "
+            "quantization_config. Download the checkpoint again, or set desc_act to false if its inputs are in order."
+        )
     group = _group_size(config.get("group_size"), inputs, groups, qweight)
     zeros = Packed(
         qzeros, (outputs, groups), bits, along_rows=True, turned=True,

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from partita.checkpoint.header import TensorInfo
+from partita.checkpoint.header import TensorInfo, brief
 from partita.checkpoint.read import Range, Reader
+from partita.errors import CheckpointError
 from partita.quantized.array import Encoding, QuantizedArray, Raw, indexes, numbers
 from partita.quantized.bits import pack_bits, packed_bytes, unpack_bits
 from partita.quantized.weight import cover, in_steps, read_raw, unit_of
@@ -227,6 +228,12 @@ class GroupedWeight:
         if self.index is not None:
             of_input = read_raw(reader, self.index, [columns]).astype(np.int64)
             kept, places = np.unique(of_input, return_inverse=True)
+            count = self.scales.info.shape[-2 if self.scales.turned else -1]
+            if kept.size and not 0 <= kept[0] <= kept[-1] < count:
+                raise CheckpointError(
+                    f"{self.index.file}: the groups of inputs in {brief(self.index.name)} must be within 0 to {count - 1}, as "
+                    f"{brief(self.scales.info.name)} has {count}, but are {kept[0]} to {kept[-1]}. Download it again."
+                )
             return runs(kept), places.astype(np.int32)
         if self.group:
             groups = cover(columns, self.group, self.size[1])

@@ -253,7 +253,8 @@ def _stablelm(facts: Facts) -> Config:
 
 def _starcoder2(facts: Facts) -> Config:
     config = _layer_norms(facts, "starcoder2", "Starcoder2ForCausalLM", "norm_epsilon")
-    return config | {"use_bias": facts.has("attn_q.bias")}
+    window = facts.get("attention.sliding_window")
+    return config | {"use_bias": facts.has("attn_q.bias"), "sliding_window": window or None}
 
 
 def _nemotron(facts: Facts) -> Config:
@@ -367,6 +368,12 @@ CONFIGS: Mapping[str, Callable[[Facts], Config]] = {
 }  # fmt: skip
 """The architectures that can be read, by llama.cpp's names."""
 
+_UNREADABLE: Mapping[str, str] = {
+    "deci": "transformers has no model of Nemotron-NAS, whose Hugging Face folder brings its own code. Use that folder with "
+    "--trust-remote-code",
+}
+"""Why other architectures cannot, where the reason is not that nobody wrote their names down."""
+
 
 def config_of(facts: Facts) -> Config:
     """The config of the model, without its quantization and dtype.
@@ -376,6 +383,9 @@ def config_of(facts: Facts) -> Config:
     """
     build = CONFIGS.get(facts.architecture)
     if build is None:
+        why = _UNREADABLE.get(facts.architecture)
+        if why is not None:
+            raise CheckpointError(f"{facts.file}: the architecture {facts.architecture!r} cannot be read: {why}.")
         raise CheckpointError(
             f"{facts.file}: the architecture {facts.architecture!r} cannot be read from a GGUF file: {', '.join(CONFIGS)} can. "
             "Use the model's Hugging Face folder; transformers may make one (from_pretrained(..., gguf_file=...))."

@@ -42,7 +42,7 @@ INDEX = "model.gguf.index.json"
 TOKENIZER = "gguf_tokenizer.json"
 
 _CHANGED = "changed.safetensors"
-_FORM = 2
+_FORM = 3
 """Increased whenever the content of a view changes, so that older ones are made again."""
 
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
