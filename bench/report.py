@@ -26,6 +26,8 @@ def show(console: Console, table: Table) -> None:
         style = {True: "green", False: "red", None: ""}[row.met]
         grid.add_row(*_cells(row), style=style)
     console.print(grid)
+    for name, why in table.left_out.items():
+        console.print(f"not measured: {name}: {why}", markup=False, soft_wrap=True)
 
 
 def write_docs(run: Run) -> Path:
@@ -57,6 +59,7 @@ def _markdown(run: Run) -> str:
         lines += ["|---|--:|--:|--:|--:|--:|---|"]
         lines += [f"| {' | '.join(_cells(row))} |" for row in table.rows]
         lines += [""]
+        lines += [f"Not measured: {name}: {why}.\n" for name, why in table.left_out.items()]
     return "\n".join(lines)
 
 

@@ -9,10 +9,11 @@ import statistics
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from bench.contest import OnRound, Samples
@@ -78,12 +79,16 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """One work: its contestants in one unit, of which less is better, or a rate, of which more is."""
+    """One work: its contestants in one unit, of which less is better, or a rate, of which more is.
+
+    `left_out` has the contestants that were not measured, and why.
+    """
 
     name: str
     title: str
     unit: str
     rows: tuple[Row, ...]
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -121,6 +126,7 @@ def summarize(
     targets: Mapping[str, Target],
     *,
     rate: bool = False,
+    left_out: Mapping[str, str] = MappingProxyType({}),
 ) -> Table:
     """The table of `samples`, whose values times `scale` are in `unit`; with `rate`, `scale` divided by them."""
     rows = []
@@ -130,7 +136,7 @@ def summarize(
         ratio_low, ratio, ratio_high = percentiles(ratios)
         target = targets.get(contestant)
         rows.append(Row(contestant, median, low, high, len(values), ratio, ratio_low, ratio_high, target))
-    return Table(name, title, unit, tuple(rows))
+    return Table(name, title, unit, tuple(rows), dict(left_out))
 
 
 def percentiles(values: list[float]) -> tuple[float, float, float]:

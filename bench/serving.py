@@ -89,6 +89,7 @@ def _compared(setting: Setting, folder: Path, generate: Callable[[list[Ask]], in
                 for load in loads:
                     for server, why in _round(load, done, servers, generate, taken[load]).items():
                         print(f"left out: {server.program.name}: {why}", flush=True)
+                        skipped[server.program.name] = f"it failed at {load.clients} clients: {why}"
                         servers.remove(server)
                         for samples in (samples for several in taken.values() for samples in several):
                             samples.values.pop(server.program.name, None)
@@ -102,11 +103,42 @@ def _compared(setting: Setting, folder: Path, generate: Callable[[list[Ask]], in
         if load.clients == 1:
             faster = {GENERATE: Target(0.95, "ours no slower")}
         sooner = {name: Target(1.0, "ours no later") for name in peers} if load.clients > 1 else {}
-        name = f"serving-{load.clients}"
+        name, absent = f"serving-{load.clients}", dict(skipped)
+        if load.clients > 1 and MLX_LM not in absent:
+            absent[MLX_LM] = "it takes minutes for the prompts of several clients on a CPU"
         tables += [
-            summarize(f"{name}-tokens", f"{clients}: tokens", "tokens/s", 1, per_token, FIRST, faster, rate=True),
-            summarize(f"{name}-requests", f"{clients}: requests", "requests/s", 1, per_request, FIRST, {}, rate=True),
-            summarize(f"{name}-first", f"{clients}: time to the first token", "ms", 1000, first, FIRST, sooner),
+            summarize(
+                f"{name}-tokens",
+                f"{clients}: tokens",
+                "tokens/s",
+                1,
+                per_token,
+                FIRST,
+                faster,
+                rate=True,
+                left_out=absent,
+            ),
+            summarize(
+                f"{name}-requests",
+                f"{clients}: requests",
+                "requests/s",
+                1,
+                per_request,
+                FIRST,
+                {},
+                rate=True,
+                left_out=absent,
+            ),
+            summarize(
+                f"{name}-first",
+                f"{clients}: time to the first token",
+                "ms",
+                1000,
+                first,
+                FIRST,
+                sooner,
+                left_out=absent,
+            ),
         ]
     return tables
 

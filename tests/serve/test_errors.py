@@ -32,6 +32,7 @@ TOOL = {"type": "function", "function": {"name": "f"}}
         ({"messages": [{"role": "function", "content": "x"}]}, "messages", "does not take these messages: no functions"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content", "needs an image_url"),
         ({"messages": [{"role": "user", "content": [{"type": "file"}]}]}, "messages.0.content", "got 'file'"),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages.0.content", "'text' needs a text"),
         ({"stop": [""]}, "stop", "at least one character"),
         ({"logit_bias": {"257": 1}}, "logit_bias", "ids 0 to 256; got 257"),
         ({"logit_bias": {"x": 1}}, "logit_bias.x", "valid integer"),
@@ -61,8 +62,19 @@ def test_errors_as_the_client_raises_them(served: Served) -> None:
         client.chat.completions.create(model="other", messages=CHAT["messages"])  # type: ignore[arg-type]
     with pytest.raises(openai.BadRequestError, match="has no tokens"):
         client.completions.create(model="tiny", prompt=[[]])
+    with pytest.raises(openai.BadRequestError, match="prompt: must have at least one token"):
+        client.completions.create(model="tiny", prompt="")
     with pytest.raises(openai.BadRequestError, match="ids 0 to 256; got 900"):
         client.completions.create(model="tiny", prompt=[900])
+
+
+@pytest.mark.parametrize("kind", ["text", "input_text", "output_text"])
+def test_a_chat_takes_the_text_parts_of_responses(served: Served, kind: str) -> None:
+    messages = [{"role": "user", "content": [{"type": kind, "text": "H"}, {"type": kind, "text": "i"}]}]
+    assert (
+        served.call("/tokenize", {"messages": messages})[1]
+        == served.call("/tokenize", {"messages": CHAT["messages"]})[1]
+    )
 
 
 def test_paths_and_methods(served: Served) -> None:

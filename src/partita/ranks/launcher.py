@@ -295,15 +295,19 @@ class _Ranks:
                 return
             self._receive(min(_POLL_S, beat_s(self.limit_s)))
             self._find_silent()
-            failed = [rank for rank in self.ranks if rank.failed_s is not None]
+            failed = self._failed()
             if failed or self.lost_helper is not None:
                 # A rank that starts would only print that Open MPI cannot be initialized.
                 is_starting = not failed and any(rank.peer.doing == STARTING for rank in self.ranks)
                 if all(rank.is_echo or rank.lacks_helper for rank in failed) and not is_starting:
                     self._receive_until(lambda: self._cause_is_known() or not self._alive(), ECHO_S)
-                if beside is not None:
-                    beside.lose(self._why())
-                return
+                break
+        # All ranks may have ended at once: the only one was killed.
+        if beside is not None and (self._failed() or self.lost_helper is not None):
+            beside.lose(self._why())
+
+    def _failed(self) -> list[_Rank]:
+        return [rank for rank in self.ranks if rank.failed_s is not None]
 
     def _why(self) -> str:
         """What is known of the first failure while other ranks run."""

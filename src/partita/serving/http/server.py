@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 import threading
 import time
@@ -27,9 +28,13 @@ def bind(host: str, port: int) -> socket.socket:
         bound.bind((host, port))
     except (OSError, OverflowError) as error:
         why = getattr(error, "strerror", None) or str(error)
-        raise ModelError(
-            f"--host {host} --port {port} cannot be used: {why}. Choose another --port, or 0 for any."
-        ) from error
+        is_host = isinstance(error, socket.gaierror) or getattr(error, "errno", None) == errno.EADDRNOTAVAIL
+        remedy = (
+            "Give an address of this machine, as in --host 127.0.0.1"
+            if is_host
+            else "Choose another --port, or 0 for any"
+        )
+        raise ModelError(f"--host {host} --port {port} cannot be used: {why}. {remedy}.") from error
     return bound
 
 

@@ -18,6 +18,13 @@ MOST_LOGPROBS = 20
 """The largest number of most likely tokens that are reported with a token."""
 
 
+PLAIN_TEXTS = ("text", "input_text", "output_text")
+"""The types of a message's parts that are texts: some clients send those of responses in chats too."""
+
+TEXTS = (*PLAIN_TEXTS, "reasoning_text", "summary_text")
+"""The types of an item's parts that are texts."""
+
+
 class Body(BaseModel):
     """A body, or a part of one."""
 
@@ -103,7 +110,7 @@ class ImageUrl(Body):
 
 
 class ContentPart(Body):
-    """A part of a message: of the type `text` with a text, or of `image_url` with an image."""
+    """A part of a message: of a type among `PLAIN_TEXTS` with a text, or of `image_url` with an image."""
 
     type: str
     text: str | None = None
@@ -243,7 +250,9 @@ class TokenizeBody(Body):
 
 
 def part_error(kind: str, where: str) -> ApiError:
-    """The error for a part of a message, of the type `kind`, that is neither text nor an image."""
+    """The error for a part of a message, of the type `kind`, that is neither text nor an image, or a text without `text`."""
+    if kind in TEXTS:
+        return ApiError(400, f"{where}: a part of the type {kind!r} needs a text of its own.", param=where)
     text = f"{where}: this server takes texts and images ('text', 'image_url', 'input_text', 'input_image'); got {kind!r:.60}."
     return ApiError(400, text, param=where)
 
@@ -268,7 +277,8 @@ def parse(kind: type[AnyBody], data: bytes) -> AnyBody:
             raise ApiError(400, f"the body is not JSON: {first['msg']}") from error
         param = ".".join(str(part) for part in first["loc"] if not _is_of_union(part)) or None
         given = "" if first["type"] == "missing" else f", but is {_short(first['input'])}"
-        raise ApiError(400, f"{param or 'the body'}: {first['msg']}{given}.", param=param) from error
+        why = first["msg"].removeprefix("Value error, ")
+        raise ApiError(400, f"{param or 'the body'}: {why}{given}.", param=param) from error
 
 
 def _is_of_union(part: int | str) -> bool:

@@ -9,6 +9,7 @@ from pydantic import Field
 
 from partita.serving.http.errors import ApiError
 from partita.serving.http.openai.bodies import (
+    TEXTS,
     Body,
     ChatBody,
     ContentPart,
@@ -25,10 +26,6 @@ from partita.serving.http.openai.bodies import (
     ToolCall,
     part_error,
 )
-
-TEXTS = ("input_text", "output_text", "text", "reasoning_text", "summary_text")
-"""The types of parts that have a text."""
-
 
 IMAGE = "input_image"
 """The type of parts that have an image."""

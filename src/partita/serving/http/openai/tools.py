@@ -11,7 +11,15 @@ from partita.errors import PartitaError
 from partita.generation import Tokenizer
 from partita.serving.grammar import of_schema
 from partita.serving.http.errors import ApiError, as_api_error
-from partita.serving.http.openai.bodies import ChatBody, Message, NamedTool, ResponseFormat, Tool, part_error
+from partita.serving.http.openai.bodies import (
+    PLAIN_TEXTS,
+    ChatBody,
+    Message,
+    NamedTool,
+    ResponseFormat,
+    Tool,
+    part_error,
+)
 from partita.serving.http.openai.reader import END_THINK, THINK, Marks
 
 
@@ -146,7 +154,7 @@ def _parts(message: Message, place: int) -> list[dict[str, str]]:
         return [{"type": "text", "text": message.content}] if message.content else []
     made = []
     for part in message.content:
-        if part.type == "text" and part.text is not None:
+        if part.type in PLAIN_TEXTS and part.text is not None:
             made.append({"type": "text", "text": part.text})
         elif part.type == "image_url" and part.image_url is not None:
             made.append({"type": "image", "url": part.image_url.url})
