@@ -90,7 +90,7 @@ def threads(count: int) -> Iterator[None]:
 @pytest.mark.parametrize(
     ("inputs", "outputs", "bias"), [(40, 24, True), (1, 1, True), (33, 7, False), (2501, 360, True)]
 )
-@pytest.mark.parametrize("rows", [1, 2, 3, 5, 7, 8, 9, 16])
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 7, 8, 9, 16, 30, 49])
 def test_a_layer_gives_the_same(rows: int, inputs: int, outputs: int, bias: bool, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     layer, x = nn.Linear(inputs, outputs, bias=bias, dtype=dtype), torch.randn(rows, 1, inputs).to(dtype)

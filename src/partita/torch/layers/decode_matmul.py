@@ -29,7 +29,7 @@ from partita.torch.quantized.tensor import QuantizedTensor, with_bias
 PAYS_AFTER_TOKENS = 32
 """Looking for faster forms of a model's modules pays off after about this many tokens."""
 
-MOST_PLAIN_ROWS = {torch.float32: 16, torch.bfloat16: 8}
+MOST_PLAIN_ROWS = {torch.float32: 48, torch.bfloat16: 8}
 """Up to this many rows of x, our products with plain weights are faster than torch's."""
 
 Product = Callable[[Tensor], Tensor]

@@ -231,53 +231,68 @@ static INLINE auto* input(const Product& p) {
     return p.x;
 }
 
-// The product of M rows of x, from `first`, with R rows of the weight, from `row`.
+// As many rows of the weight as registers hold sums of with four rows of x.
+constexpr int ROWS = LANES == 16 ? 4 : 2;
+
+// The product of M rows of x, from `first`, with R rows of the weight, from `row`. Of `passes` over these rows, each fetches its
+// part of those that follow.
 template <class Form, int R, int M>
-static void tile(const Weight& w, const Product& p, int64_t row, int64_t first) {
+static void tile(const Weight& w, const Product& p, int64_t row, int64_t first, int64_t pass, int64_t passes) {
   NarrowSum sums[R][M] = {};  // for any M, so that a row's result does not depend on the others
   const auto* x = input<Form>(p) + first * w.in;
-  const int64_t distance = R * w.row_bytes > 4096 ? R * w.row_bytes : 4096;  // rows are too short for the CPU to foresee
+  const int64_t distance = ROWS * w.row_bytes > 4096 ? ROWS * w.row_bytes : 4096;  // rows are too short for the CPU to foresee
+  bool fetches[R];
+  for (int r = 0; r < R; r++) fetches[r] = r % passes == pass;
   for (int64_t i = 0; i < w.in / Form::step; i++, x += Form::step)
     UNROLLED for (int r = 0; r < R; r++) {
       const uint8_t* ahead = w.codes + (row + r) * w.row_bytes + i * Form::bytes + distance;
-      for (int line = 0; line < Form::bytes; line += 64) __builtin_prefetch(ahead + line);
+      if (passes == 1)
+        for (int line = 0; line < Form::bytes; line += 64) __builtin_prefetch(ahead + line);
+      else if (fetches[r])
+        for (int line = 0; line < Form::bytes; line += 64) __builtin_prefetch(ahead + line, 0, 2);
       Form::each(w, row + r, i, [&](int vector, auto values) __attribute__((always_inline)) {
         UNROLLED for (int m = 0; m < M; m++) sums[r][m].add_product(values, values.load(x + m * w.in + vector * 16));
       });
     }
-  for (int m = 0; m < M; m++)
-    for (int r = 0; r < R; r++) {
-      float sum = sums[r][m].sum();
-      if constexpr (plain_dtype<Form> >= 0)
-        for (int64_t i = w.in / Form::step * Form::step; i < w.in; i++)
-          sum += element(input<Form>(p), (first + m) * w.in + i, takes_bfloat16<Form> ? BFLOAT16 : FLOAT32) *
-                 element(w.codes + (row + r) * w.row_bytes, i, plain_dtype<Form>);
-      set_output(p, (first + m) * w.out + row + r, row + r, sum);
-    }
+  float outputs[M][R];
+  sum_each(sums, outputs);
+  if constexpr (plain_dtype<Form> >= 0)
+    for (int64_t i = w.in / Form::step * Form::step; i < w.in; i++)
+      for (int m = 0; m < M; m++)
+        for (int r = 0; r < R; r++)
+          // Fused in every tile, as the compiler would do it in some.
+          outputs[m][r] = std::fma(
+              element(input<Form>(p), (first + m) * w.in + i, takes_bfloat16<Form> ? BFLOAT16 : FLOAT32),
+              element(w.codes + (row + r) * w.row_bytes, i, plain_dtype<Form>), outputs[m][r]);
+  for (int m = 0; m < M; m++) {
+    if (p.dtype == FLOAT32 && !p.bias)
+      std::memcpy(static_cast<float*>(p.y) + (first + m) * w.out + row, outputs[m], sizeof outputs[m]);
+    else
+      for (int r = 0; r < R; r++) set_output(p, (first + m) * w.out + row + r, row + r, outputs[m][r]);
+  }
 }
 
-// As many sums as registers hold.
-constexpr int rows_at_once(int m) {
-  int sums = LANES == 16 ? 24 : 8;
-  return sums / m >= 4 ? 4 : sums / m >= 2 ? sums / m : 1;
-}
-
-template <class Form, int M>
-static void tiles(const Weight& w, const Product& p, int64_t start, int64_t stop, int64_t first) {
-  constexpr int R = rows_at_once(M);
-  int64_t row = start;
-  for (; row + R <= stop; row += R) tile<Form, R, M>(w, p, row, first);
-  for (; row < stop; row++) tile<Form, 1, M>(w, p, row, first);
+// `ROWS` rows of the weight with all rows of x, for which they stay in the cache. Quantized weights take long to decode, and are
+// multiplied by eight rows of x at a time.
+template <class Form>
+static void multiply_tile(const Weight& w, const Product& p, int64_t row) {
+  constexpr bool by_eight = plain_dtype<Form> < 0;
+  int64_t first = 0, pass = 0, passes = by_eight ? (p.rows + 7) / 8 : (p.rows + 3) / 4;
+  if (passes > ROWS) passes = ROWS;
+  if constexpr (by_eight)
+    for (; first + 8 <= p.rows; first += 8, pass++)
+      for (int r = 0; r < ROWS; r += ROWS / 2) tile<Form, ROWS / 2, 8>(w, p, row + r, first, pass, passes);
+  for (; first + 4 <= p.rows; first += 4) tile<Form, ROWS, 4>(w, p, row, first, pass++, passes);
+  if (first + 3 == p.rows) tile<Form, ROWS, 3>(w, p, row, first, pass, passes);
+  if (first + 2 == p.rows) tile<Form, ROWS, 2>(w, p, row, first, pass, passes);
+  if (first + 1 == p.rows) tile<Form, ROWS, 1>(w, p, row, first, pass, passes);
 }
 
 template <class Form>
 static void multiply(const Weight& w, const Product& p, int64_t start, int64_t stop) {
-  int64_t first = 0;
-  for (; first + 8 <= p.rows; first += 8) tiles<Form, 8>(w, p, start, stop, first);
-  for (; first + 4 <= p.rows; first += 4) tiles<Form, 4>(w, p, start, stop, first);
-  for (; first + 3 <= p.rows; first += 3) tiles<Form, 3>(w, p, start, stop, first);
-  for (; first + 2 <= p.rows; first += 2) tiles<Form, 2>(w, p, start, stop, first);
-  for (; first < p.rows; first++) tiles<Form, 1>(w, p, start, stop, first);
+  for (; start + ROWS <= stop; start += ROWS) multiply_tile<Form>(w, p, start);
+  for (; start < stop; start++)
+    for (int64_t first = 0; first < p.rows; first++) tile<Form, 1, 1>(w, p, start, first, 0, 1);
 }
 
 template <class Form>

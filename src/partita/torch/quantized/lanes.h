@@ -181,6 +181,33 @@ struct NarrowSum {
   }
 };
 
+// to[m][r] = sums[r][m].sum(), with the same bits.
+template <int R, int M>
+static INLINE void sum_each(const NarrowSum (&sums)[R][M], float (&to)[M][R]) {
+#if defined(__AVX512F__)
+  if constexpr (R == 4 && M <= 4) {
+    __m512 quarters[4];  // of 128 bits: one for each r
+    UNROLLED for (int m = 0; m < M; m++) {
+      __m512 a = (__m512)sums[0][m].lanes, b = (__m512)sums[1][m].lanes, c = (__m512)sums[2][m].lanes, d = (__m512)sums[3][m].lanes;
+      __m512 ab = _mm512_shuffle_f32x4(a, b, 0x44) + _mm512_shuffle_f32x4(a, b, 0xee);
+      __m512 cd = _mm512_shuffle_f32x4(c, d, 0x44) + _mm512_shuffle_f32x4(c, d, 0xee);
+      quarters[m] = _mm512_shuffle_f32x4(ab, cd, 0x88) + _mm512_shuffle_f32x4(ab, cd, 0xdd);
+    }
+    UNROLLED for (int m = M; m < 4; m++) quarters[m] = quarters[0];
+    __m512 first = _mm512_shuffle_ps(quarters[0], quarters[1], 0x44) + _mm512_shuffle_ps(quarters[0], quarters[1], 0xee);
+    __m512 second = _mm512_shuffle_ps(quarters[2], quarters[3], 0x44) + _mm512_shuffle_ps(quarters[2], quarters[3], 0xee);
+    __m512 all = _mm512_shuffle_ps(first, second, 0x88) + _mm512_shuffle_ps(first, second, 0xdd);
+    all = _mm512_permutexvar_ps(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), all);
+    float each[16];
+    _mm512_storeu_ps(each, all);
+    std::memcpy(to, each, sizeof to);
+    return;
+  }
+#endif
+  for (int m = 0; m < M; m++)
+    for (int r = 0; r < R; r++) to[m][r] = sums[r][m].sum();
+}
+
 // Sixteen bytes of memory as integers.
 #if defined(__AVX512F__)
 static INLINE Ints16 unsigned_bytes(const uint8_t* from) {
