@@ -161,7 +161,7 @@ def layer_s(layer: Layer, model: ModelCost, shape: Shape, setting: Setting, past
         forward, backward = max(again, fixed), max(backward, device.layer_backward_s)
     else:
         forward, backward = again + fixed, backward + device.layer_backward_s
-    weights = products + _accumulating(layer, device, kernels) if setting.trains_weights else 0.0
+    weights = _weight_gradients(products, layer, device, kernels) if setting.trains_weights else 0.0
     tp_f, tp_b, hidden = _tensor_ranks(layer, model, shape, setting)
     if kernels.hides_tensor:
         tp_f, tp_b = (_beside(one, products, setting) for one in (tp_f, tp_b))
@@ -215,10 +215,11 @@ def _casts(layer: Layer, shape: Shape, device: Device) -> tuple[float, float]:
     return forward, math.fsum(move_s(device, moved * rows[p.name] * p.outputs) for p in layer.products)
 
 
-def _accumulating(layer: Layer, device: Device, kernels: Kernels) -> float:
-    """Seconds in which a micro-batch's weight gradients are added to those before."""
+def _weight_gradients(products: float, layer: Layer, device: Device, kernels: Kernels) -> float:
+    """Seconds of a micro-batch's weight gradients, which are added to those before."""
     elements = sum(product.inputs * product.outputs * product.experts for product in layer.products)
-    return move_s(device, kernels.accumulated_bytes * elements, 0)
+    adding = move_s(device, kernels.accumulated_bytes * elements, 0)
+    return max(products, adding) if kernels.fuses_accumulation else products + adding
 
 
 def _others(layer: Layer, model: ModelCost, shape: Shape, setting: Setting) -> float:
