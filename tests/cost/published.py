@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import mean
+from types import MappingProxyType
 from typing import Any
 
 from partita.core.mesh import Mesh
@@ -34,6 +35,7 @@ class Row:
         work: The work.
         arrangement: The arrangement.
         bits: Bits of an element of quantized weights, scales included; 0 for the model's dtype.
+        network: Bytes per second of a device to other machines where the source has others than the hardware file; 0 for those.
     """
 
     source: str
@@ -46,6 +48,7 @@ class Row:
     work: Work
     arrangement: Arrangement
     bits: float = 0.0
+    network: float = 0.0
 
     def estimate(self) -> Estimate:
         """Our prediction."""
@@ -55,7 +58,11 @@ class Row:
             packed = {n: replace(t, packed_bits=self.bits) if len(t.shape) == 2 else t for n, t in spec.tensors.items()}
             spec = replace(spec, tensors=packed)
         model = ModelCost.of(spec)
-        return estimate(model, self.work, self.arrangement, Hardware.read(name).with_kernels(kernels), simulated=False)
+        hardware = Hardware.read(name).with_kernels(kernels)
+        if self.network:
+            links = {**hardware.links, "network": replace(hardware.links["network"], bandwidth=self.network)}
+            hardware = replace(hardware, links=MappingProxyType(links))
+        return estimate(model, self.work, self.arrangement, hardware, simulated=False)
 
     def predicted(self) -> float:
         """Our prediction in the row's unit."""

@@ -31,10 +31,11 @@ LIMITS_UNSEEN = {
     "PTD-P": (0.0365, 0.0887),
     "Megatron-Core": (0.06, 0.12),
     "MT-NLG": (0.22, 0.25),
-    "BLOOM": (0.20, 0.20),
+    "BLOOM": (0.16, 0.16),
     "OPT": (0.12, 0.12),
     "GPT-NeoX": (0.20, 0.20),
-    "DeepSeek-V3": (0.22, 0.22),
+    "BLOOM's trials": (0.20, 0.20),
+    "DeepSeek-V3": (0.35, 0.35),
 }
 
 LIMITS_FURTHER = {

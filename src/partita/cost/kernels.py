@@ -4,7 +4,8 @@ The formulas of memory and time ask these facts instead of an engine's name. `me
 closed forms of 2205.05198 describe, `megatron-2021` the one before collectives ran beside weight gradients and the products
 added these (2104.04473), `megatron-core` that of Megatron-Core with `--tp-comm-overlap`. `fused` has a fused attention, norms
 and activations, `eager` only a fused attention, and mixes float32 into the rest. `torch` is what this package's torch engine
-runs (transformers' modules, one kernel an operation), `mlx` its MLX engine.
+runs (transformers' modules, one kernel an operation), `mlx` its MLX engine. `dualpipe` is what DeepSeek-V3 was trained with
+(2412.19437, section 3.2: 20 of the 132 processors of an H800 send tokens to experts).
 """
 
 from __future__ import annotations
@@ -53,6 +54,9 @@ class Kernels:
             keeps, and the all-reduce behind it are left out (torch.utils.checkpoint without reentrance).
         overlaps_tensor: Whether the all-reduce of a layer's input gradient runs beside its weight gradients.
         hides_tensor: Whether all collectives between tensor ranks run beside the layer's products.
+        sends_once: Whether a token that several experts of a machine need is sent there once, in the dtype of the products.
+        expert_processors: The share of a device's processors that send tokens to experts, while the others compute another
+            micro-batch; 0 if nothing runs beside.
         splits_messages: Whether each tensor rank sends its part of a message between stages, which is gathered again there
             (2104.04473, section 4.1).
         sends_block: Whether a message between stages keeps its rank from computing.
@@ -91,6 +95,8 @@ class Kernels:
     stops_early: bool = False
     overlaps_tensor: bool = True
     hides_tensor: bool = False
+    sends_once: bool = False
+    expert_processors: float = 0.0
     splits_messages: bool = True
     sends_block: bool = True
     send_s: float = 0.0
@@ -120,6 +126,10 @@ KERNELS = MappingProxyType(
                 stops_early=True,
             ),
             Kernels(name="fused", stores_scores=False, causal_share=0.5),
+            Kernels(
+                name="dualpipe", stores_scores=False, causal_share=0.5, sends_once=True, expert_processors=20 / 132,
+                fuses_accumulation=True, sends_block=False,
+            ),
             Kernels(
                 name="megatron-core", stores_scores=False, causal_share=0.5, hides_tensor=True, sends_block=False,
                 logit_moved=_MEGATRON_LOGITS, fuses_accumulation=True,
