@@ -31,8 +31,8 @@ LIMITS_UNSEEN = {
     "PTD-P": (0.0365, 0.0887),
     "Megatron-Core": (0.06, 0.12),
     "MT-NLG": (0.22, 0.25),
-    "BLOOM": (0.16, 0.16),
-    "OPT": (0.12, 0.12),
+    "BLOOM": (0.12, 0.12),
+    "OPT": (0.06, 0.06),
     "GPT-NeoX": (0.20, 0.20),
     "BLOOM's trials": (0.20, 0.20),
     "DeepSeek-V3": (0.35, 0.35),
@@ -42,7 +42,7 @@ LIMITS_FURTHER = {
     # The same of the rows that were entered last. Nothing was calibrated with FlashAttention-2's own training script.
     "Zero bubble": (0.0365, 0.0887),
     "2205.05198, 8 replicas": (0.0365, 0.0887),
-    "MegaScale": (0.05, 0.0887),
+    "MegaScale": (0.0365, 0.0887),
     "FlashAttention-2": (0.12, 0.12),
 }
 
