@@ -28,6 +28,11 @@ SAMPLES = {
     "zb-h1": ((12.9, 13.4, 14.2), (3.88, 4.00, 4.20), (1.61, 1.67, 1.76), (0.87, 0.90, 0.96)),
 }
 
+PROFILED = {
+    "1.5B": (18.52, 18.09, 9.33), "6.2B": (29.82, 29.50, 19.62), "14.6B": (11.33, 11.27, 8.11), "28.3B": (10.41, 10.22, 7.71),
+}  # fmt: skip
+"""Table 9: milliseconds of a forward, an input gradient and a weight gradient of a stage, means over the micro-batches."""
+
 MEMORY = {
     "1f1b": (30, 39, 32, 43),
     "interleaved-1f1b": (40, 48, 39, 58),

@@ -11,7 +11,7 @@ from partita.core.model.families import spec_from_config
 from partita.cost.hardware import Hardware
 from partita.cost.model import ModelCost
 from partita.cost.time import step
-from tests.cost.further import FURTHER, ZERO_BUBBLE, memory_rows
+from tests.cost.further import FURTHER, PROFILED, ZERO_BUBBLE, memory_rows, zero_bubble_row
 from tests.cost.published import ROWS, Row
 from tests.cost.unseen import UNSEEN
 
@@ -74,6 +74,14 @@ def test_gains_over_1f1b_are_those_measured(schedule: str) -> None:
             errors.append(abs(old.predicted() / new.predicted() / (old.value / new.value) - 1))
     assert mean(errors) <= 0.0365
     assert max(errors) <= 0.0887
+
+
+@pytest.mark.parametrize("name", PROFILED)
+def test_a_stage_takes_what_was_profiled(name: str) -> None:
+    row = zero_bubble_row(name, "1f1b", ZERO_BUBBLE[name][5][0], 1.0)
+    hardware = Hardware.read(row.hardware[0]).with_kernels(row.hardware[1])
+    stage = step(ModelCost.of(spec_from_config(row.config)), row.work, row.arrangement, hardware).stages[1]
+    assert 1e3 * stage.total == pytest.approx(sum(PROFILED[name]), rel=0.0365)
 
 
 def test_schedules_hold_the_memory_that_was_measured() -> None:
