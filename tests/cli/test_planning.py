@@ -83,6 +83,7 @@ def test_the_answer_names_the_plan_and_why_others_lose(partita: Run, tmp_path: P
     said = partita("plan", write(tmp_path, LLAMA_8B), "--ranks", "8", *FIXED, "--tp", "2")
     assert said.code == 0, said.err
     assert "training 64 sequences of 4,096 tokens a step on 8 ranks of" in said.out
+    assert "with the kernels fused" in said.out
     assert "Best: --tp 2 " in said.out
     for line in ("--pp ", "--dp ", "--recompute full ", "--microbatches "):
         assert any(one.startswith(line) for one in said.out.splitlines()), line

@@ -146,3 +146,15 @@ def test_groups_know_how_many_of_them_share_a_machine() -> None:
     assert hardware.group(2, 32, 64) == Group(32, 4)
     assert hardware.group(1, 16, 64) == Group(16, 8)
     assert hardware.group(4, 2, 8) == Group(2, 2)
+
+
+def test_each_rank_of_an_all_to_all_sends_to_other_machines_through_its_own_port() -> None:
+    hardware = Hardware.read("h100")
+    network = hardware.link_between()
+    for ranks, size in ((16, 1e8), (64, 4.7e8)):
+        group = Group(ranks, 8)
+        assert not group.is_inside
+        outside = size * (1 - 8 / ranks)
+        port = network.bandwidth * value_at(network.efficiency, outside)
+        expected = network.latency_s + outside / port
+        assert collectives.seconds(hardware, group, "all_to_all", size) == pytest.approx(expected)

@@ -7,6 +7,7 @@ products (`megatron-core`), and gradients that are summed while several micro-ba
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from partita.core.mesh import Mesh
@@ -63,7 +64,7 @@ def _megatron_core() -> list[Row]:
 def _ptd_p() -> list[Row]:
     """2104.04473, table 2: teraflop/s of an A100 with PTD-P, as seconds of an iteration (its equation 3), micro-batches of one.
 
-    Not printed: virtual stages (none, the paper's default schedule).
+    Not printed: virtual stages (none, the paper's default schedule), the gradients' dtype (as in table 1).
     """
     table = [
         ("174.6B on 384", 12288, 96, 96, 12, 1536, 384, 153), ("174.6B on 768", 12288, 96, 96, 12, 1536, 768, 149),
@@ -76,7 +77,7 @@ def _ptd_p() -> list[Row]:
         arrangement = Arrangement(
             mesh=Mesh(dp=dp, pp=pp, tp=8), layers=(layers // pp,) * pp, microbatches=batch // dp, recompute="full"
         )
-        work = Work(batch_size=batch, sequence_length=2048, gradient_dtype="float32")
+        work = Work(batch_size=batch, sequence_length=2048, gradient_dtype="bfloat16")
         seconds = _flops(config, batch, 2048, 4) / (gpus * teraflops * 1e12)
         rows.append(_row("PTD-P", name, "s", seconds, config, ("a100-80gb", "megatron-2021"), work, arrangement))
     return rows
@@ -104,15 +105,43 @@ def _mt_nlg() -> list[Row]:
 def _bloom() -> list[Row]:
     """bigscience-workshop/bigscience, train/tr11-176B-ml/README.md: 105 s of an iteration of 2,048 sequences on 384 A100.
 
-    The machines have four ports of 100 Gb/s each, a quarter of what the hardware file says. The model is the GPT with the same
-    tensors, since Megatron splits its attention.
+    The machines have four ports of 100 Gb/s for eight GPUs. The model is the GPT with the same tensors, since Megatron splits
+    its attention.
     """
     config = gpt(14336, 112, 70, 250880)
     arrangement = Arrangement(
         mesh=Mesh(dp=8, pp=12, tp=4), layers=(5, *(6,) * 10, 5), microbatches=128, zero=1, recompute="full"
     )
     work = Work(batch_size=2048, sequence_length=2048, gradient_dtype="float32")
-    return [_row("BLOOM", "176B", "s", 105, config, ("a100-80gb", "megatron-2021"), work, arrangement)]
+    row = _row("BLOOM", "176B", "s", 105, config, ("a100-80gb", "megatron-2021"), work, arrangement)
+    return [replace(row, network=6.25e9)]
+
+
+def _bloom_trials() -> list[Row]:
+    """The same repository, train/tr11-176B-ml/chronicles-prequel.md, 25 to 28 February: what was tried before.
+
+    One machine without pipeline and replicas; 181B and 176B with other meshes and micro-batches.
+    """
+    table = [
+        # hidden, layers, dp, tp, pp, sequences of a micro-batch, sequences, seconds
+        (14336, 6, 1, 8, 1, 2, 512, 119.19), (14336, 10, 1, 8, 1, 1, 512, 205.52), (14336, 72, 8, 8, 6, 4, 2048, 114.11),
+        (14336, 72, 4, 8, 12, 4, 2048, 117.07), (14336, 72, 8, 4, 12, 4, 2048, 111.89), (14336, 72, 8, 4, 12, 2, 2048, 110.48),
+        (14336, 72, 16, 4, 6, 2, 2048, 111.71), (14336, 72, 16, 2, 12, 2, 2048, 112.50), (14336, 72, 8, 2, 24, 1, 2048, 119.53),
+        (14336, 72, 8, 2, 24, 2, 2048, 122.75),
+    ]  # fmt: skip
+    rows = []
+    for hidden, layers, dp, tp, pp, micro, batch, value in table:
+        arrangement = Arrangement(
+            mesh=Mesh(dp=dp, pp=pp, tp=tp), layers=(layers // pp,) * pp, microbatches=batch // dp // micro, zero=min(1, dp - 1),
+            recompute="full",
+        )  # fmt: skip
+        work = Work(batch_size=batch, sequence_length=2048, gradient_dtype="bfloat16")
+        row = _row(
+            "BLOOM's trials", f"{layers} layers, dp {dp} tp {tp} pp {pp}, {micro}", "s", value, gpt(hidden, 64, layers, 250880),
+            ("a100-80gb", "megatron-2021"), work, arrangement,
+        )  # fmt: skip
+        rows.append(replace(row, network=6.25e9))
+    return rows
 
 
 def _opt() -> list[Row]:
@@ -146,14 +175,14 @@ def _neox() -> list[Row]:
 def _deepseek() -> list[Row]:
     """2412.19437, section 1: 180K hours of an H800 for 1T tokens; 15,360 sequences of 4,096 tokens, pp 16, ep 64, ZeRO 1, FP8.
 
-    Not predictable as it ran: its schedule (two directions, all-to-all beside the computing) and experts of at most 4 machines.
+    Its schedule is entered as ZB-H1, an H800 as an H100.
     """
     config = {
         "model_type": "deepseek_v3", "hidden_size": 7168, "intermediate_size": 18432, "moe_intermediate_size": 2048,
         "num_hidden_layers": 61, "num_attention_heads": 128, "n_routed_experts": 256, "num_experts_per_tok": 8,
         "n_shared_experts": 1, "n_group": 8, "topk_group": 4, "first_k_dense_replace": 3, "kv_lora_rank": 512,
         "q_lora_rank": 1536, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128, "vocab_size": 129280,
-        "dtype": "bfloat16", "tie_word_embeddings": False,
+        "num_nextn_predict_layers": 1, "dtype": "bfloat16", "tie_word_embeddings": False,
     }  # fmt: skip
     arrangement = Arrangement(
         mesh=Mesh(dp=128, pp=16, ep=64), layers=(*(4,) * 15, 1), microbatches=120, zero=1, schedule="zb-h1",
@@ -161,7 +190,7 @@ def _deepseek() -> list[Row]:
     )  # fmt: skip
     work = Work(batch_size=15360, sequence_length=4096, gradient_dtype="float32", product_dtype="float8_e4m3fn")
     seconds = 180e3 * 3600 / 2048 * 15360 * 4096 / 1e12
-    return [_row("DeepSeek-V3", "671B", "s", seconds, config, ("h100", "fused"), work, arrangement)]
+    return [_row("DeepSeek-V3", "671B", "s", seconds, config, ("h100", "dualpipe"), work, arrangement)]
 
 
 def _nemo() -> list[Row]:
@@ -193,7 +222,17 @@ def _nemo() -> list[Row]:
     return rows
 
 
-UNSEEN = (*_ptd_p(), *_megatron_core(), *_mt_nlg(), *_bloom(), *_opt(), *_neox(), *_deepseek(), *_nemo())
+UNSEEN = (
+    *_ptd_p(),
+    *_megatron_core(),
+    *_mt_nlg(),
+    *_bloom(),
+    *_bloom_trials(),
+    *_opt(),
+    *_neox(),
+    *_deepseek(),
+    *_nemo(),
+)
 
 
 if __name__ == "__main__":

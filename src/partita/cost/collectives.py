@@ -3,7 +3,8 @@
     ring      (n - 1) steps of 1 / n of the bytes; a reduction of all takes them twice
     tree      2 log2(n) steps down and up a tree, and the bytes twice (double binary trees; Sanders et al. 2009)
 
-Where a group spans machines, its rings enter and leave each machine through as many network ports as it has ranks there.
+Where a group spans machines, its rings enter and leave each machine through as many network ports as it has ranks there. In an
+all-to-all each rank sends bytes of its own, those to other machines through its own port.
 """
 
 from __future__ import annotations
@@ -35,6 +36,12 @@ def seconds(hardware: Hardware, group: Group, name: str, message_bytes: float) -
                 group.per_node * between.bandwidth * value_at(between.efficiency, message_bytes / group.per_node))  # fmt: skip
     if group.per_node == 1:
         return _on_link(between, name, n, message_bytes)
+    if name == "all_to_all":
+        outside, within = message_bytes * (n - group.per_node) / n, message_bytes * (group.per_node - 1) / n
+        return between.latency_s + max(
+            outside / (between.bandwidth * value_at(between.efficiency, outside)),
+            within / (inside.bandwidth * value_at(inside.efficiency, within)),
+        )
     steps = {"all_reduce": 2, "send": 0, "broadcast": 1}.get(name, 1)
     ring = steps * ((nodes - 1) * between.latency_s + (group.per_node - 1) * inside.latency_s)
     tree = steps * (math.log2(nodes) * between.latency_s + (group.per_node - 1) * inside.latency_s)

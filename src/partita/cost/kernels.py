@@ -1,10 +1,11 @@
 """Kernels: what an implementation of a layer keeps for its backward, and how often it reads and writes its tensors.
 
 The formulas of memory and time ask these facts instead of an engine's name. `megatron` is the implementation that the
-closed forms of 2205.05198 describe, `megatron-2021` the one before it (2104.04473), `megatron-core` that of Megatron-Core with
-`--tp-comm-overlap`. `fused` has a fused attention, norms and
-activations, `eager` only a fused attention, and mixes float32 into the rest. `torch` is what this package's torch engine runs
-(transformers' modules, one kernel an operation), `mlx` its MLX engine.
+closed forms of 2205.05198 describe, `megatron-2021` the one before collectives ran beside weight gradients and the products
+added these (2104.04473), `megatron-core` that of Megatron-Core with `--tp-comm-overlap`. `fused` has a fused attention, norms
+and activations, `eager` only a fused attention, and mixes float32 into the rest. `torch` is what this package's torch engine
+runs (transformers' modules, one kernel an operation), `mlx` its MLX engine. `dualpipe` is what DeepSeek-V3 was trained with
+(2412.19437, section 3.2: 20 of the 132 processors of an H800 send tokens to experts).
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ class Kernels:
         attention_speed: The share of a device's speed of fused attentions that this one reaches.
         attention_backward: Operations of an attention's backward for one of its forward.
         accumulated_bytes: Bytes that move for an element of a weight gradient, to add it to the other micro-batches'.
+        fuses_accumulation: Whether the product that computes a weight gradient adds it, beside its operations.
         optimizer_passes: How often a step of the optimizer reads or writes a gradient: norm, scaling, update, zeroing.
         logit_moved: Bytes of a logit that the loss reads and writes, in the forward and in the backward. Megatron's loss casts
             the logits to float32, and takes their maximum, difference, exponential, sum and quotient one after the other.
@@ -52,9 +54,14 @@ class Kernels:
             keeps, and the all-reduce behind it are left out (torch.utils.checkpoint without reentrance).
         overlaps_tensor: Whether the all-reduce of a layer's input gradient runs beside its weight gradients.
         hides_tensor: Whether all collectives between tensor ranks run beside the layer's products.
+        sends_once: Whether a token that several experts of a machine need is sent there once, in the dtype of the products.
+        expert_processors: The share of a device's processors that send tokens to experts, while the others compute another
+            micro-batch; 0 if nothing runs beside.
         splits_messages: Whether each tensor rank sends its part of a message between stages, which is gathered again there
             (2104.04473, section 4.1).
         sends_block: Whether a message between stages keeps its rank from computing.
+        send_s: Seconds in which such a message waits for the host, beside those of the link: Megatron synchronizes the device
+            with the host after each (2401.10241, table 9: 0.38 ms for 10 MB and 0.61 ms for 28 MB).
         gradient_dtype: The dtype in which gradients are summed unless the work names one; None for that of the weights.
     """
 
@@ -77,6 +84,7 @@ class Kernels:
     attention_speed: float = 1.0
     attention_backward: float = 2.5
     accumulated_bytes: float = 8.0
+    fuses_accumulation: bool = False
     optimizer_passes: float = 5.0
     logit_moved: tuple[float, float] = (16.0, 8.0)
     logit_bytes: float = 4.0
@@ -87,8 +95,11 @@ class Kernels:
     stops_early: bool = False
     overlaps_tensor: bool = True
     hides_tensor: bool = False
+    sends_once: bool = False
+    expert_processors: float = 0.0
     splits_messages: bool = True
     sends_block: bool = True
+    send_s: float = 0.0
     gradient_dtype: str | None = None
 
 
@@ -101,12 +112,13 @@ KERNELS = MappingProxyType(
         for kernels in (
             Kernels(
                 name="megatron", stores_scores=True, causal_share=1.0, dropout=True, score_passes=6.5, residual_passes=4.5,
-                attention_backward=2.0, logit_moved=_MEGATRON_LOGITS, gradient_dtype="float32",
+                attention_backward=2.0, logit_moved=_MEGATRON_LOGITS, gradient_dtype="float32", fuses_accumulation=True,
+                send_s=2.3e-4,
             ),
             Kernels(
-                name="megatron-2021", stores_scores=True, causal_share=1.0, dropout=True, score_passes=7.0, residual_passes=6.0,
-                norm_passes=3.0, activation_passes=1.2, attention_backward=2.0, overlaps_tensor=False,
-                logit_moved=_MEGATRON_LOGITS, gradient_dtype="float32",
+                name="megatron-2021", stores_scores=True, causal_share=1.0, dropout=True, score_passes=6.5, residual_passes=4.5,
+                attention_backward=2.0, overlaps_tensor=False, logit_moved=_MEGATRON_LOGITS, gradient_dtype="float32",
+                send_s=2.3e-4,
             ),
             Kernels(
                 name="eager", stores_scores=False, causal_share=0.5, eager_norms=True, gated_saved=3.0,
@@ -115,8 +127,12 @@ KERNELS = MappingProxyType(
             ),
             Kernels(name="fused", stores_scores=False, causal_share=0.5),
             Kernels(
+                name="dualpipe", stores_scores=False, causal_share=0.5, sends_once=True, expert_processors=20 / 132,
+                fuses_accumulation=True, sends_block=False,
+            ),
+            Kernels(
                 name="megatron-core", stores_scores=False, causal_share=0.5, hides_tensor=True, sends_block=False,
-                logit_moved=_MEGATRON_LOGITS,
+                logit_moved=_MEGATRON_LOGITS, fuses_accumulation=True,
             ),
             Kernels(
                 name="torch", stores_scores=False, causal_share=0.5, recomputes_attention=True,

@@ -161,13 +161,13 @@ def layer_s(layer: Layer, model: ModelCost, shape: Shape, setting: Setting, past
         forward, backward = max(again, fixed), max(backward, device.layer_backward_s)
     else:
         forward, backward = again + fixed, backward + device.layer_backward_s
-    weights = products + _accumulating(layer, device, kernels) if setting.trains_weights else 0.0
+    weights = _weight_gradients(products, layer, device, kernels) if setting.trains_weights else 0.0
     tp_f, tp_b, hidden = _tensor_ranks(layer, model, shape, setting)
     if kernels.hides_tensor:
         tp_f, tp_b = (_beside(one, products, setting) for one in (tp_f, tp_b))
     cp_f, cp_b = _context_ranks(layer, shape, setting, core)
-    sent = _expert_ranks(layer, shape, setting)
-    tp_f, tp_b = tp_f + cp_f + sent, tp_b + cp_b + sent
+    sent_f, sent_b = _expert_ranks(layer, model, shape, setting, forward, backward + weights)
+    tp_f, tp_b = tp_f + cp_f + sent_f, tp_b + cp_b + sent_b
     beside = weights if kernels.overlaps_tensor else 0.0
     exposed = _beside(hidden, beside, setting)
     if setting.recompute == "full":
@@ -215,10 +215,11 @@ def _casts(layer: Layer, shape: Shape, device: Device) -> tuple[float, float]:
     return forward, math.fsum(move_s(device, moved * rows[p.name] * p.outputs) for p in layer.products)
 
 
-def _accumulating(layer: Layer, device: Device, kernels: Kernels) -> float:
-    """Seconds in which a micro-batch's weight gradients are added to those before."""
+def _weight_gradients(products: float, layer: Layer, device: Device, kernels: Kernels) -> float:
+    """Seconds of a micro-batch's weight gradients, which are added to those before."""
     elements = sum(product.inputs * product.outputs * product.experts for product in layer.products)
-    return move_s(device, kernels.accumulated_bytes * elements, 0)
+    adding = move_s(device, kernels.accumulated_bytes * elements, 0)
+    return max(products, adding) if kernels.fuses_accumulation else products + adding
 
 
 def _others(layer: Layer, model: ModelCost, shape: Shape, setting: Setting) -> float:
@@ -272,9 +273,22 @@ def _context_ranks(layer: Layer, shape: Shape, setting: Setting, core: float) ->
     return max(0.0, gather - core), max(0.0, gather + scatter - later)
 
 
-def _expert_ranks(layer: Layer, shape: Shape, setting: Setting) -> float:
-    """Seconds in which tokens are sent to the ranks with their experts, and back."""
+def _expert_ranks(
+    layer: Layer, model: ModelCost, shape: Shape, setting: Setting, forward: float, backward: float
+) -> tuple[float, float]:
+    """Seconds in which tokens are sent to the ranks with their experts, and back, beyond those of a forward and a backward."""
     if setting.ep.size == 1 or not layer.dispatched:
-        return 0.0
-    message = shape.tokens * shape.whole * layer.dispatched * shape.item
-    return 2 * seconds(setting.hardware, setting.ep, "all_to_all", message)
+        return 0.0, 0.0
+    kernels, ep = setting.kernels, setting.ep
+    elements, item = layer.dispatched, shape.item
+    if kernels.sends_once and not ep.is_inside:
+        machines = int(model.config.get("topk_group") or math.ceil(ep.size / ep.per_node))
+        elements = min(elements, machines * model.hidden)
+        item = DTYPE_BYTES[shape.product_dtype] if shape.product_dtype else item
+    tokens = shape.tokens * shape.whole
+    there, back = (seconds(setting.hardware, ep, "all_to_all", tokens * elements * each) for each in (item, shape.item))
+    sent = there + back
+    if not kernels.expert_processors:
+        return sent, sent
+    lost = sent * kernels.expert_processors
+    return lost + max(0.0, sent - forward), lost + max(0.0, sent - backward)

@@ -80,7 +80,7 @@ def _train(model: ModelCost, work: Work, arrangement: Arrangement, hardware: Har
     comm = _transfer(model, shape, hardware, groups)
     run = pipelines.exact if simulated else pipelines.makespan
     f, b, w = ([getattr(one, name) for one in stages] for name in ("f", "b", "w"))
-    blocked = comm if kernels.sends_block and degrees.pp > 1 else 0.0
+    blocked = comm + kernels.send_s if kernels.sends_block and degrees.pp > 1 else 0.0
     if blocked:
         f = [one + blocked * (index + 1 < len(f)) for index, one in enumerate(f)]
         b = [one + blocked * (index > 0) for index, one in enumerate(b)]
@@ -264,16 +264,29 @@ def end_of_step(
         dp = summed + gathered
         if arrangement.overlap_gradients:
             # Gradients are complete, and weights needed, while the last and the first micro-batches pass; virtual stages work
-            # on groups of pp micro-batches, so that one is complete long before the next.
+            # on groups of pp micro-batches, so that one is complete long before the next. The embedding is the first that is
+            # needed and the last that is complete: nothing runs beside it.
             own = [stages[i] for i in _of_rank(arrangement, pp)]
             count = min(arrangement.microbatches, degrees.pp if arrangement.vpp > 1 else 1)
             backward, forward = (count * sum(one) for one in zip(*((s.b + s.w, s.f) for s in own), strict=True))
-            dp = max(0.0, summed - backward) + max(0.0, gathered - forward) + hardware.link_between().occupies * dp
+            alone = _embedding_share(model, stages_of(model, arrangement)[pp], degrees, work, trained)
+            dp = max(summed * alone, summed - backward) + max(gathered * alone, gathered - forward)
+            dp += hardware.link_between().occupies * (summed + gathered)
     moved = _moved_by_update(work, arrangement, hardware, held, trained, item)
     device = _updating(hardware)
     layers = sum(stage.layers for stage in stages_of(model, arrangement)[pp])
     loops = device.update_layer_s * layers
     return dp, (move_s(device, moved) / device.optimizer_share + loops) if trained else 0.0
+
+
+def _embedding_share(
+    model: ModelCost, stages: tuple[StageCost, ...], degrees: Degrees, work: Work, trained: int
+) -> float:
+    """The embedding's share of the parameters that a pipeline rank trains."""
+    if work.lora_rank or not trained or not any(stage.embedding for stage in stages):
+        return 0.0
+    sliced = model.sliced(*degrees.split)
+    return min(1.0, sliced.ends[sliced.distinct[0]].embedding.parameters / trained)
 
 
 def least_end_of_step_s(model: ModelCost, work: Work, arrangement: Arrangement, hardware: Hardware) -> float:

@@ -34,8 +34,9 @@ def show(spec: ModelSpec, question: Question, result: Result, features: Features
         else f"decoding {plural(work.sequences, 'sequence')} of up to {plural(work.context, 'token')}"
     )
     console.print(
-        f"{what} on {plural(question.ranks, 'rank')} of {question.hardware.name}", style="dim", soft_wrap=True
-    )
+        f"{what} on {plural(question.ranks, 'rank')} of {question.hardware.name}, with the kernels {question.hardware.kernels}",
+        style="dim", soft_wrap=True,
+    )  # fmt: skip
     console.print(f"\nBest: {options_of(winner.arrangement)}", style="bold", soft_wrap=True)
     console.print(f"layout {layout_of(winner.arrangement.layers, winner.arrangement.mesh.pp)}", soft_wrap=True)
     for line in _facts(winner, question):
