@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,12 +13,16 @@ from torch import Tensor
 
 from partita.errors import DivergedError, ModelError, PlanError
 from partita.torch.compile import compile_layers
+from partita.torch.load import load
 from partita.torch.model.parts import local_tensors, plan_of
 from partita.torch.new import fresh
 from partita.torch.train import TrainSettings, train
 from partita.torch.training import sharded
 from partita.torch.weights.adapters import add_lora
+from partita.torch.weights.save import save
+from partita.training.saving import Saves
 from tests.support.models import CONFIGS
+from tests.support.peaks import measured
 from tests.support.ranks import ranks
 
 SETTINGS = TrainSettings(
@@ -260,3 +266,58 @@ def test_a_run_that_diverges_names_the_same_and_leaves_parameters_complete() -> 
     expected = ranks(2).run(diverged, 0)
     for level in (2, 3):
         assert ranks(2).run(diverged, level) == expected
+
+
+def kept(where: dict[str, Any], folder: str, name: str, changes: dict[str, Any]) -> tuple[list[bool], list[float]]:
+    """Whether a model of which each replica keeps its shards trains, is saved and resumes as a complete one; and what it takes
+    at once to load it, to hold it after training and to save it, as fractions of its complete parameters."""
+    settings = replace(SETTINGS, zero=3, steps=2)
+    whole: Any = fresh(quiet(name, **changes), dtype="bfloat16", seed=3, **where)
+    size = sum(p.numel() * p.itemsize for p in whole.parameters())
+    save(whole, f"{folder}/start")
+    expected = train(whole, tokens(), settings)
+    save(whole, f"{folder}/expected")
+    with measured() as loading:
+        model: Any = load(f"{folder}/start", zero=3, **where)
+    with pytest.raises(ModelError, match=r"cannot be called, only be trained with zero=3 and saved"):
+        model(input_ids=tokens()[None, :4])
+    with pytest.raises(PlanError, match=r"Use zero=3 in both, or in neither"):
+        train(model, tokens(), replace(settings, zero=2))
+    found = train(model, tokens(), settings, saves=Saves(Path(folder) / "run", every=1))
+    held = sum(p.untyped_storage().nbytes() for p in model.parameters())
+    with measured() as saving:
+        save(model=model, folder=f"{folder}/found")
+    begun = Path(folder) / "run" / "step-000001"
+    resumed = train(load(begun, zero=3, **where), tokens(), settings, resume=begun)
+    made: Any = fresh(quiet(name, **changes), dtype="bfloat16", seed=3, zero=3, **where)
+    save(made, f"{folder}/made")
+    lines = [[(r.loss, r.grad_norm) for r in one] for one in (expected, found, resumed)]
+    fractions = [loading[0] / size, held / size, saving[0] / size]
+    return [lines[1] == lines[0], lines[2][-1] == lines[0][-1]], fractions
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "where", "changes"),
+    [
+        pytest.param("llama-biases-tied", {"dp": 2}, {"num_hidden_layers": 6}, marks=pytest.mark.ci),
+        ("llama-7-heads-1-kv", {"dp": 2, "tp": 2}, {"num_hidden_layers": 6}),
+        ("llama-biases-tied", {"dp": 2, "pp": 2}, {"num_hidden_layers": 6}),
+        ("llama-7-heads-1-kv", {"cp": 2}, {"num_hidden_layers": 6}),
+        ("qwen3-moe", {"dp": 4, "ep": 2}, {}),
+    ],
+    ids=str,
+)
+def test_no_rank_ever_holds_the_complete_model(
+    name: str, where: dict[str, int], changes: dict[str, Any], tmp_path: Path
+) -> None:
+    """From loading to saving; files and losses are those of the complete model."""
+    size = math.prod(n for axis, n in where.items() if axis not in ("ep", "etp"))
+    for same, (loading, held, saving) in ranks(size).run(kept, where, str(tmp_path), name, changes):
+        assert same == [True, True]
+        assert held < 0.55
+        assert loading < 0.7
+        assert saving < 0.7
+    for one, other in (("found", "expected"), ("made", "start"), ("run/step-000002", "expected")):
+        files = [(tmp_path / folder / "model.safetensors").read_bytes() for folder in (one, other)]
+        assert files[0] == files[1], one

@@ -259,6 +259,7 @@ def write_folder(
     beside: Callable[[Path], None],
     write: Callable[[Writer], None],
     collective: Callable[[], AbstractContextManager[None]],
+    others: Callable[[], None] = lambda: None,
 ) -> None:
     """Write a folder of safetensors files that appears at `path` complete or not at all; every rank must call this.
 
@@ -269,6 +270,7 @@ def write_folder(
         beside: Writes the other files of the folder, on the first rank.
         write: Writes a rank's own parts.
         collective: Makes a block at whose end every rank raises what one of them raised in it.
+        others: What the ranks that do not write do meanwhile.
 
     Raises:
         CheckpointError: The folder already holds weights, another save is writing it, or it cannot be written; on every rank.
@@ -291,6 +293,8 @@ def write_folder(
                 if groups.writes:
                     with Writer(partial, files) as writer:
                         write(writer)
+                else:
+                    others()
             with collective():
                 if groups.rank == 0:
                     appear(partial, path)

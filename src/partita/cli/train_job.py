@@ -174,6 +174,8 @@ class TrainJob(Job):
         place = begun or (found if found.is_dir() else found.parent)
         tokenizer = read_tokenizer(place, trust_remote_code=self.request.trust_remote_code)
         where = {**self.split, "dtype": self.request.dtype, "groups": self.groups}
+        if self.options["zero"] == 3 and self.request.engine == "torch" and self.lora_rank is None:
+            where["zero"] = 3
         if self.new:
             return self.engine.fresh(found, seed=self.options["seed"], **where), tokenizer
         with loading("loading") as progress:

@@ -246,7 +246,7 @@ def _moments(
     head = sliced.ends[tp].head
     columns = head.outputs if head is not None else 0
     layers = [sliced.layers[tp][kind] for stage in stages for kind, _ in stage.kinds]
-    loss = kept = layer = buckets = gathered = 0.0
+    loss = kept = layer = buckets = gathered = loose = 0.0
     if any(stage.loss for stage in stages):
         kept = head_bytes(model, columns, shape, kernels, sliced.ends[tp].norm, is_rms=sliced.ends[tp].is_rms)
         beside = shape.item + kernels.logit_bytes
@@ -262,10 +262,21 @@ def _moments(
         copies = 4 + (shape.item if shape.item < 4 else 0) if kernels.frees_gradients else 2 * 4
         elements = min(BUCKET_BYTES / shape.item, held_by(model, stages, degrees, tp).parameters)
         buckets = copies * elements
-        if arrangement.zero:
+        if arrangement.zero == 3:
+            # What is outside of the layers (two large tensors at most) is complete when its gradients are distributed, and gloo
+            # has a copy of the sums.
+            outside = _outside(model, stages, degrees, tp).parameters
+            largest = max((one.held.parameters for one in layers), default=0)
+            exchanged = max(min(BUCKET_BYTES / shape.item, max(outside, largest)), outside / 2)
+            buckets = outside * shape.item + exchanged * (
+                4 + 4 / degrees.replicas + (4 if kernels.frees_gradients else 0)
+            )
+            gathered = exchanged * shape.item * (2 + 1 / degrees.replicas)
+            loose = outside * shape.item
+        elif arrangement.zero:
             # The shards of a bucket, what all replicas have of it, and the copy from which gloo returns it.
             gathered = elements * shape.item * (2 + 1 / degrees.replicas)
-        if arrangement.zero == 3:
+        if arrangement.zero == 3 and work.lora_rank:
             gathered += held_by(model, stages, degrees, tp).parameters * shape.item
     if not kernels.frees_gradients:
         return (Moment(activations + kept, buffers + max(loss, layer) + buckets),)
@@ -274,16 +285,22 @@ def _moments(
     return (
         Moment(
             activations + kept,
-            buffers + loss + (waiting if accumulates and arrangement.microbatches > 1 else 0.0),
+            buffers + loose + loss + (waiting if accumulates and arrangement.microbatches > 1 else 0.0),
             has_gradients=accumulates,
         ),
         # The last layer of a backward, when all gradients exist: other micro-batches' activations, and this layer's.
-        Moment(max(0.0, activations - sum(sizes)), buffers + layer + waiting),
+        Moment(max(0.0, activations - sum(sizes)), buffers + loose + layer + waiting),
         Moment(0.0, buckets + waiting),
-        # Weights are gathered when they are updated (ZeRO 1 and 2), or beside their shards when the training ends (3).
+        # Weights are gathered when they are updated (ZeRO 1 and 2), or when a layer needs them and when they are saved (3); the
+        # frozen ones of adapters are complete beside their shards when the training ends (3).
         # Gradients that ZeRO 2 distributed are gone by then.
         Moment(0.0, gathered, has_gradients=arrangement.zero == 1),
     )
+
+
+def _outside(model: ModelCost, stages: tuple[StageCost, ...], degrees: Degrees, tp: int) -> Part:
+    """What a rank holds outside of the layers."""
+    return _held_by(model, tuple(replace(one, kinds=(), mtp=0) for one in stages), degrees, tp)
 
 
 def _undistributed(
@@ -301,9 +318,9 @@ def _undistributed(
     dense, experts = held.parameters - held.experts, held.experts
     if arrangement.zero == 3 or arrangement.microbatches == 1:
         layers = [model.sliced(*degrees.split).layers[tp][kind].held for stage in stages for kind, _ in stage.kinds]
-        inside = held_by(model, tuple(replace(one, embedding=False, loss=False) for one in stages), degrees, tp)
+        outside = _outside(model, stages, degrees, tp)
         largest = max(layers, key=lambda one: one.parameters, default=Part())
-        dense, experts = dense - (inside.parameters - inside.experts), largest.experts
+        dense, experts = outside.parameters - outside.experts, largest.experts
         dense += largest.parameters - largest.experts
     return item * (dense * (1 - 1 / degrees.replicas) + experts * (1 - 1 / degrees.expert_replicas))
 

@@ -40,12 +40,14 @@ from partita.torch.proof.stages import media_without_stages, prove_stages
 from partita.torch.split.apply import apply_plan, loop_over_quantized_experts
 from partita.torch.split.finish import finish
 from partita.torch.stages.mtp import attach_mtp
+from partita.torch.training.kept_shards import keep_shards
 from partita.torch.transformers_internals import quiet, text_config_of
 from partita.torch.weights.fill import CheckpointFill, Progress, as_device, as_dtype
 from partita.torch.weights.materialize import make_unsaved_buffers, materialize
 from partita.torch.weights.names import Source, in_model_order, sources_for_reading
 from partita.torch.weights.pretrained import with_save_pretrained
 from partita.torch.weights.ties import add_twins, differing, tied_names, untie
+from partita.training.settings import check_zero
 
 
 @doing("loading the model")
@@ -59,6 +61,7 @@ def load(
     progress: Progress | None = None,
     groups: ParallelGroups | None = None,
     verify: bool = True,
+    zero: int = 0,
     **split: Unpack[SplitArguments],
 ) -> nn.Module:
     """Load this rank's part of a model. It is called like the unsplit model, with the same results on every rank.
@@ -84,6 +87,8 @@ def load(
         progress: Called after every chunk that is read.
         groups: The groups of the mesh (default: created from the initialized process group).
         verify: Whether the ranks first read a run's checkpoint completely and compare it with its manifest.
+        zero: With 3 each replica keeps only its shard of every parameter, also between loading, `train(zero=3)` and `save`;
+            the model can be used for nothing else. 0, 1 and 2 load complete parameters.
 
     Raises:
         PartitaError: The model cannot be split this way, or is incomplete on disk; on every rank.
@@ -94,6 +99,7 @@ def load(
         torch.Size([1, 5, 257])
     """
     init_process_group()
+    check_zero(zero)
     how = SplitRequest.of(plan, split)
     groups = groups if groups is not None else make_groups(how.mesh)
     with collective_errors(groups):
@@ -132,11 +138,11 @@ def load(
         part = apply_plan(built, plan, groups)
         total = sum(t.numel() * t.itemsize for t in part.state_dict(keep_vars=True).values())
         fill = CheckpointFill(reader, checkpoint.tensors, sources, unsplit, progress, total, quantized)
-        filled = materialize(part, plan, groups, fill, place, fill.quantized_part if quantized else None)
+        filled = materialize(part, plan, groups, fill, place, fill.quantized_part if quantized else None, zero=zero)
         loop_over_quantized_experts(part)
     part.partita_unused = rest  # type: ignore[assignment]
     part.partita_quantized = kept_quantized(checkpoint, quantized, data)  # type: ignore[assignment]
-    return watch(with_save_pretrained(filled.check(finish(part, plan, groups))))
+    return watch(with_save_pretrained(keep_shards(filled.check(finish(part, plan, groups)), filled.shards)))
 
 
 def shard(

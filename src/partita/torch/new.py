@@ -21,10 +21,12 @@ from partita.torch.model.transformers_models import build_on_meta
 from partita.torch.split.apply import apply_plan
 from partita.torch.split.finish import finish
 from partita.torch.stages.mtp import attach_mtp
+from partita.torch.training.kept_shards import keep_shards
 from partita.torch.weights.fill import as_device, as_dtype
 from partita.torch.weights.initial import FreshFill, record_initialization
 from partita.torch.weights.materialize import make_unsaved_buffers, materialize
 from partita.torch.weights.pretrained import with_save_pretrained
+from partita.training.settings import check_zero
 
 
 def fresh(
@@ -36,6 +38,7 @@ def fresh(
     device: torch.device | str | None = None,
     groups: ParallelGroups | None = None,
     trust_remote_code: bool = False,
+    zero: int = 0,
     **split: Unpack[SplitArguments],
 ) -> nn.Module:
     """Create this rank's part of a new model. The same seed gives the same unsplit weights on every mesh.
@@ -57,6 +60,7 @@ def fresh(
         device: Device of the weights (default: this rank's CUDA device, else the CPU).
         groups: The groups of the mesh (default: created from the initialized process group).
         trust_remote_code: Whether to run code that comes with the config (its `auto_map`). Read it before you do.
+        zero: With 3 each replica keeps only its shard of every parameter (see `load`).
 
     Raises:
         PartitaError: The model cannot be split this way, or does not define the initial value of a tensor.
@@ -68,6 +72,7 @@ def fresh(
     """
     init_process_group()
     check_sizes(0, seed=seed)
+    check_zero(zero)
     how = SplitRequest.of(plan, split)
     groups = groups if groups is not None else make_groups(how.mesh)
     with collective_errors(groups):
@@ -83,5 +88,5 @@ def fresh(
         place = as_device(device)
         make_unsaved_buffers(built, place)
         part = apply_plan(built, plan, groups)
-        filled = materialize(part, plan, groups, FreshFill(recipes, seed), place)
-    return watch(with_save_pretrained(filled.check(finish(part, plan, groups))))
+        filled = materialize(part, plan, groups, FreshFill(recipes, seed), place, zero=zero)
+    return watch(with_save_pretrained(keep_shards(filled.check(finish(part, plan, groups)), filled.shards)))

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from partita.errors import ModelError
+from partita.errors import ModelError, PlanError
 from partita.generation import Tokenizer
 from partita.schedule import Timeline
 from partita.schedule.fit import forward_only
@@ -31,6 +31,7 @@ from partita.torch.quantized.tensor import FROZEN, QuantizedTensor
 from partita.torch.stages.copies import summed_copies
 from partita.torch.stages.cut import refuse_layer_drop
 from partita.torch.stages.pipeline import Pipeline
+from partita.torch.training.kept_shards import shaped, shards_of
 from partita.torch.training.local_step import LocalStep, device_peak_flops, peak_bytes, traced
 from partita.torch.training.make_optimizer import make_optimizer
 from partita.torch.training.objective import CROSS_ENTROPY, Example, Objective, check_trainable, examples, loss_of
@@ -56,6 +57,7 @@ from partita.training.state import TrainingState
 __all__ = ["StepReport", "TrainSettings", "accumulate_gradients", "make_optimizer", "schedule_of", "train"]
 
 
+@shaped
 def train(
     model: nn.Module,
     tokens: Any,
@@ -140,8 +142,13 @@ def train(
     objective = Objective(loss, loss_weight)
     _check(model, settings, objective)
     check_own(model, optimizer, settings)
+    if shards_of(model) and settings.zero != 3:
+        raise PlanError(
+            f"the model was loaded with zero=3, so that each replica holds only its shard of every parameter, but the settings "
+            f"have zero={settings.zero}. Use zero=3 in both, or in neither."
+        )
     for copied, comm in by_copies(model):
-        start_alike(copied, comm)
+        start_alike([one for one in copied if id(one) not in shards_of(model)], comm)
     steps = _Steps.of(model, settings, optimizer)
     memory = steps.memory
     pipeline = Pipeline(model, schedule, memory)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from partita.core.optimizers import check_optimizer
 from partita.core.plan import Plan
@@ -24,6 +25,12 @@ FLOAT16 = (
     "{} is float16, in which small gradients become zero unless the loss is scaled, and training does not scale it. Load the "
     "model in bfloat16 or float32 (dtype, --dtype)."
 )
+
+
+def check_zero(zero: Any) -> None:
+    """Raise `PlanError` for what is no level of ZeRO."""
+    if zero not in ZERO_LEVELS:
+        raise PlanError(f"zero must be 0, 1, 2 or 3, but is {zero!r}.")
 
 
 @dataclass(frozen=True)
@@ -114,8 +121,7 @@ class TrainSettings:
         for name in _BELOW_ONE:
             if not 0 <= getattr(self, name) < 1:
                 raise PlanError(f"{name} must be at least 0 and below 1, but is {getattr(self, name)!r}.")
-        if self.zero not in ZERO_LEVELS:
-            raise PlanError(f"zero must be 0, 1, 2 or 3, but is {self.zero!r}.")
+        check_zero(self.zero)
         object.__setattr__(self, "zero", int(self.zero))
         self._check_learning_rate()
         check_optimizer(self.optimizer)

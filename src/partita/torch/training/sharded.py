@@ -27,6 +27,7 @@ from partita.torch.model.parts import distributed_experts, plan_of
 from partita.torch.stages.copies import copies_of
 from partita.torch.stages.cut import is_cut, stage_layers
 from partita.torch.stages.memory import StageMemory
+from partita.torch.training.kept_shards import shards_of
 from partita.torch.training.norms import expert_part, owned_parts, unsplit_norm
 from partita.torch.training.shards import Slot, Target, gather_shards, scatter_gradients, start_gathering
 
@@ -70,8 +71,9 @@ class ShardedOptimizer(StageMemory):
         if level == 3:
             _refuse_gathering(model)
         # What stays quantized is another class, whose tensors are not the parameter's own.
+        self.kept = shards_of(model)
         self.slots = {
-            id(p): Slot.of(name, p, self.groups.edp if id(p) in self.experts else self.groups.replicas)
+            id(p): self._slot(name, p)
             for name, p in model.named_parameters()
             if id(p) in trained or (level == 3 and type(p) is nn.Parameter)
         }
@@ -83,6 +85,14 @@ class ShardedOptimizer(StageMemory):
         self._outside, self._layers = self._units()
         self._is_backward = self._reduces = False
         self._waiting: list[_Unit] = []
+
+    def _slot(self, name: str, parameter: nn.Parameter) -> Slot:
+        slot = self.kept.get(id(parameter))
+        if slot is None:
+            return Slot.of(name, parameter, self.groups.edp if id(parameter) in self.experts else self.groups.replicas)
+        slot.name = name
+        slot.shard.requires_grad_(parameter.requires_grad)
+        return slot
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -120,13 +130,15 @@ class ShardedOptimizer(StageMemory):
     def training(self) -> Iterator[None]:
         """Distribute parameters (level 3) inside the context, and reduce gradients layer by layer (2 and 3).
 
-        At its end the parameters are complete again, also after a `DivergedError`. After any other error other ranks may be
-        gone, and with level 3 each parameter stays this replica's flat shard.
+        At its end the parameters are complete again, also after a `DivergedError`, unless the model keeps shards of them. After
+        any other error other ranks may be gone, and with level 3 each parameter stays this replica's flat shard.
         """
         handles = self._hooks() if self.level > 1 and not compiled_parts(self.model) else []
         if self.level == 3:
             for slot in self.slots.values():
-                slot.detach()
+                if slot.full is None:
+                    slot.detach()
+                slot.close()
         try:
             yield
         except DivergedError:
@@ -141,10 +153,11 @@ class ShardedOptimizer(StageMemory):
     def _restore(self) -> None:
         if self.level < 3:
             return
-        for slot in self.slots.values():
+        slots = [slot for key, slot in self.slots.items() if key not in self.kept]
+        for slot in slots:
             slot.open()
-        gather_shards(list(self.slots.values()), Slot.allocate)
-        for slot in self.slots.values():
+        gather_shards(slots, Slot.allocate)
+        for slot in slots:
             slot.attach()
 
     @contextmanager
@@ -267,6 +280,7 @@ class ShardedOptimizer(StageMemory):
         for slot, norm in zip(has, torch._foreach_norm(grads, float("inf")) if grads else (), strict=True):
             before = self.largest.get(slot)
             self.largest[slot] = norm if before is None else torch.maximum(before, norm)
+        del grads  # each is freed when it has been copied
         self._seen += scatter_gradients(slots)
 
     def _gather(self, unit: _Unit) -> None:

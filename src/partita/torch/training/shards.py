@@ -89,10 +89,14 @@ class Slot:
         """The parameter's shape."""
         return tuple(self.shape[self.order.index(dim)] for dim in range(len(self.order)))
 
-    def detach(self) -> None:
-        """Give the shard its own memory, and release the parameter's; the parameter is the flat shard until `open`."""
+    def detach(self, *, is_only: bool = False) -> None:
+        """Give the shard its own memory, and release the parameter's; the parameter is the flat shard until `open`.
+
+        Args:
+            is_only: Whether nothing else refers to the parameter's memory.
+        """
         self.shard.data = self.shard.data.clone()
-        self.full = torch.empty_like(self.parameter.data)
+        self.full = self.parameter.data if is_only else torch.empty_like(self.parameter.data)
         self.full.untyped_storage().resize_(0)
         self.close()
 

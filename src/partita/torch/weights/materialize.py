@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,8 @@ from partita.core.plan import Plan
 from partita.core.sharding.cuts import TensorPlan
 from partita.errors import ModelError
 from partita.torch.collectives.groups import ParallelGroups
-from partita.torch.model.parts import parameter_homes, tie
+from partita.torch.model.parts import distributed_experts, parameter_homes, tie
+from partita.torch.training.shards import Slot
 from partita.torch.transformers_internals import can_initialize, initialize, mark_initialized
 
 Fill = Callable[[str, TensorPlan, int, Tensor], None]
@@ -28,9 +29,12 @@ class Filled:
 
     Attributes:
         tensors: Each local tensor by its unsplit name, and its version when it was filled.
+        shards: This replica's shards of the parameters, by their `id`, if it keeps no more of them. The parameters have their
+            shapes, but no memory.
     """
 
     tensors: Mapping[str, tuple[Tensor, int]]
+    shards: Mapping[int, Slot] = field(default_factory=dict)
 
     def check(self, model: nn.Module) -> nn.Module:
         """Return `model` if every tensor in it still holds what it was filled with.
@@ -55,13 +59,19 @@ def materialize(
     fill: Fill,
     device: torch.device,
     quantized: Quantized | None = None,
+    *,
+    zero: int = 0,
 ) -> Filled:
     """Give a split model on the meta device its weights: each local tensor is created and filled, one at a time.
 
     Its unsaved buffers must be computed before it is split (`make_unsaved_buffers`). What `quantized` returns stays quantized.
+    With `zero` 3 and several replicas all but this one's shard of a parameter is released before the next one is created.
     """
     homes = parameter_homes(model)
+    experts = distributed_experts(model, plan)
+    is_sharded = zero == 3 and groups.replicas.size > 1
     filled: dict[str, tuple[Tensor, int]] = {}
+    shards: dict[int, Slot] = {}
     for name, (module, attribute) in homes.items():
         tensor: Tensor = getattr(module, attribute)
         spec = plan.spec.tensors[name]
@@ -77,6 +87,11 @@ def materialize(
         if attribute in module._parameters:
             local = nn.Parameter(local, requires_grad=tensor.requires_grad and packed is None)
             module._parameters[attribute] = local
+            if is_sharded and packed is None:
+                slot = Slot.of(name, local, groups.edp if id(tensor) in experts else groups.replicas)
+                slot.detach(is_only=True)
+                slot.open()
+                shards[id(local)] = slot
         else:
             module._buffers[attribute] = local
         mark_initialized(local)
@@ -87,7 +102,7 @@ def materialize(
             buffer = module._buffers.get(attribute)
             assert buffer is None or buffer.device.type != "meta", f"{path}.{attribute}"
             module._buffers[attribute] = None if buffer is None else buffer.to(device)
-    return Filled(filled)
+    return Filled(filled, shards)
 
 
 def make_unsaved_buffers(model: nn.Module, device: torch.device) -> None:

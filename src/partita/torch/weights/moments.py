@@ -20,7 +20,7 @@ from partita.core.plan import Plan
 from partita.errors import CheckpointError
 from partita.torch.collectives.collective_errors import collective_errors
 from partita.torch.model.parts import local_tensors, plan_of
-from partita.torch.training.optimizer import Mastered, initial_state, state_kinds
+from partita.torch.training.optimizer import Mastered, initial_state, state_dtype, state_kinds
 from partita.torch.training.sharded import ShardedOptimizer
 from partita.torch.training.shards import Slot
 from partita.torch.weights.adapter_parts import AdapterPart, adapter_name, adapter_parts
@@ -126,11 +126,15 @@ def restore_optimizer(model: nn.Module, optimizer: AnyOptimizer | None, folder: 
                         state["step"] = torch.tensor(
                             float(run.count(name, names_on_disk(name, sources))), dtype=torch.float32
                         )
-                        value = initial_state(kind, tensor, master_dtype)
                         if _is_kept(folder, kind, name, tensor, kinds, sources, moments.tensors):
                             cut = plan.tensor(name) if name in plan.spec.tensors else parts[name].cut
+                            value = torch.empty_like(
+                                tensor, dtype=state_dtype(tensor.dtype, master_dtype), requires_grad=False
+                            )
                             fill(name, cut, groups.part(cut), value)
-                        state[kind] = held.own(tensor, value)
+                            state[kind] = held.own(tensor, value)
+                        else:
+                            state[kind] = initial_state(kind, held.keys[id(tensor)], master_dtype)
 
 
 def _master_dtype(optimizer: torch.optim.Optimizer | None) -> str:

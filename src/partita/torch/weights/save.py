@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,6 +31,7 @@ from partita.torch.model.parts import local_tensors, plan_of
 from partita.torch.model.transformers_models import build_on_meta
 from partita.torch.quantized.tensor import QuantizedTensor
 from partita.torch.stages.mtp import attach_mtp
+from partita.torch.training.kept_shards import complete, shaped, shards_of
 from partita.torch.transformers_internals import code_files, has_own_code, quiet
 from partita.torch.weights.adapters import adapters
 from partita.torch.weights.fill import DTYPES, memory_of
@@ -39,6 +41,7 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @doing("saving the model")
+@shaped
 def save(
     model: nn.Module,
     folder: str | os.PathLike[str],
@@ -74,21 +77,48 @@ def save(
         files = disk.files(max_shard_bytes)
 
     def write(writer: Writer) -> None:
-        own = {n: t for n, t in disk.own(model, plan, groups).items() if groups.copies(plan.tensor(n)).rank == 0}
+        every = disk.own(model, plan, groups)
+        own = {n: t for n, t in every.items() if groups.copies(plan.tensor(n)).rank == 0}
         total = sum(tensor.numel() * tensor.itemsize for tensor in own.values())
-        for name, tensor in own.items():
-            for piece, take, part in disk.parts(name, tensor, plan, groups):
-                writer.write(piece, take, memory_of(part))
-            if progress is not None:
-                progress(writer.bytes_written, total)
+        with closing(_complete(model, every, own)) as completed:
+            for name, tensor in completed:
+                for piece, take, part in disk.parts(name, tensor, plan, groups):
+                    writer.write(piece, take, memory_of(part))
+                if progress is not None:
+                    progress(writer.bytes_written, total)
         if groups.replicas.rank == 0:
             place = groups.pp.rank * plan.mesh.tp + groups.tp.rank
             disk.unused.copy(writer.write, place, plan.mesh.pp * plan.mesh.tp)
 
+    def take_part() -> None:
+        for _ in _complete(model, disk.own(model, plan, groups), {}):
+            pass
+
     write_folder(
         Path(folder), groups, files, lambda made: disk.write_beside(model, made, tokenizer), write,
-        partial(collective_errors, groups),
+        partial(collective_errors, groups), take_part,
     )  # fmt: skip
+
+
+def _complete(
+    model: nn.Module, every: Mapping[str, Tensor], own: Mapping[str, Tensor]
+) -> Generator[tuple[str, Tensor], None, None]:
+    """The tensors `own` with all their elements, one at a time.
+
+    It takes part in gathering `every` tensor, also when it is closed early, so that one rank's error does not block the others.
+    """
+    if not shards_of(model):
+        yield from own.items()
+        return
+    left = iter(every.items())
+    try:
+        for name, tensor in left:
+            value = complete(model, tensor)
+            if name in own:
+                yield name, value
+    finally:
+        for _, tensor in left:
+            complete(model, tensor)
 
 
 @dataclass(frozen=True)
