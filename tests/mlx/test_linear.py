@@ -325,7 +325,7 @@ def test_nothing_is_evaluated_to_make_a_split_layer() -> None:
     before = mx.get_active_memory()
     layer = ColumnParallelLinear.from_linear(whole, Communicator.single())
     other = RowParallelLinear.from_linear(whole, Communicator.single())
-    assert mx.get_active_memory() == before
+    assert mx.get_active_memory() <= before  # garbage of other tests may be freed in between
     del layer, other
 
 
