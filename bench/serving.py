@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -106,39 +107,11 @@ def _compared(setting: Setting, folder: Path, generate: Callable[[list[Ask]], in
         name, absent = f"serving-{load.clients}", dict(skipped)
         if load.clients > 1 and MLX_LM not in absent:
             absent[MLX_LM] = "it takes minutes for the prompts of several clients on a CPU"
+        made = partial(summarize, ours=FIRST, left_out=absent)
         tables += [
-            summarize(
-                f"{name}-tokens",
-                f"{clients}: tokens",
-                "tokens/s",
-                1,
-                per_token,
-                FIRST,
-                faster,
-                rate=True,
-                left_out=absent,
-            ),
-            summarize(
-                f"{name}-requests",
-                f"{clients}: requests",
-                "requests/s",
-                1,
-                per_request,
-                FIRST,
-                {},
-                rate=True,
-                left_out=absent,
-            ),
-            summarize(
-                f"{name}-first",
-                f"{clients}: time to the first token",
-                "ms",
-                1000,
-                first,
-                FIRST,
-                sooner,
-                left_out=absent,
-            ),
+            made(f"{name}-tokens", f"{clients}: tokens", "tokens/s", 1, per_token, targets=faster, rate=True),
+            made(f"{name}-requests", f"{clients}: requests", "requests/s", 1, per_request, targets={}, rate=True),
+            made(f"{name}-first", f"{clients}: time to the first token", "ms", 1000, first, targets=sooner),
         ]
     return tables
 

@@ -6,11 +6,9 @@ Where a source does not print a number, the row's docstring says what we assume;
 
 from __future__ import annotations
 
-from typing import Any
-
 from partita.core.mesh import Mesh
 from partita.cost.work import Arrangement, Recompute, Work
-from tests.cost.published import Row, gpt, show
+from tests.cost.published import Row, flops, gpt, held_out, show
 
 ZERO_BUBBLE = {
     # hidden, heads, layers, pipeline ranks, sequences of a micro-batch, micro-batches
@@ -69,8 +67,8 @@ def zero_bubble_row(model: str, schedule: str, microbatches: int, value: float) 
     arrangement = Arrangement(mesh=Mesh(pp=pp), layers=placed, schedule=schedule, microbatches=microbatches)
     work = Work(batch_size=micro * microbatches, sequence_length=1024, gradient_dtype="float32")
     seconds = micro * microbatches / (value * pp)
-    return Row(
-        "Zero bubble", f"{model} {schedule} {microbatches}", "s", seconds, False, gpt(hidden, heads, layers, 32000, 1024),
+    return held_out(
+        "Zero bubble", f"{model} {schedule} {microbatches}", "s", seconds, gpt(hidden, heads, layers, 32000, 1024),
         ("a100-80gb", "megatron"), work, arrangement,
     )  # fmt: skip
 
@@ -103,16 +101,10 @@ def _megascale() -> list[Row]:
         )  # fmt: skip
         work = Work(batch_size=batch, sequence_length=2048, gradient_dtype="float32")
         rows.append(
-            Row("MegaScale", f"175B on {gpus}", "s", value, False, gpt(12288, 128, 96, 64000), ("a100-80gb", "megatron"), work,
+            held_out("MegaScale", f"175B on {gpus}", "s", value, gpt(12288, 128, 96, 64000), ("a100-80gb", "megatron"), work,
                 arrangement)
         )  # fmt: skip
     return rows
-
-
-def _model_flops(config: dict[str, Any], batch: int, length: int) -> float:
-    """Operations of a step without recomputation (2205.05198, equation 7)."""
-    h, n, v = config["n_embd"], config["n_layer"], config["vocab_size"]
-    return 72.0 * n * batch * length * h * h * (1 + length / (6 * h) + v / (12 * h * n))
 
 
 def _replicas() -> list[Row]:
@@ -126,9 +118,9 @@ def _replicas() -> list[Row]:
             recompute=recompute, sequence_parallel=parallel,
         )  # fmt: skip
         work = Work(batch_size=2240, sequence_length=2048, gradient_dtype="float32")
-        seconds = _model_flops(config, 2240, 2048) / (2240 * 312e12 * mfu)
+        seconds = flops(config, 2240, 2048, 3) / (2240 * 312e12 * mfu)
         rows.append(
-            Row("2205.05198, 8 replicas", f"530B {recompute}", "s", seconds, False, config, ("a100-80gb", "megatron"), work,
+            held_out("2205.05198, 8 replicas", f"530B {recompute}", "s", seconds, config, ("a100-80gb", "megatron"), work,
                 arrangement)
         )  # fmt: skip
     return rows
@@ -147,11 +139,11 @@ def _flash_attention() -> list[Row]:
         config = gpt(hidden, hidden // 128, layers, 50304, length)
         batch = 8 * 32 * (16384 // length)
         parameters = 12 * layers * hidden**2 + 50304 * hidden
-        flops = batch * (6.0 * length * parameters + 12.0 * layers * hidden * length**2)
+        operations = batch * (6.0 * length * parameters + 12.0 * layers * hidden * length**2)
         arrangement = Arrangement(mesh=Mesh(dp=8), microbatches=32, zero=1)
         work = Work(batch_size=batch, sequence_length=length, gradient_dtype="float32")
         rows.append(
-            Row("FlashAttention-2", f"{name} {length}", "s", flops / (8 * teraflops * 1e12), False, config,
+            held_out("FlashAttention-2", f"{name} {length}", "s", operations / (8 * teraflops * 1e12), config,
                 ("a100-80gb", "fused"), work, arrangement)
         )  # fmt: skip
     return rows
@@ -169,11 +161,10 @@ def _zero_3() -> list[Row]:
         config = gpt(hidden, heads, layers)
         arrangement = Arrangement(mesh=Mesh(dp=gpus), microbatches=batch // gpus // micro, zero=3, recompute="full")
         work = Work(batch_size=batch, sequence_length=2048, gradient_dtype="bfloat16")
-        flops = 96.0 * batch * 2048 * layers * hidden**2 * (1 + 2048 / (6 * hidden) + 51200 / (16 * layers * hidden))
+        seconds = flops(config, batch, 2048, 4) / (gpus * teraflops * 1e12)
         rows.append(
-            Row("ZeRO-3 of 2021", name, "s", flops / (gpus * teraflops * 1e12), False, config, ("a100-80gb", "megatron-2021"),
-                work, arrangement)
-        )  # fmt: skip
+            held_out("ZeRO-3 of 2021", name, "s", seconds, config, ("a100-80gb", "megatron-2021"), work, arrangement)
+        )
     return rows
 
 

@@ -79,6 +79,20 @@ class Row:
         return ratio - 1 if self.unit == "s" else 1 / ratio - 1
 
 
+def held_out(
+    source: str, name: str, unit: str, value: float, config: dict[str, Any], hardware: tuple[str, str], work: Work,
+    arrangement: Arrangement,
+) -> Row:  # fmt: skip
+    """A row that chose no number."""
+    return Row(source, name, unit, value, False, config, hardware, work, arrangement)
+
+
+def flops(config: dict[str, Any], batch: int, length: int, passes: int) -> float:
+    """Operations of a step as Megatron counts them (2104.04473, equation 3), for 3 passes or, recomputed, 4."""
+    h, n, v = config["n_embd"], config["n_layer"], config["vocab_size"]
+    return 24.0 * passes * batch * length * n * h * h * (1 + length / (6 * h)) + 6.0 * batch * length * v * h
+
+
 def gpt(hidden: int, heads: int, layers: int, vocabulary: int = 51200, positions: int = 2048) -> dict[str, Any]:
     """A GPT of Megatron-LM."""
     return {

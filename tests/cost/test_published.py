@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from statistics import mean
 
@@ -50,16 +51,17 @@ LIMITS_FURTHER = {
 @pytest.mark.slow
 @pytest.mark.parametrize("source", LIMITS_UNSEEN)
 def test_unseen_rows_are_predicted(source: str) -> None:
-    errors = [abs(row.error()) for row in UNSEEN if row.source == source]
-    largest_mean, largest = LIMITS_UNSEEN[source]
-    assert mean(errors) <= largest_mean
-    assert max(errors) <= largest
+    _check([row for row in UNSEEN if row.source == source], LIMITS_UNSEEN[source])
 
 
 @pytest.mark.parametrize("source", LIMITS_FURTHER)
 def test_further_rows_are_predicted(source: str) -> None:
-    errors = [abs(row.error()) for row in FURTHER if row.source == source]
-    largest_mean, largest = LIMITS_FURTHER[source]
+    _check([row for row in FURTHER if row.source == source], LIMITS_FURTHER[source])
+
+
+def _check(rows: Sequence[Row], limits: tuple[float, float]) -> None:
+    errors = [abs(row.error()) for row in rows]
+    largest_mean, largest = limits
     assert mean(errors) <= largest_mean
     assert max(errors) <= largest
 
@@ -100,9 +102,7 @@ def test_held_out_rows_are_predicted(source: str, capsys: pytest.CaptureFixture[
         print(
             f"\n{source}: mean {mean(map(abs, errors.values())):.2%}, worst {max(map(abs, errors.values())):.2%} ({shown})"
         )
-    largest_mean, largest = LIMITS[source]
-    assert mean(map(abs, errors.values())) <= largest_mean
-    assert max(map(abs, errors.values())) <= largest
+    _check(rows, LIMITS[source])
 
 
 def test_all_held_out_rows_are_within_a_mean_of_2_5_percent() -> None:

@@ -8,24 +8,10 @@ products (`megatron-core`), and gradients that are summed while several micro-ba
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 from partita.core.mesh import Mesh
 from partita.cost.work import Arrangement, Work
-from tests.cost.published import Row, gpt, llama, show
-
-
-def _row(
-    source: str, name: str, unit: str, value: float, config: dict[str, Any], hardware: tuple[str, str], work: Work,
-    arrangement: Arrangement,
-) -> Row:  # fmt: skip
-    return Row(source, name, unit, value, False, config, hardware, work, arrangement)
-
-
-def _flops(config: dict[str, Any], batch: int, length: int, passes: int) -> float:
-    """Operations of a step as Megatron counts them (2104.04473, equation 3), for 3 passes or, recomputed, 4."""
-    h, n, v = config["n_embd"], config["n_layer"], config["vocab_size"]
-    return 24.0 * passes * batch * length * n * h * h * (1 + length / (6 * h)) + 6.0 * batch * length * v * h
+from tests.cost.published import Row, flops, gpt, held_out, llama, show
 
 
 def _megatron_core() -> list[Row]:
@@ -56,8 +42,8 @@ def _megatron_core() -> list[Row]:
             schedule="interleaved-1f1b" if pp > 1 else "1f1b", zero=1, sequence_parallel=tp > 1, overlap_gradients=True,
         )  # fmt: skip
         work = Work(batch_size=batch, sequence_length=4096, gradient_dtype="float32")
-        seconds = _flops(config, batch, 4096, 3) / (gpus * teraflops * 1e12)
-        rows.append(_row("Megatron-Core", name, "s", seconds, config, ("h100", "megatron-core"), work, arrangement))
+        seconds = flops(config, batch, 4096, 3) / (gpus * teraflops * 1e12)
+        rows.append(held_out("Megatron-Core", name, "s", seconds, config, ("h100", "megatron-core"), work, arrangement))
     return rows
 
 
@@ -78,8 +64,8 @@ def _ptd_p() -> list[Row]:
             mesh=Mesh(dp=dp, pp=pp, tp=8), layers=(layers // pp,) * pp, microbatches=batch // dp, recompute="full"
         )
         work = Work(batch_size=batch, sequence_length=2048, gradient_dtype="bfloat16")
-        seconds = _flops(config, batch, 2048, 4) / (gpus * teraflops * 1e12)
-        rows.append(_row("PTD-P", name, "s", seconds, config, ("a100-80gb", "megatron-2021"), work, arrangement))
+        seconds = flops(config, batch, 2048, 4) / (gpus * teraflops * 1e12)
+        rows.append(held_out("PTD-P", name, "s", seconds, config, ("a100-80gb", "megatron-2021"), work, arrangement))
     return rows
 
 
@@ -97,7 +83,9 @@ def _mt_nlg() -> list[Row]:
         )
         work = Work(batch_size=1920, sequence_length=2048, gradient_dtype="float32")
         rows.append(
-            _row("MT-NLG", f"530B on {nodes}", "s", value, config, ("a100-80gb", "megatron-2021"), work, arrangement)
+            held_out(
+                "MT-NLG", f"530B on {nodes}", "s", value, config, ("a100-80gb", "megatron-2021"), work, arrangement
+            )
         )
     return rows
 
@@ -113,7 +101,7 @@ def _bloom() -> list[Row]:
         mesh=Mesh(dp=8, pp=12, tp=4), layers=(5, *(6,) * 10, 5), microbatches=128, zero=1, recompute="full"
     )
     work = Work(batch_size=2048, sequence_length=2048, gradient_dtype="float32")
-    row = _row("BLOOM", "176B", "s", 105, config, ("a100-80gb", "megatron-2021"), work, arrangement)
+    row = held_out("BLOOM", "176B", "s", 105, config, ("a100-80gb", "megatron-2021"), work, arrangement)
     return [replace(row, network=6.25e9)]
 
 
@@ -136,7 +124,7 @@ def _bloom_trials() -> list[Row]:
             recompute="full",
         )  # fmt: skip
         work = Work(batch_size=batch, sequence_length=2048, gradient_dtype="bfloat16")
-        row = _row(
+        row = held_out(
             "BLOOM's trials", f"{layers} layers, dp {dp} tp {tp} pp {pp}, {micro}", "s", value, gpt(hidden, 64, layers, 250880),
             ("a100-80gb", "megatron-2021"), work, arrangement,
         )  # fmt: skip
@@ -156,8 +144,8 @@ def _opt() -> list[Row]:
     }  # fmt: skip
     arrangement = Arrangement(mesh=Mesh(dp=124, tp=8), zero=3, recompute="full")
     work = Work(batch_size=992, sequence_length=2048, gradient_dtype="float16")
-    seconds = _flops(gpt(12288, 96, 96, 50272), 992, 2048, 4) / (992 * 147e12)
-    return [_row("OPT", "175B", "s", seconds, config, ("a100-80gb", "megatron-2021"), work, arrangement)]
+    seconds = flops(gpt(12288, 96, 96, 50272), 992, 2048, 4) / (992 * 147e12)
+    return [held_out("OPT", "175B", "s", seconds, config, ("a100-80gb", "megatron-2021"), work, arrangement)]
 
 
 def _neox() -> list[Row]:
@@ -168,8 +156,8 @@ def _neox() -> list[Row]:
     }  # fmt: skip
     arrangement = Arrangement(mesh=Mesh(dp=12, pp=4, tp=2), layers=(11,) * 4, microbatches=32, zero=1, recompute="full")
     work = Work(batch_size=1536, sequence_length=2048, gradient_dtype="float16")
-    seconds = _flops(gpt(6144, 64, 44, 50432), 1536, 2048, 4) / (96 * 117e12)
-    return [_row("GPT-NeoX", "20B", "s", seconds, config, ("a100-40gb", "megatron-2021"), work, arrangement)]
+    seconds = flops(gpt(6144, 64, 44, 50432), 1536, 2048, 4) / (96 * 117e12)
+    return [held_out("GPT-NeoX", "20B", "s", seconds, config, ("a100-40gb", "megatron-2021"), work, arrangement)]
 
 
 def _deepseek() -> list[Row]:
@@ -190,7 +178,7 @@ def _deepseek() -> list[Row]:
     )  # fmt: skip
     work = Work(batch_size=15360, sequence_length=4096, gradient_dtype="float32", product_dtype="float8_e4m3fn")
     seconds = 180e3 * 3600 / 2048 * 15360 * 4096 / 1e12
-    return [_row("DeepSeek-V3", "671B", "s", seconds, config, ("h100", "dualpipe"), work, arrangement)]
+    return [held_out("DeepSeek-V3", "671B", "s", seconds, config, ("h100", "dualpipe"), work, arrangement)]
 
 
 def _nemo() -> list[Row]:
@@ -218,7 +206,9 @@ def _nemo() -> list[Row]:
             sequence_parallel=tp > 1, overlap_gradients=True,
         )  # fmt: skip
         work = Work(batch_size=batch, sequence_length=length, gradient_dtype="bfloat16", product_dtype="float8_e4m3fn")
-        rows.append(_row("NeMo, FP8", name, "tokens/s", value, config, ("h100", "megatron-core"), work, arrangement))
+        rows.append(
+            held_out("NeMo, FP8", name, "tokens/s", value, config, ("h100", "megatron-core"), work, arrangement)
+        )
     return rows
 
 

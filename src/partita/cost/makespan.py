@@ -88,7 +88,7 @@ def _run(
 ) -> float:
     """The makespan of `simulate`: every action starts when its rank is free and its input has arrived."""
     actions, slots = _in_order(kind, p, m, v)
-    seconds = [*f, *b, *w, *map(float.__add__, map(float, b), map(float, w))]
+    seconds = [*f, *b, *w, *(x + y for x, y in zip(b, w, strict=True))]
     free, arrivals = [0.0] * p, [0.0] * slots
     for rank, duration, takes, gives, hops in actions:
         start = free[rank]

@@ -273,11 +273,11 @@ def _moments(
             )
             gathered = exchanged * shape.item * (2 + 1 / degrees.replicas)
             loose = outside * shape.item
+            if work.lora_rank:
+                gathered += held_by(model, stages, degrees, tp).parameters * shape.item
         elif arrangement.zero:
             # The shards of a bucket, what all replicas have of it, and the copy from which gloo returns it.
             gathered = elements * shape.item * (2 + 1 / degrees.replicas)
-        if arrangement.zero == 3 and work.lora_rank:
-            gathered += held_by(model, stages, degrees, tp).parameters * shape.item
     if not kernels.frees_gradients:
         return (Moment(activations + kept, buffers + max(loss, layer) + buckets),)
     waiting = _undistributed(model, work, arrangement, degrees, stages, tp)

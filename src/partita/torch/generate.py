@@ -117,15 +117,15 @@ def generate(
         Sequence(place, list(prompt), choice.limit(len(prompt)), is_streamed=listener is not None)
         for place, prompt in enumerate(ids)
     ]
-    shares = [_batches(model, sequences[first::replicas], more, plan.mesh.pp) for first in range(replicas)]
     peers = groups.dp if plan.mesh.experts_join_replicas else Communicator.single()
     # Replicas that compute together run as many batches, of as many groups, for as many steps.
-    rounds = [*zip_longest(*(shares if peers.size > 1 else [shares[replica]]), fillvalue=[])]
+    firsts = range(replicas) if peers.size > 1 else [replica]
+    shares = [_batches(model, sequences[first::replicas], more, plan.mesh.pp) for first in firsts]
     sequences = sequences[replica::replicas]
     timed: list[Batch] = []
     with mode_set(model, training=False):
-        for batches in rounds:
-            batch = batches[replica if peers.size > 1 else 0]
+        for batches in zip_longest(*shares, fillvalue=[]):
+            batch = batches[peers.rank]
             count = max(min(len(one), plan.mesh.pp) for one in batches)
             steps = max(s.limit for one in batches for s in one)
             together = max(1, len(batch) // plan.mesh.pp)
@@ -297,11 +297,10 @@ class _Run:
 
     def _is_skipped(self, place: int) -> bool:
         """Whether nothing is computed at `place` in this step, as the group there has ended on every replica of `peers`."""
+        if self.peers.size == 1:
+            return self._is_done(place)
         if place not in self.skipped:
-            ended = place >= len(self.groups) or self._is_done(place)
-            if self.peers.size == 1:
-                return ended
-            ended = ended or place in self.failed
+            ended = place >= len(self.groups) or self._is_done(place) or place in self.failed
             self.skipped[place] = int(self.peers.all_reduce_(torch.tensor(int(ended)))) == self.peers.size
             if ended:
                 self.substitutes[place] = SequenceGroup(

@@ -383,8 +383,7 @@ def config_of(facts: Facts) -> Config:
     """
     build = CONFIGS.get(facts.architecture)
     if build is None:
-        why = _UNREADABLE.get(facts.architecture)
-        if why is not None:
+        if why := _UNREADABLE.get(facts.architecture):
             raise CheckpointError(f"{facts.file}: the architecture {facts.architecture!r} cannot be read: {why}.")
         raise CheckpointError(
             f"{facts.file}: the architecture {facts.architecture!r} cannot be read from a GGUF file: {', '.join(CONFIGS)} can. "

@@ -345,7 +345,7 @@ static void products(const Linear* layers, int count, const void* x, int64_t row
   bool takes_floats = false;
   for (int i = 0; i < count; i++) {
     outputs += layers[i].weight->out;
-    takes_floats |= !(MULTIPLIES_PAIRS && layers[i].weight->form == 9);
+    takes_floats |= !(takes_bfloat16<PlainB16> && layers[i].weight->form == 9);
   }
   if (dtype != FLOAT32 && takes_floats)
     for (int64_t i = 0; i < rows * inputs; i++) wide[i] = element(x, i, dtype);

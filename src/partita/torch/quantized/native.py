@@ -34,7 +34,7 @@ BFLOAT16_FLAG = "-mavx512bf16"
 """Added for CPUs of `AVX512` that multiply bfloat16."""
 
 LIMIT_S = 120.0
-"""A compiler that takes longer is stopped. It takes about 3 s on an idle machine."""
+"""A compiler that takes longer is stopped. It takes about 15 s on an idle machine."""
 
 
 @functools.cache

@@ -12,7 +12,7 @@ from partita.core.plan import Plan
 from partita.core.sharding.cuts import TensorPlan
 from partita.errors import ModelError
 from partita.torch.collectives.groups import ParallelGroups
-from partita.torch.model.parts import distributed_experts, parameter_homes, tie
+from partita.torch.model.parts import parameter_homes, tie
 from partita.torch.training.shards import Slot
 from partita.torch.transformers_internals import can_initialize, initialize, mark_initialized
 
@@ -68,7 +68,6 @@ def materialize(
     With `zero` 3 and several replicas all but this one's shard of a parameter is released before the next one is created.
     """
     homes = parameter_homes(model)
-    experts = distributed_experts(model, plan)
     is_sharded = zero == 3 and groups.replicas.size > 1
     filled: dict[str, tuple[Tensor, int]] = {}
     shards: dict[int, Slot] = {}
@@ -88,7 +87,7 @@ def materialize(
             local = nn.Parameter(local, requires_grad=tensor.requires_grad and packed is None)
             module._parameters[attribute] = local
             if is_sharded and packed is None:
-                slot = Slot.of(name, local, groups.edp if id(tensor) in experts else groups.replicas)
+                slot = Slot.of(name, local, groups.copies(plan.tensor(name)))
                 slot.detach(is_only=True)
                 slot.open()
                 shards[id(local)] = slot
